@@ -1,0 +1,5 @@
+"""`python -m pipeline` is `trainyard`."""
+
+from pipeline.cli import main
+
+main()

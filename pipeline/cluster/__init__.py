@@ -1,0 +1,9 @@
+"""The one adapter to Ray: a context for each worker, events and signals between them and the driver, metrics on the
+head, and a new start after a loss.
+
+Ray is told what happens; what a resume depends on lies in our own record. Each attempt is a fresh Ray run.
+"""
+
+from pipeline.cluster.driver import train_on_workers
+
+__all__ = ["train_on_workers"]

@@ -1,0 +1,146 @@
+"""The worker's side of Ray: its context among the other workers, its metrics on the node, and what Ray runs on it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.context import StopSignals, Value
+from pipeline.errors import Interrupted
+from pipeline.worker import Order, work
+
+PULSE_S = 0.25
+"""Seconds between two deliveries of events to the driver."""
+REPORT_S = 10.0
+"""Seconds between two `ray.train.report` at the least: it is a barrier."""
+
+
+class RayContext:
+    """One Ray Train worker's place among the others. Every method named in `Context` works as stated there."""
+
+    def __init__(self, desk: Any, run_name: str) -> None:
+        import ray.train
+
+        here = ray.train.get_context()
+        self.rank: int = here.get_world_rank()
+        self.world_size: int = here.get_world_size()
+        self.local_rank: int = here.get_local_rank()
+        self._gauges = _Gauges(run_name, self.rank)
+        self._courier = _Courier(desk) if self.rank == 0 else None
+        self._reported = -REPORT_S
+        self._own_signals = StopSignals()
+
+    def reduce(self, vector: Any) -> None:
+        import torch.distributed as dist
+
+        dist.all_reduce(vector)
+
+    def broadcast(self, value: Value | None) -> Value:
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        assert box[0] is not None
+        return box[0]
+
+    def stop_signal(self) -> int:
+        return self._own_signals.received or (self._courier.stop_signal if self._courier is not None else 0)
+
+    def tell(self, event: Mapping[str, Any]) -> None:
+        self._gauges.set(event)
+        if self._courier is not None:
+            self._courier.send(event)
+
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """`ray.train.report`, where rank 0 finds that the last one is long enough ago. All ranks take part."""
+        import ray.train
+
+        if self.broadcast(time.monotonic() - self._reported > REPORT_S):
+            self._reported = time.monotonic()
+            ray.train.report(dict(metrics))
+
+    def __enter__(self) -> RayContext:
+        self._own_signals.__enter__()
+        return self
+
+    def __exit__(self, *what: Any) -> None:
+        self._own_signals.__exit__(*what)
+        if self._courier is not None:
+            self._courier.close()
+
+
+class _Gauges:
+    """Metrics on the node's Prometheus endpoint: trainyard_loss, _accuracy, _step, _epoch and _samples_per_second."""
+
+    def __init__(self, run_name: str, rank: int) -> None:
+        from ray.util.metrics import Gauge
+
+        self._tags = {"run": run_name, "rank": str(rank)}
+        self._gauges = {
+            name: Gauge(f"trainyard_{name}", description=text, tag_keys=("run", "rank", "split"))
+            for name, text in {
+                "loss": "Loss: of the latest steps (split train_steps) or of an evaluation",
+                "accuracy": "Share of a split predicted correctly",
+                "step": "Parameter updates done",
+                "epoch": "Epoch in progress",
+                "samples_per_second": "Training samples a second, all ranks together",
+            }.items()
+        }
+
+    def set(self, event: Mapping[str, Any]) -> None:
+        if event["kind"] == "steps":
+            values = {**event, "samples_per_second": event["samples_per_s"]}
+            for name in ("loss", "step", "epoch", "samples_per_second"):
+                self._gauges[name].set(float(values[name]), {**self._tags, "split": "train_steps"})
+        elif event["kind"] == "evaluation":
+            for metric, value in event["metrics"].items():
+                split, _, name = metric.partition("/")
+                if name in self._gauges:
+                    self._gauges[name].set(float(value), {**self._tags, "split": split})
+
+
+class _Courier:
+    """Rank 0's thread that carries events to the driver's desk and brings back a signal to stop."""
+
+    def __init__(self, desk: Any) -> None:
+        self.stop_signal = 0
+        self._desk = desk
+        self._events: list[Mapping[str, Any]] = []
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="trainyard-courier", daemon=True)
+        self._thread.start()
+
+    def send(self, event: Mapping[str, Any]) -> None:
+        with self._lock:
+            self._events.append(dict(event))
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        import ray
+
+        closing = False
+        while not closing:
+            closing = self._closing.wait(PULSE_S)
+            with self._lock:
+                events, self._events = self._events, []
+            try:
+                self.stop_signal = ray.get(self._desk.deliver.remote(events), timeout=30)
+            except ray.exceptions.RayError:
+                continue  # the driver is gone or slow: training goes on without an audience
+
+
+def train_function(config: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Train runs on each worker. An interrupt is agreed by all ranks, so it is a result and not a failure."""
+    order: Order = config["order"]
+    with RayContext(config["desk"], order.run_name) as context:
+        try:
+            work(order, context)
+        except Interrupted as interrupted:
+            return {"interrupted": interrupted}
+    return {}

@@ -1,0 +1,60 @@
+"""Randomness has no state: every draw is a function of a seed, the name of its stream, and counters.
+
+Only the raw words of Philox are used, never NumPy's distributions: NumPy promises the former to be the same in every
+release, and the latter not (NEP 19).
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+
+def generator(seed: int, stream: str, *counters: int) -> np.random.Generator:
+    """The generator of one named stream, at one place in it.
+
+    Parameters
+    ----------
+    seed: the job's seed for the stream.
+    stream: its name, such as "shuffle"; two streams of one seed are independent.
+    counters: the place, such as an epoch or a step; each place has a generator of its own.
+
+    Returns
+    -------
+    A generator over Philox4x64, keyed by the BLAKE2b digest of (seed, stream, counters).
+    """
+    key = int.from_bytes(_digest(b"generator", 16, seed, stream, counters), "little")
+    return np.random.Generator(np.random.Philox(key=key))
+
+
+def torch_seed(seed: int, stream: str, *counters: int) -> int:
+    """A seed of 63 bits for a torch generator, of the same stream and place as `generator`."""
+    return int.from_bytes(_digest(b"torch", 8, seed, stream, counters), "little") >> 1
+
+
+def words(source: np.random.Generator, count: int) -> np.ndarray:
+    """The next words of a generator: (count,) uint64, uniform over all 64 bits."""
+    raw: np.ndarray = source.bit_generator.random_raw(count)
+    return raw
+
+
+def permutation(source: np.random.Generator, count: int) -> np.ndarray:
+    """A random order of the numbers below `count`: (count,) int64.
+
+    The numbers are sorted by random keys. Each key carries its number in its low bits, so that no two are equal and the
+    order does not depend on how the sort treats equals; above them are 64 - log2(count) random bits.
+    """
+    bits = max(count - 1, 0).bit_length()
+    low = np.uint64((1 << bits) - 1)
+    keys = words(source, count)
+    keys &= ~low
+    keys |= np.arange(count, dtype=np.uint64)
+    keys.sort()
+    keys &= low
+    return keys.view(np.int64)
+
+
+def _digest(kind: bytes, size: int, seed: int, stream: str, counters: tuple[int, ...]) -> bytes:
+    text = "\0".join([stream, str(int(seed)), *(str(int(counter)) for counter in counters)])
+    return hashlib.blake2b(text.encode(), digest_size=size, person=kind).digest()

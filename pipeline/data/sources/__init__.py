@@ -1,0 +1,29 @@
+"""Sources: what the job's `data.source` names, as arrays in memory. One module for each kind."""
+
+from __future__ import annotations
+
+from pipeline.data.sources.arrays import Arrays, Source, make_source
+from pipeline.data.sources.call import open_call
+from pipeline.data.sources.cifar import open_cifar
+from pipeline.data.sources.disc import open_disc
+from pipeline.data.sources.idx import open_idx
+from pipeline.job import Call, Job
+
+__all__ = ["Arrays", "Source", "make_source", "open_source"]
+
+
+def open_source(job: Job) -> Source:
+    """Read, download or make the data that a job trains on.
+
+    Raises
+    ------
+    DataError: data that is absent and cannot be downloaded, damaged, or of a shape or type that cannot be used.
+    """
+    source = job.data.source
+    if isinstance(source, Call):
+        return open_call(source, keep_float64=job.train.precision == "fp64")
+    if source == "disc":
+        return open_disc(job.seed.of("data"))
+    if source == "cifar10" or source == "cifar100":
+        return open_cifar(source, job.data.root)
+    return open_idx(source, job.data.root)

@@ -1,0 +1,195 @@
+"""A function of the user's own as a source: called, and its answer checked before anything is built on it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.data.sources.arrays import Arrays, Source, make_source
+from pipeline.errors import DataError
+from pipeline.job import Call
+
+RETURNS = (
+    "return (inputs, targets), ((inputs, targets), (test_inputs, test_targets)), or a dict with train, test, classes"
+)
+MOST_CHANNELS = 4
+
+
+def open_call(call: Call, *, keep_float64: bool) -> Source:
+    """Import and call the function, and bring what it returns into the form of a `Source`.
+
+    It returns NumPy arrays or torch tensors, as `(inputs, targets)`, as two such pairs (training and test), or as
+    `{"train": pair, "test": pair, "classes": names}` with the last two optional. The working directory is importable.
+
+    Inputs: uint8 stays uint8; any other number becomes float32, or stays float64 where `keep_float64`. One axis (N,)
+    becomes (N, 1). Images of four axes have their channels last in NumPy arrays and second in tensors, as is usual for
+    each, unless only one of the two axes is small enough (at most 4) to be the channels.
+
+    Raises
+    ------
+    DataError: names the function, and what to change in it.
+    """
+    where = f"data.source.call: {call.call}"
+    answer = _called(call, where)
+    train, test, classes = _parts(answer, where)
+    parts = {
+        name: _arrays(pair, f"{where}, {name}", keep_float64)
+        for name, pair in (("train", train), ("test", test))
+        if pair is not None
+    }
+    if len(parts) == 2:
+        _check_alike(parts["train"], parts["test"], where)
+    return make_source(parts["train"], parts.get("test"), classes)
+
+
+def _called(call: Call, where: str) -> Any:
+    module_name, _, name = call.call.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise _raised(error, where) from error
+        raise DataError(
+            f"no module {error.name!r}", where=where, fix=f"run from the folder that holds it, not {os.getcwd()}"
+        ) from error
+    except Exception as error:  # whatever the user's module raises is the user's to see
+        raise _raised(error, where) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise DataError(f"{module_name} has no function {name!r}", where=where, fix=f"define it in {module.__file__}")
+    try:
+        return function(**call.args)
+    except Exception as error:  # as above
+        raise _raised(error, where) from error
+
+
+def _raised(error: Exception, where: str) -> DataError:
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
+    place = f", at {own[-1].filename}:{own[-1].lineno}" if own else ""
+    return DataError(
+        f"{type(error).__name__}: {error}{place}", where=where, fix="repair the function, or its data.source.args"
+    )
+
+
+def _parts(answer: Any, where: str) -> tuple[Any, Any, tuple[str, ...]]:
+    """Training pair, test pair or None, and class names."""
+    if isinstance(answer, Mapping):
+        unknown = sorted(set(map(str, answer)) - {"train", "test", "classes"})
+        if unknown or "train" not in answer:
+            problem = f"the key {unknown[0]!r}" if unknown else "no key 'train'"
+            raise DataError(f"returned a dict with {problem}", where=where, fix=RETURNS)
+        classes = answer.get("classes")
+        return answer["train"], answer.get("test"), tuple(str(name) for name in (() if classes is None else classes))
+    if isinstance(answer, (tuple, list)) and len(answer) == 2:
+        if all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in answer):
+            return answer[0], answer[1], ()
+        return answer, None, ()
+    raise DataError(f"returned {_described(answer)}", where=where, fix=RETURNS)
+
+
+def _arrays(pair: Any, where: str, keep_float64: bool) -> Arrays:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise DataError(f"is {_described(pair)}, not a pair (inputs, targets)", where=where, fix=RETURNS)
+    inputs, targets = (
+        _array(value, f"{where} {name}") for value, name in zip(pair, ("inputs", "targets"), strict=True)
+    )
+    if len(inputs) != len(targets):
+        raise DataError(
+            f"{len(inputs)} rows of inputs, but {len(targets)} targets", where=where, fix="return one target a row"
+        )
+    if len(inputs) == 0:
+        raise DataError("no rows", where=where, fix="return at least one row")
+    if inputs.ndim == 4:
+        inputs = _channels_second(inputs, isinstance(pair[0], torch.Tensor))
+    return Arrays(
+        _as_inputs(inputs, f"{where} inputs", keep_float64), _as_targets(targets, f"{where} targets", keep_float64)
+    )
+
+
+def _array(value: Any, where: str) -> np.ndarray:
+    """A NumPy array of numbers, with an axis of rows."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+    elif not hasattr(value, "__array__"):
+        raise DataError(
+            f"is {_described(value)}, not a NumPy array or torch tensor", where=where, fix="np.asarray(...) makes one"
+        )
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf":
+        raise DataError(f"has the type {array.dtype}, not numbers", where=where, fix="encode it as numbers first")
+    if array.ndim == 0 or 0 in array.shape[1:]:
+        raise DataError(f"has the shape {array.shape}", where=where, fix="one row a sample, at least one value a row")
+    return array
+
+
+def _as_inputs(array: np.ndarray, where: str, keep_float64: bool) -> np.ndarray:
+    if array.dtype != np.uint8:
+        array = _as_float(array, where, keep_float64)
+    return np.ascontiguousarray(array[:, None] if array.ndim == 1 else array)
+
+
+def _as_targets(array: np.ndarray, where: str, keep_float64: bool) -> np.ndarray:
+    array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 and array.dtype.kind != "f" else array
+    if array.dtype.kind == "f":
+        array = _as_float(array, where, keep_float64)
+    elif array.dtype == np.uint64 and array.max() > np.iinfo(np.int64).max:
+        raise DataError(f"holds {array.max()}, beyond int64", where=where, fix="number the classes from 0")
+    else:
+        array = array.astype(np.int64)
+    if array.ndim > 2 or (array.ndim == 2 and array.dtype.kind != "f"):
+        raise DataError(
+            f"has the shape {array.shape} and the type {array.dtype}",
+            where=where,
+            fix="labels are (N,) integers; numbers are floats, (N,) or (N, T)",
+        )
+    return np.ascontiguousarray(array)
+
+
+def _as_float(array: np.ndarray, where: str, keep_float64: bool) -> np.ndarray:
+    wanted = np.float64 if keep_float64 and array.dtype == np.float64 else np.float32
+    with np.errstate(over="ignore"):
+        floats = array.astype(wanted, copy=False)
+    finite = np.isfinite(floats)
+    if not finite.all():
+        place = tuple(int(axis) for axis in np.unravel_index(int(np.argmin(finite)), finite.shape))
+        raise DataError(
+            f"{array[place]} at row {place[0]}{f', position {place[1:]}' if len(place) > 1 else ''}, "
+            f"and {(~finite).sum() - 1:,} more values that {floats.dtype} cannot hold as a number",
+            where=where,
+            fix="fill or drop them in the function",
+        )
+    return floats
+
+
+def _channels_second(images: np.ndarray, are_tensors: bool) -> np.ndarray:
+    second, last = images.shape[1] <= MOST_CHANNELS, images.shape[3] <= MOST_CHANNELS
+    channels_last = last if last != second else not are_tensors
+    return images.transpose(0, 3, 1, 2) if channels_last else images
+
+
+def _check_alike(train: Arrays, test: Arrays, where: str) -> None:
+    for name in ("inputs", "targets"):
+        ours, theirs = getattr(train, name), getattr(test, name)
+        if ours.shape[1:] != theirs.shape[1:] or ours.dtype != theirs.dtype:
+            raise DataError(
+                f"training {name} are {ours.dtype} of shape (N, {str(ours.shape[1:])[1:]}, "
+                f"but test {name} are {theirs.dtype} of shape (N, {str(theirs.shape[1:])[1:]}",
+                where=where,
+                fix="return both of one shape and type",
+            )
+
+
+def _described(value: Any) -> str:
+    size = f" of {len(value)}" if isinstance(value, (tuple, list, dict)) else ""
+    return f"a {type(value).__name__}{size}" if value is not None else "None"

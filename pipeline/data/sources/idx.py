@@ -1,0 +1,108 @@
+"""MNIST and Fashion-MNIST: IDX files in the layout of torchvision, read with NumPy."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from pipeline.data.sources.arrays import Arrays, Source, make_source
+from pipeline.data.sources.download import download
+from pipeline.errors import DataError
+
+Name = Literal["mnist", "fashion_mnist"]
+
+FOLDERS: dict[Name, str] = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
+"""Folders under the root; torchvision's classes have the same names."""
+
+CLASSES: dict[Name, tuple[str, ...]] = {
+    "mnist": tuple("0123456789"),
+    "fashion_mnist": (
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    ),
+}
+
+PARTS = {"train": "train", "test": "t10k"}
+FILES = tuple(f"{part}-{kind}-ubyte" for part in PARTS.values() for kind in ("images-idx3", "labels-idx1"))
+
+UNSIGNED_BYTES = 8
+"""IDX's code for uint8, the third byte of a file; the fourth is the number of axes."""
+
+
+def open_idx(name: Name, root: str) -> Source:
+    """The source from `<root>/<folder>/raw`, as plain files or .gz; downloaded where any is absent.
+
+    Raises
+    ------
+    DataError: files that are damaged, or absent and out of reach.
+    """
+    folder = Path(root).expanduser() / FOLDERS[name] / "raw"
+    if any(_existing(folder / file) is None for file in FILES):
+        _download(name, Path(root).expanduser())
+    parts = {}
+    for part, prefix in PARTS.items():
+        images = read_idx(folder / f"{prefix}-images-idx3-ubyte", axes=3)
+        labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte", axes=1)
+        if len(images) != len(labels):
+            raise DataError(
+                f"{len(images)} images, but {len(labels)} labels", where=str(folder), fix="delete the folder"
+            )
+        parts[part] = Arrays(images, labels.astype(np.int64))
+    return make_source(parts["train"], parts["test"], CLASSES[name])
+
+
+def read_idx(path: Path, axes: int) -> np.ndarray:
+    """One IDX file of unsigned bytes, plain or, where only that is there, as `.gz`: uint8 of `axes` axes.
+
+    Raises
+    ------
+    DataError: absent, not IDX of so many axes, or not as long as its header says.
+    """
+    found = _existing(path)
+    fix = "delete it, and it is downloaded again; or --set data.root=DIR"
+    if found is None:
+        raise DataError("no such file", where=str(path), fix="--set data.root=DIR")
+    try:
+        if found.suffix == ".gz":
+            content = np.frombuffer(bytearray(gzip.decompress(found.read_bytes())), np.uint8)
+        else:
+            content = np.fromfile(found, np.uint8)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot be read: {error}", where=str(found), fix=fix) from error
+    header = 4 + 4 * axes
+    begins = content[:4].tobytes()
+    if len(content) < header or begins != bytes([0, 0, UNSIGNED_BYTES, axes]):
+        raise DataError(
+            f"not an IDX file of bytes with {axes} axes: begins with {begins.hex(' ') or 'nothing'}",
+            where=str(found),
+            fix=fix,
+        )
+    shape = tuple(int(size) for size in content[4:header].view(">u4"))
+    if len(content) != header + math.prod(shape):
+        raise DataError(
+            f"{len(content):,} bytes, but its header says {' x '.join(map(str, shape))}, which makes "
+            f"{header + math.prod(shape):,}",
+            where=str(found),
+            fix=fix,
+        )
+    return content[header:].reshape(shape)
+
+
+def _existing(path: Path) -> Path | None:
+    """The plain file, else its .gz, else None."""
+    packed = path.with_name(path.name + ".gz")
+    return path if path.is_file() else packed if packed.is_file() else None
+
+
+def _download(name: Name, root: Path) -> None:
+    def fetch(folder: str) -> None:
+        from torchvision import datasets  # costs more than all else: only where it is needed
+
+        getattr(datasets, FOLDERS[name])(folder, download=True)
+
+    download(name, root, [f"{FOLDERS[name]}/raw/{file}" for file in FILES], fetch)

@@ -1,0 +1,97 @@
+"""One door to devices: choose one, move to it, wait for it, and make its arithmetic repeatable."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from pipeline.errors import InputError
+
+Precision = Literal["fp64", "fp32", "bf16", "fp16"]
+
+CUBLAS_WORKSPACE = ":4096:8"
+"""What cuBLAS needs for repeatable sums (https://docs.nvidia.com/cuda/cublas/#results-reproducibility)."""
+
+
+def choose(kind: str, local_rank: int = 0) -> torch.device:
+    """The device that a job asks for; `auto` takes cuda, then mps, then cpu.
+
+    Raises
+    ------
+    InputError: a device that is not there.
+    """
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present[kind]:
+        there = ", ".join(name for name, is_there in present.items() if is_there)
+        raise InputError(f"{kind} is not available here", where="scale.device", fix=f"available: {there}; or use auto")
+    return torch.device(kind, local_rank % torch.cuda.device_count()) if kind == "cuda" else torch.device(kind)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The types of one run: parameters and sums in `dtype`, the model's own work in `autocast` where that is set."""
+
+    dtype: torch.dtype
+    autocast: torch.dtype | None
+    scales_loss: bool
+
+    @classmethod
+    def of(cls, precision: Precision, device: torch.device) -> Arithmetic:
+        """The types of a precision.
+
+        Raises
+        ------
+        InputError: fp64 on mps, which has none.
+        """
+        if precision == "fp64" and device.type == "mps":
+            raise InputError("mps has no fp64", where="train.precision", fix="use fp32, or scale.device: cpu")
+        dtype = torch.float64 if precision == "fp64" else torch.float32
+        return cls(dtype, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision), precision == "fp16")
+
+    def context(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """Where the model's forward pass runs; does nothing for fp32 and fp64."""
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, dtype=self.autocast)
+
+
+def make_repeatable(device: torch.device) -> None:
+    """Choose deterministic algorithms. On the CPU, torch's kernels for our models are so anyway."""
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; bf16 is there for who wants it faster
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it. For clocks and the end of a run, never for a step."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def available_cpus() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """What the bits of a result depend on besides the job: recorded with every attempt, compared on resume."""
+    return {
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }

@@ -1,0 +1,87 @@
+"""A model's parameters as one flat vector, and the one vector that the ranks sum in a step.
+
+    exchange = [ gradient (P) | loss, weight, correct, count (4) | stop (1) | floating-point buffers (B) ]
+
+One all-reduce of it carries the gradient, the metrics, the agreement to stop and the batch statistics; the update is
+then one operation on flat vectors, whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import JobError
+from pipeline.learn.task import Sums
+
+SUMS = 4
+"""loss, weight, correct, count."""
+
+
+class FlatModel:
+    """A model on its device, its parameters being views of `values`.
+
+    values: (P,) all trainable parameters, in the order of `model.parameters()`.
+    exchange: (P + 5 + B,) what the ranks sum; B is 0 for a world of one, whose buffers need no averaging.
+    gradient, sums, stop: views of `exchange`; loss, weight, correct, count: scalar views of `sums`.
+
+    Raises
+    ------
+    JobError: a model with nothing to train.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, world_size: int) -> None:
+        self.model = model.to(device, dtype)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise JobError("the model has no trainable parameters", where="model.kind")
+        self.values = torch.cat([p.detach().reshape(-1) for p in self.parameters])
+        self.buffers = [b for b in self.model.buffers() if b.is_floating_point()] if world_size > 1 else []
+        self.exchange = self.values.new_zeros(self._size() + SUMS + 1 + sum(b.numel() for b in self.buffers))
+        self.gradient = self.exchange[: self._size()]
+        self.sums = self.exchange[self._size() : self._size() + SUMS]
+        self.loss, self.weight, self.correct, self.count = self.sums.unbind()
+        self.stop = self.exchange[self._size() + SUMS]
+        self._tail = self.exchange[self._size() + SUMS + 1 :]
+        self.gradients = self._views(self.gradient)
+        """The gradient of each parameter, a view of `gradient` of its shape."""
+        for parameter, view in zip(self.parameters, self._views(self.values), strict=True):
+            parameter.data = view
+
+    def add(self, sums: Sums) -> None:
+        """Add one piece's sums to the exchange vector."""
+        self.loss.add_(sums.loss)
+        self.weight.add_(sums.weight)
+        self.correct.add_(sums.correct)
+
+    def pack_buffers(self, count: int) -> None:
+        """Write the buffers, weighted by this rank's number of samples, where the ranks will sum them.
+
+        An empty share leaves zeros there: a buffer may hold an infinity, such as a mask, and 0 times that is NaN.
+        """
+        if self.buffers and count:
+            torch.cat([b.reshape(-1) for b in self.buffers], out=self._tail)
+            self._tail.mul_(float(count))
+
+    def unpack_buffers(self) -> None:
+        """Take the ranks' average of the buffers, after the sum."""
+        if self.buffers:
+            mean = self._tail / self.count
+            sizes = [b.numel() for b in self.buffers]
+            for buffer, part in zip(self.buffers, mean.split(sizes), strict=True):
+                buffer.copy_(part.view_as(buffer))
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of all tensors of the model on the CPU, by name."""
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take over tensors of the same names and shapes, in place, so that the views stay views."""
+        self.model.load_state_dict(weights, strict=True)
+
+    def _size(self) -> int:
+        return self.values.numel()
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        parts = flat.split([p.numel() for p in self.parameters])
+        return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]

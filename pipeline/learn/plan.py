@@ -1,0 +1,114 @@
+"""The plan of a run: what happens at each step, as pure functions of the job and the number of rows."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from pipeline.job import Job, Phase
+
+MIN_CELL_STEPS = 100
+MAX_CELLS = 128
+"""A run's metric log has about so many files at most."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Steps count from 1; step 0 is the untrained model."""
+
+    job: Job
+    rows: int
+    """Rows of the training split."""
+    max_steps: int | None = None
+    """The flag `--max-steps`."""
+
+    @cached_property
+    def batch_size(self) -> int:
+        """Rows of a full global batch."""
+        wanted = self.job.train.batch_size
+        return self.rows if wanted == "all" else wanted
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        return -(-self.rows // self.batch_size)
+
+    @cached_property
+    def phase_ends(self) -> list[int]:
+        """The last step of each phase."""
+        ends, end = [], 0
+        for phase in self.job.train.phases:
+            end += self.phase_steps(phase)
+            ends.append(end)
+        return ends
+
+    @cached_property
+    def last_step(self) -> int:
+        return min(self.phase_ends[-1], self.max_steps or self.phase_ends[-1])
+
+    @property
+    def cell_steps(self) -> int:
+        """Steps whose rows share a file of the metric log."""
+        return max(MIN_CELL_STEPS, -(-self.phase_ends[-1] // MAX_CELLS))
+
+    def phase_steps(self, phase: Phase) -> int:
+        return phase.steps if phase.steps is not None else (phase.epochs or 0) * self.steps_per_epoch
+
+    def epoch(self, step: int) -> int:
+        """The epoch of a step, from 1; 0 for step 0."""
+        return -(-step // self.steps_per_epoch)
+
+    def ends_epoch(self, step: int) -> bool:
+        return step % self.steps_per_epoch == 0
+
+    def lr(self, step: int) -> float:
+        """The learning rate of a step."""
+        index = bisect.bisect_left(self.phase_ends, step)
+        phase = self.job.train.phases[index]
+        position = step - 1 - (self.phase_ends[index - 1] if index else 0)
+        return phase_lr(phase, position, self.phase_steps(phase), self.steps_per_epoch)
+
+    def resets_optimizer_before(self, step: int) -> bool:
+        """Whether a phase that begins with this step forgets momentum and moments."""
+        if step - 1 not in self.phase_ends[:-1]:
+            return False
+        return self.job.train.phases[self.phase_ends.index(step - 1) + 1].optimizer_state == "reset"
+
+    def evaluates_after(self, step: int) -> bool:
+        when = self.job.evaluate
+        return step == self.last_step or self._due(step, when.every_epochs, when.every_steps)
+
+    def saves_after(self, step: int) -> bool:
+        when = self.job.checkpoint
+        return step == self.last_step or self._due(step, when.every_epochs, when.every_steps)
+
+    def _due(self, step: int, every_epochs: int | None, every_steps: int | None) -> bool:
+        if every_steps is not None:
+            return step % every_steps == 0
+        return self.ends_epoch(step) and self.epoch(step) % (every_epochs or 1) == 0
+
+
+def phase_lr(phase: Phase, position: int, length: int, steps_per_epoch: int) -> float:
+    """The learning rate at a position (from 0) of a phase of `length` steps.
+
+    cosine: Loshchilov and Hutter, SGDR, equation 5 without restarts. one_cycle: Smith and Topin, Super-Convergence, in
+    the two-phase cosine form of torch.optim.lr_scheduler.OneCycleLR, which it equals.
+    """
+    if position < phase.warmup_steps:
+        return phase.lr * (position + 1) / phase.warmup_steps
+    done, left = position - phase.warmup_steps, max(length - phase.warmup_steps, 1)
+    if phase.schedule == "step":
+        return phase.lr * phase.factor ** (position // (phase.every_epochs * steps_per_epoch))
+    if phase.schedule == "cosine":
+        return _cosine(phase.lr, 0.0, done / left)
+    if phase.schedule == "one_cycle":
+        low, lowest, peak = phase.lr / 25, phase.lr / 25 / 1e4, 0.3 * left - 1
+        if done <= peak:
+            return _cosine(low, phase.lr, done / peak)
+        return _cosine(phase.lr, lowest, (done - peak) / max(left - 1 - peak, 1e-12))
+    return phase.lr
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * min(share, 1.0)))

@@ -1,0 +1,115 @@
+"""Per-step sums, kept on the device until they are flushed: logging a step never waits for it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.learn.flat import SUMS
+
+CAPACITY = 512
+"""Steps between two flushes at the most."""
+FLUSH_S = 0.25
+"""Seconds between two flushes on a device whose values the host can read at once."""
+
+Rows = dict[str, "np.ndarray[tuple[int], np.dtype[np.float64 | np.int64]]"]
+"""Columns of consecutive steps: epoch, step, loss, correct, lr, samples, seconds, time (unix seconds, UTC)."""
+
+
+@dataclass
+class _Block:
+    sums: Tensor | None
+    """(CAPACITY, SUMS) on the device, or None where the host reads each step's sums at once."""
+    values: list[list[float]] = field(default_factory=list)
+    steps: list[tuple[int, int, float, float]] = field(default_factory=list)
+    ready: torch.cuda.Event | None = None
+
+
+class StepLog:
+    """Collects one row a step and hands over blocks of rows.
+
+    On CUDA a full block starts its copy to the host and is handed over when the next one is full, or at `flush`. On the
+    CPU a loss that is not finite is handed over in its own step, which is the same one on all ranks.
+    """
+
+    def __init__(self, flat_sums: Tensor, hand_over: Callable[[Rows], None]) -> None:
+        self._sums = flat_sums
+        self._hand_over = hand_over
+        self._on_cuda = flat_sums.device.type == "cuda"
+        self._immediate = flat_sums.device.type == "cpu"
+        self._block = self._new_block()
+        self._copying: list[_Block] = []
+        self._utc = time.time() - time.perf_counter()
+        self._last = self._flushed = time.perf_counter()
+
+    def resume_clock(self) -> None:
+        """Start the next step's seconds here: what was in between (an evaluation) is not the step's."""
+        self._last = time.perf_counter()
+
+    def record(self, epoch: int, step: int, lr: float) -> None:
+        """Note the step whose sums stand in the exchange vector now."""
+        block, is_urgent = self._block, False
+        now = time.perf_counter()
+        if block.sums is None:
+            sums = self._sums.tolist()
+            block.values.append(sums)
+            is_urgent = now - self._flushed > FLUSH_S or not math.isfinite(sums[0])
+        else:
+            block.sums[len(block.steps)].copy_(self._sums)
+        block.steps.append((epoch, step, lr, now))
+        if is_urgent or len(block.steps) == CAPACITY:
+            self._rotate()
+
+    def flush(self) -> None:
+        """Hand over all rows recorded until now. Waits for the device."""
+        self._rotate()
+        while self._copying:
+            self._hand_over(self._rows(self._copying.pop(0)))
+
+    def _new_block(self) -> _Block:
+        return _Block(None if self._immediate else self._sums.new_empty((CAPACITY, SUMS)))
+
+    def _rotate(self) -> None:
+        """Start the copy of the block in hand, hand over the one before it, and begin another."""
+        self._flushed = time.perf_counter()
+        while self._copying:
+            self._hand_over(self._rows(self._copying.pop(0)))
+        block = self._block
+        if not block.steps:
+            return
+        if self._on_cuda and block.sums is not None:
+            host = torch.empty((len(block.steps), SUMS), dtype=block.sums.dtype, pin_memory=True)
+            block.sums = host.copy_(block.sums[: len(block.steps)], non_blocking=True)
+            block.ready = torch.cuda.Event()
+            block.ready.record()
+        self._copying.append(block)
+        self._block = self._new_block()
+        if self._immediate:
+            self._hand_over(self._rows(self._copying.pop(0)))
+
+    def _rows(self, block: _Block) -> Rows:
+        if block.ready is not None:
+            block.ready.synchronize()
+        on_host = block.values if block.sums is None else block.sums[: len(block.steps)].tolist()
+        sums = np.array(on_host, dtype=np.float64)
+        epochs, steps, rates, moments = (np.array(column) for column in zip(*block.steps, strict=True))
+        seconds = np.diff(moments, prepend=self._last)
+        self._last = float(moments[-1])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            loss = sums[:, 0] / sums[:, 1]
+        return {
+            "epoch": epochs,
+            "step": steps,
+            "loss": loss,
+            "correct": sums[:, 2],
+            "lr": rates,
+            "samples": sums[:, 3].astype(np.int64),
+            "seconds": seconds,
+            "time": moments + self._utc,
+        }

@@ -1,0 +1,267 @@
+"""Fit and evaluate: the training loop. It knows tensors, a trainee, a plan, an iterator of device batches, and a
+recorder that it hands values to; it knows no Ray, no files and no terminal.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import NotFiniteError
+from pipeline.learn.plan import Plan
+from pipeline.learn.step_log import Rows, StepLog
+from pipeline.learn.trainee import Trainee
+
+
+class Batch(Protocol):
+    """This rank's share of a global batch, on the device."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def inputs(self) -> Tensor: ...
+    @property
+    def targets(self) -> Tensor: ...
+
+
+class Surroundings(Protocol):
+    """What the loop needs to know of where it runs."""
+
+    rank: int
+    world_size: int
+
+    def reduce(self, vector: Tensor) -> None:
+        """Sum over the ranks, in place."""
+
+    def stop_signal(self) -> int:
+        """The signal that asks this rank to stop, or 0."""
+
+
+class Recorder(Protocol):
+    """Where values go. None of its calls waits for storage."""
+
+    def steps(self, rows: Rows) -> None: ...
+    def evaluation(self, row: Mapping[str, Any]) -> None: ...
+    def evaluated(self, position: Position) -> None:
+        """All splits are evaluated at this step; where it is `best_step`, the parameters now are the best."""
+
+    def wants(self, step: int, due: bool) -> bool:
+        """Whether to save now; a due save may wait for its turn."""
+
+    def save(self, position: Position, end: bool) -> None: ...
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run is: plain values, stored in every checkpoint."""
+
+    step: int = 0
+    best_step: int | None = None
+    best_value: float | None = None
+    evaluations_since_best: int = 0
+    metrics: Mapping[str, float] | None = None
+    """The latest evaluation as `val/loss`, ...: what is finite of it."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def after_evaluation(self, step: int, metrics: Mapping[str, float], plan: Plan) -> Position:
+        """The position after an evaluation; the best is the earliest of equals, and step 0 is no candidate."""
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        after, best = replace(self, step=step, metrics=finite), plan.job.best
+        if step == 0 or best.metric not in metrics:
+            return after
+        value, sign = finite.get(best.metric), 1 if best.mode == "min" else -1
+        if value is not None and (self.best_value is None or sign * value < sign * self.best_value):
+            return replace(after, best_step=step, best_value=value, evaluations_since_best=0)
+        return replace(after, evaluations_since_best=self.evaluations_since_best + 1)
+
+    def patience_is_used_up(self, plan: Plan) -> bool:
+        patience = plan.job.best.patience
+        return patience is not None and self.evaluations_since_best >= patience
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What earlier attempts of the run have settled about its end."""
+
+    ended_at: int | None = None
+    """The step of an end that is on record; it binds."""
+    highest_step: int = 0
+    """No early stop below this one."""
+
+    def ends(self, position: Position, plan: Plan) -> bool:
+        """Whether the run ends here, after an evaluation."""
+        if self.ended_at is not None:
+            return position.step >= self.ended_at
+        early = position.patience_is_used_up(plan) and position.step >= self.highest_step
+        return early or position.step >= plan.last_step
+
+
+SIGTERM_UNIT = 1024.0
+"""What a rank adds to the stop element for SIGTERM; 1 for SIGINT. The sum over the ranks tells both apart."""
+
+VOTE_LAG = 4
+"""On CUDA the ranks act on the stop element of so many steps ago: its copy to the host has long arrived by then."""
+
+
+def fit(
+    trainee: Trainee,
+    plan: Plan,
+    batches: Iterable[Batch],
+    splits: Mapping[str, Iterable[tuple[Tensor, Tensor]]],
+    recorder: Recorder,
+    around: Surroundings,
+    position: Position,
+    bounds: Bounds,
+) -> tuple[Position, int]:
+    """Train from a position to the end of the plan, or until a signal asks to stop.
+
+    Parameters
+    ----------
+    batches: this rank's shares of the global batches from `position.step + 1` on.
+    splits: for each split to evaluate, this rank's share of its rows in blocks (inputs, targets).
+
+    Returns
+    -------
+    The last position, and the signal that ended it early or 0.
+
+    Raises
+    ------
+    NotFiniteError: a loss that is NaN or infinite.
+    """
+    log, votes = StepLog(trainee.flat.sums, recorder.steps), _Votes(trainee, around)
+    if position.step == 0:
+        position = _evaluate_all(trainee, plan, splits, recorder, around, position, 0)
+        log.resume_clock()
+    for batch in batches:
+        step = batch.step
+        if plan.resets_optimizer_before(step):
+            trainee.optimizer.reset()
+        trainee.gradient(step, batch.inputs, batch.targets)
+        stop_signal = votes.sum_over_ranks()
+        log.record(plan.epoch(step), step, lr := plan.lr(step))
+        trainee.update(lr)
+
+        evaluates = plan.evaluates_after(step) or step == bounds.ended_at
+        if evaluates:
+            log.flush()
+            position = _evaluate_all(trainee, plan, splits, recorder, around, position, step)
+        ends = evaluates and bounds.ends(position, plan)
+        if ends or stop_signal or recorder.wants(step, plan.saves_after(step)):
+            log.flush()
+            position = replace(position, step=step)
+            recorder.save(position, ends)
+        if ends:
+            return position, 0
+        if stop_signal:
+            return position, stop_signal
+        if evaluates:
+            log.resume_clock()
+    raise AssertionError("the batches ended before the run did")
+
+
+def evaluate(trainee: Trainee, blocks: Iterable[tuple[Tensor, Tensor]], around: Surroundings) -> dict[str, float]:
+    """Exact metrics of the model as it is: every row of the split once, sums over all ranks in float64.
+
+    Returns
+    -------
+    loss (weighted mean), accuracy and correct (NaN where a task has none), samples.
+    """
+    summed_on = "cpu" if trainee.device.type == "mps" else trainee.device
+    sums, samples = torch.zeros(3, dtype=torch.float64, device=summed_on), 0
+    for inputs, targets in blocks:
+        with torch.inference_mode():
+            sums += trainee.task.exact_sums(trainee.outputs(inputs), targets)
+        samples += len(targets)
+    total = torch.tensor([*sums.tolist(), float(samples)], dtype=torch.float64)
+    if around.world_size > 1:
+        total = total.to(summed_on)
+        around.reduce(total)
+    loss, weight, correct, count = total.tolist()
+    return {
+        "loss": loss / weight if weight else math.nan,
+        "accuracy": correct / count if count else math.nan,
+        "correct": correct,
+        "samples": int(count),
+    }
+
+
+def _evaluate_all(
+    trainee: Trainee,
+    plan: Plan,
+    splits: Mapping[str, Iterable[tuple[Tensor, Tensor]]],
+    recorder: Recorder,
+    around: Surroundings,
+    position: Position,
+    step: int,
+) -> Position:
+    metrics: dict[str, float] = {}
+    for split, blocks in splits.items():
+        start = time.perf_counter()
+        result = evaluate(trainee, blocks, around)
+        row = {"epoch": plan.epoch(step), "step": step, "split": split, **result}
+        recorder.evaluation({**row, "seconds": time.perf_counter() - start, "time": time.time()})
+        metrics |= {f"{split}/{name}": result[name] for name in ("loss", "accuracy", "correct")}
+    after = position.after_evaluation(step, metrics, plan)
+    recorder.evaluated(after)
+    return after
+
+
+class _Votes:
+    """The one sum of a step, and with it the ranks' agreement to stop: all learn the same signal at the same step."""
+
+    def __init__(self, trainee: Trainee, around: Surroundings) -> None:
+        self._flat = trainee.flat
+        self._around = around
+        self._on_cuda = trainee.device.type == "cuda"
+        self._under_way: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+
+    def sum_over_ranks(self) -> int:
+        """Sum the exchange vector over all ranks; returns the signal to stop, or 0."""
+        signal_here = self._around.stop_signal()
+        if self._around.world_size == 1:
+            return signal_here
+        if signal_here:
+            self._flat.stop.fill_(SIGTERM_UNIT if signal_here == signal.SIGTERM else 1.0)
+        self._around.reduce(self._flat.exchange)
+        stop = self._lagged() if self._on_cuda else float(self._flat.stop)
+        return 0 if stop == 0 else int(signal.SIGTERM if stop >= SIGTERM_UNIT else signal.SIGINT)
+
+    def _lagged(self) -> float:
+        host = torch.empty((), dtype=self._flat.stop.dtype, pin_memory=True).copy_(self._flat.stop, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._under_way.append((host, arrived))
+        if len(self._under_way) <= VOTE_LAG:
+            return 0.0
+        oldest, event = self._under_way.popleft()
+        event.synchronize()
+        return float(oldest)
+
+
+def check_finite(rows: Rows, last_good: str) -> None:
+    """Look for a loss that is NaN or infinite.
+
+    Raises
+    ------
+    NotFiniteError: names the first such step, its learning rate, and the last good checkpoint.
+    """
+    finite = np.isfinite(rows["loss"])
+    if not finite.all():
+        first = int(np.argmin(finite))
+        step, lr, loss = int(rows["step"][first]), float(rows["lr"][first]), float(rows["loss"][first])
+        raise NotFiniteError(
+            f"the loss is {loss} at step {step}, with learning rate {lr:g}",
+            where=f"step {step}",
+            fix=f"lower the learning rate or set train.clip_norm; last good checkpoint: {last_good}",
+        )

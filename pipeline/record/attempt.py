@@ -1,0 +1,254 @@
+"""Attempts: taking a run over, and proving that nobody else writes it."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from pipeline.errors import BusyError, SupersededError
+from pipeline.record import decisions, lock
+from pipeline.record.checkpoint import Base, first_valid
+from pipeline.record.entries import Claim, Entry, Pair
+from pipeline.record.heartbeat import INTERVALS_OF_SILENCE, Heartbeat, interval, read_beat
+from pipeline.record.run import Run
+from pipeline.record.values import now, seconds_since
+
+LOOKS_AN_INTERVAL = 5
+"""How often a watched heartbeat is read."""
+
+
+@dataclass
+class Attempt:
+    """One life of a run, from its claim on. Only rank 0 has one."""
+
+    run: Run
+    number: int
+    nonce: str
+    entries: list[Entry]
+    """The journal up to this attempt's own last entry."""
+    base: Base | None = None
+    """The checkpoint to go on from; None: begin at step 0."""
+    kept: tuple[Pair, ...] = ()
+    """What the commit before the next one kept and this attempt still counts on, newest first."""
+    damaged: list[str] = field(default_factory=list)
+    """Checkpoints that the journal names but that are not sound, for a message to the user."""
+    heartbeat: Heartbeat | None = None
+    lock: lock.ProcessLock | None = None
+
+    @property
+    def ended_at(self) -> int | None:
+        """The step of an end that binds this attempt."""
+        return decisions.ended_at(self.entries)
+
+    @property
+    def highest_step(self) -> int:
+        """The journal's highest committed step; no early stop below it."""
+        return decisions.highest_step(self.entries)
+
+    @property
+    def previous_facts(self) -> Mapping[str, Any]:
+        """What the attempt before this one said of its surroundings; empty for the first."""
+        claims = [entry for entry in self.entries if isinstance(entry, Claim)]
+        return claims[-2].facts if len(claims) > 1 else {}
+
+    def append(self, entry: Entry) -> None:
+        """Create this attempt's next entry.
+
+        Raises
+        ------
+        SupersededError: another attempt took the number; from here on this one writes nothing.
+        """
+        while not self.run.journal.append(entry):
+            taken = self.run.journal.read()[entry.number - 1]
+            if taken.nonce != self.nonce:
+                raise SupersededError(
+                    f"attempt {self.number} was taken for dead, and a later one has taken over",
+                    where=self.run.url,
+                    fix="nothing is lost; `trainyard show` says how the run stands",
+                )
+            # An earlier entry of this attempt, given up when storage was away, did arrive.
+            self.entries.append(taken)
+            entry = replace(entry, number=entry.number + 1)
+        self.entries.append(entry)
+
+    def common(self) -> dict[str, Any]:
+        """What this attempt's next entry has in common with all others."""
+        return {"number": len(self.entries) + 1, "nonce": self.nonce, "time": now(), "attempt": self.number}
+
+    def beat(self, step: int, loss: float | None) -> None:
+        """What the next heartbeat says. Costs nothing."""
+        if self.heartbeat is not None:
+            self.heartbeat.set(step, loss)
+
+    def close(self) -> None:
+        """Stop the heartbeat and let go of the lock."""
+        if self.heartbeat is not None:
+            self.heartbeat.stop()
+        if self.lock is not None:
+            self.lock.release(remove=decisions.is_over(self.entries))
+
+
+def claim(
+    run: Run,
+    *,
+    driver: str,
+    facts: Mapping[str, Any],
+    dead: int | None = None,
+    on_watch: Callable[[str], None] | None = None,
+) -> Attempt:
+    """Take a run over: at once if nobody writes it for certain, else after watching its heartbeat in vain.
+
+    Parameters
+    ----------
+    driver: nonce of the driving process.
+    facts: host, pid, world size, versions, ...; stored with the claim.
+    dead: number of an attempt of this driver's that it has proven dead itself.
+    on_watch: takes one line where it comes to watching.
+
+    Raises
+    ------
+    BusyError: another process writes the run, or was quicker.
+    """
+    nonce = secrets.token_hex(16)
+    interval_s = interval()
+    try:
+        own_lock = lock.ProcessLock(nonce)  # held before the claim can be seen, so that a free one is proof
+    except OSError:
+        own_lock = None  # without a temporary folder others have to watch instead
+    attempt: Attempt | None = None
+    try:
+        template = Claim(
+            number=0,
+            nonce=nonce,
+            time="",
+            attempt=0,
+            driver=driver,
+            boot=lock.boot() if own_lock is not None else "",
+            lock=own_lock.path if own_lock is not None else "",
+            interval_s=interval_s,
+            facts=dict(facts),
+        )
+        attempt = take(run, template, dead, on_watch)
+        attempt.lock = own_lock
+        attempt.heartbeat = Heartbeat(run.storage, attempt.number, interval_s)
+        attempt.heartbeat.start()
+        choose_base(attempt)
+        attempt.beat(attempt.base.step if attempt.base is not None else 0, None)
+        run.storage.sweep()
+    except BaseException as error:
+        if attempt is not None:
+            attempt.close()
+        elif own_lock is not None:
+            # Only who was refused for certain has no claim that needs the proof.
+            own_lock.release(remove=isinstance(error, BusyError))
+        raise
+    return attempt
+
+
+def take(run: Run, template: Claim, dead: int | None = None, on_watch: Callable[[str], None] | None = None) -> Attempt:
+    """Append a claim like `template` to the journal, once that is allowed. The attempt has no base yet.
+
+    Raises
+    ------
+    BusyError: another process writes the run, or was quicker.
+    """
+    while True:
+        entries = run.journal.read()
+        last = decisions.last_claim(entries)
+        if last is not None and not decisions.is_over(entries) and not _is_proven_dead(last, template.driver, dead):
+            _watch(run, last, template.interval_s, on_watch or (lambda _line: None))
+        attempt = (last.attempt if last is not None else 0) + 1
+        own = replace(template, number=len(entries) + 1, time=now(), attempt=attempt)
+        if run.journal.append(own):
+            if last is not None:
+                lock.forget(last)
+            return Attempt(run, attempt, own.nonce, [*entries, own])
+        winner = run.journal.read()[len(entries)]
+        if isinstance(winner, Claim):
+            raise _busy(run, winner, "has just taken over this run")
+        # A commit or leave of the older attempt took the number. It lives, or did until now: look again.
+
+
+def choose_base(attempt: Attempt) -> None:
+    """Choose what to go on from: the first sound one of what the newest commit keeps.
+
+    Only ever after the claim: from then on no older attempt can commit, so no later one is overlooked.
+    """
+    commit = decisions.newest_commit(attempt.entries)
+    if commit is None:
+        return
+    attempt.base, attempt.damaged = first_valid(attempt.run, commit.kept)
+    attempt.kept = decisions.remaining(commit.kept, attempt.base.name) if attempt.base is not None else ()
+
+
+def peek(run: Run, driver: str = "") -> Literal["free", "finished", "busy", "unproven"]:
+    """Whether a claim would succeed, without writing or waiting.
+
+    free: yes. finished: the newest commit is the end (what follows from it may be missing). busy: a process of this
+    machine holds the run, and its heart beats. unproven: only watching will tell.
+    """
+    if not run.exists():
+        return "free"
+    entries = run.journal.read()
+    commit = decisions.newest_commit(entries)
+    if commit is not None and commit.end:
+        return "finished"
+    last = decisions.last_claim(entries)
+    if last is None or decisions.is_over(entries) or (driver and last.driver == driver):
+        return "free"
+    held = lock.is_held(last)
+    if held is False:
+        return "free"
+    return "busy" if held and _beats(run, last) else "unproven"
+
+
+def _is_proven_dead(last: Claim, driver: str, dead: int | None) -> bool:
+    return (dead == last.attempt and last.driver == driver) or lock.is_held(last) is False
+
+
+def _watch(run: Run, last: Claim, own_interval_s: float, on_watch: Callable[[str], None]) -> None:
+    """Watch a heartbeat for three intervals of this machine's own clock.
+
+    Raises
+    ------
+    BusyError: it changes, or a process of this machine holds the run and its heart beats.
+    """
+    if lock.is_held(last) and _beats(run, last):
+        raise _busy(run, last, "is writing this run")
+    seen, _ = read_beat(run.storage, last.attempt)
+    interval_s = max(own_interval_s, last.interval_s)
+    limit_s = INTERVALS_OF_SILENCE * interval_s
+    on_watch(f"attempt {last.attempt} {_place(last)} may still be writing: watching its heartbeat for {limit_s:.0f} s")
+    began = time.monotonic()
+    while time.monotonic() - began < limit_s:
+        time.sleep(interval_s / LOOKS_AN_INTERVAL)
+        if read_beat(run.storage, last.attempt)[0] != seen:
+            raise _busy(run, last, "is writing this run")
+        if lock.is_held(last) is False:
+            return
+
+
+def _beats(run: Run, last: Claim) -> bool:
+    """Whether the heartbeat of a process of this machine is young, by the clock that both share."""
+    beat = read_beat(run.storage, last.attempt)[1]
+    moment = beat.time if beat is not None else last.time
+    return abs(seconds_since(moment)) < INTERVALS_OF_SILENCE * last.interval_s
+
+
+def _busy(run: Run, other: Claim, does: str) -> BusyError:
+    beat = read_beat(run.storage, other.attempt)[1]
+    age = f"; its last heartbeat is {max(0.0, seconds_since(beat.time)):.0f} s old, at step {beat.step}" if beat else ""
+    return BusyError(
+        f"attempt {other.attempt} {_place(other)} {does}{age}",
+        where=run.url,
+        fix="wait for it, or end that process; then run the same command again",
+    )
+
+
+def _place(claim: Claim) -> str:
+    host, pid = claim.facts.get("host"), claim.facts.get("pid")
+    words = [f"on {host}" if host else "", f"(process {pid})" if pid else ""]
+    return " ".join(word for word in words if word) or "elsewhere"

@@ -1,0 +1,280 @@
+"""The metric log: rows as Parquet tables, cut into cells of a fixed number of steps."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+Kind = Literal["float64", "int64", "string", "bool"]
+_TYPES = {"float64": pa.float64(), "int64": pa.int64(), "string": pa.string(), "bool": pa.bool_()}
+_TIME = pa.timestamp("us", tz="UTC")
+_LEAD = [("run", pa.string()), ("attempt", pa.int64()), ("epoch", pa.int64()), ("step", pa.int64())]
+_STEPS = [
+    *_LEAD,
+    ("loss", pa.float64()),
+    ("correct", pa.int64()),
+    ("lr", pa.float64()),
+    ("samples", pa.int64()),
+    ("seconds", pa.float64()),
+    ("time", _TIME),
+]
+_EVALUATIONS = [
+    *_LEAD,
+    ("split", pa.string()),
+    ("loss", pa.float64()),
+    ("accuracy", pa.float64()),
+    ("correct", pa.int64()),
+    ("samples", pa.int64()),
+    ("seconds", pa.float64()),
+    ("time", _TIME),
+]
+_WHICH = "table"
+"""The column of rows.parquet that tells rows of steps from rows of evaluations."""
+
+StepBlock = Mapping[str, np.ndarray[Any, Any]]
+"""Consecutive steps: one array a column, `time` in seconds since 1970. A missing column, or NaN in one of whole
+numbers, is null."""
+EvaluationRow = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What is logged besides the columns that every run has, as name to type; fixed at a run's birth."""
+
+    steps: Mapping[str, Kind] = field(default_factory=dict)
+    evaluations: Mapping[str, Kind] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.steps.keys() & self.evaluations.keys():
+            if self.steps[name] != self.evaluations[name]:
+                raise ValueError(f"the column {name!r} must have one type in both tables")
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> Columns:
+        """Those that a run's birth recorded as `columns`; none without it."""
+        tree = facts.get("columns") or {}
+        return cls(tree.get("steps", {}), tree.get("evaluations", {}))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a birth's `columns`."""
+        return {"steps": dict(self.steps), "evaluations": dict(self.evaluations)}
+
+    def step_schema(self) -> pa.Schema:
+        """Columns of `metrics/steps`."""
+        return pa.schema([*_STEPS, *((name, _TYPES[kind]) for name, kind in self.steps.items())])
+
+    def evaluation_schema(self) -> pa.Schema:
+        """Columns of `metrics/evals`."""
+        return pa.schema([*_EVALUATIONS, *((name, _TYPES[kind]) for name, kind in self.evaluations.items())])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The rows of one stretch of steps, and whether more of them will come."""
+
+    index: int
+    steps: pa.Table
+    evaluations: pa.Table
+
+    @property
+    def name(self) -> str:
+        """Name of its file in both folders."""
+        return f"{self.index:06d}.parquet"
+
+
+class Rows:
+    """Rows that no complete cell in storage holds yet, from the first step of a cell on.
+
+    Parameters
+    ----------
+    run, attempt: values of those columns, for the rows that are added.
+    cell_steps: steps of a cell, fixed at the run's birth.
+    """
+
+    def __init__(self, run: str, attempt: int, cell_steps: int, columns: Columns) -> None:
+        self._run = run
+        self._attempt = attempt
+        self._cell_steps = cell_steps
+        self._step_schema = columns.step_schema()
+        self._evaluation_schema = columns.evaluation_schema()
+        self.first_cell = 0
+        self.steps = self._step_schema.empty_table()
+        self.evaluations = self._evaluation_schema.empty_table()
+
+    def load(self, data: bytes, first_cell: int) -> None:
+        """Begin with the rows of a checkpoint, in place of none."""
+        table = pq.read_table(io.BytesIO(data))
+        is_step = table[_WHICH].to_numpy() == "steps"
+        self.steps = table.filter(pa.array(is_step)).select(self._step_schema.names).cast(self._step_schema)
+        self.evaluations = (
+            table.filter(pa.array(~is_step)).select(self._evaluation_schema.names).cast(self._evaluation_schema)
+        )
+        self.first_cell = first_cell
+
+    def add(self, blocks: Sequence[StepBlock], evaluations: Sequence[EvaluationRow]) -> None:
+        """Take further rows.
+
+        Raises
+        ------
+        ValueError: a column that the run does not have.
+        """
+        if blocks:
+            self.steps = pa.concat_tables([self.steps, self._step_table(blocks)])
+        if evaluations:
+            self.evaluations = pa.concat_tables([self.evaluations, self._evaluation_table(evaluations)])
+
+    def check(self, step: int) -> None:
+        """Every step up to `step` must be there once, in order, and no evaluation of another.
+
+        Raises
+        ------
+        ValueError: otherwise.
+        """
+        first = self.first_cell * self._cell_steps + 1
+        steps = self.steps["step"].to_numpy()
+        if not np.array_equal(steps, np.arange(first, step + 1)):
+            raise ValueError(f"a commit at step {step} needs every row from step {first} on, once and in order")
+        at = self.evaluations["step"].to_numpy()
+        if len(at) and (np.any(np.diff(at) < 0) or at[-1] > step or at[0] < (first if first > 1 else 0)):
+            raise ValueError(f"evaluations must come in order, from step {first} to {step}")
+
+    def pack(self) -> bytes:
+        """`rows.parquet`: both tables in one, told apart by the column `table`."""
+        both = pa.concat_tables(
+            [
+                self.steps.append_column(_WHICH, pa.array(["steps"] * len(self.steps), pa.string())),
+                self.evaluations.append_column(_WHICH, pa.array(["evals"] * len(self.evaluations), pa.string())),
+            ],
+            promote_options="default",
+        )
+        return encode(both)
+
+    def cells(self, step: int, *, end: bool) -> Iterator[Cell]:
+        """Cells that a commit at `step` completes, ascending; at the end the incomplete last one too."""
+        count = max(1, -(-step // self._cell_steps)) if end else step // self._cell_steps
+        at = self.evaluations["step"].to_numpy()
+        for index in range(self.first_cell, count):
+            first = index * self._cell_steps + 1
+            begin, stop = np.searchsorted(at, [first if index else 0, first + self._cell_steps])
+            offset = first - self.first_cell * self._cell_steps - 1
+            yield Cell(
+                index,
+                self.steps.slice(offset, self._cell_steps),
+                self.evaluations.slice(int(begin), int(stop - begin)),
+            )
+
+    def drop(self, step: int) -> None:
+        """Forget the complete cells up to `step`: they are in storage."""
+        first_cell = max(self.first_cell, step // self._cell_steps)
+        offset = (first_cell - self.first_cell) * self._cell_steps
+        at = self.evaluations["step"].to_numpy()
+        begin = int(np.searchsorted(at, first_cell * self._cell_steps + 1)) if first_cell else 0
+        # Copies, for a slice would hold on to all the rows that it was cut from.
+        self.steps = _copied(self.steps.slice(offset))
+        self.evaluations = _copied(self.evaluations.slice(begin))
+        self.first_cell = first_cell
+
+    def first_not_finite(self) -> dict[str, Any] | None:
+        """The first row whose loss is NaN or infinite."""
+        for table in (self.steps, self.evaluations):
+            bad = np.flatnonzero(~np.isfinite(table["loss"].fill_null(0.0).to_numpy()))
+            if len(bad):
+                row: dict[str, Any] = table.slice(int(bad[0]), 1).to_pylist()[0]
+                return {**row, "time": row["time"].isoformat() if row["time"] is not None else None}
+        return None
+
+    def learning_rate(self) -> float | None:
+        """That of the last step."""
+        return float(self.steps["lr"][-1].as_py()) if len(self.steps) else None
+
+    def _step_table(self, blocks: Sequence[StepBlock]) -> pa.Table:
+        own = {"run", "attempt"}
+        for block in blocks:
+            _check_names(block, own, self._step_schema)
+        lengths = [len(block["step"]) for block in blocks]
+        columns = []
+        for schema_field in self._step_schema:
+            parts = [block.get(schema_field.name) for block in blocks]
+            if schema_field.name in own:
+                value = self._run if schema_field.name == "run" else self._attempt
+                columns.append(pa.repeat(pa.scalar(value, schema_field.type), sum(lengths)))
+            elif any(part is None for part in parts):
+                columns.append(
+                    pa.chunked_array(
+                        [
+                            pa.nulls(length, schema_field.type) if part is None else _array(part, schema_field.type)
+                            for part, length in zip(parts, lengths, strict=True)
+                        ],
+                        schema_field.type,
+                    )
+                )
+            else:
+                columns.append(_array(np.concatenate([part for part in parts if part is not None]), schema_field.type))
+        return pa.table(columns, schema=self._step_schema)
+
+    def _evaluation_table(self, rows: Sequence[EvaluationRow]) -> pa.Table:
+        own = {"run", "attempt"}
+        for row in rows:
+            _check_names(row, own, self._evaluation_schema)
+        columns = []
+        for schema_field in self._evaluation_schema:
+            name = schema_field.name
+            fixed: dict[str, Any] = {"run": self._run, "attempt": self._attempt}
+            values = [fixed.get(name, row.get(name)) for row in rows]
+            if pa.types.is_integer(schema_field.type) or pa.types.is_timestamp(schema_field.type):
+                floats = [np.nan if value is None else float(value) for value in values]
+                columns.append(_array(np.array(floats), schema_field.type))
+            else:
+                # A task without accuracy gives NaN, which readers would average.
+                columns.append(pa.array(values, schema_field.type, from_pandas=name == "accuracy"))
+        return pa.table(columns, schema=self._evaluation_schema)
+
+
+def encode(table: pa.Table) -> bytes:
+    """A Parquet file, small and readable by all: 2 to 5 bytes a row. The same table gives the same bytes."""
+    dictionary = [one.name for one in table.schema if pa.types.is_string(one.type)]
+    encodings = {
+        one.name: "BYTE_STREAM_SPLIT" if pa.types.is_floating(one.type) else "DELTA_BINARY_PACKED"
+        for one in table.schema
+        if one.name not in dictionary and not pa.types.is_boolean(one.type)
+    }
+    buffer = io.BytesIO()
+    pq.write_table(
+        table,
+        buffer,
+        compression="zstd",
+        use_dictionary=dictionary,
+        column_encoding=encodings,
+        row_group_size=10_000,
+        write_statistics=["step", "epoch", "loss"],
+    )
+    return buffer.getvalue()
+
+
+def _array(values: np.ndarray[Any, Any], kind: pa.DataType) -> pa.Array:
+    if pa.types.is_timestamp(kind):
+        missing = np.isnan(values)
+        whole = np.rint(np.where(missing, 0.0, values) * 1e6).astype(np.int64)
+        return pa.array(whole, pa.int64(), mask=missing).cast(kind)
+    if pa.types.is_integer(kind) and np.issubdtype(values.dtype, np.floating):
+        missing = np.isnan(values)
+        return pa.array(np.rint(np.where(missing, 0.0, values)).astype(np.int64), kind, mask=missing)
+    return pa.array(values, kind)
+
+
+def _check_names(row: Mapping[str, Any], own: set[str], schema: pa.Schema) -> None:
+    unknown = row.keys() - set(schema.names) | row.keys() & own
+    if unknown:
+        raise ValueError(f"no such columns were fixed at the run's birth: {', '.join(sorted(unknown))}")
+
+
+def _copied(table: pa.Table) -> pa.Table:
+    return pa.table({name: table[name].combine_chunks() for name in table.column_names}, schema=table.schema).take(
+        pa.array(np.arange(len(table)))
+    )

@@ -1,0 +1,212 @@
+"""Checkpoints as they are read: nothing in one counts but what its manifest vouches for."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import StorageError
+from pipeline.record import decisions
+from pipeline.record.entries import BestSoFar, Pair, parse_best
+from pipeline.record.run import Run
+from pipeline.record.saving import FOLDER, FORMAT, MANIFEST, PREPROCESS, ROWS, STATE, WEIGHTS, digest_of
+from pipeline.record.values import from_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Base", "BestSoFar", "Checkpoint", "DamagedError", "find_checkpoint"]
+
+
+class DamagedError(StorageError):
+    """A checkpoint that is missing, incomplete or altered."""
+
+
+class Checkpoint:
+    """A checkpoint in storage. Every file is checked against the manifest whenever it is read.
+
+    Parameters
+    ----------
+    run: where it lies.
+    name: of its directory, such as "step-000004800-a0001".
+
+    Raises
+    ------
+    DamagedError: there is no sound manifest.
+    """
+
+    def __init__(self, run: Run, name: str) -> None:
+        self.name = name
+        self._storage = run.storage.at(f"{FOLDER}/{name}")
+        self._manifest = self._read_manifest()
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self._storage.url!r})"
+
+    @property
+    def step(self) -> int:
+        """The step after which it was made."""
+        return int(self._manifest["step"])
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of that step."""
+        return int(self._manifest["epoch"])
+
+    @property
+    def end(self) -> bool:
+        """Whether training was over."""
+        return bool(self._manifest["end"])
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """Plain values that the worker gave at the commit."""
+        return dict(self._manifest["position"])
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The latest evaluation at the commit."""
+        return {key: float(value) for key, value in self._manifest["metrics"].items()}
+
+    @property
+    def best(self) -> BestSoFar | None:
+        """The best evaluation so far and where its weights are; None before the first."""
+        return parse_best(self._manifest["best"])
+
+    @property
+    def first_cell(self) -> int:
+        """The first cell of the metric log that its rows cover."""
+        return int(self._manifest["first_cell"])
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's tensors by name, on the CPU."""
+        from safetensors.torch import load
+
+        return load(self.read(WEIGHTS))
+
+    def state(self) -> dict[str, Any]:
+        """What else training needs to go on; read without running any code of the file's."""
+        import torch
+
+        state: dict[str, Any] = torch.load(io.BytesIO(self.read(STATE)), map_location="cpu", weights_only=True)
+        return state
+
+    def preprocess(self) -> dict[str, Any]:
+        """What turns raw data into the model's input, as plain values."""
+        tree: dict[str, Any] = from_json(self.read(PREPROCESS))
+        return tree
+
+    def rows(self) -> bytes:
+        """`rows.parquet`, for the metric log."""
+        return self.read(ROWS)
+
+    def verify(self) -> None:
+        """Read every file and compare sizes and SHA-256.
+
+        Raises
+        ------
+        DamagedError: a file is missing or altered.
+        """
+        for name in self._manifest["files"]:
+            self.read(name)
+
+    def read(self, name: str) -> bytes:
+        """A file's content, as it was when the checkpoint was made.
+
+        Raises
+        ------
+        DamagedError: it is missing or altered.
+        """
+        expected = self._manifest["files"].get(name)
+        if expected is None:
+            raise self._damaged(f"it holds no {name}")
+        try:
+            data = self._storage.read(name)
+        except FileNotFoundError:
+            raise self._damaged(f"{name} is missing") from None
+        if len(data) != expected["size"]:
+            raise self._damaged(f"{name} has {len(data)} bytes instead of {expected['size']}")
+        if hashlib.sha256(data).hexdigest() != expected["sha256"]:
+            raise self._damaged(f"{name} was altered")
+        return data
+
+    def _read_manifest(self) -> dict[str, Any]:
+        try:
+            tree = from_json(self._storage.read(MANIFEST))
+        except FileNotFoundError:
+            raise self._damaged("it has no manifest") from None
+        except ValueError:
+            raise self._damaged("its manifest is not JSON") from None
+        if not isinstance(tree, dict) or tree.pop("sha256", None) != digest_of(tree):
+            raise self._damaged("its manifest was altered")
+        if tree.get("format") != FORMAT:
+            raise self._damaged(f"its format {tree.get('format')!r} is not known to this version")
+        return tree
+
+    def _damaged(self, what: str) -> DamagedError:
+        return DamagedError(f"the checkpoint cannot be used: {what}", where=self._storage.url, fix="use another one")
+
+
+Base = Checkpoint
+"""What an attempt goes on from."""
+
+
+def first_valid(run: Run, kept: tuple[Pair, ...]) -> tuple[Checkpoint | None, list[str]]:
+    """The first pair whose checkpoint and best are both sound, and the names of those that are not.
+
+    The best counts, for a run that lost it could not end as one that was never touched.
+    """
+    damaged: list[str] = []
+    for name, best in kept:
+        pair = [name] if best is None or best == name else [name, best]
+        bad = [one for one in pair if one in damaged or not _is_sound(run, one)]
+        if not bad:
+            return Checkpoint(run, name), damaged
+        damaged += [one for one in bad if one not in damaged]
+    return None, damaged
+
+
+def find_checkpoint(run: Run, which: str) -> Checkpoint:
+    """A committed checkpoint by "best", "last" or the number of a step.
+
+    Raises
+    ------
+    StorageError: there is no such checkpoint (or not any more), or it is damaged.
+    """
+    for _ in range(3):  # one that vanishes was deleted by a newer commit: look again
+        name = _name_of(run, which)
+        try:
+            return Checkpoint(run, name)
+        except DamagedError as error:
+            failure = error
+        if _name_of(run, which) == name:
+            break
+    raise failure
+
+
+def _name_of(run: Run, which: str) -> str:
+    commit = decisions.newest_commit(run.journal.read())
+    if commit is None:
+        raise StorageError("it has no checkpoint yet", where=run.url, fix="wait for the first commit")
+    if which == "last":
+        return commit.checkpoint
+    if which == "best":
+        return commit.best.checkpoint if commit.best is not None else commit.checkpoint
+    held = {name: decisions.parse_checkpoint_name(name) for pair in commit.kept for name in pair if name is not None}
+    steps = {parsed[0]: name for name, parsed in held.items() if parsed is not None}
+    if not which.isdigit() or int(which) not in steps:
+        raise StorageError(
+            f"it has no checkpoint {which!r}",
+            where=run.url,
+            fix=f"use best, last or one of the steps {', '.join(map(str, sorted(steps)))}",
+        )
+    return steps[int(which)]
+
+
+def _is_sound(run: Run, name: str) -> bool:
+    try:
+        Checkpoint(run, name).verify()
+    except DamagedError:
+        return False
+    return True

@@ -1,0 +1,29 @@
+"""Reads of the test split: each is on record before it happens, so that nobody chooses on it unseen."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.record.run import Run
+from pipeline.record.values import now, to_json
+
+FOLDER = "reads"
+
+
+def record_read(run: Run, facts: Mapping[str, Any]) -> int:
+    """Create the next entry of the run's reads, and return its number.
+
+    facts: plain values: which checkpoint, who, where.
+    """
+    text = to_json({"time": now(), "nonce": secrets.token_hex(16), **facts}, indent=1) + "\n"
+    number = 1 + max((int(name[:8]) for name in run.storage.list(FOLDER) if name[:8].isdigit()), default=0)
+    while not run.storage.create(f"{FOLDER}/{number:08d}.json", text.encode()):
+        number += 1
+    return number
+
+
+def count_reads(run: Run) -> int:
+    """How often the test split was read."""
+    return len(run.storage.list(FOLDER))

@@ -1,0 +1,256 @@
+"""What one attempt writes, in the order that makes it durable. No threads here: see `recorder`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.errors import NotFiniteError, TrainyardError
+from pipeline.record import decisions, saving
+from pipeline.record.attempt import Attempt
+from pipeline.record.cells import Cell, Columns, EvaluationRow, Rows, StepBlock, encode
+from pipeline.record.entries import BestSoFar, Commit, Leave, Pair
+from pipeline.record.run import RESULT, Run
+from pipeline.record.standing import write_view
+from pipeline.record.values import to_json
+from pipeline.storage.faults import scrub
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STEPS = "metrics/steps"
+EVALUATIONS = "metrics/evals"
+
+
+@dataclass
+class Snapshot:
+    """All that a checkpoint holds besides rows. Tensors are copies on the CPU that the writer may keep."""
+
+    step: int
+    epoch: int
+    weights: dict[str, Tensor]
+    state: dict[str, Any]
+    """Tensors and plain values."""
+    position: dict[str, Any]
+    """Plain values for the worker that goes on from here."""
+    metrics: dict[str, float]
+    """Of the latest evaluation of each split, such as "val/loss"."""
+    best: BestSoFar | None = None
+    """The best evaluation so far; its `checkpoint` is for the writer to fill in."""
+    best_weights: dict[str, Tensor] | None = None
+    """Given where the best is neither of this step nor known from an earlier commit."""
+    preprocess: dict[str, Any] | None = None
+    end: bool = False
+    """Training is over: at this step, for every later attempt too."""
+    patience: int | None = None
+    """Evaluations since the best one."""
+
+
+class Writer:
+    """Writes commits and what follows from them.
+
+    Parameters
+    ----------
+    cell_steps: steps of a cell, as fixed at the run's birth.
+    keep: pairs of a checkpoint and its best that stay.
+    """
+
+    def __init__(self, attempt: Attempt, *, cell_steps: int, keep: int, columns: Columns) -> None:
+        self.attempt = attempt
+        self.rows = Rows(attempt.run.name, attempt.number, cell_steps, columns)
+        self._keep = keep
+        self._best = attempt.base.best if attempt.base is not None else None
+        self._last_good = attempt.base.name if attempt.base is not None else None
+
+    @property
+    def _run(self) -> Run:
+        return self.attempt.run
+
+    def begin(self) -> None:
+        """Take up the base's rows and publish the cells that it completes: its writer may have died before."""
+        base = self.attempt.base
+        if base is not None:
+            self.rows.load(base.rows(), base.first_cell)
+            self._publish(base.step, end=base.end)
+        write_view(self._run, self.attempt.entries, "running")
+
+    def commit(self, snapshot: Snapshot, blocks: Sequence[StepBlock], evaluations: Sequence[EvaluationRow]) -> None:
+        """Make a checkpoint durable, with the rows since the last commit, and then what follows from it.
+
+        Raises
+        ------
+        NotFiniteError: a loss or a weight is NaN or infinite; nothing is written.
+        SupersededError: a later attempt has taken over; what was written does no harm.
+        """
+        self.rows.add(blocks, evaluations)
+        self.rows.check(snapshot.step)
+        self._check_finite(snapshot)
+        name = decisions.checkpoint_name(snapshot.step, self.attempt.number)
+        best = self._place_best(snapshot, name)
+        if best is not None and best.checkpoint != name and best is not self._best:
+            self._write_best(snapshot, best)
+        saving.write_checkpoint(
+            self._run.storage,
+            name,
+            {
+                saving.WEIGHTS: saving.encode_weights(snapshot.weights),
+                saving.STATE: saving.encode_state(snapshot.state),
+                saving.ROWS: self.rows.pack(),
+                saving.PREPROCESS: _json_file(snapshot.preprocess),
+            },
+            self._facts(snapshot, best, step=snapshot.step, end=snapshot.end),
+        )
+        own: Pair = (name, best.checkpoint if best is not None else None)
+        commit = Commit(
+            **self.attempt.common(),
+            checkpoint=name,
+            step=snapshot.step,
+            epoch=snapshot.epoch,
+            end=snapshot.end,
+            kept=decisions.kept_after(self.attempt.kept, own, self._keep),
+            best=best,
+            metrics=dict(snapshot.metrics),
+            patience=snapshot.patience,
+        )
+        self.attempt.append(commit)
+        self.attempt.kept, self._best, self._last_good = commit.kept, best, name
+        self._follow(commit)
+
+    def complete(self) -> None:
+        """Do what is missing after an end: cells, result, retention, `run.json`. The base must be that end."""
+        commit = decisions.newest_commit(self.attempt.entries)
+        base = self.attempt.base
+        assert base is not None
+        assert commit is not None
+        assert base.end
+        assert commit.checkpoint == base.name
+        self.rows.load(base.rows(), base.first_cell)
+        self._follow(commit)
+
+    def leave(self, status: Literal["interrupted", "failed"], error: BaseException | None, step: int) -> None:
+        """Say why this attempt stops before the end.
+
+        Raises
+        ------
+        SupersededError: a later attempt has taken over.
+        """
+        row = getattr(error, "row", None)
+        if row is None and isinstance(error, NotFiniteError):
+            row = self.rows.first_not_finite()
+        leave = Leave(**self.attempt.common(), status=status, step=step, error=_error_facts(error), row=row)
+        self.attempt.append(leave)
+        write_view(self._run, self.attempt.entries, status)
+
+    def _follow(self, commit: Commit) -> None:
+        """What follows from a commit, in this order; each can be repeated."""
+        self._publish(commit.step, end=commit.end)
+        if commit.end:
+            self._run.storage.replace(RESULT, result_file(self._run.name, commit), sync=True)
+        self._retain(commit)
+        write_view(self._run, self.attempt.entries, "finished" if commit.end else "running")
+
+    def _publish(self, step: int, *, end: bool) -> None:
+        """Write the cells that a commit at `step` completes. A reader that sees a cell's steps sees its evaluations."""
+        for cell in self.rows.cells(step, end=end):
+            self._write_cell(cell)
+        if not end:
+            self.rows.drop(step)
+
+    def _write_cell(self, cell: Cell) -> None:
+        storage = self._run.storage
+        storage.replace(f"{EVALUATIONS}/{cell.name}", encode(cell.evaluations), sync=True)
+        storage.replace(f"{STEPS}/{cell.name}", encode(cell.steps), sync=True)
+
+    def _retain(self, commit: Commit) -> None:
+        spare = decisions.spared(commit.kept, self.attempt.entries)
+        names = self._run.storage.list(saving.FOLDER)
+        for name in decisions.doomed(names, attempt=self.attempt.number, step=commit.step, spare=spare):
+            saving.delete_checkpoint(self._run.storage, name)
+
+    def _place_best(self, snapshot: Snapshot, name: str) -> BestSoFar | None:
+        """The best so far with the name of its directory."""
+        best, known = snapshot.best, self._best
+        if best is None:
+            return None
+        if best.step == snapshot.step:
+            return replace(best, checkpoint=name)
+        if known is not None and known.step == best.step:
+            return known
+        if snapshot.best_weights is None:
+            raise ValueError(f"the weights of the best step {best.step} are neither given nor in a checkpoint")
+        return replace(best, checkpoint=decisions.checkpoint_name(best.step, self.attempt.number))
+
+    def _write_best(self, snapshot: Snapshot, best: BestSoFar) -> None:
+        assert snapshot.best_weights is not None
+        saving.write_checkpoint(
+            self._run.storage,
+            best.checkpoint,
+            {
+                saving.WEIGHTS: saving.encode_weights(snapshot.best_weights),
+                saving.PREPROCESS: _json_file(snapshot.preprocess),
+            },
+            self._facts(snapshot, best, step=best.step, end=False),
+        )
+
+    def _facts(self, snapshot: Snapshot, best: BestSoFar | None, *, step: int, end: bool) -> dict[str, Any]:
+        return {
+            "run": self._run.name,
+            "attempt": self.attempt.number,
+            "step": step,
+            "epoch": snapshot.epoch,
+            "end": end,
+            "position": snapshot.position,
+            "patience": snapshot.patience,
+            "metrics": snapshot.metrics,
+            "best": asdict(best) if best is not None else None,
+            "first_cell": self.rows.first_cell,
+        }
+
+    def _check_finite(self, snapshot: Snapshot) -> None:
+        row = self.rows.first_not_finite()
+        if row is not None:
+            split = f"{row['split']} " if row.get("split") else ""
+            rate = f" (learning rate {row['lr']})" if row.get("lr") is not None else ""
+            raise self._not_finite(f"the {split}loss is {row['loss']} at step {row['step']}{rate}", row)
+        for name in (*_not_finite_names(snapshot.weights), *_not_finite_names(snapshot.best_weights or {})):
+            rate = f" (learning rate {self.rows.learning_rate()})"
+            raise self._not_finite(f"the weights {name} are not finite at step {snapshot.step}{rate}", None)
+
+    def _not_finite(self, what: str, row: dict[str, Any] | None) -> NotFiniteError:
+        last = f"the last good checkpoint is {self._last_good}" if self._last_good else "there is no checkpoint yet"
+        error = NotFiniteError(what, where=self._run.url, fix=f"{last}; try a lower learning rate or train.clip_norm")
+        error.__dict__["row"] = row
+        return error
+
+
+def result_file(run: str, commit: Commit) -> bytes:
+    """`result.json`, as a function of the end's entry."""
+    best = commit.best
+    tree = {
+        "run": run,
+        "step": commit.step,
+        "epoch": commit.epoch,
+        "metrics": commit.metrics,
+        "best": asdict(best) if best is not None else None,
+        "chosen": best.checkpoint if best is not None else commit.checkpoint,
+        "last": commit.checkpoint,
+    }
+    return (to_json(tree, indent=1) + "\n").encode()
+
+
+def _not_finite_names(weights: dict[str, Tensor]) -> list[str]:
+    import torch
+
+    return [name for name, one in weights.items() if one.is_floating_point() and not torch.isfinite(one).all()]
+
+
+def _error_facts(error: BaseException | None) -> dict[str, Any] | None:
+    if error is None:
+        return None
+    what = error.what if isinstance(error, TrainyardError) else str(error)
+    return {"type": type(error).__name__, "message": scrub(what)[:2000]}
+
+
+def _json_file(value: Any) -> bytes:
+    return (to_json(value if value is not None else {}, indent=1) + "\n").encode()

@@ -1,0 +1,236 @@
+"""The one door to storage."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+from pipeline.errors import StorageError
+from pipeline.storage.backend import Backend
+from pipeline.storage.faults import Patience, explain, scrub
+from pipeline.storage.local import LocalBackend
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+TEMPORARY = ".tmp"
+"""Folder of unfinished files, never listed. Each run has its own, so that it may be a mount of its own."""
+REQUESTS_AT_ONCE = 16
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
+"""Protocols of object stores, and the extra of this package that brings each."""
+
+
+class Storage:
+    """A folder, local or of any fsspec file system. Paths are relative to it and "/"-separated.
+
+    Passing faults are repeated until they have lasted for a limit (see `pipeline.storage.faults`), in every method:
+
+    Raises
+    ------
+    StorageError: a path, URL, bucket or permission that a person must put right.
+    StorageLostError: storage stayed away for longer than the limit.
+    """
+
+    def __init__(
+        self, backend: Backend, root: str, url: str, *, patience: Patience | None = None, open_url: str = ""
+    ) -> None:
+        self.backend = backend
+        self.url = scrub(url)
+        self._root = root.rstrip("/")
+        self._top = self._root
+        self._temporary = f"{self._root}/{TEMPORARY}"
+        self._patience = patience or Patience(self.url)
+        self._limit_s: float | None = None
+        self._open_url = open_url
+
+    @classmethod
+    def open(cls, url: str) -> Storage:
+        """A folder by URL: "./runs", "file:///x", "memory://x", "s3://bucket/x". Nothing is contacted yet.
+
+        Raises
+        ------
+        StorageError: no URL, an unknown protocol, or one whose library is not installed.
+        """
+        protocol, separator, rest = url.partition("://")
+        if not url.strip() or "\0" in url or "::" in url:
+            raise StorageError(f"{url!r} is no folder", where="storage", fix="use a folder, or s3://bucket/folder")
+        if not separator or protocol in ("file", "local"):
+            path = rest if separator else url
+            if separator and not path.startswith("/"):
+                raise StorageError(f"{url!r} names no absolute folder", where="storage", fix="use file:///folder")
+            root = os.path.abspath(os.path.expanduser(path))
+            return cls(LocalBackend(), root, root, open_url=root)
+        return cls._open_remote(url, protocol, rest)
+
+    @classmethod
+    def _open_remote(cls, url: str, protocol: str, rest: str) -> Storage:
+        import fsspec  # only where it is needed: it costs a tenth of a second
+
+        from pipeline.storage.remote import RemoteBackend
+
+        options: dict[str, object] = {}
+        if protocol in _EXTRAS:
+            options["use_listings_cache"] = False
+        if protocol in ("s3", "s3a"):  # faults are repeated in one place only, which is here
+            options["config_kwargs"] = {
+                "connect_timeout": 5,
+                "read_timeout": 60,
+                "retries": {"max_attempts": 0},
+            }
+        try:
+            fs, root = fsspec.core.url_to_fs(url, **options)
+        except ImportError as error:
+            extra = _EXTRAS.get(protocol)
+            fix = f"pip install 'trainyard[{extra}]'" if extra else explain(error)
+            raise StorageError(
+                f"{protocol}:// needs a library that is not installed", where=scrub(url), fix=fix
+            ) from None
+        except Exception as error:  # whatever a file system makes of a URL that it cannot read
+            raise StorageError(
+                f"cannot be opened ({explain(error)})", where=scrub(url), fix="check the storage URL"
+            ) from None
+        if protocol in _EXTRAS and not root.strip("/"):
+            raise StorageError("the URL names no bucket", where=scrub(url), fix=f"use {protocol}://bucket/folder")
+        if protocol in ("s3", "s3a"):
+            fs.retries = 1
+        return cls(RemoteBackend(fs, protocol), root, url.rstrip("/") if rest else url, open_url=url)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        state = (self.url, self._root, self._top, self._temporary, self._limit_s)
+        return _reopen, (self._open_url, *state)
+
+    def __repr__(self) -> str:
+        return f"Storage({self.url!r})"
+
+    @property
+    def local_path(self) -> Path | None:
+        """The folder as a path of this machine, where it is one."""
+        return Path(self._root) if isinstance(self.backend, LocalBackend) else None
+
+    def at(self, path: str, *, own_temporaries: bool = False) -> Storage:
+        """A folder in this one. `own_temporaries`: unfinished files lie there, not further up."""
+        inner = self._copy()
+        inner._root = self._path(path)
+        inner.url = f"{self.url.rstrip('/')}/{path}"
+        if own_temporaries:
+            inner._temporary = f"{inner._root}/{TEMPORARY}"
+        return inner
+
+    def within(self, limit_s: float) -> Storage:
+        """The same folder, with a shorter limit for faults."""
+        inner = self._copy()
+        inner._limit_s = limit_s
+        return inner
+
+    def read(self, path: str) -> bytes:
+        """The whole content of a file, never from a cache.
+
+        Raises
+        ------
+        FileNotFoundError: there is none.
+        """
+        where = self._path(path)
+        return self._call(lambda: self.backend.read(where))
+
+    def replace(self, path: str, data: bytes, *, sync: bool = False) -> None:
+        """Put `data` at `path` in one step: readers see the old content or the new. `sync`: survives a power loss."""
+        where = self._path(path)
+        self._call(lambda: self.backend.replace(where, data, self._temporary, sync))
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Put `data` at `path` if nothing is there, whole and durable: of several who try, one wins.
+
+        `data` must hold a nonce, for after an error the content tells who won; names must never be deleted.
+
+        Returns
+        -------
+        True if the content of `path` is this.
+        """
+        where = self._path(path)
+        excludes = self.has_conditional_writes()
+        return self._call(lambda: self._create(where, data, excludes))
+
+    def _create(self, where: str, data: bytes, excludes: bool) -> bool:
+        failure: Exception | None = None
+        try:
+            if excludes:
+                self.backend.create(where, data, self._temporary)
+                return True
+            if not self.backend.exists(where):  # the most that such a store allows
+                self.backend.replace(where, data, self._temporary, sync=True)
+        except Exception as error:
+            failure = error  # perhaps only the reply was lost: what lies there decides
+        try:
+            return self.backend.read(where) == data
+        except FileNotFoundError:
+            if failure is not None and not isinstance(failure, FileExistsError):
+                raise failure from None
+            raise BlockingIOError(f"{where} is there and is not") from failure
+
+    def list(self, path: str = "") -> list[str]:
+        """Names of the files and folders in a folder, sorted, never from a cache; [] where there is none."""
+        where = self._path(path) if path else self._root
+        try:
+            names = self._call(lambda: self.backend.list(where))
+        except FileNotFoundError:
+            return []
+        return sorted({name for name in names if name and name != TEMPORARY})
+
+    def exists(self, path: str) -> bool:
+        """Whether there is a file or a folder."""
+        where = self._path(path)
+        return self._call(lambda: self.backend.exists(where))
+
+    def delete(self, path: str) -> None:
+        """Remove a file; one that is not there is fine."""
+        where = self._path(path)
+        with suppress(FileNotFoundError):
+            self._call(lambda: self.backend.delete(where))
+
+    def delete_folder(self, path: str) -> None:
+        """Remove a folder and all in it, in no particular order; one that is not there is fine."""
+        where = self._path(path)
+        with suppress(FileNotFoundError):
+            self._call(lambda: self.backend.delete_folder(where))
+
+    def sweep(self) -> None:
+        """Remove unfinished files that killed writers left; a live writer that loses one writes it again."""
+        self._call(lambda: self.backend.sweep(self._temporary))
+
+    def has_conditional_writes(self) -> bool:
+        """Whether `create` is exclusive here, tried out once per store and process."""
+        return self._call(lambda: self.backend.conditional_writes(self._top))
+
+    def each(self, action: Callable[[S], T], items: Iterable[S]) -> Sequence[T]:
+        """`action` of every item, in order; several at once where storage is far away."""
+        todo = list(items)
+        if not self.backend.far or len(todo) < 2:
+            return [action(item) for item in todo]
+        with ThreadPoolExecutor(min(REQUESTS_AT_ONCE, len(todo))) as pool:
+            return list(pool.map(action, todo))
+
+    def _call(self, action: Callable[[], T]) -> T:
+        return self._patience.call(action, self._limit_s)
+
+    def _copy(self) -> Storage:
+        inner = Storage.__new__(Storage)
+        inner.__dict__.update(self.__dict__)
+        return inner
+
+    def _path(self, path: str) -> str:
+        parts = path.split("/")
+        if any(part in ("", ".", "..") or "\0" in part for part in parts):
+            raise StorageError(f"{path!r} is no path inside the folder", where=self.url, fix="use plain names")
+        return f"{self._root}/{path}"
+
+
+def _reopen(open_url: str, url: str, root: str, top: str, temporary: str, limit_s: float | None) -> Storage:
+    storage = Storage.open(open_url)
+    storage.url, storage._root, storage._top = url, root, top
+    storage._temporary, storage._limit_s = temporary, limit_s
+    return storage

@@ -1,0 +1,152 @@
+"""What a person sees: a live progress bar on a terminal, one plain line an evaluation elsewhere, and the result."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+from pipeline.record.standing import Standing
+
+LINE_S = 0.5
+"""On a terminal, seconds between two evaluation lines at the least; the bar shows the latest in between."""
+
+
+class Progress:
+    """Shows events on standard error, see `pipeline.context.Tell`."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bar: _Bar | None = None
+        self._live = sys.stderr.isatty()
+        self._last_line = 0.0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, event: Mapping[str, Any]) -> None:
+        kind = event["kind"]
+        if kind == "warning":
+            self._line(f"warning: {event['text']}")
+        elif self._quiet:
+            return
+        elif kind == "message":
+            self._line(str(event["text"]))
+        elif kind == "run":
+            self._line(f"run {event['run']} ({event['text']}) in {event['url']}")
+        elif kind == "start":
+            verb = "training" if event["step"] == 0 else f"resuming after step {event['step']},"
+            self._line(f"{verb} to step {event['last_step']} on {event['workers']}")
+            if self._live:
+                self._bar = self._bar or _Bar(event["last_step"])
+        elif kind == "steps" and self._bar is not None:
+            self._bar.steps(event)
+        elif kind == "evaluation":
+            self._evaluation(event)
+
+    def _evaluation(self, event: Mapping[str, Any]) -> None:
+        if self._bar is not None:
+            self._bar.evaluation(event)
+        now = time.monotonic()
+        if self._live and now - self._last_line < LINE_S and event["step"] > 0:
+            return
+        self._last_line = now
+        self._line(evaluation_line(event))
+
+    def _line(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.line(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+class _Bar:
+    """rich's progress bar; imported only where there is a terminal to draw on."""
+
+    def __init__(self, last_step: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        self._progress = RichProgress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True, highlight=False),
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=last_step, text="")
+        self._loss = self._metrics = ""
+        self._progress.start()
+
+    def steps(self, event: Mapping[str, Any]) -> None:
+        self._loss = f"loss {event['loss']:.4f}  {event['samples_per_s']:,.0f} samples/s"
+        self._progress.update(self._task, completed=event["step"], text=f"{self._loss}  {self._metrics}")
+
+    def evaluation(self, event: Mapping[str, Any]) -> None:
+        self._metrics = _metrics_words(event["metrics"])
+        self._progress.update(self._task, completed=event["step"], text=f"{self._loss}  {self._metrics}")
+
+    def line(self, text: str) -> None:
+        self._progress.console.print(text, markup=False)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def evaluation_line(event: Mapping[str, Any]) -> str:
+    """`epoch 3  step 1440  val loss 0.1432  accuracy 0.9571  best`"""
+    best = "  best" if event["is_best"] else ""
+    return f"epoch {event['epoch']:<3d} step {event['step']:<6d} {_metrics_words(event['metrics'])}{best}"
+
+
+def result_lines(standing: Standing) -> list[str]:
+    """How a run stands, for people."""
+    found = standing.to_json()
+    lines = [f"{found['run']}: {found['status']} at step {found['step']}, epoch {found['epoch']}"]
+    if found.get("error"):
+        lines.append(f"  error     {found['error']['message']}")
+    if found.get("best"):
+        best = found["best"]
+        lines.append(f"  best      {best['metric']} {best['value']:.4f} at step {best['step']}")
+    if found.get("metrics"):
+        lines.append(f"  latest    {_metrics_words(found['metrics'])}")
+    if found["attempts"] > 1:
+        lines.append(f"  attempts  {found['attempts']}")
+    lines.append(f"  in        {found['url']}")
+    return lines
+
+
+def runs_lines(url: str, standings: Iterable[Standing]) -> list[str]:
+    """One line a run, in columns."""
+    rows = [("RUN", "STATUS", "STEP", "BEST", "LATEST")]
+    for standing in standings:
+        found = standing.to_json()
+        best = found.get("best")
+        best_words = f"{best['metric']} {best['value']:.4f} @{best['step']}" if best else ""
+        step = f"{found['step']}/{found['total_steps']}" if found.get("total_steps") else str(found["step"])
+        rows.append((found["run"], found["status"], step, best_words, _metrics_words(found.get("metrics") or {})))
+    if len(rows) == 1:
+        return [f"no runs in {url}"]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _metrics_words(metrics: Mapping[str, float]) -> str:
+    """`val loss 0.1432  accuracy 0.9571`, split by split; `correct` is left to the log."""
+    words, last = [], ""
+    for metric, value in metrics.items():
+        split, _, name = metric.partition("/")
+        if name == "correct" or value is None or value != value:
+            continue
+        words.append(f"{split + ' ' if split != last else ''}{name} {value:.4f}")
+        last = split
+    return "  ".join(words)

@@ -1,0 +1,171 @@
+"""`check`: is this job what was meant? The resolved job, one batch through the model, one batch learned by heart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import WorkError
+from pipeline.job import Job
+from pipeline.job_file import dump_job, load_job
+from pipeline.verbs.places import storage_url
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.assembly import Built, Prepared
+
+OVERFIT_STEPS = 2000
+OVERFIT_LOSS = 0.01
+"""`--overfit` succeeds below this loss: a probability of 0.99 for the right class on average."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `check` found; `batch` and `overfit` where they were asked for."""
+
+    job: Job
+    batch: dict[str, Any] | None = None
+    overfit: dict[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "job": self.job.resolved(),
+            "batch": self.batch,
+            "overfit": self.overfit,
+            "warnings": list(self.warnings),
+            "error": None,
+        }
+
+    def lines(self) -> list[str]:
+        lines = [f"warning: {text}" for text in self.warnings]
+        if self.batch is None and self.overfit is None:
+            return [*lines, *dump_job(self.job).rstrip().splitlines()]
+        if self.batch is not None:
+            found = self.batch
+            lines += ["parameters"]
+            width = max((len(name) for name, _ in found["parameters"]), default=0)
+            lines += [f"  {name.ljust(width)}  {_shape(shape)}" for name, shape in found["parameters"]]
+            lines += [
+                f"  {found['parameter_count']:,} in all",
+                f"rows       {', '.join(f'{split} {rows:,}' for split, rows in found['rows'].items())}",
+                f"steps      {found['steps_per_epoch']:,} an epoch, {found['total_steps']:,} in all",
+                f"batch      inputs {_shape(found['inputs'])} {found['input_type']}, targets "
+                f"{_shape(found['targets'])}, on {found['device']}",
+                f"outputs    {_shape(found['outputs'])}, untrained: from {found['lowest']:.4f} to "
+                f"{found['highest']:.4f}, mean {found['mean']:.4f}",
+                f"loss       {found['loss_before']:.4f} before one update, {found['loss_after']:.4f} after it, with "
+                f"learning rate {found['lr']:g}",
+            ]
+        if self.overfit is not None:
+            found = self.overfit
+            lines += [
+                f"overfit    one batch of {found['rows']} rows: loss {found['loss']:.4f} after {found['steps']} steps"
+            ]
+        return lines
+
+
+def check(
+    path: str | Path,
+    set: Iterable[str] = (),  # noqa: A002 - the public name of the option
+    *,
+    storage: str | None = None,
+    batch: bool = False,
+    overfit: bool = False,
+) -> Checked:
+    """Validate a job file; with `batch` and `overfit` also load the data and build the model.
+
+    Raises
+    ------
+    InputError: a job or data that cannot be used.
+    WorkError: `overfit` that does not get there.
+    """
+    job = load_job(path, set)
+    job = job.model_copy(update={"storage": storage_url(storage, job.storage)})
+    if not (batch or overfit):
+        return Checked(job)
+    from pipeline.assembly import build, prepare
+
+    prepared = prepare(job)
+    return Checked(
+        job,
+        _one_batch(prepared, build(prepared)) if batch else None,
+        _overfit(prepared, build(prepared), str(path)) if overfit else None,
+        tuple(prepared.warnings),
+    )
+
+
+def _first_batch(prepared: Prepared, built: Built) -> tuple[Tensor, Tensor]:
+    from pipeline.assembly import train_loader
+
+    batch = next(iter(train_loader(prepared, built, first_step=1, last_step=1)))
+    return batch.inputs, batch.targets
+
+
+def _one_batch(prepared: Prepared, built: Built) -> dict[str, Any]:
+    trainee, plan = built.trainee, prepared.plan
+    inputs, targets = _first_batch(prepared, built)
+    outputs = trainee.outputs(inputs).float()
+    before = _update(built, 1, inputs, targets, plan.lr(1))
+    trainee.gradient(1, inputs, targets)
+    after = float(trainee.flat.sums[0] / trainee.flat.sums[1])
+    model = trainee.flat.model
+    return {
+        "parameters": [(name, list(tensor.shape)) for name, tensor in model.named_parameters()],
+        "parameter_count": sum(tensor.numel() for tensor in model.parameters()),
+        "rows": {split: len(rows) for split, rows in prepared.splits.items()},
+        "steps_per_epoch": plan.steps_per_epoch,
+        "total_steps": plan.last_step,
+        "inputs": list(inputs.shape),
+        "input_type": str(inputs.dtype).removeprefix("torch."),
+        "targets": list(targets.shape),
+        "device": str(built.device),
+        "outputs": list(outputs.shape),
+        "lowest": float(outputs.min()),
+        "highest": float(outputs.max()),
+        "mean": float(outputs.mean()),
+        "loss_before": before,
+        "loss_after": after,
+        "lr": plan.lr(1),
+    }
+
+
+def _overfit(prepared: Prepared, built: Built, where: str) -> dict[str, Any]:
+    """Train on the first batch alone, with the job's own optimizer and first learning rate.
+
+    Raises
+    ------
+    WorkError: the loss is not near zero after 2,000 steps.
+    """
+    inputs, targets = _first_batch(prepared, built)
+    lr = prepared.job.train.phases[0].lr
+    loss, step = float("inf"), 0
+    while loss >= OVERFIT_LOSS and step < OVERFIT_STEPS:
+        step += 1
+        loss = _update(built, step, inputs, targets, lr)
+        if loss != loss:
+            break
+    if not loss < OVERFIT_LOSS:
+        raise WorkError(
+            f"one batch of {len(targets)} rows cannot be learned by heart: its loss is {loss:.4f} after {step} steps "
+            f"with learning rate {lr:g}",
+            where=where,
+            fix="try another learning rate (train.phases.0.lr), a larger model, or look for labels that contradict",
+        )
+    return {"rows": len(targets), "steps": step, "loss": loss, "lr": lr}
+
+
+def _update(built: Built, step: int, inputs: Tensor, targets: Tensor, lr: float) -> float:
+    """One update; returns the loss before it."""
+    trainee = built.trainee
+    trainee.gradient(step, inputs, targets)
+    loss = float(trainee.flat.sums[0] / trainee.flat.sums[1])
+    trainee.update(lr)
+    return loss
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return " x ".join(str(size) for size in shape)

@@ -1,0 +1,155 @@
+"""`train`: run a job, or go on with a run that was interrupted."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.assembly import Prepared, build, prepare
+from pipeline.context import Alone, StopSignals, Tell
+from pipeline.data.split import splits_table
+from pipeline.errors import BusyError, InputError
+from pipeline.job import IN_PLACE_WORKERS, Job, digest, identity, plain_name
+from pipeline.job_file import dump_job, load_job, parse_job
+from pipeline.record.attempt import peek
+from pipeline.record.run import Run
+from pipeline.record.standing import Standing, standing
+from pipeline.storage import Storage
+from pipeline.verbs.places import storage_url
+from pipeline.worker import Order, work
+
+
+def train(
+    job: Job | str | Path,
+    *,
+    set: Mapping[str, Any] | Iterable[str] = (),  # noqa: A002 - the public name of the option
+    name: str | None = None,
+    storage: str | None = None,
+    address: str | None = None,
+    max_steps: int | None = None,
+    tell: Tell = lambda event: None,
+    verbose: bool = False,
+) -> Standing:
+    """Run a job to its end, or resume the run that it already has.
+
+    Parameters
+    ----------
+    job: a job file, or a `Job`.
+    set: overrides for a job file, as a mapping or as `KEY=VALUE` words.
+    name: name of the run; without one the job's name and the digest of its identity.
+    storage: URL that holds the runs; else TRAINYARD_STORAGE, else the job's.
+    address: a Ray cluster to use instead of one of this machine's; only with workers.
+    max_steps: stop after so many steps.
+    tell: takes events as they happen, see `pipeline.context`.
+
+    Returns
+    -------
+    How the run stands: url, status, step, best, metrics, ...
+
+    Raises
+    ------
+    InputError, WorkError, BusyError, Interrupted: see `pipeline.errors`.
+    """
+    if not isinstance(job, Job):
+        words = [f"{key}={value}" for key, value in set.items()] if isinstance(set, Mapping) else set
+        job = load_job(job, words)
+    prepared = prepare(job, max_steps)
+    here = job.scale.workers == IN_PLACE_WORKERS
+    build(prepared, device_kind="" if here else "cpu")  # so that what cannot be built leaves nothing behind
+    for text in prepared.warnings:
+        tell({"kind": "warning", "text": text})
+    run = _find_or_birth(prepared, name, storage, max_steps, tell)
+    order = Order(
+        job=job,
+        storage_url=run.root_url,
+        run_name=run.name,
+        driver=uuid.uuid4().hex,
+        max_steps=max_steps,
+        code_folder=os.getcwd(),
+    )
+    state = peek(run, order.driver)
+    if state == "finished" and run.has_result():
+        tell({"kind": "message", "text": "already finished: nothing to do"})
+        return standing(run)
+    if state == "busy":
+        raise BusyError("another process is writing this run", where=run.url, fix="`trainyard show` says how it stands")
+    with StopSignals() as signals:
+        if here or state == "finished":
+            work(order, Alone(tell, signals), prepared)
+        else:
+            from pipeline.cluster import train_on_workers
+
+            train_on_workers(
+                order,
+                job.scale,
+                tell,
+                signals,
+                dead_attempt=run.journal.latest_attempt_of,
+                highest_step=run.journal.highest_step,
+                address=address,
+                verbose=verbose,
+            )
+    return standing(run)
+
+
+def _find_or_birth(prepared: Prepared, name: str | None, storage: str | None, max_steps: int | None, tell: Tell) -> Run:
+    """The run of this job: made now, or found with the same identity.
+
+    Raises
+    ------
+    InputError: a run of that name with another identity; says what differs.
+    """
+    job, plan = prepared.job, prepared.plan
+    own = identity(job, fingerprint=prepared.source.fingerprint, max_steps=max_steps)
+    own_digest = digest(own)
+    try:
+        run_name = plain_name(name) if name else f"{job.name}-{own_digest[:8]}"
+    except ValueError as error:
+        raise InputError(str(error), where="--name") from None
+    run = Run(Storage.open(storage_url(storage, job.storage)), run_name)
+    facts = {
+        "identity": own_digest,
+        "fingerprint": prepared.source.fingerprint,
+        "max_steps": max_steps,
+        "total_steps": plan.last_step,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "cell_steps": plan.cell_steps,
+    }
+    if run.birth(dump_job(job), facts):
+        run.write_splits(splits_table(prepared.splits))
+        tell({"kind": "run", "run": run.name, "url": run.url, "text": "new run"})
+        return run
+    there = run.facts()
+    if there["identity"] == own_digest:
+        if not run.has_splits():  # a kill right after the birth
+            run.write_splits(splits_table(prepared.splits))
+        tell({"kind": "run", "run": run.name, "url": run.url, "text": "found"})
+        return run
+    stored = parse_job(run.job_yaml(), f"{run.url}/job.yaml")
+    theirs = identity(stored, fingerprint=there["fingerprint"], max_steps=there["max_steps"])
+    raise InputError(
+        "a run of this name has another job:\n    " + "\n    ".join(differences(theirs, own)),
+        where=run.url,
+        fix="choose another --name, or leave it out",
+    )
+
+
+def differences(theirs: Any, ours: Any, path: str = "") -> list[str]:
+    """Where two trees differ, one line each: `train.phases.0.lr: 0.5 there, 0.1 here`."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        keys = [*theirs, *(key for key in ours if key not in theirs)]
+        return [
+            line
+            for key in keys
+            for line in differences(theirs.get(key), ours.get(key), f"{path}.{key}" if path else str(key))
+        ]
+    if isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
+        return [
+            line
+            for number, pair in enumerate(zip(theirs, ours, strict=True))
+            for line in differences(*pair, f"{path}.{number}")
+        ]
+    return [] if theirs == ours else [f"{path}: {theirs} there, {ours} here"]

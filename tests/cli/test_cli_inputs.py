@@ -1,0 +1,170 @@
+"""check, init, evaluate and bad input: one clear message, exit code 2, never a traceback, never lost data."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.cli_calls import Trainyard, write_job
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_help_loads_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys; sys.argv = ['trainyard', '--help']\n"
+        "from pipeline.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'ray', 'pyarrow', 'numpy', 'pydantic'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert done.stdout.splitlines()[-1] == "set()"
+    assert "trainyard" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "check", "init", "evaluate", "runs", "show"])
+def test_every_command_has_help_with_an_example(trainyard: Trainyard, command: str) -> None:
+    ended = trainyard(command, "--help")
+    assert ended.code == 0
+    assert f"Example: trainyard {command}" in ended.out
+
+
+def test_python_m_pipeline_is_trainyard(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pipeline", "runs", "--storage", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert done.stdout == f"no runs in {tmp_path}\n"
+
+
+def test_init_writes_a_job_that_checks(trainyard: Trainyard, tmp_path: Path) -> None:
+    assert trainyard("init", "churn").code == 0
+    checked = trainyard("check", "churn.yaml", "--json")
+    assert checked.code == 0
+    assert checked.json["job"]["name"] == "churn"
+    again = trainyard("init", "churn")
+    assert again.code == 2
+    assert "already there" in again.err
+    assert trainyard("init", "../churn").code == 2
+
+
+def test_check_prints_a_job_that_is_the_same_job(trainyard: Trainyard, tmp_path: Path) -> None:
+    job = write_job(tmp_path)
+    printed = trainyard("check", job).out
+    (tmp_path / "resolved.yaml").write_text(printed)
+    first = trainyard("train", job, "--max-steps", "1", "--json").json
+    assert trainyard("train", "resolved.yaml", "--max-steps", "1", "--json").json["run"] == first["run"]
+
+
+def test_check_batch_says_what_the_model_and_batch_are(trainyard: Trainyard, tmp_path: Path) -> None:
+    found = trainyard("check", write_job(tmp_path), "--batch", "--json").json["batch"]
+    assert found["parameters"] == [["0.weight", [16, 2]], ["0.bias", [16]], ["2.weight", [2, 16]], ["2.bias", [2]]]
+    assert found["parameter_count"] == 82
+    assert found["inputs"] == [100, 2]
+    assert found["outputs"] == [100, 2]
+    assert found["device"] in ("cpu", "cuda:0", "mps")
+    assert found["loss_after"] < found["loss_before"]
+    assert found["rows"] == {"train": 800, "val": 200, "test": 1000}
+    assert not (tmp_path / "runs").exists(), "check writes nothing"
+
+
+def test_check_overfit_learns_a_batch_by_heart_or_says_that_it_cannot(trainyard: Trainyard, tmp_path: Path) -> None:
+    able = {"hidden": [64], "kind": "mlp"}
+    job = write_job(tmp_path, model=able, train={"batch_size": 16, "phases": [{"epochs": 1, "lr": 0.5}]})
+    ended = trainyard("check", job, "--overfit", "--json")
+    assert ended.code == 0, ended.err
+    assert ended.json["overfit"]["loss"] < 0.01
+    unable = trainyard("check", write_job(tmp_path, model={"hidden": []}), "--overfit")
+    assert unable.code == 1
+    assert "cannot be learned by heart" in unable.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "nowhere.yaml"], ["nowhere.yaml", "no such job file"]),
+        (["train", "small.yaml", "--set", "train.batchsize=3"], ["train.batchsize", "batch_size"]),
+        (["train", "small.yaml", "--set", "train.batch_size=-1"], ["train.batch_size", "-1"]),
+        (["train", "small.yaml", "--workers", "two"], ["--workers", "two"]),
+        (["train", "small.yaml", "--name", "../out"], ["../out"]),
+        (["train", "small.yaml", "--storage", "nosuch://bucket/x"], ["nosuch"]),
+        (["train", "small.yaml", "--set", "scale.device=cuda"], ["cuda", "scale.device"]),
+        (["train", "small.yaml", "--set", "data.splits={by: range, train: [0, 5000]}"], ["data.splits.train", "1,000"]),
+        (["train", "small.yaml", "--set", "data.splits.val=0.0001"], ["data.splits.val"]),
+        (["train", "small.yaml", "--set", "data.normalize=unit"], ["data.normalize", "float32"]),
+        (["train", "small.yaml", "--set", "data.source={call: nosuch:load}"], ["nosuch"]),
+        (["train", "small.yaml", "--set", "model.kind=cnn"], ["model"]),
+        (["train", "small.yaml", "--set", "best.metric=train/loss"], ["best.metric"]),
+        (["train", "small.yaml", "--max-steps", "0"], ["max-steps"]),
+        (["evaluate", "nosuch"], ["nosuch", "no such run"]),
+        (["show", "nosuch"], ["nosuch", "no such run"]),
+        (["show", "../../etc"], ["etc"]),
+        (["check", "small.yaml", "--set", "seed"], ["KEY=VALUE"]),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_message_and_exit_2(
+    trainyard: Trainyard, tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    import torch
+
+    if "scale.device=cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU here, so asking for one is no error")
+    write_job(tmp_path)
+    ended = trainyard(*arguments)
+    assert ended.code == 2, ended.err
+    assert "Traceback" not in ended.err
+    for word in words:
+        assert word in ended.err
+    assert not (tmp_path / "runs").exists(), "nothing is made before the input is good"
+
+
+def test_errors_are_json_too(trainyard: Trainyard, tmp_path: Path) -> None:
+    ended = trainyard("train", "nowhere.yaml", "--json")
+    assert ended.code == 2
+    assert ended.json["error"]["type"] == "JobError"
+
+
+def test_evaluate_refuses_what_is_not_there(trainyard: Trainyard, tmp_path: Path) -> None:
+    run = trainyard("train", write_job(tmp_path), "--json").json["run"]
+    for arguments in (["--checkpoint", "7"], ["--split", "nosuch"], ["--set", "train.batch_size=7"]):
+        ended = trainyard("evaluate", run, *arguments)
+        assert ended.code == 2, arguments
+        assert "Traceback" not in ended.err
+    assert trainyard("evaluate", run, "--checkpoint", "24", "--set", "data.loader.eval_batch_size=7").code == 0
+
+
+def test_a_stored_job_imports_nothing_without_trust(trainyard: Trainyard, tmp_path: Path) -> None:
+    (tmp_path / "own_data_module.py").write_text(
+        "import numpy as np\n"
+        "def load(rows):\n"
+        "    x = np.random.default_rng(0).normal(size=(rows, 3)).astype('float32')\n"
+        "    return x, (x.sum(1) > 0).astype('int64')\n"
+    )
+    source = {"call": "own_data_module:load", "args": {"rows": 200}}
+    job = write_job(tmp_path, data={"source": source, "normalize": "standard"})
+    trained = trainyard("train", job, "--json")
+    assert trained.code == 0, trained.err
+    run = trained.json["run"]
+    refused = trainyard("evaluate", run)
+    assert refused.code == 2
+    assert "own_data_module:load" in refused.err
+    assert "--trust" in refused.err
+    assert trainyard("evaluate", run, "--trust").code == 0
+
+
+def test_the_python_api_is_the_same_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    from pipeline import train
+
+    events: list[Mapping[str, Any]] = []
+    run = train(write_job(tmp_path), set={"train.batch_size": 200}, max_steps=4, tell=events.append)
+    assert run.status == "finished"
+    assert run.step == 4
+    assert Path(run.url).is_dir()
+    assert {"run", "start", "evaluation"} <= {event["kind"] for event in events}
+    assert json.loads((Path(run.url) / "run.json").read_text())["status"] == "finished"

@@ -1,0 +1,160 @@
+"""train, show, runs: what a user types, what comes out, what lies there afterwards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import duckdb
+import pandas as pd
+import polars as pl
+import pyarrow.dataset as ds
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from tests.cli.cli_calls import SMALL, Trainyard, write_job
+
+
+def test_a_run_leaves_what_the_readme_says(trainyard: Trainyard, tmp_path: Path) -> None:
+    ended = trainyard("train", write_job(tmp_path), "--json")
+    assert ended.code == 0, ended.err
+    found = ended.json
+    assert found["status"] == "finished"
+    assert (found["step"], found["epoch"], found["attempts"]) == (24, 3, 1)
+    assert found["best"]["metric"] == "val/loss"
+    assert set(found["metrics"]) == {"val/loss", "val/accuracy", "val/correct"}
+    assert found["error"] is None
+    run = Path(found["url"])
+    assert run == tmp_path / "runs" / found["run"]
+    assert found["run"].startswith("small-")
+    there = {path.name for path in run.iterdir()}
+    assert {"job.yaml", "run.json", "result.json", "splits.parquet", "journal", "metrics", "checkpoints"} <= there
+    assert "epoch 3" in ended.err
+    assert len([line for line in ended.err.splitlines() if line.startswith("epoch")]) == 4, "one line an evaluation"
+
+
+def test_every_reader_sees_every_step_once(trainyard: Trainyard, tmp_path: Path) -> None:
+    run = Path(trainyard("train", write_job(tmp_path), "--json").json["url"])
+    steps, evals = run / "metrics/steps", run / "metrics/evals"
+    assert pd.read_parquet(steps).sort_values("step")["step"].tolist() == list(range(1, 25))
+    assert ds.dataset(steps).to_table().num_rows == 24
+    assert pl.read_parquet(steps / "*.parquet")["samples"].sum() == 3 * 800
+    rows = duckdb.connect().execute(f"select step, split, loss from '{evals}/*.parquet' order by step").fetchall()
+    assert [(step, split) for step, split, _ in rows] == [(0, "val"), (8, "val"), (16, "val"), (24, "val")]
+
+
+def test_plain_torch_loads_the_best_and_gets_the_recorded_accuracy(trainyard: Trainyard, tmp_path: Path) -> None:
+    run = Path(trainyard("train", write_job(tmp_path), "--json").json["url"])
+    result = json.loads((run / "result.json").read_text())
+    model = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 2))
+    model.load_state_dict(load_file(run / "checkpoints" / result["chosen"] / "model.safetensors"))
+    evaluated = trainyard("evaluate", run.name, "--json").json
+    assert evaluated["checkpoint"] == result["chosen"]
+    assert evaluated["metrics"]["val/loss"] == result["best"]["value"]
+    splits = pd.read_parquet(run / "splits.parquet")
+    rows = splits.loc[splits["split"] == "val", "row"].to_numpy()
+    from pipeline.data.preprocess import fit_preprocess
+    from pipeline.data.sources import open_source
+    from pipeline.job_file import load_job
+
+    job = load_job(tmp_path / "small.yaml")
+    source = open_source(job)
+    train_rows = splits.loc[splits["split"] == "train", "row"].to_numpy()
+    prepare = fit_preprocess(job, source.train, train_rows).to(torch.device("cpu"), torch.float32)
+    outputs = model(prepare(torch.from_numpy(source.train.inputs[rows])))
+    correct = int((outputs.argmax(1) == torch.from_numpy(source.train.targets[rows])).sum())
+    assert evaluated["metrics"]["val/correct"] == correct
+
+
+def test_the_same_command_does_nothing_and_a_changed_job_is_a_new_run(trainyard: Trainyard, tmp_path: Path) -> None:
+    job = write_job(tmp_path)
+    first = trainyard("train", job, "--json").json
+    again = trainyard("train", job, "--json")
+    assert again.code == 0
+    assert "nothing to do" in again.err
+    assert again.json["run"] == first["run"]
+    assert again.json["attempts"] == 1
+    other = trainyard("train", job, "--set", "train.phases.0.lr=0.3", "--json").json
+    assert other["run"] != first["run"]
+    elsewhere = trainyard("train", job, "--set", "checkpoint.keep=1", "--set", "scale.threads=1", "--json").json
+    assert elsewhere["run"] == first["run"], "where and how fast do not make another run"
+    listed = trainyard("runs")
+    assert {first["run"], other["run"]} <= set(listed.out.split())
+    assert {run["run"] for run in trainyard("runs", "--json").json["runs"]} == {first["run"], other["run"]}
+
+
+def test_a_name_that_is_taken_by_another_job_is_refused_with_the_differences(
+    trainyard: Trainyard, tmp_path: Path
+) -> None:
+    job = write_job(tmp_path)
+    assert trainyard("train", job, "--name", "mine", "--max-steps", "3").code == 0
+    refused = trainyard("train", job, "--name", "mine", "--set", "train.batch_size=50")
+    assert refused.code == 2
+    assert "train.batch_size: 100 there, 50 here" in refused.err
+    assert "max_steps: 3 there, None here" in refused.err
+    assert trainyard("show", "mine", "--json").json["step"] == 3
+
+
+def test_storage_is_the_flag_then_the_environment_then_the_job(
+    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = write_job(tmp_path, storage="./from_job")
+    short = ("--max-steps", "1", "--json")
+    assert "/from_job/" in trainyard("train", job, *short).json["url"]
+    monkeypatch.setenv("TRAINYARD_STORAGE", str(tmp_path / "from_env"))
+    assert "/from_env/" in trainyard("train", job, *short).json["url"]
+    assert "/from_flag/" in trainyard("train", job, *short, "--storage", "from_flag").json["url"]
+    assert "/memory" not in trainyard("runs").out
+
+
+def test_quiet_is_quiet(trainyard: Trainyard, tmp_path: Path) -> None:
+    ended = trainyard("train", write_job(tmp_path), "--quiet", "--max-steps", "2")
+    assert ended.err == ""
+    assert "finished" in ended.out
+
+
+def test_the_test_split_is_read_by_evaluate_alone_and_each_read_is_on_record(
+    trainyard: Trainyard, tmp_path: Path
+) -> None:
+    run = Path(trainyard("train", write_job(tmp_path), "--json").json["url"])
+    assert not (run / "reads").exists()
+    assert trainyard("evaluate", run.name, "--split", "val").code == 0
+    assert not (run / "reads").exists()
+    first = trainyard("evaluate", run.name, "--split", "test", "--json").json
+    assert first["metrics"]["test/samples"] == 1000
+    trainyard("evaluate", str(run), "--split", "test", "--checkpoint", "last")
+    assert sorted(path.name for path in (run / "reads").iterdir()) == ["00000001.json", "00000002.json"]
+    assert json.loads((run / "reads/00000001.json").read_text())["checkpoint"] == first["checkpoint"]
+
+
+def test_a_loss_that_is_not_finite_fails_with_its_step_and_the_run_says_so(
+    trainyard: Trainyard, tmp_path: Path
+) -> None:
+    job = write_job(tmp_path, train={**SMALL["train"], "phases": [{"epochs": 3, "lr": 1e30}]})
+    ended = trainyard("train", job, "--json", "--name", "wild")
+    assert ended.code == 1
+    assert "at step" in ended.err
+    assert "learning rate 1e+30" in ended.err
+    assert "Traceback" not in ended.err
+    assert ended.json["error"]["type"] == "NotFiniteError"
+    shown = trainyard("show", "wild", "--json").json
+    assert shown["status"] == "failed"
+    assert "learning rate" in shown["error"]["message"]
+
+
+def test_best_is_the_earliest_of_the_lowest_and_patience_stops(trainyard: Trainyard, tmp_path: Path) -> None:
+    job = write_job(
+        tmp_path,
+        train={**SMALL["train"], "phases": [{"epochs": 200, "lr": 0.5}]},
+        evaluate={"every_steps": 4},
+        best={"metric": "val/accuracy", "mode": "max", "patience": 3},
+    )
+    ended = trainyard("train", job, "--json")
+    found = ended.json
+    evals = pd.read_parquet(Path(found["url"]) / "metrics/evals").sort_values("step")
+    trained = [row for row in evals.to_dict("records") if row["step"] > 0]
+    best = max(trained, key=lambda row: (row["accuracy"], -row["step"]))
+    assert found["best"]["step"] == best["step"]
+    assert found["step"] == found["best"]["step"] + 12 < 1600

@@ -1,0 +1,285 @@
+"""Loaders: the same batches for any number of loader processes and any world size."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data import tensors
+from pipeline.data.augment import augmented, draw
+from pipeline.data.loader import Batch, EvalLoader, TrainLoader
+from pipeline.data.sampler import GlobalBatches
+from pipeline.data.sources import Arrays
+from pipeline.errors import DataError, WorkError
+from pipeline.job import Augment, Loader
+
+DEVICES = ["cpu", "cuda, resident", "cuda, pinned"]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    kind, _, place = request.param.partition(", ")
+    if kind == "cuda" and not torch.cuda.is_available():
+        pytest.skip("this machine has no CUDA device")
+    if place == "pinned":
+        monkeypatch.setattr(tensors, "RESIDENT_SHARE", 0.0)
+    return torch.device(kind)
+
+
+def arrays(rows: int = 60, shape: tuple[int, ...] = (4, 4)) -> Arrays:
+    inputs = np.random.default_rng(0).integers(0, 256, (rows, *shape), dtype=np.uint8)
+    return Arrays(inputs, np.arange(rows, dtype=np.int64))
+
+
+def train_loader(data: Arrays, rows: np.ndarray, **changes: Any) -> TrainLoader:
+    batches = GlobalBatches(len(rows), changes.pop("batch_size", 7), shuffle=changes.pop("shuffle", True), seed=3)
+    settings: dict[str, Any] = {
+        "first_step": 1,
+        "last_step": 3 * batches.steps_per_epoch,
+        "rank": 0,
+        "world_size": 1,
+        "loader": Loader(processes=changes.pop("processes", 0)),
+        "device": torch.device("cpu"),
+        "augment": Augment(),
+        "seed": 5,
+    }
+    return TrainLoader(data, rows, batches, **{**settings, **changes})
+
+
+def collected(loader: TrainLoader) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """Batches as they were when they came out; everything behind them has run on by the time that they are compared."""
+    with loader:
+        kept = [(batch.step, batch.inputs.clone(), batch.targets.clone()) for batch in loader]
+    assert len(kept) == len(loader)
+    return [(step, inputs.cpu().numpy(), targets.cpu().numpy()) for step, inputs, targets in kept]
+
+
+def assert_same(ours: list[Any], theirs: list[Any]) -> None:
+    assert len(ours) == len(theirs) > 0
+    for one, other in zip(ours, theirs, strict=True):
+        assert all(
+            np.array_equal(a, b) and np.asarray(a).dtype == np.asarray(b).dtype for a, b in zip(one, other, strict=True)
+        )
+
+
+ROWS = np.arange(3, 56, 2)
+"""27 rows: three batches of 7, and one of 6."""
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_batches_are_the_rows_of_their_steps(device: torch.device, shuffle: bool) -> None:
+    data = arrays()
+    batches = GlobalBatches(len(ROWS), 7, shuffle=shuffle, seed=3)
+    expected = [(step, data.inputs[ROWS[batches.indices(step)]], ROWS[batches.indices(step)]) for step in range(1, 13)]
+    assert_same(collected(train_loader(data, ROWS, shuffle=shuffle, device=device)), expected)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("fetch_bytes", [1, 400, 1 << 20])
+def test_processes_change_nothing(
+    device: torch.device, processes: int, fetch_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.data.loader.FETCH_BYTES", fetch_bytes)
+    changes: dict[str, Any] = {"augment": Augment(crop=1, flip=True), "device": device, "world_size": 4, "rank": 1}
+    without = collected(train_loader(arrays(), ROWS, **changes))
+    assert_same(collected(train_loader(arrays(), ROWS, processes=processes, **changes)), without)
+    assert multiprocessing.active_children() == []
+
+
+@given(
+    count=st.integers(1, 30),
+    batch_size=st.integers(1, 12),
+    world_size=st.integers(1, 4),
+    first=st.integers(1, 20),
+    augment=st.sampled_from([Augment(), Augment(crop=2, flip=True)]),
+)
+@settings(deadline=None, max_examples=50)
+def test_shares_make_the_global_batch(
+    count: int, batch_size: int, world_size: int, first: int, augment: Augment
+) -> None:
+    changes: dict[str, Any] = {"batch_size": batch_size, "augment": augment}
+    whole = collected(train_loader(arrays(), np.arange(count), last_step=25, **changes))[first - 1 :]
+    ranks = [
+        collected(
+            train_loader(
+                *(arrays(), np.arange(count)),
+                first_step=first,
+                last_step=25,
+                rank=rank,
+                world_size=world_size,
+                **changes,
+            )
+        )
+        for rank in range(world_size)
+    ]
+    together = [
+        (step, *(np.concatenate([ranks[rank][place][part] for rank in range(world_size)]) for part in (1, 2)))
+        for place, step in enumerate(range(first, 26))
+    ]
+    assert_same(together, whole)
+
+
+def test_augmentation_is_drawn_for_the_global_batch(device: torch.device) -> None:
+    data, spec = arrays(), Augment(crop=2, flip=True)
+    plain = collected(train_loader(data, ROWS))
+    expected = [
+        (
+            step,
+            augmented(spec, torch.from_numpy(inputs), torch.from_numpy(draw(spec, 5, step, len(inputs)))).numpy(),
+            ids,
+        )
+        for step, inputs, ids in plain
+    ]
+    assert_same(collected(train_loader(data, ROWS, augment=spec, device=device)), expected)
+    assert not np.array_equal(expected[0][1], plain[0][1])
+
+
+def test_columns_cannot_be_augmented() -> None:
+    with pytest.raises(DataError, match=r"data\.augment"):
+        train_loader(arrays(shape=(4,)), ROWS, augment=Augment(flip=True))
+
+
+def test_nothing_to_do() -> None:
+    for processes in (0, 1):
+        loader = train_loader(arrays(), ROWS, first_step=5, last_step=4, processes=processes)
+        assert (len(loader), list(loader)) == (0, [])
+
+
+@given(
+    rows=st.lists(st.integers(0, 59), min_size=1, unique=True).map(sorted),
+    batch_size=st.integers(1, 20),
+    world_size=st.integers(1, 4),
+    limit=st.none() | st.integers(1, 70),
+)
+@settings(deadline=None)
+def test_evaluation_sees_every_row_once(rows: list[int], batch_size: int, world_size: int, limit: int | None) -> None:
+    data, ids = arrays(), np.array(rows)
+    seen: list[torch.Tensor] = []
+    for rank in range(world_size):
+        loader = EvalLoader(
+            *(data, ids),
+            rank=rank,
+            world_size=world_size,
+            batch_size=batch_size,
+            device=torch.device("cpu"),
+            limit=limit,
+        )
+        blocks = list(loader)
+        assert len(blocks) == len(loader)
+        assert all(1 <= len(targets) <= batch_size for _, targets in blocks)
+        assert all(torch.equal(inputs, torch.from_numpy(data.inputs)[targets]) for inputs, targets in blocks)
+        assert len(list(loader)) == len(blocks)  # as often as needed
+        seen += [targets for _, targets in blocks]
+    assert torch.cat(seen).tolist() == rows[:limit]
+
+
+def test_evaluation_on_each_device(device: torch.device) -> None:
+    data = arrays()
+    for ids in (np.arange(10, 40), ROWS):
+        blocks = list(EvalLoader(data, ids, rank=0, world_size=1, batch_size=8, device=device))
+        assert all(inputs.device.type == targets.device.type == device.type for inputs, targets in blocks)
+        assert torch.equal(torch.cat([targets.cpu() for _, targets in blocks]), torch.from_numpy(ids))
+        assert torch.equal(torch.cat([inputs.cpu() for inputs, _ in blocks]), torch.from_numpy(data.inputs[ids]))
+
+
+def test_consecutive_rows_are_not_copied() -> None:
+    data = arrays()
+    (inputs, targets), *_ = EvalLoader(
+        data, np.arange(10, 40), rank=0, world_size=1, batch_size=8, device=torch.device("cpu")
+    )
+    assert np.shares_memory(inputs.numpy(), data.inputs)
+    assert np.shares_memory(targets.numpy(), data.targets)
+
+
+def test_read_only_arrays_can_be_loaded() -> None:
+    data = arrays()
+    for values in (data.inputs, data.targets):
+        values.flags.writeable = False
+    assert len(collected(train_loader(data, ROWS))) == 12
+
+
+def endless() -> TrainLoader:
+    return train_loader(arrays(), ROWS, processes=2, last_step=10**6)
+
+
+def test_closing_early_ends_the_processes() -> None:
+    with endless() as loader:
+        batches = iter(loader)
+        next(batches)
+        assert len(multiprocessing.active_children()) == 2
+    assert multiprocessing.active_children() == []
+
+
+def test_a_signal_to_all_does_not_end_the_processes() -> None:
+    # Ctrl-C and a service manager's stop reach every process; the worker wants to finish its step and save.
+    with endless() as loader:
+        batches = iter(loader)
+        before: list[Batch] = [next(batches)]
+        for child in multiprocessing.active_children():
+            assert child.pid is not None
+            os.kill(child.pid, signal.SIGINT)
+            os.kill(child.pid, signal.SIGTERM)
+        before += [next(batches) for _ in range(30_000)]  # more than was fetched ahead
+        assert len(multiprocessing.active_children()) == 2
+    assert [batch.step for batch in before] == list(range(1, 30_002))
+
+
+def test_a_killed_process_is_an_error_and_no_hang() -> None:
+    with endless() as loader:
+        batches = iter(loader)
+        next(batches)
+        child = multiprocessing.active_children()[0]
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGKILL)
+        with pytest.raises(WorkError, match=r"data\.loader\.processes"):
+            for _ in batches:
+                pass
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux's /proc")
+def test_loader_processes_follow_a_killed_worker() -> None:
+    program = """
+import multiprocessing, sys, time
+sys.path.insert(0, "tests/data")
+from test_data_loader import endless
+batches = iter(endless())
+next(batches)
+print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+time.sleep(60)
+"""
+    root = Path(__file__).parents[2]
+    with subprocess.Popen([sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        pids = [int(pid) for pid in worker.stdout.readline().split()]
+        worker.kill()
+    assert len(pids) == 2
+    assert wait_until(lambda: all(is_gone(pid) for pid in pids), seconds=20)

@@ -1,0 +1,154 @@
+"""Preprocessing: exact statistics of the training rows alone, the same arithmetic everywhere."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data import statistics
+from pipeline.data.preprocess import Preprocess, fit_preprocess
+from pipeline.data.sources import Arrays
+from pipeline.errors import DataError
+from pipeline.job import Job
+from pipeline.job_file import build_job
+
+CPU = torch.device("cpu")
+
+
+def job(normalize: Any) -> Job:
+    return build_job({"name": "t", "data": {"normalize": normalize}}, "test")
+
+
+def arrays(inputs: np.ndarray) -> Arrays:
+    return Arrays(inputs, np.zeros(len(inputs), np.int64))
+
+
+def make(shape: tuple[int, ...], dtype: str, seed: int = 0) -> np.ndarray:
+    draws = np.random.default_rng(seed)
+    if dtype == "uint8":
+        return draws.integers(0, 256, shape, dtype=np.uint8)
+    return (draws.normal(3, 7, shape) * np.arange(1, shape[1] + 1).reshape(-1, *[1] * (len(shape) - 2))).astype(dtype)
+
+
+def reference(kind: str, inputs: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The same in plain NumPy and float64, all at once: (N, *output shape)."""
+    values = inputs.astype(np.float64) / (255 if inputs.dtype == np.uint8 and kind != "none" else 1)
+    values = values[:, None] if values.ndim == 3 else values
+    if kind in ("none", "unit"):
+        return values
+    axes = tuple(range(values.ndim)) if kind == "scalar" else (0, *range(2, values.ndim))
+    mean, std = (function(values[rows], axis=axes, keepdims=True) for function in (np.mean, np.std))
+    scaled: np.ndarray = (values - mean) / np.where(std == 0, 1, std)
+    return scaled
+
+
+@pytest.mark.parametrize("shape", [(40, 5), (40, 6, 4), (40, 3, 6, 4), (40, 2, 3, 2, 2)])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("unit", "uint8"), *itertools.product(["none", "scalar", "standard"], ["uint8", "float32", "float64"])],
+)
+def test_equals_numpy(kind: str, dtype: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "BLOCK_VALUES", 100)  # several blocks, the last one short
+    inputs, rows = make(shape, dtype), np.arange(0, 33)
+    preprocess = fit_preprocess(job(kind), arrays(inputs), rows)
+    expected = reference(kind, inputs, rows)
+    raw = torch.from_numpy(inputs.copy())
+    for wanted, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        prepared = preprocess.to(CPU, wanted)(raw)
+        assert prepared.dtype == wanted
+        assert tuple(prepared.shape[1:]) == preprocess.output_shape == expected.shape[1:]
+        assert preprocess.channels == expected.shape[1]
+        np.testing.assert_allclose(prepared.numpy(), expected, rtol=tolerance, atol=tolerance)
+        prepared.add_(1)
+        assert np.array_equal(raw.numpy(), inputs)  # never shares memory with the data
+
+
+@given(
+    kind=st.sampled_from(["scalar", "standard"]),
+    dtype=st.sampled_from(["uint8", "float32"]),
+    rows=st.lists(st.integers(0, 29), min_size=1, unique=True),
+)
+@settings(deadline=None, max_examples=30)
+def test_is_fitted_on_the_training_rows_alone(kind: str, dtype: str, rows: list[int]) -> None:
+    inputs, ids = make((30, 3), dtype), np.array(sorted(rows))
+    changed = inputs.copy()
+    changed[np.setdiff1d(np.arange(30), ids)] = 99
+    fitted = [fit_preprocess(job(kind), arrays(values), ids) for values in (inputs, changed)]
+    assert fitted[0] == fitted[1]
+    np.testing.assert_allclose(
+        fitted[0].to(CPU, torch.float64)(torch.from_numpy(inputs)), reference(kind, inputs, ids), atol=1e-9
+    )
+
+
+def test_unit_is_what_torchvision_gives() -> None:
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
+    prepared = fit_preprocess(job("unit"), arrays(levels), np.array([0])).to(CPU, torch.float32)(
+        torch.from_numpy(levels)
+    )
+    assert torch.equal(prepared, torch.from_numpy(levels)[:, None].to(torch.float32).div(255))
+
+
+@pytest.mark.parametrize("constant", [0.1, 1e9, -3.0])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_constant_column_becomes_zero(constant: float, dtype: str) -> None:
+    inputs = np.full((1000, 2), constant, dtype=dtype)
+    inputs[:, 1] = np.arange(1000)
+    preprocess = fit_preprocess(job("standard"), arrays(inputs), np.arange(1000))
+    assert preprocess.std[0] == 1
+    assert preprocess.to(CPU, torch.float32)(torch.from_numpy(inputs))[:, 0].abs().max() < 1e-6 * abs(constant)
+
+
+def test_columns_far_from_zero_keep_their_digits() -> None:
+    inputs = (1.7e9 + 1000 * np.arange(-512, 512)[:, None]).astype(np.float32)  # seconds since 1970
+    preprocess = fit_preprocess(job("standard"), arrays(inputs), np.arange(1024))
+    expected = reference("standard", inputs, np.arange(1024))
+    np.testing.assert_allclose(preprocess.to(CPU, torch.float32)(torch.from_numpy(inputs)), expected, atol=1e-3)
+
+
+def test_given_numbers() -> None:
+    images = make((5, 3, 4, 4), "uint8")
+    preprocess = fit_preprocess(job({"mean": [0.1, 0.2, 0.3], "std": [1, 2, 4]}), arrays(images), np.arange(5))
+    expected = (images / 255 - np.array([0.1, 0.2, 0.3]).reshape(3, 1, 1)) / np.array([1, 2, 4]).reshape(3, 1, 1)
+    np.testing.assert_allclose(preprocess.to(CPU, torch.float64)(torch.from_numpy(images)), expected)
+    columns = make((5, 3), "float32")
+    one_for_all = fit_preprocess(job({"mean": 1, "std": 2}), arrays(columns), np.arange(5))
+    np.testing.assert_allclose(
+        one_for_all.to(CPU, torch.float64)(torch.from_numpy(columns)), (columns.astype(float) - 1) / 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("normalize", "dtype", "where", "word"),
+    [
+        ("unit", "float32", "data.normalize", "float32"),
+        ({"mean": [1, 2], "std": 1}, "float32", "data.normalize.mean", "2 numbers for 3"),
+        ({"mean": 1, "std": [1, 2]}, "float32", "data.normalize.std", "2 numbers for 3"),
+        ({"mean": 1, "std": 0}, "float32", "data.normalize.std", "0.0"),
+    ],
+)
+def test_what_does_not_fit(normalize: Any, dtype: str, where: str, word: str) -> None:
+    with pytest.raises(DataError) as refused:
+        fit_preprocess(job(normalize), arrays(make((5, 3), dtype)), np.arange(5))
+    assert refused.value.where == where
+    assert word in refused.value.what
+    assert refused.value.fix
+
+
+@pytest.mark.parametrize("kind", ["none", "unit", "scalar", "standard"])
+def test_stored_and_read_back(kind: str) -> None:
+    fitted = fit_preprocess(job(kind), arrays(make((20, 3, 4, 4), "uint8")), np.arange(20))
+    assert Preprocess.from_json(json.loads(json.dumps(fitted.to_json()))) == fitted
+
+
+@pytest.mark.parametrize("damage", [{"version": 99}, {"kind": "x"}, {"mean": None}, {"sample_shape": ["a"]}])
+def test_damaged_ones_are_refused(damage: dict[str, Any]) -> None:
+    stored = fit_preprocess(job("standard"), arrays(make((20, 3), "uint8")), np.arange(20)).to_json()
+    with pytest.raises(DataError, match=r"preprocess\.json"):
+        Preprocess.from_json({**stored, **damage})

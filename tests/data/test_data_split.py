@@ -1,0 +1,165 @@
+"""Splits: disjoint, deterministic, and of the sizes that were asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data.sources import Arrays, Source, make_source
+from pipeline.data.split import make_splits, proportional, split_warnings, splits_from_table, splits_table
+from pipeline.errors import DataError
+from pipeline.job import Job
+from pipeline.job_file import build_job
+
+
+def job(splits: dict[str, Any], **more: Any) -> Job:
+    return build_job({"name": "t", "data": {"splits": splits}, **more}, "test")
+
+
+def source(rows: int, *, test_rows: int = 0, classes: int = 3) -> Source:
+    def arrays(count: int, start: int) -> Arrays:
+        inputs = np.arange(start, start + count, dtype=np.float32)[:, None]
+        return Arrays(inputs, np.arange(count, dtype=np.int64) ** 2 % classes)
+
+    return make_source(arrays(rows, 0), arrays(test_rows, rows) if test_rows else None, ())
+
+
+SHARE = st.one_of(st.floats(0, 0.99), st.integers(0, 150))
+
+
+@given(
+    rows=st.integers(1, 200),
+    val=SHARE,
+    test=SHARE,
+    train=st.none() | SHARE.filter(bool),
+    stratify=st.booleans(),
+    own_test=st.booleans(),
+)
+@settings(deadline=None, max_examples=300)
+def test_random_splits(rows: int, val: float, test: float, train: float | None, stratify: bool, own_test: bool) -> None:
+    data = source(rows, test_rows=7 if own_test else 0)
+    asked = {"val": val, "test": test, "train": train}
+    a_job = job({"by": "random", "stratify": stratify, **asked})
+    counts = {name: round(v * rows) if v < 1 else int(v) for name, v in asked.items() if v}
+    rest = rows - sum(counts.values())
+    counts.setdefault("train", rest)
+    if rest < 0 or min(counts.values()) < 1:
+        with pytest.raises(DataError) as refused:
+            make_splits(a_job, data)
+        assert refused.value.where.startswith("data.splits")
+        assert refused.value.fix
+        return
+    splits = make_splits(a_job, data)
+    drawn = {name: part for name, part in splits.items() if part.part == "train"}
+    assert {name: len(part) for name, part in drawn.items()} == counts
+    together = np.concatenate([part.ids for part in drawn.values()])
+    assert len(np.unique(together)) == len(together)
+    assert 0 <= together.min() <= together.max() < rows
+    assert all((np.diff(part.ids) > 0).all() and part.ids.dtype == np.int64 for part in splits.values())
+    if own_test and "test" not in drawn:
+        assert splits["test"].part == "test"
+        assert splits["test"].ids.tolist() == list(range(7))
+    again = make_splits(a_job, data)
+    assert all(np.array_equal(again[name].ids, splits[name].ids) for name in splits)
+
+
+def test_the_draw_depends_on_the_seed_and_the_data() -> None:
+    spec = {"by": "random", "val": 0.5}
+
+    def val(a_job: Job, data: Source) -> list[int]:
+        ids: list[int] = make_splits(a_job, data)["val"].ids.tolist()
+        return ids
+
+    first = val(job(spec), source(100))
+    assert val(job(spec, seed={"all": 1, "init": 2}), source(100)) == first
+    assert val(job(spec, seed={"all": 1, "split": 2}), source(100)) != first
+    assert val(job(spec), source(100, classes=4)) != first
+
+
+def test_asking_for_a_test_split_leaves_val_as_it_is() -> None:
+    data = source(100)
+    without, with_test = (make_splits(job({"val": 20, "test": test}), data) for test in (0, 30))
+    assert np.array_equal(without["val"].ids, with_test["val"].ids)
+
+
+@given(counts=st.lists(st.integers(1, 60), min_size=2, max_size=5), val=st.floats(0.05, 0.4))
+@settings(deadline=None)
+def test_stratified_splits_take_from_every_class_in_proportion(counts: list[int], val: float) -> None:
+    labels = np.repeat(np.arange(len(counts)), counts)
+    rows = len(labels)
+    data = make_source(Arrays(np.zeros((rows, 1), np.float32), labels.astype(np.int64)), None, ())
+    if round(val * rows) == 0:
+        return
+    ids = make_splits(job({"val": val, "stratify": True}), data)["val"].ids
+    taken = np.bincount(labels[ids], minlength=len(counts))
+    assert (np.abs(taken - round(val * rows) * np.array(counts) / rows) < 1).all()
+
+
+def test_stratify_needs_classes() -> None:
+    with pytest.raises(DataError, match="regression"):
+        make_splits(job({"stratify": True}, task="regression"), source(10))
+
+
+@given(sizes=st.lists(st.integers(0, 50), min_size=1, max_size=6), data=st.data())
+def test_proportional(sizes: list[int], data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, sum(sizes)))
+    takes = proportional(sizes, count)
+    assert sum(takes) == count
+    total = max(sum(sizes), 1)
+    assert all(
+        0 <= take <= size and abs(take - count * size / total) < 1 for take, size in zip(takes, sizes, strict=True)
+    )
+
+
+def test_ranges() -> None:
+    splits = make_splits(job({"by": "range", "train": [0, 4], "val": [6, 9]}), source(10, test_rows=3))
+    assert splits["train"].ids.tolist() == [0, 1, 2, 3]
+    assert splits["val"].ids.tolist() == [6, 7, 8]
+    assert (splits["test"].part, splits["test"].ids.tolist()) == ("test", [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("splits", "where", "words"),
+    [
+        ({"by": "range", "train": [0, 11]}, "data.splits.train", ["[0, 11]", "10 rows"]),
+        ({"by": "range", "train": [0, 5], "val": [4, 8]}, "data.splits", ["train [0, 5]", "val [4, 8]"]),
+        ({"by": "range", "train": [3, 9], "val": [2, 10]}, "data.splits", ["train [3, 9]", "val [2, 10]"]),
+        ({"by": "range", "train": [0, 9], "val": [9, 10], "test": [2, 4]}, "data.splits", ["train", "test"]),
+        ({"val": 10}, "data.splits", ["val: 10", "no rows to train", "10"]),
+        ({"val": 0.6, "test": 0.6}, "data.splits", ["val: 0.6 (6 rows)", "test: 0.6 (6 rows)"]),
+        ({"val": 2, "train": 9}, "data.splits", ["val: 2", "train: 9", "10"]),
+        ({"val": 0.01}, "data.splits.val", ["no rows", "10"]),
+        ({"val": 2, "train": 0.01}, "data.splits.train", ["no rows", "10"]),
+    ],
+)
+def test_splits_that_cannot_be(splits: dict[str, Any], where: str, words: list[str]) -> None:
+    with pytest.raises(DataError) as refused:
+        make_splits(job(splits), source(10))
+    assert refused.value.where == where
+    assert all(word in refused.value.what for word in words)
+
+
+def test_no_validation_split() -> None:
+    assert list(make_splits(job({"val": 0}), source(10))) == ["train"]
+
+
+def test_fewer_rows_than_a_batch_is_worth_a_word() -> None:
+    for batch_size, count in ((100, 1), (8, 0), ("all", 0)):
+        a_job = job({"val": 2}, train={"batch_size": batch_size})
+        assert len(split_warnings(a_job, make_splits(a_job, source(10)))) == count
+
+
+def test_table_and_back() -> None:
+    splits = make_splits(job({"val": 3}), source(10, test_rows=4))
+    table = splits_table(splits)
+    assert table.schema.names == ["split", "part", "row"]
+    assert [str(kind) for kind in table.schema.types] == ["string", "string", "int64"]
+    back = splits_from_table(table)
+    assert list(back) == list(splits)
+    for name, rows in splits.items():
+        assert back[name].part == rows.part
+        assert np.array_equal(back[name].ids, rows.ids)

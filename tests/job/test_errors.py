@@ -1,0 +1,58 @@
+"""Errors cross process boundaries and end a process with the right code."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from pipeline import errors
+from pipeline.errors import Interrupted, TrainyardError
+
+
+def tree(kind: type[TrainyardError]) -> Iterator[type[TrainyardError]]:
+    yield kind
+    for below in kind.__subclasses__():
+        yield from tree(below)
+
+
+KINDS = [kind for kind in tree(TrainyardError) if kind.__module__ == errors.__name__]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_error_survives_pickling_with_all_that_it_says(kind: type[TrainyardError]) -> None:
+    error = kind("what", where="where", fix="fix")
+    error.step = 7  # type: ignore[attr-defined]
+    error.add_note("a note")
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert type(again) is kind
+        assert str(again) == str(error) == "where: what\n  fix"
+        assert vars(again) == vars(error)
+        assert again.args == error.args
+        assert again.exit_code == error.exit_code
+
+
+def test_interruptions_end_as_shells_expect() -> None:
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        assert pickle.loads(pickle.dumps(Interrupted("stopped", signal_number=number))).exit_code == code
+
+
+def test_codes_follow_the_tree() -> None:
+    codes = {kind.__name__: kind("x").exit_code for kind in KINDS}
+    assert codes == {
+        "TrainyardError": 1,
+        "InputError": 2,
+        "JobError": 2,
+        "DataError": 2,
+        "StorageError": 2,
+        "WorkError": 1,
+        "NotFiniteError": 1,
+        "StorageLostError": 1,
+        "WorkerLostError": 1,
+        "BusyError": 3,
+        "SupersededError": 3,
+        "Interrupted": 130,
+    }

@@ -1,0 +1,128 @@
+"""Tasks: sums against plain torch and scikit-learn's definition of balanced weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from pipeline.errors import JobError
+from pipeline.job import Task as Spec
+from pipeline.learn.task import Task, build_task
+
+CLASSES = 4
+
+
+def batch(kind: str, rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "multiclass":
+        return torch.randn(rows, CLASSES, generator=generator, dtype=torch.float64), torch.randint(
+            CLASSES, (rows,), generator=generator
+        )
+    if kind == "binary":
+        targets = torch.randint(2, (rows,), generator=generator).float()
+        return torch.randn(rows, 1, generator=generator, dtype=torch.float64), targets
+    return torch.randn(rows, 3, generator=generator, dtype=torch.float64), torch.randn(rows, 3, generator=generator)
+
+
+def task(kind: str, **options: Any) -> Task:
+    counts = options.pop("counts", None)
+    built = build_task(Spec.model_validate({"kind": kind, **options}), CLASSES, 3, counts)
+    return built.to(torch.device("cpu"), torch.float64)
+
+
+def mean_of_torch(kind: str, outputs: Tensor, targets: Tensor, weights: list[float] | None) -> Tensor:
+    if kind == "multiclass":
+        return F.cross_entropy(outputs, targets, torch.tensor(weights, dtype=torch.float64) if weights else None)
+    if kind == "binary":
+        each = None if weights is None else torch.tensor(weights, dtype=torch.float64)[targets.long()]
+        losses = F.binary_cross_entropy_with_logits(outputs[:, 0], targets.double(), each, reduction="sum")
+        return losses / (len(targets) if each is None else each.sum())
+    return F.mse_loss(outputs, targets.double())
+
+
+CASES: list[tuple[str, list[float] | None]] = [
+    ("multiclass", None),
+    ("multiclass", [0.5, 2.0, 1.0, 3.0]),
+    ("binary", None),
+    ("binary", [0.25, 4.0]),
+    ("regression", None),
+]
+
+
+@pytest.mark.parametrize(("kind", "weights"), CASES)
+@given(cuts=st.lists(st.integers(0, 29), max_size=4))
+def test_uneven_blocks_sum_to_torchs_mean(kind: str, weights: list[float] | None, cuts: list[int]) -> None:
+    ours = task(kind, **({"class_weights": dict(enumerate(weights))} if weights else {}))
+    outputs, targets = batch(kind, 29)
+    exact, loss, weight = torch.zeros(3, dtype=torch.float64), 0.0, 0.0
+    bounds = [0, *sorted(cuts), 29]
+    for first, end in zip(bounds, bounds[1:], strict=False):
+        exact += ours.exact_sums(outputs[first:end], targets[first:end])
+        sums = ours.sums(outputs[first:end], targets[first:end])
+        loss, weight = loss + float(sums.loss), weight + float(sums.weight)
+    expected = float(mean_of_torch(kind, outputs, targets, weights))
+    assert float(exact[0] / exact[1]) == pytest.approx(expected, rel=1e-13)
+    assert loss / weight == pytest.approx(expected, rel=1e-13)
+    if kind == "regression":
+        assert exact[2].isnan()
+        assert not ours.counts_correct
+    else:
+        guesses = outputs.argmax(1) if kind == "multiclass" else (outputs[:, 0] > 0).long()
+        assert int(exact[2]) == int((guesses == targets.long()).sum())
+
+
+@pytest.mark.parametrize(("kind", "weights"), CASES)
+def test_the_gradient_of_the_sum_is_torchs(kind: str, weights: list[float] | None) -> None:
+    ours = task(kind, **({"class_weights": dict(enumerate(weights))} if weights else {}))
+    outputs, targets = batch(kind, 17)
+    outputs.requires_grad_()
+    sums = ours.sums(outputs, targets)
+    (gradient,) = torch.autograd.grad(sums.loss, outputs)
+    (reference,) = torch.autograd.grad(mean_of_torch(kind, outputs, targets, weights), outputs)
+    torch.testing.assert_close(gradient / sums.weight, reference, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "binary"])
+def test_balanced_weights_are_scikit_learns(kind: str) -> None:
+    counts = [1, 5, 2, 12] if kind == "multiclass" else [3, 17]
+    built = task(kind, class_weights="balanced", counts=counts).class_weights
+    assert built is not None
+    assert built.tolist() == [sum(counts) / (len(counts) * count) for count in counts]
+
+
+def test_a_class_without_a_row_and_one_without_a_weight() -> None:
+    absent = task("multiclass", class_weights="balanced", counts=[2, 0, 1, 1]).class_weights
+    assert absent is not None
+    assert absent.tolist() == [0.5, 0.0, 1.0, 1.0]
+    unnamed = task("multiclass", class_weights={1: 5.0}).class_weights
+    assert unnamed is not None
+    assert unnamed.tolist() == [1.0, 5.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(("kind", "label"), [("multiclass", 4), ("multiclass", -1), ("binary", 2)])
+def test_a_weight_for_no_class_is_an_error(kind: str, label: int) -> None:
+    with pytest.raises(JobError, match="no class") as caught:
+        task(kind, class_weights={label: 1.0})
+    assert caught.value.where == f"task.class_weights.{label}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_outputs_are_summed_in_more(dtype: torch.dtype) -> None:
+    ours = task("multiclass")
+    outputs, targets = torch.full((4000, CLASSES), 3.0, dtype=dtype), torch.zeros(4000, dtype=torch.int64)
+    expected = 4000 * float(torch.tensor(4.0).log())
+    assert float(ours.sums(outputs, targets).loss) == pytest.approx(expected, rel=1e-5)
+    assert float(ours.exact_sums(outputs, targets)[0]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_exact_sums_are_float64_even_of_float32_losses() -> None:
+    ours = task("regression")
+    outputs, targets = torch.zeros(30_000, 1), torch.full((30_000, 1), 0.1)
+    single = float(torch.tensor(0.1) * torch.tensor(0.1))
+    assert float(ours.exact_sums(outputs, targets)[0]) == pytest.approx(30_000 * single, rel=1e-14)

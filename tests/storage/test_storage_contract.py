@@ -1,0 +1,141 @@
+"""One suite for every kind of storage: files of this machine, memory://, and S3."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import StorageError
+from pipeline.storage import Storage
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
+    if request.param == "local":
+        yield Storage.open(str(tmp_path / "runs"))
+    elif request.param == "memory":
+        opened = Storage.open(f"memory://{uuid.uuid4().hex}/runs")
+        yield opened
+        opened.delete_folder("run")
+    else:
+        yield Storage.open(request.getfixturevalue("s3_url"))
+
+
+def test_what_was_put_is_read(storage: Storage) -> None:
+    storage.replace("run/a.bin", b"\x00one")
+    assert storage.read("run/a.bin") == b"\x00one"
+    storage.replace("run/a.bin", b"two", sync=True)
+    assert storage.read("run/a.bin") == b"two"
+    storage.replace("run/empty", b"")
+    assert storage.read("run/empty") == b""
+
+
+def test_a_large_file_is_put_whole(storage: Storage) -> None:
+    data = bytes(range(256)) * 20_000
+    storage.replace("run/large.bin", data)
+    assert storage.read("run/large.bin") == data
+
+
+def test_what_is_absent_is_not_found(storage: Storage) -> None:
+    with pytest.raises(FileNotFoundError):
+        storage.read("run/none")
+    assert storage.list() == []
+    assert storage.list("run/none") == []
+    assert not storage.exists("run/none")
+    storage.delete("run/none")
+    storage.delete_folder("run/none")
+
+
+def test_create_is_won_once(storage: Storage) -> None:
+    assert storage.create("run/x.json", b"mine")
+    assert storage.create("run/x.json", b"mine"), "the same content again is a repeated request"
+    assert not storage.create("run/x.json", b"other")
+    assert storage.read("run/x.json") == b"mine"
+
+
+def test_threads_that_race_for_a_name_agree_on_the_winner(storage: Storage) -> None:
+    rounds, racers = 12, 4
+    won: dict[int, list[bytes]] = {number: [] for number in range(rounds)}
+    barrier = threading.Barrier(racers)
+
+    def race(own: bytes) -> None:
+        for number in range(rounds):
+            barrier.wait()
+            if storage.create(f"run/{number}", own):
+                won[number].append(own)
+
+    threads = [threading.Thread(target=race, args=(f"nonce-{number}".encode(),)) for number in range(racers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(rounds):
+        assert won[number] == [storage.read(f"run/{number}")]
+
+
+def test_a_listing_names_files_and_folders_at_once(storage: Storage) -> None:
+    assert storage.list("run") == []
+    storage.replace("run/b", b"")
+    assert storage.list("run") == ["b"]
+    storage.replace("run/folder/c", b"")
+    storage.create("run/a", b"")
+    storage.replace("running/d", b"")
+    assert storage.list("run") == ["a", "b", "folder"]
+    assert storage.list() == ["run", "running"]
+    storage.delete("run/b")
+    assert storage.list("run") == ["a", "folder"]
+    storage.delete_folder("run")
+    assert storage.list() == ["running"]
+
+
+def test_exists_knows_files_and_folders(storage: Storage) -> None:
+    storage.replace("run/folder/c", b"")
+    assert storage.exists("run")
+    assert storage.exists("run/folder")
+    assert storage.exists("run/folder/c")
+    storage.delete("run/folder/c")
+    assert not storage.exists("run/folder/c")
+
+
+def test_a_folder_opened_through_another_is_the_same(storage: Storage) -> None:
+    inner = storage.at("run").at("metrics/steps")
+    inner.replace("0", b"cell")
+    assert storage.read("run/metrics/steps/0") == b"cell"
+    assert inner.url == f"{storage.url}/run/metrics/steps"
+
+
+@pytest.mark.parametrize("path", ["..", "../other", "a/../../b", "/etc", "a//b", "./a", "", "a\0b"])
+def test_no_path_leaves_its_folder(storage: Storage, path: str) -> None:
+    for action in (storage.read, storage.at, storage.exists, storage.delete, storage.delete_folder):
+        with pytest.raises(StorageError, match="no path inside"):
+            action(path)
+    with pytest.raises(StorageError, match="no path inside"):
+        storage.replace(path, b"")
+
+
+def test_it_says_whether_create_excludes(storage: Storage) -> None:
+    assert storage.has_conditional_writes()
+    assert storage.list() == [], "trying it out leaves nothing behind"
+
+
+def test_it_crosses_processes(storage: Storage) -> None:
+    inner = storage.at("run", own_temporaries=True).within(7.0)
+    inner.replace("a", b"1")
+    copy = pickle.loads(pickle.dumps(inner))
+    assert copy.url == inner.url
+    assert copy.read("a") == b"1"
+    assert copy.create("b", b"2")
+    assert storage.list("run") == ["a", "b"]
+
+
+def test_each_keeps_the_order(storage: Storage) -> None:
+    for number in range(20):
+        storage.replace(f"run/{number}", str(number).encode())
+    assert list(storage.each(lambda number: storage.read(f"run/{number}"), range(20))) == [
+        str(number).encode() for number in range(20)
+    ]

@@ -1,0 +1,162 @@
+"""Files of this machine: what races and SIGKILL must not break."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import StorageError
+from pipeline.storage import Storage
+
+RACER = """
+import sys, time
+from pipeline.storage import Storage
+storage, own, rounds = Storage.open(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+print("ready", flush=True)
+sys.stdin.readline()
+won = [number for number in range(rounds) if storage.create(f"journal/{number}", own.encode() * 400)]
+print(*won)
+"""
+
+WRITER = """
+import itertools, sys
+from pipeline.storage import Storage
+storage = Storage.open(sys.argv[1])
+print("ready", flush=True)
+for number in itertools.count():
+    own = bytes([number % 251]) * 300_000
+    storage.replace("run/replaced", own)
+    storage.create(f"run/created-{number}", own)
+"""
+
+
+def _start(code: str, *words: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_processes_that_race_for_names_each_win_their_own(tmp_path: Path) -> None:
+    rounds = 1500
+    racers = [_start(RACER, str(tmp_path), own, str(rounds)) for own in ("a", "b")]
+    won: list[set[int]] = []
+    for racer in racers:
+        assert racer.stdin is not None
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    for racer in racers:
+        output, _ = racer.communicate(timeout=120)
+        won.append({int(word) for word in output.split()})
+    assert won[0] | won[1] == set(range(rounds))
+    assert not won[0] & won[1]
+    assert won[0], "both took part, or nothing was raced for"
+    assert won[1], "both took part, or nothing was raced for"
+    storage = Storage.open(str(tmp_path))
+    for number in range(rounds):
+        own = b"a" if number in won[0] else b"b"
+        assert storage.read(f"journal/{number}") == own * 400
+
+
+def test_a_kill_at_any_moment_leaves_whole_files(tmp_path: Path) -> None:
+    storage = Storage.open(str(tmp_path))
+    for life in range(12):
+        writer = _start(WRITER, str(tmp_path))
+        time.sleep(0.004 * life)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        assert writer.stdout is not None
+        assert writer.stdin is not None
+        writer.stdout.close()
+        writer.stdin.close()
+        for name in storage.list("run"):
+            data = storage.read(f"run/{name}")
+            assert len(data) == 300_000
+            assert data.count(data[0]) == len(data), f"{name} is torn"
+    assert storage.list("run"), "nothing was written before a kill"
+    assert ".tmp" not in storage.list()
+    storage.sweep()
+    assert list((tmp_path / ".tmp").iterdir()) == []
+
+
+def test_unfinished_files_lie_in_the_runs_own_folder(tmp_path: Path) -> None:
+    root = Storage.open(str(tmp_path))
+    run = root.at("run", own_temporaries=True)
+    run.at("metrics").replace("a", b"1")
+    assert (tmp_path / "run" / ".tmp").is_dir()
+    assert not (tmp_path / ".tmp").exists()
+    assert run.list() == ["metrics"]
+
+
+def test_a_writer_whose_unfinished_file_is_swept_away_writes_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage.open(str(tmp_path))
+    link, replace = os.link, os.replace
+    swept: list[str] = []
+
+    def sweep_first(source: str, target: str) -> None:
+        if len(swept) in (0, 2):
+            swept.append(source)
+            storage.sweep()
+        swept.append(target)
+        (link if target.endswith("created") else replace)(source, target)
+
+    monkeypatch.setattr(os, "link", sweep_first)
+    monkeypatch.setattr(os, "replace", sweep_first)
+    assert storage.create("created", b"1")
+    storage.replace("replaced", b"2")
+    assert storage.read("created") == b"1"
+    assert storage.read("replaced") == b"2"
+    assert len(swept) > 2
+
+
+def test_new_files_have_the_users_permissions(tmp_path: Path) -> None:
+    storage = Storage.open(str(tmp_path))
+    umask = os.umask(0o022)
+    try:
+        storage.create("a", b"")
+        storage.replace("b", b"")
+    finally:
+        os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "a", tmp_path / "b")} == {0o644}
+
+
+@pytest.mark.parametrize("url", ["{}/runs", "file://{}/runs", "local://{}/runs"])
+def test_a_local_folder_prints_as_a_plain_path(tmp_path: Path, url: str) -> None:
+    storage = Storage.open(url.format(tmp_path))
+    assert storage.url == str(tmp_path / "runs")
+    assert storage.local_path == tmp_path / "runs"
+    assert not (tmp_path / "runs").exists(), "opening makes nothing"
+
+
+def test_relative_and_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert Storage.open("./runs").url == str(tmp_path / "runs")
+    assert Storage.open("~/runs").url == str(tmp_path / "home" / "runs")
+
+
+def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    storage = Storage.open(str(tmp_path / "runs"))
+    for action in (lambda: storage.create("a/b", b""), lambda: storage.replace("a/b", b""), lambda: storage.list()):
+        with pytest.raises(StorageError, match="cannot be used"):
+            action()
+
+
+@pytest.mark.skipif(not Path("/sys").is_dir(), reason="needs a folder in which nothing can be made, such as /sys")
+def test_a_folder_that_nobody_can_write(tmp_path: Path) -> None:
+    storage = Storage.open("/sys/trainyard")
+    started = time.monotonic()
+    with pytest.raises(StorageError):
+        storage.create("a", b"")
+    assert time.monotonic() - started < 5
