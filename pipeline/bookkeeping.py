@@ -92,9 +92,15 @@ class Bookkeeper(Reporter):
         if is_best:
             self._best_weights = self._trainee.flat.weights()
         metrics = dict(position.metrics or {})
-        epoch = self._plan.epoch(position.step)
         self._context.tell(
-            {"kind": "evaluation", "step": position.step, "epoch": epoch, "metrics": metrics, "is_best": is_best}
+            {
+                "kind": "evaluation",
+                "step": position.step,
+                "epoch": self._plan.epoch(position.step),
+                "ends_epoch": self._plan.ends_epoch(position.step),
+                "metrics": metrics,
+                "is_best": is_best,
+            }
         )
         super().evaluated(position)
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from pipeline import __version__
 from pipeline.errors import InputError, TrainyardError
 
 app = typer.Typer(
@@ -159,8 +160,25 @@ def show(run: RunName, storage: StorageUrl = None, as_json: Json = False) -> Non
     _print(found.to_json(), result_lines(found), as_json)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"trainyard {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Train small and medium neural networks with one job file: here, on Ray workers, on a schedule."""
+
+
 def main() -> NoReturn:
     """Run the command line; errors become one message and an exit code."""
+    if sys.platform == "win32":
+        _fail(InputError("Windows is not supported", fix="use Linux, or the Windows Subsystem for Linux"), 2)
     try:
         app(standalone_mode=True)
     except TrainyardError as error:

@@ -10,8 +10,8 @@ from typing import Any
 
 from pipeline.record.standing import Standing
 
-LINE_S = 0.5
-"""On a terminal, seconds between two evaluation lines at the least; the bar shows the latest in between."""
+LINE_S = 1.0
+"""On a terminal, seconds between two lines for evaluations within an epoch; the bar shows the latest in between."""
 
 
 class Progress:
@@ -36,6 +36,9 @@ class Progress:
             self._line(f"warning: {event['text']}")
         elif self._quiet:
             return
+        elif kind == "phase":
+            if self._live:  # until the next line, which takes its place
+                print(f"{event['text']} ...", end="\r", file=sys.stderr, flush=True)
         elif kind == "message":
             self._line(str(event["text"]))
         elif kind == "run":
@@ -54,7 +57,7 @@ class Progress:
         if self._bar is not None:
             self._bar.evaluation(event)
         now = time.monotonic()
-        if self._live and now - self._last_line < LINE_S and event["step"] > 0:
+        if self._live and not event["ends_epoch"] and now - self._last_line < LINE_S:
             return
         self._last_line = now
         self._line(evaluation_line(event))

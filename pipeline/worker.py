@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import platform
 import socket
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pipeline import __version__
 from pipeline import device as devices
 from pipeline.assembly import Built, Prepared, build, eval_loader, prepare, train_loader
 from pipeline.bookkeeping import Bookkeeper, Reporter
@@ -64,16 +66,25 @@ def work(order: Order, context: Context, prepared: Prepared | None = None) -> No
     rank, world_size, local_rank = context.rank, context.world_size, context.local_rank
     way = str(first_facts(run.journal.read()).get("way", ""))
     built = build(prepared, way=way, rank=rank, world_size=world_size, local_rank=local_rank)
-    attempt = _claim(run, order, context, built) if context.rank == 0 else None
-    start = context.broadcast(_start(attempt) if attempt is not None else None)
-    if start.is_over:
+    if context.rank != 0:
+        start: Start = context.broadcast(None)
+        if not start.is_over:
+            _fit(prepared, built, context, start, Reporter(context))
         return
-    if start.weights is not None:
-        built.trainee.load(start.weights, start.state)
-    if attempt is None:
-        _fit(prepared, built, context, start, Reporter(context))
-        return
-    recorder = Recorder(attempt, cell_steps=facts["cell_steps"], keep=order.job.checkpoint.keep)
+    attempt = _claim(run, order, context, built)
+    try:
+        start = context.broadcast(_start(attempt))
+        if not start.is_over:
+            _lead(prepared, built, context, start, attempt, facts["cell_steps"])
+    finally:
+        attempt.close()
+
+
+def _lead(
+    prepared: Prepared, built: Built, context: Context, start: Start, attempt: Attempt, cell_steps: int
+) -> None:
+    """Rank 0's part: train, keep the record, and see it through."""
+    recorder = Recorder(attempt, cell_steps=cell_steps, keep=prepared.job.checkpoint.keep)
     bookkeeper = Bookkeeper(context, built.trainee, prepared.plan, recorder, attempt, prepared.preprocess.to_json())
     try:
         with _leaving_word(recorder, bookkeeper):
@@ -81,7 +92,6 @@ def work(order: Order, context: Context, prepared: Prepared | None = None) -> No
             recorder.finish()
     finally:
         recorder.close()
-        attempt.close()
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,8 @@ def _claim(run: Run, order: Order, context: Context, built: Built) -> Attempt:
         "world_size": context.world_size,
         "way": built.way,
         "code": code_digest(order.job),
+        "trainyard": __version__,
+        "python": platform.python_version(),
         **devices.facts(built.device),
     }
     attempt = claim(
@@ -141,6 +153,8 @@ def _fit(prepared: Prepared, built: Built, context: Context, start: Start, recor
     ------
     Interrupted: a signal asked to stop; the recorder has saved.
     """
+    if start.weights is not None:
+        built.trainee.load(start.weights, start.state)
     plan = prepared.plan
     last_step = start.bounds.ended_at or plan.last_step
     workers = f"{context.world_size} workers, {built.device}" if context.world_size > 1 else str(built.device)

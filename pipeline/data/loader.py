@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import signal
+import sys
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +24,9 @@ from pipeline.errors import WorkError
 from pipeline.job import Augment, Loader
 
 PinMemory = Literal["auto"] | bool
+
+PR_SET_PDEATHSIG = 1
+"""From <linux/prctl.h>: the signal that a process gets when the thread that forked it ends."""
 
 FETCH_BYTES = 1 << 20
 """What a loader process hands over at once, in whole steps: each hand-over takes it and the worker about 2 ms."""
@@ -126,7 +131,8 @@ class TrainLoader:
             num_workers=self._processes,
             collate_fn=_as_it_is,
             pin_memory=self._pin,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_live_and_die_with_the_worker,
+            generator=torch.Generator(),  # torch's own would be drawn from
             multiprocessing_context="fork",  # the data is shared, not copied
         )
         with warnings.catch_warnings(), _unchanged_sigchld():
@@ -141,6 +147,8 @@ class TrainLoader:
     def _changed(self, step: int, inputs: Tensor) -> Tensor:
         first, end, mine = self._shares.bounds(step)
         draws = torch.from_numpy(draw(self._augment, self._seed, step, end - first)[mine])
+        if self._device.type == "cuda":
+            draws = draws.pin_memory()  # or the host would wait for the copy
         return augmented(self._augment, inputs, draws.to(self._device, non_blocking=True))
 
 
@@ -263,7 +271,12 @@ def _as_it_is(pair: Any) -> Any:
     return pair
 
 
-def _ignore_signals(_: int) -> None:
-    """A signal to the whole process group is the worker's to answer; it ends its loader processes itself."""
+def _live_and_die_with_the_worker(_: int) -> None:
+    """A signal to the whole process group is the worker's to answer; its loader processes end when it does.
+
+    At once, on Linux: what a loader process has inherited, such as the file lock of an attempt, must not outlive it.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

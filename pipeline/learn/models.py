@@ -127,10 +127,10 @@ def own(spec: OwnModel) -> nn.Module:
 
 
 def draws_at_random(model: nn.Module) -> bool:
-    """Whether a forward pass in training draws random numbers. Modules that we do not know are taken to."""
-    known: tuple[Any, ...] = (MlpNet, CnnNet, nn.Sequential, nn.Linear, nn.Conv2d, nn.MaxPool2d, nn.BatchNorm1d)
-    known = (*known, nn.BatchNorm2d, nn.Flatten, *(kind for kind in ACTIVATIONS.values() if isinstance(kind, type)))
-    return any(not isinstance(module, known) for module in model.modules())
+    """Whether a forward pass in training draws random numbers. Modules that we do not know, subclasses too, are taken to."""
+    plain: tuple[Any, ...] = (MlpNet, CnnNet, nn.Sequential, nn.Linear, nn.Conv2d, nn.MaxPool2d, nn.Flatten)
+    known = {*plain, nn.BatchNorm1d, nn.BatchNorm2d, *ACTIVATIONS.values()}
+    return any(type(module) not in known for module in model.modules())
 
 
 def _dense(widths: list[int], outputs: int, spec: Mlp | Cnn) -> list[nn.Module]:

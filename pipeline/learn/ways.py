@@ -1,8 +1,8 @@
 """The ways to run the gradient half of a step, and the table that chooses one.
 
 A way takes one piece of a batch, adds the gradient of its weighted sum of losses to a `FlatModel`'s exchange vector,
-and returns its sums. The choice depends on the job and the device kind alone, never on a timing, so that every resume of a
-run computes in the same way.
+and returns its sums. The choice depends on the job and the device kind alone, never on a timing, so that every resume
+of a run computes in the same way.
 """
 
 from __future__ import annotations

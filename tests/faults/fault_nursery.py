@@ -84,6 +84,14 @@ class Nursery:
         order = {"start": argv, "trap": asdict(trap) if trap else None, "out": str(out), "env": env or {}}
         return Child(int(self._ask(order)), out)
 
+    def stopped(self, child: Child) -> bool:
+        """Wait until it stands still under SIGSTOP; False if it ended instead."""
+        deadline = time.monotonic() + WAIT_S
+        while (state := _state(child.pid)) not in ("T", "Z", ""):
+            assert time.monotonic() < deadline, f"attempt {child.pid} neither stops nor ends"
+            time.sleep(0.002)
+        return state == "T"
+
     def wait(self, child: Child) -> Outcome:
         """Its end; an AssertionError if it goes on for too long."""
         status = self._ask({"wait": child.pid})
@@ -111,6 +119,14 @@ class Nursery:
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
+
+
+def _state(pid: int) -> str:
+    """The letter that ps shows; empty for a process that is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return ""
 
 
 # ------------------------------------------------------------------------------------------ the forking process

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -62,7 +63,7 @@ def test_uneven_blocks_sum_to_torchs_mean(kind: str, weights: list[float] | None
     outputs, targets = batch(kind, 29)
     exact, loss, weight = torch.zeros(3, dtype=torch.float64), 0.0, 0.0
     bounds = [0, *sorted(cuts), 29]
-    for first, end in zip(bounds, bounds[1:], strict=False):
+    for first, end in itertools.pairwise(bounds):
         exact += ours.exact_sums(outputs[first:end], targets[first:end])
         sums = ours.sums(outputs[first:end], targets[first:end])
         loss, weight = loss + float(sums.loss), weight + float(sums.weight)

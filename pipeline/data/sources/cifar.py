@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,7 @@ def open_cifar(name: Name, root: str) -> Source:
 
     dataset = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     place = Path(root).expanduser()
-    if not (place / FOLDERS[name]).is_dir():
+    if not os.path.isdir(place / FOLDERS[name]):
         download(name, place, [FOLDERS[name]], lambda folder: dataset(folder, download=True))
     try:
         with warnings.catch_warnings():

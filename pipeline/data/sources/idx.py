@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import zlib
 from pathlib import Path
 from typing import Literal
@@ -96,7 +97,7 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
 def _existing(path: Path) -> Path | None:
     """The plain file, else its .gz, else None."""
     packed = path.with_name(path.name + ".gz")
-    return path if path.is_file() else packed if packed.is_file() else None
+    return next((place for place in (path, packed) if os.path.isfile(place)), None)
 
 
 def _download(name: Name, root: Path) -> None:

@@ -1,0 +1,141 @@
+"""What a run leaves behind, as outsiders see it: read with pyarrow, safetensors and torch, never with our own code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset
+import torch
+
+OF_THE_ATTEMPT = ["attempt", "seconds", "time"]
+"""Columns that tell who computed a row, and when."""
+
+
+def only_run(storage: Path) -> Path:
+    """The one run in a folder."""
+    (job,) = storage.glob("*/job.yaml")
+    return job.parent
+
+
+def evidence(run: Path) -> dict[str, Any]:
+    """All that must be the same whatever happened on the way."""
+    result = json.loads((run / "result.json").read_text())
+    last, chosen = (run / "checkpoints" / result[name] for name in ("last", "chosen"))
+    state = torch.load(last / "state.pt", weights_only=True)
+    return {
+        "last": _sha256(last / "model.safetensors"),
+        "chosen": _sha256(chosen / "model.safetensors"),
+        "state": {name: tensor.tolist() for name, tensor in sorted(state.items())},
+        "result": _without_attempts(result),
+        "position": json.loads((last / "manifest.json").read_text())["position"],
+        "splits": _sha256(run / "splits.parquet"),
+        **{name: read_log(run, name).drop_columns(OF_THE_ATTEMPT).to_pylist() for name in ("steps", "evals")},
+    }
+
+
+def read_log(run: Path, name: str) -> pa.Table:
+    """One table of the metric log, in order."""
+    return pyarrow.dataset.dataset(run / "metrics" / name, format="parquet").to_table().sort_by("step")
+
+
+def entries(run: Path) -> list[dict[str, Any]]:
+    """The journal."""
+    return [json.loads(path.read_text()) for path in sorted((run / "journal").glob("*.json"))]
+
+
+def check_at_rest(run: Path) -> None:
+    """What holds whenever nobody writes: all that the newest commit keeps is whole, as are those of any end."""
+    commits = [entry for entry in entries(run) if entry["kind"] == "commit"]
+    for commit in commits[-1:] + [commit for commit in commits if commit["end"]]:
+        for name in {name for pair in commit["kept"] for name in pair if name is not None}:
+            folder = run / "checkpoints" / name
+            for file, expected in json.loads((folder / "manifest.json").read_text())["files"].items():
+                assert _sha256(folder / file) == expected["sha256"], f"{folder / file} was altered"
+
+
+def committed(run: Path) -> dict[str, str]:
+    """SHA-256 of every file of checkpoints, cells, journal and result: what a zombie must leave alone."""
+    found = [path for path in run.rglob("*") if path.is_file() and ".tmp" not in path.parts]
+    return {str(path.relative_to(run)): _sha256(path) for path in found if path.parent.name != "heartbeats"}
+
+
+class Watcher:
+    """A reader of the metric log that looks all the time while entered; what it finds wrong is raised at the end."""
+
+    def __init__(self, storage: Path) -> None:
+        self.looks = 0
+        self._storage = storage
+        self._seen: dict[str, pa.Table] = {}
+        self._listed: dict[str, set[str]] = {"steps": set(), "evals": set()}
+        self._error: BaseException | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Watcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._over.set()
+        self._thread.join()
+        if self._error is not None and error is None:
+            raise self._error
+
+    def _watch(self) -> None:
+        try:
+            while not self._over.wait(0.005):
+                for job in self._storage.glob("*/job.yaml"):
+                    self._look(job.parent)
+        except BaseException as error:
+            self._error = error
+
+    def _look(self, run: Path) -> None:
+        steps = self._read(run, "steps")
+        if steps is None:
+            return
+        at = steps["step"].to_pylist()
+        assert at == list(range(1, len(at) + 1)), f"steps twice, or a gap: {at}"
+        evaluations = self._read(run, "evals")
+        assert evaluations is not None, "a cell's steps before its evaluations"
+        keys = list(zip(evaluations["step"].to_pylist(), evaluations["split"].to_pylist(), strict=True))
+        assert len(set(keys)) == len(keys), f"an evaluation twice: {keys}"
+        self.looks += 1
+
+    def _read(self, run: Path, name: str) -> pa.Table | None:
+        folder = run / "metrics" / name
+        listed = {path.name for path in folder.glob("*")}
+        if not listed:
+            return None
+        assert self._listed[name] <= listed, f"files vanished: {self._listed[name] - listed}"
+        self._listed[name] = listed
+        table = pyarrow.dataset.dataset(sorted(folder / file for file in listed), format="parquet").to_table()
+        before = self._seen.get(name)
+        if before is not None:
+            assert len(table) >= len(before), "the log became shorter"
+            assert table.slice(0, len(before)).equals(before), "a row changed after it was published"
+        self._seen[name] = table
+        return table
+
+
+def wait_for(condition: Any, seconds: float, what: str) -> None:
+    """Poll until `condition()` holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"after {seconds:.0f} s still not: {what}"
+        time.sleep(0.02)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _without_attempts(tree: Any) -> Any:
+    return json.loads(re.sub(r"(step-\d+)-a\d+", r"\1", json.dumps(tree)))

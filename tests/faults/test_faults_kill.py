@@ -1,0 +1,270 @@
+"""Promise 1: kill it anywhere, and nobody can tell afterwards. Real processes, real SIGKILLs.
+
+Which moments are tried is drawn from `SEED`; another number tries others. `-m slow` tries every one of two stretches.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fault_evidence import Watcher, check_at_rest, committed, entries, evidence, only_run
+from fault_nursery import Nursery, Outcome, Trap
+
+SEED = int(os.environ.get("TRAINYARD_TEST_SEED", "1"))
+KILLS = 6
+"""For each job; then it may finish."""
+
+SOURCE = """
+import numpy as np
+
+def images():
+    draw = np.random.default_rng(0)
+    labels = draw.integers(0, 3, 330)
+    return (draw.integers(0, 200, (330, 8, 8, 1)) + 20 * labels[:, None, None, None]).astype(np.uint8), labels
+
+def curve():
+    x = np.random.default_rng(0).uniform(-2, 2, (700, 3)).astype(np.float32)
+    return x, np.sin(x.sum(1))
+"""
+
+HEAD = """
+schema: 1
+name: victim
+data: {source: disc, normalize: scalar, splits: {by: random, val: 0.2}}
+"""
+
+JOBS = {
+    "momentum": (
+        HEAD
+        + """
+model: {kind: mlp, hidden: [8, 4], activation: tanh}
+train:
+  batch_size: 32
+  optimizer: {kind: sgd, momentum: 0.9}
+  phases: [{epochs: 13, lr: 0.5}, {steps: 80, lr: 0.1, optimizer_state: reset}]
+evaluate: {every_steps: 7, splits: [train, val]}
+checkpoint: {every_steps: 5, keep: 2}
+""",
+        [],
+    ),
+    "adam": (
+        HEAD
+        + """
+model: {kind: mlp, hidden: [8, 8], activation: relu, dropout: 0.2, batch_norm: true}
+train:
+  batch_size: 30
+  optimizer: {kind: adamw, weight_decay: 0.01}
+  phases: [{epochs: 6, lr: 0.05, schedule: cosine, warmup_steps: 9}, {epochs: 7, lr: 0.02, schedule: one_cycle}]
+  clip_norm: 0.5
+evaluate: {every_steps: 13}
+checkpoint: {every_steps: 6, keep: 1}
+""",
+        [],
+    ),
+    "patience": (
+        HEAD
+        + """
+model: {kind: mlp, hidden: [8], activation: relu}
+train:
+  batch_size: 16
+  optimizer: {kind: sgd}
+  phases: [{epochs: 40, lr: 1.5}]
+evaluate: {every_steps: 11, splits: [val]}
+best: {metric: val/accuracy, mode: max, patience: 30}
+checkpoint: {every_steps: 9, keep: 3}
+""",
+        [],
+    ),
+    "fp16": (
+        HEAD
+        + """
+model: {kind: mlp, hidden: [16], activation: gelu}
+train:
+  batch_size: 16
+  optimizer: {kind: adam}
+  phases: [{epochs: 8, lr: 0.1}]
+  precision: fp16
+evaluate: {every_epochs: 1}
+checkpoint: {every_steps: 10}
+""",
+        [],
+    ),
+    "augmented": (
+        """
+schema: 1
+name: victim
+data:
+  source: {call: fault_source:images}
+  splits: {by: random, val: 30, stratify: true}
+  augment: {crop: 1, flip: true}
+model: {kind: cnn, conv: [{channels: 3, kernel: 3}], hidden: [6], dropout: 0.1}
+train:
+  batch_size: 40
+  micro_batch: 15
+  optimizer: {kind: adam}
+  phases: [{epochs: 100, lr: 0.03}]
+evaluate: {every_steps: 10, limit: 17}
+checkpoint: {every_epochs: 1, keep: 1}
+""",
+        ["--max-steps", "330"],
+    ),
+    "regression": (
+        """
+schema: 1
+name: victim
+data: {source: {call: fault_source:curve}, normalize: standard, splits: {by: range, train: [0, 600]}}
+model: {kind: mlp, hidden: [12], activation: relu}
+task: regression
+train:
+  batch_size: 50
+  optimizer: {kind: sgd, momentum: 0.8, nesterov: true}
+  phases: [{epochs: 30, lr: 0.05}]
+  precision: fp64
+checkpoint: {every_steps: 3, keep: 2}
+""",
+        [],
+    ),
+    "short": (
+        HEAD
+        + """
+train:
+  batch_size: 80
+  phases: [{epochs: 3, lr: 0.3}]
+evaluate: {every_steps: 4}
+checkpoint: {every_steps: 3}
+""",
+        [],
+    ),
+}
+LONG = [name for name in JOBS if name != "short"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "fault_source.py").write_text(SOURCE)
+    for name, (text, _) in JOBS.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def nursery(folder: Path) -> Iterator[Nursery]:
+    nursery = Nursery(folder)
+    yield nursery
+    nursery.close()
+
+
+def command(name: str, storage: Path) -> list[str]:
+    return ["train", f"{name}.yaml", "--storage", str(storage), *JOBS[name][1]]
+
+
+def live_and_die(nursery: Nursery, argv: list[str], draw: random.Random) -> Outcome:
+    """One attempt that ends by a signal somewhere, or comes to its end before."""
+    kind = draw.choice(["files", "files", "steps", "clock", "signal"])
+    if kind == "clock":
+        child = nursery.start(*argv)
+        time.sleep(draw.uniform(0.1, 0.5))
+        os.kill(child.pid, signal.SIGKILL)
+        return nursery.wait(child)
+    if kind == "signal":
+        number = draw.choice([signal.SIGINT, signal.SIGTERM])
+        return nursery.run(*argv, trap=Trap("steps", draw.randint(1, 60), number))
+    return nursery.run(*argv, trap=Trap("steps", draw.randint(1, 80)) if kind == "steps" else Trap("files", draw.randint(1, 180)))
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_run_killed_again_and_again_ends_as_one_that_was_never_touched(
+    nursery: Nursery, folder: Path, name: str
+) -> None:
+    untouched, storage = folder / f"{name}-untouched", folder / f"{name}-killed"
+    assert nursery.run(*command(name, untouched)).code == 0
+    draw, story = random.Random(f"{SEED} {name}"), []
+    with Watcher(storage) as watcher:
+        while len(story) < 4 * KILLS and sum(code < 0 for code in story) < KILLS:
+            outcome = live_and_die(nursery, command(name, storage), draw)
+            story.append(outcome.code)
+            assert outcome.code in (0, -signal.SIGKILL, 130, 143), outcome.err
+            if outcome.code == 0:
+                break
+            for run in storage.glob("*/job.yaml"):
+                check_at_rest(run.parent)
+        outcome = nursery.run(*command(name, storage))
+        assert outcome.code == 0, outcome.err
+    run = only_run(storage)
+    check_at_rest(run)
+    assert evidence(run) == evidence(only_run(untouched)), f"after {story}"
+    assert watcher.looks > 0
+    assert not list(run.glob(".tmp/*"))
+
+
+def test_the_jobs_are_worth_killing(nursery: Nursery, folder: Path) -> None:
+    """What the runs must have for the test above to mean something."""
+    results = {}
+    for name in LONG:
+        storage = folder / f"{name}-untouched"
+        assert nursery.run(*command(name, storage)).code == 0
+        results[name] = (evidence(only_run(storage)), entries(only_run(storage)))
+    assert {name for name, (found, _) in results.items() if found["chosen"] == found["last"]} <= {"regression"}
+    assert all(len(found["steps"]) > 300 for found, _ in results.values())
+    assert all(sum(entry["kind"] == "commit" for entry in journal) > 4 for _, journal in results.values())
+    assert len(results["patience"][0]["steps"]) < 40 * 50, "no early stop"
+    assert len(results["augmented"][0]["steps"]) == 330
+
+
+STRIDES = [15, pytest.param(1, marks=pytest.mark.slow)]
+"""Which operations on files are tried: each, or one in so many."""
+
+
+def kill_at_every(stride: int, nursery: Nursery, work: Path, name: str, begun: Path | None) -> int:
+    """Kill at the n-th operation on files for n in steps of `stride`, go on, and compare with an untouched run, until
+    an attempt comes to its end before. Returns how many were killed."""
+    untouched = work / "untouched"
+    assert nursery.run(*command(name, untouched)).code == 0
+    expected = evidence(only_run(untouched))
+    first = random.Random(SEED).randint(1, stride)
+    for count in itertools.count(first, stride):
+        storage = work / str(count)
+        if begun is not None:
+            shutil.copytree(begun, storage)
+        outcome = nursery.run(*command(name, storage), trap=Trap("files", count))
+        assert outcome.code in (0, -signal.SIGKILL), outcome.err
+        again = nursery.run(*command(name, storage))
+        assert again.code == 0, f"killed at {count}: {again.err}"
+        check_at_rest(only_run(storage))
+        assert evidence(only_run(storage)) == expected, f"killed at {count}"
+        if outcome.code == 0:
+            return (count - first) // stride
+        shutil.rmtree(storage)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+def test_a_kill_at_any_operation_of_the_end_can_be_made_good(nursery: Nursery, tmp_path: Path, stride: int) -> None:
+    """From a resume shortly before the end to the last file: claim, cells, end, result, retention, view."""
+    begun = tmp_path / "begun"
+    assert nursery.run(*command("momentum", begun), trap=Trap("steps", 395, signal.SIGINT)).code == 130
+    assert kill_at_every(stride, nursery, tmp_path, "momentum", begun) > 120 / stride
+
+
+@pytest.mark.parametrize("stride", STRIDES)
+def test_a_kill_at_any_operation_of_a_short_run_can_be_made_good(nursery: Nursery, tmp_path: Path, stride: int) -> None:
+    """From nothing through the first commits to the end."""
+    assert kill_at_every(stride, nursery, tmp_path, "short", None) > 120 / stride
+
+
+def test_a_finished_run_is_left_alone(nursery: Nursery, folder: Path, tmp_path: Path) -> None:
+    assert nursery.run(*command("short", tmp_path)).code == 0
+    before = committed(only_run(tmp_path))
+    again = nursery.run(*command("short", tmp_path))
+    assert again.code == 0
+    assert "already finished" in again.err
+    assert committed(only_run(tmp_path)) == before

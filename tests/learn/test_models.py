@@ -1,0 +1,93 @@
+"""Models: the same untrained weights from the same seed, the promised names, and errors that say where."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from trainees import make_job
+
+from pipeline.errors import JobError
+from pipeline.learn.models import build_model, draws_at_random
+
+
+def build(model: dict[str, Any], shape: tuple[int, ...] = (1, 28, 28), seed: int = 1) -> nn.Module:
+    return build_model(make_job(model=model), shape, 10, seed)
+
+
+MODELS: list[dict[str, Any]] = [
+    {"hidden": []},
+    {"hidden": [32, 8], "activation": "gelu", "dropout": 0.2, "batch_norm": True},
+    {"kind": "cnn"},
+    {"kind": "cnn", "batch_norm": True, "conv": [{"channels": 2, "padding": 1, "pool": 1}], "hidden": []},
+]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=str)
+def test_weights_are_a_function_of_the_seed_alone(model: dict[str, Any]) -> None:
+    torch.manual_seed(77)
+    first = build(model)
+    drawn = torch.rand(3)
+    torch.manual_seed(77)
+    assert torch.equal(torch.rand(3), drawn), "building draws nothing from the generator of others"
+    again, other = build(model), build(model, seed=2)
+    pairs = list(zip(first.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not torch.equal(next(first.parameters()), next(other.parameters()))
+    assert first(torch.rand(3, 1, 28, 28)).shape == (3, 10)
+
+
+def test_an_mlp_is_a_plain_sequential() -> None:
+    model = build({"hidden": [5, 6]})
+    names = ["0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"]
+    assert list(model.state_dict()) == names
+    plain = nn.Sequential(nn.Linear(784, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 10))
+    plain.load_state_dict(model.state_dict())
+    inputs = torch.rand(4, 1, 28, 28)
+    assert torch.equal(model(inputs), plain(inputs.flatten(1)))
+
+
+def test_doubling_doubles_from_the_input() -> None:
+    linear = [m for m in build({"hidden": "doubling", "layers": 3}, (2,)).modules() if isinstance(m, nn.Linear)]
+    assert [(layer.in_features, layer.out_features) for layer in linear] == [(2, 4), (4, 8), (8, 10)]
+    only = [m for m in build({"hidden": "doubling", "layers": 1}, (2,)).modules() if isinstance(m, nn.Linear)]
+    assert [(layer.in_features, layer.out_features) for layer in only] == [(2, 10)]
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "where"),
+    [
+        ({"kind": "cnn"}, (2,), "model.kind"),
+        ({"kind": "cnn"}, (1, 4, 4), "model.conv.0"),
+        ({"kind": "cnn"}, (1, 14, 14), "model.conv.1"),
+        ({"kind": "nowhere_at_all:Net"}, (2,), "model.kind: nowhere_at_all:Net"),
+        ({"kind": "torch.nn:NoSuchNet"}, (2,), "model.kind: torch.nn:NoSuchNet"),
+        ({"kind": "torch.nn:Linear", "args": {"wrong": 1}}, (2,), "model.kind: torch.nn:Linear"),
+        ({"kind": "builtins:dict"}, (2,), "model.kind: builtins:dict"),
+    ],
+)
+def test_a_model_that_cannot_be_built_says_where(model: dict[str, Any], shape: tuple[int, ...], where: str) -> None:
+    with pytest.raises(JobError) as caught:
+        build(model, shape)
+    assert caught.value.where == where
+    assert caught.value.fix or "nn.Module" in caught.value.what
+
+
+def test_a_module_of_the_users_is_built_with_its_args(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "users_own_nets.py").write_text(
+        "from torch import nn\nclass Net(nn.Sequential):\n    def __init__(self, width):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(784, width), nn.Linear(width, 10))\n"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    model = build({"kind": "users_own_nets:Net", "args": {"width": 3}})
+    assert model(torch.rand(2, 1, 28, 28)).shape == (2, 10)
+    assert draws_at_random(model)
+
+
+@pytest.mark.parametrize(("model", "draws"), list(zip(MODELS, [False, True, False, False], strict=True)), ids=str)
+def test_only_models_that_draw_pay_for_it(model: dict[str, Any], draws: bool) -> None:
+    assert draws_at_random(build(model)) == draws

@@ -1,0 +1,118 @@
+"""Every way to run a step gives the gradient and the sums of plain autograd."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from trainees import CPU, make_batch, make_job, make_trainee, mean_gradients, model_of
+
+from pipeline.job import Job
+from pipeline.learn.ways import choose_way
+
+
+def plain(job: Job, inputs: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """The mean loss's gradient (P,) and the mean loss, by torch alone."""
+    model = model_of(job).to(dtype)
+    outputs = model(inputs.to(dtype))
+    if job.task.kind == "multiclass":
+        loss = F.cross_entropy(outputs, targets)
+    elif job.task.kind == "binary":
+        loss = F.binary_cross_entropy_with_logits(outputs[:, 0], targets.to(dtype))
+    else:
+        loss = F.mse_loss(outputs, targets.to(dtype))
+    loss.backward()
+    return torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None]), loss.item()
+
+
+@pytest.mark.parametrize(("precision", "dtype", "tolerance"), [("fp64", torch.float64, 1e-12), ("fp32", None, 1e-5)])
+@pytest.mark.parametrize("hidden", [[], [1], [7], [9, 5], [6, 6, 6, 6]], ids=str)
+@pytest.mark.parametrize("kind", ["multiclass", "binary"])
+def test_the_written_mlp_is_autograd(
+    kind: str, hidden: list[int], precision: str, dtype: torch.dtype | None, tolerance: float
+) -> None:
+    job = make_job(model={"hidden": hidden}, task=kind, train={"precision": precision})
+    assert choose_way(job, CPU) == "written"
+    inputs, targets = make_batch(job, 13)
+    expected, loss = plain(job, inputs, targets, dtype or torch.float32)
+    trainee = make_trainee(job)
+    for _ in range(2):  # a second step finds nothing of the first
+        torch.testing.assert_close(mean_gradients(trainee, inputs, targets), expected, rtol=tolerance, atol=tolerance)
+    assert float(trainee.flat.loss / trainee.flat.weight) == pytest.approx(loss, rel=tolerance)
+    assert float(trainee.flat.weight) == float(trainee.flat.count) == 13
+
+
+@given(
+    rows=st.integers(1, 23),
+    micro=st.none() | st.integers(1, 30),
+    way=st.sampled_from(["written", "eager"]),
+    kind=st.sampled_from(["multiclass", "binary", "regression"]),
+)
+@settings(deadline=None, max_examples=60)
+def test_pieces_add_up_to_the_whole(rows: int, micro: int | None, way: str, kind: str) -> None:
+    if kind == "regression":
+        way = "eager"
+    job = make_job(task=kind, train={"precision": "fp64", "micro_batch": micro})
+    inputs, targets = make_batch(job, rows)
+    expected, loss = plain(job, inputs, targets, torch.float64)
+    trainee = make_trainee(job, way=way)
+    torch.testing.assert_close(mean_gradients(trainee, inputs, targets), expected, rtol=1e-11, atol=1e-13)
+    assert float(trainee.flat.loss / trainee.flat.weight) == pytest.approx(loss, rel=1e-12)
+    assert float(trainee.flat.count) == rows
+
+
+@pytest.mark.parametrize("way", ["written", "eager"])
+def test_an_empty_share_adds_nothing(way: str) -> None:
+    job = make_job()
+    trainee = make_trainee(job, way=way, world_size=2)
+    inputs, targets = make_batch(job, 3)
+    trainee.gradient(1, inputs, targets)
+    assert trainee.flat.exchange.any()
+    trainee.gradient(2, inputs[:0], targets[:0])
+    assert not trainee.flat.exchange.any()
+
+
+def test_many_batch_sizes_in_turn() -> None:
+    job = make_job(train={"precision": "fp64"})
+    trainee = make_trainee(job)
+    for rows in (8, 3, 8, 1, 2, 5, 6, 8, 3):
+        inputs, targets = make_batch(job, rows, seed=rows)
+        expected, _ = plain(job, inputs, targets, torch.float64)
+        torch.testing.assert_close(mean_gradients(trainee, inputs, targets), expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("tree", "way"),
+    [
+        ({}, "written"),
+        ({"model": {"hidden": "doubling", "layers": 2}}, "written"),
+        ({"task": "binary"}, "written"),
+        ({"task": "regression"}, "eager"),
+        ({"task": {"class_weights": "balanced"}}, "eager"),
+        ({"model": {"activation": "tanh"}}, "eager"),
+        ({"model": {"dropout": 0.5}}, "eager"),
+        ({"model": {"batch_norm": True}}, "eager"),
+        ({"model": {"kind": "cnn"}}, "eager"),
+        ({"train": {"precision": "bf16"}}, "eager"),
+        ({"train": {"compile": "on"}}, "compiled"),
+        ({"train": {"compile": "off"}}, "written"),
+    ],
+)
+def test_the_way_follows_from_the_job(tree: dict[str, Any], way: str) -> None:
+    assert choose_way(make_job(**tree), CPU) == way
+
+
+def test_the_compiled_way_is_autograd() -> None:
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("torch.compile needs a C++ compiler, and there is none")
+    job = make_job(train={"precision": "fp64", "compile": "on"}, model={"hidden": [3]})
+    trainee = make_trainee(job)
+    inputs, targets = make_batch(job, 4)
+    expected, _ = plain(job, inputs, targets, torch.float64)
+    torch.testing.assert_close(mean_gradients(trainee, inputs, targets), expected, rtol=1e-10, atol=1e-12)

@@ -1,0 +1,136 @@
+"""Promise 2: the same curve on any number of workers, with real processes and a plain torch loop beside them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+import signal
+import socket
+from typing import Any
+
+import pytest
+import torch
+import worlds
+from torch import Tensor, nn
+from worlds import CONFIGURATIONS, SIGNALS, Alone, make_data, make_job
+
+from pipeline.job import Job
+from pipeline.learn.models import build_model
+from pipeline.learn.plan import Plan
+
+Outcomes = dict[tuple[str, int], list[Any]]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> Outcomes:
+    """What each rank of worlds of two and three processes has to tell, by name and world size."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    spawn = multiprocessing.get_context("spawn")
+    results = spawn.Queue()
+    processes = [spawn.Process(target=worlds.work, args=(rank, address, results), daemon=True) for rank in range(3)]
+    for process in processes:
+        process.start()
+    found: Outcomes = {}
+    expected = (len(CONFIGURATIONS) + 3) * (2 + 3) + len(SIGNALS) * 3
+    for _ in range(expected):
+        try:
+            name, world_size, rank, value = results.get(timeout=120)
+        except queue.Empty:
+            pytest.fail(f"no news from the ranks; exit codes {[process.exitcode for process in processes]}")
+        found.setdefault((name, world_size), [None] * world_size)[rank] = value
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0
+    return found
+
+
+def plain(job: Job) -> tuple[list[float], dict[str, Tensor]]:
+    """The loss of each step and the final weights, by torch alone, in one process, on the same batches."""
+    inputs, targets = make_data(job)
+    plan, kind = Plan(job, len(inputs)), job.task.kind
+    model = build_model(job, (worlds.FEATURES,), {"multiclass": 3, "binary": 1, "regression": 2}[kind], 7).double()
+    weight: Tensor | None = None
+    if job.task.class_weights == "balanced":
+        counts = worlds.COUNTS if kind == "multiclass" else [worlds.COUNTS[0], sum(worlds.COUNTS[1:])]
+        weight = torch.tensor([sum(counts) / (len(counts) * count) for count in counts], dtype=torch.float64)
+    elif job.task.class_weights is not None:
+        weight = torch.tensor([job.task.class_weights.get(label, 1.0) for label in range(3)], dtype=torch.float64)
+    rule = job.train.optimizer
+
+    def fresh() -> torch.optim.Optimizer:
+        if rule.kind == "adam":
+            return torch.optim.Adam(model.parameters(), lr=1.0)
+        return torch.optim.SGD(
+            model.parameters(), 1.0, rule.momentum, weight_decay=rule.weight_decay, nesterov=rule.nesterov
+        )
+
+    optimizer, losses = fresh(), []
+    for step in range(1, plan.last_step + 1):
+        if plan.resets_optimizer_before(step):
+            optimizer = fresh()
+        rows = worlds.global_rows(plan, step)
+        outputs, goals = model(inputs[rows].double()), targets[rows]
+        if kind == "multiclass":
+            loss = nn.functional.cross_entropy(outputs, goals, weight)
+        elif kind == "binary":
+            each = torch.ones(len(rows), dtype=torch.float64) if weight is None else weight[goals.long()]
+            loss = nn.functional.binary_cross_entropy_with_logits(outputs[:, 0], goals.double(), each, reduction="sum")
+            loss = loss / each.sum()
+        else:
+            loss = nn.functional.mse_loss(outputs, goals.double())
+        optimizer.zero_grad()
+        loss.backward()
+        if job.train.clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), job.train.clip_norm)
+        optimizer.param_groups[0]["lr"] = plan.lr(step)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, model.state_dict()
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_fp64_curves_of_one_two_three_workers_and_plain_torch_agree(name: str, outcomes: Outcomes) -> None:
+    job = make_job(**CONFIGURATIONS[name])
+    losses, weights = plain(job)
+    everyone = [worlds.outcome(job, Alone()), *outcomes[name, 2], *outcomes[name, 3]]
+    for one in everyone:
+        assert one["loss"] == pytest.approx(losses, rel=1e-9)
+        assert one["samples"] == [len(worlds.global_rows(Plan(job, 23), step)) for step in range(1, len(losses) + 1)]
+        assert one["correct"] == pytest.approx(everyone[0]["correct"], nan_ok=True)
+        assert list(one["weights"]) == list(weights)
+        for tensor, reference in zip(one["weights"].values(), weights.values(), strict=True):
+            torch.testing.assert_close(torch.tensor(tensor, dtype=torch.float64), reference, rtol=1e-9, atol=1e-12)
+        assert len(one["evaluations"]) == len(everyone[0]["evaluations"])
+        for row, reference_row in zip(one["evaluations"], everyone[0]["evaluations"], strict=True):
+            assert row == pytest.approx(reference_row, rel=1e-9, nan_ok=True)
+    for world_size in (2, 3):
+        ranks = outcomes[name, world_size]
+        assert all(rank["loss"] == ranks[0]["loss"] for rank in ranks), "to the bit"
+        assert all(rank["weights"] == ranks[0]["weights"] for rank in ranks), "to the bit"
+
+
+def test_fp32_first_gradients_agree(outcomes: Outcomes) -> None:
+    alone = torch.tensor(worlds.first_gradient(make_job(**worlds.FLOAT32), Alone()))
+    for gradient in (*outcomes["fp32", 2], *outcomes["fp32", 3]):
+        assert float((torch.tensor(gradient) - alone).norm() / alone.norm()) < 1e-5
+
+
+def test_ranks_with_batch_statistics_hold_the_same_bits(outcomes: Outcomes) -> None:
+    for world_size in (2, 3):
+        first, *others = outcomes["norm", world_size]
+        floating = [name for name in first["weights"] if not name.endswith("num_batches_tracked")]
+        assert any(name.endswith("running_mean") for name in floating)
+        assert all(other["weights"][name] == first["weights"][name] for other in others for name in floating)
+
+
+def test_all_ranks_stop_at_the_same_step_by_the_same_signal(outcomes: Outcomes) -> None:
+    assert outcomes["one rank is interrupted", 3] == [(4, signal.SIGINT, False)] * 3
+    assert outcomes["one rank is terminated, another interrupted", 3] == [(3, signal.SIGTERM, False)] * 3
+    assert outcomes["all ranks are terminated", 3] == [(6, signal.SIGTERM, False)] * 3
+
+
+def test_all_ranks_see_a_loss_that_is_not_finite_in_its_own_step(outcomes: Outcomes) -> None:
+    everyone = [worlds.diverged(Alone()), *outcomes["diverged", 2], *outcomes["diverged", 3]]
+    assert set(everyone) == {"the loss is nan at step 3, with learning rate 0.3"}

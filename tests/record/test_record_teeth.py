@@ -1,0 +1,242 @@
+"""The search of `test_record_protocol` has teeth: whichever clause of the protocol is left out, it finds a violation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+from record_lives import CELL, KEEP, Faithful
+from record_machine import Machine
+
+from pipeline.record import decisions, saving
+from pipeline.record.attempt import Attempt, choose_base, take
+from pipeline.record.cells import Cell, Columns, EvaluationRow, StepBlock, encode
+from pipeline.record.checkpoint import Checkpoint, DamagedError
+from pipeline.record.entries import Claim, Commit, Entry
+from pipeline.record.run import Run
+from pipeline.record.writer import EVALUATIONS, STEPS, Snapshot, Writer
+from pipeline.storage import faults
+
+
+class Mutant(Faithful):
+    """A protocol whose writer is another."""
+
+    writer_type: type[Writer]
+
+    def writer(self, attempt: Attempt) -> Writer:
+        return self.writer_type(attempt, cell_steps=CELL, keep=KEEP, columns=Columns())
+
+
+def _with_writer(writer: type[Writer]) -> Faithful:
+    mutant = Mutant()
+    mutant.writer_type = writer
+    return mutant
+
+
+class CellsBeforeTheCommit(Writer):
+    def _check_finite(self, snapshot: Snapshot) -> None:
+        for cell in self.rows.cells(snapshot.step, end=snapshot.end):
+            self._write_cell(cell)
+
+
+class StepsBeforeEvaluations(Writer):
+    def _write_cell(self, cell: Cell) -> None:
+        self._run.storage.replace(f"{STEPS}/{cell.name}", encode(cell.steps))
+        self._run.storage.replace(f"{EVALUATIONS}/{cell.name}", encode(cell.evaluations))
+
+
+class CellsDescending(Writer):
+    def _publish(self, step: int, *, end: bool) -> None:
+        for cell in reversed(list(self.rows.cells(step, end=end))):
+            self._write_cell(cell)
+        if not end:
+            self.rows.drop(step)
+
+
+class IncompleteCells(Writer):
+    def _publish(self, step: int, *, end: bool) -> None:
+        for cell in self.rows.cells(step, end=True):
+            self._write_cell(cell)
+        if not end:
+            self.rows.drop(step)
+
+
+class BaseNotPublished(Writer):
+    def begin(self) -> None:
+        if self.attempt.base is not None:
+            self.rows.load(self.attempt.base.rows(), self.attempt.base.first_cell)
+            self.rows.drop(self.attempt.base.step)
+
+
+class CommitBeforeItsFiles(Writer):
+    """The entry first, the checkpoint's files after it."""
+
+    def commit(self, snapshot: Snapshot, blocks: Sequence[StepBlock], evaluations: Sequence[EvaluationRow]) -> None:
+        delayed: list[tuple[Any, ...]] = []
+        original = saving.write_checkpoint
+        append = self.attempt.append
+
+        def append_then_write(entry: Entry) -> None:
+            append(entry)
+            saving.write_checkpoint = original
+            for words in delayed:
+                original(*words)
+
+        saving.write_checkpoint = lambda *words: delayed.append(words)
+        self.attempt.append = append_then_write  # type: ignore[method-assign]
+        try:
+            super().commit(snapshot, blocks, evaluations)
+        finally:
+            saving.write_checkpoint = original
+            self.attempt.append = append  # type: ignore[method-assign]
+
+
+class RowsSinceTheLastCommitOnly(Writer):
+    def commit(self, snapshot: Snapshot, blocks: Sequence[StepBlock], evaluations: Sequence[EvaluationRow]) -> None:
+        super().commit(snapshot, blocks, evaluations)
+        if not snapshot.end:
+            self.rows.first_cell = -(-snapshot.step // CELL)
+            self.rows.steps = self.rows.steps.slice(0, 0)
+            self.rows.evaluations = self.rows.evaluations.slice(0, 0)
+
+
+class DeletesTheOtherKept(Writer):
+    def _retain(self, commit: Commit) -> None:
+        super()._retain(replace(commit, kept=commit.kept[:1]))
+
+
+class DeletesTheBest(Writer):
+    def _retain(self, commit: Commit) -> None:
+        super()._retain(replace(commit, kept=tuple((name, None) for name, _ in commit.kept)))
+
+
+class DeletesWhatEndsKeep(Writer):
+    def _retain(self, commit: Commit) -> None:
+        entries, self.attempt.entries = self.attempt.entries, []
+        super()._retain(commit)
+        self.attempt.entries = entries
+
+
+class DeletesOfHigherAttempts(Writer):
+    def _retain(self, commit: Commit) -> None:
+        spare = decisions.spared(commit.kept, self.attempt.entries)
+        for name in self._run.storage.list(saving.FOLDER):
+            if name not in spare:
+                saving.delete_checkpoint(self._run.storage, name)
+
+
+class DeletesBeforeTheCommit(Writer):
+    def _check_finite(self, snapshot: Snapshot) -> None:
+        for name in self._run.storage.list(saving.FOLDER):
+            saving.delete_checkpoint(self._run.storage, name)
+
+
+class NeverDeletes(Writer):
+    def _retain(self, commit: Commit) -> None:
+        return
+
+
+class NoResult(Writer):
+    def complete(self) -> None:
+        return
+
+
+class IgnoresThatItIsSuperseded(Faithful):
+    def writer(self, attempt: Attempt) -> Writer:
+        def append(entry: Entry) -> None:
+            while not attempt.run.journal.append(entry):
+                attempt.entries = list(attempt.run.journal.read())
+                entry = replace(entry, number=len(attempt.entries) + 1)
+            attempt.entries.append(entry)
+
+        attempt.append = append  # type: ignore[method-assign]
+        return super().writer(attempt)
+
+
+class BaseBeforeTheClaim(Faithful):
+    def claim(self, run: Run, template: Claim, dead: int | None) -> Attempt:
+        before = Attempt(run, 0, "", list(run.journal.read()))
+        choose_base(before)
+        attempt = take(run, template, dead)
+        attempt.base, attempt.kept = before.base, before.kept
+        return attempt
+
+
+class BaseByListing(Faithful):
+    def claim(self, run: Run, template: Claim, dead: int | None) -> Attempt:
+        attempt = take(run, template, dead)
+        for name in reversed(run.storage.list(saving.FOLDER)):
+            try:
+                attempt.base = Checkpoint(run, name)
+                attempt.base.verify()
+                attempt.base.rows()
+            except DamagedError:
+                attempt.base = None
+                continue
+            attempt.kept = ((name, attempt.base.best.checkpoint if attempt.base.best else None),)
+            break
+        return attempt
+
+
+class BaseUnchecked(Faithful):
+    def claim(self, run: Run, template: Claim, dead: int | None) -> Attempt:
+        attempt = take(run, template, dead)
+        commit = decisions.newest_commit(attempt.entries)
+        if commit is not None:
+            attempt.base, attempt.kept = Checkpoint(run, commit.checkpoint), commit.kept
+        return attempt
+
+
+class EndsBelowTheHighestStep(Faithful):
+    def floor(self, attempt: Attempt) -> int:
+        return 0
+
+
+class GoesBeyondTheEnd(Faithful):
+    def bound(self, attempt: Attempt) -> int | None:
+        return None
+
+
+def _same_name(step: int, attempt: int) -> str:
+    return f"step-{step:09d}-a0001"
+
+
+MUTANTS: dict[str, Faithful] = {
+    kind.__name__: _with_writer(kind)
+    for kind in (
+        CellsBeforeTheCommit, StepsBeforeEvaluations, CellsDescending, IncompleteCells, BaseNotPublished,
+        CommitBeforeItsFiles, RowsSinceTheLastCommitOnly, DeletesTheOtherKept, DeletesTheBest, DeletesWhatEndsKeep,
+        DeletesOfHigherAttempts, DeletesBeforeTheCommit, NeverDeletes, NoResult,
+    )
+} | {
+    kind.__name__: kind()
+    for kind in (
+        IgnoresThatItIsSuperseded, BaseBeforeTheClaim, BaseByListing, BaseUnchecked, EndsBelowTheHighestStep,
+        GoesBeyondTheEnd,
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_clause_left_out_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "FIRST_PAUSE_S", 0.0)
+    machine = type(name, (Machine,), {"protocol": MUTANTS[name]})
+    with pytest.raises(Exception) as caught:
+        run_state_machine_as_test(
+            machine,
+            settings=settings(
+                deadline=None,
+                stateful_step_count=40,
+                max_examples=1000,
+                derandomize=True,
+                database=None,
+                phases=[Phase.generate],
+                report_multiple_bugs=False,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+    print(name, type(caught.value).__name__, str(caught.value)[:150])
