@@ -17,8 +17,6 @@ from pydantic import BaseModel, ValidationError
 from pipeline.errors import JobError
 from pipeline.job import Job
 
-MAX_BASES = 10
-
 SHORT_FORMS = {"seed": "all", "task": "kind"}
 """`seed: 1` is short for `seed: {all: 1}`, `task: binary` for `task: {kind: binary}`."""
 
@@ -164,7 +162,7 @@ def _read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str):
         raise JobError(f"base: must be the path of a job file, not {base!r}", where=str(path))
     here = path.resolve()
-    if here in seen or len(seen) >= MAX_BASES:
+    if here in seen:
         raise JobError(f"base: {base} leads in a circle", where=str(path))
     below = _read_tree(path.parent / base, (*seen, here))
     for key in SHORT_FORMS:

@@ -127,7 +127,7 @@ def own(spec: OwnModel) -> nn.Module:
 
 
 def draws_at_random(model: nn.Module) -> bool:
-    """Whether a forward pass in training draws random numbers. Modules that we do not know, subclasses too, are taken to."""
+    """Whether a forward pass in training draws random numbers. Unknown modules, subclasses too, are taken to."""
     plain: tuple[Any, ...] = (MlpNet, CnnNet, nn.Sequential, nn.Linear, nn.Conv2d, nn.MaxPool2d, nn.Flatten)
     known = {*plain, nn.BatchNorm1d, nn.BatchNorm2d, *ACTIVATIONS.values()}
     return any(type(module) not in known for module in model.modules())

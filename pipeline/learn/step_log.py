@@ -16,7 +16,7 @@ from pipeline.learn.flat import SUMS
 CAPACITY = 512
 """Steps between two flushes at the most."""
 FLUSH_S = 0.25
-"""Seconds between two flushes on a device whose values the host can read at once."""
+"""Seconds between two blocks at the most, unless a single step takes longer."""
 
 Rows = dict[str, "np.ndarray[tuple[int], np.dtype[np.float64 | np.int64]]"]
 """Columns of consecutive steps: epoch, step, loss, correct, lr, samples, seconds, time (unix seconds, UTC)."""
@@ -34,8 +34,9 @@ class _Block:
 class StepLog:
     """Collects one row a step and hands over blocks of rows.
 
-    On CUDA a full block starts its copy to the host and is handed over when the next one is full, or at `flush`. On the
-    CPU a loss that is not finite is handed over in its own step, which is the same one on all ranks.
+    On CUDA a block that is full or old enough starts its copy to the host, and is handed over with the next one or at
+    `flush`: by then it has long arrived. On the CPU a loss that is not finite is handed over in its own step, which is
+    the same one on all ranks.
     """
 
     def __init__(self, flat_sums: Tensor, hand_over: Callable[[Rows], None]) -> None:
@@ -54,12 +55,12 @@ class StepLog:
 
     def record(self, epoch: int, step: int, lr: float) -> None:
         """Note the step whose sums stand in the exchange vector now."""
-        block, is_urgent = self._block, False
-        now = time.perf_counter()
+        block, now = self._block, time.perf_counter()
+        is_urgent = now - self._flushed > FLUSH_S
         if block.sums is None:
             sums = self._sums.tolist()
             block.values.append(sums)
-            is_urgent = now - self._flushed > FLUSH_S or not math.isfinite(sums[0])
+            is_urgent = is_urgent or not math.isfinite(sums[0])
         else:
             block.sums[len(block.steps)].copy_(self._sums)
         block.steps.append((epoch, step, lr, now))

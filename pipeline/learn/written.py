@@ -16,6 +16,9 @@ KEPT_SIZES = 4
 """A run has full batches and a short last one, each in full pieces and a short last one."""
 
 
+_threshold_backward = torch.ops.aten.threshold_backward.default
+
+
 class WrittenMlp:
     """The gradient of one piece for a `FlatModel` that holds an `MlpNet` with ReLU; activations are kept for reuse."""
 
@@ -52,7 +55,7 @@ class WrittenMlp:
             self._weight_gradients[depth].addmm_(error.t(), values[depth])
             self._bias_gradients[depth].add_(error.sum(0))
             if depth:
-                error = torch.ops.aten.threshold_backward(error @ self._weights[depth], values[depth], 0)
+                error = _threshold_backward(error @ self._weights[depth], values[depth], 0)
         return Sums(loss, float(len(inputs)), correct)
 
     def _outputs(self, rows: int) -> list[Tensor]:
@@ -71,7 +74,7 @@ class _Multiclass:
         """Summed cross-entropy, number correct, and the loss's gradient by the logits (B, classes)."""
         log_probabilities = torch.log_softmax(logits, 1)
         columns = targets.unsqueeze(1)
-        loss = log_probabilities.gather(1, columns).sum().neg_()
+        loss = nn.functional.nll_loss(log_probabilities, targets, reduction="sum")
         correct = (logits.argmax(1) == targets).sum()
         error = log_probabilities.exp_().scatter_add_(1, columns, self._minus_one.expand(len(targets), 1))
         return loss, correct, error

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from trainees import make_job
 
 from pipeline.errors import JobError
 from pipeline.learn.models import build_model, draws_at_random
+from tests.learn.trainees import make_job
 
 
 def build(model: dict[str, Any], shape: tuple[int, ...] = (1, 28, 28), seed: int = 1) -> nn.Module:

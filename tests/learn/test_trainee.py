@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from trainees import CPU, make_batch, make_job, make_trainee, mean_gradients, model_of
 
 from pipeline.device import Arithmetic
 from pipeline.errors import JobError
 from pipeline.learn.flat import FlatModel
 from pipeline.learn.scaling import INITIAL_SCALE
 from pipeline.learn.trainee import Trainee
+from tests.learn.trainees import CPU, make_batch, make_job, make_trainee, mean_gradients, model_of
 
 CNN = {"kind": "cnn", "conv": [{"channels": 3, "kernel": 3, "pool": 2}], "hidden": [8]}
 
@@ -163,7 +163,9 @@ def test_weights_are_views_of_one_vector_and_named_as_in_sequential() -> None:
     weights = trainee.flat.weights()
     assert list(weights) == ["0.weight", "0.bias", "2.weight", "2.bias"]
     assert torch.equal(torch.cat([tensor.reshape(-1) for tensor in weights.values()]), trainee.flat.values)
-    assert torch.equal(trainee.outputs(make_batch(trainee._job, 3)[0]), trainee.flat.model(make_batch(trainee._job, 3)[0]))
+    assert torch.equal(
+        trainee.outputs(make_batch(trainee._job, 3)[0]), trainee.flat.model(make_batch(trainee._job, 3)[0])
+    )
 
 
 class WithMask(nn.Module):
@@ -199,7 +201,10 @@ def test_a_model_with_tied_and_frozen_parameters_trains() -> None:
 
 
 def test_buffers_are_averaged_by_samples() -> None:
-    counts, means = [5, 1, 0], [torch.tensor([1.0, 4.0]), torch.tensor([7.0, -2.0]), torch.tensor([100.0, float("inf")])]
+    counts, means = (
+        [5, 1, 0],
+        [torch.tensor([1.0, 4.0]), torch.tensor([7.0, -2.0]), torch.tensor([100.0, float("inf")])],
+    )
     ranks = [FlatModel(nn.BatchNorm1d(2), CPU, torch.float64, 3) for _ in counts]
     for rank, count, mean in zip(ranks, counts, means, strict=True):
         rank.buffers[0].copy_(mean)

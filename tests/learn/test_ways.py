@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
-from trainees import CPU, make_batch, make_job, make_trainee, mean_gradients, model_of
 
 from pipeline.job import Job
 from pipeline.learn.ways import choose_way
+from tests.learn.trainees import CPU, make_batch, make_job, make_trainee, mean_gradients, model_of
 
 
 def plain(job: Job, inputs: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
@@ -46,6 +46,9 @@ def test_the_written_mlp_is_autograd(
         torch.testing.assert_close(mean_gradients(trainee, inputs, targets), expected, rtol=tolerance, atol=tolerance)
     assert float(trainee.flat.loss / trainee.flat.weight) == pytest.approx(loss, rel=tolerance)
     assert float(trainee.flat.weight) == float(trainee.flat.count) == 13
+    outputs = trainee.outputs(inputs)
+    guesses = outputs.argmax(1) if kind == "multiclass" else outputs[:, 0] > 0
+    assert int(trainee.flat.correct) == int((guesses == targets).sum())
 
 
 @given(

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.device import Arithmetic
+from pipeline.errors import NotFiniteError
 from pipeline.job import Job
 from pipeline.job_file import build_job
 from pipeline.learn.models import build_model
@@ -72,7 +73,9 @@ def shares(plan: Plan, data: tuple[Tensor, Tensor], first_step: int, rank: int, 
 
 def blocks(data: tuple[Tensor, Tensor], rank: int, world_size: int, size: int = 4) -> list[tuple[Tensor, Tensor]]:
     mine = part(len(data[0]), rank, world_size)
-    return list(zip(data[0][mine].split(size), data[1][mine].split(size), strict=True)) if mine.start < mine.stop else []
+    return (
+        list(zip(data[0][mine].split(size), data[1][mine].split(size), strict=True)) if mine.start < mine.stop else []
+    )
 
 
 def make_trainee(job: Job, rank: int = 0, world_size: int = 1, way: str = "") -> Trainee:
@@ -94,7 +97,6 @@ def make_trainee(job: Job, rank: int = 0, world_size: int = 1, way: str = "") ->
 class Alone:
     rank = 0
     world_size = 1
-    signal_at: int | None = None
 
     def __init__(self, rank: int = 0, world_size: int = 1, group: Any = None) -> None:
         self.rank, self.world_size, self._group = rank, world_size, group
@@ -127,7 +129,7 @@ class Memory:
         count = len(rows["step"])
         self.rows += [{name: column[i].item() for name, column in rows.items()} for i in range(count)]
         self.calls.append(f"rows to {int(rows['step'][-1])}")
-        check_finite(dict(rows), self.saves[-1][0].step.__str__() if self.saves else "none")
+        check_finite(dict(rows), f"step {self.saves[-1][0].step}" if self.saves else "none")
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
         self.evaluations.append(dict(row))
@@ -212,11 +214,11 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "deep": {"model": {"hidden": [9, 8, 7], "activation": "tanh"}},
 }
 FLOAT32 = {"train": {"precision": "fp32", "batch_size": 7}}
-BATCH_NORM = {"model": {"hidden": [8], "batch_norm": True}}
+BATCH_NORM = {"model": {"hidden": [8], "batch_norm": True}, "train": {"batch_size": 12}}
 SIGNALS: dict[str, dict[int, dict[int, int]]] = {
     "one rank is interrupted": {1: {4: signal.SIGINT}},
     "one rank is terminated, another interrupted": {0: {3: signal.SIGINT}, 2: {3: signal.SIGTERM}},
-    "all ranks are terminated": dict.fromkeys(range(3), {6: int(signal.SIGTERM)}),
+    "all ranks are terminated": {rank: {6: signal.SIGTERM} for rank in range(3)},
 }
 """For each case and rank: at which step which signal has come."""
 
@@ -228,10 +230,11 @@ def outcome(job: Job, around: Alone) -> dict[str, Any]:
         "loss": result.memory.column("loss"),
         "correct": result.memory.column("correct"),
         "samples": result.memory.column("samples"),
-        "evaluations": [
-            {name: row[name] for name in ("step", "split", "loss", "accuracy", "correct", "samples")}
+        "evaluations": {
+            f"{row['split']}/{name} at {row['step']}": row[name]
             for row in result.memory.evaluations
-        ],
+            for name in ("loss", "accuracy", "correct", "samples")
+        },
         "weights": {name: tensor.tolist() for name, tensor in result.trainee.flat.weights().items()},
     }
 
@@ -254,8 +257,6 @@ def stopped(signals: dict[int, dict[int, int]], around: Alone) -> tuple[int, int
 
 def diverged(around: Alone) -> str:
     """What each rank says of a loss that is not finite, whichever rank's rows it came from."""
-    from pipeline.errors import NotFiniteError
-
     job = make_job(train={"batch_size": 6})
     inputs, targets = make_data(job)
     inputs[int(global_rows(Plan(job, len(inputs)), 3)[-1])] = float("nan")

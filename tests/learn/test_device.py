@@ -1,0 +1,54 @@
+"""The one door to devices: what is there, what is not, and what is on record of it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from pipeline import device as devices
+from pipeline.errors import InputError
+
+
+def test_auto_takes_the_best_that_is_there() -> None:
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert devices.choose("auto").type == best
+    assert devices.choose("cpu", local_rank=3) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_bad_input(kind: str) -> None:
+    if (torch.cuda if kind == "cuda" else torch.backends.mps).is_available():
+        pytest.skip(f"there is {kind} here")
+    with pytest.raises(InputError) as caught:
+        devices.choose(kind)
+    assert str(caught.value).startswith(f"scale.device: {kind} is not available here")
+    assert "cpu" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "autocast", "scales"),
+    [
+        ("fp64", torch.float64, None, False),
+        ("fp32", torch.float32, None, False),
+        ("bf16", torch.float32, torch.bfloat16, False),
+        ("fp16", torch.float32, torch.float16, True),
+    ],
+)
+def test_a_precision_is_a_set_of_types(
+    precision: devices.Precision, dtype: torch.dtype, autocast: torch.dtype | None, scales: bool
+) -> None:
+    device = torch.device("cpu")
+    arithmetic = devices.Arithmetic.of(precision, device)
+    assert arithmetic == devices.Arithmetic(dtype, autocast, scales)
+    with arithmetic.context(device):
+        product = torch.ones(2, 2, dtype=dtype) @ torch.ones(2, 2, dtype=dtype)
+    assert product.dtype == (autocast or dtype)
+
+
+def test_facts_are_plain_values() -> None:
+    facts = devices.facts(torch.device("cpu"))
+    assert json.loads(json.dumps(facts)) == facts
+    assert {"device", "cpu_capability", "threads", "torch"} <= set(facts)
+    assert devices.available_cpus() >= 1

@@ -1,0 +1,338 @@
+"""The loop in this process: what it does when, how it ends, and that stopping and going on change nothing."""
+
+from __future__ import annotations
+
+import math
+import signal
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.errors import NotFiniteError
+from pipeline.job import Job
+from pipeline.learn.plan import Plan
+from pipeline.learn.step_log import CAPACITY, Rows, StepLog
+from pipeline.loop import Bounds, Position, check_finite, evaluate, fit
+from tests.loop.worlds import CPU, Alone, Memory, blocks, make_data, make_job, make_trainee, run, shares
+
+STEPS = 15
+"""Three epochs of 23 rows in batches of 5."""
+
+
+def never_better(**best: Any) -> Job:
+    """A job whose validation loss rises from the first evaluation on."""
+    return make_job(best=best, train={"phases": [{"steps": 20, "lr": 1e-9}]}, evaluate={"every_steps": 2})
+
+
+# ------------------------------------------------------------------------------------------ what when
+
+
+def test_each_step_is_recorded_once_and_each_evaluation_before_its_save() -> None:
+    memory = run(make_job(), splits=("train", "val")).memory
+    assert memory.column("step") == list(range(1, STEPS + 1))
+    assert memory.column("epoch") == [1] * 5 + [2] * 5 + [3] * 5
+    assert memory.column("samples") == [5, 5, 5, 5, 3] * 3
+    assert [(row["epoch"], row["step"], row["split"]) for row in memory.evaluations] == [
+        (epoch, step, split) for epoch, step in ((0, 0), (1, 5), (2, 10), (3, 15)) for split in ("train", "val")
+    ]
+    assert [(position.step, end) for position, end in memory.saves] == [(5, False), (10, False), (15, True)]
+    assert memory.calls[2:6] == ["rows to 5", "evaluation train at 5", "evaluation val at 5", "save at 5"]
+    assert memory.calls[-4:] == ["rows to 15", "evaluation train at 15", "evaluation val at 15", "end at 15"]
+
+
+def test_there_is_an_evaluation_before_step_1_and_one_at_the_end() -> None:
+    memory = run(make_job(evaluate={"every_steps": 1000}), max_steps=4).memory
+    assert [row["step"] for row in memory.evaluations] == [0, 4]
+    assert [(position.step, end) for position, end in memory.saves] == [(4, True)]
+
+
+def test_a_save_that_the_recorder_wants_carries_its_own_step_and_the_last_metrics() -> None:
+    memory = run(make_job(checkpoint={"every_steps": 1000}), wanted=(7,)).memory
+    (position, end), *_ = memory.saves
+    assert (position.step, end) == (7, False)
+    assert position.metrics == {f"val/{name}": memory.evaluations[1][name] for name in ("loss", "accuracy", "correct")}
+
+
+def test_rates_and_resets_follow_the_plan() -> None:
+    phases = [{"steps": 3, "lr": 0.2}, {"steps": 3, "lr": 0.1, "optimizer_state": "reset"}]
+    job = make_job(train={"phases": phases, "optimizer": {"momentum": 0.9}}, checkpoint={"every_steps": 1})
+    result = run(job)
+    assert result.memory.column("lr") == [0.2] * 3 + [0.1] * 3
+    kept = make_job(train={"phases": [phases[0], {"steps": 3, "lr": 0.1}], "optimizer": {"momentum": 0.9}})
+    assert run(kept).memory.column("loss")[:4] == result.memory.column("loss")[:4]
+    assert run(kept).memory.column("loss")[4:] != result.memory.column("loss")[4:]
+
+
+def test_batches_that_end_too_soon_are_no_success() -> None:
+    job = make_job()
+    plan, trainee, data = Plan(job, 23), make_trainee(job), make_data(job)
+    batches = list(shares(plan, data, 1, 0, 1))[:4]
+    with pytest.raises(AssertionError, match="the batches ended"):
+        fit(trainee, plan, batches, {}, Memory(), Alone(), Position(), Bounds())
+
+
+# ------------------------------------------------------------------------------------- stopping, going on
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"train": {"optimizer": {"kind": "adam"}}, "best": {"metric": "val/accuracy", "mode": "max"}},
+        {"train": {"precision": "fp16", "optimizer": {"momentum": 0.9}}},
+        {"model": {"hidden": [8], "dropout": 0.5, "batch_norm": True}},
+    ],
+    ids=["adam", "fp16", "dropout"],
+)
+@given(at=st.integers(1, STEPS))
+@settings(deadline=None, max_examples=8)
+def test_an_interruption_anywhere_changes_nothing(tree: dict[str, Any], at: int) -> None:
+    job = make_job(**tree)
+    whole, around = run(job), Alone()
+    around.signals = {at: signal.SIGTERM}
+    first = run(job, around)
+    position, end = first.memory.saves[-1]
+    assert position.step == at
+    assert (first.signal_number, end) == ((0, True) if at == STEPS else (signal.SIGTERM, False))
+    weights, state = first.memory.snapshots[-1]
+    saved = Position(**Position(**position.to_json()).to_json())
+    rows, evaluations = first.memory.rows, first.memory.evaluations
+    if not end:
+        second = run(job, start=(saved, weights, state))
+        position, weights = second.position, second.trainee.flat.weights()
+        rows, evaluations = rows + second.memory.rows, evaluations + second.memory.evaluations
+    assert position == whole.position
+    assert all(torch.equal(weights[name], tensor) for name, tensor in whole.trainee.flat.weights().items())
+    for ours, theirs in ((rows, whole.memory.rows), (evaluations, whole.memory.evaluations)):
+        durable = [{name: value for name, value in row.items() if name not in ("seconds", "time")} for row in ours]
+        assert durable == [{name: row[name] for name in durable[0]} for row in theirs]
+
+
+@pytest.mark.parametrize("at", [1, 4, 5])
+def test_a_signal_saves_and_leaves(at: int) -> None:
+    around = Alone()
+    around.signals = {at: signal.SIGINT}
+    result = run(make_job(), around)
+    assert result.signal_number == signal.SIGINT
+    assert result.position.step == at
+    assert result.memory.column("step") == list(range(1, at + 1))
+    assert [position.step for position, _ in result.memory.saves] == [at]
+    assert [row["step"] for row in result.memory.evaluations] == ([0, 5] if at == 5 else [0])
+
+
+# ------------------------------------------------------------------------------------------- best and end
+
+
+def metrics(value: float) -> dict[str, float]:
+    return {"val/loss": value, "val/accuracy": 1 - value}
+
+
+@given(
+    values=st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, math.nan, math.inf]), max_size=8),
+    mode=st.sampled_from(["min", "max"]),
+)
+def test_the_best_is_the_earliest_of_equals_and_never_step_0(values: list[float], mode: str) -> None:
+    plan = Plan(make_job(best={"mode": mode}), 23)
+    position = Position().after_evaluation(0, metrics(-1.0 if mode == "min" else 2.0), plan)
+    assert (position.best_step, position.evaluations_since_best) == (None, 0)
+    for step, value in enumerate(values, start=1):
+        position = position.after_evaluation(step, metrics(value), plan)
+    finite = [value for value in values if math.isfinite(value)]
+    if finite:
+        best = min(finite) if mode == "min" else max(finite)
+        assert (position.best_step, position.best_value) == (values.index(best) + 1, best)
+        assert position.evaluations_since_best == len(values) - (values.index(best) + 1)
+    else:
+        assert (position.best_step, position.best_value) == (None, None)
+        assert position.evaluations_since_best == len(values)
+    assert all(math.isfinite(value) for value in (position.metrics or {}).values())
+
+
+def test_a_metric_that_is_not_evaluated_has_no_best_and_no_patience() -> None:
+    plan = Plan(make_job(best={"patience": 1}), 23)
+    position = Position().after_evaluation(5, {"train/loss": 1.0}, plan).after_evaluation(6, {"train/loss": 2.0}, plan)
+    assert (position.best_step, position.patience_is_used_up(plan)) == (None, False)
+
+
+def test_patience_ends_a_run_early_with_the_best_behind() -> None:
+    result = run(never_better(metric="val/accuracy", mode="max", patience=3))
+    assert [row["step"] for row in result.memory.evaluations] == [0, 2, 4, 6, 8]
+    position, end = result.memory.saves[-1]
+    assert end
+    assert (position.step, position.best_step, position.evaluations_since_best) == (8, 2, 3)
+    assert result.memory.column("step") == list(range(1, 9))
+    assert result.position == position
+
+
+def test_no_early_stop_below_the_highest_step_on_record() -> None:
+    job = never_better(metric="val/accuracy", mode="max", patience=3)
+    result = run(job, bounds=Bounds(highest_step=11), wanted=(9, 11))
+    assert result.position.step == 12, "the first evaluation from there on"
+    assert result.memory.evaluations[-1]["step"] == 12
+    rarely = job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"every_steps": 3})})
+    assert run(rarely, bounds=Bounds(highest_step=13), wanted=(13,)).position.step == 15
+    assert run(job, bounds=Bounds(highest_step=8)).position.step == 8
+
+
+@pytest.mark.parametrize("ended_at", [4, 7, 12])
+def test_an_end_on_record_binds(ended_at: int) -> None:
+    result = run(never_better(metric="val/accuracy", mode="max", patience=3), bounds=Bounds(ended_at, ended_at))
+    assert result.position.step == ended_at
+    assert result.memory.saves[-1][1]
+    assert result.memory.evaluations[-1]["step"] == ended_at
+
+
+# -------------------------------------------------------------------------------------------- not finite
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run_in_its_step(bad: float) -> None:
+    job = make_job(
+        train={"phases": [{"steps": 4, "lr": 0.25}, {"steps": 9, "lr": 0.125}]}, checkpoint={"every_steps": 3}
+    )
+    plan, trainee, (inputs, targets) = Plan(job, 23), make_trainee(job), make_data(job)
+    batches = list(shares(plan, (inputs, targets), 1, 0, 1))
+    batches[6].inputs[0, 0] = bad
+    memory = Memory(trainee)
+    with pytest.raises(NotFiniteError) as caught:
+        fit(trainee, plan, batches, {}, memory, Alone(), Position(), Bounds())
+    assert str(caught.value).startswith("step 7: the loss is ")
+    assert "at step 7, with learning rate 0.125" in caught.value.what
+    assert "last good checkpoint: step 6" in caught.value.fix
+    assert caught.value.exit_code == 1
+    assert [position.step for position, _ in memory.saves] == [3, 6]
+    assert memory.column("step") == list(range(1, 8)), "the row itself is on record"
+    assert all(torch.isfinite(tensor).all() for tensor in trainee.flat.weights().values()), "and was not learned from"
+
+
+def test_the_first_row_that_is_not_finite_is_named() -> None:
+    rows: Rows = {"step": np.array([4, 5, 6]), "loss": np.array([1.0, np.inf, np.nan]), "lr": np.array([0.1, 0.2, 0.3])}
+    with pytest.raises(NotFiniteError, match=r"step 5: the loss is inf at step 5, with learning rate 0\.2"):
+        check_finite(rows, "none")
+    check_finite({name: column[:1] for name, column in rows.items()}, "none")
+
+
+# ----------------------------------------------------------------------------------------- the step log
+
+
+@given(
+    flushes=st.sets(st.integers(1, 40)),
+    waits=st.sets(st.integers(1, 40)),
+    capacity=st.sampled_from([1, 2, 7, CAPACITY]),
+    count=st.integers(0, 40),
+)
+@settings(deadline=None, max_examples=40)
+@pytest.mark.parametrize("kind", ["cpu", "meta-like device that copies late"])
+def test_blocks_of_rows_are_gapless_whatever_flushes_them(
+    kind: str, flushes: set[int], waits: set[int], capacity: int, count: int
+) -> None:
+    patch = pytest.MonkeyPatch()
+    patch.setattr("pipeline.learn.step_log.CAPACITY", capacity)
+    try:
+        sums, found = torch.zeros(4, dtype=torch.float64), list[Rows]()
+        log = StepLog(sums, found.append)
+        if kind != "cpu":
+            log._immediate = False
+            log._block = log._new_block()
+        for step in range(1, count + 1):
+            sums.copy_(torch.tensor([3.0 * step, 2.0, 1.0, 2.0 + step]))
+            if step in waits:
+                log.resume_clock()
+            log.record(1 + step // 10, step, 1 / step)
+            if step in flushes:
+                log.flush()
+        log.flush()
+        log.flush()
+    finally:
+        patch.undo()
+    rows = {name: [value for block in found for value in block[name].tolist()] for name in (found[0] if found else {})}
+    if count:
+        steps = list(range(1, count + 1))
+        assert rows["step"] == steps
+        assert rows["loss"] == [1.5 * step for step in steps]
+        assert rows["samples"] == [2 + step for step in steps]
+        assert rows["lr"] == [1 / step for step in steps]
+        assert rows["epoch"] == [1 + step // 10 for step in steps]
+        assert rows["time"] == sorted(rows["time"])
+        if not waits:
+            assert sum(rows["seconds"][1:]) == pytest.approx(rows["time"][-1] - rows["time"][0], abs=1e-5)
+    assert all(len(block["step"]) for block in found)
+
+
+def test_an_evaluations_time_is_not_the_next_steps() -> None:
+    found: list[Rows] = []
+    log = StepLog(torch.ones(4), found.append)
+    log.record(1, 1, 0.1)
+    log.flush()
+    log._last -= 100.0  # as if an evaluation had taken so long
+    log.resume_clock()
+    log.record(1, 2, 0.1)
+    log.flush()
+    assert 0 <= found[1]["seconds"][0] < 10
+
+
+def test_columns_have_their_types() -> None:
+    rows = run(make_job()).memory.rows[0]
+    whole = {"epoch", "step", "samples"}
+    assert {name for name, value in rows.items() if isinstance(value, int)} == whole
+    assert set(rows) == whole | {"loss", "correct", "lr", "seconds", "time"}
+
+
+# ------------------------------------------------------------------------------------------- evaluation
+
+
+class Rank:
+    """One of several ranks in this process: the first calls are remembered, the last one gets the sum."""
+
+    def __init__(self, rank: int, world_size: int, box: list[torch.Tensor]) -> None:
+        self.rank, self.world_size, self._box = rank, world_size, box
+
+    def reduce(self, vector: torch.Tensor) -> None:
+        self._box.append(vector.clone())
+        vector.copy_(torch.stack(self._box).sum(0))
+
+    def stop_signal(self) -> int:
+        return 0
+
+
+@given(world_size=st.integers(1, 30), size=st.integers(1, 30))
+@settings(deadline=None, max_examples=30)
+@pytest.mark.parametrize("kind", ["multiclass", "weighted", "binary", "regression"])
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+def test_evaluation_sees_each_row_once(precision: str, kind: str, world_size: int, size: int) -> None:
+    task: Any = {"kind": "multiclass", "class_weights": "balanced"} if kind == "weighted" else kind
+    job = make_job(task=task, train={"precision": precision})
+    trainee, data, box = make_trainee(job), make_data(job), list[torch.Tensor]()
+    for rank in range(world_size):
+        result = evaluate(trainee, blocks(data, rank, world_size, size), Rank(rank, world_size, box))
+    outputs = trainee.outputs(data[0])
+    losses = trainee.task.losses(outputs, data[1]).double()
+    weights = trainee.task.weights(data[1])
+    weights = torch.ones(23, dtype=torch.float64) if weights is None else weights.double()
+    assert result["samples"] == 23
+    tolerance = 1e-12 if precision == "fp64" else 1e-6
+    assert result["loss"] == pytest.approx(float((losses * weights).sum() / weights.sum()), rel=tolerance)
+    if kind == "regression":
+        assert math.isnan(result["correct"])
+        assert math.isnan(result["accuracy"])
+    else:
+        guesses = outputs.argmax(1) if kind != "binary" else (outputs[:, 0] > 0)
+        assert result["correct"] == int((guesses == data[1]).sum())
+        assert result["accuracy"] == result["correct"] / 23
+
+
+def test_nothing_to_evaluate_is_no_number() -> None:
+    result = evaluate(make_trainee(make_job()), [], Alone())
+    assert result["samples"] == 0
+    assert math.isnan(result["loss"])
+    assert math.isnan(result["accuracy"])
+
+
+def test_a_run_of_regression_has_a_loss_alone() -> None:
+    result = run(make_job(task="regression", train={"phases": [{"epochs": 1, "lr": 0.01}]}))
+    assert list(result.position.metrics or {}) == ["val/loss"]
+    assert all(math.isnan(value) for value in result.memory.column("correct"))
+    assert result.trainee.device == CPU
