@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from pipeline import device as devices
 from pipeline.data.loader import EvalLoader, TrainLoader
 from pipeline.data.preprocess import Preprocess, fit_preprocess
 from pipeline.data.random import torch_seed
-from pipeline.data.sampler import GlobalBatches
+from pipeline.data.sampler import GlobalBatches, share
 from pipeline.data.sources import Arrays, Source, open_source
 from pipeline.data.split import Rows, make_splits, split_warnings
 from pipeline.data.targets import class_counts, class_names, prepare_targets
@@ -51,7 +52,13 @@ class Prepared:
     @property
     def warnings(self) -> list[str]:
         """What is allowed, but probably not meant."""
-        return split_warnings(self.job, self.splits)
+        found = split_warnings(self.job, self.splits)
+        best, processes, cores = self.job.best, self.job.data.loader.processes, devices.available_cpus()
+        if best.patience is not None and best.metric.partition("/")[0] not in self.evaluated:
+            found.append(f"best.patience has no effect: {best.metric} is not evaluated")
+        if processes > cores:
+            found.append(f"data.loader.processes is {processes}, but there are {cores} cores: 0 may be faster")
+        return found
 
 
 def prepare(job: Job, max_steps: int | None = None) -> Prepared:
@@ -125,6 +132,8 @@ def build(
     counts = class_counts(targets, len(prepared.classes)) if job.task.class_weights == "balanced" else None
     task = build_task(job.task, len(prepared.classes), columns, counts)
     model = build_model(job, prepared.preprocess.output_shape, task.outputs, torch_seed(job.seed.of("init"), "init"))
+    if any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
+        _check_pieces(prepared.plan, world_size)
     dtype = devices.Arithmetic.of(job.train.precision, device).dtype
     seed = job.seed.of("dropout")
     trainee = Trainee(
@@ -173,6 +182,27 @@ def eval_loader(prepared: Prepared, built: Built, split: str, *, rank: int = 0, 
         limit=prepared.job.evaluate.limit,
         pin_memory=loader.pin_memory,
     )
+
+
+def _check_pieces(plan: Plan, world_size: int) -> None:
+    """Batch normalisation needs two rows at a time.
+
+    Raises
+    ------
+    JobError: the shares and pieces of a full or last batch come to a single row.
+    """
+    last_batch = plan.rows - (plan.steps_per_epoch - 1) * plan.batch_size
+    for batch in {min(plan.batch_size, plan.rows), last_batch}:
+        for rank in range(world_size):
+            mine = share(batch, rank, world_size)
+            rows = mine.stop - mine.start
+            if rows == 1 or (rows and rows % (plan.job.train.micro_batch or rows) == 1):
+                raise JobError(
+                    f"batch normalisation has no statistics of a single row, and a batch of {batch:,} rows leaves one "
+                    f"to worker {rank} of {world_size}",
+                    where="train.batch_size",
+                    fix="choose another batch_size or micro_batch, or model.batch_norm: false",
+                )
 
 
 def _threads(job: Job, world_size: int) -> int:

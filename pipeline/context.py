@@ -10,6 +10,8 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+from pipeline.errors import Interrupted
+
 Value = TypeVar("Value")
 
 Tell = Callable[[Mapping[str, Any]], None]
@@ -55,6 +57,8 @@ class StopSignals:
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if kind is KeyboardInterrupt:
+            raise Interrupted("ended at once", fix="the same command goes on from the last checkpoint")
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:

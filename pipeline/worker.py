@@ -80,9 +80,7 @@ def work(order: Order, context: Context, prepared: Prepared | None = None) -> No
         attempt.close()
 
 
-def _lead(
-    prepared: Prepared, built: Built, context: Context, start: Start, attempt: Attempt, cell_steps: int
-) -> None:
+def _lead(prepared: Prepared, built: Built, context: Context, start: Start, attempt: Attempt, cell_steps: int) -> None:
     """Rank 0's part: train, keep the record, and see it through."""
     recorder = Recorder(attempt, cell_steps=cell_steps, keep=prepared.job.checkpoint.keep)
     bookkeeper = Bookkeeper(context, built.trainee, prepared.plan, recorder, attempt, prepared.preprocess.to_json())
@@ -171,7 +169,11 @@ def _fit(prepared: Prepared, built: Built, context: Context, start: Start, recor
             built.trainee, plan, batches, splits, recorder, context, start.position, start.bounds
         )
     if signal_number:
-        raise Interrupted(f"stopped at step {position.step} of {last_step}", signal_number=signal_number)
+        raise Interrupted(
+            f"stopped at step {position.step} of {last_step}, and saved",
+            signal_number=signal_number,
+            fix="the same command goes on from there",
+        )
 
 
 @contextmanager

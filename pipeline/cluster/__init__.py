@@ -3,7 +3,3 @@ head, and a new start after a loss.
 
 Ray is told what happens; what a resume depends on lies in our own record. Each attempt is a fresh Ray run.
 """
-
-from pipeline.cluster.driver import train_on_workers
-
-__all__ = ["train_on_workers"]

@@ -66,9 +66,9 @@ class RayContext:
         return self
 
     def __exit__(self, *what: Any) -> None:
-        self._own_signals.__exit__(*what)
         if self._courier is not None:
             self._courier.close()
+        self._own_signals.__exit__(*what)
 
 
 class _Gauges:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -9,17 +10,20 @@ import threading
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 from pipeline.cluster.context import PULSE_S, train_function
+from pipeline.cluster.desk import Desk
 from pipeline.context import StopSignals, Tell
-from pipeline.errors import InputError, TrainyardError, WorkerLostError
+from pipeline.errors import InputError, Interrupted, TrainyardError, WorkerLostError
 from pipeline.job import Scale, WorkerRange
 from pipeline.worker import Order
 
 RAY_ENVIRONMENT = {
+    # Of a cluster started here. Ray's default, 15, leaves the processor to whatever else runs on the machine.
+    "RAY_worker_niceness": "0",
     # The controller's poll: report() and the end of a run wait for it.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     # Costs start-up time and is not used.
@@ -28,27 +32,11 @@ RAY_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 
+IDLE_CALLBACKS = ("DatasetsCallback", "PlacementGroupCleanerCallback")
+"""Of Ray Train's own."""
+
 COLLECTIVE_TIMEOUT_S = 300
 """Seconds after which a sum over ranks that never ends fails."""
-
-
-class _Desk:
-    """An actor between the driver and rank 0: events one way, the signal to stop the other."""
-
-    def __init__(self) -> None:
-        self._events: list[Mapping[str, Any]] = []
-        self._signal = 0
-
-    def deliver(self, events: list[Mapping[str, Any]]) -> int:
-        self._events.extend(events)
-        return self._signal
-
-    def take(self) -> list[Mapping[str, Any]]:
-        events, self._events = self._events, []
-        return events
-
-    def stop(self, number: int) -> None:
-        self._signal = number
 
 
 def train_on_workers(
@@ -76,30 +64,41 @@ def train_on_workers(
     WorkerLostError: more losses in a row than `scale.retries`.
     TrainyardError: what a worker raised.
     """
-    with _connected(address, scale, verbose) as ray:
-        workers, resources = _workers_and_resources(ray, scale, address)
-        failures, reached = 0, highest_step()
-        while True:
-            try:
-                _run_once(ray, order, workers, resources, tell, signals)
-                return
-            except TrainyardError:
-                raise
-            except Exception as error:
-                found = _find(error, TrainyardError)
-                if isinstance(found, TrainyardError):
-                    raise found from None
-                failures = failures + 1 if highest_step() <= reached else 1
-                reached = highest_step()
-                if failures > scale.retries:
-                    raise WorkerLostError(
-                        f"{_first_line(error)} ({failures} times without a new checkpoint)",
-                        where=order.run_name,
-                        fix="the same command goes on from the last checkpoint; scale.retries sets the limit",
-                    ) from error
-                order = replace(order, dead_attempt=dead_attempt(order.driver))
-                text = f"{_first_line(error)}; starting again from step {reached} ({failures} of {scale.retries})"
-                tell({"kind": "warning", "text": text})
+    failures, reached = 0, highest_step()
+    while True:
+        with _connected(address, scale, verbose) as ray:
+            workers, resources = _workers_and_resources(ray, scale, address)
+            cluster_is_sound = True
+            while cluster_is_sound:
+                try:
+                    _run_once(ray, order, workers, resources, tell, signals)
+                    return
+                except TrainyardError:
+                    raise
+                except Exception as error:
+                    found = _find(error, TrainyardError)
+                    if isinstance(found, TrainyardError):
+                        raise found from None
+                    if signals.received:
+                        raise Interrupted(
+                            f"stopped after a loss ({_first_line(error)})",
+                            signal_number=signals.received,
+                            fix="the same command goes on from the last checkpoint",
+                        ) from error
+                    failures = failures + 1 if highest_step() <= reached else 1
+                    reached = highest_step()
+                    if failures > scale.retries:
+                        raise WorkerLostError(
+                            f"{_first_line(error)} ({failures} times without a new checkpoint)",
+                            where=order.run_name,
+                            fix="the same command goes on from the last checkpoint; scale.retries sets the limit",
+                        ) from error
+                    order = replace(order, dead_attempt=dead_attempt(order.driver))
+                    text = f"{_first_line(error)}; starting again from step {reached} ({failures} of {scale.retries})"
+                    tell({"kind": "warning", "text": text})
+                    # Ray Train recovers nothing from the loss of its own controller, which leaves resources taken
+                    # until this driver's connection ends.
+                    cluster_is_sound = isinstance(error, ray.train.TrainingFailedError)
 
 
 def _run_once(
@@ -110,10 +109,19 @@ def _run_once(
     import ray.train.torch
 
     train: Any = ray.train  # Ray's annotations here are those of its older trainer
+
+    class Trainer(train.torch.TorchTrainer):  # type: ignore[misc]
+        """Without two helper processes that have no work here: one hands out Ray datasets, the other frees what a lost
+        controller held (as the end of our connection does) and needs the dashboard for it, or complains each second.
+        Where a version of Ray has no such hook, both just start."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            return [one for one in super()._create_default_callbacks() if type(one).__name__ not in IDLE_CALLBACKS]
+
     on_gpu = "GPU" in resources
-    desk = cluster.remote(num_cpus=0)(_Desk).remote()
+    desk = cluster.remote(num_cpus=0)(Desk).remote()
     own_files = tempfile.mkdtemp(prefix="trainyard-ray-")
-    trainer = train.torch.TorchTrainer(
+    trainer = Trainer(
         train_function,
         train_loop_config={"order": order, "desk": desk},
         torch_config=train.torch.TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
@@ -175,8 +183,8 @@ def _connected(address: str | None, scale: Scale, verbose: bool) -> Iterator[Any
     quiet: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "error"}
     try:
         if address is None:
-            cpus = max(_wanted(scale) * scale.cpus_per_worker, os.cpu_count() or 1)
-            ray.init(address="local", num_cpus=int(-(-cpus // 1)), include_dashboard=False, **quiet)
+            cpus = math.ceil(_wanted(scale) * scale.cpus_per_worker)  # Ray starts a process for each of them at once
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
         else:
             ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -184,9 +192,26 @@ def _connected(address: str | None, scale: Scale, verbose: bool) -> Iterator[Any
             _first_line(error), where=address or "a local Ray cluster", fix="see --address and RAY_ADDRESS"
         ) from None
     try:
-        yield ray
+        with nullcontext() if verbose else _without_raylets_lines():
+            yield ray
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _without_raylets_lines() -> Iterator[None]:
+    """Ray writes a raylet's complaint about each lost worker to standard output, whatever `log_to_driver` says."""
+    from ray._private import worker
+
+    before = getattr(worker, "print_to_stdstream", None)
+    if before is None:  # another version of Ray
+        yield
+        return
+    worker.print_to_stdstream = lambda *_args, **_named: None
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = before
 
 
 def _wanted(scale: Scale) -> int:

@@ -21,8 +21,6 @@ JOB = "job.yaml"
 VIEW = "run.json"
 RESULT = "result.json"
 HEADER = "# trainyard: "
-NOT_RUNS = frozenset({"models", "ticks"})
-"""Folders that lie beside the runs."""
 
 
 class Run:
@@ -43,8 +41,6 @@ class Run:
             plain_name(name)
         except ValueError as error:
             raise StorageError(str(error), where=storage.url) from None
-        if name in NOT_RUNS:
-            raise StorageError(f"no run can be called {name!r}", where=storage.url, fix="choose another name")
         self.name = name
         self.storage = storage.at(name, own_temporaries=True)
         self.root_url = storage.url
@@ -137,7 +133,7 @@ class Run:
 
 def list_runs(storage: Storage) -> list[str]:
     """Names of the runs in a folder, sorted."""
-    names = [name for name in storage.list() if name not in NOT_RUNS and _is_plain(name)]
+    names = [name for name in storage.list() if _is_plain(name)]
     born = storage.each(lambda name: storage.exists(f"{name}/{JOB}"), names)
     return [name for name, there in zip(names, born, strict=True) if there]
 

@@ -80,7 +80,7 @@ def train(
         if here or state == "finished":
             work(order, Alone(tell, signals), prepared)
         else:
-            from pipeline.cluster import train_on_workers
+            from pipeline.cluster.driver import train_on_workers
 
             train_on_workers(
                 order,

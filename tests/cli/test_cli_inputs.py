@@ -168,3 +168,27 @@ def test_the_python_api_is_the_same_verb(tmp_path: Path, monkeypatch: pytest.Mon
     assert Path(run.url).is_dir()
     assert {"run", "start", "evaluation"} <= {event["kind"] for event in events}
     assert json.loads((Path(run.url) / "run.json").read_text())["status"] == "finished"
+
+
+def test_what_is_probably_not_meant_is_a_warning(trainyard: Trainyard, tmp_path: Path) -> None:
+    job = write_job(
+        tmp_path,
+        data={"source": "disc", "normalize": "scalar", "splits": {"val": 0}, "loader": {"processes": 500}},
+        best={"patience": 3},
+    )
+    checked = trainyard("check", job, "--batch")
+    assert checked.code == 0
+    assert "warning: data.loader.processes is 500" in checked.out
+    assert "warning: best.patience has no effect" in checked.out
+    few = trainyard("train", write_job(tmp_path, train={"batch_size": 1001, "phases": [{"epochs": 1, "lr": 0.1}]}))
+    assert few.code == 0
+    assert "warning: train.batch_size is 1,001, but only 800 rows" in few.err
+
+
+def test_batch_normalisation_of_a_single_row_is_found_before_training(trainyard: Trainyard, tmp_path: Path) -> None:
+    model = {"hidden": [4], "batch_norm": True}
+    job = write_job(tmp_path, model=model, train={"batch_size": 17, "phases": [{"epochs": 1, "lr": 0.1}]})
+    ended = trainyard("train", job)
+    assert ended.code == 2
+    assert "a batch of 1 rows leaves one to worker 0" in ended.err
+    assert not (tmp_path / "runs").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
+
 from tests.cli.cli_calls import Trainyard, write_job
 
 

@@ -26,6 +26,9 @@ from pipeline.job_file import build_job
 NOBODY = "http://127.0.0.1:9/"
 """The discard port, where no server listens."""
 
+REQUESTS: list[str] = []
+"""Paths that were asked of the server since it started."""
+
 
 def open_named(name: str, root: Path) -> Source:
     return open_source(build_job({"name": "t", "data": {"source": name, "root": str(root)}}, "test"))
@@ -36,10 +39,12 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     """A folder and the URL under which its files can be fetched."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None: ...
+        def log_message(self, *_: Any) -> None:
+            REQUESTS.append(self.path)
 
     folder = tmp_path / "served"
     folder.mkdir()
+    REQUESTS.clear()
     handler = functools.partial(Quiet, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -102,6 +107,8 @@ def test_only_what_is_missing_is_added(fashion: Path, tmp_path: Path) -> None:
 
 
 def test_many_at_once_download_once(fashion: Path, tmp_path: Path) -> None:
+    open_named("fashion_mnist", tmp_path / "other")
+    one = len(REQUESTS)
     results: list[Source] = []
     threads = [
         threading.Thread(target=lambda: results.append(open_named("fashion_mnist", tmp_path / "data")))
@@ -113,6 +120,7 @@ def test_many_at_once_download_once(fashion: Path, tmp_path: Path) -> None:
         thread.join()
     assert len({source.fingerprint for source in results}) == 1
     assert len(results) == 4
+    assert len(REQUESTS) == 2 * one
 
 
 def test_a_download_that_fails_leaves_nothing(fashion: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -20,11 +20,13 @@ from hypothesis import strategies as st
 
 from pipeline.data import tensors
 from pipeline.data.augment import augmented, draw
-from pipeline.data.loader import Batch, EvalLoader, TrainLoader
+from pipeline.data.loader import EvalLoader, TrainLoader
 from pipeline.data.sampler import GlobalBatches
 from pipeline.data.sources import Arrays
 from pipeline.errors import DataError, WorkError
 from pipeline.job import Augment, Loader
+
+ROOT = Path(__file__).parents[2]
 
 DEVICES = ["cpu", "cuda, resident", "cuda, pinned"]
 
@@ -92,7 +94,7 @@ def test_batches_are_the_rows_of_their_steps(device: torch.device, shuffle: bool
 def test_processes_change_nothing(
     device: torch.device, processes: int, fetch_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.data.loader.FETCH_BYTES", fetch_bytes)
+    monkeypatch.setattr("pipeline.data.processes.FETCH_BYTES", fetch_bytes)
     changes: dict[str, Any] = {"augment": Augment(crop=1, flip=True), "device": device, "world_size": 4, "rank": 1}
     without = collected(train_loader(arrays(), ROWS, **changes))
     assert_same(collected(train_loader(arrays(), ROWS, processes=processes, **changes)), without)
@@ -211,8 +213,8 @@ def test_read_only_arrays_can_be_loaded() -> None:
     assert len(collected(train_loader(data, ROWS))) == 12
 
 
-def endless() -> TrainLoader:
-    return train_loader(arrays(), ROWS, processes=2, last_step=10**6)
+def endless(processes: int = 2) -> TrainLoader:
+    return train_loader(arrays(), ROWS, processes=processes, last_step=10**6)
 
 
 def test_torchs_own_generator_is_left_alone() -> None:
@@ -229,24 +231,35 @@ def test_closing_early_ends_the_processes() -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_a_signal_to_all_does_not_end_the_processes() -> None:
-    # Ctrl-C and a service manager's stop reach every process; the worker wants to finish its step and save.
-    with endless() as loader:
-        batches = iter(loader)
-        before: list[Batch] = [next(batches)]
-        for child in multiprocessing.active_children():
-            assert child.pid is not None
-            os.kill(child.pid, signal.SIGINT)
-            os.kill(child.pid, signal.SIGTERM)
-        before += [next(batches) for _ in range(30_000)]  # more than was fetched ahead
-        assert len(multiprocessing.active_children()) == 2
-    assert [batch.step for batch in before] == list(range(1, 30_002))
+SIGNALLED = """
+import os, signal, sys
+sys.path.insert(0, "tests/data")
+from test_data_loader import endless
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: None)
+batches = iter(endless(processes=1))
+next(batches)
+for number in (signal.SIGINT, signal.SIGTERM):
+    os.killpg(0, number)
+for _ in range(30_000):  # more than was fetched ahead
+    last = next(batches)
+print(last.step)
+"""
+
+
+def test_a_signal_to_the_group_leaves_them_and_the_exit_takes_them() -> None:
+    # Ctrl-C and a shell's kill reach the whole process group; the worker wants to finish its step and save.
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED], cwd=ROOT, capture_output=True, text=True, timeout=60, start_new_session=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "30001\n", "")
 
 
 def test_a_killed_process_is_an_error_and_no_hang() -> None:
     with endless() as loader:
         batches = iter(loader)
         next(batches)
+        assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL  # torch's handler would raise anywhere
         child = multiprocessing.active_children()[0]
         assert child.pid is not None
         os.kill(child.pid, signal.SIGKILL)
@@ -282,8 +295,7 @@ next(batches)
 print(*[child.pid for child in multiprocessing.active_children()], flush=True)
 time.sleep(60)
 """
-    root = Path(__file__).parents[2]
-    with subprocess.Popen([sys.executable, "-c", program], cwd=root, stdout=subprocess.PIPE, text=True) as worker:
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as worker:
         assert worker.stdout is not None
         pids = [int(pid) for pid in worker.stdout.readline().split()]
         worker.kill()

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -185,7 +185,7 @@ def _set_trap(trap: Trap | None) -> dict[str, _Counter]:
     files, steps = _Counter("files", trap), _Counter("steps", trap)
     for name in ("replace", "link", "unlink", "mkdir", "rmdir"):
         setattr(os, name, files.around(getattr(os, name)))
-    os.fsync = lambda _descriptor: files()  # only power loss can tell, and it is most of the time
+    os.fsync = lambda fd: files()  # only power loss can tell, and it is most of the time
 
     def torn_open(path: str, mode: str) -> Any:
         if mode != "xb":
@@ -242,9 +242,6 @@ def _serve() -> None:
     import safetensors.torch  # noqa: F401
     import torch
 
-    import pipeline.cli
-    import pipeline.terminal
-    import pipeline.verbs.train
     from pipeline.record import recorder
 
     torch.set_num_threads(1)

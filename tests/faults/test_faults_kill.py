@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_evidence import Watcher, check_at_rest, committed, entries, evidence, only_run
-from fault_nursery import Nursery, Outcome, Trap
+
+from tests.faults.fault_evidence import Watcher, check_at_rest, committed, entries, evidence, only_run
+from tests.faults.fault_nursery import Nursery, Outcome, Trap
 
 SEED = int(os.environ.get("TRAINYARD_TEST_SEED", "1"))
 KILLS = 6
@@ -178,7 +179,9 @@ def live_and_die(nursery: Nursery, argv: list[str], draw: random.Random) -> Outc
     if kind == "signal":
         number = draw.choice([signal.SIGINT, signal.SIGTERM])
         return nursery.run(*argv, trap=Trap("steps", draw.randint(1, 60), number))
-    return nursery.run(*argv, trap=Trap("steps", draw.randint(1, 80)) if kind == "steps" else Trap("files", draw.randint(1, 180)))
+    return nursery.run(
+        *argv, trap=Trap("steps", draw.randint(1, 80)) if kind == "steps" else Trap("files", draw.randint(1, 180))
+    )
 
 
 @pytest.mark.parametrize("name", LONG)
@@ -187,7 +190,7 @@ def test_a_run_killed_again_and_again_ends_as_one_that_was_never_touched(
 ) -> None:
     untouched, storage = folder / f"{name}-untouched", folder / f"{name}-killed"
     assert nursery.run(*command(name, untouched)).code == 0
-    draw, story = random.Random(f"{SEED} {name}"), []
+    draw, story = random.Random(f"{SEED} {name}"), list[int]()
     with Watcher(storage) as watcher:
         while len(story) < 4 * KILLS and sum(code < 0 for code in story) < KILLS:
             outcome = live_and_die(nursery, command(name, storage), draw)

@@ -7,15 +7,19 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fault_evidence import Watcher, committed, entries, evidence, only_run, read_log, wait_for
-from fault_nursery import Nursery, Trap
+
+from tests.faults.fault_evidence import Watcher, committed, entries, evidence, only_run, read_log, wait_for
+from tests.faults.fault_nursery import Nursery, Trap
 
 SEED = int(os.environ.get("TRAINYARD_TEST_SEED", "1"))
 QUICK_HEART = {"TRAINYARD_HEARTBEAT_S": "0.1"}
+SILENCE_S = 0.4
+"""More than three of those intervals."""
 JOB = """
 schema: 1
 name: victim
@@ -35,7 +39,7 @@ ARGV = ["train", "victim.yaml", "--storage"]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("signals")
     (folder / "victim.yaml").write_text(JOB.replace("EPOCHS", "10"))
-    (folder / "longer.yaml").write_text(JOB.replace("EPOCHS", "200"))
+    (folder / "longer.yaml").write_text(JOB.replace("EPOCHS", "40"))
     return folder
 
 
@@ -57,7 +61,7 @@ def untouched(nursery: Nursery, folder: Path) -> object:
 def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(
     nursery: Nursery, untouched: object, tmp_path: Path, number: int, code: int
 ) -> None:
-    outcome = nursery.run(*ARGV, str(tmp_path), trap=Trap("steps", 33, number))
+    outcome = nursery.run(*ARGV, str(tmp_path), trap=Trap("steps", 32, number))
     assert outcome.code == code
     assert "stopped at step 33 of 250" in outcome.err
     assert "same command" in outcome.err
@@ -90,7 +94,7 @@ def test_a_second_ctrl_c_ends_at_once_and_the_run_goes_on_from_its_last_checkpoi
 def test_of_two_processes_at_once_one_runs_and_the_other_says_who(
     nursery: Nursery, untouched: object, tmp_path: Path
 ) -> None:
-    for number in range(6):
+    for number in range(4):
         storage = tmp_path / str(number)
         with Watcher(storage):
             first, second = (nursery.wait(child) for child in [nursery.start(*ARGV, str(storage)) for _ in range(2)])
@@ -131,6 +135,7 @@ def test_a_zombie_that_wakes_after_its_successor_has_finished_changes_nothing(
     with Watcher(tmp_path):
         zombie = nursery.start(*ARGV, str(tmp_path), trap=trap, env=QUICK_HEART)
         assert nursery.stopped(zombie)
+        time.sleep(SILENCE_S)
         successor = nursery.run(*ARGV, str(tmp_path), env=QUICK_HEART)
         assert successor.code == 0, successor.err
         run = only_run(tmp_path)
@@ -152,13 +157,14 @@ def test_a_zombie_that_wakes_while_its_successor_trains_leaves(
     nursery: Nursery, untouched: object, tmp_path: Path
 ) -> None:
     draw = random.Random(SEED)
-    for number in range(4):
+    for number in range(3):
         storage = tmp_path / str(number)
         with Watcher(storage):
             zombie = nursery.start(
                 *ARGV, str(storage), trap=Trap("files", draw.randint(120, 300), signal.SIGSTOP), env=QUICK_HEART
             )
             assert nursery.stopped(zombie)
+            time.sleep(SILENCE_S)
             successor = nursery.start(
                 *ARGV, str(storage), trap=Trap("files", draw.randint(90, 200), signal.SIGSTOP), env=QUICK_HEART
             )
@@ -171,9 +177,7 @@ def test_a_zombie_that_wakes_while_its_successor_trains_leaves(
         assert evidence(only_run(storage)) == untouched
 
 
-def test_the_true_command_survives_ctrl_c_sigterm_and_sigkill(
-    nursery: Nursery, folder: Path, tmp_path: Path
-) -> None:
+def test_the_true_command_survives_ctrl_c_sigterm_and_sigkill(nursery: Nursery, folder: Path, tmp_path: Path) -> None:
     """`python -m pipeline` in a process group of its own, ended in three ways and then left to finish."""
     storage = tmp_path / "runs"
     argv = ["train", "longer.yaml", "--storage"]

@@ -1,0 +1,63 @@
+"""`evaluate:`, `best:` and `checkpoint:` when to look, and what to keep."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.job.node import Node, Positive
+
+
+class Evaluate(Node):
+    """When to evaluate, and on what. There is always one evaluation before step 1 and one at the end."""
+
+    every_epochs: Positive | None = None
+    """The default is every epoch."""
+    every_steps: Positive | None = None
+    splits: Annotated[list[Literal["train", "val"]], Field(min_length=1)] | None = None
+    """Default: val where there is one, else train. Never test: `trainyard evaluate --split test` reads that."""
+    limit: Positive | None = None
+    """Only the first rows of each split."""
+
+    @model_validator(mode="after")
+    def _one_interval(self) -> Self:
+        if self.every_epochs is not None and self.every_steps is not None:
+            raise ValueError("give either every_epochs or every_steps, and null for the other")
+        return self
+
+
+class Best(Node):
+    """Which checkpoint counts as the best: the earliest of equals."""
+
+    metric: str = "val/loss"
+    """`split/column` of the evaluations, such as val/loss or val/accuracy."""
+    mode: Literal["min", "max"] = "min"
+    patience: Positive | None = None
+    """Stop after this many evaluations without a better one."""
+
+    @field_validator("metric")
+    @classmethod
+    def _split_and_column(cls, value: str) -> str:
+        if not re.fullmatch(r"(train|val)/(loss|accuracy|correct)", value):
+            raise ValueError(f"{value!r} is not one of val/loss, val/accuracy, val/correct, train/loss, ...")
+        return value
+
+
+class Checkpoint(Node):
+    """When to save, and how much to keep. Whatever a kill interrupts goes on from here."""
+
+    every_epochs: Positive | None = None
+    """The default is every epoch."""
+    every_steps: Positive | None = None
+    every_minutes: Annotated[float, Field(gt=0)] | None = 10
+    """At the latest after so long."""
+    keep: Positive = 3
+    """The last so many, each with the best until then."""
+
+    @model_validator(mode="after")
+    def _one_interval(self) -> Self:
+        if self.every_epochs is not None and self.every_steps is not None:
+            raise ValueError("give either every_epochs or every_steps, and null for the other")
+        return self

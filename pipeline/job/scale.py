@@ -1,0 +1,39 @@
+"""`scale:` where the work runs."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.job.node import Node, Positive
+
+IN_PLACE_WORKERS = 0
+"""`scale.workers` for a run in this process, without Ray."""
+
+
+class WorkerRange(Node):
+    """As many workers as there are, within limits."""
+
+    min: Positive
+    max: Positive
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) must not exceed max ({self.max})")
+        return self
+
+
+class Scale(Node):
+    """Where the work runs. Changes speed, and results only by rounding."""
+
+    workers: Annotated[int, Field(ge=0)] | WorkerRange = IN_PLACE_WORKERS
+    """0: in this process. n: n Ray Train workers. {min: 1, max: 4}: as many as there are."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: cuda, then mps, then cpu."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    threads: Positive | Literal["auto"] = "auto"
+    """Arithmetic threads a worker; auto: one, or every core for large models in this process."""
+    retries: Annotated[int, Field(ge=0)] = 3
+    """Restarts after lost workers, counted anew whenever a checkpoint was made in between."""

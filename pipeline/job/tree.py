@@ -1,0 +1,110 @@
+"""The whole tree, its random streams, and what of it determines a run's weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.job.data import Data
+from pipeline.job.keeping import Best, Checkpoint, Evaluate
+from pipeline.job.model import Mlp, Model
+from pipeline.job.node import Node, plain_name
+from pipeline.job.scale import Scale
+from pipeline.job.training import Task, Train
+
+STREAMS = ("split", "init", "shuffle", "augment", "dropout", "data")
+"""Names of the independent random streams of a run; `seed: {all: 1, split: 7}` sets one apart."""
+
+
+class Seeds(Node):
+    """`seed: 1`, or `seed: {all: 1, split: 7}` to set single streams apart."""
+
+    all: Annotated[int, Field(ge=0)] = 1
+    """The seed of every stream that is not named."""
+    split: Annotated[int, Field(ge=0)] | None = None
+    """Which rows are in which split."""
+    init: Annotated[int, Field(ge=0)] | None = None
+    """The untrained weights."""
+    shuffle: Annotated[int, Field(ge=0)] | None = None
+    """The order of rows in each epoch."""
+    augment: Annotated[int, Field(ge=0)] | None = None
+    """Crops and flips."""
+    dropout: Annotated[int, Field(ge=0)] | None = None
+    """What the model itself draws."""
+    data: Annotated[int, Field(ge=0)] | None = None
+    """What a generated source draws."""
+
+    def of(self, stream: str) -> int:
+        """The seed of one of `STREAMS`."""
+        own: int | None = getattr(self, stream)
+        return self.all if own is None else own
+
+
+class Job(Node):
+    """One training job."""
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    """Version of this format."""
+    name: str
+    """Letters, digits, '.', '_' and '-'; the first part of the run's name."""
+    seed: Seeds = Seeds()
+    data: Data = Data()
+    model: Model = Mlp()
+    task: Task = Task()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    best: Best = Best()
+    checkpoint: Checkpoint = Checkpoint()
+    scale: Scale = Scale()
+    storage: str = "./runs"
+    """Where runs go: a folder or any fsspec URL."""
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        return plain_name(value)
+
+    @field_validator("seed", mode="before")
+    @classmethod
+    def _one_number_for_all(cls, value: Any) -> Any:
+        return {"all": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _kind_alone(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Self:
+        if self.task.kind == "regression" and not self.best.metric.endswith("/loss"):
+            raise ValueError(f"best.metric: {self.best.metric} goes with multiclass and binary; regression has a loss")
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole tree as plain YAML types, defaults included."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+NOT_IDENTITY = ("scale", "storage", "checkpoint")
+"""Branches of the job that change where and how fast it runs, not what comes out."""
+
+
+def identity(job: Job, *, fingerprint: str, max_steps: int | None = None) -> dict[str, Any]:
+    """What determines a run's weights, as plain values: the resolved job without where and how fast, plus the data.
+
+    Parameters
+    ----------
+    fingerprint: digest of the data's content.
+    max_steps: the flag `--max-steps`, where given.
+    """
+    tree = {key: value for key, value in job.resolved().items() if key not in NOT_IDENTITY}
+    tree["data"] = {key: value for key, value in tree["data"].items() if key not in ("root", "loader")}
+    return {**tree, "max_steps": max_steps, "fingerprint": fingerprint}
+
+
+def digest(tree: dict[str, Any]) -> str:
+    """SHA-256 of a tree of plain values, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,59 @@
+"""Job files: YAML and overrides to a `Job` and back. Errors name the place and the nearest known key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from pipeline.errors import JobError
+from pipeline.job import Job
+from pipeline.job_file.explaining import explain
+from pipeline.job_file.reading import apply, mapping, read_tree
+from pipeline.job_file.yaml12 import Dumper, parse_yaml
+
+__all__ = ["build_job", "dump_job", "load_job", "override_job", "parse_job", "parse_yaml"]
+
+
+def load_job(path: str | Path, overrides: Iterable[str] = ()) -> Job:
+    """Read a job file, the files it is based on, and `KEY=VALUE` overrides.
+
+    Raises
+    ------
+    JobError: a missing file, broken YAML, an unknown key or a value out of range.
+    """
+    return build_job(apply(read_tree(Path(path)), overrides), where=str(path))
+
+
+def parse_job(text: str, where: str) -> Job:
+    """A job from the text of a resolved job file, as stored with a run. No `base:`, no environment."""
+    return build_job(mapping(parse_yaml(text, where), where), where=where)
+
+
+def override_job(job: Job, overrides: Iterable[str]) -> Job:
+    """The same job with `KEY=VALUE` overrides."""
+    words = list(overrides)
+    return build_job(apply(job.resolved(), words), where="--set") if words else job
+
+
+def dump_job(job: Job) -> str:
+    """The resolved job as YAML, every default spelled out; `parse_job` gives the same job back."""
+    return yaml.dump(job.resolved(), Dumper=Dumper, sort_keys=False, default_flow_style=None, width=120)
+
+
+def build_job(tree: Mapping[str, Any], where: str) -> Job:
+    """Check a tree of plain values.
+
+    Raises
+    ------
+    JobError: every problem found, each with its key.
+    """
+    try:
+        return Job.model_validate(dict(tree))
+    except ValidationError as error:
+        lines = explain(error, tree)
+        what = lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems", *lines])
+        raise JobError(what, where=where, fix="`trainyard init` writes a job file with every key explained") from None

@@ -1,0 +1,128 @@
+"""What is wrong with a job file, each problem once, by the key that the user wrote."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import reprlib
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from pipeline.job import Job
+
+_SHAPE_ERRORS = ("model_type", "dict_type", "model_attributes_type")
+"""A branch of a union that is a mapping, where the value is none."""
+
+_WORDS = {
+    **dict.fromkeys(_SHAPE_ERRORS, "must be a mapping of keys to values"),
+    "int_type": "must be a whole number",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "list_type": "must be a list",
+    "too_short": "must not be empty",
+    "tuple_type": "must be a list",
+    "invalid_key": "is no word",
+}
+
+
+def explain(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
+    """One line for each key that has a problem, by the name that the user wrote."""
+    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for problem in error.errors():
+        found.setdefault(_written(problem, tree), []).append(problem)
+    misspelt = {_meant(path, problem) for path, problems in found.items() for problem in problems}
+    # Where a union fails, each branch complains; the branch that got furthest is what the user meant.
+    return [
+        _line(path, problems)
+        for path, problems in found.items()
+        if path not in misspelt and not any(len(other) > len(path) and other[: len(path)] == path for other in found)
+    ]
+
+
+def _meant(path: tuple[Any, ...], problem: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """The known key that an unknown one stands for: no news that it is missing."""
+    is_unknown = problem["type"] == "extra_forbidden"
+    return (*path[:-1], _nearest(str(path[-1]), _known_keys(problem["loc"][:-1]))) if is_unknown else None
+
+
+def _written(problem: Mapping[str, Any], tree: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The path of a problem without pydantic's names of branches: the parts that stand in the tree."""
+    path, here = [], typing.cast("Any", tree)
+    for depth, part in enumerate(problem["loc"]):
+        is_key = isinstance(here, dict) and part in here
+        if is_key or (isinstance(here, list) and isinstance(part, int) and part < len(here)):
+            here = here[part]
+            path.append(part)
+        elif problem["type"] == "missing" and depth == len(problem["loc"]) - 1:
+            path.append(part)
+    return tuple(path)
+
+
+def _line(path: tuple[Any, ...], problems: list[Mapping[str, Any]]) -> str:
+    key = ".".join(str(part) for part in path)
+    for problem in problems:
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(problem["loc"][:-1])
+            return f"{key}: unknown key{_hint(str(path[-1]), known)}; known here: {', '.join(known)}"
+        if problem["type"] == "missing":
+            return f"{key}: missing"
+        if problem["type"] == "union_tag_invalid":
+            context = problem["ctx"]
+            key = f"{key}.{context['discriminator'].strip(chr(39))}"
+            return f"{key}: {_one_of(context['expected_tags'], context['tag'])}, not {context['tag']!r}"
+    fitting = [problem for problem in problems if problem["type"] == "value_error"]  # it had the shape of its branch
+    alternatives = fitting or [problem for problem in problems if problem["type"] not in _SHAPE_ERRORS] or problems
+    says = list(dict.fromkeys(_message(problem) for problem in alternatives))
+    text = " or ".join([says[0], *(said.removeprefix("must be ") for said in says[1:])])
+    value = problems[0]["input"]
+    is_said = isinstance(value, (dict, list)) or (problems[0]["type"] == "value_error" and str(value) in text)
+    shown = "" if is_said else f", not {reprlib.repr(value)}"
+    return f"{key}: {text}{shown}" if key else f"{text}{shown}"
+
+
+def _message(problem: Mapping[str, Any]) -> str:
+    if problem["type"] == "literal_error":
+        return _one_of(problem["ctx"]["expected"], problem["input"])
+    said = str(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
+    return _WORDS.get(problem["type"], said)
+
+
+def _one_of(expected: str, value: Any) -> str:
+    choices = re.findall("'([^']*)'", expected)
+    return f"must be {expected}{_hint(str(value), choices)}"
+
+
+def _known_keys(place: tuple[Any, ...]) -> list[str]:
+    """The keys of the branch at `place`, a path with pydantic's names of branches."""
+    kinds: list[type[BaseModel]] = [Job]
+    for part in place:
+        named = [kind for kind in kinds if part == kind.__name__ or part in _tags(kind)]
+        inner = [kind.model_fields[part].annotation for kind in kinds if part in kind.model_fields]
+        if named or inner:
+            kinds = named or [found for annotation in inner for found in _models_in(annotation)]
+    keys = {field.alias or name for kind in kinds for name, field in kind.model_fields.items()}
+    return sorted(keys | ({"base"} if not place else set()))
+
+
+def _tags(kind: type[BaseModel]) -> tuple[Any, ...]:
+    return typing.get_args(kind.model_fields["by"].annotation) if "by" in kind.model_fields else ()
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for inner in typing.get_args(annotation) for found in _models_in(inner)]
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that is most like this one, or nothing where none is."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), "")
+
+
+def _hint(word: str, known: Iterable[str]) -> str:
+    near = _nearest(word, known)
+    return f" (did you mean {near!r}?)" if near else ""

@@ -1,0 +1,147 @@
+"""Job files as plain trees: bases, the environment, and overrides laid on top."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.errors import JobError
+from pipeline.job import Job
+from pipeline.job_file.yaml12 import parse_yaml
+
+SHORT_FORMS = {"seed": "all", "task": "kind"}
+"""`seed: 1` is short for `seed: {all: 1}`, `task: binary` for `task: {kind: binary}`."""
+
+DEFAULT_VARIANTS = ("mlp", "multiclass", "sgd", "random")
+"""What `kind` and `by` are where they are not given."""
+
+
+def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    try:
+        path = path.expanduser().resolve() if seen else path
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise JobError("no such job file", where=str(path), fix="`trainyard init` writes one") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise JobError(f"cannot be read: {error}", where=str(path)) from None
+    tree: dict[str, Any] = _with_environment(mapping(parse_yaml(text, str(path)), str(path)), str(path))
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise JobError(f"base: must be the path of a job file, not {base!r}", where=str(path))
+    here = path.resolve()
+    if here in seen:
+        raise JobError(f"base: {base} leads in a circle", where=str(path))
+    below = read_tree(path.parent / base, (*seen, here))
+    for key in SHORT_FORMS:
+        if isinstance(tree.get(key), dict):
+            _lengthen(below, key)
+    return _merge(below, tree)
+
+
+def mapping(tree: Any, where: str) -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        raise JobError("a job file is a mapping of keys to values", where=where)
+    return tree
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base` by key; a list, or a mapping of another `kind` or `by`, is replaced whole."""
+    merged: dict[str, Any] = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        if isinstance(below, dict) and isinstance(value, Mapping) and not _another_variant(below, value):
+            merged[key] = _merge(below, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _another_variant(below: Mapping[str, Any], over: Mapping[str, Any]) -> bool:
+    for tag in ("kind", "by"):
+        if tag in over:
+            unsaid = over[tag] if over[tag] in DEFAULT_VARIANTS else None
+            if over[tag] != below.get(tag, unsaid):
+                return True
+    return False
+
+
+def _lengthen(tree: dict[str, Any], key: str) -> None:
+    """Write a short form out, so that more can be laid on it."""
+    value = tree.get(key)
+    if key in SHORT_FORMS and value is not None and not isinstance(value, (dict, list)):
+        tree[key] = {SHORT_FORMS[key]: value}
+
+
+def _with_environment(value: Any, where: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_environment(item, where) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_environment(item, where) for item in value]
+    if not isinstance(value, str) or "${" not in value:
+        return value
+
+    def fill(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise JobError(f"the environment has no {match[1]}", where=where, fix=f"export {match[1]}=... first")
+        return os.environ[match[1]]
+
+    filled = re.sub(r"\$\{(\w+)\}", fill, value)
+    whole = re.fullmatch(r"\$\{\w+\}", value)
+    return parse_yaml(filled, where) if whole else filled
+
+
+def apply(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        where = f"--set {override}"
+        if not equals or not key.strip():
+            raise JobError("an override is KEY=VALUE", where=where, fix="for example --set train.batch_size=256")
+        path = key.strip().split(".")
+        if path[0] == "base":
+            raise JobError("base stands in the job file alone", where=where, fix="write a job file with this base")
+        _set(tree, path, parse_yaml(text, where), where)
+    return tree
+
+
+def _set(tree: dict[str, Any], path: list[str], value: Any, where: str) -> None:
+    holder: Any = tree
+    _lengthen(tree, path[0] if len(path) > 1 else "")
+    for depth, key in enumerate(path):
+        slot: Any = key
+        if isinstance(holder, list):
+            if not key.isdecimal() or int(key) >= len(holder):
+                raise JobError(f"the list has {len(holder)} items, no {key!r}", where=where)
+            slot = int(key)
+        elif key.isdecimal() and int(key) in holder:
+            slot = int(key)
+        below = holder[slot] if isinstance(holder, list) else holder.get(slot)
+        if depth == len(path) - 1:
+            both = isinstance(below, dict) and isinstance(value, dict) and not _another_variant(below, value)
+            holder[slot] = _merge(below, value) if both else value
+        elif not isinstance(below, (dict, list)):
+            default = _default(tree, path[: depth + 1])
+            holder[slot] = default if isinstance(default, list) else {}
+        holder = holder[slot]
+
+
+def _default(tree: Mapping[str, Any], path: list[str]) -> Any:
+    """What stands at a path that the file leaves out, so that an entry of a default list can be overridden."""
+    try:
+        value: Any = Job.model_validate({"name": "any", **tree}).resolved()
+    except ValidationError:
+        return None
+    for key in path:
+        if isinstance(value, dict):
+            value = value.get(key)
+        elif isinstance(value, list):
+            value = value[int(key)]
+        else:
+            return None
+    return value

@@ -1,0 +1,32 @@
+"""One Ray cluster for all tests that need one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+CPUS = 3
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Any]:
+    """Ray, connected to a cluster of this machine with `CPUS` processors."""
+    from pipeline.cluster.driver import RAY_ENVIRONMENT
+
+    environment = {**RAY_ENVIRONMENT, "RAY_metrics_report_interval_ms": "300"}
+    before = {name: os.environ.get(name) for name in environment}
+    os.environ.update(environment)
+    import ray
+
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    ray.init(address="local", num_cpus=CPUS, include_dashboard=False, **quiet)
+    yield ray
+    ray.shutdown()
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value

@@ -1,0 +1,310 @@
+"""Workers on a real Ray cluster: the same curve, recovery from real kills, errors, signals and metrics.
+
+A start of workers takes 10 to 20 seconds, so the tests share one cluster and, where they can, runs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import InputError, JobError, NotFiniteError, WorkerLostError
+from pipeline.record.standing import Standing
+from pipeline.verbs.train import train
+from tests.cluster.ray_processes import processes_of
+from tests.faults.fault_evidence import Watcher, entries, evidence, read_log, wait_for
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, and those of what it imports
+
+EVENTS = list[Mapping[str, Any]]
+
+CODE = """
+import os
+import time
+
+import numpy as np
+import torch
+
+
+class Slow(torch.nn.Module):
+    '''Waits a little in each step, so that there is time to kill it; `trouble_on_rank` raises there from step 50 on.'''
+
+    def __init__(self, pause_s=0.0, trouble_on_rank=None):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        self.pause_s, self.trouble_on_rank, self.calls = pause_s, trouble_on_rank, 0
+
+    def forward(self, inputs):
+        if self.training:
+            time.sleep(self.pause_s)
+            self.calls += 1
+            in_trouble = self.trouble_on_rank is not None and self.trouble_on_rank == torch.distributed.get_rank()
+            if in_trouble and self.calls > 50:
+                raise RuntimeError("no such luck")
+        return self.layers(inputs)
+
+
+def two_numbers():
+    inputs = np.random.default_rng(0).normal(size=(500, 2))
+    return inputs, 9 * inputs
+
+
+def other_data_on_workers():
+    import ray
+
+    draw = np.random.default_rng(int(ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None))
+    inputs = draw.uniform(size=(300, 2)).astype(np.float32)
+    return inputs, (inputs[:, 0] > inputs[:, 1]).astype(np.int64)
+"""
+
+JOB = """
+schema: 1
+name: workers
+data: {source: disc, normalize: scalar, splits: {by: random, val: 0.2}}
+model: {kind: "cluster_code:Slow", args: {pause_s: 0.01}}
+train:
+  batch_size: 31
+  optimizer: {kind: sgd, momentum: 0.9}
+  phases: [{epochs: 8, lr: 0.3}, {epochs: 3, lr: 0.1}]
+  precision: fp64
+evaluate: {every_steps: 25}
+checkpoint: {every_steps: 10, keep: 2}
+scale: {workers: 2, device: cpu}
+"""
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cluster")
+    (folder / "cluster_code.py").write_text(CODE)
+    (folder / "job.yaml").write_text(JOB)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+
+
+@pytest.fixture(scope="session")
+def untouched(cluster: Any, folder: Path) -> Callable[[int], Path]:
+    """The run of this job on so many workers that nobody touched."""
+    made: dict[int, Path] = {}
+
+    def of(workers: int) -> Path:
+        if workers not in made:
+            made[workers] = Path(train_here(folder / f"untouched-{workers}", workers).url)
+        return made[workers]
+
+    return of
+
+
+def train_here(storage: Path, workers: int, tell: Callable[[Mapping[str, Any]], None] = lambda _: None) -> Standing:
+    return train("job.yaml", set={"scale.workers": workers}, storage=str(storage), tell=tell)
+
+
+def losses(run: Path) -> list[float]:
+    return list(read_log(run, "steps")["loss"].to_pylist())
+
+
+def claims(run: Path) -> list[dict[str, Any]]:
+    return [entry for entry in entries(run) if entry["kind"] == "claim"]
+
+
+def journals(storage: Path) -> list[Path]:
+    return [path.parent for path in storage.glob("*/journal")]
+
+
+def commits(storage: Path, attempt: int = 1) -> int:
+    return sum(
+        entry["kind"] == "commit" and entry["attempt"] == attempt for run in journals(storage) for entry in entries(run)
+    )
+
+
+class Scrape(threading.Thread):
+    """Reads the node's Prometheus endpoint until it is told to stop."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(daemon=True)
+        self.url, self.text, self.over = url, "", threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(0.3):
+            try:
+                with urllib.request.urlopen(self.url, timeout=5) as reply:
+                    self.text += reply.read().decode()
+            except OSError:
+                continue
+
+    def values(self, name: str, split: str, rank: int) -> set[float]:
+        lines = [line for line in self.text.splitlines() if line.startswith(f"ray_{name}{{")]
+        own = [line for line in lines if f'split="{split}"' in line and f'rank="{rank}"' in line]
+        return {float(line.rpartition(" ")[2]) for line in own}
+
+
+def test_two_workers_give_the_curve_of_one_process_and_show_it_on_the_head(cluster: Any, folder: Path) -> None:
+    """Fits: 1. The run is also the untouched one of the next tests."""
+    node = cluster.nodes()[0]
+    scrape = Scrape(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics")
+    scrape.start()
+    seen: EVENTS = []
+    two = Path(train_here(folder / "untouched-2", 2, seen.append).url)
+    scrape.over.set()
+    alone = Path(train_here(folder / "alone", 0).url)
+    assert two.name == alone.name
+    assert len(losses(two)) == 286
+    assert losses(two) == pytest.approx(losses(alone), abs=1e-9, rel=0)
+    for column in ("correct", "samples", "lr", "epoch"):
+        assert read_log(two, "steps")[column].to_pylist() == read_log(alone, "steps")[column].to_pylist()
+    assert read_log(two, "evals")["loss"].to_pylist() == pytest.approx(
+        read_log(alone, "evals")["loss"].to_pylist(), abs=1e-9
+    )
+    assert set(read_log(two, "evals")["samples"].to_pylist()) == {200}
+
+    evaluations = [event for event in seen if event["kind"] == "evaluation"]
+    assert [event["step"] for event in evaluations] == [*range(0, 286, 25), 286]
+    assert {"start", "steps"} <= {event["kind"] for event in seen}
+
+    scrape.join()
+    logged = set(read_log(two, "evals")["loss"].to_pylist())
+    shown = scrape.values("trainyard_loss", "val", rank=0)
+    assert shown
+    assert all(any(value == pytest.approx(loss, rel=1e-6) for loss in logged) for value in shown)
+    assert 286 >= max(scrape.values("trainyard_step", "train_steps", rank=0)) > 50
+    assert max(scrape.values("trainyard_epoch", "train_steps", rank=0)) > 2
+    assert max(scrape.values("trainyard_samples_per_second", "train_steps", rank=0)) > 0
+
+
+@pytest.mark.parametrize(("workers", "victim"), [(2, "rank 0"), (3, "another")])
+def test_a_killed_worker_is_made_good_to_the_bit(
+    cluster: Any, folder: Path, untouched: Callable[[int], Path], workers: int, victim: str
+) -> None:
+    """Fits: 2, and 1 for the untouched run of three."""
+    storage = folder / f"killed-{workers}"
+    moments: dict[str, float] = {}
+    seen: EVENTS = []
+
+    def kill() -> None:
+        wait_for(lambda: commits(storage), 120, "a checkpoint")
+        time.sleep(0.5)
+        (run,) = journals(storage)
+        rank_0 = claims(run)[0]["facts"]["pid"]
+        others = processes_of(cluster, "RayTrainWorker") - {rank_0}
+        assert len(others) == workers - 1
+        moments["killed"] = time.monotonic()
+        os.kill(rank_0 if victim == "rank 0" else min(others), signal.SIGKILL)
+
+    def tell(event: Mapping[str, Any]) -> None:
+        seen.append(event)
+        if "killed" in moments and event["kind"] in ("warning", "start"):
+            moments.setdefault(event["kind"], time.monotonic())
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    outcome = train_here(storage, workers, tell)
+    killer.join()
+    run = Path(outcome.url)
+    assert outcome.status == "finished"
+    assert [claim["attempt"] for claim in claims(run)] == [1, 2]
+    assert [event["step"] for event in seen if event["kind"] == "start"][1] > 0
+    assert set(read_log(run, "steps")["attempt"].to_pylist()) == {1, 2}
+    assert evidence(run) == evidence(untouched(workers))
+    took = {name: round(moments[name] - moments["killed"], 1) for name in ("warning", "start")}
+    print(f"\n{workers} workers, {victim} killed: noticed after {took['warning']} s, training after {took['start']} s")
+
+
+def test_the_true_command_survives_the_loss_of_its_controller_and_ctrl_c_and_fewer_workers_go_on(
+    cluster: Any, folder: Path, untouched: Callable[[int], Path]
+) -> None:
+    """Fits: 3. The driver is a process of its own."""
+    storage, copy = folder / "interrupted", folder / "interrupted-copy"
+    address = cluster.get_runtime_context().gcs_address
+    with Watcher(storage):
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "pipeline", "train", "job.yaml", "--storage", str(storage), "--address", address],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        wait_for(lambda: commits(storage) or driver.poll() is not None, 120, "a checkpoint")
+        (controller,) = processes_of(cluster, "TrainController")
+        os.kill(controller, signal.SIGKILL)
+        wait_for(lambda: commits(storage, attempt=2) or driver.poll() is not None, 120, "a checkpoint after the loss")
+        os.killpg(driver.pid, signal.SIGINT)
+        out, err = driver.communicate(timeout=60)
+    assert driver.returncode == 130, err
+    assert re.search(r"starting again from step \d+ \(1 of 3\)", err)
+    assert re.search(r"stopped at step \d+ of 286", err)
+    assert "same command" in err
+    assert out == ""
+    assert "raylet" not in err, "only --verbose shows Ray's lines"
+    (run,) = journals(storage)
+    *_, commit, leave = entries(run)
+    assert (commit["kind"], leave["kind"], leave["status"]) == ("commit", "leave", "interrupted")
+    assert 0 < commit["step"] == leave["step"] < 286
+
+    shutil.copytree(storage, copy)
+    for workers, place in ((0, storage), (1, copy)):
+        seen: EVENTS = []
+        again = train_here(place, workers, seen.append)
+        assert again.status == "finished"
+        assert any("world_size is 1, was 2" in str(event.get("text")) for event in seen if event["kind"] == "warning")
+        assert losses(Path(again.url)) == pytest.approx(losses(untouched(2)), abs=1e-9, rel=0)
+        assert read_log(Path(again.url), "steps")["step"].to_pylist() == list(range(1, 287))
+        assert set(read_log(Path(again.url), "steps")["attempt"].to_pylist()) == {1, 2, 3}
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_at_once_and_says_where(cluster: Any, folder: Path) -> None:
+    """Fits: 1."""
+    storage = folder / "not-finite"
+    words = {"train.phases": "[{epochs: 20, lr: 1.0e+300}]", "task": "regression", "model.args.pause_s": "0"}
+    words |= {"data.source": "{call: 'cluster_code:two_numbers'}"}
+    with pytest.raises(NotFiniteError, match=r"at step \d+, with learning rate 1e\+300") as raised:
+        train("job.yaml", set=words, storage=str(storage))
+    assert raised.value.exit_code == 1
+    (run,) = journals(storage)
+    assert len(claims(run)) == 1
+    leave = entries(run)[-1]
+    assert (leave["kind"], leave["status"], leave["error"]["type"]) == ("leave", "failed", "NotFiniteError")
+    assert leave["row"]["step"] >= 1
+
+
+def test_an_error_of_the_users_own_is_tried_again_as_often_as_said_and_then_shown(cluster: Any, folder: Path) -> None:
+    """Fits: 2."""
+    storage, seen = folder / "trouble", list[Mapping[str, Any]]()
+    words = {"model.args": "{trouble_on_rank: 1}", "scale.retries": 1, "checkpoint": "{every_steps: 500}"}
+    with pytest.raises(WorkerLostError, match="RuntimeError: no such luck") as raised:
+        train("job.yaml", set=words, storage=str(storage), tell=seen.append)
+    assert raised.value.exit_code == 1
+    (run,) = journals(storage)
+    assert len(claims(run)) == 2
+    warnings = [str(event["text"]) for event in seen if event["kind"] == "warning"]
+    assert any("no such luck" in text and "1 of 1" in text for text in warnings)
+
+
+def test_an_input_error_on_a_worker_is_one_for_the_user(cluster: Any, folder: Path) -> None:
+    """Fits: 1. Such as other files under the same name on another machine."""
+    words = {"data.source": "{call: 'cluster_code:other_data_on_workers'}", "scale.workers": 1}
+    with pytest.raises(JobError, match="not the data of this run") as raised:
+        train("job.yaml", set=words, storage=str(folder / "other-data"))
+    assert raised.value.exit_code == 2
+
+
+def test_more_workers_than_the_cluster_holds_are_refused_at_once(cluster: Any, folder: Path) -> None:
+    with pytest.raises(InputError, match=r"4 workers of 1 CPU do not fit: the cluster has 3 CPU") as raised:
+        train_here(folder / "too-many", 4)
+    assert raised.value.exit_code == 2
