@@ -9,10 +9,10 @@ import platform
 import socket
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -21,9 +21,18 @@ from pipeline import device as devices
 from pipeline.assembly import Built, Prepared, build, eval_loader, prepare, train_loader
 from pipeline.bookkeeping import Bookkeeper, Reporter
 from pipeline.context import Context
-from pipeline.errors import Interrupted, JobError, SupersededError
+from pipeline.errors import (
+    BusyError,
+    Interrupted,
+    JobError,
+    StorageLostError,
+    SupersededError,
+    TrainyardError,
+    WorkerLostError,
+)
 from pipeline.job import Call, Job, OwnModel
 from pipeline.loop import Bounds, Position, fit
+from pipeline.record import decisions
 from pipeline.record.attempt import Attempt, claim
 from pipeline.record.decisions import first_facts
 from pipeline.record.recorder import Recorder, complete
@@ -189,6 +198,25 @@ def _leaving_word(recorder: Recorder, bookkeeper: Bookkeeper) -> Iterator[None]:
     except Exception as error:
         recorder.leave("failed", error, bookkeeper.step)
         raise
+
+
+def say_for_the_dead(run: Run, order: Order, error: TrainyardError) -> None:
+    """Write into the journal why a driver gives up, where its last workers died before they could, or could not know:
+    as an attempt of its own, for only what has claimed a run writes its journal."""
+    entries = run.journal.read()
+    last = decisions.last_claim(entries)
+    knows_better = isinstance(error, WorkerLostError)
+    if last is None or last.driver != order.driver or (decisions.is_over(entries) and not knows_better):
+        return
+    with suppress(BusyError, StorageLostError):  # then another has the run, or nobody can be told
+        attempt = claim(run, driver=order.driver, facts=last.facts, dead=last.attempt)
+        try:
+            status: Literal["interrupted", "failed"] = "interrupted" if isinstance(error, Interrupted) else "failed"
+            recorder = Recorder(attempt, cell_steps=run.facts()["cell_steps"], keep=order.job.checkpoint.keep)
+            recorder.leave(status, error, attempt.highest_step)
+            recorder.close()
+        finally:
+            attempt.close()
 
 
 def code_digest(job: Job) -> Mapping[str, str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from pipeline.context import StopSignals, Value
@@ -15,6 +16,18 @@ PULSE_S = 0.25
 """Seconds between two deliveries of events to the driver."""
 REPORT_S = 10.0
 """Seconds between two `ray.train.report` at the least: it is a barrier."""
+
+
+class PeerLost(Exception):
+    """Another worker is gone: on this one the consequence of an error, never its cause."""
+
+
+@contextmanager
+def _peers_needed() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # what gloo and NCCL raise
+        raise PeerLost(f"a sum over all workers failed: {error}") from error
 
 
 class RayContext:
@@ -35,13 +48,15 @@ class RayContext:
     def reduce(self, vector: Any) -> None:
         import torch.distributed as dist
 
-        dist.all_reduce(vector)
+        with _peers_needed():
+            dist.all_reduce(vector)
 
     def broadcast(self, value: Value | None) -> Value:
         import torch.distributed as dist
 
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        with _peers_needed():
+            dist.broadcast_object_list(box, src=0)
         assert box[0] is not None
         return box[0]
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from pipeline.cluster.context import PULSE_S, train_function
+from pipeline.cluster.context import PULSE_S, PeerLost, train_function
 from pipeline.cluster.desk import Desk
 from pipeline.context import StopSignals, Tell
 from pipeline.errors import InputError, Interrupted, TrainyardError, WorkerLostError
@@ -261,9 +261,13 @@ def _find(error: BaseException, kind: type[BaseException], depth: int = 0) -> Ba
 def _first_line(error: BaseException) -> str:
     """What went wrong in one line: the failing worker's own error where Ray tells it."""
     failures = getattr(error, "worker_failures", None) or {}
-    for rank, failure in failures.items():
-        inner = getattr(failure, "_base_exc", failure)
-        lines = [line for line in str(inner).splitlines() if line.strip()] or [""]
-        return f"worker {rank}: {type(inner).__name__}: {lines[0].strip()}"
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return f"{type(error).__name__}: {lines[0].strip()}"
+    own = {rank: getattr(failure, "_base_exc", failure) for rank, failure in failures.items()}
+    # The one that failed first makes the others fail, and Ray may find them all at the same look.
+    for rank, inner in sorted(own.items(), key=lambda pair: isinstance(pair[1], PeerLost)):
+        return f"worker {rank}: {_head(inner)}"
+    return _head(error)
+
+
+def _head(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[0]}".removesuffix(": ")

@@ -157,14 +157,28 @@ def first_valid(run: Run, kept: tuple[Pair, ...]) -> tuple[Checkpoint | None, li
 
     The best counts, for a run that lost it could not end as one that was never touched.
     """
-    damaged: list[str] = []
-    for name, best in kept:
-        pair = [name] if best is None or best == name else [name, best]
-        bad = [one for one in pair if one in damaged or not _is_sound(run, one)]
-        if not bad:
-            return Checkpoint(run, name), damaged
-        damaged += [one for one in bad if one not in damaged]
-    return None, damaged
+    sound: dict[str, Checkpoint | None] = {}
+    for pair in kept:
+        names = [name for name in pair if name is not None]
+        for name in names:
+            if name not in sound:
+                sound[name] = _if_sound(run, name)
+        if all(sound[name] is not None for name in names):
+            return sound[names[0]], _damaged(sound)
+    return None, _damaged(sound)
+
+
+def _damaged(looked_at: dict[str, Checkpoint | None]) -> list[str]:
+    return [name for name, checkpoint in looked_at.items() if checkpoint is None]
+
+
+def _if_sound(run: Run, name: str) -> Checkpoint | None:
+    try:
+        checkpoint = Checkpoint(run, name)
+        checkpoint.verify()
+    except DamagedError:
+        return None
+    return checkpoint
 
 
 def find_checkpoint(run: Run, which: str) -> Checkpoint:
@@ -202,11 +216,3 @@ def _name_of(run: Run, which: str) -> str:
             fix=f"use best, last or one of the steps {', '.join(map(str, sorted(steps)))}",
         )
     return steps[int(which)]
-
-
-def _is_sound(run: Run, name: str) -> bool:
-    try:
-        Checkpoint(run, name).verify()
-    except DamagedError:
-        return False
-    return True

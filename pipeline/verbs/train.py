@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.assembly import Prepared, build, prepare
 from pipeline.context import Alone, StopSignals, Tell
 from pipeline.data.split import splits_table
-from pipeline.errors import BusyError, InputError
+from pipeline.errors import BusyError, InputError, TrainyardError
 from pipeline.job import IN_PLACE_WORKERS, Job, digest, identity, plain_name
 from pipeline.job_file import dump_job, load_job, parse_job
 from pipeline.record.attempt import peek
@@ -19,7 +19,7 @@ from pipeline.record.run import Run
 from pipeline.record.standing import Standing, standing
 from pipeline.storage import Storage
 from pipeline.verbs.places import storage_url
-from pipeline.worker import Order, work
+from pipeline.worker import Order, say_for_the_dead, work
 
 
 def train(
@@ -82,16 +82,20 @@ def train(
         else:
             from pipeline.cluster.driver import train_on_workers
 
-            train_on_workers(
-                order,
-                job.scale,
-                tell,
-                signals,
-                dead_attempt=run.journal.latest_attempt_of,
-                highest_step=run.journal.highest_step,
-                address=address,
-                verbose=verbose,
-            )
+            try:
+                train_on_workers(
+                    order,
+                    job.scale,
+                    tell,
+                    signals,
+                    dead_attempt=run.journal.latest_attempt_of,
+                    highest_step=run.journal.highest_step,
+                    address=address,
+                    verbose=verbose,
+                )
+            except TrainyardError as error:
+                say_for_the_dead(run, order, error)
+                raise
     return standing(run)
 
 

@@ -22,6 +22,7 @@ import pytest
 
 from pipeline.errors import InputError, JobError, NotFiniteError, WorkerLostError
 from pipeline.record.standing import Standing
+from pipeline.verbs.show import show
 from pipeline.verbs.train import train
 from tests.cluster.ray_processes import processes_of
 from tests.faults.fault_evidence import Watcher, entries, evidence, read_log, wait_for
@@ -291,7 +292,11 @@ def test_an_error_of_the_users_own_is_tried_again_as_often_as_said_and_then_show
         train("job.yaml", set=words, storage=str(storage), tell=seen.append)
     assert raised.value.exit_code == 1
     (run,) = journals(storage)
-    assert len(claims(run)) == 2
+    assert len(claims(run)) == 2 + 1  # the last one only says why
+    found = show(str(run))
+    assert (found.status, found.step) == ("failed", 0)
+    assert found.error is not None
+    assert "no such luck" in found.error["message"]
     warnings = [str(event["text"]) for event in seen if event["kind"] == "warning"]
     assert any("no such luck" in text and "1 of 1" in text for text in warnings)
 

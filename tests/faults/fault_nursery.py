@@ -74,7 +74,12 @@ class Nursery:
             stdout=subprocess.PIPE,
             text=True,
             cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(folder)},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "OPENBLAS_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join([str(folder), *sys.path]),
+            },
         )
 
     def start(self, *argv: str, trap: Trap | None = None, env: dict[str, str] | None = None) -> Child:

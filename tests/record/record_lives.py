@@ -14,7 +14,7 @@ import torch
 from pipeline.errors import BusyError
 from pipeline.record.attempt import Attempt, choose_base, take
 from pipeline.record.cells import Columns
-from pipeline.record.checkpoint import BestSoFar
+from pipeline.record.checkpoint import BestSoFar, DamagedError
 from pipeline.record.entries import Claim
 from pipeline.record.run import Run
 from pipeline.record.writer import Snapshot, Writer
@@ -67,18 +67,22 @@ class Store:
 
     def __init__(self) -> None:
         self.files: Files = {}
+        self.damaged: set[str] = set()
+        self.changes = 0
         self.late: list[Callable[[], None]] = []
 
     def put(self, path: str, data: bytes) -> None:
         self.files[path] = data
+        self.changes += 1
 
     def put_new(self, path: str, data: bytes) -> None:
         if path in self.files:
             raise FileExistsError(path)
-        self.files[path] = data
+        self.put(path, data)
 
     def remove(self, path: str) -> None:
         self.files.pop(path, None)
+        self.changes += 1
 
     def children(self, path: str) -> list[str]:
         prefix = f"{path}/"
@@ -206,7 +210,11 @@ class Life:
         try:
             train(self, open_run(self.store, self), self.protocol)
         except (Killed, BusyError):
-            pass
+            pass  # the second says that another attempt has the run
+        except DamagedError as error:
+            # A checkpoint may be damaged after it was found sound: then the attempt ends, and the next looks again.
+            if not any(name in str(error) for name in self.store.damaged):
+                self.error = error
         except BaseException as error:
             self.error = error
         finally:

@@ -1,4 +1,4 @@
-"""The search of `test_record_protocol` has teeth: whichever clause of the protocol is left out, it finds a violation."""
+"""The search of `test_record_protocol` has teeth: leave out any clause of the protocol, and it finds a violation."""
 
 from __future__ import annotations
 
