@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import os
 import platform
 import socket
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from pipeline import __version__
+from pipeline import __version__, own_code
 from pipeline import device as devices
 from pipeline.assembly import Built, Prepared, build, eval_loader, prepare, train_loader
 from pipeline.bookkeeping import Bookkeeper, Reporter
@@ -30,7 +26,7 @@ from pipeline.errors import (
     TrainyardError,
     WorkerLostError,
 )
-from pipeline.job import Call, Job, OwnModel
+from pipeline.job import Job
 from pipeline.loop import Bounds, Position, fit
 from pipeline.record import decisions
 from pipeline.record.attempt import Attempt, claim
@@ -65,8 +61,8 @@ def work(order: Order, context: Context, prepared: Prepared | None = None) -> No
     BusyError: another process is writing this run.
     TrainyardError: what else went wrong; it stands in the run's journal.
     """
-    if order.code_folder and order.code_folder not in sys.path:
-        sys.path.append(order.code_folder)
+    if order.code_folder:
+        own_code.look_in(order.code_folder)
     prepared = prepared or prepare(order.job, order.max_steps)
     run = Run(Storage.open(order.storage_url), order.run_name)
     facts = run.facts()
@@ -118,7 +114,7 @@ def _claim(run: Run, order: Order, context: Context, built: Built) -> Attempt:
         "pid": os.getpid(),
         "world_size": context.world_size,
         "way": built.way,
-        "code": code_digest(order.job),
+        "code": own_code.digests(own_code.named_in(order.job)),
         "trainyard": __version__,
         "python": platform.python_version(),
         **devices.facts(built.device),
@@ -217,15 +213,3 @@ def say_for_the_dead(run: Run, order: Order, error: TrainyardError) -> None:
             recorder.close()
         finally:
             attempt.close()
-
-
-def code_digest(job: Job) -> Mapping[str, str]:
-    """SHA-256 of the source file of each module that the job names."""
-    named = [part.kind for part in (job.model,) if isinstance(part, OwnModel)]
-    named += [part.call for part in (job.data.source,) if isinstance(part, Call)]
-    digests = {}
-    for name in sorted({name.partition(":")[0] for name in named}):
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.origin is not None and Path(spec.origin).is_file():
-            digests[name] = hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()
-    return digests

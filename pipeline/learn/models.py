@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import JobError
 from pipeline.job import Cnn, Job, Mlp, OwnModel
+from pipeline.own_code import called
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -114,13 +114,7 @@ def cnn(spec: Cnn, input_shape: tuple[int, ...], outputs: int) -> CnnNet:
 def own(spec: OwnModel) -> nn.Module:
     """A module of the user's, called with the job's `args`."""
     where = f"model.kind: {spec.kind}"
-    module_name, _, name = spec.kind.partition(":")
-    try:
-        model = getattr(importlib.import_module(module_name), name)(**spec.args)
-    except Exception as error:  # whatever the user's code raises is the user's to see, with its place
-        raise JobError(
-            f"{type(error).__name__}: {error}", where=where, fix="see that it imports and takes args"
-        ) from error
+    model = called(spec.kind, spec.args, where=where, error=JobError)
     if not isinstance(model, nn.Module):
         raise JobError(f"gives a {type(model).__name__}, not an nn.Module", where=where)
     return model

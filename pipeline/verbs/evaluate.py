@@ -12,8 +12,9 @@ from pipeline import loop
 from pipeline.assembly import build, eval_loader, prepare
 from pipeline.context import Alone
 from pipeline.errors import InputError
-from pipeline.job import Call, Job, OwnModel, digest, identity
+from pipeline.job import Job, digest, identity
 from pipeline.job_file import override_job, parse_job
+from pipeline.own_code import named_in
 from pipeline.record.checkpoint import find_checkpoint
 from pipeline.record.reads import record_read
 from pipeline.record.run import Run
@@ -98,8 +99,7 @@ def _stored_job(run: Run, overrides: list[str], trust: bool) -> Job:
     """
     where = f"{run.url}/job.yaml"
     stored = parse_job(run.job_yaml(), where)
-    named = [stored.model.kind] if isinstance(stored.model, OwnModel) else []
-    named += [stored.data.source.call] if isinstance(stored.data.source, Call) else []
+    named = named_in(stored)
     if named and not trust:
         raise InputError(
             f"this job would import {', '.join(named)}", where=where, fix="--trust allows it, if you trust this storage"

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
-import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +11,7 @@ import torch
 from pipeline.data.sources.arrays import Arrays, Source, make_source
 from pipeline.errors import DataError
 from pipeline.job import Call
+from pipeline.own_code import called
 
 RETURNS = (
     "return (inputs, targets), ((inputs, targets), (test_inputs, test_targets)), or a dict with train, test, classes"
@@ -37,7 +34,7 @@ def open_call(call: Call, *, keep_float64: bool) -> Source:
     DataError: names the function, and what to change in it.
     """
     where = f"data.source.call: {call.call}"
-    answer = _called(call, where)
+    answer = called(call.call, call.args, where=where, error=DataError)
     train, test, classes = _parts(answer, where)
     parts = {
         name: _arrays(pair, f"{where}, {name}", keep_float64)
@@ -47,38 +44,6 @@ def open_call(call: Call, *, keep_float64: bool) -> Source:
     if len(parts) == 2:
         _check_alike(parts["train"], parts["test"], where)
     return make_source(parts["train"], parts.get("test"), classes)
-
-
-def _called(call: Call, where: str) -> Any:
-    module_name, _, name = call.call.partition(":")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise _raised(error, where) from error
-        raise DataError(
-            f"no module {error.name!r}", where=where, fix=f"run from the folder that holds it, not {os.getcwd()}"
-        ) from error
-    except Exception as error:  # whatever the user's module raises is the user's to see
-        raise _raised(error, where) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise DataError(f"{module_name} has no function {name!r}", where=where, fix=f"define it in {module.__file__}")
-    try:
-        return function(**call.args)
-    except Exception as error:  # as above
-        raise _raised(error, where) from error
-
-
-def _raised(error: Exception, where: str) -> DataError:
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
-    place = f", at {own[-1].filename}:{own[-1].lineno}" if own else ""
-    return DataError(
-        f"{type(error).__name__}: {error}{place}", where=where, fix="repair the function, or its data.source.args"
-    )
 
 
 def _parts(answer: Any, where: str) -> tuple[Any, Any, tuple[str, ...]]:
