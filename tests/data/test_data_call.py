@@ -178,8 +178,8 @@ def test_the_line_of_the_users_error_is_named(opens: Opens, tmp_path: Path) -> N
     ("call", "words"),
     [
         ("no_such_module_of_mine:data", ["no module 'no_such_module_of_mine'", "run from the folder"]),
-        (f"{MODULE}:dta", ["no function 'dta'", f"{MODULE}.py"]),
-        (f"{MODULE}:np", ["no function 'np'"]),
+        (f"{MODULE}:dta", ["no function or class 'dta'", f"{MODULE}.py"]),
+        (f"{MODULE}:np", ["no function or class 'np'"]),
         ("broken_at_import:data", ["RuntimeError: too early", "broken_at_import.py:1"]),
         ("broken_syntax:data", ["SyntaxError"]),
         ("imports_nothing:data", ["nothing_like_it"]),
