@@ -30,6 +30,7 @@ from tests.faults.fault_evidence import Watcher, entries, evidence, read_log, wa
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, and those of what it imports
 
 EVENTS = list[Mapping[str, Any]]
+COMMAND = str(Path(sys.executable).with_name("trainyard"))
 
 CODE = """
 import os
@@ -235,7 +236,7 @@ def test_the_true_command_survives_the_loss_of_its_controller_and_ctrl_c_and_few
     address = cluster.get_runtime_context().gcs_address
     with Watcher(storage):
         driver = subprocess.Popen(
-            [sys.executable, "-m", "pipeline", "train", "job.yaml", "--storage", str(storage), "--address", address],
+            [COMMAND, "train", "job.yaml", "--storage", str(storage), "--address", address],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -1,11 +1,13 @@
-"""Whatever happens, the record keeps its promises: a search through what may happen, see `record_machine`."""
+"""Whatever happens, the record keeps its promises: faults at every request, then a search through combinations."""
 
 from __future__ import annotations
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
+from record_lives import Faithful
 from record_machine import Machine
+from record_sweeps import sweep
 
 from pipeline.storage import faults
 
@@ -21,8 +23,19 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(faults, "FIRST_PAUSE_S", 0.0)
 
 
+def test_a_fault_at_any_request() -> None:
+    for case in sweep(Faithful(), stride=8):
+        case()
+
+
+@pytest.mark.slow
+def test_a_fault_at_any_request_and_every_overtaking() -> None:
+    for case in sweep(Faithful()):
+        case()
+
+
 def test_whatever_happens_the_record_keeps_its_promises() -> None:
-    run_state_machine_as_test(Machine, settings=settings(COMMON, max_examples=60, derandomize=True))
+    run_state_machine_as_test(Machine, settings=settings(COMMON, max_examples=40, derandomize=True))
 
 
 @pytest.mark.slow
