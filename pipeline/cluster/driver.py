@@ -14,10 +14,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from pipeline.cluster.context import PULSE_S, PeerLost, train_function
+from pipeline.cluster.context import PULSE_S, train_function
 from pipeline.cluster.desk import Desk
+from pipeline.cluster.losses import Losses, first_line
 from pipeline.context import StopSignals, Tell
-from pipeline.errors import InputError, Interrupted, TrainyardError, WorkerLostError
+from pipeline.errors import InputError, TrainyardError
 from pipeline.job import Scale, WorkerRange
 from pipeline.worker import Order
 
@@ -64,41 +65,23 @@ def train_on_workers(
     WorkerLostError: more losses in a row than `scale.retries`.
     TrainyardError: what a worker raised.
     """
-    failures, reached = 0, highest_step()
+    losses = Losses(order.run_name, scale.retries, highest_step)
     while True:
         with _connected(address, scale, verbose) as ray:
-            workers, resources = _workers_and_resources(ray, scale, address)
-            cluster_is_sound = True
-            while cluster_is_sound:
+            workers, resources = _workers_and_resources(ray, scale)
+            while True:
                 try:
-                    _run_once(ray, order, workers, resources, tell, signals)
-                    return
+                    return _run_once(ray, order, workers, resources, tell, signals)
                 except TrainyardError:
                     raise
-                except Exception as error:
-                    found = _find(error, TrainyardError)
-                    if isinstance(found, TrainyardError):
-                        raise found from None
-                    if signals.received:
-                        raise Interrupted(
-                            f"stopped after a loss ({_first_line(error)})",
-                            signal_number=signals.received,
-                            fix="the same command goes on from the last checkpoint",
-                        ) from error
-                    failures = failures + 1 if highest_step() <= reached else 1
-                    reached = highest_step()
-                    if failures > scale.retries:
-                        raise WorkerLostError(
-                            f"{_first_line(error)} ({failures} times without a new checkpoint)",
-                            where=order.run_name,
-                            fix="the same command goes on from the last checkpoint; scale.retries sets the limit",
-                        ) from error
+                except Exception as error:  # whatever form Ray gives to a loss
+                    losses.take(error, signals.received)
                     order = replace(order, dead_attempt=dead_attempt(order.driver))
-                    text = f"{_first_line(error)}; starting again from step {reached} ({failures} of {scale.retries})"
-                    tell({"kind": "warning", "text": text})
-                    # Ray Train recovers nothing from the loss of its own controller, which leaves resources taken
-                    # until this driver's connection ends.
-                    cluster_is_sound = isinstance(error, ray.train.TrainingFailedError)
+                    tell({"kind": "warning", "text": losses.words(error)})
+                    if not isinstance(error, ray.train.TrainingFailedError):
+                        # Ray Train recovers nothing from the loss of its own controller, which leaves resources taken
+                        # until this driver's connection ends.
+                        break
 
 
 def _run_once(
@@ -189,7 +172,7 @@ def _connected(address: str | None, scale: Scale, verbose: bool) -> Iterator[Any
             ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(
-            _first_line(error), where=address or "a local Ray cluster", fix="see --address and RAY_ADDRESS"
+            first_line(error), where=address or "a local Ray cluster", fix="see --address and RAY_ADDRESS"
         ) from None
     try:
         with nullcontext() if verbose else _without_raylets_lines():
@@ -218,7 +201,7 @@ def _wanted(scale: Scale) -> int:
     return scale.workers.max if isinstance(scale.workers, WorkerRange) else scale.workers
 
 
-def _workers_and_resources(ray: Any, scale: Scale, address: str | None) -> tuple[int, dict[str, float]]:
+def _workers_and_resources(ray: Any, scale: Scale) -> tuple[int, dict[str, float]]:
     """How many workers, and what each takes: a GPU where the cluster has any and the job does not say cpu.
 
     Raises
@@ -242,32 +225,3 @@ def _workers_and_resources(ray: Any, scale: Scale, address: str | None) -> tuple
 
 def _list(resources: Mapping[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in resources.items() if name in ("CPU", "GPU")) or "nothing"
-
-
-def _find(error: BaseException, kind: type[BaseException], depth: int = 0) -> BaseException | None:
-    """The first error of a kind among the workers' failures and causes that Ray wrapped around each other."""
-    if isinstance(error, kind):
-        return error
-    inside: list[Any] = list(getattr(error, "worker_failures", {}).values())
-    inside += [getattr(error, name, None) for name in ("_base_exc", "cause", "controller_failure", "__cause__")]
-    for inner in inside if depth < 8 else ():
-        if isinstance(inner, BaseException):
-            found = _find(inner, kind, depth + 1)
-            if found is not None:
-                return found
-    return None
-
-
-def _first_line(error: BaseException) -> str:
-    """What went wrong in one line: the failing worker's own error where Ray tells it."""
-    failures = getattr(error, "worker_failures", None) or {}
-    own = {rank: getattr(failure, "_base_exc", failure) for rank, failure in failures.items()}
-    # The one that failed first makes the others fail, and Ray may find them all at the same look.
-    for rank, inner in sorted(own.items(), key=lambda pair: isinstance(pair[1], PeerLost)):
-        return f"worker {rank}: {_head(inner)}"
-    return _head(error)
-
-
-def _head(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    return f"{type(error).__name__}: {lines[0]}".removesuffix(": ")

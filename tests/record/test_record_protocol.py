@@ -24,13 +24,13 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_fault_at_any_request() -> None:
-    for case in sweep(Faithful(), stride=8):
+    for case in sweep(Faithful(), thin=True):
         case()
 
 
 @pytest.mark.slow
 def test_a_fault_at_any_request_and_every_overtaking() -> None:
-    for case in sweep(Faithful()):
+    for case in sweep(Faithful(), thin=False):
         case()
 
 

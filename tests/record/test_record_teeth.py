@@ -221,15 +221,9 @@ MUTANTS: dict[str, Faithful] = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_clause_left_out_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(faults, "FIRST_PAUSE_S", 0.0)
-    found = None
-    for number, case in enumerate(sweep(MUTANTS[name], stride=8)):
-        try:
+    with pytest.raises(Exception):  # noqa: B017, PT012 - a violation may show as any error of the writers
+        for case in sweep(MUTANTS[name], thin=True):
             case()
-        except Exception as error:  # a violation may show as any error of the writers
-            found = f"{name}: case {number}, {case}: {error}"
-            break
-    assert found is not None
-    print(found)
 
 
 @pytest.mark.slow
