@@ -29,6 +29,7 @@ def test_a_fault_at_any_request() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 def test_a_fault_at_any_request_and_every_overtaking() -> None:
     for case in sweep(Faithful(), thin=False):
         case()
