@@ -148,8 +148,8 @@ class Rows:
         """`rows.parquet`: both tables in one, told apart by the column `table`."""
         both = pa.concat_tables(
             [
-                self.steps.append_column(_WHICH, pa.array(["steps"] * len(self.steps), pa.string())),
-                self.evaluations.append_column(_WHICH, pa.array(["evals"] * len(self.evaluations), pa.string())),
+                self.steps.append_column(_WHICH, pa.repeat("steps", len(self.steps))),
+                self.evaluations.append_column(_WHICH, pa.repeat("evals", len(self.evaluations))),
             ],
             promote_options="default",
         )

@@ -125,4 +125,7 @@ class RemoteBackend:
                 raise
             # File systems with real folders (sftp, smb) want them made first.
             self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-            self.fs.pipe_file(path, data, **mode)
+            try:
+                self.fs.pipe_file(path, data, **mode)
+            except FileNotFoundError as again:  # no answer to a write
+                raise ValueError(f"nothing can be written there ({again})") from again

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.device import available_cpus
 from tests.cli.cli_calls import Trainyard, write_job
 
 REPOSITORY = Path(__file__).parents[2]
@@ -173,12 +174,17 @@ def test_the_python_api_is_the_same_verb(tmp_path: Path, monkeypatch: pytest.Mon
 def test_what_is_probably_not_meant_is_a_warning(trainyard: Trainyard, tmp_path: Path) -> None:
     job = write_job(
         tmp_path,
-        data={"source": "disc", "normalize": "scalar", "splits": {"val": 0}, "loader": {"processes": 500}},
+        data={
+            "source": "disc",
+            "normalize": "scalar",
+            "splits": {"val": 0},
+            "loader": {"processes": available_cpus() + 1},
+        },
         best={"patience": 3},
     )
     checked = trainyard("check", job, "--batch")
     assert checked.code == 0
-    assert "warning: data.loader.processes is 500" in checked.out
+    assert "warning: data.loader.processes is" in checked.out
     assert "warning: best.patience has no effect" in checked.out
     few = trainyard("train", write_job(tmp_path, train={"batch_size": 1001, "phases": [{"epochs": 1, "lr": 0.1}]}))
     assert few.code == 0

@@ -7,8 +7,9 @@ from typing import ClassVar
 import hypothesis.strategies as st
 from hypothesis import note
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from record_lives import TOTAL, Faithful, Fate, Life
-from record_world import World
+
+from tests.record.record_lives import TOTAL, Faithful, Fate, Life
+from tests.record.record_world import World
 
 LIVES = 7
 """Attempts in one example, besides the undisturbed last one."""

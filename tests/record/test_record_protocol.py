@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
-from record_lives import Faithful
-from record_machine import Machine
-from record_sweeps import sweep
 
 from pipeline.storage import faults
+from tests.record.record_lives import Faithful
+from tests.record.record_machine import Machine
+from tests.record.record_sweeps import sweep
 
 COMMON = settings(
     deadline=None,

@@ -9,9 +9,6 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
-from record_lives import CELL, KEEP, Faithful
-from record_machine import Machine
-from record_sweeps import sweep
 
 from pipeline.record import decisions, saving
 from pipeline.record.attempt import Attempt, choose_base, take
@@ -21,6 +18,9 @@ from pipeline.record.entries import Claim, Commit, Entry
 from pipeline.record.run import Run
 from pipeline.record.writer import EVALUATIONS, STEPS, Snapshot, Writer
 from pipeline.storage import faults
+from tests.record.record_lives import CELL, KEEP, Faithful
+from tests.record.record_machine import Machine
+from tests.record.record_sweeps import sweep
 
 
 class Mutant(Faithful):

@@ -1,0 +1,60 @@
+"""Runs, rows and snapshots for the record's tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.record.checkpoint import BestSoFar
+from pipeline.record.recorder import Snapshot
+from pipeline.record.run import Run
+from pipeline.storage import Storage
+
+CELL = 100
+
+
+def born(url: str, name: str = "run", **facts: Any) -> Run:
+    """A run that has just been born."""
+    run = Run(Storage.open(url), name)
+    assert run.birth("name: run\n", {"total_steps": 1000, "cell_steps": CELL, **facts})
+    return run
+
+
+def block(first: int, last: int, **columns: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """Rows of the steps from first to last."""
+    steps = np.arange(first, last + 1)
+    whole, real = np.ones_like(steps), np.ones(len(steps))
+    rows = {
+        "epoch": whole,
+        "step": steps,
+        "loss": 1.0 / steps,
+        "correct": whole * 50,
+        "lr": real * 0.1,
+        "samples": whole * 100,
+        "seconds": real * 1e-4,
+        "time": 1.8e9 + steps * 1e-4,
+    }
+    return rows | {name: np.full(len(steps), value) for name, value in columns.items()}
+
+
+def evaluation(step: int, **values: Any) -> dict[str, Any]:
+    """A row of one evaluation."""
+    row = {"epoch": 1, "step": step, "split": "val", "loss": 0.5, "accuracy": 0.9, "correct": 90, "samples": 100}
+    return {**row, "seconds": 0.01, "time": 1.8e9 + step, **values}
+
+
+def snapshot(step: int, *, best: int | None = None, **values: Any) -> Snapshot:
+    """A snapshot whose tensors and best value tell its step."""
+    so_far = None if best is None else BestSoFar(metric="val/loss", step=best, value=1.0 / best)
+    weights = {"0.weight": torch.full((3, 4), float(step)), "0.bias": torch.zeros(3, dtype=torch.float64)}
+    plain: dict[str, Any] = {
+        "epoch": 1,
+        "weights": weights,
+        "state": {"momentum": [torch.full((3, 4), 0.5)], "step": step},
+        "position": {"step": step},
+        "metrics": {"val/loss": 0.5},
+        "preprocess": {"mean": 0.1307},
+    }
+    return Snapshot(step=step, best=so_far, **(plain | values))

@@ -1,0 +1,304 @@
+"""Who may write a run: real processes that live, hang, die and race."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow.dataset as ds
+import pytest
+
+from pipeline.errors import BusyError, InputError, SupersededError
+from pipeline.record.attempt import claim, peek
+from pipeline.record.entries import Claim, Leave
+from pipeline.record.heartbeat import read_beat
+from pipeline.record.lock import ProcessLock, boot, is_held
+from pipeline.record.recorder import Recorder, complete
+from pipeline.record.run import Run
+from tests.record.record_parts import block, born, snapshot
+from tests.record.record_process import train
+
+SCRIPT = Path(__file__).with_name("record_process.py")
+INTERVAL_S = 0.3
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture(autouse=True)
+def _quick_heart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINYARD_HEARTBEAT_S", str(INTERVAL_S))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return born(str(tmp_path))
+
+
+@pytest.fixture
+def start(run: Run) -> Iterator[Start]:
+    """Starts processes that hold the run."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def begin(command: str = "hold", **environment: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), run.root_url, run.name, command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        )
+        processes.append(process)
+        return process
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def test_a_free_run_is_claimed_at_once(run: Run) -> None:
+    assert peek(run) == "free"
+    watched: list[str] = []
+    attempt = claim(run, driver="d", facts={"host": "h"}, on_watch=watched.append)
+    assert (attempt.number, attempt.base, attempt.ended_at, attempt.highest_step) == (1, None, None, 0)
+    assert not watched
+    assert attempt.previous_facts == {}
+    assert peek(run) == "busy"
+    assert peek(run, "d") == "free", "a driver knows of its own attempts"
+    attempt.close()
+    assert peek(run) == "free", "its lock is free: it is proven to do no more"
+    second = claim(run, driver="e", facts={}, on_watch=watched.append)
+    assert second.number == 2
+    assert second.previous_facts == {"host": "h"}
+    assert not watched
+    second.close()
+
+
+def test_a_living_process_keeps_its_run(run: Run, start: Start) -> None:
+    holder = start()
+    assert line(holder) == "claimed 1"
+    began = time.monotonic()
+    with pytest.raises(BusyError, match=r"attempt 1 on here \(process \d+\) is writing this run") as caught:
+        claim(run, driver="me", facts={})
+    assert time.monotonic() - began < 3 * INTERVAL_S, "no watching where a lock and a young heart are proof"
+    assert caught.value.exit_code == 3
+    assert len(run.journal.read()) == 1
+
+
+def test_a_killed_process_is_followed_at_once(run: Run, start: Start) -> None:
+    holder = start()
+    assert line(holder) == "claimed 1"
+    holder.kill()
+    holder.wait()
+    assert peek(run) == "free"
+    watched: list[str] = []
+    attempt = claim(run, driver="me", facts={}, on_watch=watched.append)
+    assert attempt.number == 2
+    assert not watched
+    first = run.journal.read()[0]
+    assert isinstance(first, Claim)
+    assert not Path(first.lock).exists(), "the proof is no longer needed"
+    attempt.close()
+
+
+def test_a_stopped_process_is_watched_then_followed_and_finds_itself_superseded(run: Run, start: Start) -> None:
+    holder = start("train")
+    assert line(holder) == "claimed 1"
+    while line(holder) != "handed over 100":
+        pass
+    holder.send_signal(signal.SIGSTOP)
+    time.sleep(3.5 * INTERVAL_S)  # so that its heart is known to have stopped
+    assert peek(run) == "unproven"
+    watched: list[str] = []
+    attempt = claim(run, driver="me", facts={}, on_watch=watched.append)
+    assert attempt.number == 2
+    assert len(watched) == 1
+    assert "watching its heartbeat for 1 s" in watched[0]
+    assert attempt.base is not None
+    holder.send_signal(signal.SIGCONT)
+    output, _ = holder.communicate(timeout=30)
+    assert output.splitlines()[-1].startswith("SupersededError 3 attempt 1 was taken for dead")
+    assert holder.returncode == 3
+    recorder = Recorder(attempt, cell_steps=100, keep=2)
+    recorder.steps(block(attempt.base.step + 1, 1000))
+    recorder.commit(snapshot(1000, best=25, end=True))
+    recorder.finish()
+    recorder.close()
+    attempt.close()
+    assert peek(run) == "finished"
+
+
+def test_without_proof_a_heart_that_beats_means_not_now(run: Run, start: Start, tmp_path: Path) -> None:
+    holder = start(TMPDIR=str(tmp_path))  # like another container of this machine
+    assert line(holder) == "claimed 1"
+    assert peek(run) == "unproven"
+    watched: list[str] = []
+    with pytest.raises(BusyError, match="is writing this run"):
+        claim(run, driver="me", facts={}, on_watch=watched.append)
+    assert len(watched) == 1
+
+
+def test_without_proof_a_silent_heart_is_watched_for_three_intervals(run: Run, start: Start, tmp_path: Path) -> None:
+    holder = start(TMPDIR=str(tmp_path))
+    assert line(holder) == "claimed 1"
+    holder.kill()
+    holder.wait()
+    assert peek(run) == "unproven"
+    began = time.monotonic()
+    claim(run, driver="me", facts={}).close()
+    assert 3 * INTERVAL_S <= time.monotonic() - began < 10 * INTERVAL_S
+
+
+def test_who_leaves_during_the_watch_is_followed(run: Run, start: Start, tmp_path: Path) -> None:
+    holder = start(TMPDIR=str(tmp_path))
+    assert line(holder) == "claimed 1"
+    holder.kill()
+    holder.wait()
+    first = run.journal.read()[0]
+
+    def leaves(_line: str) -> None:
+        run.journal.append(Leave(number=2, nonce=first.nonce, time=first.time, attempt=1, status="interrupted", step=0))
+
+    attempt = claim(run, driver="me", facts={}, on_watch=leaves)
+    assert [entry.kind for entry in run.journal.read()] == ["claim", "leave", "claim"]
+    assert attempt.number == 2
+    attempt.close()
+
+
+def test_a_driver_need_not_watch_what_it_has_ended_itself(run: Run, start: Start, tmp_path: Path) -> None:
+    first = claim(run, driver="d", facts={})
+    with pytest.raises(BusyError):
+        claim(run, driver="other", facts={}, dead=1)
+    second = claim(run, driver="d", facts={}, dead=1)
+    assert second.number == 2
+    first.close()
+    second.close()
+
+
+def test_of_processes_that_claim_at_once_one_wins(run: Run, start: Start) -> None:
+    racers = [start() for _ in range(3)]
+    said = [line(racer) for racer in racers]
+    assert sorted(said)[-1] == "claimed 1", said
+    assert sum(words.startswith("BusyError 3") for words in said) == 2, said
+
+
+def test_a_forked_loader_does_not_keep_the_lock_of_its_dead_parent() -> None:
+    code = """
+import os, sys, time
+from pipeline.record.lock import ProcessLock
+lock = ProcessLock(sys.argv[1])
+if os.fork():
+    print(lock.path, flush=True)
+time.sleep(60)
+"""
+    nonce = os.urandom(16).hex()
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, nonce], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        path = line(parent)
+        held = Claim(number=1, nonce=nonce, time="", attempt=1, boot=boot(), lock=path)
+        assert is_held(held) is True
+        parent.kill()
+        parent.wait()
+        assert is_held(held) is False
+    finally:
+        os.killpg(parent.pid, signal.SIGKILL)
+        assert parent.stdout is not None
+        parent.stdout.close()
+        Path(path).unlink()
+
+
+def test_only_a_lock_file_of_this_machine_proves_anything(tmp_path: Path) -> None:
+    lock = ProcessLock("ab" * 16)
+
+    def of(boot_id: str, path: str) -> Claim:
+        return Claim(number=1, nonce="", time="", attempt=1, boot=boot_id, lock=path)
+
+    try:
+        assert is_held(of(boot(), lock.path)) is True
+        assert is_held(of("another life", lock.path)) is None
+        assert is_held(of("", lock.path)) is None
+        assert is_held(of(boot(), lock.path.replace("ab", "ac"))) is None
+        (tmp_path / "trainyard-ab.lock").touch()
+        assert is_held(of(boot(), str(tmp_path / "trainyard-ab.lock"))) is None
+    finally:
+        lock.release(remove=True)
+
+
+def test_the_heart_says_how_far_training_is(run: Run) -> None:
+    attempt = claim(run, driver="d", facts={})
+    attempt.beat(7, 0.25)
+    deadline = time.monotonic() + 10 * INTERVAL_S
+    while (beat := read_beat(run.storage, 1)[1]) is None or beat.step != 7:
+        assert time.monotonic() < deadline
+        time.sleep(INTERVAL_S / 10)
+    assert beat.loss == 0.25
+    attempt.beat(8, float("nan"))
+    attempt.close()
+
+
+@pytest.mark.parametrize("text", ["soon", "-1", "0"])
+def test_an_interval_that_is_none(run: Run, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("TRAINYARD_HEARTBEAT_S", text)
+    with pytest.raises(InputError, match="number of seconds"):
+        claim(run, driver="d", facts={})
+    assert run.journal.read() == ()
+
+
+def test_unfinished_files_of_the_dead_are_swept_away(run: Run) -> None:
+    folder = run.storage.local_path
+    assert folder is not None
+    (folder / ".tmp").mkdir(exist_ok=True)
+    (folder / ".tmp" / "leftover").write_bytes(b"half")
+    claim(run, driver="d", facts={}).close()
+    assert list((folder / ".tmp").iterdir()) == []
+
+
+def test_an_entry_that_arrived_after_all_is_adopted(run: Run) -> None:
+    attempt = claim(run, driver="d", facts={})
+    late = Leave(**attempt.common(), status="failed", step=3)
+    assert run.journal.append(late), "as if the reply had been lost, and storage away ever since"
+    attempt.append(Leave(**attempt.common(), status="interrupted", step=4))
+    assert [entry.number for entry in attempt.entries] == [1, 2, 3]
+    other = claim(run, driver="d", facts={}, dead=1)
+    with pytest.raises(SupersededError):
+        attempt.append(Leave(**attempt.common(), status="interrupted", step=4))
+    attempt.close()
+    other.close()
+
+
+@pytest.mark.parametrize("moment", range(3))
+def test_killed_at_any_moment_the_next_one_ends_as_if_nothing_had_happened(run: Run, start: Start, moment: int) -> None:
+    holder = start("train")
+    assert line(holder) == "claimed 1"
+    for _ in range(9 * moment):
+        line(holder)
+    time.sleep(0.007 * moment)
+    holder.kill()
+    holder.wait()
+    train(claim(run, driver="me", facts={}))
+    folder = run.storage.local_path
+    assert folder is not None
+    assert ds.dataset(folder / "metrics" / "steps").to_table()["step"].to_pylist() == list(range(1, 1001))
+    assert ds.dataset(folder / "metrics" / "evals").to_table()["step"].to_pylist() == list(range(0, 1001, 25))
+    assert run.has_result()
+    assert len(run.storage.list("checkpoints")) <= 4
+    attempt = claim(run, driver="me", facts={})
+    assert attempt.base is not None
+    assert attempt.base.end
+    assert attempt.ended_at == 1000
+    complete(attempt)

@@ -1,0 +1,210 @@
+"""The metric log as any reader finds it."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import hypothesis.strategies as st
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+
+from pipeline.record.cells import Columns, Rows, encode
+from tests.record.record_parts import block, evaluation
+
+EXTRA = Columns(steps={"grad_norm": "float64", "clipped": "bool"}, evaluations={"f1": "float64", "note": "string"})
+
+
+def ask(query: str) -> list[Any]:
+    """What DuckDB answers."""
+    answer = duckdb.sql(query)
+    assert answer is not None
+    return answer.fetchall()
+
+
+def rows_of(columns: Columns = EXTRA) -> Rows:
+    return Rows("mnist-1", 2, 100, columns)
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    """Two cells and an incomplete one, as they lie in storage."""
+    rows = rows_of()
+    rows.add(
+        [block(1, 120, grad_norm=1.5, clipped=True), block(121, 250, grad_norm=0.5, clipped=False)],
+        [evaluation(0, epoch=0), evaluation(100, f1=0.8), evaluation(200, note="late"), evaluation(200, split="train")],
+    )
+    for cell in rows.cells(250, end=True):
+        for folder, table in (("steps", cell.steps), ("evals", cell.evaluations)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / cell.name).write_bytes(encode(table))
+    return tmp_path
+
+
+def test_pyarrow_reads_it(log: Path) -> None:
+    steps = ds.dataset(log / "steps").to_table()
+    assert steps.schema == EXTRA.step_schema()
+    assert steps["step"].to_pylist() == list(range(1, 251))
+    assert set(steps["run"].to_pylist()) == {"mnist-1"}
+    assert set(steps["attempt"].to_pylist()) == {2}
+    assert steps["loss"].to_pylist() == [1.0 / step for step in range(1, 251)]
+    assert str(steps["time"][0].as_py()) == "2027-01-15 08:00:00.000100+00:00"
+    evaluations = ds.dataset(log / "evals").to_table()
+    assert evaluations.schema == EXTRA.evaluation_schema()
+    assert evaluations["f1"].to_pylist() == [None, 0.8, None, None]
+
+
+def test_duckdb_reads_it(log: Path) -> None:
+    query = f"""
+        select count(*), sum(samples), max(step), avg(grad_norm), count(distinct run), bool_or(clipped)
+        from '{log}/steps/*.parquet'
+    """
+    assert ask(query) == [(250, 25000, 250, pytest.approx((120 * 1.5 + 130 * 0.5) / 250), 1, True)]
+    query = f"select split, step, note from '{log}/evals/*.parquet' where step = 200 order by split"
+    assert ask(query) == [("train", 200, None), ("val", 200, "late")]
+
+
+def test_pandas_reads_it(log: Path) -> None:
+    steps = pd.read_parquet(log / "steps")
+    assert steps["step"].is_monotonic_increasing
+    assert len(steps) == 250
+    assert steps["time"].dt.tz is not None
+    assert pd.read_parquet(log / "evals").loc[1, "f1"] == 0.8
+
+
+def test_polars_reads_it(log: Path) -> None:
+    steps = pl.read_parquet(f"{log}/steps/*.parquet")
+    assert steps["step"].to_list() == list(range(1, 251))
+    assert steps["clipped"].sum() == 120
+    assert pl.read_parquet(f"{log}/evals/*.parquet").filter(pl.col("split") == "val").height == 3
+
+
+def test_a_cell_without_evaluations_is_a_file_without_rows(log: Path, tmp_path: Path) -> None:
+    file = log / "evals" / "000002.parquet"
+    assert pq.read_table(file).num_rows == 0
+    assert len(pd.read_parquet(file)) == 0
+    assert pl.read_parquet(file).height == 0
+    assert ask(f"select count(*) from '{file}'") == [(0,)]
+
+
+def test_what_means_nothing_is_null() -> None:
+    rows = rows_of(Columns())
+    without, nan = block(1, 2), block(3, 4)
+    del without["correct"]
+    nan["correct"] = np.full(2, math.nan)
+    rows.add([without, nan], [evaluation(4, accuracy=math.nan, correct=None)])
+    assert rows.steps["correct"].to_pylist() == [None] * 4
+    assert rows.evaluations["accuracy"].to_pylist() == [None]
+    assert rows.evaluations["correct"].to_pylist() == [None]
+    assert rows.first_not_finite() is None
+
+
+def test_a_loss_that_is_not_finite_is_kept_as_it_is() -> None:
+    rows = rows_of(Columns())
+    bad = block(1, 3)
+    bad["loss"] = np.array([1.0, math.nan, math.inf])
+    rows.add([bad], [])
+    found = rows.first_not_finite()
+    assert found is not None
+    assert found["step"] == 2
+    assert math.isnan(found["loss"])
+
+
+@pytest.mark.parametrize("bad", [{"speed": 1.0}, {"run": 1}, {"attempt": 3}])
+def test_columns_are_fixed_at_birth(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="fixed at the run's birth"):
+        rows_of().add([block(1, 2, **bad)], [])
+    with pytest.raises(ValueError, match="fixed at the run's birth"):
+        rows_of().add([], [evaluation(1, **bad)])
+
+
+def test_a_column_has_one_type_in_both_tables() -> None:
+    with pytest.raises(ValueError, match="one type"):
+        Columns(steps={"x": "int64"}, evaluations={"x": "float64"})
+    assert Columns.from_facts({"columns": EXTRA.to_json()}) == EXTRA
+    assert Columns.from_facts({}) == Columns()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "evaluations"),
+    [
+        ([(1, 10), (12, 20)], []),
+        ([(1, 10), (10, 20)], []),
+        ([(2, 20)], []),
+        ([(1, 19)], []),
+        ([(11, 20), (1, 10)], []),
+        ([(1, 20)], [21]),
+        ([(1, 20)], [10, 5]),
+    ],
+)
+def test_a_commit_needs_every_row_once(blocks: list[tuple[int, int]], evaluations: list[int]) -> None:
+    rows = rows_of(Columns())
+    rows.add([block(*ends) for ends in blocks], [evaluation(step) for step in evaluations])
+    with pytest.raises(ValueError, match="from step 1"):
+        rows.check(20)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    saves=st.sets(st.integers(1, 60), min_size=1),
+    cell=st.integers(1, 25),
+    resumes=st.sets(st.integers(1, 60)),
+    evaluated=st.sets(st.integers(0, 60)),
+)
+def test_cells_are_a_function_of_the_steps_alone(
+    saves: set[int], cell: int, resumes: set[int], evaluated: set[int]
+) -> None:
+    """However commits fall, and wherever an attempt goes on from a checkpoint's rows."""
+    published: dict[int, tuple[list[int], list[int]]] = {}
+    rows = Rows("run", 1, cell, Columns())
+    before, last = 0, max(saves)
+    for step in sorted(saves):
+        expected = sorted(at for at in evaluated if before < at <= step or (at == 0 and before == 0))
+        rows.add([block(before + 1, step)], [evaluation(at) for at in expected])
+        rows.check(step)
+        data, first = rows.pack(), rows.first_cell
+        for one in rows.cells(step, end=step == last):
+            published[one.index] = (one.steps["step"].to_pylist(), one.evaluations["step"].to_pylist())
+        if step in resumes:
+            rows = Rows("run", 2, cell, Columns())
+            rows.load(data, first)
+            again = {one.index: one.steps["step"].to_pylist() for one in rows.cells(step, end=step == last)}
+            assert again == {index: published[index][0] for index in again}
+        rows.drop(step)
+        before = step
+    assert sorted(published) == list(range(math.ceil(last / cell)))
+    for index, (steps, evaluations) in published.items():
+        first = index * cell + 1
+        assert steps == list(range(first, min(first + cell - 1, last) + 1))
+        assert evaluations == [
+            at for at in sorted(evaluated) if at <= last and max(0, math.ceil(at / cell) - 1) == index
+        ]
+
+
+def test_rows_keep_the_attempt_that_computed_them() -> None:
+    first = Rows("run", 1, 100, EXTRA)
+    first.add([block(1, 50)], [evaluation(50, note="a")])
+    second = Rows("run", 2, 100, EXTRA)
+    second.load(first.pack(), 0)
+    second.add([block(51, 60)], [evaluation(60)])
+    assert second.steps["attempt"].to_pylist() == [1] * 50 + [2] * 10
+    assert second.evaluations["attempt"].to_pylist() == [1, 2]
+    assert second.evaluations["note"].to_pylist() == ["a", None]
+
+
+def test_the_same_rows_give_the_same_bytes_and_few_of_them() -> None:
+    rows = rows_of(Columns())
+    rows.add([block(first, first + 499) for first in range(1, 20_000, 500)], [])
+    data = encode(rows.steps)
+    assert data == encode(pa.concat_tables([rows.steps.slice(0, 7), rows.steps.slice(7)]).combine_chunks())
+    assert len(data) < 12 * 20_000
+    assert pq.read_table(io.BytesIO(data)).equals(rows.steps.combine_chunks())

@@ -1,0 +1,170 @@
+"""Checkpoints: what is written is read, and what is damaged is found out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.errors import StorageError
+from pipeline.record.attempt import Attempt, claim
+from pipeline.record.checkpoint import Checkpoint, DamagedError, find_checkpoint, first_valid
+from pipeline.record.entries import BestSoFar
+from pipeline.record.recorder import Recorder
+from pipeline.record.run import Run
+from pipeline.record.saving import delete_checkpoint, encode_state, encode_weights, write_checkpoint
+from tests.record.record_parts import block, born, snapshot
+
+NAME = "step-000000010-a0001"
+FACTS = {"step": 10, "epoch": 1, "end": False, "position": {"x": [1, 2.5]}, "metrics": {"val/loss": 0.1}, "best": None}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    made = born(str(tmp_path))
+    files = {"a.bin": b"content", "b.bin": b""}
+    write_checkpoint(made.storage, NAME, files, {**FACTS, "first_cell": 3})
+    return made
+
+
+def folder(run: Run) -> Path:
+    local = run.storage.local_path
+    assert local is not None
+    return local / "checkpoints" / NAME
+
+
+def test_what_was_written_is_read(run: Run) -> None:
+    found = Checkpoint(run, NAME)
+    found.verify()
+    assert (found.step, found.epoch, found.end, found.first_cell) == (10, 1, False, 3)
+    assert found.position == {"x": [1, 2.5]}
+    assert found.metrics == {"val/loss": 0.1}
+    assert found.best is None
+    assert found.read("a.bin") == b"content"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("a.bin", b"conten", "6 bytes instead of 7"),
+        ("a.bin", b"Content", "altered"),
+        ("a.bin", None, "missing"),
+        ("b.bin", b"x", "1 bytes instead of 0"),
+        ("manifest.json", None, "no manifest"),
+        ("manifest.json", b"{", "not JSON"),
+        ("manifest.json", b"\xff", "not JSON"),
+        ("manifest.json", b"[]", "altered"),
+        ("manifest.json", b"{}", "altered"),
+    ],
+)
+def test_damage_is_found_out(run: Run, file: str, content: bytes | None, says: str) -> None:
+    if content is None:
+        (folder(run) / file).unlink()
+    else:
+        (folder(run) / file).write_bytes(content)
+    with pytest.raises(DamagedError, match=says) as caught:
+        Checkpoint(run, NAME).verify()
+    assert caught.value.exit_code == 2
+    assert first_valid(run, ((NAME, None),)) == (None, [NAME])
+
+
+def test_a_manifest_that_tells_another_story_is_found_out(run: Run) -> None:
+    path = folder(run) / "manifest.json"
+    tree = json.loads(path.read_text())
+    path.write_text(json.dumps({**tree, "step": 11}))
+    with pytest.raises(DamagedError, match="altered"):
+        Checkpoint(run, NAME)
+
+
+def test_deleting_one_leaves_nothing(run: Run) -> None:
+    delete_checkpoint(run.storage, NAME)
+    assert not folder(run).exists()
+    delete_checkpoint(run.storage, NAME)
+
+
+def test_a_pair_counts_only_with_its_best(run: Run) -> None:
+    write_checkpoint(run.storage, "step-000000020-a0001", {"a": b"1"}, FACTS)
+    found, damaged = first_valid(run, (("step-000000020-a0001", "step-000000015-a0001"), (NAME, NAME)))
+    assert found is not None
+    assert found.name == NAME
+    assert damaged == ["step-000000015-a0001"]
+
+
+def test_weights_are_plain_safetensors_with_the_same_bytes_for_the_same_tensors(tmp_path: Path) -> None:
+    flat = torch.arange(12.0)
+    tied = torch.ones(2, 2)
+    weights = {
+        "1.weight": flat[:8].view(2, 4),
+        "1.bias": flat[8:],
+        "head": tied,
+        "tail": tied,
+        "t": torch.ones(3, 2).T,
+        "count": torch.tensor(7),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+    }
+    data = encode_weights(weights)
+    assert data == encode_weights({name: one.clone() for name, one in weights.items()})
+    (tmp_path / "w.safetensors").write_bytes(data)
+    back = load_file(tmp_path / "w.safetensors")
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+def test_state_has_the_same_bytes_for_the_same_values() -> None:
+    def state() -> dict[str, object]:
+        return {"momentum": [torch.full((4,), 0.5)], "scale": 2.0, "name": "sgd", "none": None, "flags": (True, b"x")}
+
+    assert encode_state(state()) == encode_state(state())
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, torch.nn.Linear(1, 1), lambda: 1, Path(".")])
+def test_state_that_would_need_code_to_load_is_refused(value: object) -> None:
+    with pytest.raises(TypeError, match=r"state\['inner'\]\[0\] is a"):
+        encode_state({"inner": [value]})
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> tuple[Run, Attempt]:
+    run = born(str(tmp_path))
+    attempt = claim(run, driver="d", facts={})
+    recorder = Recorder(attempt, cell_steps=100, keep=2)
+    for last, best in ((10, 10), (20, 10), (30, 25), (40, 25)):
+        recorder.steps(block(last - 9, last))
+        extra = {"best_weights": {"0.weight": torch.full((3, 4), 25.0)}} if last == 30 else {}
+        recorder.commit(snapshot(last, best=best, **extra))
+    recorder.finish()
+    recorder.close()
+    attempt.close()
+    return run, attempt
+
+
+def test_checkpoints_are_found_by_what_a_person_says(trained: tuple[Run, Attempt]) -> None:
+    run, _ = trained
+    last, best = find_checkpoint(run, "last"), find_checkpoint(run, "best")
+    assert (last.step, best.step) == (40, 25)
+    assert find_checkpoint(run, "30").name == "step-000000030-a0001"
+    assert torch.equal(best.weights()["0.weight"], torch.full((3, 4), 25.0))
+    assert best.preprocess() == {"mean": 0.1307}
+    assert last.best == BestSoFar(metric="val/loss", step=25, value=0.04, checkpoint=best.name)
+    for word in ("99", "newest", "-1"):
+        with pytest.raises(StorageError, match="steps 25, 30, 40"):
+            find_checkpoint(run, word)
+    with pytest.raises(StorageError, match="no checkpoint yet"):
+        find_checkpoint(born(run.root_url, "other"), "last")
+
+
+def test_the_state_loads_without_running_code_and_nothing_else_lies_there(trained: tuple[Run, Attempt]) -> None:
+    run, _ = trained
+    state = find_checkpoint(run, "last").state()
+    assert state["step"] == 40
+    assert torch.equal(state["momentum"][0], torch.full((3, 4), 0.5))
+    assert run.storage.list("checkpoints") == [f"step-0000000{step}-a0001" for step in (25, 30, 40)]
+    assert run.storage.list("checkpoints/step-000000040-a0001") == [
+        "manifest.json", "model.safetensors", "preprocess.json", "rows.parquet", "state.pt",
+    ]  # fmt: skip
+    assert run.storage.list("checkpoints/step-000000025-a0001") == [
+        "manifest.json", "model.safetensors", "preprocess.json",
+    ]  # fmt: skip

@@ -1,0 +1,169 @@
+"""The journal: entries are taken once, in order, by real processes too."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from pipeline.errors import StorageError
+from pipeline.record.entries import BestSoFar, Claim, Commit, Entry, Leave, parse_entry
+from pipeline.record.journal import Journal
+from pipeline.record.values import from_json, to_json
+from pipeline.storage import Storage
+from tests.record.record_parts import born
+
+WRITER = """
+import sys
+from pipeline.record.entries import Leave
+from pipeline.record.journal import Journal
+from pipeline.storage import Storage
+storage, own, count = Storage.open(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+journal, won = Journal(storage), []
+print("ready", flush=True)
+sys.stdin.readline()
+while len(journal.read()) < count:
+    number = len(journal.read()) + 1
+    if journal.append(Leave(number=number, nonce=own, time="", attempt=1, status="failed", step=0)):
+        won.append(number)
+print(*won)
+"""
+
+
+def claim(number: int, nonce: str = "a") -> Claim:
+    return Claim(number=number, nonce=nonce, time="2026", attempt=1, driver="d", facts={"host": "h", "pid": 1})
+
+
+def test_entries_are_read_up_to_the_first_absent_number(tmp_path: Path) -> None:
+    storage = Storage.open(str(tmp_path))
+    journal = Journal(storage)
+    assert journal.read() == ()
+    assert journal.append(claim(1))
+    assert journal.append(claim(2))
+    assert Journal(storage).read() == journal.read() == (claim(1), claim(2))
+    storage.replace("journal/00000004.json", claim(4).to_json().encode())
+    assert Journal(storage).read() == (claim(1), claim(2)), "whatever a listing says"
+    assert journal.append(claim(3))
+    assert len(journal.read()) == 4
+
+
+def test_a_number_is_taken_once(tmp_path: Path) -> None:
+    first, second = Journal(Storage.open(str(tmp_path))), Journal(Storage.open(str(tmp_path)))
+    assert first.append(claim(1, "a"))
+    assert not second.append(claim(1, "b"))
+    assert second.append(claim(1, "a")), "a repeated request is no loss"
+    assert second.read() == (claim(1, "a"),)
+
+
+def test_processes_that_race_leave_one_journal_without_gaps(tmp_path: Path) -> None:
+    count = 300
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), own, str(count)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for own in ("a", "b")
+    ]
+    for racer in racers:
+        assert racer.stdout is not None
+        assert racer.stdout.readline() == "ready\n"
+    for racer in racers:
+        assert racer.stdin is not None
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    won = [[int(word) for word in racer.communicate(timeout=60)[0].split()] for racer in racers]
+    entries = Journal(Storage.open(str(tmp_path))).read()
+    assert [entry.number for entry in entries] == list(range(1, len(entries) + 1))
+    assert sorted(won[0] + won[1]) == [entry.number for entry in entries]
+    for own, numbers in zip("ab", won, strict=True):
+        assert {entry.number for entry in entries if entry.nonce == own} == set(numbers)
+
+
+def test_on_s3_too(s3_url: str) -> None:
+    storage = Storage.open(s3_url)
+    journal = Journal(storage)
+    for number in range(1, 25):
+        assert journal.append(claim(number))
+    assert [entry.number for entry in Journal(storage).read()] == list(range(1, 25))
+    assert not Journal(storage).append(claim(24, "b"))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"kind": "claim"}', '{"kind": "party", "number": 1}', '{"number": 2}']
+)
+def test_an_entry_that_nobody_wrote_is_told(tmp_path: Path, text: str) -> None:
+    run = born(str(tmp_path))
+    run.storage.replace("journal/00000001.json", text.encode())
+    with pytest.raises(StorageError, match="not a journal entry") as caught:
+        run.journal.read()
+    assert caught.value.where.endswith("journal/00000001.json")
+
+
+def test_a_driver_finds_its_own_attempt(tmp_path: Path) -> None:
+    journal = Journal(Storage.open(str(tmp_path)))
+    assert journal.latest_attempt_of("d") is None
+    journal.append(claim(1))
+    assert journal.latest_attempt_of("d") == 1
+    assert journal.latest_attempt_of("other") is None
+    assert journal.highest_step() == 0
+
+
+words = st.text(max_size=8)
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=6,
+)
+facts = st.dictionaries(words, plain, max_size=3)
+common = {"number": st.integers(1, 99), "nonce": words, "time": words, "attempt": st.integers(1, 99)}
+finite = st.floats(allow_nan=False, allow_infinity=False)
+bests = st.none() | st.builds(BestSoFar, metric=words, step=st.integers(0), value=finite, checkpoint=words)
+entries_of_any_kind = (
+    st.builds(Claim, **common, driver=words, boot=words, lock=words, interval_s=finite, facts=facts)
+    | st.builds(
+        Commit,
+        **common,
+        checkpoint=words,
+        step=st.integers(0),
+        epoch=st.integers(0),
+        end=st.booleans(),
+        kept=st.lists(st.tuples(words, st.none() | words), max_size=3).map(tuple),
+        best=bests,
+        metrics=st.dictionaries(words, finite, max_size=2),
+        patience=st.none() | st.integers(0),
+    )
+    | st.builds(
+        Leave,
+        **common,
+        status=st.sampled_from(["interrupted", "failed"]),
+        step=st.integers(0),
+        error=st.none() | facts,
+        row=st.none() | facts,
+    )
+)
+
+
+@given(entries_of_any_kind)
+def test_every_entry_can_be_read_back(entry: Entry) -> None:
+    assert parse_entry(from_json(entry.to_json()), entry.number) == entry
+
+
+def test_later_versions_may_add_fields() -> None:
+    tree = {**from_json(claim(1).to_json()), "mood": "good"}
+    assert parse_entry(tree, 1) == claim(1)
+
+
+def test_values_that_json_lacks() -> None:
+    import numpy as np
+
+    assert to_json({"a": float("nan"), "b": [np.float64(1.5), np.int64(2), float("-inf")]}) == (
+        '{"a": "nan", "b": [1.5, 2, "-inf"]}'
+    )
+    with pytest.raises(TypeError, match="no place in JSON"):
+        to_json({"a": object()})

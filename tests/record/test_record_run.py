@@ -1,0 +1,92 @@
+"""The birth of a run, and the folder that holds all of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.errors import StorageError
+from pipeline.record.reads import count_reads, record_read
+from pipeline.record.run import Run, list_runs
+from pipeline.storage import Storage
+from tests.record.record_parts import born
+
+FACTS = {"identity": "ab12", "total_steps": 10, "max_steps": None, "nested": {"columns": ["x"]}}
+
+
+def test_a_run_is_born_once(tmp_path: Path) -> None:
+    run = Run(Storage.open(str(tmp_path)), "mnist-1")
+    assert not run.exists()
+    with pytest.raises(FileNotFoundError):
+        run.facts()
+    assert run.birth("name: mnist\n", FACTS)
+    assert not run.birth("name: other\n", {})
+    again = Run(Storage.open(str(tmp_path)), "mnist-1")
+    assert again.exists()
+    assert again.facts() == FACTS
+    assert again.job_yaml().endswith("}\nname: mnist\n")
+    assert (tmp_path / "mnist-1" / "job.yaml").read_text() == again.job_yaml()
+    assert again.url == str(tmp_path / "mnist-1")
+
+
+def test_a_job_file_that_someone_edited_is_refused(tmp_path: Path) -> None:
+    run = born(str(tmp_path))
+    path = tmp_path / "run" / "job.yaml"
+    for text in ("name: run\n", "# trainyard: {}\nname: run\n", "# trainyard: {"):
+        path.write_text(text)
+        with pytest.raises(StorageError, match="first line"):
+            Run(Storage.open(str(tmp_path)), run.name).facts()
+
+
+@pytest.mark.parametrize("name", ["", "..", ".hidden", "a/b", "models", "ticks", "a b", "x" * 200])
+def test_names_that_are_no_runs(tmp_path: Path, name: str) -> None:
+    with pytest.raises(StorageError):
+        Run(Storage.open(str(tmp_path)), name)
+
+
+def test_runs_are_listed_by_their_birth(tmp_path: Path) -> None:
+    assert list_runs(Storage.open(str(tmp_path / "none"))) == []
+    for name in ("b", "a"):
+        born(str(tmp_path), name)
+    for other in ("models/mnist", "ticks", "unborn/journal", ".hidden"):
+        (tmp_path / other).mkdir(parents=True)
+    (tmp_path / "models" / "job.yaml").write_text("")
+    (tmp_path / "note.txt").write_text("")
+    assert list_runs(Storage.open(str(tmp_path))) == ["a", "b"]
+
+
+def test_runs_on_s3(s3_url: str) -> None:
+    run = born(s3_url, "mnist-1")
+    assert list_runs(Storage.open(s3_url)) == ["mnist-1"]
+    assert not run.birth("", {})
+    assert run.url == f"{s3_url}/mnist-1"
+    assert run.root_url == s3_url
+
+
+def test_splits_are_a_parquet_file(tmp_path: Path) -> None:
+    table = pa.table({"split": ["train", "val"], "row": [3, 1]})
+    born(str(tmp_path)).write_splits(table)
+    assert pq.read_table(tmp_path / "run" / "splits.parquet").equals(table)
+
+
+def test_reads_of_the_test_split_are_counted(tmp_path: Path) -> None:
+    run = born(str(tmp_path))
+    assert [record_read(run, {"checkpoint": "a"}) for _ in range(3)] == [1, 2, 3]
+    assert count_reads(run) == 3
+
+
+def test_looking_at_runs_needs_neither_torch_nor_pyarrow() -> None:
+    code = """
+import sys
+from pipeline.record.run import Run, list_runs
+from pipeline.record.standing import standing
+from pipeline.record.attempt import peek
+print(sorted({"torch", "pyarrow", "numpy", "fsspec", "ray", "safetensors"} & set(sys.modules)))
+"""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output == "[]\n"
