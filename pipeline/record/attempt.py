@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -12,12 +11,10 @@ from pipeline.errors import BusyError, SupersededError
 from pipeline.record import decisions, lock
 from pipeline.record.checkpoint import Base, first_valid
 from pipeline.record.entries import Claim, Entry, Pair
-from pipeline.record.heartbeat import INTERVALS_OF_SILENCE, Heartbeat, interval, read_beat
+from pipeline.record.heartbeat import Heartbeat, interval
 from pipeline.record.run import Run
-from pipeline.record.values import now, seconds_since
-
-LOOKS_AN_INTERVAL = 5
-"""How often a watched heartbeat is read."""
+from pipeline.record.values import now
+from pipeline.record.watch import beats, busy, is_proven_dead, watch
 
 
 @dataclass
@@ -158,8 +155,8 @@ def take(run: Run, template: Claim, dead: int | None = None, on_watch: Callable[
     while True:
         entries = run.journal.read()
         last = decisions.last_claim(entries)
-        if last is not None and not decisions.is_over(entries) and not _is_proven_dead(last, template.driver, dead):
-            _watch(run, last, template.interval_s, on_watch or (lambda _line: None))
+        if last is not None and not decisions.is_over(entries) and not is_proven_dead(last, template.driver, dead):
+            watch(run, last, template.interval_s, on_watch or (lambda _line: None))
         attempt = (last.attempt if last is not None else 0) + 1
         own = replace(template, number=len(entries) + 1, time=now(), attempt=attempt)
         if run.journal.append(own):
@@ -168,7 +165,7 @@ def take(run: Run, template: Claim, dead: int | None = None, on_watch: Callable[
             return Attempt(run, attempt, own.nonce, [*entries, own])
         winner = run.journal.read()[len(entries)]
         if isinstance(winner, Claim):
-            raise _busy(run, winner, "has just taken over this run")
+            raise busy(run, winner, "has just taken over this run")
         # A commit or leave of the older attempt took the number. It lives, or did until now: look again.
 
 
@@ -202,53 +199,4 @@ def peek(run: Run, driver: str = "") -> Literal["free", "finished", "busy", "unp
     held = lock.is_held(last)
     if held is False:
         return "free"
-    return "busy" if held and _beats(run, last) else "unproven"
-
-
-def _is_proven_dead(last: Claim, driver: str, dead: int | None) -> bool:
-    return (dead == last.attempt and last.driver == driver) or lock.is_held(last) is False
-
-
-def _watch(run: Run, last: Claim, own_interval_s: float, on_watch: Callable[[str], None]) -> None:
-    """Watch a heartbeat for three intervals of this machine's own clock.
-
-    Raises
-    ------
-    BusyError: it changes, or a process of this machine holds the run and its heart beats.
-    """
-    if lock.is_held(last) and _beats(run, last):
-        raise _busy(run, last, "is writing this run")
-    seen, _ = read_beat(run.storage, last.attempt)
-    interval_s = max(own_interval_s, last.interval_s)
-    limit_s = INTERVALS_OF_SILENCE * interval_s
-    on_watch(f"attempt {last.attempt} {_place(last)} may still be writing: watching its heartbeat for {limit_s:.0f} s")
-    began = time.monotonic()
-    while time.monotonic() - began < limit_s:
-        time.sleep(interval_s / LOOKS_AN_INTERVAL)
-        if read_beat(run.storage, last.attempt)[0] != seen:
-            raise _busy(run, last, "is writing this run")
-        if lock.is_held(last) is False:
-            return
-
-
-def _beats(run: Run, last: Claim) -> bool:
-    """Whether the heartbeat of a process of this machine is young, by the clock that both share."""
-    beat = read_beat(run.storage, last.attempt)[1]
-    moment = beat.time if beat is not None else last.time
-    return abs(seconds_since(moment)) < INTERVALS_OF_SILENCE * last.interval_s
-
-
-def _busy(run: Run, other: Claim, does: str) -> BusyError:
-    beat = read_beat(run.storage, other.attempt)[1]
-    age = f"; its last heartbeat is {max(0.0, seconds_since(beat.time)):.0f} s old, at step {beat.step}" if beat else ""
-    return BusyError(
-        f"attempt {other.attempt} {_place(other)} {does}{age}",
-        where=run.url,
-        fix="wait for it, or end that process; then run the same command again",
-    )
-
-
-def _place(claim: Claim) -> str:
-    host, pid = claim.facts.get("host"), claim.facts.get("pid")
-    words = [f"on {host}" if host else "", f"(process {pid})" if pid else ""]
-    return " ".join(word for word in words if word) or "elsewhere"
+    return "busy" if held and beats(run, last) else "unproven"

@@ -46,12 +46,12 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """The step after which it was made."""
+        """The step whose weights it holds."""
         return int(self._manifest["step"])
 
     @property
     def epoch(self) -> int:
-        """The epoch of that step."""
+        """The epoch at the commit."""
         return int(self._manifest["epoch"])
 
     @property

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, replace
+from typing import Any, Literal
 
 from pipeline.errors import NotFiniteError, TrainyardError
 from pipeline.record import decisions, saving
@@ -12,39 +12,15 @@ from pipeline.record.attempt import Attempt
 from pipeline.record.cells import Cell, Columns, EvaluationRow, Rows, StepBlock, encode
 from pipeline.record.entries import BestSoFar, Commit, Leave, Pair
 from pipeline.record.run import RESULT, Run
+from pipeline.record.snapshot import Snapshot
 from pipeline.record.standing import write_view
 from pipeline.record.values import to_json
 from pipeline.storage.faults import scrub
 
-if TYPE_CHECKING:
-    from torch import Tensor
+__all__ = ["EVALUATIONS", "STEPS", "Snapshot", "Writer"]
 
 STEPS = "metrics/steps"
 EVALUATIONS = "metrics/evals"
-
-
-@dataclass
-class Snapshot:
-    """All that a checkpoint holds besides rows. Tensors are copies on the CPU that the writer may keep."""
-
-    step: int
-    epoch: int
-    weights: dict[str, Tensor]
-    state: dict[str, Any]
-    """Tensors and plain values."""
-    position: dict[str, Any]
-    """Plain values for the worker that goes on from here."""
-    metrics: dict[str, float]
-    """Of the latest evaluation of each split, such as "val/loss"."""
-    best: BestSoFar | None = None
-    """The best evaluation so far; its `checkpoint` is for the writer to fill in."""
-    best_weights: dict[str, Tensor] | None = None
-    """Given where the best is neither of this step nor known from an earlier commit."""
-    preprocess: dict[str, Any] | None = None
-    end: bool = False
-    """Training is over: at this step, for every later attempt too."""
-    patience: int | None = None
-    """Evaluations since the best one."""
 
 
 class Writer:
@@ -190,7 +166,7 @@ class Writer:
                 saving.WEIGHTS: saving.encode_weights(snapshot.best_weights),
                 saving.PREPROCESS: _json_file(snapshot.preprocess),
             },
-            self._facts(snapshot, best, step=best.step, end=False),
+            self._facts(snapshot, best, step=best.step, end=False) | {"metrics": {best.metric: best.value}},
         )
 
     def _facts(self, snapshot: Snapshot, best: BestSoFar | None, *, step: int, end: bool) -> dict[str, Any]:
@@ -213,7 +189,8 @@ class Writer:
             split = f"{row['split']} " if row.get("split") else ""
             rate = f" (learning rate {row['lr']})" if row.get("lr") is not None else ""
             raise self._not_finite(f"the {split}loss is {row['loss']} at step {row['step']}{rate}", row)
-        for name in (*_not_finite_names(snapshot.weights), *_not_finite_names(snapshot.best_weights or {})):
+        name = snapshot.not_finite()
+        if name is not None:
             rate = f" (learning rate {self.rows.learning_rate()})"
             raise self._not_finite(f"the weights {name} are not finite at step {snapshot.step}{rate}", None)
 
@@ -237,12 +214,6 @@ def result_file(run: str, commit: Commit) -> bytes:
         "last": commit.checkpoint,
     }
     return (to_json(tree, indent=1) + "\n").encode()
-
-
-def _not_finite_names(weights: dict[str, Tensor]) -> list[str]:
-    import torch
-
-    return [name for name, one in weights.items() if one.is_floating_point() and not torch.isfinite(one).all()]
 
 
 def _error_facts(error: BaseException | None) -> dict[str, Any] | None:

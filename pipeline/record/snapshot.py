@@ -1,0 +1,44 @@
+"""What training hands over for a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipeline.record.entries import BestSoFar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Snapshot:
+    """All that a checkpoint holds besides rows. Tensors are copies on the CPU that the writer may keep."""
+
+    step: int
+    epoch: int
+    weights: dict[str, Tensor]
+    state: dict[str, Any]
+    """Tensors and plain values."""
+    position: dict[str, Any]
+    """Plain values for the worker that goes on from here."""
+    metrics: dict[str, float]
+    """Of the latest evaluation of each split, such as "val/loss"."""
+    best: BestSoFar | None = None
+    """The best evaluation so far; its `checkpoint` is for the writer to fill in."""
+    best_weights: dict[str, Tensor] | None = None
+    """Given where the best is neither of this step nor known from an earlier commit."""
+    preprocess: dict[str, Any] | None = None
+    end: bool = False
+    """Training is over: at this step, for every later attempt too."""
+    patience: int | None = None
+    """Evaluations since the best one."""
+
+    def not_finite(self) -> str | None:
+        """Name of the first tensor of weights that holds NaN or infinity."""
+        import torch
+
+        for name, one in (*self.weights.items(), *(self.best_weights or {}).items()):
+            if one.is_floating_point() and not torch.isfinite(one).all():
+                return name
+        return None
