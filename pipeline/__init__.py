@@ -1,13 +1,17 @@
 """Trainyard: batch training of small and medium neural networks with one job file.
 
-`from pipeline import train` is the command line's `train`; what it needs is imported at the first use.
+`from pipeline import load, train`: what they need is imported at the first use.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["train"]
+if TYPE_CHECKING:
+    from pipeline.verbs.load import load
+    from pipeline.verbs.train import train
+
+__all__ = ["load", "train"]
 __version__ = "0.1.0"
 
 
@@ -16,4 +20,8 @@ def __getattr__(name: str) -> Any:
         from pipeline.verbs.train import train
 
         return train
+    if name == "load":
+        from pipeline.verbs.load import load
+
+        return load
     raise AttributeError(f"module 'pipeline' has no attribute {name!r}")

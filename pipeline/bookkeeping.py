@@ -98,6 +98,7 @@ class Bookkeeper(Reporter):
                 "epoch": self._plan.epoch(position.step),
                 "ends_epoch": self._plan.ends_epoch(position.step),
                 "metrics": metrics,
+                "best_metric": self._plan.job.best.metric,
                 "is_best": is_best,
             }
         )
@@ -112,7 +113,12 @@ class Bookkeeper(Reporter):
     def save(self, position: Position, end: bool) -> None:
         best, metric = None, self._plan.job.best.metric
         if position.best_step is not None and position.best_value is not None:
-            best = BestSoFar(metric=metric, step=position.best_step, value=position.best_value, checkpoint="")
+            best = BestSoFar(
+                metric=metric,
+                step=position.best_step,
+                value=position.best_value,
+                metrics=dict(position.best_metrics or {}),
+            )
         elsewhere = best is not None and best.step != position.step
         self._recorder.commit(
             Snapshot(

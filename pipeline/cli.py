@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Any, NoReturn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from pipeline import __version__
 from pipeline.errors import InputError, TrainyardError
+
+if TYPE_CHECKING:
+    from pipeline.terminal import Progress
 
 app = typer.Typer(
     name="trainyard",
@@ -118,6 +122,10 @@ def init(
 def evaluate(
     run: RunName,
     split: Annotated[str, typer.Option(help="train, val or test. Every read of test is recorded in the run.")] = "val",
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Other rows with labels, instead of a split of the run's own data."),
+    ] = None,
     checkpoint: Annotated[str, typer.Option(metavar="best|last|STEP", help="Which checkpoint.")] = "best",
     overrides: Annotated[
         list[str] | None,
@@ -131,9 +139,52 @@ def evaluate(
 ) -> None:
     """Exact metrics of a saved checkpoint: every row of the split once."""
     _shown.update(json=as_json, verbose=verbose)
+    from pipeline.terminal import Progress
     from pipeline.verbs.evaluate import evaluate as verb
 
-    found = verb(run, split=split, checkpoint=checkpoint, set=overrides or [], storage=storage, trust=trust)
+    with Progress(quiet=quiet) as progress:
+        found = verb(
+            run,
+            split=split,
+            data=data,
+            checkpoint=checkpoint,
+            set=overrides or [],
+            storage=storage,
+            trust=trust,
+            say=_phases(progress),
+        )
+    _print(found.to_json(), found.lines(), as_json)
+
+
+@app.command(epilog="Example: trainyard predict churn-1a2b3c4d --input s3://bucket/new/ --output new.parquet")
+def predict(
+    model: Annotated[str, typer.Argument(metavar="RUN", help="RUN[@best|@last|@STEP]; best by default.")],
+    input_url: Annotated[
+        str, typer.Option("--input", metavar="URL", help="Parquet: a file, glob or folder; or a folder of pictures.")
+    ],
+    output_url: Annotated[str, typer.Option("--output", metavar="URL", help="The Parquet file to write.")],
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    storage: StorageUrl = None,
+    trust: Trust = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Predictions of a saved checkpoint: keys, prediction and probabilities, a row for each row, in order."""
+    _shown.update(json=as_json, verbose=verbose)
+    from pipeline.terminal import Progress
+    from pipeline.verbs.predict import predict as verb
+
+    with Progress(quiet=quiet) as progress:
+        found = verb(
+            model,
+            input=input_url,
+            output=output_url,
+            storage=storage,
+            device=device,
+            trust=trust,
+            say=_phases(progress),
+        )
     _print(found.to_json(), found.lines(), as_json)
 
 
@@ -203,6 +254,10 @@ def _fail(error: TrainyardError, exit_code: int) -> NoReturn:
 def _print(result: dict[str, Any], lines: list[str], as_json: bool) -> None:
     for line in [json.dumps(result)] if as_json else lines:
         print(line)
+
+
+def _phases(progress: Progress) -> Callable[[str], None]:
+    return lambda text: progress.show({"kind": "phase", "text": text})
 
 
 def _worker_range(words: str) -> str:

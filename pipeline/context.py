@@ -15,7 +15,7 @@ from pipeline.errors import Interrupted
 Value = TypeVar("Value")
 
 Tell = Callable[[Mapping[str, Any]], None]
-"""Takes one event for the user: `kind` (message, warning, run, start, steps, evaluation) and its plain values."""
+"""Takes one event for the user: `kind` (phase, message, warning, run, start, steps, evaluation) and plain values."""
 
 
 class Context(Protocol):

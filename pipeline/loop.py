@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.errors import NotFiniteError
+from pipeline.errors import JobError, NotFiniteError, WorkError
 from pipeline.learn.plan import Plan
 from pipeline.learn.step_log import Rows, StepLog
+from pipeline.learn.tally import Tally
 from pipeline.learn.trainee import Trainee
 
 
@@ -70,6 +71,8 @@ class Position:
     evaluations_since_best: int = 0
     metrics: Mapping[str, float] | None = None
     """The latest evaluation as `val/loss`, ...: what is finite of it."""
+    best_metrics: Mapping[str, float] | None = None
+    """That of `best_step`."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -82,7 +85,7 @@ class Position:
             return after
         value, sign = finite.get(best.metric), 1 if best.mode == "min" else -1
         if value is not None and (self.best_value is None or sign * value < sign * self.best_value):
-            return replace(after, best_step=step, best_value=value, evaluations_since_best=0)
+            return replace(after, best_step=step, best_value=value, best_metrics=finite, evaluations_since_best=0)
         return replace(after, evaluations_since_best=self.evaluations_since_best + 1)
 
     def patience_is_used_up(self, plan: Plan) -> bool:
@@ -171,29 +174,21 @@ def fit(
 
 
 def evaluate(trainee: Trainee, blocks: Iterable[tuple[Tensor, Tensor]], around: Surroundings) -> dict[str, float]:
-    """Exact metrics of the model as it is: every row of the split once, sums over all ranks in float64.
+    """Exact metrics of the model as it is: every row of the split once, over all ranks.
 
     Returns
     -------
-    loss (weighted mean), accuracy and correct (NaN where a task has none), samples.
+    What `job.METRICS` names for the task, the user's own metrics, and samples; NaN for what does not exist.
+
+    Raises
+    ------
+    WorkError: code of the user's own failed.
     """
-    summed_on = "cpu" if trainee.device.type == "mps" else trainee.device
-    sums, samples = torch.zeros(3, dtype=torch.float64, device=summed_on), 0
+    tally = Tally(trainee.task, trainee.device)
     for inputs, targets in blocks:
         with torch.inference_mode():
-            sums += trainee.task.exact_sums(trainee.outputs(inputs), targets)
-        samples += len(targets)
-    total = torch.tensor([*sums.tolist(), float(samples)], dtype=torch.float64)
-    if around.world_size > 1:
-        total = total.to(summed_on)
-        around.reduce(total)
-    loss, weight, correct, count = total.tolist()
-    return {
-        "loss": loss / weight if weight else math.nan,
-        "accuracy": correct / count if count else math.nan,
-        "correct": correct,
-        "samples": int(count),
-    }
+            tally.add(trainee.outputs(inputs), targets)
+    return tally.metrics(around)
 
 
 def _evaluate_all(
@@ -208,10 +203,15 @@ def _evaluate_all(
     metrics: dict[str, float] = {}
     for split, blocks in splits.items():
         start = time.perf_counter()
-        result = evaluate(trainee, blocks, around)
+        try:
+            result = evaluate(trainee, blocks, around)
+        except WorkError as error:
+            if step > 0 or type(error) is not WorkError:
+                raise
+            raise JobError(error.what, where=error.where, fix=error.fix) from error  # nothing is trained yet
         row = {"epoch": plan.epoch(step), "step": step, "split": split, **result}
         recorder.evaluation({**row, "seconds": time.perf_counter() - start, "time": time.time()})
-        metrics |= {f"{split}/{name}": result[name] for name in ("loss", "accuracy", "correct")}
+        metrics |= {f"{split}/{name}": value for name, value in result.items() if name != "samples"}
     after = position.after_evaluation(step, metrics, plan)
     recorder.evaluated(after)
     return after

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
+from pipeline.learn.words import no_better_words, number, short_words, table_lines
 from pipeline.record.standing import Standing
 
 LINE_S = 1.0
@@ -95,7 +96,7 @@ class _Bar:
         self._progress.update(self._task, completed=event["step"], text=f"{self._loss}  {self._metrics}")
 
     def evaluation(self, event: Mapping[str, Any]) -> None:
-        self._metrics = _metrics_words(event["metrics"])
+        self._metrics = short_words(event["metrics"], event["best_metric"])
         self._progress.update(self._task, completed=event["step"], text=f"{self._loss}  {self._metrics}")
 
     def line(self, text: str) -> None:
@@ -108,20 +109,26 @@ class _Bar:
 def evaluation_line(event: Mapping[str, Any]) -> str:
     """`epoch 3  step 1440  val loss 0.1432  accuracy 0.9571  best`"""
     best = "  best" if event["is_best"] else ""
-    return f"epoch {event['epoch']:<3d} step {event['step']:<6d} {_metrics_words(event['metrics'])}{best}"
+    words = short_words(event["metrics"], event["best_metric"])
+    return f"epoch {event['epoch']:<3d} step {event['step']:<6d} {words}{best}"
 
 
 def result_lines(standing: Standing) -> list[str]:
-    """How a run stands, for people."""
+    """How a run stands, for people: with all metrics of its best step beside what no learning at all would give."""
     found = standing.to_json()
     lines = [f"{found['run']}: {found['status']} at step {found['step']}, epoch {found['epoch']}"]
     if found.get("error"):
         lines.append(f"  error     {found['error']['message']}")
-    if found.get("best"):
-        best = found["best"]
-        lines.append(f"  best      {best['metric']} {best['value']:.4f} at step {best['step']}")
-    if found.get("metrics"):
-        lines.append(f"  latest    {_metrics_words(found['metrics'])}")
+    best, metrics = found.get("best"), found.get("metrics") or {}
+    if best:
+        lines.append(f"  best      {best['metric']} {number(best['value'])} at step {best['step']}")
+    chosen = best["metrics"] if best else metrics
+    split = (best["metric"] if best else next(iter(metrics), "")).partition("/")[0]
+    lines += [f"            {line}" for line in table_lines(chosen, split)]
+    if words := no_better_words(chosen, split):
+        lines.append(f"  warning   {words}")
+    if metrics:
+        lines.append(f"  latest    {short_words(metrics, best['metric'] if best else '')}")
     if found["attempts"] > 1:
         lines.append(f"  attempts  {found['attempts']}")
     lines.append(f"  in        {found['url']}")
@@ -134,22 +141,10 @@ def runs_lines(url: str, standings: Iterable[Standing]) -> list[str]:
     for standing in standings:
         found = standing.to_json()
         best = found.get("best")
-        best_words = f"{best['metric']} {best['value']:.4f} @{best['step']}" if best else ""
+        best_words = f"{best['metric']} {number(best['value'])} @{best['step']}" if best else ""
         step = f"{found['step']}/{found['total_steps']}" if found.get("total_steps") else str(found["step"])
-        rows.append((found["run"], found["status"], step, best_words, _metrics_words(found.get("metrics") or {})))
+        rows.append((found["run"], found["status"], step, best_words, short_words(found.get("metrics") or {})))
     if len(rows) == 1:
         return [f"no runs in {url}"]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _metrics_words(metrics: Mapping[str, float]) -> str:
-    """`val loss 0.1432  accuracy 0.9571`, split by split; `correct` is left to the log."""
-    words, last = [], ""
-    for metric, value in metrics.items():
-        split, _, name = metric.partition("/")
-        if name == "correct" or value is None or value != value:
-            continue
-        words.append(f"{split + ' ' if split != last else ''}{name} {value:.4f}")
-        last = split
-    return "  ".join(words)

@@ -61,13 +61,19 @@ def work(order: Order, context: Context, prepared: Prepared | None = None) -> No
     BusyError: another process is writing this run.
     TrainyardError: what else went wrong; it stands in the run's journal.
     """
-    if order.code_folder:
-        own_code.look_in(order.code_folder)
-    prepared = prepared or prepare(order.job, order.max_steps)
+    own_code.make_importable(order.job, order.code_folder)
+    prepared = prepared or prepare(
+        order.job,
+        order.max_steps,
+        storage_url=order.storage_url,
+        say=lambda text: context.tell({"kind": "phase", "text": text}),
+    )
     run = Run(Storage.open(order.storage_url), order.run_name)
     facts = run.facts()
     if facts["fingerprint"] != prepared.source.fingerprint:
         raise JobError("the data here is not the data of this run", where=run.url, fix="see data.root on every node")
+    if facts.get("start") != (prepared.start.digest if prepared.start is not None else None):
+        raise JobError("the weights to start from are not those of this run", where=run.url, fix="see model.init_from")
     rank, world_size, local_rank = context.rank, context.world_size, context.local_rank
     way = str(first_facts(run.journal.read()).get("way", ""))
     built = build(prepared, way=way, rank=rank, world_size=world_size, local_rank=local_rank)
@@ -88,7 +94,7 @@ def work(order: Order, context: Context, prepared: Prepared | None = None) -> No
 def _lead(prepared: Prepared, built: Built, context: Context, start: Start, attempt: Attempt, cell_steps: int) -> None:
     """Rank 0's part: train, keep the record, and see it through."""
     recorder = Recorder(attempt, cell_steps=cell_steps, keep=prepared.job.checkpoint.keep)
-    bookkeeper = Bookkeeper(context, built.trainee, prepared.plan, recorder, attempt, prepared.preprocess.to_json())
+    bookkeeper = Bookkeeper(context, built.trainee, prepared.plan, recorder, attempt, prepared.fitted.to_json())
     try:
         with _leaving_word(recorder, bookkeeper):
             _fit(prepared, built, context, start, bookkeeper)
@@ -114,7 +120,7 @@ def _claim(run: Run, order: Order, context: Context, built: Built) -> Attempt:
         "pid": os.getpid(),
         "world_size": context.world_size,
         "way": built.way,
-        "code": own_code.digests(own_code.named_in(order.job)),
+        "code": own_code.digests(order.job),
         "trainyard": __version__,
         "python": platform.python_version(),
         **devices.facts(built.device),
@@ -129,7 +135,10 @@ def _claim(run: Run, order: Order, context: Context, built: Built) -> Attempt:
     for name in attempt.damaged:
         context.tell({"kind": "warning", "text": f"checkpoint {name} is damaged and not used"})
     before = attempt.previous_facts
-    for name in ("torch", "device", "cpu_capability", "threads", "world_size", "code") if before else ():
+    if before and (files := own_code.changed(before.get("code", {}), facts["code"])):
+        text = f"code changed since the last attempt: {', '.join(files)}: the result may differ"
+        context.tell({"kind": "warning", "text": text})
+    for name in ("torch", "device", "cpu_capability", "threads", "world_size") if before else ():
         if before.get(name) != facts[name]:
             text = f"{name} is {facts[name]}, was {before.get(name)}: the result may differ in bits"
             context.tell({"kind": "warning", "text": text})

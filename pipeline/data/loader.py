@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.augment import augmented, check_images, draw, is_wanted
-from pipeline.data.processes import fetched
+from pipeline.data.augment import Mix, augmented, check_images, draw, draw_partners, draw_shares, is_wanted
 from pipeline.data.sampler import GlobalBatches, share
-from pipeline.data.shares import Shares
+from pipeline.data.shares import Shares, fetched
 from pipeline.data.sources.arrays import Arrays
 from pipeline.data.tensors import Pair, gather, moved, place
 from pipeline.job import Augment, Loader
@@ -25,7 +24,8 @@ PinMemory = Literal["auto"] | bool
 class Batch:
     """One rank's share of a global batch, on the device.
 
-    inputs: raw samples (b, ...), augmented where the job says so. targets: (b,) or (b, T). Both may be empty.
+    inputs: raw samples (b, ...), augmented where the job says so. targets: (b,) or (b, T); where labels were mixed,
+    probabilities of the classes (b, C). Both may be empty.
     """
 
     step: int
@@ -48,6 +48,7 @@ class TrainLoader:
     device: where batches come out.
     augment: the job's `data.augment`.
     seed: of the stream "augment".
+    classes: C, where targets are labels that mixup mixes.
 
     Raises
     ------
@@ -68,18 +69,24 @@ class TrainLoader:
         device: torch.device,
         augment: Augment,
         seed: int,
+        classes: int = 0,
     ) -> None:
         assert len(rows) == batches.rows, f"{len(rows)} rows, but batches of {batches.rows}"
         if is_wanted(augment):
-            check_images(arrays.inputs.shape[1:])
+            check_images(augment, arrays.inputs.shape[1:])
         tensors = place(arrays, rows, device)
         self._steps = range(first_step, last_step + 1)
         self._device = device
         self._moves = tensors.device.type != device.type
         self._processes = loader.processes if tensors.device.type == "cpu" else 0
         self._pin = self._moves and _pins(loader.pin_memory, device)
-        self._shares = Shares(tensors, batches, rank, world_size, pin=self._pin and not self._processes)
-        self._augment, self._seed = augment, seed
+        self._shares = Shares(
+            *(tensors, batches, rank, world_size),
+            pin=self._pin and not self._processes,
+            mixing=seed if augment.mixup else None,
+        )
+        assert not augment.mixup or classes or arrays.targets.dtype.kind == "f", "labels are mixed among known classes"
+        self._augment, self._seed, self._classes = augment, seed, classes
         self._fetching: list[Generator[Pair]] = []
 
     def __len__(self) -> int:
@@ -93,8 +100,9 @@ class TrainLoader:
         if self._moves:
             pairs = moved(pairs, self._device)
         changes = is_wanted(self._augment)
-        for step, (inputs, targets) in zip(self._steps, pairs, strict=True):
-            yield Batch(step, self._changed(step, inputs) if changes else inputs, targets)
+        for step, pair in zip(self._steps, pairs, strict=True):
+            inputs, targets = self._changed(step, *pair) if changes else pair
+            yield Batch(step, inputs, targets)
 
     def __enter__(self) -> Self:
         return self
@@ -107,12 +115,16 @@ class TrainLoader:
         while self._fetching:
             self._fetching.pop().close()
 
-    def _changed(self, step: int, inputs: Tensor) -> Tensor:
+    def _changed(self, step: int, inputs: Tensor, targets: Tensor) -> Pair:
+        spec, seed, device = self._augment, self._seed, self._device
         first, end, mine = self._shares.bounds(step)
-        draws = torch.from_numpy(draw(self._augment, self._seed, step, end - first)[mine])
-        if self._device.type == "cuda":
-            draws = draws.pin_memory()  # or the host would wait for the copy
-        return augmented(self._augment, inputs, draws.to(self._device, non_blocking=True))
+        positions = self._shares.positions(step)
+        inputs = augmented(spec, inputs, draw(spec, seed, step, end - first).of(positions).to(device))
+        if not spec.mixup:
+            return inputs, targets
+        partners, shares = draw_partners(seed, step, end - first), draw_shares(spec.mixup, seed, step, end - first)
+        mix = Mix.of(positions, mine, partners, shares).to(device)
+        return mix.images(inputs), mix.targets(targets, self._classes)
 
 
 class EvalLoader:
@@ -160,7 +172,7 @@ class EvalLoader:
         rows = tensors.rows[number * self._batch_size : (number + 1) * self._batch_size]
         first, end = int(rows[0]), int(rows[-1]) + 1
         if (np.diff(rows) == 1).all() and not self._pin:
-            return tensors.inputs[first:end], tensors.targets[first:end]
+            return tensors.block(first, end)
         return gather(tensors, torch.from_numpy(rows).to(tensors.device), self._pin)
 
 

@@ -1,4 +1,4 @@
-"""Loader processes: they gather batches ahead of the worker, and live and die with it."""
+"""Loader processes: they work ahead of the worker, and live and die with it."""
 
 from __future__ import annotations
 
@@ -7,37 +7,39 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from pipeline.data.shares import Shares
-from pipeline.data.tensors import Pair
-from pipeline.errors import WorkError
+from pipeline.errors import TrainyardError, WorkError
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 PR_SET_PDEATHSIG = 1
 """From <linux/prctl.h>: the signal that a process gets when the thread that forked it ends."""
 
-FETCH_BYTES = 1 << 20
-"""What a loader process hands over at once, in whole steps: each hand-over takes it and the worker about 2 ms."""
 
+def made(make: Callable[[T], R], items: Sequence[T], processes: int, pin: bool = False) -> Generator[R]:
+    """`make` of every item, in order, by forked processes that work ahead and live as long as this generator.
 
-def fetched(shares: Shares, steps: range, processes: int, pin: bool) -> Generator[Pair]:
-    """Batches from loader processes, which live as long as this generator; several steps come in one piece."""
-    step_bytes = shares.step_bytes()
-    stride = max(1, min(FETCH_BYTES // max(step_bytes, 1), len(steps) // processes))
-    pieces = [steps[first : first + stride] for first in range(0, len(steps), stride)]
+    What they make are arrays, tensors and plain values; an error of ours comes through as it is.
+
+    Raises
+    ------
+    WorkError: a process was killed.
+    """
     with warnings.catch_warnings(), _unchanged_sigchld():
-        # Python warns of forks beside other threads. The children only index tensors and take no lock of ours.
+        # Python warns of forks beside other threads. The children take no lock of ours.
         warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # the job's warnings say so
         fetching = DataLoader(
-            _Pieces(shares),
+            _Made(make),
             batch_size=None,
-            sampler=pieces,
+            sampler=items,
             num_workers=processes,
             collate_fn=_as_it_is,
             pin_memory=pin,
@@ -46,20 +48,28 @@ def fetched(shares: Shares, steps: range, processes: int, pin: bool) -> Generato
             multiprocessing_context="fork",  # the data is shared, not copied
         )
         iterator = iter(fetching)
-    for piece in pieces:
-        inputs, targets = _next(iterator)
-        sizes = [mine.stop - mine.start for _, _, mine in map(shares.bounds, piece)]
-        yield from zip(inputs.split(sizes), targets.split(sizes), strict=True)
+    try:
+        for _ in items:
+            with _deaths_as_errors():
+                result = next(iterator)
+            if isinstance(result, TrainyardError):
+                raise result
+            yield result
+    finally:
+        del iterator  # which ends the processes; the traceback of an error would keep it
 
 
-class _Pieces(Dataset[Pair]):
-    """What a loader process fetches at once: the shares of consecutive steps, one after another."""
+class _Made(Dataset[Any]):
+    """What a loader process makes of an item. Its errors are handed over whole, where torch would quote them."""
 
-    def __init__(self, shares: Shares) -> None:
-        self._shares = shares
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self._make = make
 
-    def __getitem__(self, steps: Sequence[int]) -> Pair:
-        return self._shares.gathered(torch.cat([self._shares.rows(step) for step in steps]))
+    def __getitem__(self, item: Any) -> Any:
+        try:
+            return self._make(item)
+        except TrainyardError as error:
+            return error
 
 
 @contextmanager
@@ -71,9 +81,10 @@ def _unchanged_sigchld() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before)
 
 
-def _next(fetched: Iterator[Pair]) -> Pair:
+@contextmanager
+def _deaths_as_errors() -> Iterator[None]:
     try:
-        return next(fetched)
+        yield
     except (RuntimeError, OSError, EOFError) as error:  # by where in a hand-over it died
         raise WorkError(
             f"a loader process ended: {error}",

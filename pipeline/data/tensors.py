@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,7 +17,28 @@ from pipeline.data.sources.arrays import Arrays
 RESIDENT_SHARE = 0.25
 """A split that takes up to this share of a GPU's free memory lies there for the whole run."""
 
+BLOCK_BYTES = 64 << 20
+"""What is copied to a GPU at once, so that a split that lies there never lies in this machine's memory as a whole."""
+
 Pair = tuple[Tensor, Tensor]
+
+
+class RowsOnDemand(Protocol):
+    """Rows that are made when they are asked for: what a loader takes in place of an array of inputs."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def ndim(self) -> int: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        """Some rows, as indexing an array would give them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,24 +49,52 @@ class Tensors:
     rows: positions of the loader's rows in both, int64 (n,), in this machine's memory.
     """
 
-    inputs: Tensor
+    inputs: Tensor | RowsOnDemand
     targets: Tensor
     rows: np.ndarray
 
     @property
     def device(self) -> torch.device:
-        return self.inputs.device
+        return self.targets.device
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of a sample and its target."""
+        return sum(math.prod(values.shape[1:]) * values.dtype.itemsize for values in (self.inputs, self.targets))
+
+    def block(self, first: int, end: int) -> Pair:
+        """Consecutive rows, first to end; views where there is something to view."""
+        inputs = self.inputs[first:end]
+        return inputs if isinstance(inputs, Tensor) else torch.from_numpy(inputs), self.targets[first:end]
 
 
 def place(arrays: Arrays, rows: np.ndarray, device: torch.device) -> Tensors:
-    """Views of the arrays; or, on a GPU with room for it, a copy of the rows alone that stays there."""
-    row_bytes = sum(values[:1].nbytes for values in (arrays.inputs, arrays.targets))
-    if device.type == "cuda" and len(rows) * row_bytes < RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
-        inputs, targets = (torch.from_numpy(values[rows]).to(device) for values in (arrays.inputs, arrays.targets))
-        return Tensors(inputs, targets, np.arange(len(rows), dtype=np.int64))
+    """Views of the arrays; or, on a GPU with room for it, a copy of the rows alone that stays there.
+
+    Rows that are made on demand are made anew each time.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing here writes to it
-        return Tensors(torch.from_numpy(arrays.inputs), torch.from_numpy(arrays.targets), rows)
+        inputs = torch.from_numpy(arrays.inputs) if isinstance(arrays.inputs, np.ndarray) else arrays.inputs
+        here = Tensors(inputs, torch.from_numpy(arrays.targets), rows)
+    if device.type != "cuda" or not isinstance(here.inputs, Tensor):
+        return here
+    if len(rows) * here.row_bytes >= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return here
+    return Tensors(
+        _resident(here.inputs, rows, device),
+        _resident(here.targets, rows, device),
+        np.arange(len(rows), dtype=np.int64),
+    )
+
+
+def _resident(values: Tensor, rows: np.ndarray, device: torch.device) -> Tensor:
+    """Some rows on a GPU, copied a block at a time."""
+    resident = torch.empty((len(rows), *values.shape[1:]), dtype=values.dtype, device=device)
+    size = max(1, BLOCK_BYTES // max(1, math.prod(values.shape[1:]) * values.itemsize))
+    for block, places in zip(resident.split(size), torch.from_numpy(rows).split(size), strict=True):
+        block.copy_(values.index_select(0, places))
+    return resident
 
 
 def moved(pairs: Iterator[Pair], device: torch.device) -> Iterator[Pair]:
@@ -87,12 +138,14 @@ def gather(tensors: Tensors, rows: Tensor, pin: bool) -> Pair:
 
     rows: int64 (b,), on the tensors' device. pin: into page-locked memory, which a GPU can copy from by itself.
     """
+    if not isinstance(tensors.inputs, Tensor):
+        inputs = torch.from_numpy(tensors.inputs[rows.numpy()])
+        return inputs.pin_memory() if pin else inputs, _gathered(tensors.targets, rows, pin)
+    return _gathered(tensors.inputs, rows, pin), _gathered(tensors.targets, rows, pin)
+
+
+def _gathered(values: Tensor, rows: Tensor, pin: bool) -> Tensor:
     if not pin:
-        return tensors.inputs.index_select(0, rows), tensors.targets.index_select(0, rows)
-    inputs, targets = (
-        torch.empty((len(rows), *values.shape[1:]), dtype=values.dtype, pin_memory=True)
-        for values in (tensors.inputs, tensors.targets)
-    )
-    torch.index_select(tensors.inputs, 0, rows, out=inputs)
-    torch.index_select(tensors.targets, 0, rows, out=targets)
-    return inputs, targets
+        return values.index_select(0, rows)
+    gathered = torch.empty((len(rows), *values.shape[1:]), dtype=values.dtype, pin_memory=True)
+    return torch.index_select(values, 0, rows, out=gathered)

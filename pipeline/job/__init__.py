@@ -3,27 +3,37 @@
 Every field stands with its default and its meaning. `job_file` turns YAML and overrides into this tree and back.
 """
 
-from pipeline.job.data import Augment, Call, Data, Loader, Normalization, RandomSplits, RangeSplits, Splits
+from pipeline.job.data import IMAGENET, Augment, Cache, Call, Data, Jitter, Loader, Missing, Normalization
 from pipeline.job.keeping import Best, Checkpoint, Evaluate
-from pipeline.job.model import Activation, Cnn, Conv, Mlp, Model, OwnModel
+from pipeline.job.metrics import METRICS, own_metric
+from pipeline.job.model import Activation, Cnn, Conv, Mlp, Model, OwnModel, TorchvisionModel
 from pipeline.job.node import RESERVED_NAMES, Node, plain_name
 from pipeline.job.scale import IN_PLACE_WORKERS, Scale, WorkerRange
-from pipeline.job.training import Optimizer, Phase, Task, Train
+from pipeline.job.splits import ColumnSplits, GroupSplits, RandomSplits, RangeSplits, Splits, TimeSplits
+from pipeline.job.training import REGRESSION_LOSSES, Group, Optimizer, Phase, Task, Train
 from pipeline.job.tree import NOT_IDENTITY, STREAMS, Job, Seeds, digest, identity
 
 __all__ = [
     "Activation",
     "Augment",
     "Best",
+    "Cache",
     "Call",
     "Checkpoint",
     "Cnn",
+    "ColumnSplits",
     "Conv",
     "Data",
     "Evaluate",
+    "Group",
+    "GroupSplits",
+    "IMAGENET",
     "IN_PLACE_WORKERS",
+    "Jitter",
     "Job",
     "Loader",
+    "METRICS",
+    "Missing",
     "Mlp",
     "Model",
     "NOT_IDENTITY",
@@ -32,6 +42,7 @@ __all__ = [
     "Optimizer",
     "OwnModel",
     "Phase",
+    "REGRESSION_LOSSES",
     "RESERVED_NAMES",
     "RandomSplits",
     "RangeSplits",
@@ -40,9 +51,12 @@ __all__ = [
     "Seeds",
     "Splits",
     "Task",
+    "TimeSplits",
+    "TorchvisionModel",
     "Train",
     "WorkerRange",
     "digest",
     "identity",
+    "own_metric",
     "plain_name",
 ]

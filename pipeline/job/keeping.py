@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from pipeline.job.metrics import HIGHER_IS_BETTER, LOWER_IS_BETTER
 from pipeline.job.node import Node, Positive
 
 
@@ -32,16 +33,28 @@ class Best(Node):
     """Which checkpoint counts as the best: the earliest of equals."""
 
     metric: str = "val/loss"
-    """`split/column` of the evaluations, such as val/loss or val/accuracy."""
+    """`split/column` of the evaluations, such as val/loss, val/accuracy or val/auc, or a metric of your own."""
     mode: Literal["min", "max"] = "min"
+    """Where not given: max for accuracy and its like, min for losses and errors. A metric of your own needs it."""
     patience: Positive | None = None
     """Stop after this many evaluations without a better one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _direction_is_known(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("mode") is not None:
+            return values
+        metric = values.get("metric", "val/loss")
+        column = str(metric).partition("/")[2]
+        if column and column not in HIGHER_IS_BETTER + LOWER_IS_BETTER:
+            raise ValueError(f"say mode: min or mode: max for {metric}")
+        return {**values, "mode": "max" if column in HIGHER_IS_BETTER else "min"}
 
     @field_validator("metric")
     @classmethod
     def _split_and_column(cls, value: str) -> str:
-        if not re.fullmatch(r"(train|val)/(loss|accuracy|correct)", value):
-            raise ValueError(f"{value!r} is not one of val/loss, val/accuracy, val/correct, train/loss, ...")
+        if not re.fullmatch(r"(train|val)/[A-Za-z_]\w*", value):
+            raise ValueError(f"{value!r} is not of the form val/loss, val/accuracy, train/loss, ...")
         return value
 
 

@@ -12,7 +12,18 @@ from pipeline.job.node import Node, Positive, Share, module_and_name
 Activation = Literal["relu", "tanh", "sigmoid", "gelu", "silu", "leaky_relu", "elu"]
 
 
-class Mlp(Node):
+class Start(Node):
+    """How the weights begin, and which of them stay."""
+
+    init_from: str | None = None
+    """A run to start from: its name under the storage or its URL, with @best (default), @last or @STEP behind it."""
+    strict: bool = True
+    """With init_from: false takes the tensors that fit and leaves the others as they are."""
+    freeze: Literal["backbone"] | list[str] = []
+    """Parameters that are not trained, by name or pattern such as layer1.*; backbone: all but the last layer."""
+
+
+class Mlp(Start):
     """Fully connected layers. Tensors are named as in `nn.Sequential(Linear, ReLU, ...)`."""
 
     kind: Literal["mlp"] = "mlp"
@@ -25,6 +36,9 @@ class Mlp(Node):
     """Share of hidden values set to zero while training."""
     batch_norm: bool = False
     """Batch normalisation before each activation."""
+    embedding_width: Positive | Literal["auto"] = "auto"
+    """Numbers that stand for one level of a categorical column that is not one-hot; auto: min(50, 1.6 x levels^0.56)
+    (fastai's rule)."""
 
     @model_validator(mode="after")
     def _layers_with_doubling(self) -> Self:
@@ -43,7 +57,7 @@ class Conv(Node):
     """Max-pooling window and stride; 1 for none."""
 
 
-class Cnn(Node):
+class Cnn(Start):
     """Convolutions, then fully connected layers."""
 
     kind: Literal["cnn"]
@@ -58,7 +72,18 @@ class Cnn(Node):
     batch_norm: bool = False
 
 
-class OwnModel(Node):
+class TorchvisionModel(Start):
+    """A model of torchvision's, its last layer replaced to fit: `{kind: torchvision:resnet18, weights: DEFAULT}`."""
+
+    kind: str
+    """torchvision:NAME, one of `torchvision.models.list_models(module=torchvision.models)`."""
+    weights: str | None = None
+    """DEFAULT or another of torchvision's pretrained weights, or a file of them; from scratch if not given."""
+    args: dict[str, Any] = {}
+    """Further keyword arguments of the model, such as dropout."""
+
+
+class OwnModel(Start):
     """A module of your own: `{kind: mypkg.nets:Net, args: {width: 8}}`."""
 
     kind: str
@@ -72,17 +97,22 @@ class OwnModel(Node):
         if ":" not in value:
             near = difflib.get_close_matches(value, ["mlp", "cnn"], n=1, cutoff=0.5)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"must be mlp, cnn or module:Class{hint}")
+            raise ValueError(f"must be mlp, cnn, torchvision:NAME or module:Class{hint}")
         return module_and_name(value)
 
 
 def _branch_of_model(value: Any) -> str:
-    """Which of the three models a mapping describes, so that its errors speak of that one alone."""
+    """Which of the models a mapping describes, so that its errors speak of that one alone."""
     kind = value.get("kind", "mlp") if isinstance(value, dict) else getattr(value, "kind", "mlp")
+    if isinstance(kind, str) and kind.startswith("torchvision:"):
+        return "TorchvisionModel"
     return {"mlp": "Mlp", "cnn": "Cnn"}.get(kind, "OwnModel") if isinstance(kind, str) else "OwnModel"
 
 
 Model = Annotated[
-    Annotated[Mlp, Tag("Mlp")] | Annotated[Cnn, Tag("Cnn")] | Annotated[OwnModel, Tag("OwnModel")],
+    Annotated[Mlp, Tag("Mlp")]
+    | Annotated[Cnn, Tag("Cnn")]
+    | Annotated[TorchvisionModel, Tag("TorchvisionModel")]
+    | Annotated[OwnModel, Tag("OwnModel")],
     Discriminator(_branch_of_model),
 ]

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, Strict, field_validator, model_validator
+from pydantic import BeforeValidator, Field, Strict, field_validator, model_validator
 
-from pipeline.job.node import Node, Positive, Share
+from pipeline.job.node import Node, Positive, Share, module_and_name
 
-Label = Annotated[int, Strict(False)]
-"""A class; the keys of JSON and of `--set` are text."""
+
+def _number_if_it_is_one(label: Any) -> Any:
+    return int(label) if isinstance(label, str) and label.isdecimal() else label
+
+
+Label = Annotated[int | str, BeforeValidator(_number_if_it_is_one)]
+"""A class: its number or its name; the keys of JSON and of `--set` are text."""
 
 
 class Task(Node):
@@ -17,18 +22,46 @@ class Task(Node):
 
     kind: Literal["multiclass", "binary", "regression"] = "multiclass"
     """multiclass: softmax cross-entropy. binary: one logit, BCE. regression: mean squared error."""
-    positive: list[int] | None = None
-    """binary: the labels that count as 1, such as [0, 1, 2]; the others are 0."""
+    positive: list[int | bool | str] | None = None
+    """binary: the labels that count as 1, such as [0, 1, 2] or [yes]; the others are 0."""
     class_weights: Literal["balanced"] | dict[Label, Annotated[float, Field(gt=0)]] | None = None
     """Weight of each class in the loss; balanced: inversely to its rows in the training split."""
+    loss: str | None = None
+    """Another loss: regression has mse, mae and huber; or `module:function` of your own, (outputs, targets) -> (B,)."""
+    huber_delta: Annotated[float, Field(gt=0)] = 1.0
+    """huber: where the loss goes over from squares to absolute values, in the unit that is learned."""
+    scale_targets: bool = True
+    """regression: learn (target - mean) / std of the training rows. Metrics and predictions stay in the target's unit;
+    the loss is that of what is learned."""
+
+    @field_validator("loss")
+    @classmethod
+    def _names_a_loss(cls, value: str | None) -> str | None:
+        return value if value is None or value in REGRESSION_LOSSES else module_and_name(value)
 
     @model_validator(mode="after")
-    def _positive_is_binary(self) -> Self:
+    def _fits_the_kind(self) -> Self:
         if self.positive is not None and self.kind != "binary":
             raise ValueError("positive goes with kind: binary")
         if self.class_weights is not None and self.kind == "regression":
             raise ValueError("class_weights goes with multiclass and binary")
+        if self.loss in REGRESSION_LOSSES and self.kind != "regression":
+            raise ValueError(f"loss: {self.loss} goes with kind: regression")
         return self
+
+
+REGRESSION_LOSSES = ("mse", "mae", "huber")
+
+
+class Group(Node):
+    """Parameters with a rate of their own: `{match: "layer4.*", lr_factor: 0.1}`."""
+
+    match: str
+    """Name of parameters, or a pattern; the first group that matches counts."""
+    lr_factor: Annotated[float, Field(ge=0)] = 1.0
+    """Times the phase's learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Instead of the optimizer's."""
 
 
 class Optimizer(Node):
@@ -44,6 +77,8 @@ class Optimizer(Node):
     """adam and adamw only."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """adam and adamw only."""
+    groups: list[Group] = []
+    """Parameters that learn at another rate than the rest."""
 
     @model_validator(mode="after")
     def _nesterov_needs_momentum(self) -> Self:

@@ -10,8 +10,9 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.job.data import Data
 from pipeline.job.keeping import Best, Checkpoint, Evaluate
+from pipeline.job.metrics import METRICS, RESERVED_COLUMNS, own_metric
 from pipeline.job.model import Mlp, Model
-from pipeline.job.node import Node, plain_name
+from pipeline.job.node import Node, module_and_name, plain_name
 from pipeline.job.scale import Scale
 from pipeline.job.training import Task, Train
 
@@ -55,6 +56,11 @@ class Job(Node):
     model: Model = Mlp()
     task: Task = Task()
     train: Train = Train()
+    metrics: list[str] = []
+    """Metrics of your own besides the task's: `module:function`, (outputs, targets) of a whole split -> number."""
+    code: str | None = None
+    """Folder of your own modules, relative to the job file; its Python files are stored with the run. The working
+    directory's modules are found too."""
     evaluate: Evaluate = Evaluate()
     best: Best = Best()
     checkpoint: Checkpoint = Checkpoint()
@@ -77,10 +83,23 @@ class Job(Node):
     def _kind_alone(cls, value: Any) -> Any:
         return {"kind": value} if isinstance(value, str) else value
 
+    @field_validator("metrics")
+    @classmethod
+    def _name_functions(cls, values: list[str]) -> list[str]:
+        for value in values:
+            column = own_metric(module_and_name(value))
+            if column in RESERVED_COLUMNS or [own_metric(other) for other in values].count(column) > 1:
+                raise ValueError(f"{value}: another column is called {column!r}; name the function differently")
+        return values
+
     @model_validator(mode="after")
     def _best_is_measured(self) -> Self:
-        if self.task.kind == "regression" and not self.best.metric.endswith("/loss"):
-            raise ValueError(f"best.metric: {self.best.metric} goes with multiclass and binary; regression has a loss")
+        column = self.best.metric.partition("/")[2]
+        known = [*METRICS[self.task.kind], *map(own_metric, self.metrics)]
+        if column not in known:
+            raise ValueError(
+                f"best.metric: {self.best.metric} is not measured; {self.task.kind} has {', '.join(known)}"
+            )
         return self
 
     def resolved(self) -> dict[str, Any]:
@@ -88,21 +107,26 @@ class Job(Node):
         return self.model_dump(mode="json", by_alias=True)
 
 
-NOT_IDENTITY = ("scale", "storage", "checkpoint")
-"""Branches of the job that change where and how fast it runs, not what comes out."""
+NOT_IDENTITY = ("scale", "storage", "checkpoint", "code")
+"""Branches of the job that change where and how fast it runs, not what comes out. (Code of the user's own that changes
+is a warning on resume.)"""
+
+NOT_IDENTITY_OF_DATA = ("root", "url", "loader", "cache")
+"""Likewise, of its `data`."""
 
 
-def identity(job: Job, *, fingerprint: str, max_steps: int | None = None) -> dict[str, Any]:
+def identity(job: Job, *, fingerprint: str, start: str | None = None, max_steps: int | None = None) -> dict[str, Any]:
     """What determines a run's weights, as plain values: the resolved job without where and how fast, plus the data.
 
     Parameters
     ----------
     fingerprint: digest of the data's content.
+    start: digest of the weights that the run starts from, where they come from elsewhere.
     max_steps: the flag `--max-steps`, where given.
     """
     tree = {key: value for key, value in job.resolved().items() if key not in NOT_IDENTITY}
-    tree["data"] = {key: value for key, value in tree["data"].items() if key not in ("root", "loader")}
-    return {**tree, "max_steps": max_steps, "fingerprint": fingerprint}
+    tree["data"] = {key: value for key, value in tree["data"].items() if key not in NOT_IDENTITY_OF_DATA}
+    return {**tree, "max_steps": max_steps, "fingerprint": fingerprint, "start": start}
 
 
 def digest(tree: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pipeline.errors import JobError
 from pipeline.job import Job
 from pipeline.job_file.explaining import explain
-from pipeline.job_file.reading import apply, mapping, read_tree
+from pipeline.job_file.reading import apply, code_folder, mapping, read_tree
 from pipeline.job_file.yaml12 import Dumper, parse_yaml
 
 __all__ = ["build_job", "dump_job", "load_job", "override_job", "parse_job", "parse_yaml"]
@@ -23,9 +23,17 @@ def load_job(path: str | Path, overrides: Iterable[str] = ()) -> Job:
 
     Raises
     ------
-    JobError: a missing file, broken YAML, an unknown key or a value out of range.
+    JobError: a missing file or `code` folder, broken YAML, an unknown key or a value out of range.
     """
-    return build_job(apply(read_tree(Path(path)), overrides), where=str(path))
+    job = build_job(apply(read_tree(Path(path)), overrides), where=str(path))
+    if job.code is None:
+        return job
+    folder = code_folder(job.code, Path(path))  # once more, for an override
+    if not Path(folder).is_dir():
+        raise JobError(
+            "no such folder", where=f"code: {folder}", fix="name the folder of your modules, from the job file"
+        )
+    return job.model_copy(update={"code": folder})
 
 
 def parse_job(text: str, where: str) -> Job:

@@ -52,7 +52,11 @@ def _meant(path: tuple[Any, ...], problem: Mapping[str, Any]) -> tuple[Any, ...]
 def _written(problem: Mapping[str, Any], tree: Mapping[str, Any]) -> tuple[Any, ...]:
     """The path of a problem without pydantic's names of branches: the parts that stand in the tree."""
     path, here = [], typing.cast("Any", tree)
+    branches = set()
     for depth, part in enumerate(problem["loc"]):
+        if isinstance(here, dict) and here.get("by") == part and id(here) not in branches:
+            branches.add(id(here))  # `by: column` is a branch's name first, the key `column` in it second
+            continue
         is_key = isinstance(here, dict) and part in here
         if is_key or (isinstance(here, list) and isinstance(part, int) and part < len(here)):
             here = here[part]

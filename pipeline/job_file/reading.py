@@ -30,6 +30,8 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     except (OSError, ValueError, RuntimeError) as error:
         raise JobError(f"cannot be read: {error}", where=str(path)) from None
     tree: dict[str, Any] = _with_environment(mapping(parse_yaml(text, str(path)), str(path)), str(path))
+    if isinstance(tree.get("code"), str):
+        tree["code"] = code_folder(tree["code"], path)
     base = tree.pop("base", None)
     if base is None:
         return tree
@@ -43,6 +45,11 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         if isinstance(tree.get(key), dict):
             _lengthen(below, key)
     return _merge(below, tree)
+
+
+def code_folder(folder: str, job_file: Path) -> str:
+    """A job file's `code` as an absolute path: it stands there relative to the file."""
+    return str((job_file.parent / Path(folder).expanduser()).absolute())
 
 
 def mapping(tree: Any, where: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import JobError
+from pipeline.learn.models.freezing import frozen_norms
 from pipeline.learn.task import Sums
 
 SUMS = 4
@@ -21,7 +22,8 @@ SUMS = 4
 class FlatModel:
     """A model on its device, its parameters being views of `values`.
 
-    values: (P,) all trainable parameters, in the order of `model.parameters()`.
+    values: (P,) all parameters that require a gradient, in the order of `model.parameters()`.
+    sizes: numbers of each of these parameters, by its name, in that order.
     exchange: (P + 5 + B,) what the ranks sum; B is 0 for a world of one, whose buffers need no averaging.
     gradient, sums, stop: views of `exchange`; loss, weight, correct, count: scalar views of `sums`.
 
@@ -32,11 +34,14 @@ class FlatModel:
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, world_size: int) -> None:
         self.model = model.to(device, dtype)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.parameters = list(trained.values())
         if not self.parameters:
             raise JobError("the model has no trainable parameters", where="model.kind")
+        self.sizes = {name: parameter.numel() for name, parameter in trained.items()}
         self.values = torch.cat([p.detach().reshape(-1) for p in self.parameters])
-        self.buffers = [b for b in self.model.buffers() if b.is_floating_point()] if world_size > 1 else []
+        self._frozen_norms = frozen_norms(self.model)
+        self.buffers = self._averaged() if world_size > 1 else []
         self.exchange = self.values.new_zeros(self._size() + SUMS + 1 + sum(b.numel() for b in self.buffers))
         self.gradient = self.exchange[: self._size()]
         self.sums = self.exchange[self._size() : self._size() + SUMS]
@@ -47,6 +52,13 @@ class FlatModel:
         """The gradient of each parameter, a view of `gradient` of its shape."""
         for parameter, view in zip(self.parameters, self._views(self.values), strict=True):
             parameter.data = view
+        self.train()
+
+    def train(self) -> None:
+        """Put the model into training, but for batch normalisations that are frozen."""
+        self.model.train()
+        for norm in self._frozen_norms:
+            norm.eval()
 
     def add(self, sums: Sums) -> None:
         """Add one piece's sums to the exchange vector."""
@@ -78,6 +90,11 @@ class FlatModel:
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take over tensors of the same names and shapes, in place, so that the views stay views."""
         self.model.load_state_dict(weights, strict=True)
+
+    def _averaged(self) -> list[Tensor]:
+        """The buffers that differ between ranks. An average of equal ones is rounded: what is frozen has no part."""
+        frozen = {id(buffer) for norm in self._frozen_norms for buffer in norm.buffers()}
+        return [b for b in self.model.buffers() if b.is_floating_point() and id(b) not in frozen]
 
     def _size(self) -> int:
         return self.values.numel()

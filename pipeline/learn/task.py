@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
-from pipeline import job as spec
 from pipeline.errors import JobError
+from pipeline.job import Job
+from pipeline.learn.losses import Loss, OwnLoss, build_loss
+from pipeline.learn.own_metrics import OwnMetric
 
 
 class Sums(NamedTuple):
@@ -25,45 +27,64 @@ class Sums(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Unit:
+    """How scaled targets become values: value = mean + std x target, column by column."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Task:
     """What is learned.
 
     kind: multiclass, binary or regression.
     outputs: numbers the model gives for a sample.
     class_weights: (classes,), or None.
+    majority: the most frequent class of the training split, the lowest of equals; None where that is not known.
+    means: mean of the training split's targets as prepared, column by column; empty where that is not known.
+    unit: regression: of the values that people see.
     """
 
     kind: str
     outputs: int
+    loss: Loss
     class_weights: Tensor | None = None
+    majority: int | None = None
+    means: tuple[float, ...] = ()
+    unit: Unit | None = None
+    metrics: tuple[OwnMetric, ...] = ()
 
     @property
-    def counts_correct(self) -> bool:
-        return self.kind != "regression"
+    def classes(self) -> int:
+        """0 for regression."""
+        return {"multiclass": self.outputs, "binary": 2}.get(self.kind, 0)
+
+    @property
+    def loss_is_log_loss(self) -> bool:
+        """Whether the unweighted loss of a sample is the cross-entropy."""
+        return self.classes > 0 and not isinstance(self.loss, OwnLoss)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Task:
         """The same task with its weights on a device."""
         if self.class_weights is None:
             return self
-        return Task(self.kind, self.outputs, self.class_weights.to(device, dtype))
-
-    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The unweighted loss of each sample: (B,), in the outputs' type."""
-        if self.kind == "multiclass":
-            return F.cross_entropy(outputs, targets, reduction="none")
-        targets = targets.to(outputs.dtype)
-        if self.kind == "binary":
-            return F.binary_cross_entropy_with_logits(outputs.squeeze(1), targets, reduction="none")
-        return F.mse_loss(outputs, targets.view_as(outputs), reduction="none").mean(1)
+        return replace(self, class_weights=self.class_weights.to(device, dtype))
 
     def weights(self, targets: Tensor) -> Tensor | None:
-        """The weight of each sample: (B,), or None where all are 1."""
-        return None if self.class_weights is None else self.class_weights[targets.long()]
+        """The weight of each sample: (B,), or None where all are 1. A mixed sample's is its classes' mixed weight."""
+        weights = self.class_weights
+        if weights is None:
+            return None
+        if not targets.is_floating_point():
+            return weights[targets]
+        targets = targets.to(weights.dtype)  # or the single weights below would take on the targets' type
+        return targets @ weights if targets.ndim > 1 else weights[0] * (1 - targets) + weights[1] * targets
 
     def correct(self, outputs: Tensor, targets: Tensor) -> Tensor | float:
-        """How many of a batch are predicted correctly."""
+        """How many of a batch are predicted correctly; the class of a mixed sample is the one it has most of."""
         if self.kind == "multiclass":
-            return (outputs.argmax(1) == targets).sum()
+            return (outputs.argmax(1) == (targets.argmax(1) if targets.ndim > 1 else targets)).sum()
         if self.kind == "binary":
             return ((outputs.squeeze(1) > 0) == (targets > 0.5)).sum()
         return float("nan")
@@ -72,68 +93,77 @@ class Task:
         """The sums of a training batch, to be differentiated by `loss`.
 
         outputs: (B, outputs), any floating type; losses are computed in float32 at least.
-        targets: (B,) int64 classes, (B,) floating 0 or 1, or (B, T) floating values.
+        targets: (B,) int64 classes or (B, classes) probabilities, (B,) floating from 0 to 1, or (B, T) floating values.
         """
-        if outputs.dtype in (torch.float16, torch.bfloat16):
-            outputs = outputs.float()
+        outputs = at_least_single(outputs)
         weights = self.weights(targets)
+        correct = self.correct(outputs.detach(), targets)
         if weights is not None:
-            loss, weight = (self.losses(outputs, targets) * weights).sum(), weights.sum()
-            return Sums(loss, weight, self.correct(outputs.detach(), targets))
-        if self.kind == "multiclass":
-            loss = F.cross_entropy(outputs, targets, reduction="sum")
-        elif self.kind == "binary":
-            goals = targets.to(outputs.dtype)
-            loss = F.binary_cross_entropy_with_logits(outputs.squeeze(1), goals, reduction="sum")
-        else:
-            loss = self.losses(outputs, targets).sum()
-        return Sums(loss, float(len(targets)), self.correct(outputs.detach(), targets))
-
-    def exact_sums(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The sums of an evaluation batch: (3,) loss, weight, correct in float64, if need be on the host."""
-        if outputs.dtype in (torch.float16, torch.bfloat16):
-            outputs = outputs.float()
-        losses, weights = _exact(self.losses(outputs, targets)), self.weights(targets)
-        correct = _exact(torch.as_tensor(self.correct(outputs, targets), device=outputs.device))
-        if weights is None:
-            return torch.stack([losses.sum(), losses.new_tensor(float(len(targets))), correct])
-        weights = _exact(weights)
-        return torch.stack([(losses * weights).sum(), weights.sum(), correct])
+            return Sums((self.loss(outputs, targets) * weights).sum(), weights.sum(), correct)
+        return Sums(self.loss(outputs, targets, "sum"), float(len(targets)), correct)
 
 
-def _exact(values: Tensor) -> Tensor:
-    return (values.cpu() if values.device.type == "mps" else values).double()
+def at_least_single(outputs: Tensor) -> Tensor:
+    """Outputs in float32 where they come in less."""
+    return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
 
 
-def build_task(task: spec.Task, classes: int, target_columns: int, class_counts: list[int] | None = None) -> Task:
+def build_task(
+    job: Job,
+    classes: int,
+    target_columns: int,
+    *,
+    class_counts: Sequence[int] = (),
+    means: Sequence[float] = (),
+    unit: Unit | None = None,
+    number_of: Callable[[int | str], int] | None = None,
+) -> Task:
     """The task of a job.
 
     Parameters
     ----------
     classes: number of classes (multiclass).
     target_columns: numbers in one target (regression).
-    class_counts: rows of each class in the training split; for `class_weights: balanced`, n / (classes x rows of the
-        class), as scikit-learn defines it.
+    class_counts: rows of each class in the training split, where known. For `class_weights: balanced`,
+        n / (classes x rows of the class), as scikit-learn defines it.
+    means: mean of the training split's prepared targets, column by column, where known.
+    unit: of targets that are scaled.
+    number_of: the number of a class that `class_weights` names; without it, only numbers are known.
 
     Raises
     ------
-    JobError: a weight for a class that there is not.
+    JobError: a weight for a class that there is not, or code of the user's that there is not.
     """
+    task = job.task
     outputs = {"multiclass": classes, "binary": 1, "regression": target_columns}[task.kind]
+    built = Task(
+        task.kind,
+        outputs,
+        build_loss(task),
+        majority=max(range(len(class_counts)), key=lambda label: class_counts[label]) if class_counts else None,
+        means=tuple(means),
+        unit=unit,
+        metrics=tuple(map(OwnMetric.named, job.metrics)),
+    )
     if task.class_weights is None:
-        return Task(task.kind, outputs)
-    classes = 2 if task.kind == "binary" else classes
+        return built
     if task.class_weights == "balanced":
-        assert class_counts is not None
         total = sum(class_counts)
-        weights = [total / (classes * count) if count else 0.0 for count in class_counts]
+        weights = [total / (built.classes * count) if count else 0.0 for count in class_counts]
+        assert len(weights) == built.classes, "balanced weights need the rows of each class"
     else:
-        for label in task.class_weights:
-            if not 0 <= label < classes:
-                raise JobError(
-                    f"{label} is no class; there are {classes}",
-                    where=f"task.class_weights.{label}",
-                    fix=f"use 0 to {classes - 1}",
-                )
-        weights = [float(task.class_weights.get(label, 1.0)) for label in range(classes)]
-    return Task(task.kind, outputs, torch.tensor(weights, dtype=torch.float64))
+        weights = [1.0] * built.classes
+        for label, weight in task.class_weights.items():
+            weights[_class_number(label, built.classes, number_of)] = float(weight)
+    return replace(built, class_weights=torch.tensor(weights, dtype=torch.float64))
+
+
+def _class_number(label: int | str, classes: int, number_of: Callable[[int | str], int] | None) -> int:
+    number = number_of(label) if number_of is not None else label
+    if not isinstance(number, int) or not 0 <= number < classes:
+        raise JobError(
+            f"{label} is no class; there are {classes}",
+            where=f"task.class_weights.{label}",
+            fix=f"use 0 to {classes - 1}",
+        )
+    return number

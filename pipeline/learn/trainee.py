@@ -54,7 +54,7 @@ class Trainee:
         self._draw_seed = draw_seed if draws_at_random(model) else None
         self.flat = FlatModel(model, device, self._arithmetic.dtype, world_size)
         self.task = task.to(device, self._arithmetic.dtype)
-        self.optimizer = Optimizer(job.train.optimizer, self.flat.values)
+        self.optimizer = Optimizer(job.train.optimizer, self.flat.values, self.flat.sizes)
         self._scale = LossScale(device) if self._arithmetic.scales_loss else None
         self._way = build_way(way, self.flat, self.task, self._arithmetic, device)
 
@@ -65,7 +65,7 @@ class Trainee:
         targets: (b,) or (b, T), on the device.
         """
         if not self.flat.model.training:
-            self.flat.model.train()
+            self.flat.train()
         self.flat.exchange.zero_()
         rows = len(targets)
         if rows:

@@ -22,11 +22,15 @@ Way = Callable[[Tensor, Tensor, Tensor | float], Sums]
 """(inputs (B, ...), targets (B, ...), scale of the gradient) -> sums without graph; B is 1 at least."""
 
 
-def choose_way(job: Job, device: torch.device) -> str:
-    """`written` for plain MLPs in fp32 and fp64, `compiled` where the job says so, else `eager`."""
+def choose_way(job: Job, device: torch.device, code_sizes: tuple[int, ...] = ()) -> str:
+    """`written` for plain MLPs in fp32 and fp64, `compiled` where the job says so, else `eager`.
+
+    code_sizes: as `build_model` takes them: with embeddings and with frozen layers an MLP is not plain.
+    """
     if job.train.compile == "on":
         return "compiled"
     plain = isinstance(job.model, Mlp) and not job.model.dropout and not job.model.batch_norm
+    plain = plain and not code_sizes and not job.model.freeze
     if plain and WrittenMlp.knows(job) and device.type in ("cpu", "cuda"):
         return "written"
     return "eager"

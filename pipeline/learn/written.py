@@ -39,6 +39,8 @@ class WrittenMlp:
             getattr(job.model, "activation", None) == "relu"
             and job.task.kind in ("multiclass", "binary")
             and job.task.class_weights is None
+            and job.task.loss is None
+            and not job.data.augment.mixup
             and job.train.precision in ("fp32", "fp64")
         )
 

@@ -181,8 +181,8 @@ class Rows:
                 floats = [np.nan if value is None else float(value) for value in values]
                 columns.append(_array(np.array(floats), schema_field.type))
             else:
-                # A task without accuracy gives NaN, which readers would average.
-                columns.append(pa.array(values, schema_field.type, from_pandas=name == "accuracy"))
+                # A metric that does not exist is NaN, which readers would average; a loss that is NaN is a finding.
+                columns.append(pa.array(values, schema_field.type, from_pandas=name != "loss"))
         return pa.table(columns, schema=self._evaluation_schema)
 
 

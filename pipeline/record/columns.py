@@ -10,6 +10,8 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.job import METRICS, Job, own_metric
+
 Kind = Literal["float64", "int64", "string", "bool"]
 _TYPES = {"float64": pa.float64(), "int64": pa.int64(), "string": pa.string(), "bool": pa.bool_()}
 _TIME = pa.timestamp("us", tz="UTC")
@@ -46,6 +48,13 @@ class Columns:
         for name in self.steps.keys() & self.evaluations.keys():
             if self.steps[name] != self.evaluations[name]:
                 raise ValueError(f"the column {name!r} must have one type in both tables")
+
+    @classmethod
+    def of_job(cls, job: Job) -> Columns:
+        """What the job's task and its user measure besides loss and accuracy."""
+        usual = {name for name, _ in _EVALUATIONS}
+        names = [*METRICS[job.task.kind], *map(own_metric, job.metrics)]
+        return cls(evaluations=dict.fromkeys((name for name in names if name not in usual), "float64"))
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> Columns:

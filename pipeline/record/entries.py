@@ -20,6 +20,8 @@ class BestSoFar:
     value: float
     checkpoint: str = ""
     """Name of the directory; empty until a commit has given it one."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """All of that evaluation, such as "val/loss"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +106,7 @@ def parse_entry(tree: Any, number: int) -> Entry:
     if kind is Commit:
         values["kept"] = tuple((str(pair[0]), pair[1]) for pair in tree["kept"])
         values["best"] = parse_best(tree["best"])
-        values["metrics"] = {key: float(value) for key, value in tree["metrics"].items()}
+        values["metrics"] = _numbers(tree["metrics"])
     return kind(**values)
 
 
@@ -117,4 +119,9 @@ def parse_best(tree: Any) -> BestSoFar | None:
         step=int(tree["step"]),
         value=float(tree["value"]),
         checkpoint=str(tree["checkpoint"]),
+        metrics=_numbers(tree.get("metrics", {})),
     )
+
+
+def _numbers(tree: Any) -> dict[str, float]:
+    return {str(key): float(value) for key, value in tree.items()}

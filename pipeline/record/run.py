@@ -8,7 +8,7 @@ from copy import copy
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import StorageError
+from pipeline.errors import InputError, StorageError
 from pipeline.job import plain_name
 from pipeline.record.journal import Journal
 from pipeline.record.values import from_json, now, to_json
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 JOB = "job.yaml"
 VIEW = "run.json"
 RESULT = "result.json"
+CODE = "code.zip"
 HEADER = "# trainyard: "
 
 
@@ -116,6 +117,21 @@ class Run:
         pq.write_table(table, buffer, compression="zstd")
         self.storage.replace("splits.parquet", buffer.getvalue(), sync=True)
 
+    def write_code(self, archive: bytes) -> None:
+        """Store the user's own code, as `code.zip`."""
+        self.storage.replace(CODE, archive, sync=True)
+
+    def code(self) -> bytes | None:
+        """`code.zip`, or None for a run without code of its own (or whose birth was interrupted)."""
+        try:
+            return self.storage.read(CODE)
+        except FileNotFoundError:
+            return None
+
+    def has_code(self) -> bool:
+        """Whether `write_code` was done."""
+        return self.storage.exists(CODE)
+
     def _header(self) -> dict[str, Any]:
         line = self.job_yaml().partition("\n")[0]
         try:
@@ -129,6 +145,30 @@ class Run:
                 fix="a run's job.yaml must stay as it was stored; restore it or use another --name",
             )
         return header
+
+
+def run_and_checkpoint(spec: str) -> tuple[str, str]:
+    """`RUN[@best|@last|@STEP]` as the run's name or URL and the checkpoint's, best if not given."""
+    root, slash, name = spec.rstrip("/").rpartition("/")
+    name, _, checkpoint = name.partition("@")  # a URL may hold an @ of its own, before the name
+    return f"{root}{slash}{name}", checkpoint or "best"
+
+
+def open_run(run: str, storage_url: str) -> Run:
+    """The run that a URL, or a name under a storage, means.
+
+    Raises
+    ------
+    InputError: there is no such run.
+    """
+    root, _, name = run.rstrip("/").rpartition("/")
+    try:
+        found = Run(Storage.open(root or storage_url), plain_name(name))
+    except ValueError as error:
+        raise InputError(str(error), where=run) from None
+    if not found.exists():
+        raise InputError("no such run", where=found.url, fix="`trainyard runs` lists those that are there")
+    return found
 
 
 def list_runs(storage: Storage) -> list[str]:

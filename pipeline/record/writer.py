@@ -166,7 +166,8 @@ class Writer:
                 saving.WEIGHTS: saving.encode_weights(snapshot.best_weights),
                 saving.PREPROCESS: _json_file(snapshot.preprocess),
             },
-            self._facts(snapshot, best, step=best.step, end=False) | {"metrics": {best.metric: best.value}},
+            self._facts(snapshot, best, step=best.step, end=False)
+            | {"metrics": {**best.metrics, best.metric: best.value}},
         )
 
     def _facts(self, snapshot: Snapshot, best: BestSoFar | None, *, step: int, end: bool) -> dict[str, Any]:

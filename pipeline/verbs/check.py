@@ -89,7 +89,7 @@ def check(
         return Checked(job)
     from pipeline.assembly import build, prepare
 
-    prepared = prepare(job)
+    prepared = prepare(job, storage_url=job.storage)
     return Checked(
         job,
         _one_batch(prepared, build(prepared)) if batch else None,

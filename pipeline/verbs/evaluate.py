@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline import loop
-from pipeline.assembly import build, eval_loader, prepare
+from pipeline.assembly import Prepared, Say, build, eval_loader, prepare, prepare_rows
 from pipeline.context import Alone
+from pipeline.data.fitted import Fitted
 from pipeline.errors import InputError
-from pipeline.job import Job, digest, identity
+from pipeline.job import Job, RandomSplits, digest, identity
 from pipeline.job_file import override_job, parse_job
+from pipeline.learn.words import no_better_words, table_lines
 from pipeline.own_code import named_in
 from pipeline.record.checkpoint import find_checkpoint
 from pipeline.record.reads import record_read
 from pipeline.record.run import Run
+from pipeline.verbs.load import trust_code
 from pipeline.verbs.places import find_run
 
 SPLITS = ("train", "val", "test")
@@ -33,53 +36,60 @@ class Evaluation:
     step: int
     split: str
     metrics: dict[str, float]
-    """loss, accuracy, correct and samples, named `split/column`."""
+    """All that the job measures, and samples, named `split/column`; NaN for what does not exist."""
 
     def to_json(self) -> dict[str, Any]:
         metrics = {name: None if value != value else value for name, value in self.metrics.items()}
         return {**self.__dict__, "metrics": metrics, "error": None}
 
     def lines(self) -> list[str]:
-        at = {name.partition("/")[2]: value for name, value in self.metrics.items()}
-        words = [f"{self.split} loss {at['loss']:.4f}"]
-        if at["accuracy"] == at["accuracy"]:
-            words.append(f"accuracy {at['accuracy']:.4f} ({at['correct']:,.0f} of {at['samples']:,.0f})")
-        return [f"{self.run} at step {self.step}: {', '.join(words)}"]
+        rows, correct = (self.metrics.get(f"{self.split}/{name}") for name in ("samples", "correct"))
+        counted = f"{rows:,.0f} rows" if correct is None else f"{correct:,.0f} of {rows:,.0f} rows correct"
+        lines = [f"{self.run} at step {self.step}, {self.split}: {counted}"]
+        lines += [f"  {line}" for line in table_lines(self.metrics, self.split)]
+        words = no_better_words(self.metrics, self.split)
+        return [*lines, f"  warning: {words}"] if words else lines
 
 
 def evaluate(
     run: str,
     *,
     split: str = "val",
+    data: str | None = None,
     checkpoint: str = "best",
     set: Iterable[str] = (),  # noqa: A002 - the public name of the option
     storage: str | None = None,
     trust: bool = False,
+    say: Say = lambda text: None,
 ) -> Evaluation:
-    """Evaluate a run's checkpoint on a whole split. A read of the test split is recorded before it happens.
+    """Evaluate a run's checkpoint on a whole split, or on other data with the same columns or kind of pictures.
+
+    Preprocessing and classes are those of the checkpoint. A read of the test split is recorded before it happens.
 
     Parameters
     ----------
+    data: URL of other data, all rows of which are evaluated; the metrics are called `data/...` then.
     checkpoint: best, last, or the number of a step.
     set: overrides of where and how, such as data.root or scale.device; what determines the weights cannot change.
     trust: let the stored job import the modules that it names.
 
     Raises
     ------
-    InputError: no such run, checkpoint or split, or data that is not the run's.
+    InputError: no such run, checkpoint or split, or data that is not the run's or does not fit it.
     """
     if split not in SPLITS:
         raise InputError(f"{split!r} is no split", where="--split", fix="train, val or test")
     found = find_run(run, storage)
     saved = find_checkpoint(found, checkpoint)
     job = _stored_job(found, list(set), trust)
-    prepared = prepare(job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"limit": None})}))
-    if prepared.source.fingerprint != found.facts()["fingerprint"]:
-        raise InputError("the data here is not the data of this run", where=found.url, fix="see --set data.root=DIR")
-    if split not in prepared.splits:
-        there = ", ".join(prepared.splits)
-        raise InputError(f"this run has no {split} split", where=found.url, fix=f"it has: {there}")
-    built = build(prepared)
+    job = job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"limit": None})})
+    fitted = Fitted.from_json(saved.preprocess())
+    if data is not None:
+        split, prepared = "data", prepare_rows(_on_other_data(job, data), fitted, "data", say)
+    else:
+        prepared = replace(prepare(job, say=say), fitted=fitted)
+        _check_is_the_runs(found, prepared, split)
+    built = build(prepared, to_train=False)
     built.trainee.flat.load(saved.weights())
     if split == "test":
         facts = {"checkpoint": saved.name, "step": saved.step, "host": socket.gethostname(), "pid": os.getpid()}
@@ -88,6 +98,27 @@ def evaluate(
     result = loop.evaluate(built.trainee, eval_loader(prepared, built, split), alone)
     metrics = {f"{split}/{name}": value for name, value in result.items()}
     return Evaluation(found.name, found.url, saved.name, saved.step, split, metrics)
+
+
+def _check_is_the_runs(run: Run, prepared: Prepared, split: str) -> None:
+    if prepared.source.fingerprint != run.facts()["fingerprint"]:
+        raise InputError(
+            "the data here is not the data of this run",
+            where=run.url,
+            fix="see --set data.root=DIR and data.url=URL; --data URL evaluates on other data",
+        )
+    if split not in prepared.splits:
+        there = ", ".join(prepared.splits)
+        raise InputError(f"this run has no {split} split", where=run.url, fix=f"it has: {there}")
+
+
+def _on_other_data(job: Job, url: str) -> Job:
+    if job.data.url is None:
+        raise InputError(
+            f"this run was trained on {job.data.source}, which has no URL", where=f"--data {url}", fix="use --split"
+        )
+    # No row is drawn for a split, so that the column that splits go by need not be there.
+    return job.model_copy(update={"data": job.data.model_copy(update={"url": url, "splits": RandomSplits()})})
 
 
 def _stored_job(run: Run, overrides: list[str], trust: bool) -> Job:
@@ -99,11 +130,7 @@ def _stored_job(run: Run, overrides: list[str], trust: bool) -> Job:
     """
     where = f"{run.url}/job.yaml"
     stored = parse_job(run.job_yaml(), where)
-    named = named_in(stored)
-    if named and not trust:
-        raise InputError(
-            f"this job would import {', '.join(named)}", where=where, fix="--trust allows it, if you trust this storage"
-        )
+    trust_code(run, stored, named_in(stored), trust)
     job = override_job(stored, overrides)
     if digest(identity(job, fingerprint="")) != digest(identity(stored, fingerprint="")):
         raise InputError(

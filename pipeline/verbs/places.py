@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 
-from pipeline.errors import InputError
-from pipeline.job import plain_name
-from pipeline.record.run import Run
-from pipeline.storage import Storage
+from pipeline.job import Job
+from pipeline.record.run import Run, open_run
 
 DEFAULT_STORAGE = "./runs"
 
@@ -17,6 +15,15 @@ def storage_url(flag: str | None, job_storage: str | None = None) -> str:
     return flag or os.environ.get("TRAINYARD_STORAGE") or job_storage or DEFAULT_STORAGE
 
 
+def with_whole_url(job: Job) -> Job:
+    """The job with a local `data.url` written out from the root: workers and later commands run in other folders."""
+    url = job.data.url
+    if url is None or "://" in url:
+        return job
+    whole = os.path.abspath(os.path.expanduser(url))
+    return job.model_copy(update={"data": job.data.model_copy(update={"url": whole})})
+
+
 def find_run(run: str, flag: str | None = None) -> Run:
     """The run that a URL, or a name under the storage, means.
 
@@ -24,12 +31,4 @@ def find_run(run: str, flag: str | None = None) -> Run:
     ------
     InputError: there is no such run.
     """
-    root, _, name = run.rstrip("/").rpartition("/")
-    root = root or storage_url(flag)
-    try:
-        found = Run(Storage.open(root), plain_name(name))
-    except ValueError as error:
-        raise InputError(str(error), where=run) from None
-    if not found.exists():
-        raise InputError("no such run", where=found.url, fix="`trainyard runs` lists those that are there")
-    return found
+    return open_run(run, storage_url(flag))

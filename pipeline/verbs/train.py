@@ -14,11 +14,13 @@ from pipeline.data.split import splits_table
 from pipeline.errors import BusyError, InputError, TrainyardError
 from pipeline.job import IN_PLACE_WORKERS, Job, digest, identity, plain_name
 from pipeline.job_file import dump_job, load_job, parse_job
+from pipeline.own_code import packed, sources
 from pipeline.record.attempt import peek
+from pipeline.record.columns import Columns
 from pipeline.record.run import Run
 from pipeline.record.standing import Standing, standing
 from pipeline.storage import Storage
-from pipeline.verbs.places import storage_url
+from pipeline.verbs.places import storage_url, with_whole_url
 from pipeline.worker import Order, say_for_the_dead, work
 
 
@@ -56,12 +58,16 @@ def train(
     if not isinstance(job, Job):
         words = [f"{key}={value}" for key, value in set.items()] if isinstance(set, Mapping) else set
         job = load_job(job, words)
-    prepared = prepare(job, max_steps)
+    job = with_whole_url(job)
+    root = storage_url(storage, job.storage)
+    prepared = prepare(job, max_steps, storage_url=root, say=lambda text: tell({"kind": "phase", "text": text}))
     here = job.scale.workers == IN_PLACE_WORKERS
-    build(prepared, device_kind="" if here else "cpu")  # so that what cannot be built leaves nothing behind
-    for text in prepared.warnings:
+    built = build(prepared, device_kind="" if here else "cpu")  # so that what cannot be built leaves nothing behind
+    begun = prepared.start.name if prepared.start is not None else ""
+    misfits = [f"not taken from {begun}: {text}" for text in built.misfits]
+    for text in (*prepared.warnings, *misfits):
         tell({"kind": "warning", "text": text})
-    run = _find_or_birth(prepared, name, storage, max_steps, tell)
+    run = _find_or_birth(prepared, name, root, max_steps, tell)
     order = Order(
         job=job,
         storage_url=run.root_url,
@@ -99,7 +105,7 @@ def train(
     return standing(run)
 
 
-def _find_or_birth(prepared: Prepared, name: str | None, storage: str | None, max_steps: int | None, tell: Tell) -> Run:
+def _find_or_birth(prepared: Prepared, name: str | None, root: str, max_steps: int | None, tell: Tell) -> Run:
     """The run of this job: made now, or found with the same identity.
 
     Raises
@@ -107,33 +113,41 @@ def _find_or_birth(prepared: Prepared, name: str | None, storage: str | None, ma
     InputError: a run of that name with another identity; says what differs.
     """
     job, plan = prepared.job, prepared.plan
-    own = identity(job, fingerprint=prepared.source.fingerprint, max_steps=max_steps)
+    start = prepared.start.digest if prepared.start is not None else None
+    own = identity(job, fingerprint=prepared.source.fingerprint, start=start, max_steps=max_steps)
     own_digest = digest(own)
     try:
         run_name = plain_name(name) if name else f"{job.name}-{own_digest[:8]}"
     except ValueError as error:
         raise InputError(str(error), where="--name") from None
-    run = Run(Storage.open(storage_url(storage, job.storage)), run_name)
+    run = Run(Storage.open(root), run_name)
+    code = sources(job)
     facts = {
         "identity": own_digest,
         "fingerprint": prepared.source.fingerprint,
+        "start": start,
         "max_steps": max_steps,
         "total_steps": plan.last_step,
         "steps_per_epoch": plan.steps_per_epoch,
         "cell_steps": plan.cell_steps,
+        "columns": Columns.of_job(job).to_json(),
     }
     if run.birth(dump_job(job), facts):
         run.write_splits(splits_table(prepared.splits))
+        if code:
+            run.write_code(packed(code))
         tell({"kind": "run", "run": run.name, "url": run.url, "text": "new run"})
         return run
     there = run.facts()
     if there["identity"] == own_digest:
         if not run.has_splits():  # a kill right after the birth
             run.write_splits(splits_table(prepared.splits))
+        if code and not run.has_code():
+            run.write_code(packed(code))
         tell({"kind": "run", "run": run.name, "url": run.url, "text": "found"})
         return run
     stored = parse_job(run.job_yaml(), f"{run.url}/job.yaml")
-    theirs = identity(stored, fingerprint=there["fingerprint"], max_steps=there["max_steps"])
+    theirs = identity(stored, fingerprint=there["fingerprint"], start=there.get("start"), max_steps=there["max_steps"])
     raise InputError(
         "a run of this name has another job:\n    " + "\n    ".join(differences(theirs, own)),
         where=run.url,

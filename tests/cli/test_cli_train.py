@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from pipeline.job import METRICS
 from tests.cli.cli_calls import SMALL, Trainyard, write_job
 
 
@@ -24,7 +25,7 @@ def test_a_run_leaves_what_the_readme_says(trainyard: Trainyard, tmp_path: Path)
     assert found["status"] == "finished"
     assert (found["step"], found["epoch"], found["attempts"]) == (24, 3, 1)
     assert found["best"]["metric"] == "val/loss"
-    assert set(found["metrics"]) == {"val/loss", "val/accuracy", "val/correct"}
+    assert set(found["metrics"]) == {f"val/{name}" for name in METRICS["multiclass"]}
     assert found["error"] is None
     run = Path(found["url"])
     assert run == tmp_path / "runs" / found["run"]
@@ -62,7 +63,7 @@ def test_plain_torch_loads_the_best_and_gets_the_recorded_accuracy(trainyard: Tr
     job = load_job(tmp_path / "small.yaml")
     source = open_source(job)
     train_rows = splits.loc[splits["split"] == "train", "row"].to_numpy()
-    prepare = fit_preprocess(job, source.train, train_rows).to(torch.device("cpu"), torch.float32)
+    prepare = fit_preprocess(job, source, train_rows).to(torch.device("cpu"), torch.float32)
     outputs = model(prepare(torch.from_numpy(source.train.inputs[rows])))
     correct = int((outputs.argmax(1) == torch.from_numpy(source.train.targets[rows])).sum())
     assert evaluated["metrics"]["val/correct"] == correct

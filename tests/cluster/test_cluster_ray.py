@@ -151,8 +151,8 @@ class Scrape(threading.Thread):
             except OSError:
                 continue
 
-    def values(self, name: str, split: str, rank: int) -> set[float]:
-        lines = [line for line in self.text.splitlines() if line.startswith(f"ray_{name}{{")]
+    def values(self, run: str, name: str, split: str, rank: int) -> set[float]:
+        lines = [line for line in self.text.splitlines() if line.startswith(f"ray_{name}{{") and f'run="{run}"' in line]
         own = [line for line in lines if f'split="{split}"' in line and f'rank="{rank}"' in line]
         return {float(line.rpartition(" ")[2]) for line in own}
 
@@ -182,12 +182,12 @@ def test_two_workers_give_the_curve_of_one_process_and_show_it_on_the_head(clust
 
     scrape.join()
     logged = set(read_log(two, "evals")["loss"].to_pylist())
-    shown = scrape.values("trainyard_loss", "val", rank=0)
+    shown = scrape.values(two.name, "trainyard_loss", "val", rank=0)
     assert shown
     assert all(any(value == pytest.approx(loss, rel=1e-6) for loss in logged) for value in shown)
-    assert 286 >= max(scrape.values("trainyard_step", "train_steps", rank=0)) > 50
-    assert max(scrape.values("trainyard_epoch", "train_steps", rank=0)) > 2
-    assert max(scrape.values("trainyard_samples_per_second", "train_steps", rank=0)) > 0
+    assert 286 >= max(scrape.values(two.name, "trainyard_step", "train_steps", rank=0)) > 50
+    assert max(scrape.values(two.name, "trainyard_epoch", "train_steps", rank=0)) > 2
+    assert max(scrape.values(two.name, "trainyard_samples_per_second", "train_steps", rank=0)) > 0
 
 
 @pytest.mark.parametrize(("workers", "victim"), [(2, "rank 0"), (3, "another")])

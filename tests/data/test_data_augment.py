@@ -1,16 +1,43 @@
-"""Crops and flips, against the same done one image at a time."""
+"""Changes of images, against the same done one image at a time, and against torchvision."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as reference
 
-from pipeline.data.augment import augmented, draw
+from pipeline.data.augment import (
+    Draws,
+    Mix,
+    augmented,
+    check_images,
+    draw,
+    draw_partners,
+    draw_shares,
+    is_wanted,
+    needed,
+)
 from pipeline.data.sampler import share
-from pipeline.job import Augment
+from pipeline.errors import DataError
+from pipeline.job import Augment, Jitter
+
+EVERYTHING = Augment(crop=2, flip=True, rotate=30, jitter=Jitter(brightness=0.4, contrast=0.4, saturation=0.4))
+
+
+def windows(spec: Augment, seed: int, step: int, rows: int) -> np.ndarray:
+    drawn = draw(spec, seed, step, rows).windows
+    assert drawn is not None
+    return drawn.numpy()
+
+
+def random_images(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
 
 
 def one_at_a_time(spec: Augment, images: np.ndarray, draws: np.ndarray) -> np.ndarray:
@@ -29,49 +56,215 @@ def one_at_a_time(spec: Augment, images: np.ndarray, draws: np.ndarray) -> np.nd
     height=st.integers(1, 7),
     width=st.integers(1, 7),
     crop=st.integers(0, 4),
-    flip=st.booleans(),
     dtype=st.sampled_from(["uint8", "float32", "float64"]),
     seed=st.integers(0, 99),
 )
 @settings(deadline=None)
-def test_equals_one_image_at_a_time(
-    rows: int, channels: tuple[int, ...], height: int, width: int, crop: int, flip: bool, dtype: str, seed: int
+def test_windows_equal_one_image_at_a_time(
+    rows: int, channels: tuple[int, ...], height: int, width: int, crop: int, dtype: str, seed: int
 ) -> None:
-    spec = Augment(crop=crop, flip=flip)
+    spec = Augment(crop=crop, flip=True)
     images = np.random.default_rng(seed).integers(1, 256, (rows, *channels, height, width)).astype(dtype)
-    draws = draw(spec, seed, 1, rows)
-    changed = augmented(spec, torch.from_numpy(images), torch.from_numpy(draws))
+    changed = augmented(spec, torch.from_numpy(images), draw(spec, seed, 1, rows))
     assert changed.dtype == torch.from_numpy(images).dtype
-    assert np.array_equal(changed.numpy(), one_at_a_time(spec, images, draws))
+    assert np.array_equal(changed.numpy(), one_at_a_time(spec, images, windows(spec, seed, 1, rows)))
 
 
-@given(rows=st.integers(1, 20), world_size=st.integers(1, 5), seed=st.integers(0, 9))
-@settings(deadline=None, max_examples=30)
-def test_shares_of_the_change_are_changes_of_the_shares(rows: int, world_size: int, seed: int) -> None:
-    spec = Augment(crop=2, flip=True)
-    images = torch.arange(rows * 25).view(rows, 5, 5)
-    draws = torch.from_numpy(draw(spec, seed, 3, rows))
-    parts = [share(rows, rank, world_size) for rank in range(world_size)]
-    together = torch.cat([augmented(spec, images[part], draws[part]) for part in parts])
-    assert torch.equal(together, augmented(spec, images, draws))
+def test_windows_are_drawn_as_ever() -> None:
+    # A run of before goes on as it began.
+    assert windows(Augment(crop=4, flip=True), 1, 1, 4).tolist() == [[4, 1, 1], [4, 1, 0], [6, 3, 0], [0, 8, 0]]
 
 
-def test_draws() -> None:
-    spec = Augment(crop=4, flip=True)
-    draws = draw(spec, 1, 1, 9000)
+@given(
+    rows=st.integers(1, 20),
+    world_size=st.integers(1, 5),
+    seed=st.integers(0, 9),
+    channels=st.sampled_from([(), (1,), (3,)]),
+    dtype=st.sampled_from([torch.uint8, torch.float32, torch.float64]),
+    size=st.sampled_from([(5, 5), (9, 4), (1, 1), (40, 33)]),
+    alpha=st.sampled_from([0.0, 0.2, 2.0]),
+)
+@settings(deadline=None, max_examples=100)
+def test_shares_of_the_change_are_changes_of_the_shares(
+    rows: int,
+    world_size: int,
+    seed: int,
+    channels: tuple[int, ...],
+    dtype: torch.dtype,
+    size: tuple[int, int],
+    alpha: float,
+) -> None:
+    spec = EVERYTHING.model_copy(update={"mixup": alpha})
+    images, labels = random_images(rows, *channels, *size, seed=seed).to(dtype), torch.arange(rows) % 4
+    partners, shares = draw_partners(seed, 3, rows), draw_shares(alpha, seed, 3, rows) if alpha else np.ones(rows)
+
+    def changed(mine: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        positions = needed(seed, 3, rows, mine)
+        mix = Mix.of(positions, mine, partners, shares)
+        whole = augmented(spec, images[positions], draw(spec, seed, 3, rows).of(positions))
+        return mix.images(whole), mix.targets(labels[positions], 4)
+
+    parts = [changed(share(rows, rank, world_size)) for rank in range(world_size)]
+    for ours, whole in zip(map(torch.cat, zip(*parts, strict=True)), changed(slice(0, rows)), strict=True):
+        assert torch.equal(ours, whole)
+
+
+@pytest.mark.parametrize("size", [(200, 200), (300, 7)])
+def test_a_large_image_is_changed_alone_as_in_a_batch(size: tuple[int, int]) -> None:
+    # Torch sums a single large image in other portions than several, which floats would show.
+    images, draws = random_images(5, 3, *size), draw(EVERYTHING, 1, 1, 5)
+    together = augmented(EVERYTHING, images, draws)
+    for row in range(5):
+        assert torch.equal(
+            augmented(EVERYTHING, images[row : row + 1], draws.of(np.array([row]))), together[row : row + 1]
+        )
+
+
+def test_windows() -> None:
+    drawn = windows(Augment(crop=4, flip=True), 1, 1, 9000)
     for axis in (0, 1):
-        counts = np.bincount(draws[:, axis], minlength=9)
+        counts = np.bincount(drawn[:, axis], minlength=9)
         assert len(counts) == 9
         assert (np.abs(counts - 1000) < 150).all()  # five deviations
-    assert 4250 < draws[:, 2].sum() < 4750
-    assert abs(np.corrcoef(draws.T)[np.triu_indices(3, 1)]).max() < 0.05
-    assert np.array_equal(draws, draw(spec, 1, 1, 9000))
-    assert not np.array_equal(draws, draw(spec, 1, 2, 9000))
-    assert not np.array_equal(draws, draw(spec, 2, 1, 9000))
+    assert 4250 < drawn[:, 2].sum() < 4750
+    assert abs(np.corrcoef(drawn.T)[np.triu_indices(3, 1)]).max() < 0.05
+
+
+def test_draws_follow_from_seed_and_step() -> None:
+    def drawn(seed: int, step: int) -> list[np.ndarray]:
+        draws = draw(EVERYTHING, seed, step, 50)
+        tensors = [draws.windows, draws.turns, draws.factors]
+        arrays = [values.numpy() for values in tensors if values is not None]
+        return [*arrays, draw_partners(seed, step, 50), draw_shares(0.4, seed, step, 50)]
+
+    for ours, again, *others in zip(drawn(1, 1), drawn(1, 1), drawn(1, 2), drawn(2, 1), strict=True):
+        assert np.array_equal(ours, again)
+        assert not any(np.array_equal(ours, other) for other in others)
+
+
+def test_turns_and_factors_are_uniform() -> None:
+    spec = Augment(rotate=30, jitter=Jitter(brightness=0.2, contrast=0.4))
+    draws = draw(spec, 1, 1, 20_000)
+    assert draws.turns is not None
+    assert draws.factors is not None
+    cosine, sine = draws.turns.double().numpy().T
+    angles = np.rad2deg(np.arctan2(sine, cosine))
+    brightness, contrast, saturation = draws.factors.numpy().T
+    for values, low, high in ((angles, -30, 30), (brightness, 0.8, 1.2), (contrast, 0.6, 1.4)):
+        counts = np.histogram(values, bins=10, range=(low, high))[0]
+        assert counts.sum() == 20_000
+        assert (np.abs(counts - 2000) < 220).all()  # five deviations
+    assert (saturation == 1).all()
+    assert abs(np.corrcoef([angles, brightness, contrast])[np.triu_indices(3, 1)]).max() < 0.04
 
 
 @pytest.mark.parametrize("spec", [Augment(crop=3), Augment(flip=True)])
 def test_only_what_is_asked_for(spec: Augment) -> None:
-    draws = draw(spec, 1, 1, 100)
-    assert (draws[:, 2].max() == 1) == spec.flip
-    assert draws[:, :2].max() == 2 * spec.crop
+    drawn = windows(spec, 1, 1, 100)
+    assert (drawn[:, 2].max() == 1) == spec.flip
+    assert drawn[:, :2].max() == 2 * spec.crop
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [({}, False), ({"crop": 1}, True), ({"flip": True}, True), ({"rotate": 1}, True), ({"mixup": 0.1}, True)]
+    + [({"jitter": {name: 0.1}}, True) for name in ("brightness", "contrast", "saturation")],
+)
+def test_what_is_wanted(changes: dict[str, Any], wanted: bool) -> None:
+    assert is_wanted(Augment(**changes)) == wanted
+
+
+def turned(images: torch.Tensor, degrees: float) -> torch.Tensor:
+    angle = np.deg2rad(degrees)
+    turns = torch.tensor([[np.cos(angle), np.sin(angle)]], dtype=torch.float32).expand(len(images), 2)
+    return augmented(Augment(rotate=180), images, Draws(turns=turns))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 6), (5, 12)])
+def test_quarter_turns_are_exact(size: tuple[int, int]) -> None:
+    images = random_images(2, 3, *size)
+    assert torch.allclose(turned(images, 0), images.float(), atol=1e-3)
+    assert torch.allclose(turned(images, 180), images.flip(2, 3).float(), atol=0.05)
+    square = random_images(2, 7, 7)
+    assert torch.allclose(turned(square, 90), square.rot90(1, (1, 2)).float(), atol=0.05)
+
+
+@pytest.mark.parametrize("degrees", [7.0, -33.0, 120.0])
+def test_turns_are_torchvisions(degrees: float) -> None:
+    images = random_images(3, 3, 16, 11)
+    ours = turned(images, degrees)
+    theirs = reference.rotate(images.float(), degrees, v2.InterpolationMode.BILINEAR)
+    assert ours.dtype == torch.float32
+    assert torch.allclose(ours, theirs, atol=0.05)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colours_are_torchvisions(channels: int) -> None:
+    images, spec = (
+        random_images(6, channels, 9, 7),
+        Augment(jitter=Jitter(brightness=0.8, contrast=0.8, saturation=0.8)),
+    )
+    draws = draw(spec, 1, 1, 6)
+    assert draws.factors is not None
+    expected = []
+    for image, (brightness, contrast, saturation) in zip(images.float() / 255, draws.factors.tolist(), strict=True):
+        changed = reference.adjust_contrast(reference.adjust_brightness(image, brightness), contrast)
+        expected.append(reference.adjust_saturation(changed, saturation))
+    ours = augmented(spec, images, draws)
+    assert torch.allclose(ours, torch.stack(expected) * 255, atol=1e-2)
+    assert ours.min() == 0
+    assert ours.max() == 255
+
+
+def test_colours_of_floats_have_no_bounds() -> None:
+    images = random_images(4, 3, 5, 5).float() * 100
+    spec = Augment(jitter=Jitter(brightness=1))
+    draws = draw(spec, 1, 1, 4)
+    assert draws.factors is not None
+    assert torch.allclose(augmented(spec, images, draws), images * draws.factors[:, :1, None, None], rtol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.01, 0.2, 0.5, 1.0, 4.0, 100.0])
+def test_shares_are_beta(alpha: float) -> None:
+    count = 100_000
+    shares = draw_shares(alpha, 1, 1, count)
+    assert np.isfinite(shares).all()
+    assert ((shares >= 0) & (shares <= 1)).all()
+    central = shares - 0.5
+    # Central moments of Beta(a, a): odd ones are 0; E x^2 = 1 / (4 (2a + 1)); E x^4 = 3 / (16 (2a + 1)(2a + 3)).
+    second, fourth = 1 / (4 * (2 * alpha + 1)), 3 / (16 * (2 * alpha + 1) * (2 * alpha + 3))
+    sixth = 15 / (64 * (2 * alpha + 1) * (2 * alpha + 3) * (2 * alpha + 5))
+    for power, expected in ((1, 0.0), (2, second), (3, 0.0), (4, fourth), (6, sixth)):
+        values = central**power
+        assert abs(values.mean() - expected) < 5 * values.std() / np.sqrt(count)
+
+
+def test_shares_of_one_are_uniform() -> None:
+    counts = np.histogram(draw_shares(1.0, 1, 1, 50_000), bins=20, range=(0, 1))[0]
+    assert (np.abs(counts - 2500) < 250).all()  # five deviations
+
+
+def test_partners_are_everybody_once() -> None:
+    partners = draw_partners(1, 1, 100)
+    assert sorted(partners) == list(range(100))
+
+
+def test_mixing() -> None:
+    positions, mine = np.array([2, 3, 0, 5]), slice(2, 4)
+    partners, shares = np.array([0, 0, 5, 0, 0, 0]), np.array([0, 0, 0.75, 0.5, 0, 0])
+    mix = Mix.of(positions, mine, partners, shares)
+    images = torch.tensor([[[0]], [[100]], [[50]], [[200]]], dtype=torch.uint8)
+    assert mix.images(images).flatten().tolist() == [50.0, 75.0]
+    assert mix.targets(torch.tensor([0, 1, 2, 1]), 3).tolist() == [[0.75, 0.25, 0], [0, 0.5, 0.5]]
+    numbers = torch.tensor([[1.0, 2], [3, 4], [5, 6], [9, 10]], dtype=torch.float64)
+    assert torch.equal(mix.targets(numbers, 0), torch.tensor([[3.0, 4], [4, 5]], dtype=torch.float64))
+
+
+def test_what_cannot_be_augmented() -> None:
+    check_images(EVERYTHING, (3, 4, 4))
+    check_images(EVERYTHING, (4, 4))
+    check_images(Augment(crop=1), (7, 4, 4))
+    with pytest.raises(DataError, match=r"data\.augment"):
+        check_images(Augment(mixup=1), (5,))
+    with pytest.raises(DataError, match=r"data\.augment\.jitter"):
+        check_images(EVERYTHING, (4, 4, 4))

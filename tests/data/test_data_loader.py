@@ -19,12 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import tensors
-from pipeline.data.augment import augmented, draw
+from pipeline.data.augment import augmented, draw, draw_partners, draw_shares
 from pipeline.data.loader import EvalLoader, TrainLoader
-from pipeline.data.sampler import GlobalBatches
-from pipeline.data.sources import Arrays
+from pipeline.data.sampler import GlobalBatches, share
+from pipeline.data.sources import Arrays, open_source
+from pipeline.data.sources.image_folder.decoder import Pictures
 from pipeline.errors import DataError, WorkError
-from pipeline.job import Augment, Loader
+from pipeline.job import Augment, Jitter, Loader
+from tests.data.picture_files import contents, picture_job, write
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,6 +59,7 @@ def train_loader(data: Arrays, rows: np.ndarray, **changes: Any) -> TrainLoader:
         "device": torch.device("cpu"),
         "augment": Augment(),
         "seed": 5,
+        "classes": len(data),
     }
     return TrainLoader(data, rows, batches, **{**settings, **changes})
 
@@ -77,6 +80,10 @@ def assert_same(ours: list[Any], theirs: list[Any]) -> None:
         )
 
 
+EVERYTHING = Augment(
+    crop=1, flip=True, rotate=20, jitter=Jitter(brightness=0.2, contrast=0.2, saturation=0.2), mixup=0.3
+)
+
 ROWS = np.arange(3, 56, 2)
 """27 rows: three batches of 7, and one of 6."""
 
@@ -94,8 +101,8 @@ def test_batches_are_the_rows_of_their_steps(device: torch.device, shuffle: bool
 def test_processes_change_nothing(
     device: torch.device, processes: int, fetch_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.data.processes.FETCH_BYTES", fetch_bytes)
-    changes: dict[str, Any] = {"augment": Augment(crop=1, flip=True), "device": device, "world_size": 4, "rank": 1}
+    monkeypatch.setattr("pipeline.data.shares.FETCH_BYTES", fetch_bytes)
+    changes: dict[str, Any] = {"augment": EVERYTHING, "device": device, "world_size": 4, "rank": 1}
     without = collected(train_loader(arrays(), ROWS, **changes))
     assert_same(collected(train_loader(arrays(), ROWS, processes=processes, **changes)), without)
     assert multiprocessing.active_children() == []
@@ -106,9 +113,9 @@ def test_processes_change_nothing(
     batch_size=st.integers(1, 12),
     world_size=st.integers(1, 4),
     first=st.integers(1, 20),
-    augment=st.sampled_from([Augment(), Augment(crop=2, flip=True)]),
+    augment=st.sampled_from([Augment(), Augment(crop=2, flip=True), EVERYTHING]),
 )
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 def test_shares_make_the_global_batch(
     count: int, batch_size: int, world_size: int, first: int, augment: Augment
 ) -> None:
@@ -140,13 +147,43 @@ def test_augmentation_is_drawn_for_the_global_batch(device: torch.device) -> Non
     expected = [
         (
             step,
-            augmented(spec, torch.from_numpy(inputs), torch.from_numpy(draw(spec, 5, step, len(inputs)))).numpy(),
+            augmented(spec, torch.from_numpy(inputs), draw(spec, 5, step, len(inputs))).numpy(),
             ids,
         )
         for step, inputs, ids in plain
     ]
     assert_same(collected(train_loader(data, ROWS, augment=spec, device=device)), expected)
     assert not np.array_equal(expected[0][1], plain[0][1])
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_mixup_mixes_samples_with_others_of_the_global_batch(device: torch.device, world_size: int) -> None:
+    data, spec = arrays(), Augment(mixup=0.4)
+    for rank in range(world_size):
+        changes: dict[str, Any] = {"rank": rank, "world_size": world_size, "device": device, "last_step": 4}
+        plain = collected(train_loader(data, ROWS, **changes))
+        whole = collected(train_loader(data, ROWS, last_step=4))
+        mixed = collected(train_loader(data, ROWS, augment=spec, **changes))
+        for (_, _, ids), (_, _, batch), (step, inputs, targets) in zip(plain, whole, mixed, strict=True):
+            mine = share(len(batch), rank, world_size)
+            partners = batch[draw_partners(5, step, len(batch))][mine]
+            shares = draw_shares(0.4, 5, step, len(batch))[mine]
+            expected = np.zeros((len(ids), len(data)))
+            np.add.at(expected, (np.arange(len(ids)), ids), shares)
+            np.add.at(expected, (np.arange(len(ids)), partners), 1 - shares)
+            assert inputs.dtype == targets.dtype == np.dtype("float32")
+            assert np.allclose(targets, expected, atol=1e-6)
+            kept = shares[:, None, None]
+            assert np.allclose(inputs, kept * data.inputs[ids] + (1 - kept) * data.inputs[partners], atol=1e-3)
+
+
+def test_mixed_numbers_stay_numbers() -> None:
+    data = arrays()
+    numbers = Arrays(data.inputs, data.targets[:, None].astype(np.float64))
+    (_, _, labels), *_ = collected(train_loader(data, ROWS, augment=Augment(mixup=1)))
+    (_, _, mixed), *_ = collected(train_loader(numbers, ROWS, augment=Augment(mixup=1), classes=0))
+    assert mixed.dtype == np.float64
+    assert np.allclose(mixed[:, 0], labels @ np.arange(len(data)), atol=1e-4)
 
 
 def test_columns_cannot_be_augmented() -> None:
@@ -213,6 +250,67 @@ def test_read_only_arrays_can_be_loaded() -> None:
     assert len(collected(train_loader(data, ROWS))) == 12
 
 
+def test_memory_mapped_arrays_stay_on_disk(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensors, "BLOCK_BYTES", 100)  # several blocks to a GPU
+    data = arrays()
+    np.save(tmp_path / "inputs.npy", data.inputs)
+    mapped = Arrays(np.load(tmp_path / "inputs.npy", mmap_mode="r"), data.targets)
+    assert_same(
+        collected(train_loader(mapped, ROWS, device=device)), collected(train_loader(data, ROWS, device=device))
+    )
+    here = tensors.place(mapped, ROWS, torch.device("cpu"))
+    assert isinstance(here.inputs, torch.Tensor)
+    assert np.shares_memory(here.inputs.numpy(), mapped.inputs)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Callable[[float], Arrays]:
+    """The same pictures, in memory or on demand."""
+    url = write(tmp_path / "pictures", contents(each=20))
+
+    def open_with(in_memory_mb: float) -> Arrays:
+        cache = {"in_memory_mb": in_memory_mb, "max_gb": 1e-5, "folder": str(tmp_path / "cache")}
+        return open_source(picture_job(url, cache=cache, resize=[9, 8])).train
+
+    return open_with
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize("augment", [Augment(), EVERYTHING])
+def test_pictures_on_demand_are_those_in_memory(
+    device: torch.device, pictures: Callable[[float], Arrays], processes: int, augment: Augment
+) -> None:
+    in_memory, on_demand = pictures(1), pictures(0)
+    assert isinstance(on_demand.inputs, Pictures)
+    changes: dict[str, Any] = {"augment": augment, "device": device, "world_size": 3, "rank": 1}
+    wanted = collected(train_loader(in_memory, ROWS, **changes))
+    assert_same(collected(train_loader(on_demand, ROWS, processes=processes, **changes)), wanted)
+    for ids in (np.arange(10, 40), ROWS):
+        loaders = [
+            EvalLoader(data, ids, rank=0, world_size=2, batch_size=8, device=device) for data in (in_memory, on_demand)
+        ]
+        for ours, theirs in zip(*loaders, strict=True):
+            assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_broken_picture_ends_training(pictures: Callable[[float], Arrays], tmp_path: Path, processes: int) -> None:
+    on_demand = pictures(0)
+    (tmp_path / "pictures/bee/7.png").write_bytes(b"no picture")
+    with (
+        train_loader(on_demand, np.arange(60), processes=processes) as loader,
+        pytest.raises(
+            WorkError,
+            match=r"^data\.url: .*: the picture bee/7\.png is broken: no picture that Pillow knows",
+        ),
+    ):
+        for _ in loader:
+            pass
+    assert multiprocessing.active_children() == []
+
+
 def endless(processes: int = 2) -> TrainLoader:
     return train_loader(arrays(), ROWS, processes=processes, last_step=10**6)
 
@@ -233,8 +331,8 @@ def test_closing_early_ends_the_processes() -> None:
 
 SIGNALLED = """
 import os, signal, sys
-sys.path.insert(0, "tests/data")
-from test_data_loader import endless
+sys.path.insert(0, ".")
+from tests.data.test_data_loader import endless
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda *_: None)
 batches = iter(endless(processes=1))
@@ -288,8 +386,8 @@ def is_gone(pid: int) -> bool:
 def test_loader_processes_follow_a_killed_worker_at_once() -> None:
     program = """
 import multiprocessing, sys, time
-sys.path.insert(0, "tests/data")
-from test_data_loader import endless
+sys.path.insert(0, ".")
+from tests.data.test_data_loader import endless
 batches = iter(endless())
 next(batches)
 print(*[child.pid for child in multiprocessing.active_children()], flush=True)

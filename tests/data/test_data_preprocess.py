@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import statistics
-from pipeline.data.preprocess import Preprocess, fit_preprocess
-from pipeline.data.sources import Arrays
+from pipeline.data.preprocess import SamplePreprocess, fit_preprocess, preprocess_from_json
+from pipeline.data.sources import Arrays, Source
 from pipeline.errors import DataError
 from pipeline.job import Job
 from pipeline.job_file import build_job
@@ -26,8 +26,8 @@ def job(normalize: Any) -> Job:
     return build_job({"name": "t", "data": {"normalize": normalize}}, "test")
 
 
-def arrays(inputs: np.ndarray) -> Arrays:
-    return Arrays(inputs, np.zeros(len(inputs), np.int64))
+def source(inputs: np.ndarray) -> Source:
+    return Source(Arrays(inputs, np.zeros(len(inputs), np.int64)), None, (), "fingerprint")
 
 
 def make(shape: tuple[int, ...], dtype: str, seed: int = 0) -> np.ndarray:
@@ -57,14 +57,16 @@ def reference(kind: str, inputs: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def test_equals_numpy(kind: str, dtype: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "BLOCK_VALUES", 100)  # several blocks, the last one short
     inputs, rows = make(shape, dtype), np.arange(0, 33)
-    preprocess = fit_preprocess(job(kind), arrays(inputs), rows)
+    preprocess = fit_preprocess(job(kind), source(inputs), rows)
     expected = reference(kind, inputs, rows)
     raw = torch.from_numpy(inputs.copy())
     for wanted, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         prepared = preprocess.to(CPU, wanted)(raw)
         assert prepared.dtype == wanted
         assert tuple(prepared.shape[1:]) == preprocess.output_shape == expected.shape[1:]
+        assert isinstance(preprocess, SamplePreprocess)
         assert preprocess.channels == expected.shape[1]
+        assert (preprocess.code_sizes, preprocess.schema) == ((), None)
         np.testing.assert_allclose(prepared.numpy(), expected, rtol=tolerance, atol=tolerance)
         prepared.add_(1)
         assert np.array_equal(raw.numpy(), inputs)  # never shares memory with the data
@@ -80,7 +82,7 @@ def test_is_fitted_on_the_training_rows_alone(kind: str, dtype: str, rows: list[
     inputs, ids = make((30, 3), dtype), np.array(sorted(rows))
     changed = inputs.copy()
     changed[np.setdiff1d(np.arange(30), ids)] = 99
-    fitted = [fit_preprocess(job(kind), arrays(values), ids) for values in (inputs, changed)]
+    fitted = [fit_preprocess(job(kind), source(values), ids) for values in (inputs, changed)]
     assert fitted[0] == fitted[1]
     np.testing.assert_allclose(
         fitted[0].to(CPU, torch.float64)(torch.from_numpy(inputs)), reference(kind, inputs, ids), atol=1e-9
@@ -89,7 +91,7 @@ def test_is_fitted_on_the_training_rows_alone(kind: str, dtype: str, rows: list[
 
 def test_unit_is_what_torchvision_gives() -> None:
     levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
-    prepared = fit_preprocess(job("unit"), arrays(levels), np.array([0])).to(CPU, torch.float32)(
+    prepared = fit_preprocess(job("unit"), source(levels), np.array([0])).to(CPU, torch.float32)(
         torch.from_numpy(levels)
     )
     assert torch.equal(prepared, torch.from_numpy(levels)[:, None].to(torch.float32).div(255))
@@ -100,34 +102,72 @@ def test_unit_is_what_torchvision_gives() -> None:
 def test_a_constant_column_becomes_zero(constant: float, dtype: str) -> None:
     inputs = np.full((1000, 2), constant, dtype=dtype)
     inputs[:, 1] = np.arange(1000)
-    preprocess = fit_preprocess(job("standard"), arrays(inputs), np.arange(1000))
+    preprocess = fit_preprocess(job("standard"), source(inputs), np.arange(1000))
+    assert isinstance(preprocess, SamplePreprocess)
     assert preprocess.std[0] == 1
     assert preprocess.to(CPU, torch.float32)(torch.from_numpy(inputs))[:, 0].abs().max() < 1e-6 * abs(constant)
 
 
 def test_columns_far_from_zero_keep_their_digits() -> None:
     inputs = (1.7e9 + 128 * np.arange(-512, 513)[:, None]).astype(np.float32)  # seconds since 1970
-    preprocess = fit_preprocess(job("standard"), arrays(inputs), np.arange(1025))
+    preprocess = fit_preprocess(job("standard"), source(inputs), np.arange(1025))
     expected = reference("standard", inputs, np.arange(1025))
     np.testing.assert_allclose(preprocess.to(CPU, torch.float32)(torch.from_numpy(inputs)), expected, atol=1e-5)
 
 
 def test_given_numbers() -> None:
     images = make((5, 3, 4, 4), "uint8")
-    preprocess = fit_preprocess(job({"mean": [0.1, 0.2, 0.3], "std": [1, 2, 4]}), arrays(images), np.arange(5))
+    preprocess = fit_preprocess(job({"mean": [0.1, 0.2, 0.3], "std": [1, 2, 4]}), source(images), np.arange(5))
     expected = (images / 255 - np.array([0.1, 0.2, 0.3]).reshape(3, 1, 1)) / np.array([1, 2, 4]).reshape(3, 1, 1)
     np.testing.assert_allclose(preprocess.to(CPU, torch.float64)(torch.from_numpy(images)), expected)
     columns = make((5, 3), "float32")
-    one_for_all = fit_preprocess(job({"mean": 1, "std": 2}), arrays(columns), np.arange(5))
+    one_for_all = fit_preprocess(job({"mean": 1, "std": 2}), source(columns), np.arange(5))
     np.testing.assert_allclose(
         one_for_all.to(CPU, torch.float64)(torch.from_numpy(columns)), (columns.astype(float) - 1) / 2
     )
+
+
+def test_imagenet_is_what_torchvision_expects() -> None:
+    from torchvision.models import ResNet18_Weights
+
+    images = make((5, 3, 8, 8), "uint8")
+    prepared = fit_preprocess(job("imagenet"), source(images), np.arange(5)).to(CPU, torch.float32)
+    expected = ResNet18_Weights.DEFAULT.transforms(crop_size=8, resize_size=8)(torch.from_numpy(images))
+    np.testing.assert_allclose(prepared(torch.from_numpy(images)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "meant"), [("uint8", "unit"), ("float32", "standard")])
+def test_auto(dtype: str, meant: str) -> None:
+    images = source(make((5, 3, 4, 4), dtype))
+    auto, said = (fit_preprocess(job(kind), images, np.arange(5)) for kind in ("auto", meant))
+    assert auto == said
+
+
+class OnDemand:
+    """Pictures that are only decoded when rows are asked for."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.shape, self.dtype, self.ndim, self._values = values.shape, values.dtype, values.ndim, values
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        assert isinstance(rows, np.ndarray)
+        decoded: np.ndarray = self._values[rows]
+        return decoded
+
+
+@pytest.mark.parametrize("kind", ["auto", "standard", "scalar"])
+def test_inputs_that_are_decoded_on_demand(kind: str) -> None:
+    images = make((5, 3, 4, 4), "uint8")
+    lazy: Any = OnDemand(images)
+    on_demand = Source(Arrays(lazy, np.zeros(5, np.int64)), None, (), "fingerprint")
+    assert fit_preprocess(job(kind), on_demand, np.arange(3)) == fit_preprocess(job(kind), source(images), np.arange(3))
 
 
 @pytest.mark.parametrize(
     ("normalize", "dtype", "where", "word"),
     [
         ("unit", "float32", "data.normalize", "float32"),
+        ("imagenet", "float32", "data.normalize", "(3,)"),
         ({"mean": [1, 2], "std": 1}, "float32", "data.normalize.mean", "2 numbers for 3"),
         ({"mean": 1, "std": [1, 2]}, "float32", "data.normalize.std", "2 numbers for 3"),
         ({"mean": 1, "std": 0}, "float32", "data.normalize.std", "0.0"),
@@ -135,7 +175,7 @@ def test_given_numbers() -> None:
 )
 def test_what_does_not_fit(normalize: Any, dtype: str, where: str, word: str) -> None:
     with pytest.raises(DataError) as refused:
-        fit_preprocess(job(normalize), arrays(make((5, 3), dtype)), np.arange(5))
+        fit_preprocess(job(normalize), source(make((5, 3), dtype)), np.arange(5))
     assert refused.value.where == where
     assert word in refused.value.what
     assert refused.value.fix
@@ -143,12 +183,12 @@ def test_what_does_not_fit(normalize: Any, dtype: str, where: str, word: str) ->
 
 @pytest.mark.parametrize("kind", ["none", "unit", "scalar", "standard"])
 def test_stored_and_read_back(kind: str) -> None:
-    fitted = fit_preprocess(job(kind), arrays(make((20, 3, 4, 4), "uint8")), np.arange(20))
-    assert Preprocess.from_json(json.loads(json.dumps(fitted.to_json()))) == fitted
+    fitted = fit_preprocess(job(kind), source(make((20, 3, 4, 4), "uint8")), np.arange(20))
+    assert preprocess_from_json(json.loads(json.dumps(fitted.to_json()))) == fitted
 
 
 @pytest.mark.parametrize("damage", [{"version": 99}, {"kind": "x"}, {"mean": None}, {"sample_shape": ["a"]}])
 def test_damaged_ones_are_refused(damage: dict[str, Any]) -> None:
-    stored = fit_preprocess(job("standard"), arrays(make((20, 3), "uint8")), np.arange(20)).to_json()
+    stored = fit_preprocess(job("standard"), source(make((20, 3), "uint8")), np.arange(20)).to_json()
     with pytest.raises(DataError, match=r"preprocess\.json"):
-        Preprocess.from_json({**stored, **damage})
+        preprocess_from_json({**stored, **damage})

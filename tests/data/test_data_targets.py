@@ -2,78 +2,96 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pipeline.data.sources import Arrays, Source, make_source
-from pipeline.data.targets import class_count, class_counts, class_names, prepare_targets
-from pipeline.errors import DataError
-from pipeline.job import Task
+from pipeline.data.sources import Arrays, Source
+from pipeline.data.split import Rows, make_splits
+from pipeline.data.targets.fitting import Targets, class_counts, fit_targets
+from pipeline.errors import DataError, JobError
+from pipeline.job_file import build_job
 
 
-def source(targets: Any, test: Any = None, classes: tuple[str, ...] = ()) -> Source:
+def source(targets: Any, test: Any = None, classes: tuple[str, ...] = (), names: tuple[str, ...] = ()) -> Source:
     def arrays(values: Any) -> Arrays:
         return Arrays(np.zeros((len(values), 1), np.float32), np.asarray(values))
 
-    return make_source(arrays(targets), None if test is None else arrays(test), classes)
+    return Source(arrays(targets), None if test is None else arrays(test), classes, "fingerprint", label_names=names)
+
+
+def split(data: Source, train: int | None = None) -> dict[str, Rows]:
+    """The first rows train, the others validate."""
+    rows = np.arange(len(data.train))
+    splits = {"train": Rows("train", rows[:train])}
+    if train is not None and train < len(rows):
+        splits["val"] = Rows("train", rows[train:])
+    if data.test is not None:
+        splits["test"] = Rows("test", np.arange(len(data.test)))
+    return splits
+
+
+def fit(data: Source, task: Any, train: int | None = None) -> Targets:
+    table = {"data": {"source": "parquet", "url": "some/table", "label": "colour"}} if data.label_names else {}
+    return fit_targets(build_job({"name": "t", "task": task, **table}, "test"), data, split(data, train))
+
+
+def refused(data: Source, task: Any, train: int | None = None) -> DataError:
+    with pytest.raises(DataError) as error:
+        fit(data, task, train)
+    assert error.value.fix
+    return error.value
 
 
 @pytest.mark.parametrize(
     "targets", [np.array([2, 0, 1]), np.array([2.0, 0.0, 1.0], np.float32), np.array([[2], [0], [1]])]
 )
 def test_multiclass(targets: np.ndarray) -> None:
-    prepared = prepare_targets(targets, Task(kind="multiclass"))
+    prepared = fit(source(targets), "multiclass").prepare(targets)
     assert prepared.dtype == np.int64
     assert prepared.tolist() == [2, 0, 1]
 
 
 def test_binary() -> None:
-    prepared = prepare_targets(np.array([5, 2, 0, 5]), Task(kind="binary", positive=[0, 5]))
+    data = source([5, 2, 0, 5])
+    prepared = fit(data, {"kind": "binary", "positive": [0, 5]}).prepare(data.train.targets)
     assert prepared.dtype == np.float32
     assert prepared.tolist() == [1, 0, 1, 1]
-    as_they_are = prepare_targets(np.array([0, 1]), Task(kind="binary"), np.float64)
+    as_they_are = fit(source([0, 1]), "binary").prepare(np.array([0, 1]), dtype=np.float64)
     assert (as_they_are.dtype, as_they_are.tolist()) == (np.dtype("f8"), [0, 1])
-
-
-def test_regression() -> None:
-    for targets, shape in ((np.zeros(3, np.float32), (3, 1)), (np.zeros((3, 2), np.float32), (3, 2))):
-        prepared = prepare_targets(targets, Task(kind="regression"))
-        assert (prepared.shape, prepared.dtype) == (shape, np.dtype("f4"))
-    assert prepare_targets(np.array([3, 4]), Task(kind="regression"), np.float64).dtype == np.float64
+    assert fit(source([0, 1]), {"kind": "binary", "positive": [False]}).prepare(np.array([0, 1])).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
     ("targets", "task", "words"),
     [
-        (np.array([0, -1, -1]), Task(kind="multiclass"), ["-1 at row 1", "2 of 3"]),
-        (np.array([0.5, 1.0], np.float32), Task(kind="multiclass"), ["0.5 at row 0", "1 of 2"]),
-        (np.zeros((2, 2), np.float32), Task(kind="multiclass"), ["(2, 2)"]),
-        (np.array([0, 1, 7, 7]), Task(kind="binary"), ["7 at row 2", "2 of 4"]),
+        ([0, -1, -1], "multiclass", ["-1 at row 1", "2 of 3"]),
+        (np.array([0.5, 1.0], np.float32), "multiclass", ["0.5 at row 0", "1 of 2"]),
+        (np.zeros((2, 2), np.float32), "multiclass", ["(2, 2)"]),
+        ([0, 1, 2, 2], "binary", ["2 at row 2", "2 of 4"]),
+        ([1, 1, 1], "binary", ["3 training rows", "'1'"]),
+        ([4, 4], "multiclass", ["2 training rows", "'4'"]),
+        ([3, 3], {"kind": "binary", "positive": [3]}, ["2 training rows", "'positive'"]),
+        ([0, 1], {"kind": "binary", "positive": [7]}, ["[7]"]),
+        ([0, 1], {"kind": "binary", "positive": ["yes"]}, ["['yes']"]),
     ],
 )
-def test_labels_that_do_not_fit(targets: np.ndarray, task: Task, words: list[str]) -> None:
-    with pytest.raises(DataError) as refused:
-        prepare_targets(targets, task)
-    assert all(word in refused.value.what for word in words)
-    assert refused.value.fix
-
-
-def test_none_of_the_positive_labels_occurs() -> None:
-    with pytest.raises(DataError, match=r"\[7\]"):
-        class_names(source([0, 1]), Task(kind="binary", positive=[7]))
+def test_labels_that_do_not_fit(targets: Any, task: Any, words: list[str]) -> None:
+    error = refused(source(targets), task)
+    assert all(word in error.what for word in words), error.what
 
 
 def test_class_names() -> None:
-    multiclass = Task(kind="multiclass")
-    assert class_names(source([0, 1], test=[3]), multiclass) == ("0", "1", "2", "3")
-    assert class_names(source([0], classes=("a", "b")), multiclass) == ("a", "b")
-    assert class_names(source([0, 1], classes=("no", "yes")), Task(kind="binary")) == ("no", "yes")
-    assert class_names(source([0, 1]), Task(kind="binary")) == ("0", "1")
-    assert class_names(source([0, 1, 2]), Task(kind="binary", positive=[2])) == ("negative", "positive")
-    assert class_count(source([0.5]), Task(kind="regression")) == 0
-    assert class_count(source([0, 4]), multiclass) == 5
+    assert fit(source([0, 1], test=[3]), "multiclass").classes == ("0", "1", "2", "3")
+    assert fit(source([0, 1], classes=("a", "b", "c")), "multiclass").classes == ("a", "b", "c")
+    assert fit(source([0, 1], classes=("no", "yes")), "binary").classes == ("no", "yes")
+    assert fit(source([0, 1]), "binary").classes == ("0", "1")
+    assert fit(source([0, 1, 2]), {"kind": "binary", "positive": [2]}).classes == ("negative", "positive")
+    assert fit(source([0.5]), "regression").classes == ()
 
 
 @pytest.mark.parametrize(
@@ -85,11 +103,141 @@ def test_class_names() -> None:
     ],
 )
 def test_labels_beyond_the_classes(data: Source, words: list[str]) -> None:
-    with pytest.raises(DataError) as refused:
-        class_count(data, Task(kind="multiclass"))
-    assert all(word in refused.value.what for word in words)
+    assert all(word in refused(data, "multiclass").what for word in words)
+
+
+NAMES = ("blue", "green", "red")
+
+
+def test_labels_that_are_text() -> None:
+    data = source([2, 0, 2, 0], names=NAMES)
+    fitted = fit(data, "multiclass")
+    assert fitted.classes == ("blue", "red")  # green is nowhere
+    assert fitted.prepare(data.train.targets, NAMES).tolist() == [1, 0, 1, 0]
+    # New data finds the names that it has.
+    assert fitted.prepare(np.array([0, 0]), ("red",)).tolist() == [1, 1]
+    with pytest.raises(DataError, match="'pink' at row 1"):
+        fitted.prepare(np.array([1, 0, 1]), ("pink", "red"))
+    with pytest.raises(DataError, match="labels are numbers"):
+        fitted.prepare(np.array([0, 1]))
+    by_number = fit(source([0, 1], classes=("no", "yes")), "binary")
+    assert by_number.prepare(np.array([0, 1]), ("yes", "no")).tolist() == [1, 0]
+
+
+def test_a_label_that_no_training_row_has() -> None:
+    error = refused(source([0, 2, 1, 1, 0], names=NAMES), "multiclass", train=2)
+    assert all(word in error.what for word in ("'green'", "val", "2 of 3"))
+    assert error.where == "some/table: colour"
+    assert "stratify" in error.fix
+    # A row that no split uses may have any label.
+    data = source([0, 2, 1], names=NAMES)
+    used = {"train": Rows("train", np.array([0, 1]))}
+    fitted = fit_targets(build_job({"name": "t"}, "test"), data, used)
+    assert fitted.prepare(data.train.targets, NAMES, rows=np.array([0, 1])).tolist() == [0, 1, -1]
+
+
+def test_binary_labels_that_are_text() -> None:
+    data = source([1, 0, 1], names=("no", "yes"))
+    fitted = fit(data, {"kind": "binary", "positive": ["yes"]})
+    assert fitted.classes == ("no", "yes")
+    assert fitted.prepare(data.train.targets, data.label_names).tolist() == [1, 0, 1]
+    assert fitted.prepare(np.array([0, 1]), ("yes", "maybe")).tolist() == [1, 0]
+    three = fit(source([2, 0, 1], names=NAMES), {"kind": "binary", "positive": ["red", "blue"]})
+    assert three.classes == ("negative", "positive")
+    assert "binary, positive: [yes]" in refused(data, "binary").fix
+    assert "blue, green, red" in refused(source([0, 2], names=NAMES), "binary").what
+    assert "no, yes" in refused(data, {"kind": "binary", "positive": ["Yes"]}).fix
+    numbers = source([0, 1], names=("3", "8"))
+    assert fit(numbers, {"kind": "binary", "positive": [8]}).prepare(np.array([0, 1]), ("3", "8")).tolist() == [0, 1]
+
+
+def test_one_class_only() -> None:
+    data = source([0, 0, 2], names=NAMES)
+    error = refused(data, {"kind": "binary", "positive": ["red"]}, train=2)
+    assert "2 training rows" in error.what
+    assert "'blue'" in refused(source([0, 0], names=NAMES), "multiclass").what
+
+
+@given(
+    values=st.lists(st.lists(st.floats(-1000, 1000, width=32), min_size=2, max_size=2), min_size=4, max_size=12),
+    dtype=st.sampled_from([np.float32, np.float64]),
+)
+@settings(deadline=None)
+def test_regression_learns_what_is_scaled(values: list[list[float]], dtype: Any) -> None:
+    data = source(np.array(values, np.float32))
+    fitted = fit(data, "regression", train=3)
+    raw = np.array(values)
+    mean, std = raw[:3].mean(0), raw[:3].std(0)
+    prepared = fitted.prepare(data.train.targets, dtype=dtype)
+    assert prepared.dtype == dtype
+    np.testing.assert_allclose(prepared * fitted.std + fitted.mean, raw, atol=1e-3)
+    for column in np.flatnonzero(std > 1e-3):
+        expected = (raw[:, column] - mean[column]) / std[column]
+        np.testing.assert_allclose(prepared[:, column], expected, rtol=1e-4, atol=1e-4)
+    plain = fit(data, {"kind": "regression", "scale_targets": False}, train=3)
+    assert (plain.mean, plain.std) == ((), ())
+    assert np.array_equal(plain.prepare(data.train.targets, dtype=dtype), raw.astype(np.float32).astype(dtype))
+
+
+def test_regression_shapes_and_what_does_not_fit() -> None:
+    fitted = fit(source(np.array([3, 4, 5])), "regression")
+    assert fitted.prepare(np.array([3, 4])).shape == (2, 1)
+    constant = fit(source(np.array([0.1, 0.1], np.float32)), "regression")
+    assert constant.std == (1.0,)
+    assert constant.prepare(np.array([0.1, 0.1], np.float32)).tolist() == [[0], [0]]
+    with pytest.raises(DataError, match="2 numbers a row, but 1"):
+        fitted.prepare(np.zeros((2, 2)))
+    assert "blue, green, red" in refused(source([0, 1], names=NAMES), "regression").what
+
+
+@given(train=st.lists(st.integers(0, 2), min_size=2, max_size=9), others=st.data())
+def test_what_is_fitted_depends_on_no_other_row(train: list[int], others: st.DataObject) -> None:
+    if len(set(train)) == 1:
+        return
+    stored = []
+    for _ in range(2):
+        rest = others.draw(st.lists(st.sampled_from(sorted(set(train))), max_size=5))
+        data = source(np.array([*train, *rest]), names=NAMES)
+        fitted = fit(data, "multiclass", train=len(train))
+        scaled = fit(source(np.array([*train, *rest], np.float32)), "regression", train=len(train))
+        stored.append(json.dumps([fitted.to_json(), scaled.to_json()]))
+        assert Targets.from_json(json.loads(json.dumps(fitted.to_json()))) == fitted
+        assert Targets.from_json(json.loads(json.dumps(scaled.to_json()))) == scaled
+    assert stored[0] == stored[1]
+
+
+@pytest.mark.parametrize("damage", [{"version": 1}, {"kind": "x"}, {"classes": None}, {"positive": [0.5]}, {"mean": 1}])
+def test_damaged_ones_are_refused(damage: dict[str, Any]) -> None:
+    stored = fit(source([0, 1, 2]), {"kind": "binary", "positive": [2]}).to_json()
+    assert Targets.from_json(stored).positive == (2,)
+    with pytest.raises(DataError, match=r"preprocess\.json"):
+        Targets.from_json({**stored, **damage})
+
+
+def test_number_of_a_class() -> None:
+    named = fit(source([2, 0, 1], names=NAMES), "multiclass")
+    assert [named.number_of(label) for label in ("green", "2", 1)] == [1, 2, 1]
+    numbers = fit(source([1, 0, 1], names=("5", "0")), "multiclass")
+    assert [numbers.number_of(label) for label in ("5", 5, 0)] == [0, 0, 1]  # the name comes first
+    with pytest.raises(JobError) as error:
+        named.number_of("gren")
+    assert error.value.where == "task.class_weights.gren"
+    assert "green" in error.value.fix
+    with pytest.raises(JobError, match="there are 3"):
+        named.number_of(3)
 
 
 def test_class_counts() -> None:
     assert class_counts(np.array([0, 2, 2]), 4) == [1, 0, 2, 0]
     assert class_counts(np.array([0.0, 1.0, 1.0], np.float32), 2) == [1, 2]
+
+
+def test_stratified_by_names() -> None:
+    data = source([0] * 40 + [1] * 20 + [2] * 40, names=NAMES)
+    for task, sizes in (("multiclass", [8, 4, 8]), ({"kind": "binary", "positive": ["green"]}, None)):
+        a_job = build_job(
+            {"name": "t", "task": task, "data": {"splits": {"by": "random", "val": 0.2, "stratify": True}}}, "test"
+        )
+        counts = np.bincount(data.train.targets[make_splits(a_job, data)["val"].ids])
+        assert counts[1] == 4
+        assert sizes is None or counts.tolist() == sizes

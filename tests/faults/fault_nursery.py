@@ -86,6 +86,8 @@ class Nursery:
         """Begin `trainyard argv...`."""
         self._count += 1
         out = self._folder / f"child-{self._count}"
+        for suffix in (".out", ".err"):  # a child may be killed before it opens them
+            out.with_suffix(suffix).touch()
         order = {"start": argv, "trap": asdict(trap) if trap else None, "out": str(out), "env": env or {}}
         return Child(int(self._ask(order)), out)
 

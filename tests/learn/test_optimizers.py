@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline import job as spec
+from pipeline.errors import JobError
 from pipeline.learn.optimizers import Optimizer
 from pipeline.learn.scaling import GROWTH_INTERVAL, INITIAL_SCALE, LossScale
 
@@ -103,6 +104,67 @@ def test_an_overflow_changes_nothing(rule: dict[str, Any]) -> None:
     assert all(torch.equal(ours.state[name], state[name]) for name in state)
     if "step" in state:
         assert float(state["step"]) == 3
+
+
+SIZES = {"body.0.weight": 11, "body.0.bias": 3, "body.2.weight": 12, "body.2.bias": 4, "head.weight": 7}
+"""37 numbers in all, as the vectors above."""
+
+GROUPS: list[dict[str, Any]] = [
+    {"match": "*.bias", "weight_decay": 0.0},
+    {"match": "head.*", "lr_factor": 10.0, "weight_decay": 0.3},
+    {"match": "body.0.*", "lr_factor": 0.1},
+]
+
+
+def parts(vector: Tensor) -> dict[str, Tensor]:
+    return dict(zip(SIZES, vector.split(list(SIZES.values())), strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_groups_are_the_param_groups_of_torch_optim(rule: dict[str, Any], dtype: torch.dtype, tolerance: float) -> None:
+    values = start(dtype)
+    ours = Optimizer(spec.Optimizer.model_validate({**rule, "groups": GROUPS}), values, SIZES)
+    members = {name: tensor.clone().requires_grad_() for name, tensor in parts(start(dtype)).items()}
+    theirs = of_torch(rule, members["body.2.weight"])  # the one that is in no group
+    decay = rule.get("weight_decay", 0.0)
+    for names, factor, own_decay in (
+        (["body.0.bias", "body.2.bias"], 1.0, 0.0),
+        (["head.weight"], 10.0, 0.3),
+        (["body.0.weight"], 0.1, decay),
+    ):
+        group = {"params": [members[name] for name in names], "weight_decay": own_decay, "factor": factor}
+        theirs.add_param_group(group)
+    for lr, gradient in zip(rates(), gradients(dtype), strict=True):
+        ours.update(gradient.clone(), lr, torch.tensor(0.0))
+        for name, piece in parts(gradient).items():
+            members[name].grad = piece.clone()
+        for group in theirs.param_groups:
+            group["lr"] = lr * group.get("factor", 1.0)
+        theirs.step()
+    expected = torch.cat([member.detach() for member in members.values()])
+    torch.testing.assert_close(values, expected, rtol=tolerance, atol=tolerance)
+    assert {name: tuple(tensor.shape) for name, tensor in ours.state.items() if name != "step"} == {
+        name: (37,) for name in ours.state if name != "step"
+    }, "a checkpoint holds whole vectors"
+
+
+def test_a_group_that_matches_nothing_is_an_error_of_the_job() -> None:
+    rule = spec.Optimizer.model_validate({"groups": [*GROUPS, {"match": "tail.*"}]})
+    with pytest.raises(JobError, match=r"'tail\.\*' matches no parameter") as caught:
+        Optimizer(rule, start(torch.float32), SIZES)
+    assert caught.value.where == "train.optimizer.groups.3.match"
+    assert "body.0.weight" in caught.value.fix
+
+
+def test_a_group_that_stands_still_stays() -> None:
+    values = start(torch.float32)
+    rule = spec.Optimizer.model_validate(
+        {"kind": "adamw", "weight_decay": 0.1, "groups": [{"match": "head.*", "lr_factor": 0}]}
+    )
+    Optimizer(rule, values, SIZES).update(gradients(torch.float32)[0], 0.1)
+    before, after = parts(start(torch.float32)), parts(values)
+    assert [name for name in SIZES if torch.equal(after[name], before[name])] == ["head.weight"]
 
 
 def test_the_scale_moves_as_grad_scaler_does() -> None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from pipeline.errors import JobError
-from pipeline.job import Task as Spec
+from pipeline.job_file import build_job
+from pipeline.learn.tally import Tally
 from pipeline.learn.task import Task, build_task
 
 CLASSES = 4
@@ -31,10 +33,24 @@ def batch(kind: str, rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, 3, generator=generator, dtype=torch.float64), torch.randn(rows, 3, generator=generator)
 
 
-def task(kind: str, **options: Any) -> Task:
-    counts = options.pop("counts", None)
-    built = build_task(Spec.model_validate({"kind": kind, **options}), CLASSES, 3, counts)
+def task(kind: str, *, number_of: Callable[[int | str], int] | None = None, **options: Any) -> Task:
+    counts = options.pop("counts", ())
+    job = build_job({"name": "task", "task": {"kind": kind, **options}}, "here")
+    built = build_task(job, CLASSES, 3, class_counts=counts, number_of=number_of)
     return built.to(torch.device("cpu"), torch.float64)
+
+
+class Alone:
+    rank, world_size = 0, 1
+
+    def reduce(self, vector: Tensor) -> None:
+        raise AssertionError("a world of one has nothing to sum")
+
+
+def evaluated(task: Task, outputs: Tensor, targets: Tensor) -> dict[str, float]:
+    tally = Tally(task, torch.device("cpu"))
+    tally.add(outputs, targets)
+    return tally.metrics(Alone())
 
 
 def mean_of_torch(kind: str, outputs: Tensor, targets: Tensor, weights: list[float] | None) -> Tensor:
@@ -58,29 +74,28 @@ CASES: list[tuple[str, list[float] | None]] = [
 
 @pytest.mark.parametrize(("kind", "weights"), CASES)
 @given(cuts=st.lists(st.integers(0, 29), max_size=4))
+@settings(deadline=None, max_examples=40)
 def test_uneven_blocks_sum_to_torchs_mean(kind: str, weights: list[float] | None, cuts: list[int]) -> None:
-    ours = task(kind, **({"class_weights": dict(enumerate(weights))} if weights else {}))
+    ours = task(kind, class_weights=dict(enumerate(weights)) if weights else None)
     outputs, targets = batch(kind, 29)
-    exact, loss, weight = torch.zeros(3, dtype=torch.float64), 0.0, 0.0
+    tally, loss, weight = Tally(ours, torch.device("cpu")), 0.0, 0.0
     bounds = [0, *sorted(cuts), 29]
     for first, end in itertools.pairwise(bounds):
-        exact += ours.exact_sums(outputs[first:end], targets[first:end])
+        tally.add(outputs[first:end], targets[first:end])
         sums = ours.sums(outputs[first:end], targets[first:end])
         loss, weight = loss + float(sums.loss), weight + float(sums.weight)
     expected = float(mean_of_torch(kind, outputs, targets, weights))
-    assert float(exact[0] / exact[1]) == pytest.approx(expected, rel=1e-13)
+    exact = tally.metrics(Alone())
+    assert exact["loss"] == pytest.approx(expected, rel=1e-13)
     assert loss / weight == pytest.approx(expected, rel=1e-13)
-    if kind == "regression":
-        assert exact[2].isnan()
-        assert not ours.counts_correct
-    else:
+    if kind != "regression":
         guesses = outputs.argmax(1) if kind == "multiclass" else (outputs[:, 0] > 0).long()
-        assert int(exact[2]) == int((guesses == targets.long()).sum())
+        assert exact["correct"] == int((guesses == targets.long()).sum())
 
 
 @pytest.mark.parametrize(("kind", "weights"), CASES)
 def test_the_gradient_of_the_sum_is_torchs(kind: str, weights: list[float] | None) -> None:
-    ours = task(kind, **({"class_weights": dict(enumerate(weights))} if weights else {}))
+    ours = task(kind, class_weights=dict(enumerate(weights)) if weights else None)
     outputs, targets = batch(kind, 17)
     outputs.requires_grad_()
     sums = ours.sums(outputs, targets)
@@ -119,11 +134,40 @@ def test_half_outputs_are_summed_in_more(dtype: torch.dtype) -> None:
     outputs, targets = torch.full((4000, CLASSES), 3.0, dtype=dtype), torch.zeros(4000, dtype=torch.int64)
     expected = 4000 * float(torch.tensor(4.0).log())
     assert float(ours.sums(outputs, targets).loss) == pytest.approx(expected, rel=1e-5)
-    assert float(ours.exact_sums(outputs, targets)[0]) == pytest.approx(expected, rel=1e-6)
+    assert evaluated(ours, outputs, targets)["loss"] == pytest.approx(expected / 4000, rel=1e-6)
 
 
 def test_exact_sums_are_float64_even_of_float32_losses() -> None:
     ours = task("regression")
-    outputs, targets = torch.zeros(30_000, 1), torch.full((30_000, 1), 0.1)
+    outputs, targets = torch.zeros(30_000, 3), torch.full((30_000, 3), 0.1)
     single = float(torch.tensor(0.1) * torch.tensor(0.1))
-    assert float(ours.exact_sums(outputs, targets)[0]) == pytest.approx(30_000 * single, rel=1e-14)
+    assert evaluated(ours, outputs, targets)["loss"] == pytest.approx(single, rel=1e-14)
+
+
+def test_weights_go_by_the_names_of_classes_where_they_have_some() -> None:
+    numbers: dict[int | str, int] = {"cat": 2, "dog": 0}
+    named = task("multiclass", class_weights={"cat": 3.0, "dog": 2.0}, number_of=numbers.__getitem__).class_weights
+    assert named is not None
+    assert named.tolist() == [2.0, 1.0, 3.0, 1.0]
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0, 3.0]])
+def test_a_sample_mixed_of_two_counts_as_so_much_of_each(weights: list[float] | None) -> None:
+    ours = task("multiclass", class_weights=dict(enumerate(weights)) if weights else None)
+    outputs, targets = batch("multiclass", 11)
+    share = torch.linspace(0.1, 0.9, 11, dtype=torch.float64)
+    whole, other = (F.one_hot(labels, CLASSES).double() for labels in (targets, targets.flip(0)))
+    mixed = share[:, None] * whole + (1 - share[:, None]) * other
+    sums = ours.sums(outputs, mixed)
+    each = torch.ones(CLASSES, dtype=torch.float64) if weights is None else torch.tensor(weights, dtype=torch.float64)
+    one = share * each[targets] + (1 - share) * each[targets.flip(0)]
+    losses = -(mixed * outputs.log_softmax(1)).sum(1)
+    assert float(sums.weight) == pytest.approx(float(one.sum()), rel=1e-13)
+    assert float(sums.loss) == pytest.approx(float((losses * one).sum()), rel=1e-13)
+    assert float(sums.correct) == int((outputs.argmax(1) == mixed.argmax(1)).sum())
+
+
+def test_a_mixed_sample_of_a_binary_task_weighs_between_its_classes() -> None:
+    ours = task("binary", class_weights={0: 0.25, 1: 4.0})
+    sums = ours.sums(torch.zeros(2, 1, dtype=torch.float64), torch.tensor([0.0, 0.6], dtype=torch.float64))
+    assert float(sums.weight) == pytest.approx(0.25 + 0.4 * 0.25 + 0.6 * 4.0, rel=1e-13)

@@ -110,8 +110,17 @@ def test_clipping_is_torchs() -> None:
         {"train": {"optimizer": {"kind": "adamw"}, "precision": "fp16"}},
         {"model": {"hidden": [7], "dropout": 0.5, "batch_norm": True}, "train": {"optimizer": {"kind": "adam"}}},
         {"model": {**CNN, "batch_norm": True}},
+        {
+            "model": {**CNN, "batch_norm": True, "freeze": ["features.*"]},
+            "train": {
+                "optimizer": {
+                    "kind": "adamw",
+                    "groups": [{"match": "*.bias", "weight_decay": 0.0}, {"match": "head.3.*", "lr_factor": 0.1}],
+                }
+            },
+        },
     ],
-    ids=["momentum", "fp16", "dropout and batch statistics", "cnn"],
+    ids=["momentum", "fp16", "dropout and batch statistics", "cnn", "frozen, with groups"],
 )
 def test_going_on_from_saved_state_is_bit_identical(tree: dict[str, Any]) -> None:
     whole, cut = make_trainee(make_job(**tree)), make_trainee(make_job(**tree))

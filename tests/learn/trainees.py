@@ -42,7 +42,7 @@ def make_trainee(
     return Trainee(
         job,
         model if model is not None else model_of(job, shape),
-        build_task(job.task, CLASSES, 3, counts),
+        build_task(job, CLASSES, 3, class_counts=counts or ()),
         lambda raw: raw.to(dtype),
         CPU,
         way=way or choose_way(job, CPU),

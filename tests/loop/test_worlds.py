@@ -8,6 +8,7 @@ import signal
 import socket
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -110,6 +111,8 @@ def test_fp64_curves_of_one_two_three_workers_and_plain_torch_agree(name: str, o
         ranks = outcomes[name, world_size]
         assert all(rank["loss"] == ranks[0]["loss"] for rank in ranks), "to the bit"
         assert all(rank["weights"] == ranks[0]["weights"] for rank in ranks), "to the bit"
+        for rank in ranks:
+            np.testing.assert_array_equal(list(rank["evaluations"].values()), list(ranks[0]["evaluations"].values()))
 
 
 def test_fp32_first_gradients_agree(outcomes: Outcomes) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from pipeline.device import Arithmetic
 from pipeline.errors import NotFiniteError
-from pipeline.job import Job
+from pipeline.job import METRICS, Job, own_metric
 from pipeline.job_file import build_job
 from pipeline.learn.models import build_model
 from pipeline.learn.plan import Plan
@@ -80,7 +82,8 @@ def blocks(data: tuple[Tensor, Tensor], rank: int, world_size: int, size: int = 
 
 def make_trainee(job: Job, rank: int = 0, world_size: int = 1, way: str = "") -> Trainee:
     counts = COUNTS if job.task.kind == "multiclass" else [COUNTS[0], sum(COUNTS[1:])]
-    task = build_task(job.task, CLASSES, 2, counts if job.task.class_weights == "balanced" else None)
+    means = make_data(job)[1].mean(0, dtype=torch.float64).tolist() if job.task.kind == "regression" else ()
+    task = build_task(job, CLASSES, 2, class_counts=counts, means=means)
     dtype = Arithmetic.of(job.train.precision, CPU).dtype
     return Trainee(
         job,
@@ -110,6 +113,29 @@ class Alone:
     def stop_signal(self) -> int:
         self.asked += 1
         return self.signals.get(self.asked, 0)
+
+
+class Threads(Alone):
+    """One of several ranks in the threads of this process."""
+
+    def __init__(self, rank: int, world_size: int, barrier: threading.Barrier, box: dict[int, Tensor]) -> None:
+        super().__init__(rank, world_size)
+        self._barrier, self._box = barrier, box
+
+    def reduce(self, vector: Tensor) -> None:
+        self._box[self.rank] = vector.clone()
+        self._barrier.wait()
+        vector.copy_(torch.stack([self._box[rank] for rank in range(self.world_size)]).sum(0))
+        self._barrier.wait()
+
+
+def on_ranks(world_size: int, do: Callable[[Alone], Any]) -> list[Any]:
+    """What each of several ranks makes of the same work, in order; a world of one reduces nothing."""
+    if world_size == 1:
+        return [do(Alone())]
+    barrier, box = threading.Barrier(world_size, timeout=60), dict[int, Tensor]()
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(lambda rank: do(Threads(rank, world_size, barrier, box)), range(world_size)))
 
 
 @dataclass
@@ -198,7 +224,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "class weights": {"task": {"class_weights": "balanced"}},
     "micro-batches": {"train": {"batch_size": 9, "micro_batch": 2}},
     "micro-batches and class weights": {"train": {"micro_batch": 1}, "task": {"class_weights": {0: 0.1, 2: 5.0}}},
-    "binary": {"task": {"kind": "binary", "class_weights": "balanced"}},
+    "binary": {"task": {"kind": "binary", "class_weights": "balanced"}, "metrics": ["tests.learn.own_measures:order"]},
     "regression": {"task": "regression", "train": {"phases": [{"epochs": 3, "lr": 0.05}]}},
     "momentum, clipping, phases": {
         "train": {
@@ -233,7 +259,7 @@ def outcome(job: Job, around: Alone) -> dict[str, Any]:
         "evaluations": {
             f"{row['split']}/{name} at {row['step']}": row[name]
             for row in result.memory.evaluations
-            for name in ("loss", "accuracy", "correct", "samples")
+            for name in (*METRICS[job.task.kind], *map(own_metric, job.metrics), "samples")
         },
         "weights": {name: tensor.tolist() for name, tensor in result.trainee.flat.weights().items()},
     }

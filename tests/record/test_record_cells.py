@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 
+from pipeline.job import METRICS
+from pipeline.job_file import build_job
 from pipeline.record.cells import Columns, Rows, encode
 from tests.record.record_parts import block, evaluation
 
@@ -106,6 +108,20 @@ def test_what_means_nothing_is_null() -> None:
     assert rows.evaluations["accuracy"].to_pylist() == [None]
     assert rows.evaluations["correct"].to_pylist() == [None]
     assert rows.first_not_finite() is None
+
+
+@pytest.mark.parametrize("kind", METRICS)
+def test_a_job_logs_what_its_task_and_its_user_measure(kind: str) -> None:
+    job = build_job({"name": "logged", "task": kind, "metrics": ["mine:cost"]}, "here")
+    columns = Columns.from_facts({"columns": Columns.of_job(job).to_json()})
+    schema = columns.evaluation_schema()
+    assert {*METRICS[job.task.kind], "cost", "accuracy", "correct", "samples"} <= set(schema.names)
+    assert len(schema.names) == len(set(schema.names))
+    rows = rows_of(columns)
+    rows.add([block(1, 2)], [evaluation(2, cost=math.nan, loss=math.nan, **{METRICS[job.task.kind][-1]: math.inf})])
+    assert rows.evaluations["cost"].to_pylist() == [None], "what does not exist"
+    assert rows.evaluations[METRICS[job.task.kind][-1]].to_pylist() == [math.inf]
+    assert rows.first_not_finite() is not None, "but a loss that is NaN is a finding"
 
 
 def test_a_loss_that_is_not_finite_is_kept_as_it_is() -> None:

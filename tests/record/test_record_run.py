@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.errors import StorageError
+from pipeline.errors import InputError, StorageError
 from pipeline.record.reads import count_reads, record_read
-from pipeline.record.run import Run, list_runs
+from pipeline.record.run import Run, list_runs, open_run, run_and_checkpoint
 from pipeline.storage import Storage
 from tests.record.record_parts import born
 
@@ -72,6 +72,41 @@ def test_splits_are_a_parquet_file(tmp_path: Path) -> None:
     table = pa.table({"split": ["train", "val"], "row": [3, 1]})
     born(str(tmp_path)).write_splits(table)
     assert pq.read_table(tmp_path / "run" / "splits.parquet").equals(table)
+
+
+def test_code_is_stored_beside_the_job(tmp_path: Path) -> None:
+    run = born(str(tmp_path))
+    assert not run.has_code()
+    assert run.code() is None
+    run.write_code(b"archive")
+    assert run.has_code()
+    assert run.code() == (tmp_path / "run" / "code.zip").read_bytes() == b"archive"
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("mnist-1", ("mnist-1", "best")),
+        ("mnist-1@last", ("mnist-1", "last")),
+        ("mnist-1@240", ("mnist-1", "240")),
+        ("mnist-1@", ("mnist-1", "best")),
+        ("s3://who@bucket/runs/mnist-1@best", ("s3://who@bucket/runs/mnist-1", "best")),
+        ("../runs/mnist-1/", ("../runs/mnist-1", "best")),
+    ],
+)
+def test_a_run_and_a_checkpoint_in_one_word(spec: str, expected: tuple[str, str]) -> None:
+    assert run_and_checkpoint(spec) == expected
+
+
+def test_a_run_is_opened_by_name_or_url(tmp_path: Path) -> None:
+    born(str(tmp_path / "here"), "mnist-1")
+    born(str(tmp_path / "there"), "mnist-1")
+    assert open_run("mnist-1", str(tmp_path / "here")).url == str(tmp_path / "here" / "mnist-1")
+    assert open_run(f"{tmp_path}/there/mnist-1/", "unused").url == str(tmp_path / "there" / "mnist-1")
+    with pytest.raises(InputError, match="no such run"):
+        open_run("mnist-2", str(tmp_path / "here"))
+    with pytest.raises(InputError):
+        open_run("mnist-1@best", str(tmp_path / "here"))
 
 
 def test_reads_of_the_test_split_are_counted(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pipeline.data.sources.arrays import Arrays, Source, make_source
 from pipeline.data.sources.call import open_call
 from pipeline.data.sources.cifar import open_cifar
@@ -12,7 +14,7 @@ from pipeline.job import Call, Job
 __all__ = ["Arrays", "Source", "make_source", "open_source"]
 
 
-def open_source(job: Job) -> Source:
+def open_source(job: Job, say: Callable[[str], None] = lambda text: None) -> Source:
     """Read, download or make the data that a job trains on.
 
     Raises
@@ -22,6 +24,14 @@ def open_source(job: Job) -> Source:
     source = job.data.source
     if isinstance(source, Call):
         return open_call(source, keep_float64=job.train.precision == "fp64")
+    if source == "parquet":
+        from pipeline.data.sources.parquet import open_parquet  # it needs Arrow
+
+        return open_parquet(job, say)
+    if source == "image_folder":
+        from pipeline.data.sources.image_folder import open_image_folder  # it needs Arrow and Pillow
+
+        return open_image_folder(job, say)
     if source == "disc":
         return open_disc(job.seed.of("data"))
     if source == "cifar10" or source == "cifar100":

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
+
+from pipeline.data.tables.schema import Schema
 
 
 @dataclass(frozen=True, eq=False)
@@ -13,6 +16,7 @@ class Arrays:
     """The rows of one part of a source.
 
     inputs: images as uint8 (N, H, W) or (N, C, H, W), or numbers as float32 or float64 (N, F) or of any further shape.
+        May lie on disk (`np.memmap`), or be made on demand (`data.tensors.RowsOnDemand`): ask for some rows at a time.
     targets: labels as int64 (N,), or numbers as float32 or float64 (N,) or (N, T).
     """
 
@@ -24,19 +28,41 @@ class Arrays:
 
 
 @dataclass(frozen=True, eq=False)
+class SplitColumn:
+    """A column that splits go by, one value for each row of the training part.
+
+    values: int64 or floating (N,). names: the text that each whole number stands for, where the column holds text.
+    is_time: whether they are nanoseconds since 1970, UTC.
+    """
+
+    values: np.ndarray
+    names: tuple[str, ...] = ()
+    is_time: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class Source:
     """What a job trains on.
 
     train: the rows that splits are made of.
     test: the source's own test set, where it has one.
-    classes: names of the classes in the order of their labels, where the source knows them.
-    fingerprint: SHA-256 of all of the above, in hex.
+    classes: names of the classes in the order of their labels, where the source declares them.
+    fingerprint: SHA-256 of what decides the content, in hex.
+    schema: the layout of the inputs, where they are rows of a table.
+    label_names: where labels were found as text, sorted: targets are positions in it. Which of them are classes is
+        fitted on the training split, see `targets`.
+    columns: by name, what the job's splits go by.
+    warnings: what was passed over and should be known, such as broken pictures.
     """
 
     train: Arrays
     test: Arrays | None
     classes: tuple[str, ...]
     fingerprint: str
+    schema: Schema | None = None
+    label_names: tuple[str, ...] = ()
+    columns: Mapping[str, SplitColumn] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     def part(self, name: str) -> Arrays:
         """The arrays of "train" or "test"."""

@@ -1,8 +1,8 @@
-"""From raw samples to what a model takes: fitted on the training rows alone, stored with every checkpoint."""
+"""Preprocessing of arrays and images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -12,10 +12,10 @@ from torch import Tensor
 
 from pipeline.data.sources.arrays import Arrays
 from pipeline.data.statistics import mean_and_std
+from pipeline.data.stored import VERSION, reading
+from pipeline.data.tables.schema import Schema
 from pipeline.errors import DataError
-from pipeline.job import Job, Normalization
-
-VERSION = 1
+from pipeline.job import IMAGENET, Job, Normalization
 
 WHITE = 255.0
 """What uint8 images are divided by, so that they lie in [0, 1]."""
@@ -27,7 +27,7 @@ Prepare = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Preprocess:
+class SamplePreprocess:
     """How raw samples are prepared: plain values, the same for training, evaluation and prediction.
 
     kind: none: as they are. unit: uint8 / 255. scaled: (x - mean) / std.
@@ -48,15 +48,29 @@ class Preprocess:
         return (1, *self.sample_shape) if len(self.sample_shape) == 2 else self.sample_shape
 
     @property
+    def code_sizes(self) -> tuple[int, ...]:
+        """None: only tables have columns of codes."""
+        return ()
+
+    @property
+    def schema(self) -> Schema | None:
+        """None: only tables have one."""
+        return None
+
+    @property
     def channels(self) -> int:
         """Channels of an image, or columns."""
         return self.output_shape[0]
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Prepare:
+    def check(self, raw: np.ndarray) -> None:
+        """Every array can be prepared."""
+
+    def to(self, device: torch.device, dtype: torch.dtype, raw: Schema | None = None) -> Prepare:
         """A function from raw samples (B, *sample_shape) on `device` to prepared ones (B, *output_shape) of `dtype`.
 
         The result never shares memory with its argument.
         """
+        assert raw is None, "arrays have no schema"
         grey = len(self.sample_shape) == 2
         scale = self._scaling(device, dtype)
 
@@ -70,7 +84,7 @@ class Preprocess:
         if self.kind == "none":
             return lambda raw: raw.to(dtype, copy=True)
         if self.kind == "unit":
-            return lambda raw: raw.to(dtype).div_(WHITE)
+            return lambda raw: raw.to(dtype, copy=True).div_(WHITE)
         mean = torch.tensor(self.mean, dtype=torch.float64)
         std = torch.tensor(self.std, dtype=torch.float64)
         if len(self.sample_shape) > 2:
@@ -84,7 +98,7 @@ class Preprocess:
         return lambda raw: (raw.to(dtype) - mean).mul_(factor)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; `from_json` gives the same object back."""
+        """Plain values; `preprocess_from_json` gives the same object back."""
         return {
             "version": VERSION,
             "kind": self.kind,
@@ -95,32 +109,24 @@ class Preprocess:
         }
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Preprocess:
+    def from_json(cls, values: Mapping[str, Any]) -> SamplePreprocess:
         """What `to_json` gave.
 
         Raises
         ------
         DataError: written by another version, or damaged.
         """
-        if values.get("version") != VERSION:
-            raise DataError(
-                f"version {values.get('version')!r} of preprocessing; this program knows {VERSION}",
-                where="preprocess.json",
-                fix="use the version of Trainyard that wrote it",
-            )
-        try:
+        with reading(values):
             kind, dtype = str(values["kind"]), str(values["dtype"])
             shape = tuple(int(size) for size in values["sample_shape"])
             mean, std = (tuple(float(value) for value in values[name]) for name in ("mean", "std"))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"damaged: {error!r}", where="preprocess.json") from error
-        if kind not in ("none", "unit", "scaled"):
-            raise DataError(f"damaged: kind {kind!r}", where="preprocess.json")
+            if kind not in ("none", "unit", "scaled"):
+                raise ValueError(f"kind {kind!r}")
         return cls(cast(Kind, kind), dtype, shape, mean, std)
 
 
-def fit_preprocess(job: Job, arrays: Arrays, rows: np.ndarray) -> Preprocess:
-    """Fit what `data.normalize` asks for.
+def fit_samples(job: Job, arrays: Arrays, rows: np.ndarray) -> SamplePreprocess:
+    """Fit what `data.normalize` asks for; auto is unit for bytes and standard for other numbers.
 
     Parameters
     ----------
@@ -132,7 +138,9 @@ def fit_preprocess(job: Job, arrays: Arrays, rows: np.ndarray) -> Preprocess:
     DataError: a normalisation that does not fit the samples.
     """
     wanted, inputs = job.data.normalize, arrays.inputs
-    plain = Preprocess("none", inputs.dtype.name, tuple(inputs.shape[1:]))
+    if wanted == "auto":
+        wanted = "unit" if inputs.dtype == np.uint8 else "standard"
+    plain = SamplePreprocess("none", inputs.dtype.name, tuple(inputs.shape[1:]))
     if wanted == "none":
         return plain
     if wanted == "unit":
@@ -143,25 +151,38 @@ def fit_preprocess(job: Job, arrays: Arrays, rows: np.ndarray) -> Preprocess:
                 fix="use standard, scalar or none",
             )
         return replace(plain, kind="unit")
+    if wanted == "imagenet":
+        if len(plain.sample_shape) != 3 or plain.channels != 3:
+            raise DataError(
+                f"imagenet is for images of 3 channels, but a sample has the shape {plain.sample_shape}",
+                where=WHERE,
+                fix="use data.mode: rgb, or another normalisation",
+            )
+        wanted = IMAGENET
     if isinstance(wanted, Normalization):
-        mean, std = _given(wanted, plain)
+        mean, std = given_normalization(wanted, plain.channels)
     else:
-        channelled = inputs[:, None] if len(plain.sample_shape) == 2 else inputs
-        mean, std = mean_and_std(channelled, rows, per_channel=wanted == "standard")
+        mean, std = mean_and_std(inputs, rows, per_channel=wanted == "standard")
         if inputs.dtype == np.uint8:
             mean, std = mean / WHITE, std / WHITE
         std = np.where(std == 0, 1.0, std)
     return replace(plain, kind="scaled", mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
 
-def _given(wanted: Normalization, plain: Preprocess) -> tuple[np.ndarray, np.ndarray]:
+def given_normalization(wanted: Normalization, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Fixed means and deviations, float64 (1,) or (channels,) each.
+
+    Raises
+    ------
+    DataError: another number of them, or numbers that cannot be used.
+    """
     mean, std = (np.atleast_1d(np.asarray(value, dtype=np.float64)) for value in (wanted.mean, wanted.std))
     for name, values in (("mean", mean), ("std", std)):
-        if len(values) not in (1, plain.channels):
+        if len(values) not in (1, channels):
             raise DataError(
-                f"{len(values)} numbers for {plain.channels} channels or columns",
+                f"{len(values)} numbers for {channels} channels or columns",
                 where=f"{WHERE}.{name}",
-                fix=f"give 1 or {plain.channels}",
+                fix=f"give 1 or {channels}",
             )
         if not np.isfinite(values).all() or (name == "std" and (values <= 0).any()):
             raise DataError(

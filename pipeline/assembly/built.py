@@ -1,0 +1,143 @@
+"""The model of a job on its device, and what trains it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pipeline import device as devices
+from pipeline.assembly.prepared import Prepared
+from pipeline.data.loader import EvalLoader
+from pipeline.data.random import torch_seed
+from pipeline.data.sampler import share
+from pipeline.errors import JobError
+from pipeline.job import Job
+from pipeline.learn.losses import OwnLoss, check_loss
+from pipeline.learn.models import build_model
+from pipeline.learn.models.freezing import frozen_norms
+from pipeline.learn.plan import Plan
+from pipeline.learn.task import Unit, build_task
+from pipeline.learn.trainee import Trainee
+from pipeline.learn.ways import choose_way
+from pipeline.starting import take
+
+TRIAL_ROWS = 8
+"""So many rows try a loss of the user's own before training."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """The trainee of one rank and what feeds it."""
+
+    trainee: Trainee
+    device: torch.device
+    way: str
+    """How the gradient half of a step runs, see `learn.ways`."""
+    misfits: tuple[str, ...] = ()
+    """What of `Prepared.start` did not fit the model, in words."""
+
+
+def build(
+    prepared: Prepared,
+    *,
+    device_kind: str = "",
+    way: str = "",
+    rank: int = 0,
+    world_size: int = 1,
+    local_rank: int = 0,
+    to_train: bool = True,
+) -> Built:
+    """The model on its device, with everything that training needs besides batches.
+
+    Parameters
+    ----------
+    device_kind: instead of the job's `scale.device`.
+    way: instead of the table's choice: that of the run's first attempt.
+    to_train: try what training needs; else the model is only to be evaluated.
+
+    Raises
+    ------
+    InputError: a device that is not there, a model that does not fit the data, a loss of the user's that fails,
+        or pieces of a batch that are too small.
+    """
+    job, fitted = prepared.job, prepared.fitted
+    preprocess, labels = fitted.preprocess, fitted.labels
+    device = devices.choose(device_kind or job.scale.device, local_rank)
+    way = way or choose_way(job, device, preprocess.code_sizes)
+    devices.make_repeatable(device)
+    torch.set_num_threads(_threads(job, world_size))
+    task = build_task(
+        job,
+        len(labels.classes),
+        len(fitted.means),
+        class_counts=fitted.class_counts,
+        means=fitted.means,
+        unit=Unit(labels.mean, labels.std) if labels.mean else None,
+        number_of=labels.number_of,
+    )
+    init_seed = torch_seed(job.seed.of("init"), "init")
+    model = build_model(job, preprocess.output_shape, task.outputs, init_seed, preprocess.code_sizes)
+    misfits = take(model, prepared.start, strict=job.model.strict) if prepared.start is not None else []
+    dtype = devices.Arithmetic.of(job.train.precision, device).dtype
+    seed = job.seed.of("dropout")
+    trainee = Trainee(
+        job,
+        model,
+        task,
+        preprocess.to(device, dtype, prepared.source.schema),
+        device,
+        way=way,
+        world_size=world_size,
+        draw_seed=lambda step: torch_seed(seed, "dropout", step, rank),
+    )
+    if to_train:
+        _try(prepared, trainee, world_size)
+    return Built(trainee, device, way, tuple(misfits))
+
+
+def _try(prepared: Prepared, trainee: Trainee, world_size: int) -> None:
+    """What would fail in training, before it begins.
+
+    Raises
+    ------
+    JobError: pieces of a batch that are too small, or a loss of the user's that cannot be used.
+    """
+    model, task = trainee.flat.model, trainee.task
+    frozen = frozen_norms(model)
+    if any(isinstance(module, nn.BatchNorm1d) and module not in frozen for module in model.modules()):
+        _check_pieces(prepared.plan, world_size)
+    if isinstance(task.loss, OwnLoss):
+        arrays, ids = prepared.arrays("train"), prepared.splits["train"].ids[:TRIAL_ROWS]
+        rows = EvalLoader(arrays, ids, rank=0, world_size=1, batch_size=TRIAL_ROWS, device=trainee.device)
+        inputs, targets = next(iter(rows))
+        check_loss(task.loss, trainee.outputs(inputs), targets, mixes=prepared.job.data.augment.mixup > 0)
+
+
+def _check_pieces(plan: Plan, world_size: int) -> None:
+    """Batch normalisation needs two rows at a time.
+
+    Raises
+    ------
+    JobError: the shares and pieces of a full or last batch come to a single row.
+    """
+    last_batch = plan.rows - (plan.steps_per_epoch - 1) * plan.batch_size
+    for batch in {min(plan.batch_size, plan.rows), last_batch}:
+        for rank in range(world_size):
+            mine = share(batch, rank, world_size)
+            rows = mine.stop - mine.start
+            if rows == 1 or (rows and rows % (plan.job.train.micro_batch or rows) == 1):
+                raise JobError(
+                    f"batch normalisation has no statistics of a single row, and a batch of {batch:,} rows leaves one "
+                    f"to worker {rank} of {world_size}",
+                    where="train.batch_size",
+                    fix="choose another batch_size or micro_batch, or model.batch_norm: false",
+                )
+
+
+def _threads(job: Job, world_size: int) -> int:
+    """Arithmetic threads of one worker. More than one is slower where the products are small."""
+    if job.scale.threads != "auto":
+        return job.scale.threads
+    return max(1, int(job.scale.cpus_per_worker))

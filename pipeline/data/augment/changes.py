@@ -1,0 +1,107 @@
+"""Crops, flips, turns and colours of whole batches on the device, as drawn."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - torch's own name for it
+
+from pipeline.data.augment.drawing import Draws
+from pipeline.job import Augment, Jitter
+
+WHITE = 255.0
+
+LUMA = (0.2989, 0.587, 0.114)
+"""Shares of red, green and blue in grey, as torchvision has them."""
+
+STEPS = 2.0**24
+"""Grey values are summed as whole multiples of 1 / STEPS."""
+
+
+def augmented(spec: Augment, images: Tensor, draws: Draws) -> Tensor:
+    """Images (b, H, W) or (b, C, H, W) of raw values, changed as drawn: windows, then turns, then colours.
+
+    Bytes stay bytes where only windows are drawn, else come out as float32 in [0, 255]. What lies outside an image is
+    0, in raw units. No loop over samples, and none depends on the others of its batch, to the last bit.
+    """
+    highest = WHITE if images.dtype == torch.uint8 else None
+    if draws.windows is not None:
+        images = _windows(images, draws.windows, spec.crop)
+    if draws.turns is not None:
+        images = _turned(images, draws.turns)
+    if draws.factors is not None:
+        images = _coloured(images, draws.factors, spec.jitter, highest)
+    return images
+
+
+def as_floats(images: Tensor) -> Tensor:
+    """Bytes as float32; floats as they are."""
+    return images if images.is_floating_point() else images.float()
+
+
+def _windows(images: Tensor, windows: Tensor, crop: int) -> Tensor:
+    """Windows of the padded images, some mirrored, by one gather."""
+    height, width = images.shape[-2:]
+    padded = F.pad(images, (crop,) * 4) if crop else images
+    top, left, mirrored = windows.unbind(1)
+    across = torch.arange(width, device=images.device)
+    columns = torch.where(mirrored.bool()[:, None], across.flip(0), across) + left[:, None]
+    lines = torch.arange(height, device=images.device) + top[:, None]
+    places = (lines[:, :, None] * padded.shape[-1] + columns[:, None, :]).flatten(1)
+    flat = padded.flatten(-2)
+    if images.ndim == 4:
+        places = places[:, None].expand(-1, images.shape[1], -1)
+    return flat.gather(-1, places).view(images.shape)
+
+
+def _turned(images: Tensor, turns: Tensor) -> Tensor:
+    """Images turned around their middle, counter-clockwise for a positive sine; between pixels bilinear."""
+    images = as_floats(images)
+    height, width = images.shape[-2:]
+    cosine, sine = turns.to(images.dtype)[:, :, None, None].unbind(1)
+    across, down = (
+        torch.arange(size, device=images.device, dtype=images.dtype) - (size - 1) / 2 for size in (width, height)
+    )
+    # Where each pixel comes from, in the units of grid_sample: from edge to edge of an image is -1 to 1.
+    from_across = (cosine * across[None, None] - sine * down[None, :, None]) * (2 / width)
+    from_down = (sine * across[None, None] + cosine * down[None, :, None]) * (2 / height)
+    grid = torch.stack([from_across, from_down], -1)
+    layered = images if images.ndim == 4 else images[:, None]
+    turned = F.grid_sample(layered, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return turned.view(images.shape)
+
+
+def _coloured(images: Tensor, factors: Tensor, jitter: Jitter, highest: float | None) -> Tensor:
+    """Brightness, contrast and saturation by torchvision's definitions; clamped to [0, highest] after each, if given.
+
+    Contrast 0 is the mean of the grey image, saturation 0 the grey image itself. Saturation leaves grey images alone.
+    """
+    images = as_floats(images)
+    layered = images if images.ndim == 4 else images[:, None]
+    brightness, contrast, saturation = factors.to(images.dtype)[:, :, None, None, None].unbind(1)
+    if jitter.brightness:
+        layered = _clamped(layered * brightness, highest)
+    if jitter.contrast:
+        layered = _clamped(layered * contrast + _mean(_grey(layered)) * (1 - contrast), highest)
+    if jitter.saturation and layered.shape[1] == len(LUMA):
+        layered = _clamped(layered * saturation + _grey(layered) * (1 - saturation), highest)
+    return layered.view(images.shape)
+
+
+def _grey(images: Tensor) -> Tensor:
+    """(b, C, H, W) to (b, 1, H, W)."""
+    if images.shape[1] == 1:
+        return images
+    red, green, blue = images.unbind(1)
+    return (LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue)[:, None]
+
+
+def _mean(images: Tensor) -> Tensor:
+    """Over each image: (b, 1, 1, 1). In whole numbers: a sum of floats would depend on the size of the batch."""
+    total = (images * STEPS).to(torch.int64).sum((1, 2, 3), keepdim=True)
+    return total.to(images.dtype) / (STEPS * images[0].numel() if len(images) else 1.0)
+
+
+def _clamped(images: Tensor, highest: float | None) -> Tensor:
+    """In place: what comes here was just made."""
+    return images if highest is None else images.clamp_(0.0, highest)

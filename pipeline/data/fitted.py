@@ -1,0 +1,108 @@
+"""All that is fitted on the training split, as one value: what every checkpoint stores beside the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.preprocess import Preprocess, TablePreprocess, fit_preprocess, preprocess_from_json
+from pipeline.data.sources.arrays import Source
+from pipeline.data.split.rows import Rows
+from pipeline.data.stored import VERSION, reading
+from pipeline.data.tables.schema import Schema
+from pipeline.data.targets.fitting import Targets, class_counts, fit_targets
+from pipeline.errors import DataError
+from pipeline.job import Job
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How raw samples and raw targets become what a model takes and learns.
+
+    preprocess: of the samples. labels: of the targets.
+    class_counts: rows of each class in training; empty for a regression.
+    means: the mean of each column of prepared targets in training; empty unless a regression.
+    """
+
+    preprocess: Preprocess
+    labels: Targets
+    class_counts: tuple[int, ...] = ()
+    means: tuple[float, ...] = ()
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that the model gives for a sample."""
+        return {"multiclass": len(self.labels.classes), "binary": 1}.get(self.labels.kind, len(self.means))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, the content of `preprocess.json`; `from_json` gives the same object back."""
+        return {
+            "version": VERSION,
+            "inputs": self.preprocess.to_json(),
+            "targets": self.labels.to_json(),
+            "class_counts": list(self.class_counts),
+            "means": list(self.means),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Fitted:
+        """What `to_json` gave.
+
+        Raises
+        ------
+        DataError: written by another version, or damaged.
+        """
+        with reading(values):
+            return cls(
+                preprocess_from_json(values["inputs"]),
+                Targets.from_json(values["targets"]),
+                tuple(int(count) for count in values["class_counts"]),
+                tuple(float(mean) for mean in values["means"]),
+            )
+
+
+def check_layout(fitted: Fitted, source: Source) -> None:
+    """Whether other data can stand in for what was fitted on.
+
+    Raises
+    ------
+    DataError: other columns, or samples of another shape or type.
+    """
+    if isinstance(fitted.preprocess, TablePreprocess):
+        wanted = {column.name: (column.kind, column.width) for column in fitted.preprocess.schema.columns}
+        found = {column.name: (column.kind, column.width) for column in (source.schema or Schema(())).columns}
+        differ = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+        if differ:
+            raise DataError(
+                f"the columns {', '.join(differ[:5])} are not as they were in training",
+                where="--data",
+                fix=f"the model takes {', '.join(wanted)}",
+            )
+    else:
+        inputs, preprocess = source.train.inputs, fitted.preprocess
+        if tuple(inputs.shape[1:]) != preprocess.sample_shape or inputs.dtype.name != preprocess.dtype:
+            raise DataError(
+                f"samples are {inputs.dtype} of shape {tuple(inputs.shape[1:])}, but the model was trained on "
+                f"{preprocess.dtype} of shape {preprocess.sample_shape}",
+                where="--data",
+                fix="give data of the same shape",
+            )
+
+
+def fit(job: Job, source: Source, splits: Mapping[str, Rows]) -> Fitted:
+    """Fit what the job asks for on the training split; no other row changes the result.
+
+    Raises
+    ------
+    DataError: samples or targets that do not fit the job.
+    """
+    rows = splits["train"].ids
+    labels = fit_targets(job, source, splits)
+    preprocess = fit_preprocess(job, source, rows)
+    learned = labels.prepare(source.train.targets, source.label_names, np.float64, rows=rows)[rows]
+    if labels.kind == "regression":
+        return Fitted(preprocess, labels, means=tuple(learned.mean(0, dtype=np.float64).tolist()))
+    return Fitted(preprocess, labels, class_counts=tuple(class_counts(learned, len(labels.classes))))

@@ -1,0 +1,225 @@
+"""Preprocessing of the rows of tables: missing values, scales and levels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.data.preprocess.passes import category_places, number_places
+from pipeline.data.preprocess.samples import Prepare
+from pipeline.data.statistics import blocks
+from pipeline.data.stored import VERSION, reading
+from pipeline.data.tables.schema import Column, Kind, Schema
+from pipeline.errors import DataError
+
+OTHERWISE: dict[Kind, str] = {"number": "median, mean or a number", "category": "own_level or the level it counts as"}
+
+
+@dataclass(frozen=True)
+class TablePreprocess:
+    """How rows of a table are prepared: plain values, the same for training, evaluation and prediction.
+
+    A prepared row has first its numbers, filled and scaled; then each categorical column of at most `one_hot_up_to`
+    codes, one place a code, 1 where the row has it; then each larger one as its code, a whole number.
+
+    The codes of a categorical column are 1 for its first level, 2 for the next, and so on: the levels of the training
+    rows, and behind them one for being missing, where a training row is and `data.missing` gives it a level of its own.
+    Code 0 stands for all that no training row has. It is neutral: one-hot it is all zeros, and among the codes it is
+    a place of its own that no training row touches.
+
+    schema: the columns of a raw row, with the levels of the training rows alone.
+    fill, mean, std: for each number, in the order of the schema: what stands in for a missing one; (x - mean) / std.
+    missing: for each categorical column, the code of a missing value.
+    refused: kinds of column in which missing values are refused.
+    """
+
+    schema: Schema
+    fill: tuple[float, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    missing: tuple[int, ...]
+    one_hot_up_to: int
+    refused: tuple[Kind, ...] = ()
+
+    @property
+    def categories(self) -> list[Column]:
+        """The categorical columns."""
+        return [column for column in self.schema.columns if column.kind == "category"]
+
+    @property
+    def code_sizes(self) -> tuple[int, ...]:
+        """For each of the last places of a prepared row that hold codes, how many there are: 0 to size - 1."""
+        return tuple(codes + 1 for codes in self._codes() if codes > self.one_hot_up_to)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of a prepared row."""
+        one_hot = sum(codes for codes in self._codes() if codes <= self.one_hot_up_to)
+        return (len(self.fill) + one_hot + len(self.code_sizes),)
+
+    def check(self, raw: np.ndarray) -> None:
+        """Refuse missing values where `data.missing` says fail.
+
+        Parameters
+        ----------
+        raw: rows (N, schema.width), with the levels of any schema.
+
+        Raises
+        ------
+        DataError: names the column, how many rows, and the first of them.
+        """
+        if not self.refused:
+            return
+        counts, first = np.zeros(self.schema.width, np.int64), np.full(self.schema.width, -1)
+        row = 0
+        for block in blocks(raw, np.arange(len(raw))):
+            missing = np.isnan(block)
+            first = np.where((first < 0) & missing.any(0), row + missing.argmax(0), first)
+            counts += missing.sum(0)
+            row += len(block)
+        for column, place in zip(self.schema.columns, self.schema.offsets, strict=True):
+            if column.kind in self.refused and (places := counts[place : place + column.width]).any():
+                begins = first[place : place + column.width]
+                raise DataError(
+                    f"{places.max():,} of {len(raw):,} rows have no value in column {column.name!r}, the first is row "
+                    f"{begins[begins >= 0].min()}",
+                    where=f"data.missing.{'numeric' if column.kind == 'number' else 'categorical'}",
+                    fix=f"fill them, leave the column out of data.features, or say {OTHERWISE[column.kind]}",
+                )
+
+    def to(self, device: torch.device, dtype: torch.dtype, raw: Schema | None = None) -> Prepare:
+        """A function from raw rows (B, schema.width) on `device` to prepared ones (B, *output_shape) of `dtype`.
+
+        The result never shares memory with its argument.
+
+        Parameters
+        ----------
+        raw: the schema by which the rows were encoded, where it is not this one: the same columns with other levels.
+            A position of as many as there are levels stands for any other level.
+        """
+        laid_out = [[replace(column, levels=()) for column in one.columns] for one in (raw or self.schema, self.schema)]
+        assert laid_out[0] == laid_out[1], "other columns"
+        numbers = self._numbers(device, dtype)
+        if not self.categories:
+            return numbers
+        places = torch.from_numpy(category_places(self.schema)).to(device)
+        starts, targets, values = (part.to(device) for part in self._lookup(raw or self.schema))
+        values = values.to(dtype)
+        count, width = len(self.fill), self.output_shape[0]
+
+        def prepare(rows: Tensor) -> Tensor:
+            positions = rows.index_select(1, places)
+            entries = torch.where(positions.isnan(), -1, positions).long() + starts
+            prepared = rows.new_zeros((len(rows), width), dtype=dtype)
+            if count:
+                prepared[:, :count] = numbers(rows)
+            return prepared.scatter_(1, targets[entries], values[entries])
+
+        return prepare
+
+    def _codes(self) -> list[int]:
+        """For each categorical column, its highest code."""
+        return [max(len(one.levels), code) for one, code in zip(self.categories, self.missing, strict=True)]
+
+    def _numbers(self, device: torch.device, dtype: torch.dtype) -> Prepare:
+        fill, mean, std = (torch.tensor(values, dtype=torch.float64) for values in (self.fill, self.mean, self.std))
+        # Columns far from zero keep their digits only if the mean goes first; what it loses in `dtype` is made good.
+        shift = mean.to(dtype)
+        offset, factor, filled = ((shift.double() - mean) / std, 1 / std, (fill - mean) / std)
+        shift, offset, factor, filled = (values.to(device, dtype) for values in (shift, offset, factor, filled))
+        places = torch.from_numpy(number_places(self.schema)).to(device)
+        alone = len(places) == self.schema.width
+
+        def prepare(rows: Tensor) -> Tensor:
+            values = (rows if alone else rows.index_select(1, places)).to(dtype)
+            scaled = torch.addcmul(offset, values - shift, factor)
+            return torch.where(scaled.isnan(), filled, scaled)
+
+        return prepare
+
+    def _lookup(self, raw: Schema) -> tuple[Tensor, Tensor, Tensor]:
+        """What a position among the levels of `raw` becomes: where each column's entries begin, int64 (k,); and for
+        each entry the place in the prepared row and the value there. Before a column's first entry is that for a
+        missing value, behind its last that for any other level."""
+        codes = self._codes()
+        is_one_hot = np.array([highest <= self.one_hot_up_to for highest in codes])
+        widths = np.where(is_one_hot, codes, 1)
+        begins = np.empty(len(codes), np.int64)
+        order = np.argsort(~is_one_hot, kind="stable")  # one-hot columns first
+        begins[order] = len(self.fill) + np.concatenate([[0], widths[order].cumsum()[:-1]])
+        theirs = [column for column in raw.columns if column.kind == "category"]
+        targets: list[np.ndarray] = []
+        values: list[np.ndarray] = []
+        for number, (column, given) in enumerate(zip(self.categories, theirs, strict=True)):
+            known = {level: code for code, level in enumerate(column.levels, start=1)}
+            entries = np.array([self.missing[number], *(known.get(level, 0) for level in given.levels), 0])
+            targets.append(begins[number] + (np.maximum(entries - 1, 0) if is_one_hot[number] else 0 * entries))
+            values.append(entries > 0 if is_one_hot[number] else entries)
+        starts = [0, *accumulate(len(entries) for entries in targets)][:-1]
+        return (
+            torch.tensor(starts) + 1,
+            torch.from_numpy(np.concatenate(targets)),
+            torch.from_numpy(np.concatenate(values).astype(np.float64)),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `preprocess_from_json` gives the same object back."""
+        numbers = zip(self.fill, self.mean, self.std, strict=True)
+        missing = iter(self.missing)
+        columns: list[dict[str, Any]] = []
+        for column in self.schema.columns:
+            if column.kind == "category":
+                own = {"levels": list(column.levels), "missing": next(missing)}
+            else:
+                fill, mean, std = zip(*(next(numbers) for _ in range(column.width)), strict=True)
+                own = {"fill": list(fill), "mean": list(mean), "std": list(std)}
+            columns.append({"name": column.name, "kind": column.kind, **own})
+        return {
+            "version": VERSION,
+            "kind": "table",
+            "one_hot_up_to": self.one_hot_up_to,
+            "refused": list(self.refused),
+            "columns": columns,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> TablePreprocess:
+        """What `to_json` gave.
+
+        Raises
+        ------
+        DataError: written by another version, or damaged.
+        """
+        with reading(values):
+            columns: list[Column] = []
+            numbers: dict[str, list[float]] = {"fill": [], "mean": [], "std": []}
+            missing: list[int] = []
+            for stored in values["columns"]:
+                name = str(stored["name"])
+                if stored["kind"] == "category":
+                    columns.append(Column(name, "category", levels=tuple(map(str, stored["levels"]))))
+                    missing.append(int(stored["missing"]))
+                elif stored["kind"] == "number":
+                    widths = {len(stored[part]) for part in numbers}
+                    if len(widths) != 1:
+                        raise ValueError(f"column {name!r} has parts of different lengths")
+                    columns.append(Column(name, "number", widths.pop()))
+                    for part, together in numbers.items():
+                        together += map(float, stored[part])
+                else:
+                    raise ValueError(f"kind {stored['kind']!r}")
+            return cls(
+                Schema(tuple(columns)),
+                tuple(numbers["fill"]),
+                tuple(numbers["mean"]),
+                tuple(numbers["std"]),
+                tuple(missing),
+                int(values["one_hot_up_to"]),
+                tuple(kind for kind in OTHERWISE if kind in values["refused"]),
+            )

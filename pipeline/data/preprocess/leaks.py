@@ -1,0 +1,135 @@
+"""Columns of a table that are probably not meant: those that tell nothing, and those that tell too much."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipeline.data.preprocess.passes import number_places
+from pipeline.data.sources.arrays import Arrays, Source
+from pipeline.data.statistics import blocks
+from pipeline.data.tables.schema import Schema
+from pipeline.job import Job
+
+MOST_ROWS = 100_000
+MOST_VALUES = 1 << 20
+"""Of the training rows, so many of the first are looked at for leaks, or fewer where they are wide."""
+
+FEWEST_ROWS = 20
+"""With less, a column can tell the label by accident."""
+
+SCREENED_ROWS = 1_000
+"""A column that is far from telling the label of these, evenly spread, is not looked at further."""
+
+TELLS = 0.999
+"""Share of the labels that a rule on one column must get right to be a leak."""
+
+MOST_COMMON = 0.99
+"""... and the share of the most frequent label below which this means something."""
+
+CORRELATES = 0.9999
+"""Correlation of a column with a number to be learned from which on it is a leak."""
+
+
+def fit_warnings(job: Job, source: Source, rows: np.ndarray) -> list[str]:
+    """Columns of a table that are constant or empty in training, or that alone give the label away.
+
+    A column gives a label away where this rule gets 99.9 % of the labels right, and the most frequent label is below
+    99 %: each level (or value) stands for its most frequent label, levels of a single row counting as wrong; or, for
+    numbers, each class is a range of values. It gives a number away where their correlation is beyond 0.9999.
+
+    Parameters
+    ----------
+    rows: positions of the training split in `source.train`, int64 (n,): no other row is looked at.
+    """
+    if source.schema is None:
+        return []
+    part = source.train
+    few = rows[: max(min(MOST_ROWS, MOST_VALUES // max(source.schema.width, 1)), SCREENED_ROWS)]
+    inputs, targets = part.inputs[few], part.targets[few]
+    told = [
+        f"column {name!r} has {what} in all training rows: it tells nothing"
+        for name, what in _constant(part, source.schema, rows, inputs)
+    ]
+    find = _correlated if job.task.kind == "regression" else _telling
+    places = find(inputs, targets, set(number_places(source.schema).tolist())) if len(few) >= FEWEST_ROWS else set()
+    for column, first in zip(source.schema.columns, source.schema.offsets, strict=True):
+        if not places.isdisjoint(range(first, first + column.width)):
+            told.append(
+                f"column {column.name!r} alone gives the label away: leave it out of data.features unless it is known "
+                "before the label is"
+            )
+    return told
+
+
+def _constant(part: Arrays, schema: Schema, rows: np.ndarray, few: np.ndarray) -> list[tuple[str, str]]:
+    """Columns without two values, and what they have. Only what is so in the first rows is looked for in the rest."""
+    first = few[0]
+    alike = ((few == first) | (np.isnan(few) & np.isnan(first))).all(0)
+    for block in blocks(part.inputs, rows[len(few) :]):
+        if not alike.any():
+            break
+        alike &= ((block == first) | (np.isnan(block) & np.isnan(first))).all(0)
+    found: list[tuple[str, str]] = []
+    for column, place in zip(schema.columns, schema.offsets, strict=True):
+        if alike[place : place + column.width].all():
+            missing = np.isnan(first[place : place + column.width]).all()
+            found.append((column.name, "no value" if missing else "the same value"))
+    return found
+
+
+def _correlated(inputs: np.ndarray, targets: np.ndarray, numbers: set[int]) -> set[int]:
+    """Places of numbers whose correlation with a target is beyond `CORRELATES`, over the rows that have a value."""
+    places = np.array(sorted(numbers), dtype=np.int64)
+    values = inputs[:, places].astype(np.float64)
+    present = ~np.isnan(values)
+    counts = np.maximum(present.sum(0), 1)[:, None]
+    values -= np.where(present, values, 0.0).sum(0) / counts[:, 0]
+    values[~present] = 0.0
+    goals = targets.reshape(len(targets), -1).astype(np.float64)
+    goals -= goals.mean(0)
+    weights = present.astype(np.float64)
+    spread = np.square(values).sum(0)[:, None]
+    goal_spread = weights.T @ np.square(goals) - np.square(weights.T @ goals) / counts
+    product = np.square(values.T @ goals)
+    telling = (product > CORRELATES**2 * spread * goal_spread) & (counts >= FEWEST_ROWS)
+    return set(places[telling.any(1)].tolist())
+
+
+def _telling(inputs: np.ndarray, targets: np.ndarray, numbers: set[int]) -> set[int]:
+    """Places of columns that tell the label."""
+    _, labels, counts = np.unique(targets, return_inverse=True, return_counts=True)
+    labels = labels.reshape(-1)
+    if counts.max() > MOST_COMMON * len(labels):
+        return set()
+    spread = np.linspace(0, len(labels) - 1, min(SCREENED_ROWS, len(labels))).astype(np.int64)
+    screened, screened_labels = np.ascontiguousarray(inputs[spread].T), labels[spread]
+    found: set[int] = set()
+    for place in range(inputs.shape[1]):
+        is_number = place in numbers
+        if _errors(screened[place], screened_labels, is_number, 0) > 10 * (1 - TELLS) * len(spread):
+            continue
+        if _errors(inputs[:, place], labels, is_number, 1) <= (1 - TELLS) * len(labels):
+            found.add(place)
+    return found
+
+
+def _errors(values: np.ndarray, labels: np.ndarray, is_number: bool, lonely: int) -> float:
+    """How many labels the better of the two rules gets wrong. lonely: 1 where a level of a single row counts as one."""
+    values = np.where(np.isnan(values), -np.inf, values)
+    order = np.lexsort((labels, values))
+    values, labels = values[order], labels[order]
+    new_value = np.concatenate([[True], values[1:] != values[:-1]])
+    begins = np.flatnonzero(new_value | np.concatenate([[True], labels[1:] != labels[:-1]]))
+    sizes = np.diff(np.append(begins, len(values)))  # rows of each pair of value and label
+    firsts = np.flatnonzero(new_value[begins])
+    most = np.maximum.reduceat(sizes, firsts)
+    wrong = len(values) - int(most.sum())
+    as_levels = wrong + int((np.add.reduceat(sizes, firsts) == 1).sum()) * (lonely or is_number)
+    if not is_number:
+        return as_levels
+    # Of equally frequent labels any may stand for a value.
+    owner = np.repeat(np.arange(len(firsts)), np.diff(np.append(firsts, len(sizes))))
+    top = np.flatnonzero(sizes == most[owner])
+    chosen = labels[begins[top[np.concatenate([[True], np.diff(owner[top]) > 0])]]]
+    ranges = 1 + int((chosen[1:] != chosen[:-1]).sum())
+    return min(as_levels, wrong + max(0, ranges - len(np.unique(labels))) / 2)

@@ -1,0 +1,115 @@
+"""Pictures of a listing, decoded one at a time or some when they are asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch.utils.data import get_worker_info
+
+from pipeline.data.pictures import BrokenPictureError, Form, TooSmallError, decode, quiet
+from pipeline.data.sources.image_folder.files import in_threads
+from pipeline.data.sources.image_folder.listing import Listing
+from pipeline.errors import DataError, WorkError
+
+
+class Decoder:
+    """Decodes single pictures of a listing.
+
+    shape: (C, H, W) of each; where the job does not decide it, of the first whole picture.
+    """
+
+    def __init__(self, listing: Listing, form: Form) -> None:
+        self.listing, self._form = listing, form
+        self._first: tuple[int, tuple[int, ...]] | None = None
+        self.shape: tuple[int, ...] = (form.channels, *(form.size or self._size_of_first()))
+
+    def __call__(self, row: int) -> np.ndarray:
+        """One picture, uint8 of `shape`.
+
+        Raises
+        ------
+        BrokenPictureError: it cannot be decoded.
+        DataError: it is of another size, or gone.
+        """
+        picture = self._decode(row)
+        if picture.shape != self.shape:
+            assert self._first is not None
+            ours, theirs = (f"{shape[1]} x {shape[2]}" for shape in (picture.shape, self.shape))
+            raise DataError(
+                f"{self.name(row)} is {ours} pixels, but {self.name(self._first[0])} is {theirs}",
+                where=self.where,
+                fix="give them one size, for example data: {resize: [224, 224]}, or {resize: 256, crop: 224}",
+            )
+        return picture
+
+    def name(self, row: int) -> str:
+        return self.listing.paths[row]
+
+    @property
+    def where(self) -> str:
+        return f"data.url: {self.listing.files.printable}"
+
+    def _decode(self, row: int) -> np.ndarray:
+        try:
+            return decode(self.listing.files.read(self.name(row)), self._form)
+        except FileNotFoundError:
+            raise DataError(f"{self.name(row)} is gone", where=self.where, fix="leave the folder as it is") from None
+        except TooSmallError as error:
+            raise DataError(
+                f"{self.name(row)} is {error}, too small for crop: {self._form.crop}",
+                where=self.where,
+                fix="resize: enlarges pictures before they are cut",
+            ) from None
+
+    def _size_of_first(self) -> tuple[int, ...]:
+        reason = ""
+        with quiet():
+            for row in range(len(self.listing.paths)):
+                try:
+                    self._first = row, self._decode(row).shape
+                except BrokenPictureError as error:
+                    reason = reason or str(error)
+                else:
+                    return self._first[1][1:]
+        raise DataError(
+            f"none of {len(self.listing.paths):,} pictures can be decoded; {self.name(0)}: {reason}",
+            where=self.where,
+            fix="see that they are pictures",
+        )
+
+
+class Pictures:
+    """Rows that are decoded when they are asked for: uint8 (N, C, H, W), see `data.tensors.RowsOnDemand`."""
+
+    def __init__(self, decoder: Decoder, rows: np.ndarray) -> None:
+        self._decoder, self._rows = decoder, rows
+        self.shape = (len(rows), *decoder.shape)
+        self.dtype = np.dtype(np.uint8)
+        self.ndim = len(self.shape)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        """Some rows, uint8 (b, C, H, W), by as many threads as there are cores; by one in a loader process.
+
+        Raises
+        ------
+        WorkError: a broken picture.
+        """
+        files, wanted = self._decoder.listing.files, self._rows[rows]
+        threads = files.threads if get_worker_info() is None or files.is_far else 1
+        decoded = np.empty((len(wanted), *self.shape[1:]), dtype=np.uint8)
+        with quiet():
+            for place, picture in enumerate(in_threads(self._decoded, wanted.tolist(), threads)):
+                decoded[place] = picture
+        return decoded
+
+    def _decoded(self, row: int) -> np.ndarray:
+        try:
+            return self._decoder(row)
+        except BrokenPictureError as error:
+            raise WorkError(
+                f"the picture {self._decoder.name(row)} is broken: {error}",
+                where=self._decoder.where,
+                fix="replace or delete it; or data: {on_error: skip}",
+            ) from None

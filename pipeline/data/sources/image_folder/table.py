@@ -1,0 +1,90 @@
+"""Columns of a table of pictures: paths, labels, and what splits go by. Read as those of any table are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.data.sources.arrays import SplitColumn
+from pipeline.data.sources.parquet.values import as_times, label_values, split_values
+from pipeline.data.tables.contents import as_texts, content, plain
+from pipeline.data.tables.findings import Findings
+from pipeline.errors import DataError
+
+
+def path_values(table: pa.Table, name: str, where: str) -> tuple[str, ...]:
+    """The paths of the rows.
+
+    Raises
+    ------
+    DataError: nulls, or no text.
+    """
+    array, findings = _column(table, name, where)
+    if content(array.type).kind != "text":
+        raise DataError(f"the column {name!r} holds {content(array.type)}, not paths", where=where, fix="see data.path")
+    findings.note(name, "nulls", "remove these rows", array.is_null().to_numpy(zero_copy_only=False))
+    _refuse(findings, len(array))
+    return tuple(plain(array).to_pylist())
+
+
+def labels(table: pa.Table, name: str, task: str, where: str) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Targets of the rows, and the sorted texts that they are positions in: int64 (N,), or float64 (N,) for regression.
+
+    Raises
+    ------
+    DataError: nulls, NaN or infinity, or a type that the task cannot learn.
+    """
+    array, findings = _column(table, name, where)
+    kind, is_regression = content(array.type).kind, task == "regression"
+    if kind not in ("whole", "real", "truth") and (is_regression or kind != "text"):
+        raise DataError(
+            f"the label {name!r} holds {content(array.type)}, which {task} cannot learn",
+            where=where,
+            fix="see task" if kind == "text" else "use a column of numbers or text",
+        )
+    names = _texts(array, name, findings) if kind == "text" else None
+    values = label_values(array, name, names, is_regression, findings)
+    _refuse(findings, len(array))
+    return values, () if names is None else tuple(names.to_pylist())
+
+
+def splits(table: pa.Table, name: str, is_time: bool, where: str) -> SplitColumn:
+    """What splits go by, one value a row.
+
+    Parameters
+    ----------
+    is_time: whether text is to be read as times.
+
+    Raises
+    ------
+    DataError: nulls, or a type that is neither text, number nor time.
+    """
+    array, findings = _column(table, name, where)
+    kind = content(array.type).kind
+    if kind not in ("text", "whole", "real", "truth", "time"):
+        raise DataError(f"the column {name!r} holds {content(array.type)}", where=where, fix="see data.splits")
+    found = _texts(array, name, findings) if kind == "text" else None
+    values = split_values(array, name, found, kind == "real", findings)
+    _refuse(findings, len(array))
+    texts = () if found is None else tuple(found.to_pylist())
+    if found is not None and is_time:
+        return SplitColumn(as_times(texts, name, where)[values], is_time=True)
+    return SplitColumn(values, ("false", "true") if kind == "truth" else texts, kind == "time")
+
+
+def _column(table: pa.Table, name: str, where: str) -> tuple[pa.Array, Findings]:
+    array = table.column(name).combine_chunks()
+    return array, Findings(where)
+
+
+def _refuse(findings: Findings, rows: int) -> None:
+    """Raise DataError for what was found; all rows have gone by at once."""
+    findings.rows = rows
+    findings.refuse()
+
+
+def _texts(array: pa.Array, name: str, findings: Findings) -> pa.Array:
+    """The distinct texts of the rows, sorted."""
+    found, rows = as_texts(array, name, findings)
+    present = np.unique(rows)
+    return pa.array(sorted(found.take(pa.array(present[present >= 0])).to_pylist()), pa.string())

@@ -1,0 +1,248 @@
+"""Parquet files anywhere: their columns, rows and fingerprint, and their rows batch by batch."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.data.cache import scratch
+from pipeline.data.sources.parquet.finding import File, find_files, named
+from pipeline.data.tables.contents import Content, content
+from pipeline.errors import DataError
+from pipeline.job import Cache
+from pipeline.storage.faults import explain
+
+HASHED_WHOLE = 1 << 30
+"""Up to so many bytes of files, their whole content is in the fingerprint; of more, only their footers."""
+
+PIECE = 1 << 20
+"""Bytes that are hashed at once."""
+
+COLUMN_BUFFER = 1 << 16
+"""Bytes of each column that are read ahead. Without it a whole column of a row group is held at once."""
+
+MAGIC = b"PAR1"
+OTHERS = {b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "gzip", b"ARROW1": "an Arrow (Feather) file"}
+AS_PARQUET = "write it as Parquet, for instance with pandas: read_csv(...).to_parquet(...); or leave it out with a glob"
+BROKEN = "write it again, or leave it out with a glob"
+WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,17})")
+"""What a folder's name says as a number; 007 is a text."""
+
+
+class Files:
+    """The files that a URL means. Remote ones are fetched once, into memory while they are small, else to disk.
+
+    Used as a context, which ends by removing what was fetched.
+
+    Raises
+    ------
+    DataError: from every method: no files, no permission, and files that are no Parquet, corrupt or truncated, by name.
+    """
+
+    def __init__(self, url: str, cache: Cache) -> None:
+        self._place, self.files = find_files(url)
+        self.url = self._place.url
+        self._cache = cache
+        self._size = sum(file.size for file in self.files)
+        self._fetched: dict[str, Path | pa.Buffer] = {}
+        self._stack = ExitStack()
+        self._folder: Path | None = None
+        self._footers: list[bytes] = []
+        self.schemas: list[pa.Schema] = []
+        self.row_counts: list[int] = []
+
+    def __enter__(self) -> Self:
+        try:
+            for file in self.files:
+                footer = self._footer(file)
+                with _readable(file):
+                    metadata = pq.read_metadata(pa.BufferReader(MAGIC + footer))
+                    self.schemas.append(metadata.schema.to_arrow_schema())
+                self.row_counts.append(metadata.num_rows)
+                self._footers.append(hashlib.sha256(footer).digest())
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._fetched.clear()
+        self._stack.close()
+
+    @property
+    def rows(self) -> int:
+        return sum(self.row_counts)
+
+    def fingerprint(self) -> str:
+        """SHA-256 in hex over names, sizes and the whole content, in the order of the names.
+
+        Of more than 1 GiB, the files' footers stand for their content: schema, and of every row group and column the
+        rows, sizes, offsets and statistics. No modification time and no location counts.
+        """
+        digest = hashlib.sha256()
+        for file, footer in zip(self.files, self._footers, strict=True):
+            digest.update(f"{file.name}\0{file.size}\n".encode())
+            if self._size > HASHED_WHOLE:
+                digest.update(footer)
+                continue
+            with _readable(file), self._opened(file) as stream:
+                while piece := stream.read(PIECE):
+                    digest.update(piece)
+        return digest.hexdigest()
+
+    def contents(self, number: int) -> dict[str, Content]:
+        """What the columns of a file hold, in order; those that its path names come last."""
+        schema, file = self.schemas[number], self.files[number]
+        if len(set(schema.names)) < len(schema.names):
+            twice = next(name for name in schema.names if schema.names.count(name) > 1)
+            raise DataError(f"two columns are called {twice!r}", where=file.where, fix="rename one of them")
+        own = {name: content(kind) for name, kind in zip(schema.names, schema.types, strict=True)}
+        return own | {name: content(self._partition_types[name]) for name in file.partitions if name not in own}
+
+    def batches(self, number: int, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
+        """The rows of a file in order, some columns alone, up to `rows` at once; its path's columns as constants."""
+        file, schema = self.files[number], self.schemas[number]
+        stored = [name for name in columns if name in schema.names]
+        total = 0
+        for batch in self._stored(file, stored, self.row_counts[number], rows):
+            arrays = [
+                batch.column(name) if name in schema.names else self._constant(file, name, batch.num_rows)
+                for name in columns
+            ]
+            total += batch.num_rows
+            if batch.num_rows:
+                yield pa.RecordBatch.from_arrays(arrays, names=list(columns))
+        if total != self.row_counts[number]:
+            raise DataError(
+                f"holds {total:,} rows, but its footer says {self.row_counts[number]:,}", where=file.where, fix=BROKEN
+            )
+
+    def forget(self, number: int) -> None:
+        """Remove what was fetched of a file."""
+        fetched = self._fetched.pop(self.files[number].name, None)
+        if isinstance(fetched, Path):
+            fetched.unlink()
+
+    def _stored(self, file: File, columns: list[str], count: int, rows: int) -> Iterator[pa.RecordBatch]:
+        if not columns:  # only what the path says
+            for first in range(0, count, rows):
+                yield pa.RecordBatch.from_arrays([pa.nulls(min(rows, count - first))], names=[""])
+            return
+        with _readable(file):
+            opened = pq.ParquetFile(
+                self._source(file), pre_buffer=False, buffer_size=COLUMN_BUFFER, page_checksum_verification=True
+            )
+        with opened:
+            batches = opened.iter_batches(rows, columns=columns, use_threads=False)  # each thread would hold memory
+            while True:
+                with _readable(file):
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                yield batch
+
+    @cached_property
+    def _partition_types(self) -> dict[str, pa.DataType]:
+        """Whole numbers where all files' paths say such, else text."""
+        said: dict[str, list[str]] = {}
+        for file in self.files:
+            for name, value in file.partitions.items():
+                said.setdefault(name, []).extend([] if value is None else [value])
+        return {
+            name: pa.int64() if values and all(map(WHOLE.fullmatch, values)) else pa.string()
+            for name, values in said.items()
+        }
+
+    def _constant(self, file: File, name: str, rows: int) -> pa.Array:
+        value = pa.scalar(file.partitions[name], pa.string())
+        return pa.repeat(value.cast(self._partition_types[name]), rows)
+
+    def _source(self, file: File) -> Any:
+        """What Arrow reads the file from."""
+        if self._place.is_local:
+            return file.path
+        if file.name not in self._fetched:
+            self._fetched[file.name] = self._fetch(file)
+        fetched = self._fetched[file.name]
+        return str(fetched) if isinstance(fetched, Path) else fetched
+
+    def _fetch(self, file: File) -> Path | pa.Buffer:
+        fs = self._place.fs
+        if self._size <= self._cache.in_memory_mb * 10**6:
+            return pa.py_buffer(self._place.ask(lambda: fs.cat_file(file.path), file.where))
+        if self._folder is None:
+            self._folder = self._stack.enter_context(scratch(self._cache, self._size))
+        target = self._folder / str(len(self._fetched))
+        self._place.ask(lambda: fs.get_file(file.path, str(target)), file.where)
+        return target
+
+    def _footer(self, file: File) -> bytes:
+        """The end of a file from its metadata on."""
+        length = len(MAGIC) + 4
+        with _readable(file):
+            tail = self._end(file, length)
+            if tail[4:] != MAGIC or file.size < len(MAGIC) + length:
+                raise _foreign(file, self._begin(file))
+            size = struct.unpack("<I", tail[:4])[0] + length
+            if size > file.size - len(MAGIC):
+                raise DataError(f"is corrupt: its footer would be {size:,} bytes long", where=file.where, fix=BROKEN)
+            return self._end(file, size)
+
+    def _end(self, file: File, length: int) -> bytes:
+        return self._range(file, max(file.size - length, 0), file.size)
+
+    def _begin(self, file: File) -> bytes:
+        return self._range(file, 0, min(file.size, 512))
+
+    def _range(self, file: File, first: int, end: int) -> bytes:
+        if not self._place.is_local and self._size > HASHED_WHOLE:  # else all of it is needed anyway
+            return bytes(self._place.ask(lambda: self._place.fs.cat_file(file.path, start=first, end=end), file.where))
+        with self._opened(file) as stream:
+            stream.seek(first)
+            return stream.read(end - first)
+
+    def _opened(self, file: File) -> IO[bytes]:
+        source = self._source(file)
+        return io.BytesIO(source) if isinstance(source, pa.Buffer) else open(source, "rb")
+
+
+@contextmanager
+def _readable(file: File) -> Iterator[None]:
+    """Arrow's and the system's errors as errors of a file; a lack of memory is none."""
+    try:
+        with named(file.where):
+            yield
+    except PermissionError as error:
+        raise DataError("no permission to read it", where=file.where, fix="check its rights") from error
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, MemoryError):
+            raise
+        raise DataError(f"is corrupt or truncated ({explain(error)})", where=file.where, fix=BROKEN) from error
+
+
+def _foreign(file: File, begin: bytes) -> DataError:
+    """What to say of a file that does not end as Parquet does."""
+    if begin.startswith(MAGIC):
+        return DataError(
+            f"is truncated: it begins as Parquet, but does not end so ({file.size:,} bytes)",
+            where=file.where,
+            fix=BROKEN,
+        )
+    found = next((name for start, name in OTHERS.items() if begin.startswith(start)), None)
+    if found is None and not begin:
+        return DataError("is empty", where=file.where, fix=BROKEN)
+    if found is None and b"\0" not in begin:
+        line = begin.partition(b"\n")[0].decode(errors="replace").strip()[:60]
+        found = "JSON" if line[:1] in ("{", "[") else "CSV" if {",", ";", "\t"} & set(line) else "text"
+        found += f", it begins with {line!r}"
+    return DataError("is no Parquet file" + (f" but {found}" if found else ""), where=file.where, fix=AS_PARQUET)

@@ -1,0 +1,153 @@
+"""Which files a URL means, in an order that does not depend on where they lie."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote
+
+from pipeline.errors import DataError, StorageError
+from pipeline.storage.faults import Patience, explain, scrub
+
+MAGIC = re.compile(r"[*?\[]")
+NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
+
+
+@dataclass(frozen=True)
+class File:
+    """One file.
+
+    name: path relative to the URL's folder, or to the part of a glob before its first wildcard.
+    path: for the file system. where: for messages. size: bytes.
+    partitions: what folders called `column=value` say of all its rows; None for Hive's word for null.
+    """
+
+    name: str
+    path: str
+    where: str
+    size: int
+    partitions: dict[str, str | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A file system and how patiently it is asked."""
+
+    fs: Any
+    url: str
+
+    @property
+    def is_local(self) -> bool:
+        protocols = self.fs.protocol
+        return "file" in ((protocols,) if isinstance(protocols, str) else protocols)
+
+    def ask(self, action: Callable[[], Any], where: str) -> Any:
+        """The action's answer, passing faults repeated.
+
+        Raises
+        ------
+        DataError: no such file, no permission, or whatever else a person must put right.
+        """
+        with named(where):
+            return Patience(where).call(action)
+
+
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """Errors of storage as errors of the data that lies there."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(
+            f"is not there ({explain(error)})", where=where, fix="check data.url, and the bucket where it has one"
+        ) from None
+    except StorageError as error:
+        raise DataError(error.what, where=where, fix=error.fix) from None
+
+
+def find_files(url: str) -> tuple[Place, list[File]]:
+    """The files of a URL, sorted by name: itself, what a glob matches, or all in a folder but those that are hidden.
+
+    Raises
+    ------
+    DataError: an unusable URL, no permission, or no files.
+    """
+    place, path = _opened(url)
+    found = place.ask(lambda: _listed(place.fs, path), place.url)
+    base = _base(path) if MAGIC.search(path) else path.rstrip("/")
+    if list(found) == [path]:
+        base = path.rpartition("/")[0]
+    files = []
+    for name, size in found.items():
+        relative = name[len(base) :].strip("/")
+        if not any(_is_hidden(part) for part in relative.split("/")):
+            where = name if place.is_local else scrub(place.fs.unstrip_protocol(name))
+            files.append(File(relative, name, where, size, _partitions(relative)))
+    if not files:
+        raise DataError(
+            "no files there", where=place.url, fix="check data.url: a file, a glob such as *.parquet, or a folder"
+        )
+    return place, sorted(files, key=lambda file: file.name)
+
+
+def _opened(url: str) -> tuple[Place, str]:
+    import fsspec
+
+    protocol = url.partition("://")[0] if "://" in url else "file"
+    options: dict[str, Any] = {}
+    if protocol in EXTRAS:
+        options["use_listings_cache"] = False
+    if protocol in ("s3", "s3a"):  # faults are repeated in one place only, which is `Patience`
+        options["config_kwargs"] = {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 0}}
+    where = scrub(url)
+    try:
+        fs, path = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        extra = EXTRAS.get(protocol)
+        fix = f"pip install 'trainyard[{extra}]'" if extra else explain(error)
+        raise DataError(f"{protocol}:// needs a library that is not installed", where=where, fix=fix) from None
+    except Exception as error:  # whatever a file system makes of a URL that it cannot read
+        raise DataError(f"cannot be opened ({explain(error)})", where=where, fix="check data.url") from None
+    if protocol in ("s3", "s3a"):
+        fs.retries = 1
+    return Place(fs, where), path
+
+
+def _listed(fs: Any, path: str) -> dict[str, int]:
+    """Sizes of files by path."""
+    fs.invalidate_cache()
+    try:
+        info = fs.info(path)
+    except FileNotFoundError:
+        if not MAGIC.search(path):
+            raise
+        matches = fs.glob(path, detail=True)
+        sizes: dict[str, int] = {}
+        for match, about in matches.items():
+            sizes.update(_within(fs, match) if about["type"] == "directory" else {match: int(about["size"])})
+        return sizes
+    return _within(fs, path) if info["type"] == "directory" else {path: int(info["size"])}
+
+
+def _within(fs: Any, folder: str) -> dict[str, int]:
+    fs.ls(folder)  # `find` is silent about a folder that it may not read
+    return {path: int(about["size"]) for path, about in fs.find(folder, detail=True).items() if about["type"] == "file"}
+
+
+def _base(glob: str) -> str:
+    parts = glob.split("/")
+    first = next(number for number, part in enumerate(parts) if MAGIC.search(part))
+    return "/".join(parts[:first])
+
+
+def _is_hidden(part: str) -> bool:
+    return part.startswith(".") or (part.startswith("_") and "=" not in part)
+
+
+def _partitions(name: str) -> dict[str, str | None]:
+    pairs = (part.split("=", 1) for part in name.split("/")[:-1] if "=" in part)
+    return {unquote(column): None if value == NULL_PARTITION else unquote(value) for column, value in pairs}

@@ -1,0 +1,61 @@
+"""Rows drawn at random."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipeline.data.random import generator, permutation
+from pipeline.data.sources.arrays import Source
+from pipeline.data.targets.labels import strata
+from pipeline.errors import DataError
+from pipeline.job import Job, RandomSplits
+
+
+def random_rows(job: Job, spec: RandomSplits, source: Source) -> dict[str, np.ndarray]:
+    """Rows drawn without replacement, val first, so that asking for a test split too leaves val as it is."""
+    rows = len(source.train)
+    asked = {"val": spec.val, "test": spec.test, "train": spec.train}
+    counts = {
+        name: int(value) if value >= 1 else round(rows * value) for name, value in asked.items() if value is not None
+    }
+    held_out = counts["val"] + counts["test"]
+    counts.setdefault("train", max(rows - held_out, 0))
+    if sum(counts.values()) > rows or (spec.train is None and held_out >= rows):
+        told = ", ".join(f"{name}: {value:g} ({counts[name]:,} rows)" for name, value in asked.items() if value)
+        raise DataError(
+            f"{told} leave {'no rows to train' if spec.train is None else 'too few'} of {rows:,}",
+            where="data.splits",
+            fix="ask for less",
+        )
+    order = permutation(generator(job.seed.of("split"), f"split of {source.fingerprint}"), rows)
+    groups = _by_class(order, source, job) if spec.stratify else [order]
+    drawn: dict[str, np.ndarray] = {}
+    for name, count in counts.items():
+        if name != "train" and not asked[name]:
+            continue
+        takes = proportional([len(group) for group in groups], count)
+        drawn[name] = np.sort(np.concatenate([group[:take] for group, take in zip(groups, takes, strict=True)]))
+        groups = [group[take:] for group, take in zip(groups, takes, strict=True)]
+    return drawn
+
+
+def _by_class(order: np.ndarray, source: Source, job: Job) -> list[np.ndarray]:
+    """The drawn order, cut into one list for each class."""
+    if job.task.kind == "regression":
+        raise DataError("needs classes, and regression has none", where="data.splits.stratify", fix="leave it out")
+    labels = strata(source, job.task)[order]
+    return [order[labels == label] for label in np.unique(labels)]
+
+
+def proportional(sizes: list[int], count: int) -> list[int]:
+    """`count` shared out in proportion to `sizes`: whole numbers, none above its size, each within one of exact.
+
+    What rounding down leaves goes to the largest remainders, the first of equals.
+    """
+    total = sum(sizes)
+    shares = [divmod(count * size, total) if total else (0, 0) for size in sizes]
+    takes = [whole for whole, _ in shares]
+    by_remainder = sorted(range(len(sizes)), key=lambda place: -shares[place][1])
+    for place in by_remainder[: count - sum(takes)]:
+        takes[place] += 1
+    return takes

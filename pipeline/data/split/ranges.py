@@ -1,0 +1,32 @@
+"""Rows by position."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from pipeline.data.split.rows import NAMES
+from pipeline.errors import DataError
+from pipeline.job import RangeSplits
+
+
+def range_rows(spec: RangeSplits, rows: int) -> dict[str, np.ndarray]:
+    """The ranges of the job; DataError where they end beyond the rows or overlap."""
+    given = {name: bounds for name in NAMES if (bounds := getattr(spec, name)) is not None}
+    for name, (first, end) in given.items():
+        if end > rows:
+            raise DataError(
+                f"[{first}, {end}] ends beyond the {rows:,} rows",
+                where=f"data.splits.{name}",
+                fix=f"end at {rows} or before",
+            )
+    ordered = sorted(given, key=lambda name: given[name])
+    for name, other in pairwise(ordered):
+        if given[name][1] > given[other][0]:
+            raise DataError(
+                f"{name} {list(given[name])} and {other} {list(given[other])} share rows",
+                where="data.splits",
+                fix="a range excludes its end: let one begin where the other ends",
+            )
+    return {name: np.arange(first, end, dtype=np.int64) for name, (first, end) in given.items()}

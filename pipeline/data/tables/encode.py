@@ -1,0 +1,160 @@
+"""Tables as matrices: Arrow columns in, rows of numbers out, laid out by a schema; in training and in prediction."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.data.tables.contents import NUMBERS, FloatType, as_texts, content, numbers, plain, raw_bytes
+from pipeline.data.tables.findings import Findings
+from pipeline.data.tables.schema import Column, Schema
+from pipeline.errors import DataError
+
+
+class Encoder:
+    """Writes batches of a table as rows of a matrix."""
+
+    def __init__(self, schema: Schema) -> None:
+        self._schema = schema
+        self._levels = {column.name: pa.array(column.levels, pa.string()) for column in schema.columns}
+
+    def write(self, batch: pa.RecordBatch, out: np.ndarray, findings: Findings) -> None:
+        """Fill `out`, float32 or float64 (n, width), from a batch of n rows; extra columns are of no account.
+
+        Raises
+        ------
+        DataError: a column that is absent or of another kind.
+        """
+        for column, offset in zip(self._schema.columns, self._schema.offsets, strict=True):
+            array = _column(batch, column, findings.where)
+            if column.kind == "category":
+                out[:, offset] = self._positions(array, column, findings)
+                continue
+            end = offset + column.width
+            if column.width == 1 and content(array.type).kind in (*NUMBERS, "null"):
+                out[:, offset] = numbers(array, out.dtype)
+            else:
+                out[:, offset:end] = _vectors(array, column, out.dtype, findings)
+            findings.note(
+                column.name,
+                "infinite values",
+                "replace them, with nulls for instance; numbers beyond 3e38 need train.precision: fp64",
+                np.isinf(out[:, offset:end]).any(1),
+            )
+
+    def _positions(self, array: pa.Array, column: Column, findings: Findings) -> np.ndarray:
+        texts, rows = as_texts(array, column.name, findings)
+        known = pc.index_in(texts, value_set=self._levels[column.name]).fill_null(len(column.levels))
+        positions: np.ndarray = np.append(known.to_numpy(zero_copy_only=False).astype(np.float64), np.nan)[rows]
+        return positions
+
+
+def encode(table: pa.Table | pa.RecordBatch, schema: Schema, *, dtype: FloatType, where: str) -> np.ndarray:
+    """A table as a matrix (n, width): NaN where a value is missing, `len(levels)` for an unknown level.
+
+    Whole numbers, booleans and decimals do where numbers are wanted, and numbers where texts are; the order of the
+    columns and further columns are of no account.
+
+    Parameters
+    ----------
+    where: what to call the table in messages.
+
+    Raises
+    ------
+    DataError: a column that is absent or of another kind, an infinite value, a list of another length.
+    """
+    encoder, findings = Encoder(schema), Findings(where)
+    out = np.empty((table.num_rows, schema.width), dtype)
+    for batch in table.to_batches() if isinstance(table, pa.Table) else [table]:
+        encoder.write(batch, out[findings.rows : findings.rows + len(batch)], findings)
+        findings.rows += len(batch)
+    findings.refuse()
+    return out
+
+
+def to_arrow(data: Any) -> pa.Table:
+    """A table of pandas, polars, Arrow or whatever else speaks Arrow's C stream, or a dict of columns, as Arrow table.
+
+    Columns of a dict may be NumPy arrays (n,) or (n, width), or sequences.
+
+    Raises
+    ------
+    DataError: anything else, or columns of unequal length or mixed types.
+    """
+    try:
+        if isinstance(data, Mapping):
+            return pa.table({str(name): _as_array(values) for name, values in data.items()})
+        if isinstance(data, pa.RecordBatch):
+            return pa.Table.from_batches([data])
+        if isinstance(data, pa.Table) or hasattr(data, "__arrow_c_stream__"):
+            return pa.table(data)
+    except (pa.ArrowException, ValueError, TypeError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"cannot be read as a table: {first_line}", where="table", fix="one type a column, all of one length"
+        ) from error
+    raise DataError(
+        f"a {type(data).__name__} is no table",
+        where="table",
+        fix="use a pandas or polars DataFrame, an Arrow table or a dict of columns",
+    )
+
+
+def _as_array(values: Any) -> pa.Array:
+    if isinstance(values, np.ndarray) and values.ndim == 2:
+        return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+    return values if isinstance(values, (pa.Array, pa.ChunkedArray)) else pa.array(values, from_pandas=True)
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """What to look at when a column is not there."""
+    known = list(names)
+    close = difflib.get_close_matches(name, known, n=3)
+    if close:
+        return f"did you mean {', '.join(close)}?"
+    return f"columns here: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}"
+
+
+def _column(batch: pa.RecordBatch, column: Column, where: str) -> pa.Array:
+    if column.name not in batch.schema.names:
+        raise DataError(
+            f"there is no column {column.name!r} ({batch.num_rows:,} rows)",
+            where=where,
+            fix=near(column.name, batch.schema.names),
+        )
+    array = batch.column(column.name)
+    found = content(array.type)
+    if column.kind == "category":
+        fine = found.kind in ("text", "null", *NUMBERS)
+    elif found.kind in ("vector", "bytes"):
+        fine = found.width in (0, column.width)
+    else:
+        fine = found.kind == "null" or (found.kind in NUMBERS and column.width == 1)
+    if not fine:
+        wanted = "text" if column.kind == "category" else f"{column.width} numbers" if column.width > 1 else "numbers"
+        raise DataError(f"the column {column.name!r} holds {found}; wanted: {wanted}", where=where, fix="cast it")
+    return array
+
+
+def _vectors(array: pa.Array, column: Column, dtype: np.dtype[Any], findings: Findings) -> np.ndarray:
+    """Fixed-size or equally long lists, or bytes, as floats (n, width), NaN where null."""
+    array = plain(array)
+    out = np.full((len(array), column.width), np.nan, dtype)
+    if pa.types.is_null(array.type):
+        return out
+    valid = array.is_valid().to_numpy(zero_copy_only=False)
+    if pa.types.is_fixed_size_binary(array.type):
+        out[valid] = raw_bytes(array, column.width)[valid]
+        return out
+    lengths = pc.list_value_length(array).fill_null(column.width).to_numpy(zero_copy_only=False)
+    findings.note(
+        column.name, f"lists whose length is not {column.width}", "make all lists equally long", lengths != column.width
+    )
+    if (lengths == column.width).all():
+        out[valid] = numbers(array.flatten(), dtype).reshape(-1, column.width)
+    return out

@@ -1,0 +1,42 @@
+"""What the columns of a table's matrix mean: each row of a table is one row of numbers, laid out by a schema."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+Kind = Literal["number", "category"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One feature.
+
+    kind: number: `width` numbers (1, or the length of a fixed-size list), NaN where missing; booleans are 0 and 1.
+        category: one whole number, the position of the text in `levels`, NaN where missing.
+    """
+
+    name: str
+    kind: Kind
+    width: int = 1
+    levels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The layout of a matrix (N, width): the columns in this order, one after another."""
+
+    columns: tuple[Column, ...]
+
+    @cached_property
+    def width(self) -> int:
+        return sum(column.width for column in self.columns)
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each column begins."""
+        ends = [0]
+        for column in self.columns:
+            ends.append(ends[-1] + column.width)
+        return tuple(ends[:-1])

@@ -1,0 +1,119 @@
+"""`data.splits:` which rows train, validate and test."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from pipeline.job.node import Node, Range
+
+NAMES = ("train", "val", "test")
+
+
+class RandomSplits(Node):
+    """Rows drawn at random: fractions of all rows (below 1) or counts."""
+
+    by: Literal["random"] = "random"
+    val: Annotated[float, Field(ge=0)] = 0.2
+    """Share or number of rows for validation; 0 for none."""
+    test: Annotated[float, Field(ge=0)] = 0
+    """Share or number of rows for the test split; 0 leaves the source's own test set, if it has one."""
+    train: Annotated[float, Field(gt=0)] | None = None
+    """Share or number of rows for training; all that remain if not given."""
+    stratify: bool = False
+    """Draw from every class in proportion."""
+
+    @model_validator(mode="after")
+    def _counts_are_whole(self) -> Self:
+        for name in NAMES:
+            value = getattr(self, name)
+            if value is not None and value >= 1 and value != int(value):
+                raise ValueError(f"{name} must be a fraction below 1 or a whole number of rows, not {value}")
+        return self
+
+
+class RangeSplits(Node):
+    """Rows by position: `{by: range, train: [0, 1024], val: [1024, 2048]}`, the end excluded."""
+
+    by: Literal["range"]
+    train: Range
+    val: Range | None = None
+    test: Range | None = None
+
+    @model_validator(mode="after")
+    def _are_ranges(self) -> Self:
+        for name in NAMES:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value[0] < value[1]:
+                raise ValueError(f"{name} must be [first, end] with 0 <= first < end, not {list(value)}")
+        return self
+
+
+class GroupSplits(Node):
+    """Whole groups drawn at random, so that no group stands on two sides: `{by: group, column: user, val: 0.2}`."""
+
+    by: Literal["group"]
+    column: str
+    """Rows with the same value here stay together."""
+    val: Annotated[float, Field(ge=0)] = 0.2
+    """Share of the rows (below 1), as near as whole groups come to it, or number of groups; 0 for none."""
+    test: Annotated[float, Field(ge=0)] = 0
+    """Likewise."""
+
+    @model_validator(mode="after")
+    def _counts_are_whole(self) -> Self:
+        for name in ("val", "test"):
+            value = getattr(self, name)
+            if value >= 1 and value != int(value):
+                raise ValueError(f"{name} must be a fraction below 1 or a whole number of groups, not {value}")
+        return self
+
+
+Window = Annotated[float, Field(ge=0)] | str
+"""Share of the rows (below 1), or a length: `14d`, `12h`, `30m`, `90s`, `2w`; of numbers, a plain number."""
+
+
+class TimeSplits(Node):
+    """The newest rows are held out, the test split after the validation split: `{by: time, column: day, val: 14d}`."""
+
+    by: Literal["time"]
+    column: str
+    """A timestamp, date or number. Rows of one instant stay together."""
+    val: Window = 0.2
+    """Share of the rows (below 1), or the length of the window, such as 14d; 0 for none."""
+    test: Window = 0
+    """Likewise."""
+
+    @model_validator(mode="after")
+    def _are_windows(self) -> Self:
+        for name in ("val", "test"):
+            value = getattr(self, name)
+            if isinstance(value, str) and not re.fullmatch(r"\d+(\.\d+)?[wdhms]", value):
+                raise ValueError(
+                    f"{name} must be a share below 1, or a length such as 14d, 12h, 30m or 2w, not {value!r}"
+                )
+        return self
+
+
+class ColumnSplits(Node):
+    """The data says it itself: `{by: column, column: split}`."""
+
+    by: Literal["column"]
+    column: str
+    train: list[str] = ["train"]
+    """Values of the column, as text, that mean the training split."""
+    val: list[str] = ["val", "validation"]
+    test: list[str] = ["test"]
+
+    @model_validator(mode="after")
+    def _values_are_apart(self) -> Self:
+        values = [*self.train, *self.val, *self.test]
+        twice = sorted({value for value in values if values.count(value) > 1})
+        if twice:
+            raise ValueError(f"{twice[0]!r} cannot mean two splits")
+        return self
+
+
+Splits = Annotated[RandomSplits | RangeSplits | GroupSplits | TimeSplits | ColumnSplits, Field(discriminator="by")]

@@ -1,0 +1,94 @@
+"""The models that a job file can describe, built with the same untrained weights on every device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import JobError
+from pipeline.job import Cnn, Job, Mlp, TorchvisionModel
+from pipeline.learn.models.cnn import CnnNet, cnn
+from pipeline.learn.models.freezing import freeze
+from pipeline.learn.models.layers import ACTIVATIONS
+from pipeline.learn.models.mlp import EmbeddingMlpNet, MlpNet, mlp
+from pipeline.learn.models.own import own
+from pipeline.learn.models.vision import vision
+from pipeline.own_code import failed
+
+__all__ = ["build_model", "draws_at_random"]
+
+
+def build_model(
+    job: Job, input_shape: tuple[int, ...], outputs: int, seed: int, code_sizes: tuple[int, ...] = ()
+) -> nn.Module:
+    """The untrained model, on the CPU in float32; its weights are a function of `seed` alone. What the job freezes
+    requires no gradient.
+
+    Parameters
+    ----------
+    input_shape: shape of one preprocessed sample, such as (1, 28, 28) or (2,).
+    outputs: numbers that the model gives for one sample.
+    code_sizes: the last len(code_sizes) numbers of a sample (F,) are codes, whole numbers from 0 to size - 1.
+
+    Raises
+    ------
+    JobError: a model that does not fit its input or output, or a module of the user's that cannot be built.
+    """
+    spec = job.model
+    if isinstance(spec, Cnn | TorchvisionModel) and len(input_shape) != 3:
+        kind = "a cnn" if isinstance(spec, Cnn) else spec.kind
+        raise JobError(
+            f"{kind} takes images, but a sample here has the shape {input_shape}",
+            where="model.kind",
+            fix="use kind: mlp",
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        if isinstance(spec, Mlp):
+            model = mlp(spec, input_shape, outputs, code_sizes)
+        elif isinstance(spec, Cnn):
+            model = cnn(spec, input_shape, outputs)
+        else:
+            if isinstance(spec, TorchvisionModel):
+                model = vision(spec, input_shape, outputs)
+            else:
+                model = own(spec, input_shape, outputs, code_sizes)
+            _try(model, input_shape, outputs, f"model.kind: {spec.kind}")
+    freeze(model, spec.freeze)
+    return model
+
+
+def draws_at_random(model: nn.Module) -> bool:
+    """Whether a forward pass in training draws random numbers. Unknown modules, subclasses too, are taken to."""
+    plain: tuple[Any, ...] = (MlpNet, CnnNet, nn.Sequential, nn.Linear, nn.Conv2d, nn.MaxPool2d, nn.Flatten)
+    embedding: tuple[Any, ...] = (EmbeddingMlpNet, nn.ModuleList, nn.Embedding)
+    known = {*plain, *embedding, nn.BatchNorm1d, nn.BatchNorm2d, *ACTIVATIONS.values()}
+    return any(type(module) not in known for module in model.modules())
+
+
+def _try(model: nn.Module, input_shape: tuple[int, ...], outputs: int, where: str) -> None:
+    """One sample of zeros through a model that others wrote; lazy modules get their shapes by it.
+
+    Raises
+    ------
+    JobError: it fails on such a sample, or its outputs have another shape.
+    """
+    model.eval()
+    try:
+        with torch.no_grad():
+            found = model(torch.zeros(1, *input_shape))
+    except Exception as raised:  # whatever a module of the user's raises is the user's to see
+        error = failed(raised, where, JobError)
+        fix = "the model must take samples of this shape: see data.resize, or the model's args"
+        raise JobError(f"fails on a sample of shape {input_shape}: {error.what}", where=where, fix=fix) from raised
+    model.train()
+    if not isinstance(found, Tensor):
+        raise JobError(f"gives a {type(found).__name__}, not one tensor", where=where, fix="return (B, outputs)")
+    if found.shape != (1, outputs):
+        raise JobError(
+            f"gives outputs of shape {tuple(found.shape)} for 1 sample, but the task needs {(1, outputs)}",
+            where=where,
+            fix="take `outputs` as an argument: it is given where the signature names it",
+        )

@@ -1,0 +1,75 @@
+"""`kind: mlp`: fully connected layers, after embeddings where a table has columns of many levels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.job import Mlp
+from pipeline.learn.models.layers import dense
+
+WIDEST = 50
+"""Numbers that stand for one level, at most, where the job says auto."""
+
+
+class MlpNet(nn.Sequential):
+    """Linear layers with activations between them. Flattens its input: (B, ...) to (B, outputs)."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = inputs.flatten(1)
+        for module in self:
+            outputs = module(outputs)
+        return outputs
+
+
+class EmbeddingMlpNet(nn.Module):
+    """An `MlpNet` that looks the last columns of its input up in embeddings first: (B, F) to (B, outputs).
+
+    The last `len(embeddings)` of the F columns are codes, whole numbers from 0 in the input's own floating type; what
+    they stand for takes their place behind the other columns. The layers are named as an `MlpNet`'s.
+    """
+
+    def __init__(self, embeddings: Sequence[nn.Embedding], layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.embeddings = nn.ModuleList(embeddings)
+        for number, layer in enumerate(layers):
+            self.add_module(str(number), layer)
+        self._names = [str(number) for number in range(len(layers))]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        numbers = inputs.shape[1] - len(self.embeddings)
+        codes = inputs[:, numbers:].long().unbind(1)
+        looked_up = [embedding(column) for embedding, column in zip(self.embeddings, codes, strict=True)]
+        outputs = torch.cat([inputs[:, :numbers], *looked_up], 1)
+        for name in self._names:
+            outputs = self.get_submodule(name)(outputs)
+        return outputs
+
+
+def mlp(spec: Mlp, input_shape: tuple[int, ...], outputs: int, code_sizes: tuple[int, ...]) -> nn.Module:
+    """An `MlpNet`, or with codes among its inputs an `EmbeddingMlpNet`."""
+    inputs = math.prod(input_shape)
+    if not code_sizes:
+        return MlpNet(*dense([inputs, *hidden_widths(spec, inputs)], outputs, spec))
+    # Code 0 is what no training row has: its numbers stay 0, neutral.
+    embeddings = [nn.Embedding(size, embedding_width(spec, size), padding_idx=0) for size in code_sizes]
+    inputs += sum(embedding.embedding_dim for embedding in embeddings) - len(code_sizes)
+    return EmbeddingMlpNet(embeddings, dense([inputs, *hidden_widths(spec, inputs)], outputs, spec))
+
+
+def hidden_widths(spec: Mlp, inputs: int) -> list[int]:
+    """Widths of the hidden layers; `doubling` gives inputs x 2, 4, 8, ... for `layers` linear layers in all."""
+    if spec.hidden != "doubling":
+        return list(spec.hidden)
+    assert spec.layers is not None
+    return [inputs * 2**depth for depth in range(1, spec.layers)]
+
+
+def embedding_width(spec: Mlp, levels: int) -> int:
+    """Numbers that stand for one of so many levels; `auto` is fastai's `emb_sz_rule`, bounded by 50 instead of 600."""
+    if spec.embedding_width != "auto":
+        return spec.embedding_width
+    return min(WIDEST, round(1.6 * math.pow(levels, 0.56)))

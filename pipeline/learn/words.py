@@ -1,0 +1,63 @@
+"""Metrics as people read them: a short line, or all of a split with what no learning at all would give beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+HEADLINES = ("loss", "accuracy", "rmse", "r2")
+"""What a short line shows."""
+
+BASELINES = {
+    "accuracy": ("baseline_accuracy", "majority class"),
+    "rmse": ("baseline_rmse", "always the mean"),
+    "mae": ("baseline_mae", "always the mean"),
+}
+
+
+def short_words(metrics: Mapping[str, float], best_metric: str = "") -> str:
+    """`val loss 0.1432  accuracy 0.9571`, split by split: the headlines, and the metric that decides on the best.
+
+    metrics: `split/column`, what is finite of them.
+    """
+    words, last = [], ""
+    for metric, value in metrics.items():
+        split, _, name = metric.partition("/")
+        if name in HEADLINES or metric == best_metric:
+            words.append(f"{split + ' ' if split != last else ''}{name} {number(value)}")
+            last = split
+    return "  ".join(words)
+
+
+def table_lines(metrics: Mapping[str, float], split: str) -> list[str]:
+    """One line for each metric of a split: `accuracy           0.8800 (majority class: 0.8800)`."""
+    values = of_split(metrics, split)
+    shown = [name for name in values if name not in ("correct", "samples") and not name.startswith("baseline_")]
+    width = max(map(len, shown), default=0)
+    lines = []
+    for name in shown:
+        column, text = BASELINES.get(name, ("", ""))
+        beside = f" ({text}: {number(values[column])})" if column in values else ""
+        lines.append(f"{name.ljust(width)}  {number(values[name])}{beside}")
+    return lines
+
+
+def no_better_words(metrics: Mapping[str, float], split: str) -> str:
+    """A warning where a model does no better than its baseline, else nothing."""
+    values = of_split(metrics, split)
+    if "baseline_accuracy" in values and values["accuracy"] <= values["baseline_accuracy"]:
+        return f"on {split} no better than always answering the majority class"
+    if "baseline_rmse" in values and values.get("rmse", math.inf) >= values["baseline_rmse"]:
+        return f"on {split} no better than always answering the mean of the training targets"
+    return ""
+
+
+def of_split(metrics: Mapping[str, float], split: str) -> dict[str, float]:
+    """By column, without what is not finite: None, or NaN."""
+    found = {name.partition("/")[2]: value for name, value in metrics.items() if name.partition("/")[0] == split}
+    return {name: value for name, value in found.items() if value is not None and value == value}
+
+
+def number(value: float) -> str:
+    """Four places, or four digits where those would hide it."""
+    return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"

@@ -1,0 +1,140 @@
+"""Weights to begin with that come from elsewhere: another run's checkpoint, or pretrained ones."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import JobError
+from pipeline.job import Job, TorchvisionModel
+from pipeline.learn.models.freezing import last_layer
+from pipeline.learn.models.vision import pretrained
+from pipeline.record.checkpoint import find_checkpoint
+from pipeline.record.run import open_run, run_and_checkpoint
+
+SHOWN = 4
+
+UNCOUNTED = ".num_batches_tracked"
+"""Buffers that the oldest of the published weights do not have; nothing is computed from them here."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Weights to begin with.
+
+    weights: tensors on the CPU by name.
+    digest: SHA-256 of their names, types, shapes and bytes.
+    name: where they come from, for messages.
+    where: what of the job names them.
+    new_head: whether they were trained for other classes: the last layer is left as it is where it does not fit.
+    """
+
+    weights: Mapping[str, Tensor]
+    digest: str
+    name: str
+    where: str
+    new_head: bool = False
+
+
+def find_start(job: Job, storage_url: str) -> Start | None:
+    """The weights that a job starts from, or None where they are drawn.
+
+    Reading them runs no code: safetensors, or for a .pth file torch's unpickler of weights alone.
+
+    Parameters
+    ----------
+    storage_url: folder of runs in which `model.init_from` is looked up where it is a name.
+
+    Raises
+    ------
+    InputError: there is no such run, checkpoint, file or download, or it is damaged.
+    """
+    spec = job.model
+    weights_named = isinstance(spec, TorchvisionModel) and spec.weights is not None
+    if spec.init_from is not None:
+        if weights_named:
+            raise JobError(
+                "init_from and weights both say where the weights begin", where="model", fix="leave one of them out"
+            )
+        run_name, which = run_and_checkpoint(spec.init_from)
+        checkpoint = find_checkpoint(open_run(run_name, storage_url), which)
+        weights = checkpoint.weights()
+        name = f"{run_name} at step {checkpoint.step}"
+        return Start(weights, digest_of(weights), name, f"model.init_from: {spec.init_from}")
+    if isinstance(spec, TorchvisionModel) and weights_named:
+        weights, name = pretrained(spec)
+        return Start(weights, digest_of(weights), name, f"model.weights: {spec.weights}", new_head=True)
+    return None
+
+
+def take(model: nn.Module, start: Start, *, strict: bool) -> list[str]:
+    """Copy a start's tensors into a model, in place.
+
+    Parameters
+    ----------
+    strict: false takes the tensors that fit by name and shape and leaves the others as they are.
+
+    Returns
+    -------
+    What did not fit, in words; always empty where `strict`.
+
+    Raises
+    ------
+    JobError: something does not fit, and `strict`; or nothing fits.
+    """
+    own, given = model.state_dict(), start.weights
+    shapes = {name: (tuple(given[name].shape), tuple(own[name].shape)) for name in own if name in given}
+    differ = [name for name, (theirs, ours) in shapes.items() if theirs != ours]
+    missing = [name for name in own if name not in given]
+    if start.new_head:
+        head = set(last_layer(model))
+        differ = [name for name in differ if name not in head]
+        missing = [name for name in missing if name not in head and not name.endswith(UNCOUNTED)]
+    misfits = _listed(
+        {
+            "missing there": missing,
+            "not in this model": [name for name in given if name not in own],
+            "of another shape": [f"{name} {shapes[name][0]}, here {shapes[name][1]}" for name in differ],
+        }
+    )
+    fitting = [name for name, (theirs, ours) in shapes.items() if theirs == ours]
+    if not fitting:
+        raise JobError(
+            f"no tensor of {start.name} fits this model: {'; '.join(misfits)}",
+            where=start.where,
+            fix="name a run of the same model",
+        )
+    if misfits and strict:
+        raise JobError(
+            f"{start.name} does not fit this model: {'; '.join(misfits)}",
+            where=start.where,
+            fix="model.strict: false takes what fits",
+        )
+    with torch.no_grad():
+        for name in fitting:
+            own[name].copy_(given[name])
+    return misfits
+
+
+def digest_of(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the names, types, shapes and bytes of tensors on the CPU, in the order of their names."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def _listed(found: Mapping[str, Iterable[str]]) -> list[str]:
+    """`missing there: a, b, ... (7 in all)`, for each list that is not empty."""
+    lines = []
+    for what, each in found.items():
+        names = list(each)
+        rest = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""
+        if names:
+            lines.append(f"{what}: {', '.join(names[:SHOWN])}{rest}")
+    return lines

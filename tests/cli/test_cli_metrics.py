@@ -1,0 +1,121 @@
+"""Metrics and losses, the tasks' and the user's own, from a job file to the log and the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from pipeline.job import METRICS
+from tests.cli.cli_calls import Trainyard, write_job
+
+MODULE = """
+import numpy as np
+import torch
+
+def cost(chances, labels):
+    return np.mean((chances > 0.5) != labels)
+
+def fails(chances, labels):
+    raise ValueError("no cost today")
+
+def focal(outputs, targets):
+    margin = outputs[:, 0] * (2 * targets - 1)
+    return torch.sigmoid(-margin) ** 2 * torch.nn.functional.softplus(-margin)
+
+def total(outputs, targets):
+    return outputs.sum()
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module of the user's in the working directory."""
+    (tmp_path / "own_measures_of_cost.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "own_measures_of_cost"
+
+
+def test_a_job_with_its_own_loss_and_metric_goes_by_another_metric(
+    trainyard: Trainyard, tmp_path: Path, own: str
+) -> None:
+    job = write_job(
+        tmp_path,
+        task={"kind": "binary", "loss": f"{own}:focal"},
+        metrics=[f"{own}:cost"],
+        best={"metric": "val/auc"},
+    )
+    ended = trainyard("train", job, "--json")
+    assert ended.code == 0, ended.err
+    found = ended.json
+    assert set(found["metrics"]) == {f"val/{name}" for name in (*METRICS["binary"], "cost")}
+    rows = pd.read_parquet(Path(found["url"]) / "metrics/evals").sort_values("step")
+    assert [row for row in rows if row in METRICS["binary"]] == [*METRICS["binary"]]
+    assert (rows["cost"] - (1 - rows["accuracy"])).abs().max() < 1e-12
+    best = rows[rows["step"] > 0].sort_values(["auc", "step"], ascending=[False, True]).iloc[0]
+    assert (found["best"]["step"], found["best"]["value"]) == (best["step"], best["auc"])
+    assert found["best"]["metrics"]["val/cost"] == best["cost"]
+    evaluation_lines = [line for line in ended.err.splitlines() if line.startswith("epoch")]
+    assert all("val loss " in line and "  auc " in line and "cost" not in line for line in evaluation_lines)
+    shown = trainyard("show", found["run"]).out
+    assert f"best      val/auc {best['auc']:.4f} at step {best['step']}" in shown
+    assert f"(majority class: {best['baseline_accuracy']:.4f})" in shown
+    evaluated = trainyard("evaluate", found["run"], "--trust", "--json").json["metrics"]
+    assert evaluated["val/cost"] == best["cost"]
+    words = trainyard("evaluate", found["run"], "--trust").out
+    assert f"cost               {best['cost']:.4f}" in words
+    assert "of 200 rows correct" in words
+
+
+def test_a_regression_has_errors_and_no_accuracy(trainyard: Trainyard, tmp_path: Path) -> None:
+    job = write_job(tmp_path, task={"kind": "regression", "loss": "huber"}, best={"metric": "val/r2"})
+    found = trainyard("train", job, "--json").json
+    rows = pd.read_parquet(Path(found["url"]) / "metrics/evals")
+    assert rows["accuracy"].isna().all()
+    assert rows["rmse"].notna().all()
+    assert found["best"]["value"] == rows[rows["step"] > 0]["r2"].max()
+    words = trainyard("evaluate", found["run"]).out
+    assert "val: 200 rows\n" in words
+    assert "(always the mean: " in words
+
+
+def test_a_collapsed_model_is_told(trainyard: Trainyard, tmp_path: Path) -> None:
+    phases = [{"steps": 1, "lr": 1e-9}]
+    ended = trainyard("train", write_job(tmp_path, task="regression", train={"phases": phases}))
+    assert ended.code == 0, ended.err
+    assert "  warning   on val no better than always answering the mean of the training targets" in ended.out
+
+
+def test_an_own_metric_that_fails_ends_the_run_before_training(trainyard: Trainyard, tmp_path: Path, own: str) -> None:
+    ended = trainyard("train", write_job(tmp_path, task="binary", metrics=[f"{own}:fails"]))
+    assert ended.code == 2
+    assert f"metrics: {own}:fails: ValueError: no cost today" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_an_own_loss_that_cannot_be_used_leaves_nothing_behind(trainyard: Trainyard, tmp_path: Path, own: str) -> None:
+    ended = trainyard("train", write_job(tmp_path, task={"kind": "binary", "loss": f"{own}:total"}))
+    assert ended.code == 2
+    assert f"task.loss: {own}:total: gives ()" in ended.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_weights_go_by_class_names(trainyard: Trainyard, tmp_path: Path) -> None:
+    stray = trainyard("train", write_job(tmp_path, task={"class_weights": {"9": 2.0}}))
+    assert stray.code == 2
+    assert "task.class_weights" in stray.err
+
+
+def test_a_split_too_large_to_gather_is_told_before_training(
+    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.learn.tally.MOST_GATHERED", 399)
+    ended = trainyard("train", write_job(tmp_path, task="binary"), "--json")
+    assert "warning: val has 200 rows, too many for auc" in ended.err
+    assert pd.read_parquet(Path(ended.json["url"]) / "metrics/evals")["auc"].isna().all()
+    refused = trainyard("train", write_job(tmp_path, task="binary", best={"metric": "val/auc"}))
+    assert refused.code == 2
+    assert "set evaluate.limit to 199" in refused.err
+    bounded = write_job(tmp_path, task="binary", best={"metric": "val/auc"}, evaluate={"limit": 199})
+    assert trainyard("train", bounded).code == 0

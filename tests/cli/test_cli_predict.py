@@ -1,0 +1,83 @@
+"""`predict` and `evaluate --data` on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+JOB = """
+name: small
+data: {source: parquet, url: URL, label: color, keys: [id], splits: {val: 0.25}}
+train: {batch_size: 20, phases: [{epochs: 3, lr: 0.5}]}
+"""
+
+
+def table(rows: int = 200, seed: int = 0) -> pa.Table:
+    x = np.random.default_rng(seed).normal(size=rows)
+    return pa.table({"id": np.arange(rows), "x": x, "color": np.where(x > 0.3, "red", "blue")})
+
+
+@pytest.fixture
+def run(trainyard: Any, tmp_path: Path) -> str:
+    pq.write_table(table(), tmp_path / "colors.parquet")
+    (tmp_path / "job.yaml").write_text(JOB.replace("URL", "colors.parquet"))
+    ended = trainyard("train", "job.yaml", "--json")
+    assert ended.code == 0, ended.err
+    return str(ended.json["run"])
+
+
+def test_predictions_stand_beside_their_keys_in_order(trainyard: Any, tmp_path: Path, run: str) -> None:
+    (tmp_path / "new").mkdir()
+    new = table(100, seed=1).drop_columns("color")
+    pq.write_table(new.slice(0, 60), tmp_path / "new" / "a.parquet")
+    pq.write_table(new.slice(60), tmp_path / "new" / "b.parquet")
+    ended = trainyard("predict", run, "--input", "new", "--output", "out.parquet", "--json")
+    assert ended.code == 0, ended.err
+    assert ended.json["rows"] == 100
+    out = pq.read_table("out.parquet")
+    assert out.schema.names == ["id", "prediction", "probability_blue", "probability_red"]
+    assert out["id"].to_pylist() == list(range(100))
+    said = np.array(out["prediction"].to_pylist())
+    assert np.mean(said == np.where(new["x"].to_numpy() > 0.3, "red", "blue")) > 0.8
+    assert [one for one in tmp_path.iterdir() if "tmp" in one.name and one.name != ".tmp"] == []
+
+
+def test_other_data_is_evaluated_as_the_same_rows_were(trainyard: Any, tmp_path: Path, run: str) -> None:
+    splits = pq.read_table(f"runs/{run}/splits.parquet").to_pandas()
+    held = splits[splits.split == "val"].row.to_numpy()
+    pq.write_table(table().take(held), tmp_path / "held.parquet")
+    there = trainyard("evaluate", run, "--data", "held.parquet", "--json").json["metrics"]
+    here = trainyard("evaluate", run, "--json").json["metrics"]
+    assert there["data/samples"] == len(held)
+    for name in ("loss", "accuracy", "f1", "auc"):
+        assert there[f"data/{name}"] == pytest.approx(here[f"val/{name}"], abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["predict", "RUN", "--input", "none.parquet", "--output", "out.parquet"], ["none.parquet"]),
+        (["predict", "RUN", "--input", "colors.parquet", "--output", "out.csv"], ["--output", ".parquet"]),
+        (["predict", "RUN@77", "--input", "colors.parquet", "--output", "o.parquet"], ["no checkpoint '77'"]),
+        (["predict", "none", "--input", "colors.parquet", "--output", "o.parquet"], ["no such run"]),
+        (["predict", "RUN", "--input", "other.parquet", "--output", "o.parquet"], ["no column 'x'"]),
+        (["evaluate", "RUN", "--data", "other.parquet"], ["x"]),
+        (["evaluate", "RUN", "--data", "green.parquet"], ["'green'", "blue, red"]),
+    ],
+)
+def test_what_cannot_be_answered_is_one_message(
+    trainyard: Any, tmp_path: Path, run: str, arguments: list[str], words: list[str]
+) -> None:
+    pq.write_table(table().rename_columns(["id", "y", "color"]), tmp_path / "other.parquet")
+    pq.write_table(pa.table({"id": [1, 2], "x": [0.0, 1.0], "color": ["green", "red"]}), tmp_path / "green.parquet")
+    ended = trainyard(*[one.replace("RUN", run) for one in arguments])
+    assert ended.code == 2
+    assert "Traceback" not in ended.err
+    for word in words:
+        assert word in ended.err
+    assert not Path("o.parquet").exists()

@@ -1,0 +1,320 @@
+"""Starting from elsewhere and own code, as a user types them: warm starts, what does not fit, what the run keeps."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from pipeline.errors import JobError
+from pipeline.learn.models import build_model
+from pipeline.learn.trainee import Trainee
+from pipeline.record.checkpoint import find_checkpoint
+from pipeline.record.run import open_run
+from pipeline.starting import Start, digest_of, take
+from tests.cli.cli_calls import SMALL, Trainyard, write_job
+from tests.learn.trainees import make_job
+
+SHORT = {**SMALL["train"], "phases": [{"epochs": 1, "lr": 0.1}]}
+
+
+def weights(run: str | Path, which: str = "last") -> dict[str, torch.Tensor]:
+    result = json.loads((Path(run) / "result.json").read_text())
+    return load_file(Path(run) / "checkpoints" / result[which] / "model.safetensors")
+
+
+def changed(folder: Path, name: str, **tree: Any) -> str:
+    """A job file like `write_job`'s under another name."""
+    path = folder / name
+    path.write_text(yaml.safe_dump({**SMALL, "train": SHORT, **tree}))
+    return str(path)
+
+
+def test_a_warm_start_goes_on_from_the_checkpoint_that_is_named(trainyard: Trainyard, tmp_path: Path) -> None:
+    base = trainyard("train", write_job(tmp_path, checkpoint={"keep": 3}), "--name", "base", "--json").json
+    frozen = {"hidden": [16], "freeze": "backbone"}
+    heads = {}
+    for spec, which in (("base", "chosen"), ("base@last", "last"), (base["url"] + "@best", "chosen"), ("base@8", "")):
+        job = changed(tmp_path, "warm.yaml", model={**frozen, "init_from": spec})
+        ended = trainyard("train", job, "--json")
+        assert ended.code == 0, ended.err
+        begun = weights(base["url"], which) if which else None
+        after = weights(ended.json["url"])
+        heads[spec] = after["2.weight"]
+        if begun is not None:
+            assert torch.equal(after["0.weight"], begun["0.weight"]), "the frozen part is that of the start"
+            assert not torch.equal(after["2.weight"], begun["2.weight"])
+            assert (after["2.weight"] - begun["2.weight"]).norm() < begun["2.weight"].norm()
+    assert not torch.equal(heads["base@8"], heads["base@last"])
+    assert trainyard("check", job, "--batch").code == 0
+
+
+def test_another_start_is_another_run(trainyard: Trainyard, tmp_path: Path) -> None:
+    write_job(tmp_path)
+    for name, lr in (("base", 0.1), ("other", 0.2)):
+        trainyard("train", "small.yaml", "--name", name, "--set", f"train.phases.0.lr={lr}", "--max-steps", "4")
+    job = changed(tmp_path, "warm.yaml", model={"hidden": [16], "init_from": "base"})
+    first = trainyard("train", job, "--json").json["run"]
+    assert trainyard("train", job, "--json").json["run"] == first
+    # The same name, but other weights behind it:
+    (tmp_path / "runs/base").rename(tmp_path / "runs/was")
+    (tmp_path / "runs/other").rename(tmp_path / "runs/base")
+    assert trainyard("train", job, "--json").json["run"] != first
+    refused = trainyard("train", job, "--name", first)
+    assert refused.code == 2
+    assert "start: " in refused.err
+    assert trainyard("evaluate", first).code == 0, "a trained run needs its start no more"
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("nowhere", "no such run"),
+        ("base@7", "it has no checkpoint '7'"),
+        ("base@newest", "it has no checkpoint 'newest'"),
+        ("damaged", "was altered"),
+    ],
+)
+def test_a_start_that_is_not_there_is_bad_input(spec: str, words: str, trainyard: Trainyard, tmp_path: Path) -> None:
+    trainyard("train", write_job(tmp_path), "--name", spec.partition("@")[0] if spec != "nowhere" else "any")
+    for file in tmp_path.glob("runs/damaged/checkpoints/*/model.safetensors"):
+        file.write_bytes(file.read_bytes()[:-4] + b"\0\1\2\3")
+    before = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    refused = trainyard("train", changed(tmp_path, "warm.yaml", model={"hidden": [16], "init_from": spec}))
+    assert refused.code == 2
+    assert words in refused.err
+    assert "Traceback" not in refused.err
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == before
+
+
+def test_what_does_not_fit_is_named_and_strict_false_takes_the_rest(trainyard: Trainyard, tmp_path: Path) -> None:
+    base = trainyard("train", write_job(tmp_path), "--name", "base", "--json").json
+    job = changed(tmp_path, "warm.yaml", model={"hidden": [16, 5], "init_from": "base@last"})
+    refused = trainyard("train", job)
+    assert refused.code == 2
+    for words in ("missing there: 4.weight, 4.bias", "2.weight (2, 16), here (5, 16)", "model.strict: false"):
+        assert words in refused.err
+    taken = trainyard("train", job, "--set", "model.strict=false", "--set", "model.freeze=[0.*]", "--json")
+    assert taken.code == 0, taken.err
+    assert "not taken from base at step 24: missing there: 4.weight, 4.bias" in taken.err
+    assert torch.equal(weights(taken.json["url"])["0.weight"], weights(base["url"])["0.weight"])
+
+
+def test_nothing_that_fits_is_an_error_even_where_not_strict() -> None:
+    model = build_model(make_job(), (2,), 2, 1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    tensors = {"0.weight": torch.ones(3, 3), "other": torch.ones(1)}
+    for strict in (True, False):
+        with pytest.raises(JobError, match=r"no tensor of elsewhere fits.*0\.weight \(3, 3\), here \(7, 2\)"):
+            take(model, Start(tensors, "", "elsewhere", "model.init_from"), strict=strict)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_digest_is_of_names_types_shapes_and_bytes() -> None:
+    tensors = {
+        "a": torch.arange(6.0),
+        "b": torch.tensor(3),
+        "c": torch.ones(0),
+        "d": torch.ones(2, dtype=torch.bfloat16),
+    }
+    digests = [
+        digest_of(other)
+        for other in (
+            tensors,
+            {**tensors, "a": torch.arange(6.0).view(2, 3)},
+            {**tensors, "a": torch.arange(6.0).double()},
+            {**tensors, "a": torch.arange(6.0) + 1e-6},
+            {"z" if name == "b" else name: tensor for name, tensor in tensors.items()},
+        )
+    ]
+    assert len(set(digests)) == len(digests)
+    assert digest_of(dict(reversed(tensors.items()))) == digests[0]
+    assert digest_of({**tensors, "a": torch.arange(12.0).view(6, 2)[:, 0] / 2}) == digests[0], "strides do not count"
+
+
+FINE_TUNED = {
+    "kind": "cnn",
+    "conv": [{"channels": 3, "kernel": 3}],
+    "hidden": [6],
+    "batch_norm": True,
+    "dropout": 0.2,
+    "init_from": "base@last",
+}
+GROUPS = [{"match": "head.4.*", "lr_factor": 3}, {"match": "*.bias", "weight_decay": 0}]
+IMAGES = """
+import numpy as np
+
+def images():
+    draw = np.random.default_rng(0)
+    labels = draw.integers(0, 3, 300)
+    return (draw.integers(0, 200, (300, 8, 8, 1)) + 20 * labels[:, None, None, None]).astype(np.uint8), labels
+"""
+
+
+def test_a_fine_tuning_run_that_is_stopped_ends_as_one_that_was_not(
+    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen layers with batch norms, groups and a warm start: interrupted by real signals, and resumed."""
+    (tmp_path / "start_images.py").write_text(IMAGES)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    data = {"source": {"call": "start_images:images"}, "splits": {"val": 60}}
+    common = {"data": data, "checkpoint": {"every_steps": 3}, "evaluate": {"every_steps": 5}}
+    cold = {key: value for key, value in FINE_TUNED.items() if key != "init_from"}
+    base = changed(tmp_path, "base.yaml", **common, model=cold)
+    fine = changed(
+        tmp_path,
+        "fine.yaml",
+        **common,
+        model={**FINE_TUNED, "freeze": ["features.*"]},
+        train={
+            "batch_size": 32,
+            "optimizer": {"kind": "adamw", "weight_decay": 0.1, "groups": GROUPS},
+            "phases": [{"epochs": 3, "lr": 0.02}],
+        },
+    )
+    assert trainyard("train", base, "--name", "base").code == 0
+    whole = trainyard("train", fine, "--name", "whole", "--json").json
+    update, stops = Trainee.update, {7, 8, 17}
+
+    def update_and_stop(trainee: Trainee, lr: float) -> None:
+        update(trainee, lr)
+        trainee.steps = getattr(trainee, "steps", 0) + 1  # type: ignore[attr-defined]
+        if stops and trainee.steps == min(stops):  # type: ignore[attr-defined]
+            stops.remove(min(stops))
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainee, "update", update_and_stop)
+    codes = [trainyard("train", fine, "--name", "cut").code for _ in range(3)]
+    assert codes == [130, 130, 0]
+    ended = trainyard("train", fine, "--name", "cut", "--json").json
+    files = [
+        (
+            Path(run["url"]) / "checkpoints" / json.loads((Path(run["url"]) / "result.json").read_text())["last"]
+        ).resolve()
+        for run in (whole, ended)
+    ]
+    assert (files[0] / "model.safetensors").read_bytes() == (files[1] / "model.safetensors").read_bytes()
+    states = [torch.load(file / "state.pt", weights_only=True) for file in files]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert whole["metrics"] == ended["metrics"]
+    start, last = weights(tmp_path / "runs/base"), weights(whole["url"])
+    for name, tensor in last.items():
+        assert torch.equal(tensor, start[name]) == name.startswith("features."), name
+
+
+OWN = """
+from torch import nn
+from own_start_parts.layers import body
+
+def net(input_shape, outputs, width=4):
+    return body(input_shape[0], width, outputs)
+"""
+PARTS = """
+from torch import nn
+
+def body(inputs, width, outputs):
+    return nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, outputs))
+"""
+
+
+def test_a_run_keeps_its_code_and_names_what_changed(
+    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    code = tmp_path / "jobs/code"
+    (code / "own_start_parts").mkdir(parents=True)
+    (code / "own_start_net.py").write_text(OWN)
+    (code / "own_start_parts/layers.py").write_text(PARTS)
+    job = changed(tmp_path / "jobs", "own.yaml", model={"kind": "own_start_net:net"}, code="code")
+    run = Path(trainyard("train", job, "--name", "mine", "--json").json["url"])
+    with zipfile.ZipFile(run / "code.zip") as archive:
+        assert archive.read("own_start_parts/layers.py").decode() == PARTS
+        assert archive.namelist() == ["own_start_net.py", "own_start_parts/layers.py"]
+    before = (run / "code.zip").read_bytes()
+    (run / "code.zip").unlink()
+    assert trainyard("train", job, "--name", "mine").code == 0
+    assert (run / "code.zip").read_bytes() == before
+    part = trainyard("train", job, "--name", "part", "--max-steps", "5", "--json").json
+    claims = [json.loads(path.read_text()) for path in sorted(Path(part["url"]).glob("journal/*.json"))]
+    assert {"code.zip", "own_start_net.py"} < claims[0]["facts"]["code"].keys()
+
+
+def test_changed_code_is_a_warning_on_resume(
+    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/own_start_flat.py").write_text("from torch import nn\ndef net():\n    return nn.Linear(2, 2)\n")
+    job = changed(tmp_path, "own.yaml", model={"kind": "own_start_flat:net"}, code="code")
+    update = Trainee.update
+
+    def update_once(trainee: Trainee, lr: float) -> None:
+        update(trainee, lr)
+        monkeypatch.setattr(Trainee, "update", update)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainee, "update", update_once)
+    assert trainyard("train", job).code == 130
+    (tmp_path / "code/helper.py").write_text("")
+    resumed = trainyard("train", job)
+    assert resumed.code == 0
+    assert "code changed since the last attempt: helper.py" in resumed.err
+
+
+def test_a_start_and_code_on_s3(
+    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_url: str
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/own_start_s3.py").write_text("from torch import nn\ndef net():\n    return nn.Linear(2, 2)\n")
+    job = changed(tmp_path, "own.yaml", model={"kind": "own_start_s3:net"}, code="code")
+    assert trainyard("train", job, "--name", "base", "--storage", s3_url, "--max-steps", "2").code == 0
+    assert open_run("base", s3_url).code() is not None
+    start = f"model.init_from={s3_url}/base@last"
+    warm = trainyard("train", job, "--set", start, "--max-steps", "1", "--json")
+    assert warm.code == 0, warm.err
+    begun = find_checkpoint(open_run("base", s3_url), "last").weights()
+    assert (weights(warm.json["url"])["weight"] - begun["weight"]).norm() < 0.1 * begun["weight"].norm()
+
+
+def test_a_pipeline_beside_ours_is_refused(trainyard: Trainyard, tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/pipeline.py").write_text("")
+    refused = trainyard("train", changed(tmp_path, "own.yaml", code="code"))
+    assert refused.code == 2
+    assert "rename yours" in refused.err
+
+
+def test_pretrained_weights_from_a_file(trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision import models
+
+    (tmp_path / "start_pictures.py").write_text(IMAGES.replace("images", "pictures").replace("8, 8, 1", "32, 32, 3"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    torch.manual_seed(1)
+    published = models.shufflenet_v2_x0_5().state_dict()
+    save_file(published, tmp_path / "published.safetensors")
+    model = {"kind": "torchvision:shufflenet_v2_x0_5", "weights": "published.safetensors", "freeze": "backbone"}
+    data = {"source": {"call": "start_pictures:pictures"}, "splits": {"val": 60}}
+    job = changed(tmp_path, "fine.yaml", model=model, data=data)
+    ended = trainyard("train", job, "--max-steps", "2", "--json")
+    assert ended.code == 0, ended.err
+    after = weights(ended.json["url"])
+    assert {name for name in after if name not in published or not torch.equal(after[name], published[name])} == {
+        "fc.weight",
+        "fc.bias",
+    }
+    save_file({**published, "conv5.1.bias": published["conv5.1.bias"] + 1}, tmp_path / "published.safetensors")
+    assert trainyard("train", job, "--max-steps", "2", "--json").json["run"] != ended.json["run"]
+    missing = trainyard("train", job, "--set", "model.weights=gone.pth")
+    assert missing.code == 2
+    assert "neither a file nor weights of shufflenet_v2_x0_5" in missing.err

@@ -1,0 +1,46 @@
+"""The jobs on users' own data, on Ray workers as in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import load, train
+from pipeline.record.standing import Standing
+from tests.predict.conftest import OVERRIDES, REPOSITORY, example_data, overrides, trained
+
+__all__ = ["example_data", "trained"]  # fixtures
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, and those of what it imports
+
+SAME_WITHIN = {"table": 0.05, "regression": 0.05, "pictures": 0.5, "finetune": 0.1, "own_model/job": 0.05}
+"""Of the validation loss, relative: rounding, and what each rank draws for dropout and batch statistics."""
+
+
+def runs_alike(job: str, workers: int, trained: Callable[[str], Standing], example_data: Path, tmp_path: Path) -> None:
+    settings = {**overrides(job, example_data), "scale.workers": workers, "scale.device": "cpu"}
+    there = train(REPOSITORY / "jobs" / f"{job}.yaml", set=settings, storage=str(tmp_path))
+    here = trained(job)
+    assert there.status == "finished"
+    assert there.step == here.step
+    assert set(there.metrics) == set(here.metrics)
+    assert there.metrics["val/loss"] == pytest.approx(here.metrics["val/loss"], rel=SAME_WITHIN[job])
+    assert load(there.url, trust=True).step > 0
+
+
+def test_a_table_on_two_workers(
+    cluster: Any, trained: Callable[[str], Standing], example_data: Path, tmp_path: Path
+) -> None:
+    runs_alike("table", 2, trained, example_data, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("job", list(OVERRIDES))
+def test_each_job_on_workers(
+    cluster: Any, trained: Callable[[str], Standing], example_data: Path, tmp_path: Path, job: str, workers: int
+) -> None:
+    runs_alike(job, workers, trained, example_data, tmp_path)

@@ -1,0 +1,91 @@
+"""A process that trains on a table larger than the memory it may have, and says what that took."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas  # noqa: F401  # Arrow would import it at its first array
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+import torch
+
+from pipeline.data.loader import TrainLoader
+from pipeline.data.sampler import GlobalBatches
+from pipeline.data.sources.parquet import open_parquet
+from pipeline.job import Augment, Loader
+from tests.data.parquet_jobs import parquet_job
+
+WIDTH = 1024
+
+
+def write_table(folder: Path, megabytes: int) -> None:
+    """Files of embeddings, amounts and a category, in all `megabytes` x 10^6 bytes as a matrix of float32."""
+    rng = np.random.default_rng(1)
+    rows = megabytes * 10**6 // (4 * (WIDTH + 3)) // 4
+    block = rng.random((rows, WIDTH), np.float32)
+    for number in range(4):
+        columns = {
+            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), WIDTH),
+            "amount": pa.array(block[:, 0] * 100 + number),
+            "age": pa.array(rng.integers(18, 90, rows), pa.int8()),
+            "plan": pa.array(np.array(["free", "pro", "team"])[rng.integers(0, 3, rows)]),
+            "churned": pa.array(np.array(["no", "yes"])[(block[:, 1] > 0.5).astype(int)]),
+        }
+        path = folder / f"{number}.parquet"
+        pq.write_table(pa.table(columns), path, use_dictionary=["plan", "churned"], compression="none")
+
+
+def memory() -> dict[str, int]:
+    """Bytes that the kernel counts against RLIMIT_DATA, and those that lie in memory and in no file."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(lines[name].split()[0]) * 1024 for name in ("VmData", "RssAnon", "RssFile")}
+
+
+def main(folder: str, cache: str, limit: int, epochs: int) -> None:
+    """limit: bytes of RLIMIT_DATA, on top of what the imports took."""
+    torch.set_num_threads(1)
+    base = memory()["VmData"]
+    limit += base
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    began = time.monotonic()
+    job = parquet_job(folder, label="churned", cache={"folder": cache, "in_memory_mb": 16})
+    source = open_parquet(job, lambda text: print(text, file=sys.stderr))
+    opened = time.monotonic()
+    rows = np.arange(len(source.train), dtype=np.int64)
+    batches = GlobalBatches(len(rows), batch_size=256, seed=1, shuffle=True)
+    steps = epochs * batches.steps_per_epoch
+    loader = TrainLoader(
+        source.train, rows, batches, first_step=1, last_step=steps, rank=0, world_size=1, loader=Loader(),
+        device=torch.device("cpu"), augment=Augment(), seed=1,
+    )  # fmt: skip
+    seen, total, most = 0, 0.0, memory()["RssAnon"]
+    for batch in loader:
+        seen += len(batch.inputs)
+        total += float(batch.inputs[:, 0].double().sum())
+        most = max(most, memory()["RssAnon"]) if batch.step % 100 == 0 else most
+    print(
+        json.dumps(
+            {
+                "base": base,
+                "limit": limit,
+                "matrix": source.train.inputs.nbytes,
+                "rows": len(rows),
+                "seen": seen,
+                "total": total,
+                "open_s": round(opened - began, 2),
+                "epochs_s": round(time.monotonic() - opened, 2),
+                "most_anonymous": most,
+                **memory(),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

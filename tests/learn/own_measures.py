@@ -1,0 +1,44 @@
+"""Losses and metrics as users write them, good ones and bad ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def sum_of_outputs(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return outputs.sum(1)
+
+
+SEEN: list[tuple[np.ndarray, np.ndarray]] = []
+
+
+def remembers(outputs: np.ndarray, targets: np.ndarray) -> np.floating[Any]:
+    SEEN.append((outputs, targets))
+    return np.float32(len(targets))
+
+
+def raises(outputs: np.ndarray, targets: np.ndarray) -> float:
+    raise ValueError(f"no cost of {len(targets)} rows")
+
+
+def changes(outputs: np.ndarray, targets: np.ndarray) -> float:
+    outputs[:] = 0
+    return 0.0
+
+
+def gives_many(outputs: np.ndarray, targets: np.ndarray) -> Any:
+    return outputs
+
+
+def draws(outputs: np.ndarray, targets: np.ndarray) -> float:
+    """Another number at every call."""
+    return float(np.random.default_rng().random())
+
+
+def order(outputs: np.ndarray, targets: np.ndarray) -> float:
+    """A number that tells every order of the rows from every other."""
+    rows = np.arange(len(targets))
+    return float(sum((rows * values.reshape(len(rows), -1).T).sum() for values in (outputs, targets)))

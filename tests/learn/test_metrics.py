@@ -1,0 +1,274 @@
+"""Metrics against scikit-learn, on random outputs with ties, missing classes and columns far from zero."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics as sk
+
+from pipeline.errors import JobError, WorkError
+from pipeline.job import METRICS
+from pipeline.job_file import build_job
+from pipeline.learn import tally as tally_module
+from pipeline.learn.tally import MOST_GATHERED, Tally, check_best_is_gathered, too_large_to_gather
+from pipeline.learn.task import Task, Unit, build_task
+from tests.learn.own_measures import SEEN
+from tests.learn.trainees import make_job
+
+CPU = torch.device("cpu")
+OWN = "tests.learn.own_measures"
+SINGLE = 1e-6
+"""Losses of single rows are computed in the arithmetic of training, here float32."""
+
+
+class Alone:
+    rank, world_size = 0, 1
+
+    def reduce(self, vector: torch.Tensor) -> None:
+        raise AssertionError("a world of one has nothing to sum")
+
+
+def make_task(kind: str, classes: int = 3, *, metrics: tuple[str, ...] = (), task: Any = None, **options: Any) -> Task:
+    job = build_job({"name": "metrics", "task": {"kind": kind, **(task or {})}, "metrics": list(metrics)}, "here")
+    return build_task(job, classes, classes, **options)
+
+
+def evaluated(task: Task, outputs: np.ndarray, targets: np.ndarray, size: int = 7) -> dict[str, float]:
+    tally = Tally(task, CPU)
+    for first in range(0, len(targets), size):
+        block = slice(first, first + size)
+        tally.add(torch.from_numpy(outputs[block]), torch.from_numpy(targets[block]))
+    return tally.metrics(Alone())
+
+
+def near(value: float, at_least: float = 1e-9) -> Any:
+    return pytest.approx(value, rel=1e-6, abs=at_least, nan_ok=True)
+
+
+@st.composite
+def guesses(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
+    """Outputs (N, C) float32, often tied, and labels (N,), of which some classes may have none."""
+    rows, classes, seed = draw(st.integers(1, 40)), draw(st.integers(2, 5)), draw(st.integers(0, 2**32 - 1))
+    generator = np.random.default_rng(seed)
+    outputs = generator.normal(0, 2, (rows, classes))
+    if draw(st.booleans()):
+        outputs = np.round(outputs)
+    labels = generator.integers(0, draw(st.integers(1, classes)), rows)
+    return outputs.astype(np.float32), labels, classes
+
+
+@given(guesses())
+@settings(deadline=None, max_examples=80)
+def test_metrics_of_many_classes_are_scikit_learns(case: tuple[np.ndarray, np.ndarray, int]) -> None:
+    outputs, labels, classes = case
+    counts = list(range(classes))
+    found = evaluated(make_task("multiclass", classes, class_counts=counts), outputs, labels)
+    assert list(found) == [*METRICS["multiclass"], "samples"]
+    exponentials = np.exp(outputs.astype(np.float64) - outputs.max(1, keepdims=True))
+    chances, picks = exponentials / exponentials.sum(1, keepdims=True), outputs.argmax(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert found["accuracy"] == near(sk.accuracy_score(labels, picks))
+        assert found["correct"] == (labels == picks).sum()
+        assert found["balanced_accuracy"] == near(sk.balanced_accuracy_score(labels, picks))
+        assert found["f1"] == near(sk.f1_score(labels, picks, average="macro"))
+        assert found["log_loss"] == near(sk.log_loss(labels, chances, labels=range(classes)), SINGLE)
+        occurring = np.unique(labels)
+        each = [sk.roc_auc_score(labels == one, chances[:, one]) for one in occurring] if len(occurring) > 1 else []
+        assert found["auc"] == near(float(np.mean(each)) if each else math.nan)
+        if classes > 2 and len(occurring) == classes:
+            assert found["auc"] == near(sk.roc_auc_score(labels, chances, multi_class="ovr"))
+    assert found["loss"] == found["log_loss"]
+    assert found["baseline_accuracy"] == near(float((labels == classes - 1).mean()))
+    assert found["samples"] == len(labels)
+
+
+@given(guesses())
+@settings(deadline=None, max_examples=80)
+def test_metrics_of_two_classes_are_scikit_learns(case: tuple[np.ndarray, np.ndarray, int]) -> None:
+    outputs, labels = case[0][:, :1], (case[1] > 0).astype(np.float32)
+    found = evaluated(make_task("binary", class_counts=[7, 7]), outputs, labels)
+    assert list(found) == [*METRICS["binary"], "samples"]
+    chances, picks = 1 / (1 + np.exp(-outputs[:, 0].astype(np.float64))), outputs[:, 0] > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert found["accuracy"] == near(sk.accuracy_score(labels, picks))
+        assert found["balanced_accuracy"] == near(sk.balanced_accuracy_score(labels, picks))
+        assert found["f1"] == near(sk.f1_score(labels, picks))
+        assert found["log_loss"] == near(sk.log_loss(labels, chances, labels=[0, 1]), SINGLE)
+        one_class = len(np.unique(labels)) == 1
+        assert found["auc"] == near(math.nan if one_class else sk.roc_auc_score(labels, chances))
+    assert found["baseline_accuracy"] == near(float((labels == 0).mean())), "the lower of equally frequent classes"
+
+
+@given(
+    rows=st.integers(2, 40),
+    columns=st.integers(1, 3),
+    seed=st.integers(0, 2**32 - 1),
+    mean=st.sampled_from([0.0, -3.0, 1e6]),
+    std=st.sampled_from([1.0, 1e-3, 250.0]),
+    scaled=st.booleans(),
+)
+@settings(deadline=None, max_examples=80)
+def test_metrics_of_regression_are_scikit_learns_in_the_users_unit(
+    rows: int, columns: int, seed: int, mean: float, std: float, scaled: bool
+) -> None:
+    generator = np.random.default_rng(seed)
+    learned, goals = generator.normal(0.2, 1, (rows, columns)), generator.normal(0.4, 1, (rows, columns))
+    values, truth = mean + std * learned, mean + std * goals
+    unit = Unit((mean,) * columns, (std,) * columns)
+    means = (truth + std).mean(0)  # of other rows than these
+    if scaled:
+        task = make_task("regression", columns, unit=unit, means=((means - mean) / std).tolist())
+        found = evaluated(task, learned, goals)
+    else:
+        task = make_task("regression", columns, means=means.tolist())
+        found = evaluated(task, values, truth)
+    assert list(found) == [*METRICS["regression"], "samples"]
+    always = np.broadcast_to(means, truth.shape)
+    assert found["rmse"] == near(sk.root_mean_squared_error(truth, values))
+    assert found["mae"] == near(sk.mean_absolute_error(truth, values))
+    assert found["r2"] == near(sk.r2_score(truth, values))
+    assert found["baseline_rmse"] == near(sk.root_mean_squared_error(truth, always))
+    assert found["baseline_mae"] == near(sk.mean_absolute_error(truth, always))
+    assert found["loss"] == near(float(((learned - goals) ** 2).mean() * (1 if scaled else std**2)))
+
+
+def test_what_does_not_exist_is_nan() -> None:
+    regression = make_task("regression", 1, means=[0.0])
+    constant = evaluated(regression, np.arange(3.0)[:, None], np.full((3, 1), 0.1))
+    single = evaluated(regression, np.zeros((1, 1)), np.ones((1, 1)))
+    assert math.isnan(constant["r2"])
+    assert math.isnan(single["r2"])
+    assert constant["baseline_mae"] == pytest.approx(0.1)
+    unknown = evaluated(make_task("regression", 1), np.zeros((2, 1)), np.array([[1.0], [2.0]]))
+    assert math.isnan(unknown["baseline_rmse"])
+    assert unknown["rmse"] == pytest.approx(math.sqrt(2.5))
+    assert math.isnan(evaluated(make_task("binary"), np.zeros((2, 1)), np.zeros(2))["baseline_accuracy"])
+
+
+@pytest.mark.parametrize("kind", METRICS)
+def test_nothing_has_no_metrics_at_all(kind: str) -> None:
+    found = Tally(make_task(kind, class_counts=[1, 1, 1], means=[0.0] * 3), CPU).metrics(Alone())
+    assert list(found) == [*METRICS[kind], "samples"]
+    counted = {"samples": 0, "correct": 0}
+    assert all(value == counted[name] if name in counted else math.isnan(value) for name, value in found.items())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", ["multiclass", "binary"])
+def test_outputs_that_are_not_finite_have_no_auc(kind: str, bad: float) -> None:
+    outputs = np.zeros((4, 3 if kind == "multiclass" else 1))
+    outputs[1, 0] = bad
+    targets = np.array([0, 1, 0, 1]) if kind == "multiclass" else np.array([0.0, 1.0, 0.0, 1.0])
+    assert math.isnan(evaluated(make_task(kind), outputs, targets)["auc"])
+
+
+def test_a_collapsed_model_is_seen_beside_its_baseline() -> None:
+    labels = np.array([0.0] * 88 + [1.0] * 12)
+    found = evaluated(make_task("binary", class_counts=[880, 120]), np.full((100, 1), -5.0), labels)
+    assert (found["accuracy"], found["baseline_accuracy"]) == (0.88, 0.88)
+    assert (found["balanced_accuracy"], found["f1"], found["auc"]) == (0.5, 0.0, 0.5)
+
+
+def test_log_loss_has_neither_weights_nor_the_loss_of_the_user() -> None:
+    outputs, labels = np.array([[2.0, 0.0], [1.0, 1.0]]), np.array([1, 0])
+    expected = (math.log(1 + math.exp(2)) + math.log(2)) / 2
+    weighted = make_task("multiclass", 2, task={"class_weights": {0: 9.0}})
+    own = make_task("multiclass", 2, task={"loss": f"{OWN}:sum_of_outputs"})
+    for task in (weighted, own):
+        assert evaluated(task, outputs, labels)["log_loss"] == pytest.approx(expected)
+    assert evaluated(weighted, outputs, labels)["loss"] == pytest.approx(
+        (math.log(1 + math.exp(2)) + 9 * math.log(2)) / 10
+    )
+    assert evaluated(own, outputs, labels)["loss"] == 2.0
+
+
+# ---------------------------------------------------------------------------------- metrics of the user's own
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_an_own_metric_sees_the_whole_split_in_its_order_and_the_users_unit(size: int) -> None:
+    SEEN.clear()
+    name = f"{OWN}:remembers"
+    logits = np.array([[0.0, 1.0, -1.0]] * 3 + [[800.0, 0.0, -800.0]] * 2, dtype=np.float32)
+    found = evaluated(make_task("multiclass", metrics=(name,)), logits, np.array([2, 1, 0, 2, 1]), size)
+    assert list(found)[-2:] == ["remembers", "samples"]
+    assert found["remembers"] == 5.0
+    evaluated(make_task("binary", metrics=(name,)), logits[:, :1], np.array([1.0, 0.0, 1.0, 0.0, 1.0]), size)
+    unit = Unit((10.0,), (2.0,))
+    evaluated(make_task("regression", 1, metrics=(name,), unit=unit), logits[:, 1:2], logits[:, :1], size)
+    both = Unit((10.0, 0.0), (2.0, 1.0))
+    evaluated(make_task("regression", 2, metrics=(name,), unit=both), logits[:, 1:], logits[:, :2], size)
+    (chances, labels), (positive, ones), (values, truth), (pairs, _) = SEEN
+    assert chances.dtype == positive.dtype == values.dtype == np.float64
+    assert labels.tolist() == [2, 1, 0, 2, 1]
+    np.testing.assert_allclose(chances[0], torch.tensor([0.0, 1.0, -1.0]).softmax(0), rtol=1e-6)
+    assert chances[4].tolist() == [1.0, 0.0, 0.0]
+    assert positive.tolist() == [0.5] * 3 + [1.0] * 2
+    assert ones.tolist() == [1, 0, 1, 0, 1]
+    assert values.tolist() == [12.0] * 3 + [10.0] * 2
+    assert truth.tolist() == [10.0] * 3 + [1610.0] * 2
+    assert pairs.tolist() == [[12.0, -1.0]] * 3 + [[10.0, -800.0]] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("raises", r"no cost of 2 rows, at .*own_measures\.py"),
+        ("changes", "read-only"),
+        ("gives_many", "TypeError"),
+    ],
+)
+def test_an_own_metric_that_fails_is_named(name: str, words: str) -> None:
+    with pytest.raises(WorkError, match=words) as caught:
+        evaluated(make_task("binary", metrics=(f"{OWN}:{name}",)), np.zeros((2, 1)), np.zeros(2))
+    assert caught.value.where == f"metrics: {OWN}:{name}"
+
+
+def test_an_own_metric_that_is_not_there() -> None:
+    with pytest.raises(JobError, match="no function") as caught:
+        make_task("binary", metrics=(f"{OWN}:nothing",))
+    assert caught.value.where == f"metrics: {OWN}:nothing"
+
+
+# ------------------------------------------------------------------------------------------------- bounds
+
+
+@pytest.mark.parametrize("limit", [12, 13])
+@pytest.mark.parametrize("folded", [1, 4, 100])
+def test_a_split_too_large_to_gather_has_all_but_what_needs_all_rows(
+    monkeypatch: pytest.MonkeyPatch, limit: int, folded: int
+) -> None:
+    monkeypatch.setattr(tally_module, "MOST_GATHERED", limit)
+    monkeypatch.setattr(tally_module, "FOLDED", folded)
+    task = make_task("binary", class_counts=[1, 1], metrics=(f"{OWN}:remembers",))
+    for rows in (6, 7):
+        outputs, targets = np.linspace(-1, 1, rows)[:, None], np.arange(rows) % 2.0
+        found = evaluated(task, outputs, targets, 2)
+        assert math.isnan(found["auc"]) == math.isnan(found["remembers"]) == (2 * rows > limit)
+        assert found["accuracy"] == near(sk.accuracy_score(targets, outputs[:, 0] > 0))
+        assert found["log_loss"] == near(sk.log_loss(targets, 1 / (1 + np.exp(-outputs[:, 0]))))
+
+
+def test_too_large_a_split_is_told_before_training() -> None:
+    job = make_job(metrics=[f"{OWN}:remembers"], best={"metric": "val/auc"})
+    most = MOST_GATHERED // 11
+    assert too_large_to_gather(job, 10, {"val": most}) == {}
+    check_best_is_gathered(job, 10, {"val": most, "train": most + 1})
+    ((split, text),) = too_large_to_gather(job, 10, {"val": 9, "train": most + 1}).items()
+    assert split == "train"
+    assert f"train has {most + 1:,} rows, too many for auc and remembers" in text
+    with pytest.raises(JobError, match="auc needs all rows at once") as caught:
+        check_best_is_gathered(job, 10, {"val": most + 1})
+    assert caught.value.where == "best.metric: val/auc"
+    check_best_is_gathered(make_job(best={"metric": "val/f1"}), 10, {"val": most + 1})
+    assert too_large_to_gather(make_job(task="regression"), 10, {"val": 10**9}) == {}
+    assert too_large_to_gather(make_job(task="regression", metrics=[f"{OWN}:remembers"]), 10, {"val": 10**9})

@@ -1,0 +1,174 @@
+"""Trained models answer as they were measured, whatever their data is handed over as."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, mean_absolute_error, r2_score, roc_auc_score
+
+from pipeline import load, train
+from pipeline.errors import DataError, InputError
+from pipeline.job_file import build_job
+from pipeline.record.standing import Standing
+from pipeline.verbs.evaluate import evaluate
+
+Trained = Callable[[str], Standing]
+
+
+def rows_of(run: Standing, split: str) -> np.ndarray:
+    table = pq.read_table(f"{run.url}/splits.parquet").to_pandas()
+    rows: np.ndarray = table[table.split == split].row.to_numpy()
+    return rows
+
+
+@pytest.mark.parametrize("job", ["table", "regression", "pictures", "finetune", "own_model/job"])
+def test_each_shipped_job_learns_and_is_measured(trained: Trained, job: str) -> None:
+    run = trained(job)
+    assert run.status == "finished"
+    assert run.best is not None
+    assert run.best.metric in run.metrics
+
+
+def test_a_table_model_answers_as_it_was_measured(trained: Trained, example_data: Path) -> None:
+    run = trained("table")
+    frame = pd.read_parquet(example_data / "churn.parquet").iloc[rows_of(run, "val")]
+    model = load(run.url)
+    measured = evaluate(run.url).metrics
+    assert accuracy_score(frame.churned, model.predict(frame)) == pytest.approx(measured["val/accuracy"], abs=1e-9)
+    positive = model.predict_proba(frame)[:, model.classes.index("yes")]
+    assert roc_auc_score(frame.churned == "yes", positive) == pytest.approx(measured["val/auc"], abs=1e-6)
+
+
+def test_regression_answers_in_the_labels_unit(trained: Trained, example_data: Path) -> None:
+    run = trained("regression")
+    frame = pd.read_parquet(example_data / "houses.parquet").iloc[rows_of(run, "val")]
+    said, measured = load(run.url).predict(frame), evaluate(run.url).metrics
+    assert r2_score(frame.price, said) == pytest.approx(measured["val/r2"], abs=1e-6)
+    assert mean_absolute_error(frame.price, said) == pytest.approx(measured["val/mae"], rel=1e-6)
+    with pytest.raises(DataError, match="no classes"):
+        load(run.url).predict_proba(frame)
+
+
+def test_pandas_polars_arrow_and_columns_are_one(trained: Trained, example_data: Path) -> None:
+    model = load(trained("table").url)
+    table = pq.read_table(example_data / "churn.parquet").slice(0, 200)
+    wanted = model.predict_proba(table)
+    frame = table.to_pandas()
+    columns: dict[str, Any] = {name: table.column(name).to_pylist() for name in reversed(table.schema.names)}
+    for same in (frame, pl.from_arrow(table), table.to_batches()[0], columns, frame.sample(frac=1).loc[frame.index]):
+        np.testing.assert_allclose(model.predict_proba(same), wanted, rtol=1e-6)
+    assert len(model.predict(table.slice(0, 0))) == 0
+    strange = table.set_column(table.schema.get_field_index("plan"), "plan", pa.array(["unheard of"] * 200))
+    assert np.isfinite(model.predict_proba(strange)).all()
+
+
+def test_what_does_not_look_like_training_is_refused(trained: Trained, example_data: Path) -> None:
+    model, frame = load(trained("table").url), pd.read_parquet(example_data / "churn.parquet")
+    with pytest.raises(DataError, match="no column 'plan'"):
+        model.predict(frame.drop(columns="plan"))
+    with pytest.raises(DataError, match="num_calls"):
+        model.predict(frame.assign(num_calls="three"))
+    with pytest.raises(DataError, match="num_spend"):
+        model.predict(frame.assign(num_spend=np.inf))
+    with pytest.raises(DataError, match="int is no table"):
+        model.predict(3)
+
+
+def test_pictures_by_path_image_and_array(trained: Trained, example_data: Path) -> None:
+    from PIL import Image
+
+    run = trained("pictures")
+    model = load(run.url)
+    paths = sorted((example_data / "shapes").glob("*/*"))
+    by_path = model.predict_proba([str(path) for path in paths])
+    images = [Image.open(path) for path in paths[:5]]
+    np.testing.assert_allclose(model.predict_proba(images), by_path[:5])
+    truth = np.array([path.parent.name for path in paths])
+    held = rows_of(run, "val")
+    measured = evaluate(run.url).metrics["val/accuracy"]
+    assert accuracy_score(truth[held], model.predict([paths[row] for row in held])) == pytest.approx(measured)
+    with pytest.raises(DataError, match=r"bytes, 0 to 255"):
+        model.predict(np.zeros((2, 3, 32, 32), np.float32))
+    assert model.predict(np.zeros((2, 32, 32, 3), np.uint8)).shape == (2,)
+    with pytest.raises(DataError, match="cannot be used as a picture"):
+        model.predict([__file__])
+    with pytest.raises(DataError, match="no such file"):
+        model.predict([example_data / "shapes" / "none.png"])
+
+
+def test_it_is_a_module_like_any_other(trained: Trained, example_data: Path) -> None:
+    model = load(trained("table").url)
+    assert isinstance(model, torch.nn.Module)
+    assert not model.training
+    frame = pd.read_parquet(example_data / "churn.parquet").head(50)
+    before = model.predict_proba(frame)
+    model.train()  # dropout of a model in training is not for answers
+    np.testing.assert_array_equal(model.predict_proba(frame), before)
+    assert model.training
+    np.testing.assert_allclose(model.double().predict_proba(frame), before, atol=1e-5)
+    last = load(f"{trained('table').url}@last")
+    assert last.step == trained("table").step
+
+
+def test_own_code_runs_only_where_it_is_trusted(trained: Trained, tmp_path: Path) -> None:
+    run = trained("own_model/job")
+    with pytest.raises(InputError, match="trust"):
+        load(run.url)
+    script = (
+        "import json, sys, numpy as np; from pipeline import load\n"
+        "model = load(sys.argv[1], trust=True)\n"
+        "print(json.dumps([model.predict_proba(np.zeros((3, 2))).tolist(), list(model.classes), "
+        "sys.modules['nets'].__file__]))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script, run.url], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    answers, classes, place = json.loads(ran.stdout)
+    assert classes == ["first", "second"]
+    assert np.allclose(np.sum(answers, axis=1), 1)
+    assert "trainyard-code-" in place  # the code of the run, not whatever lies about
+
+
+def test_arrays_of_numbers_and_whole_number_labels(tmp_path: Path) -> None:
+    tree = {
+        "name": "disc",
+        "data": {"source": "disc"},
+        "task": {"kind": "multiclass"},
+        "train": {"phases": [{"epochs": 2, "lr": 0.5}]},
+    }
+    run = train(build_job(tree, "test"), storage=str(tmp_path))
+    model = load(run.url)
+    points = np.random.default_rng(0).uniform(size=(7, 2))
+    assert set(model.predict(points)) <= {"inside", "outside"}
+    assert model.predict(torch.tensor(points)).shape == (7,)
+    with pytest.raises(DataError, match=r"not \(N, 2\)"):
+        model.predict(points[:, :1])
+
+
+def test_tables_and_runs_in_a_store(example_data: Path, s3_url: str) -> None:
+    import fsspec
+
+    fs, path = fsspec.core.url_to_fs(s3_url)
+    fs.put(str(example_data / "churn.parquet"), f"{path}/data/churn.parquet")
+    from tests.predict.conftest import REPOSITORY, SHORT
+
+    run = train(
+        REPOSITORY / "jobs" / "table.yaml",
+        set={**SHORT, "data.url": f"{s3_url}/data/churn.parquet"},
+        storage=f"{s3_url}/runs",
+    )
+    assert run.status == "finished"
+    frame = pd.read_parquet(example_data / "churn.parquet")
+    assert len(load(run.url).predict(frame)) == len(frame)
