@@ -14,6 +14,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.faults.fault_evidence import Watcher, check_at_rest, committed, entries, evidence, only_run
@@ -105,7 +108,7 @@ name: victim
 data:
   source: {call: fault_source:images}
   splits: {by: random, val: 30, stratify: true}
-  augment: {crop: 1, flip: true}
+  augment: {crop: 1, flip: true, rotate: 20, jitter: {brightness: 0.3}, mixup: 0.4}
 model: {kind: cnn, conv: [{channels: 3, kernel: 3}], hidden: [6], dropout: 0.1}
 train:
   batch_size: 40
@@ -116,6 +119,29 @@ evaluate: {every_steps: 10, limit: 17}
 checkpoint: {every_epochs: 1, keep: 1}
 """,
         ["--max-steps", "330"],
+    ),
+    "table": (
+        """
+schema: 1
+name: victim
+data:
+  source: parquet
+  url: victims.parquet
+  label: fate
+  one_hot_up_to: 2
+  splits: {by: group, column: town, val: 0.2}
+  cache: {folder: cache, in_memory_mb: 0}
+model: {kind: mlp, hidden: [8, 4], dropout: 0.1, freeze: [3.bias]}
+task: {kind: binary, positive: [dead], class_weights: balanced}
+train:
+  batch_size: 32
+  optimizer: {kind: adamw, groups: [{match: "embeddings.*", lr_factor: 2, weight_decay: 0}]}
+  phases: [{epochs: 18, lr: 0.02, schedule: cosine}]
+evaluate: {every_steps: 9}
+best: {metric: val/auc}
+checkpoint: {every_steps: 7, keep: 2}
+""",
+        [],
     ),
     "regression": (
         """
@@ -148,10 +174,25 @@ checkpoint: {every_steps: 3}
 LONG = [name for name in JOBS if name != "short"]
 
 
+def write_victims(path: Path) -> None:
+    """A table with numbers, nulls, levels and groups."""
+    draw = np.random.default_rng(0)
+    age, town = draw.normal(40, 12, 600), draw.integers(0, 30, 600)
+    dead = draw.random(600) < 1 / (1 + np.exp(-(age - 45) / 5 - draw.normal(0, 1, 30)[town]))
+    columns = {
+        "age": pa.array(age, mask=draw.random(600) < 0.1),
+        "town": town,
+        "trade": [f"trade {number}" for number in draw.integers(0, 9, 600)],
+        "fate": np.where(dead, "dead", "alive"),
+    }
+    pq.write_table(pa.table(columns), path)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
     (folder / "fault_source.py").write_text(SOURCE)
+    write_victims(folder / "victims.parquet")
     for name, (text, _) in JOBS.items():
         (folder / f"{name}.yaml").write_text(text)
     return folder
