@@ -247,3 +247,16 @@ def test_a_million_levels_are_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = write(tmp_path / "t.parquet", {"x": list("abcd"), "y": Y})
     with pytest.raises(DataError, match=r"'x' has more than 3 levels in 4 rows: it looks like a key\n.*data\.keys"):
         opened(path)
+
+
+def test_a_wide_table_is_read_some_columns_at_a_time(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    values = draw.normal(size=(50, 300)).astype(np.float32)
+    columns: dict[str, Any] = {f"x{number:03d}": values[:, number] for number in range(300)}
+    columns |= {"level": [f"l{number % 3}" for number in range(50)], "y": np.arange(50) % 2}
+    write(tmp_path / "a.parquet", {name: some[:20] for name, some in columns.items()})
+    write(tmp_path / "b.parquet", {name: some[20:] for name, some in columns.items()})
+    source = opened(tmp_path, label="y")
+    np.testing.assert_array_equal(source.train.inputs[:, :300], values)
+    np.testing.assert_array_equal(source.train.inputs[:, 300], np.arange(50) % 3)
+    np.testing.assert_array_equal(source.train.targets, np.arange(50) % 2)

@@ -25,6 +25,8 @@ from pipeline.errors import DataError
 BATCH_BYTES = 1 << 21
 MOST_BATCH_ROWS = 1 << 16
 MOST_LEVELS = 1_000_000
+COLUMNS_AT_ONCE = 128
+"""Arrow holds 2 to 3 MB for each column that it reads; wide tables are read some columns at a time."""
 SAY_EVERY_S = 1.0
 
 Levels = dict[str, tuple[str, ...]]
@@ -154,47 +156,78 @@ class _Filler:
     ) -> None:
         self._files, self._choice, self._levels, self._done = files, choice, levels, done
         self._inputs = inputs
-        self._encoder = Encoder(schema_of(choice, levels) or _flat(choice))
+        schema = schema_of(choice, levels) or _flat(choice)
+        self._groups = [_Group.of(schema, first) for first in range(0, len(schema.columns), COLUMNS_AT_ONCE)]
         self._texts = {name: pa.array(texts, pa.string()) for name, texts in levels.items()}
         self._numbers = choice.label_as == "numbers"
         self._split_numbers = choice.split is not None and choice.split[1].kind == "real"
         labels, rows = len(choice.labels), files.rows
         self.targets = np.empty((rows, labels) if labels > 1 else rows, np.float64 if self._numbers else np.int64)
         self.split = np.empty(rows, np.float64 if self._split_numbers else np.int64) if choice.split else None
-        self._rows = 0
+        self._rows = self._bytes = 0
 
     def fill(self, number: int) -> None:
-        choice, findings = self._choice, Findings(self._files.files[number].where)
-        names = [feature.name for feature in choice.features]
-        names += [name for name, _ in (*choice.labels, *([choice.split] if choice.split else []))]
-        row_bytes = max(self._inputs[:1].nbytes, 1)
-        for batch in self._files.batches(number, list(dict.fromkeys(names)), _batch_rows(row_bytes)):
-            end = self._rows + batch.num_rows
-            self._fill_inputs(batch, self._inputs[self._rows : end], findings)
-            for place, (name, _) in enumerate(choice.labels):
-                out = self.targets if self.targets.ndim == 1 else self.targets[:, place]
-                array, levels = batch.column(name), self._texts.get(name)
-                out[self._rows : end] = label_values(array, name, levels, self._numbers, findings)
-            if self.split is not None and choice.split is not None:
-                name = choice.split[0]
-                array, levels = batch.column(name), self._texts.get(name)
-                self.split[self._rows : end] = split_values(array, name, levels, self._split_numbers, findings)
-            self._rows = end
-            findings.rows += batch.num_rows
-            self._done(end * row_bytes)
-        findings.refuse()
+        choice, where = self._choice, self._files.files[number].where
+        others = [name for name, _ in (*choice.labels, *([choice.split] if choice.split else []))]
+        end = self._rows
+        for group in self._groups:
+            first, findings = self._rows, Findings(where)
+            is_first = group is self._groups[0]
+            names = dict.fromkeys([*group.names, *(others if is_first else [])])
+            row_bytes = max(self._inputs.itemsize * group.width, 1)
+            for batch in self._files.batches(number, list(names), _batch_rows(row_bytes)):
+                end = first + batch.num_rows
+                rows = self._inputs[first:end]
+                self._fill_inputs(batch, rows.reshape(len(rows), -1)[:, group.places], group.encoder, findings)
+                if is_first:
+                    self._fill_others(batch, slice(first, end), findings)
+                first = end
+                findings.rows += batch.num_rows
+                self._bytes += batch.num_rows * row_bytes
+                self._done(self._bytes)
+            findings.refuse()
+        self._rows = end
 
-    def _fill_inputs(self, batch: pa.RecordBatch, out: np.ndarray, findings: Findings) -> None:
+    def _fill_others(self, batch: pa.RecordBatch, rows: slice, findings: Findings) -> None:
         choice = self._choice
-        flat = out.reshape(len(out), -1)
+        for place, (name, _) in enumerate(choice.labels):
+            out = self.targets if self.targets.ndim == 1 else self.targets[:, place]
+            out[rows] = label_values(batch.column(name), name, self._texts.get(name), self._numbers, findings)
+        if self.split is not None and choice.split is not None:
+            name = choice.split[0]
+            array, levels = batch.column(name), self._texts.get(name)
+            self.split[rows] = split_values(array, name, levels, self._split_numbers, findings)
+
+    def _fill_inputs(self, batch: pa.RecordBatch, out: np.ndarray, encoder: Encoder, findings: Findings) -> None:
+        """out: (rows of the batch, width of the group)."""
+        choice = self._choice
         if choice.shape:
             name = choice.features[0].name
             nulls = batch.column(name).is_null().to_numpy(zero_copy_only=False)
             findings.note(name, "nulls", "remove these rows: a sample of one column has no substitute", nulls)
         if choice.raw_bytes:
-            flat[:] = raw_bytes(batch.column(choice.features[0].name), choice.width)
+            out[:] = raw_bytes(batch.column(choice.features[0].name), choice.width)
         else:
-            self._encoder.write(batch, flat, findings)
+            encoder.write(batch, out, findings)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Columns that are read together, and where they lie in a row of the inputs."""
+
+    names: tuple[str, ...]
+    places: slice
+    encoder: Encoder
+
+    @classmethod
+    def of(cls, schema: Schema, first: int) -> _Group:
+        columns = schema.columns[first : first + COLUMNS_AT_ONCE]
+        begin, part = schema.offsets[first], Schema(columns)
+        return cls(tuple(column.name for column in columns), slice(begin, begin + part.width), Encoder(part))
+
+    @property
+    def width(self) -> int:
+        return int(self.places.stop - self.places.start)
 
 
 def _flat(choice: Choice) -> Schema:
