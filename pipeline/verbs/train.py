@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Iterable, Mapping
@@ -56,8 +57,7 @@ def train(
     InputError, WorkError, BusyError, Interrupted: see `pipeline.errors`.
     """
     if not isinstance(job, Job):
-        words = [f"{key}={value}" for key, value in set.items()] if isinstance(set, Mapping) else set
-        job = load_job(job, words)
+        job = load_job(job, _words(set) if isinstance(set, Mapping) else set)
     job = with_whole_url(job)
     root = storage_url(storage, job.storage)
     prepared = prepare(job, max_steps, storage_url=root, say=lambda text: tell({"kind": "phase", "text": text}))
@@ -103,6 +103,11 @@ def train(
                 say_for_the_dead(run, order, error)
                 raise
     return standing(run)
+
+
+def _words(overrides: Mapping[str, Any]) -> list[str]:
+    """As on the command line. JSON is YAML, and keeps text, numbers and null apart."""
+    return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
 
 
 def _find_or_birth(prepared: Prepared, name: str | None, root: str, max_steps: int | None, tell: Tell) -> Run:

@@ -163,7 +163,8 @@ def test_the_python_api_is_the_same_verb(tmp_path: Path, monkeypatch: pytest.Mon
     from pipeline import train
 
     events: list[Mapping[str, Any]] = []
-    run = train(write_job(tmp_path), set={"train.batch_size": 200}, max_steps=4, tell=events.append)
+    settings = {"train.batch_size": 200, "train.clip_norm": None, "data.shuffle": False, "data.root": "5"}
+    run = train(write_job(tmp_path), set=settings, max_steps=4, tell=events.append)
     assert run.status == "finished"
     assert run.step == 4
     assert Path(run.url).is_dir()
