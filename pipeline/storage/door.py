@@ -11,7 +11,8 @@ from typing import TypeVar
 
 from pipeline.errors import StorageError
 from pipeline.storage.backend import Backend
-from pipeline.storage.faults import Patience, explain, scrub
+from pipeline.storage.faults import Patience, scrub
+from pipeline.storage.filesystems import EXTRAS, open_filesystem
 from pipeline.storage.local import LocalBackend
 
 S = TypeVar("S")
@@ -20,9 +21,6 @@ T = TypeVar("T")
 TEMPORARY = ".tmp"
 """Folder of unfinished files, never listed. Each run has its own, so that it may be a mount of its own."""
 REQUESTS_AT_ONCE = 16
-
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
-"""Protocols of object stores, and the extra of this package that brings each."""
 
 
 class Storage:
@@ -69,35 +67,11 @@ class Storage:
 
     @classmethod
     def _open_remote(cls, url: str, protocol: str, rest: str) -> Storage:
-        import fsspec  # only where it is needed: it costs a tenth of a second
-
         from pipeline.storage.remote import RemoteBackend
 
-        options: dict[str, object] = {}
-        if protocol in _EXTRAS:
-            options["use_listings_cache"] = False
-        if protocol in ("s3", "s3a"):  # faults are repeated in one place only, which is here
-            options["config_kwargs"] = {
-                "connect_timeout": 5,
-                "read_timeout": 60,
-                "retries": {"max_attempts": 0},
-            }
-        try:
-            fs, root = fsspec.core.url_to_fs(url, **options)
-        except ImportError as error:
-            extra = _EXTRAS.get(protocol)
-            fix = f"pip install 'trainyard[{extra}]'" if extra else explain(error)
-            raise StorageError(
-                f"{protocol}:// needs a library that is not installed", where=scrub(url), fix=fix
-            ) from None
-        except Exception as error:  # whatever a file system makes of a URL that it cannot read
-            raise StorageError(
-                f"cannot be opened ({explain(error)})", where=scrub(url), fix="check the storage URL"
-            ) from None
-        if protocol in _EXTRAS and not root.strip("/"):
+        fs, root = open_filesystem(url)
+        if protocol in EXTRAS and not root.strip("/"):
             raise StorageError("the URL names no bucket", where=scrub(url), fix=f"use {protocol}://bucket/folder")
-        if protocol in ("s3", "s3a"):
-            fs.retries = 1
         return cls(RemoteBackend(fs, protocol), root, url.rstrip("/") if rest else url, open_url=url)
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -11,9 +11,8 @@ from typing import Any, TypeVar
 
 from pipeline.device import available_cpus
 from pipeline.errors import DataError
-from pipeline.storage import Storage
-from pipeline.storage.faults import Patience, explain, scrub
-from pipeline.storage.remote import RemoteBackend
+from pipeline.storage.faults import Patience, scrub
+from pipeline.storage.filesystems import open_filesystem
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -109,9 +108,9 @@ class Files:
         """Clients of a store do not survive a fork, so that each process opens its own."""
         place = (os.getpid(), url)
         if url != self.url:
-            return _opened(url)
+            return open_filesystem(url)
         if place not in self._opened:
-            self._opened[place] = _opened(url)
+            self._opened[place] = open_filesystem(url)
         return self._opened[place]
 
 
@@ -130,25 +129,6 @@ def in_threads(make: Callable[[T], R], items: Iterable[T], threads: int) -> Iter
                 yield result
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _opened(url: str) -> Opened:
-    import fsspec  # only where it is needed: it costs a tenth of a second
-
-    if "::" in url:  # a chain, such as zip://pictures::/data/pictures.zip
-        try:
-            fs, path = fsspec.core.url_to_fs(url)
-        except Exception as error:  # whatever a file system makes of a URL that it cannot read
-            raise DataError(
-                f"cannot be opened ({explain(error)})", where=f"data.url: {scrub(url)}", fix="check the URL"
-            ) from None
-        return fs, path
-    storage = Storage.open(url)
-    if storage.local_path is not None:
-        return fsspec.filesystem("file"), str(storage.local_path)
-    assert isinstance(storage.backend, RemoteBackend)
-    fs = storage.backend.fs
-    return fs, fs._strip_protocol(url)
 
 
 def _walk(root: str) -> Iterator[tuple[str, int]]:

@@ -11,10 +11,10 @@ from urllib.parse import unquote
 
 from pipeline.errors import DataError, StorageError
 from pipeline.storage.faults import Patience, explain, scrub
+from pipeline.storage.filesystems import open_filesystem
 
 MAGIC = re.compile(r"[*?\[]")
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 
 
 @dataclass(frozen=True)
@@ -95,25 +95,9 @@ def find_files(url: str) -> tuple[Place, list[File]]:
 
 
 def _opened(url: str) -> tuple[Place, str]:
-    import fsspec
-
-    protocol = url.partition("://")[0] if "://" in url else "file"
-    options: dict[str, Any] = {}
-    if protocol in EXTRAS:
-        options["use_listings_cache"] = False
-    if protocol in ("s3", "s3a"):  # faults are repeated in one place only, which is `Patience`
-        options["config_kwargs"] = {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 0}}
     where = scrub(url)
-    try:
-        fs, path = fsspec.core.url_to_fs(url, **options)
-    except ImportError as error:
-        extra = EXTRAS.get(protocol)
-        fix = f"pip install 'trainyard[{extra}]'" if extra else explain(error)
-        raise DataError(f"{protocol}:// needs a library that is not installed", where=where, fix=fix) from None
-    except Exception as error:  # whatever a file system makes of a URL that it cannot read
-        raise DataError(f"cannot be opened ({explain(error)})", where=where, fix="check data.url") from None
-    if protocol in ("s3", "s3a"):
-        fs.retries = 1
+    with named(where):
+        fs, path = open_filesystem(url)
     return Place(fs, where), path
 
 
