@@ -67,7 +67,14 @@ def test_pandas_polars_arrow_and_columns_are_one(trained: Trained, example_data:
     wanted = model.predict_proba(table)
     frame = table.to_pandas()
     columns: dict[str, Any] = {name: table.column(name).to_pylist() for name in reversed(table.schema.names)}
-    for same in (frame, pl.from_arrow(table), table.to_batches()[0], columns, frame.sample(frac=1).loc[frame.index]):
+    for same in (
+        frame,
+        pl.from_arrow(table),
+        table.to_batches()[0],
+        columns,
+        table.to_pylist(),
+        frame.sample(frac=1).loc[frame.index],
+    ):
         np.testing.assert_allclose(model.predict_proba(same), wanted, rtol=1e-6)
     assert len(model.predict(table.slice(0, 0))) == 0
     strange = table.set_column(table.schema.get_field_index("plan"), "plan", pa.array(["unheard of"] * 200))

@@ -78,7 +78,8 @@ def encode(table: pa.Table | pa.RecordBatch, schema: Schema, *, dtype: FloatType
 
 
 def to_arrow(data: Any) -> pa.Table:
-    """A table of pandas, polars, Arrow or whatever else speaks Arrow's C stream, or a dict of columns, as Arrow table.
+    """A table of pandas, polars, Arrow or whatever else speaks Arrow's C stream, a dict of columns or a list
+    of dicts, one a row, as Arrow table.
 
     Columns of a dict may be NumPy arrays (n,) or (n, width), or sequences.
 
@@ -89,6 +90,8 @@ def to_arrow(data: Any) -> pa.Table:
     try:
         if isinstance(data, Mapping):
             return pa.table({str(name): _as_array(values) for name, values in data.items()})
+        if isinstance(data, list | tuple) and all(isinstance(row, Mapping) for row in data):
+            return pa.Table.from_pylist([dict(row) for row in data])
         if isinstance(data, pa.RecordBatch):
             return pa.Table.from_batches([data])
         if isinstance(data, pa.Table) or hasattr(data, "__arrow_c_stream__"):
@@ -101,7 +104,7 @@ def to_arrow(data: Any) -> pa.Table:
     raise DataError(
         f"a {type(data).__name__} is no table",
         where="table",
-        fix="use a pandas or polars DataFrame, an Arrow table or a dict of columns",
+        fix="use a pandas or polars DataFrame, an Arrow table, a dict of columns or a list of dicts, one a row",
     )
 
 
