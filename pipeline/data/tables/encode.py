@@ -124,13 +124,14 @@ def near(name: str, names: Iterable[str]) -> str:
 
 
 def _column(batch: pa.RecordBatch, column: Column, where: str) -> pa.Array:
-    if column.name not in batch.schema.names:
+    place = batch.schema.get_field_index(column.name)
+    if place < 0:
         raise DataError(
             f"there is no column {column.name!r} ({batch.num_rows:,} rows)",
             where=where,
             fix=near(column.name, batch.schema.names),
         )
-    array = batch.column(column.name)
+    array = batch.column(place)
     found = content(array.type)
     if column.kind == "category":
         fine = found.kind in ("text", "null", *NUMBERS)

@@ -111,12 +111,12 @@ class Files:
 
     def batches(self, number: int, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
         """The rows of a file in order, some columns alone, up to `rows` at once; its path's columns as constants."""
-        file, schema = self.files[number], self.schemas[number]
-        stored = [name for name in columns if name in schema.names]
+        file, own = self.files[number], set(self.schemas[number].names)
+        stored = [name for name in columns if name in own]
         total = 0
         for batch in self._stored(file, stored, self.row_counts[number], rows):
             arrays = [
-                batch.column(name) if name in schema.names else self._constant(file, name, batch.num_rows)
+                batch.column(name) if name in own else self._constant(file, name, batch.num_rows)
                 for name in columns
             ]
             total += batch.num_rows
