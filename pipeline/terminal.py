@@ -11,6 +11,10 @@ from typing import Any
 from pipeline.learn.words import no_better_words, number, short_words, table_lines
 from pipeline.record.standing import Standing
 
+ERASE = "\x1b[2K"
+"""Clears the line that the cursor is in."""
+PHASE_S = 10.0
+"""Off a terminal, seconds between two lines on what takes long before training, such as filling the cache."""
 LINE_S = 1.0
 """On a terminal, seconds between two lines for evaluations within an epoch; the bar shows the latest in between."""
 
@@ -23,6 +27,8 @@ class Progress:
         self._bar: _Bar | None = None
         self._live = sys.stderr.isatty()
         self._last_line = 0.0
+        self._last_phase = time.monotonic()
+        self._in_phase = False
 
     def __enter__(self) -> Progress:
         return self
@@ -30,6 +36,8 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.close()
+        if self._in_phase:
+            print(ERASE, end="", file=sys.stderr, flush=True)
 
     def show(self, event: Mapping[str, Any]) -> None:
         kind = event["kind"]
@@ -38,8 +46,7 @@ class Progress:
         elif self._quiet:
             return
         elif kind == "phase":
-            if self._live:  # until the next line, which takes its place
-                print(f"{event['text']} ...", end="\r", file=sys.stderr, flush=True)
+            self._phase(f"{event['text']} ...")
         elif kind == "message":
             self._line(str(event["text"]))
         elif kind == "run":
@@ -54,6 +61,14 @@ class Progress:
         elif kind == "evaluation":
             self._evaluation(event)
 
+    def _phase(self, text: str) -> None:
+        if self._live:  # until the next line, which takes its place
+            print(f"{ERASE}{text}", end="\r", file=sys.stderr, flush=True)
+            self._in_phase = True
+        elif time.monotonic() - self._last_phase > PHASE_S:
+            self._last_phase = time.monotonic()
+            self._line(text)
+
     def _evaluation(self, event: Mapping[str, Any]) -> None:
         if self._bar is not None:
             self._bar.evaluation(event)
@@ -64,6 +79,9 @@ class Progress:
         self._line(evaluation_line(event))
 
     def _line(self, text: str) -> None:
+        if self._in_phase:
+            print(ERASE, end="", file=sys.stderr)
+            self._in_phase = False
         if self._bar is not None:
             self._bar.line(text)
         else:

@@ -116,8 +116,7 @@ class Files:
         total = 0
         for batch in self._stored(file, stored, self.row_counts[number], rows):
             arrays = [
-                batch.column(name) if name in own else self._constant(file, name, batch.num_rows)
-                for name in columns
+                batch.column(name) if name in own else self._constant(file, name, batch.num_rows) for name in columns
             ]
             total += batch.num_rows
             if batch.num_rows:
