@@ -273,10 +273,10 @@ def test_the_true_command_survives_the_loss_of_its_controller_and_ctrl_c_and_few
 def test_a_loss_that_is_not_finite_ends_the_run_at_once_and_says_where(cluster: Any, folder: Path) -> None:
     """Fits: 1."""
     storage = folder / "not-finite"
-    words = {"train.phases": "[{epochs: 20, lr: 1.0e+300}]", "task": "regression", "model.args.pause_s": "0"}
-    words |= {"data.source": "{call: 'cluster_code:two_numbers'}"}
+    settings = {"train.phases": [{"epochs": 20, "lr": 1.0e300}], "task": "regression", "model.args.pause_s": 0}
+    settings["data.source"] = {"call": "cluster_code:two_numbers"}
     with pytest.raises(NotFiniteError, match=r"at step \d+, with learning rate 1e\+300") as raised:
-        train("job.yaml", set=words, storage=str(storage))
+        train("job.yaml", set=settings, storage=str(storage))
     assert raised.value.exit_code == 1
     (run,) = journals(storage)
     assert len(claims(run)) == 1
@@ -288,9 +288,9 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once_and_says_where(cluster: 
 def test_an_error_of_the_users_own_is_tried_again_as_often_as_said_and_then_shown(cluster: Any, folder: Path) -> None:
     """Fits: 2."""
     storage, seen = folder / "trouble", list[Mapping[str, Any]]()
-    words = {"model.args": "{trouble_on_rank: 1}", "scale.retries": 1, "checkpoint": "{every_steps: 500}"}
+    settings = {"model.args.trouble_on_rank": 1, "scale.retries": 1, "checkpoint.every_steps": 500}
     with pytest.raises(WorkerLostError, match="RuntimeError: no such luck") as raised:
-        train("job.yaml", set=words, storage=str(storage), tell=seen.append)
+        train("job.yaml", set=settings, storage=str(storage), tell=seen.append)
     assert raised.value.exit_code == 1
     (run,) = journals(storage)
     assert len(claims(run)) == 2 + 1  # the last one only says why
@@ -304,9 +304,9 @@ def test_an_error_of_the_users_own_is_tried_again_as_often_as_said_and_then_show
 
 def test_an_input_error_on_a_worker_is_one_for_the_user(cluster: Any, folder: Path) -> None:
     """Fits: 1. Such as other files under the same name on another machine."""
-    words = {"data.source": "{call: 'cluster_code:other_data_on_workers'}", "scale.workers": 1}
+    settings = {"data.source": {"call": "cluster_code:other_data_on_workers"}, "scale.workers": 1}
     with pytest.raises(JobError, match="not the data of this run") as raised:
-        train("job.yaml", set=words, storage=str(folder / "other-data"))
+        train("job.yaml", set=settings, storage=str(folder / "other-data"))
     assert raised.value.exit_code == 2
 
 

@@ -136,7 +136,7 @@ task: {kind: binary, positive: [dead], class_weights: balanced}
 train:
   batch_size: 32
   optimizer: {kind: adamw, groups: [{match: "embeddings.*", lr_factor: 2, weight_decay: 0}]}
-  phases: [{epochs: 18, lr: 0.02, schedule: cosine}]
+  phases: [{epochs: 24, lr: 0.02, schedule: cosine}]
 evaluate: {every_steps: 9}
 best: {metric: val/auc}
 checkpoint: {every_steps: 7, keep: 2}
