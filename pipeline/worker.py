@@ -71,7 +71,9 @@ def work(order: Order, context: Context, prepared: Prepared | None = None) -> No
     run = Run(Storage.open(order.storage_url), order.run_name)
     facts = run.facts()
     if facts["fingerprint"] != prepared.source.fingerprint:
-        raise JobError("the data here is not the data of this run", where=run.url, fix="see data.root on every node")
+        raise JobError(
+            "the data here is not the data of this run", where=run.url, fix="see data.root and data.url on every node"
+        )
     if facts.get("start") != (prepared.start.digest if prepared.start is not None else None):
         raise JobError("the weights to start from are not those of this run", where=run.url, fix="see model.init_from")
     rank, world_size, local_rank = context.rank, context.world_size, context.local_rank

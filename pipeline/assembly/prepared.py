@@ -122,7 +122,7 @@ def prepare_rows(job: Job, fitted: Fitted, name: str, say: Say = lambda text: No
     make_importable(job)
     source = open_source(job, say)
     check_layout(fitted, source)
-    fitted.preprocess.check(source.train.inputs)
+    fitted.preprocess.check(source.train.inputs, source.schema)
     splits = {name: Rows("train", np.arange(len(source.train), dtype=np.int64))}
     return Prepared(
         job=job,

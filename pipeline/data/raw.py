@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import math
 from collections.abc import Sequence
+from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from pipeline.data.pictures import BrokenPictureError, Form, TooSmallError, decode, quiet
 from pipeline.data.preprocess import Preprocess, SamplePreprocess, TablePreprocess
 from pipeline.data.sources.image_folder.files import Files
+from pipeline.data.tables.contents import content, raw_bytes
 from pipeline.data.tables.encode import encode, to_arrow
+from pipeline.data.tables.schema import Column, Schema
 from pipeline.errors import DataError
 from pipeline.job import Job
 
@@ -34,7 +41,40 @@ def raw_samples(data: Any, preprocess: Preprocess, job: Job) -> np.ndarray:
         return _rows(data, preprocess, np.float64 if job.train.precision == "fp64" else np.float32)
     if job.data.source == "image_folder" and isinstance(data, Sequence):
         return np.stack([_picture(one, job) for one in data]) if data else np.empty((0, *preprocess.sample_shape))
+    if job.data.source == "parquet" and not isinstance(data, np.ndarray | torch.Tensor):
+        return _single_column(to_arrow(data), preprocess, job)
     return _arrays(data, preprocess)
+
+
+def _single_column(table: pa.Table, preprocess: SamplePreprocess, job: Job) -> np.ndarray:
+    """Samples that are one column of bytes or of lists, found as in training."""
+    apart, shape = {*job.data.labels, *job.data.keys, job.data.splits_column}, preprocess.sample_shape
+    names = [name for name in table.schema.names if name not in apart]
+    names = [name for name in names if any(fnmatchcase(name, pattern) for pattern in job.data.features)]
+    width = math.prod(shape)
+    if len(names) != 1:
+        raise DataError(
+            f"{len(names)} columns could be the samples: {', '.join(names) or 'none'}",
+            where=WHERE,
+            fix=f"give one, of {width} {'bytes' if preprocess.dtype == 'uint8' else 'numbers'} a row",
+        )
+    column = table.column(names[0])
+    if column.null_count:
+        raise DataError(f"{column.null_count:,} rows of {names[0]!r} are null", where=WHERE, fix="leave them out")
+    if preprocess.dtype != "uint8":
+        schema = Schema((Column(names[0], "number", width),))
+        dtype = np.float64 if preprocess.dtype == "float64" else np.float32
+        return encode(table, schema, dtype=dtype, where=WHERE).reshape(-1, *shape)
+    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):  # as pandas and polars have it
+        with suppress(pa.ArrowException):  # of other lengths: refused below
+            column = column.cast(pa.binary(width))
+    found = content(column.type)
+    if found.kind != "bytes" or found.width != width:
+        raise DataError(
+            f"the column {names[0]!r} does not hold {width} bytes a row", where=WHERE, fix="give what was trained on"
+        )
+    parts = [raw_bytes(chunk, width) for chunk in column.chunks]
+    return np.concatenate([np.empty((0, width), np.uint8), *parts]).reshape(-1, *shape)
 
 
 def _rows(data: Any, preprocess: TablePreprocess, dtype: type[np.float32] | type[np.float64]) -> np.ndarray:
@@ -97,8 +137,6 @@ def _content(one: Any) -> bytes:
         raise DataError(
             f"a {type(one).__name__} is no picture", where=WHERE, fix="give paths, URLs, bytes or Pillow images"
         )
-    import io
-
     buffer = io.BytesIO()
     one.save(buffer, format="PNG")
     return buffer.getvalue()

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, Strict, field_validator, model_validator
 
 from pipeline.job.node import Node, Positive, Share, module_and_name
-from pipeline.job.splits import RandomSplits, Splits
+from pipeline.job.splits import RandomSplits, RangeSplits, Splits
 
 
 class Call(Node):
@@ -170,6 +170,11 @@ class Data(Node):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} goes with source: {source}")
         return self
+
+    @property
+    def splits_column(self) -> str | None:
+        """The column that splits go by, which no pattern of `features` means."""
+        return None if isinstance(self.splits, RandomSplits | RangeSplits) else self.splits.column
 
     @property
     def labels(self) -> list[str]:

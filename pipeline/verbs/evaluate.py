@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 import os
 import socket
 from collections.abc import Iterable
@@ -21,7 +23,7 @@ from pipeline.record.checkpoint import find_checkpoint
 from pipeline.record.reads import record_read
 from pipeline.record.run import Run
 from pipeline.verbs.load import trust_code
-from pipeline.verbs.places import find_run
+from pipeline.verbs.places import find_run, whole_url
 
 SPLITS = ("train", "val", "test")
 
@@ -85,7 +87,7 @@ def evaluate(
     job = job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"limit": None})})
     fitted = Fitted.from_json(saved.preprocess())
     if data is not None:
-        split, prepared = "data", prepare_rows(_on_other_data(job, data), fitted, "data", say)
+        split, prepared = "data", prepare_rows(_on_other_data(job, data, fitted), fitted, "data", say)
     else:
         prepared = replace(prepare(job, say=say), fitted=fitted)
         _check_is_the_runs(found, prepared, split)
@@ -112,13 +114,21 @@ def _check_is_the_runs(run: Run, prepared: Prepared, split: str) -> None:
         raise InputError(f"this run has no {split} split", where=run.url, fix=f"it has: {there}")
 
 
-def _on_other_data(job: Job, url: str) -> Job:
+def _on_other_data(job: Job, url: str, fitted: Fitted) -> Job:
+    """The job on all rows of a URL. What it learns from is what was learned from; keys and a column for splits are not
+    asked of the new data."""
     if job.data.url is None:
         raise InputError(
             f"this run was trained on {job.data.source}, which has no URL", where=f"--data {url}", fix="use --split"
         )
-    # No row is drawn for a split, so that the column that splits go by need not be there.
-    return job.model_copy(update={"data": job.data.model_copy(update={"url": url, "splits": RandomSplits()})})
+    update: dict[str, Any] = {"url": whole_url(url), "splits": RandomSplits()}
+    if fitted.preprocess.schema is not None:
+        names = [column.name for column in fitted.preprocess.schema.columns]
+        update |= {"features": [glob.escape(name) for name in names], "keys": []}
+        update |= {"categorical": [name for name in job.data.categorical if fnmatch.filter(names, name)]}
+    elif job.data.source == "parquet" and job.data.splits_column is not None:
+        update |= {"keys": [*job.data.keys, job.data.splits_column]}  # else it would count as a second feature
+    return job.model_copy(update={"data": job.data.model_copy(update=update)})
 
 
 def _stored_job(run: Run, overrides: list[str], trust: bool) -> Job:

@@ -17,11 +17,14 @@ def storage_url(flag: str | None, job_storage: str | None = None) -> str:
 
 def with_whole_url(job: Job) -> Job:
     """The job with a local `data.url` written out from the root: workers and later commands run in other folders."""
-    url = job.data.url
-    if url is None or "://" in url:
+    if job.data.url is None:
         return job
-    whole = os.path.abspath(os.path.expanduser(url))
-    return job.model_copy(update={"data": job.data.model_copy(update={"url": whole})})
+    return job.model_copy(update={"data": job.data.model_copy(update={"url": whole_url(job.data.url)})})
+
+
+def whole_url(url: str) -> str:
+    """A local path from the root; any other URL as it is."""
+    return url if "://" in url else os.path.abspath(os.path.expanduser(url))
 
 
 def find_run(run: str, flag: str | None = None) -> Run:

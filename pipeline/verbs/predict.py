@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.pictures import endings
-from pipeline.data.preprocess import TablePreprocess
 from pipeline.data.sources.image_folder.files import Files
 from pipeline.data.sources.parquet import batches
 from pipeline.errors import InputError
@@ -88,8 +87,8 @@ def predict(
 
 
 def _answered(predictor: Predictor, source: str) -> Iterator[pa.Table]:
-    preprocess, job = predictor.fitted.preprocess, predictor.job
-    if isinstance(preprocess, TablePreprocess):
+    job = predictor.job
+    if job.data.source == "parquet":
         for batch in batches(source, None, BATCH_ROWS):
             keys = [key for key in job.data.keys if key in batch.schema.names]
             beside = pa.Table.from_batches([batch.select(keys)])

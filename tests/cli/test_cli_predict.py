@@ -10,6 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline import load
+from pipeline.errors import DataError
+
 JOB = """
 name: small
 data: {source: parquet, url: URL, label: color, keys: [id], splits: {val: 0.25}}
@@ -56,6 +59,64 @@ def test_other_data_is_evaluated_as_the_same_rows_were(trainyard: Any, tmp_path:
     assert there["data/samples"] == len(held)
     for name in ("loss", "accuracy", "f1", "auc"):
         assert there[f"data/{name}"] == pytest.approx(here[f"val/{name}"], abs=1e-9)
+
+
+def test_other_data_needs_the_features_and_the_label_alone_in_any_order(trainyard: Any, tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    columns = {
+        "id": np.arange(300),
+        "day": pa.array(np.datetime64("2026-01-01") + np.arange(300)),
+        "plan": [f"p{number}" for number in draw.integers(0, 3, 300)],
+        "x": draw.normal(size=300),
+        "vector": pa.FixedSizeListArray.from_arrays(pa.array(draw.normal(size=600)), 2),
+    }
+    columns["color"] = np.where(columns["x"] > 0.3, "red", "blue")
+    pq.write_table(pa.table(columns), tmp_path / "days.parquet")
+    job = JOB.replace("URL", "days.parquet").replace("{val: 0.25}", "{by: time, column: day, val: 60d}")
+    (tmp_path / "days.yaml").write_text(job)
+    run = trainyard("train", "days.yaml", "--json").json["run"]
+    held = pa.table(columns).slice(240).select(["vector", "color", "x", "plan"])
+    pq.write_table(held, tmp_path / "held.parquet")
+    ended = trainyard("evaluate", run, "--data", "held.parquet", "--json")
+    assert ended.code == 0, ended.err
+    here = trainyard("evaluate", run, "--json").json["metrics"]
+    assert ended.json["metrics"]["data/samples"] == here["val/samples"] == 60
+    assert ended.json["metrics"]["data/loss"] == pytest.approx(here["val/loss"], abs=1e-9)
+    assert trainyard("predict", run, "--input", "held.parquet", "--output", "out.parquet").code == 0
+    assert pq.read_table("out.parquet").schema.names == ["prediction", "probability_blue", "probability_red"]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "numbers"])
+def test_samples_of_one_column_are_found_again(trainyard: Any, tmp_path: Path, kind: str) -> None:
+    draw = np.random.default_rng(0)
+    red = draw.integers(0, 2, 200)
+    pixels = (draw.integers(0, 100, (200, 16)) + 120 * red[:, None]).astype(np.uint8)
+    if kind == "bytes":
+        samples: Any = pa.array([row.tobytes() for row in pixels], pa.binary(16))
+    else:
+        samples = pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1) / 255), 16)
+    images = pa.table({"id": np.arange(200), "image": samples, "color": np.where(red, "red", "blue")})
+    pq.write_table(images, tmp_path / "images.parquet")
+    (tmp_path / "images.yaml").write_text(
+        JOB.replace("URL", "images.parquet").replace("keys: [id]", "keys: [id], shape: [1, 4, 4]")
+        + "model: {kind: cnn, conv: [{channels: 2, kernel: 3}], hidden: [4]}\n"
+    )
+    trained = trainyard("train", "images.yaml", "--json")
+    assert trained.code == 0, trained.err
+    run = trained.json["run"]
+    ended = trainyard("predict", run, "--input", "images.parquet", "--output", "out.parquet")
+    assert ended.code == 0, ended.err
+    out = pq.read_table("out.parquet")
+    assert out["id"].to_pylist() == list(range(200))
+    model = load(trained.json["url"])
+    arrays = pixels.reshape(-1, 1, 4, 4) if kind == "bytes" else (pixels / 255).astype(np.float32).reshape(-1, 1, 4, 4)
+    assert out["prediction"].to_pylist() == model.predict(arrays).tolist() == model.predict(images).tolist()
+    assert model.predict(images.to_pandas()).tolist() == model.predict(arrays).tolist()
+    for wrong in (images.drop_columns("image"), images.append_column("other", samples)):
+        with pytest.raises(DataError, match="could be the samples"):
+            model.predict(wrong)
+    with pytest.raises(DataError, match=r"16|wanted"):
+        model.predict(images.set_column(1, "image", pa.array([b"short"] * 200)))
 
 
 @pytest.mark.parametrize(

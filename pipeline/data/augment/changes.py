@@ -7,9 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from pipeline.data.augment.drawing import Draws
+from pipeline.data.preprocess.samples import WHITE
 from pipeline.job import Augment, Jitter
-
-WHITE = 255.0
 
 LUMA = (0.2989, 0.587, 0.114)
 """Shares of red, green and blue in grey, as torchvision has them."""

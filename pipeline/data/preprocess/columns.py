@@ -63,12 +63,13 @@ class TablePreprocess:
         one_hot = sum(codes for codes in self._codes() if codes <= self.one_hot_up_to)
         return (len(self.fill) + one_hot + len(self.code_sizes),)
 
-    def check(self, raw: np.ndarray) -> None:
+    def check(self, raw: np.ndarray, schema: Schema | None = None) -> None:
         """Refuse missing values where `data.missing` says fail.
 
         Parameters
         ----------
-        raw: rows (N, schema.width), with the levels of any schema.
+        raw: rows (N, schema.width). schema: their layout, where it is not this one's: the same columns in another
+            order, with any levels.
 
         Raises
         ------
@@ -83,7 +84,8 @@ class TablePreprocess:
             first = np.where((first < 0) & missing.any(0), row + missing.argmax(0), first)
             counts += missing.sum(0)
             row += len(block)
-        for column, place in zip(self.schema.columns, self.schema.offsets, strict=True):
+        schema = schema or self.schema
+        for column, place in zip(schema.columns, schema.offsets, strict=True):
             if column.kind in self.refused and (places := counts[place : place + column.width]).any():
                 begins = first[place : place + column.width]
                 raise DataError(
@@ -100,11 +102,12 @@ class TablePreprocess:
 
         Parameters
         ----------
-        raw: the schema by which the rows were encoded, where it is not this one: the same columns with other levels.
-            A position of as many as there are levels stands for any other level.
+        raw: the schema by which the rows were encoded, where it is not this one: the same columns in any order, with
+            other levels. A position of as many as there are levels stands for any other level.
         """
         laid_out = [[replace(column, levels=()) for column in one.columns] for one in (raw or self.schema, self.schema)]
-        assert laid_out[0] == laid_out[1], "other columns"
+        if raw is not None and laid_out[0] != laid_out[1]:
+            return self._reordered(device, dtype, raw)
         numbers = self._numbers(device, dtype)
         if not self.categories:
             return numbers
@@ -122,6 +125,17 @@ class TablePreprocess:
             return prepared.scatter_(1, targets[entries], values[entries])
 
         return prepare
+
+    def _reordered(self, device: torch.device, dtype: torch.dtype, raw: Schema) -> Prepare:
+        """As `to`, from rows whose columns come in another order."""
+        at = {column.name: (column, offset) for column, offset in zip(raw.columns, raw.offsets, strict=True)}
+        ordered = [at[column.name] for column in self.schema.columns]
+        same = all(own.width == column.width for own, (column, _) in zip(self.schema.columns, ordered, strict=True))
+        assert same, "other columns"
+        places = [offset + place for column, offset in ordered for place in range(column.width)]
+        prepare = self.to(device, dtype, Schema(tuple(column for column, _ in ordered)))
+        order = torch.tensor(places, device=device)
+        return lambda rows: prepare(rows.index_select(1, order))
 
     def _codes(self) -> list[int]:
         """For each categorical column, its highest code."""

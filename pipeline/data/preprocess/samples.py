@@ -62,7 +62,7 @@ class SamplePreprocess:
         """Channels of an image, or columns."""
         return self.output_shape[0]
 
-    def check(self, raw: np.ndarray) -> None:
+    def check(self, raw: np.ndarray, schema: Schema | None = None) -> None:
         """Every array can be prepared."""
 
     def to(self, device: torch.device, dtype: torch.dtype, raw: Schema | None = None) -> Prepare:

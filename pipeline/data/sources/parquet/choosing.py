@@ -14,7 +14,7 @@ from pipeline.data.tables.contents import NUMBERS, Content, both
 from pipeline.data.tables.encode import near
 from pipeline.data.tables.schema import Kind
 from pipeline.errors import DataError
-from pipeline.job import ColumnSplits, GroupSplits, Job, TimeSplits
+from pipeline.job import Job, TimeSplits
 
 PANDAS_INDEX = "__index_level_*__"
 """How pandas stores the numbers of rows that were left over by a filter; no pattern means them."""
@@ -63,7 +63,7 @@ def choose(files: Files, job: Job) -> Choice:
         features; a pattern without a match.
     """
     data, columns = job.data, _Columns(files)
-    split = data.splits.column if isinstance(data.splits, (GroupSplits, TimeSplits, ColumnSplits)) else None
+    split = data.splits_column
     for name, where in [
         *((label, "data.label") for label in data.labels),
         *((key, "data.keys") for key in data.keys),
