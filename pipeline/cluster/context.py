@@ -1,4 +1,4 @@
-"""The worker's side of Ray: its context among the other workers, its metrics on the node, and what Ray runs on it."""
+"""The worker's side of Ray: its context among the other workers, and what Ray runs on it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from pipeline.cluster.gauges import Gauges
 from pipeline.context import StopSignals, Value
 from pipeline.errors import Interrupted
 from pipeline.worker import Order, work
@@ -40,7 +41,7 @@ class RayContext:
         self.rank: int = here.get_world_rank()
         self.world_size: int = here.get_world_size()
         self.local_rank: int = here.get_local_rank()
-        self._gauges = _Gauges(run_name, self.rank)
+        self._gauges = Gauges(run_name, self.rank)
         self._courier = _Courier(desk) if self.rank == 0 else None
         self._reported = -REPORT_S
         self._own_signals = StopSignals()
@@ -84,36 +85,6 @@ class RayContext:
         if self._courier is not None:
             self._courier.close()
         self._own_signals.__exit__(*what)
-
-
-class _Gauges:
-    """Metrics on the node's Prometheus endpoint: trainyard_loss, _accuracy, _step, _epoch and _samples_per_second."""
-
-    def __init__(self, run_name: str, rank: int) -> None:
-        from ray.util.metrics import Gauge
-
-        self._tags = {"run": run_name, "rank": str(rank)}
-        self._gauges = {
-            name: Gauge(f"trainyard_{name}", description=text, tag_keys=("run", "rank", "split"))
-            for name, text in {
-                "loss": "Loss: of the latest steps (split train_steps) or of an evaluation",
-                "accuracy": "Share of a split predicted correctly",
-                "step": "Parameter updates done",
-                "epoch": "Epoch in progress",
-                "samples_per_second": "Training samples a second, all ranks together",
-            }.items()
-        }
-
-    def set(self, event: Mapping[str, Any]) -> None:
-        if event["kind"] == "steps":
-            values = {**event, "samples_per_second": event["samples_per_s"]}
-            for name in ("loss", "step", "epoch", "samples_per_second"):
-                self._gauges[name].set(float(values[name]), {**self._tags, "split": "train_steps"})
-        elif event["kind"] == "evaluation":
-            for metric, value in event["metrics"].items():
-                split, _, name = metric.partition("/")
-                if name in self._gauges:
-                    self._gauges[name].set(float(value), {**self._tags, "split": split})
 
 
 class _Courier:

@@ -37,3 +37,9 @@ class Scale(Node):
     """Arithmetic threads a worker; auto: one, or every core for large models in this process."""
     retries: Annotated[int, Field(ge=0)] = 3
     """Restarts after lost workers, counted anew whenever a checkpoint was made in between."""
+    wait_s: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """After a loss: seconds to wait for room for all workers again. Then a range goes on with as many as fit, and a
+    fixed number gives up (the same command goes on). auto: 60 for a range, 900 for a fixed number."""
+    hang_s: Annotated[float, Field(gt=0)] | None = 300
+    """Seconds without any progress after which a worker is taken for hung: its stacks are saved, and it is started
+    again. null: never."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.job.data import Data
+from pipeline.job.following import Follower
 from pipeline.job.keeping import Best, Checkpoint, Evaluate
 from pipeline.job.metrics import METRICS, RESERVED_COLUMNS, own_metric
 from pipeline.job.model import Mlp, Model
@@ -64,6 +65,8 @@ class Job(Node):
     evaluate: Evaluate = Evaluate()
     best: Best = Best()
     checkpoint: Checkpoint = Checkpoint()
+    follow: list[Follower] = []
+    """Who else is fed from the metric log while the run goes on. Never blocks or fails a run."""
     scale: Scale = Scale()
     storage: str = "./runs"
     """Where runs go: a folder or any fsspec URL."""
@@ -107,7 +110,7 @@ class Job(Node):
         return self.model_dump(mode="json", by_alias=True)
 
 
-NOT_IDENTITY = ("scale", "storage", "checkpoint", "code")
+NOT_IDENTITY = ("scale", "storage", "checkpoint", "follow", "code")
 """Branches of the job that change where and how fast it runs, not what comes out. (Code of the user's own that changes
 is a warning on resume.)"""
 

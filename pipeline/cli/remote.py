@@ -1,0 +1,1 @@
+"""Commands that work through the Jobs API of a Ray cluster."""
