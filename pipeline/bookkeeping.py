@@ -26,7 +26,8 @@ class Reporter:
 
     def steps(self, rows: Rows) -> None:
         """Rank 0 writes them down, and looks whether they are finite: another that failed first would have rank 0
-        killed before it could say why."""
+        killed before it could say why. The others only show how far they are."""
+        self._context.tell({"kind": "steps", "step": int(rows["step"][-1])})
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
         """Rank 0 writes it down."""
@@ -79,6 +80,8 @@ class Bookkeeper(Reporter):
                 "step": self.step,
                 "epoch": int(rows["epoch"][-1]),
                 "loss": loss,
+                "lr": float(rows["lr"][-1]),
+                "samples": samples,
                 "samples_per_s": samples / seconds if seconds else 0.0,
             }
         )
@@ -120,6 +123,7 @@ class Bookkeeper(Reporter):
                 metrics=dict(position.best_metrics or {}),
             )
         elsewhere = best is not None and best.step != position.step
+        step = position.step
         self._recorder.commit(
             Snapshot(
                 step=position.step,
@@ -133,7 +137,8 @@ class Bookkeeper(Reporter):
                 preprocess=self._preprocess,
                 end=end,
                 patience=position.evaluations_since_best,
-            )
+            ),
+            done=lambda seconds: self._context.tell({"kind": "commit", "step": step, "seconds": seconds}),
         )
         self._best_weights, self._due, self._saved = None, False, time.monotonic()
         self.last_good = f"step {position.step}"

@@ -96,3 +96,10 @@ def facts(device: torch.device) -> dict[str, Any]:
         "deterministic": device.type == "cpu" or torch.are_deterministic_algorithms_enabled(),
         "torch": torch.__version__,
     }
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that host or device had no memory left."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator of the host

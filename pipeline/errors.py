@@ -4,10 +4,15 @@ TrainyardError                 what is wrong, where, and what to do about it
 ├── InputError                 exit 2: a job file, flag, URL or data that cannot be used; found before training
 │   ├── JobError               ... a field of a job file
 │   ├── DataError              ... rows, labels or files that do not fit
-│   └── StorageError           ... a URL that cannot be used at all
+│   ├── StorageError           ... a URL that cannot be used at all
+│   └── ClusterError           ... a cluster that does not answer, or does not take what it is sent
 ├── WorkError                  exit 1: the work itself failed
+│   ├── HungError              ... no progress for longer than `scale.hang_s`
 │   ├── NotFiniteError         ... a loss or weight became NaN or infinite; never retried
 │   ├── StorageLostError       ... storage stayed away for longer than the stated limit
+│   │   └── StorageFullError   ... there is no room left in it
+│   ├── OutOfMemoryError       ... a batch did not fit into memory; never retried
+│   ├── RepeatedFailureError   ... the same error at the same step twice: a bug, not a fault
 │   └── WorkerLostError        ... a worker or its node died, more often than `scale.retries` allows
 ├── BusyError                  exit 3: not now
 │   └── SupersededError        ... a later attempt of the same run has taken over
@@ -73,6 +78,10 @@ class StorageError(InputError):
     """A storage URL that cannot be used."""
 
 
+class ClusterError(InputError):
+    """A Ray cluster that does not answer, or does not take what it is sent."""
+
+
 class WorkError(TrainyardError):
     """The work itself failed."""
 
@@ -83,8 +92,24 @@ class NotFiniteError(WorkError):
     """A loss, gradient or weight is NaN or infinite. Deterministic, so never retried."""
 
 
+class HungError(WorkError):
+    """A process made no progress for longer than `scale.hang_s`."""
+
+
 class StorageLostError(WorkError):
     """Storage stayed away for longer than the stated limit."""
+
+
+class OutOfMemoryError(WorkError):
+    """A worker had not enough memory, of its machine or of its device. It would not have next time either."""
+
+
+class RepeatedFailureError(WorkError):
+    """A worker failed with the same error at the same step as the time before."""
+
+
+class StorageFullError(StorageLostError):
+    """There is no room left for what has to be written."""
 
 
 class WorkerLostError(WorkError):

@@ -21,6 +21,7 @@ from pipeline.learn.plan import Plan
 from pipeline.learn.step_log import Rows, StepLog
 from pipeline.learn.tally import Tally
 from pipeline.learn.trainee import Trainee
+from pipeline.watchdog import waits_for
 
 
 class Batch(Protocol):
@@ -226,6 +227,7 @@ class _Votes:
         self._on_cuda = trainee.device.type == "cuda"
         self._under_way: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
+    @waits_for("workers")
     def sum_over_ranks(self) -> int:
         """Sum the exchange vector over all ranks; returns the signal to stop, or 0."""
         signal_here = self._around.stop_signal()

@@ -15,6 +15,7 @@ from pipeline.learn.models.freezing import last_layer
 from pipeline.learn.models.vision import pretrained
 from pipeline.record.checkpoint import find_checkpoint
 from pipeline.record.run import open_run, run_and_checkpoint
+from pipeline.redaction import looked_up, scrub
 
 SHOWN = 4
 
@@ -60,10 +61,10 @@ def find_start(job: Job, storage_url: str) -> Start | None:
             raise JobError(
                 "init_from and weights both say where the weights begin", where="model", fix="leave one of them out"
             )
-        run_name, which = run_and_checkpoint(spec.init_from)
+        run_name, which = run_and_checkpoint(looked_up(spec.init_from, "model.init_from"))
         checkpoint = find_checkpoint(open_run(run_name, storage_url), which)
         weights = checkpoint.weights()
-        name = f"{run_name} at step {checkpoint.step}"
+        name = f"{scrub(run_name)} at step {checkpoint.step}"
         return Start(weights, digest_of(weights), name, f"model.init_from: {spec.init_from}")
     if isinstance(spec, TorchvisionModel) and weights_named:
         weights, name = pretrained(spec)

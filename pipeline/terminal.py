@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 from pipeline.learn.words import no_better_words, number, short_words, table_lines
 from pipeline.record.standing import Standing
+from pipeline.redaction import printable
 
 ERASE = "\x1b[2K"
 """Clears the line that the cursor is in."""
 PHASE_S = 10.0
 """Off a terminal, seconds between two lines on what takes long before training, such as filling the cache."""
+DAMAGE_LINES = 5
+"""Of what is damaged in a run's directory."""
 LINE_S = 1.0
 """On a terminal, seconds between two lines for evaluations within an epoch; the bar shows the latest in between."""
 
@@ -43,6 +46,10 @@ class Progress:
         kind = event["kind"]
         if kind == "warning":
             self._line(f"warning: {event['text']}")
+        elif kind == "hang":  # the last word of this process: nothing will close the bar
+            self.__exit__(None, None, None)
+            self._bar = None
+            self._line(f"error: {event['text']}")
         elif self._quiet:
             return
         elif kind == "phase":
@@ -79,6 +86,7 @@ class Progress:
         self._line(evaluation_line(event))
 
     def _line(self, text: str) -> None:
+        text = printable(text)
         if self._in_phase:
             print(ERASE, end="", file=sys.stderr)
             self._in_phase = False
@@ -134,13 +142,15 @@ def evaluation_line(event: Mapping[str, Any]) -> str:
 def result_lines(standing: Standing) -> list[str]:
     """How a run stands, for people: with all metrics of its best step beside what no learning at all would give."""
     found = standing.to_json()
-    lines = [f"{found['run']}: {found['status']} at step {found['step']}, epoch {found['epoch']}"]
+    lines = [_headline(standing)]
     if found.get("error"):
         lines.append(f"  error     {found['error']['message']}")
+    if standing.status != "finished":
+        lines += [f"  {word:<9s} {text}" for word, text in _going_on(standing)]
     best, metrics = found.get("best"), found.get("metrics") or {}
     if best:
         lines.append(f"  best      {best['metric']} {number(best['value'])} at step {best['step']}")
-    chosen = best["metrics"] if best else metrics
+    chosen = best["metrics"] if best else metrics if standing.status == "finished" else {}  # else the untrained ones
     split = (best["metric"] if best else next(iter(metrics), "")).partition("/")[0]
     lines += [f"            {line}" for line in table_lines(chosen, split)]
     if words := no_better_words(chosen, split):
@@ -149,20 +159,79 @@ def result_lines(standing: Standing) -> list[str]:
         lines.append(f"  latest    {short_words(metrics, best['metric'] if best else '')}")
     if found["attempts"] > 1:
         lines.append(f"  attempts  {found['attempts']}")
+    lines += [f"  damaged   {text}" for text in standing.damaged[:DAMAGE_LINES]]
+    if len(standing.damaged) > DAMAGE_LINES:
+        lines.append(f"            and {len(standing.damaged) - DAMAGE_LINES} more: see --json")
     lines.append(f"  in        {found['url']}")
     return lines
 
 
+def _headline(standing: Standing) -> str:
+    """`mnist: running at step 3200 of 4800, seen 3 s ago`"""
+    at = f"{standing.run}: {standing.status} at step {standing.reached}"
+    of = f" of {standing.total_steps}" if standing.total_steps else ""
+    if standing.status == "running":
+        return f"{at}{of}, seen {ago(standing.seen_s)}"
+    if standing.status == "stalled":
+        return f"{at}{of}, no sign of life for {ago(standing.seen_s).removesuffix(' ago')}"
+    return f"{at}, epoch {standing.epoch}" if standing.status == "finished" else f"{at}{of}, epoch {standing.epoch}"
+
+
+def _going_on(standing: Standing) -> list[tuple[str, str]]:
+    """Of a run that has not finished: where it is, what of it is safe, and what can be done."""
+    found = []
+    if standing.where:
+        world_size, device = standing.where.get("world_size"), standing.where.get("device")
+        workers = f"{world_size} workers, " if world_size not in (None, 1) else ""
+        verb = "runs on" if standing.status == "running" else "ran on"
+        found.append((verb, f"{standing.where.get('host')} ({workers}{device}), since {_utc(standing.where['since'])}"))
+    if standing.reached > standing.step:
+        saved = f"step {standing.step}, epoch {standing.epoch}" if standing.step else "nothing yet"
+        found.append(("saved", saved))
+    if standing.status != "running":
+        start = f"goes on from step {standing.step}" if standing.step else "begins anew"
+        found.append(("next", f"the same command {start}"))
+    return found
+
+
+def ago(seconds: float | None) -> str:
+    """`42 s ago`, `12 min ago`, `5 h ago`, `3 days ago`."""
+    if seconds is None:
+        return ""
+    for unit, length, most in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48)):
+        if seconds < most * length:
+            return f"{int(seconds / length)} {unit} ago"
+    return f"{int(seconds / 86400)} days ago"
+
+
+def _utc(moment: str) -> str:
+    """`2026-11-20 13:05 UTC`"""
+    return f"{moment[:16].replace('T', ' ')} UTC"
+
+
 def runs_lines(url: str, standings: Iterable[Standing]) -> list[str]:
     """One line a run, in columns."""
-    rows = [("RUN", "STATUS", "STEP", "BEST", "LATEST")]
+    rows = [("RUN", "STATUS", "SEEN", "STEP", "BEST", "LATEST")]
     for standing in standings:
         found = standing.to_json()
         best = found.get("best")
         best_words = f"{best['metric']} {number(best['value'])} @{best['step']}" if best else ""
-        step = f"{found['step']}/{found['total_steps']}" if found.get("total_steps") else str(found["step"])
-        rows.append((found["run"], found["status"], step, best_words, short_words(found.get("metrics") or {})))
-    if len(rows) == 1:
-        return [f"no runs in {url}"]
+        step = f"{standing.reached}/{standing.total_steps}" if standing.total_steps else str(standing.reached)
+        latest = short_words(found.get("metrics") or {})
+        rows.append((standing.run, standing.status, ago(standing.seen_s), step, best_words, latest))
+    return _columns(rows) if len(rows) > 1 else [f"no runs in {url}"]
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def jobs_lines(url: str, jobs: Iterable[Mapping[str, Any]]) -> list[str]:
+    """One line a job of a cluster, in columns."""
+    rows = [("JOB", "STATUS", "RUN", "SUBMITTED (UTC)", "TOOK")]
+    for job in jobs:
+        submitted = str(job["submitted"] or "").replace("T", " ").partition("+")[0]
+        took = f"{job['seconds']:,.0f} s" if job["seconds"] is not None else ""
+        rows.append((job["job"], job["status"], job["run"] or "", submitted, took))
+    return _columns(rows) if len(rows) > 1 else [f"no jobs on {url}"]

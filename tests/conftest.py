@@ -1,14 +1,34 @@
-"""What several rooms' tests share: a real S3 server on loopback."""
+"""What several rooms' tests share: a real S3 server on loopback; and which of them may run at the same time."""
 
 from __future__ import annotations
 
 import os
+import threading
 import uuid
 from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 
 BUCKET = "trainyard-tests"
+ON_RAY = ("cluster", "survive")
+"""Folders whose tests share clusters."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of two processes, one runs all that is on Ray, the other a file at a time of the rest."""
+    for item in items:
+        group = "ray" if item.path.parent.name in ON_RAY else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_spool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What runs save on this machine when their storage is lost stays among the tests' files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRAINYARD_SPOOL", str(tmp_path_factory.mktemp("spool")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +45,8 @@ def s3_endpoint() -> Iterator[str]:
     }
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    assert server._server is not None
+    server._server.app = _AtomicCreates(server._server.app)
     host, port = server.get_host_and_port()
     environment["AWS_ENDPOINT_URL"] = f"http://{host}:{port}"
     before = {name: os.environ.get(name) for name in environment}
@@ -39,6 +61,19 @@ def s3_endpoint() -> Iterator[str]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+class _AtomicCreates:
+    """moto looks whether a name is there and then writes it, in several threads: two who race would both win, as they
+    never do on S3."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._lock = threading.Lock()
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        with self._lock if environ.get("HTTP_IF_NONE_MATCH") else nullcontext():
+            return self._app(environ, start_response)
 
 
 @pytest.fixture

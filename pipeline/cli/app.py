@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -11,6 +12,7 @@ import typer
 
 from pipeline import __version__
 from pipeline.errors import InputError, TrainyardError
+from pipeline.redaction import printable, scrubbed
 
 if TYPE_CHECKING:
     from pipeline.terminal import Progress
@@ -69,23 +71,26 @@ def main() -> NoReturn:
         _fail(TrainyardError("interrupted; the same command goes on from the last checkpoint"), 130)
     except Exception as error:  # the user's own code, or a defect of ours: one message, the traceback on request
         if shown["verbose"]:
-            raise
+            print(printable(traceback.format_exc()), file=sys.stderr)
         what = f"{type(error).__name__}: {error}"
         _fail(TrainyardError(what, fix="--verbose shows where it comes from"), 1)
     sys.exit(0)
 
 
 def _fail(error: TrainyardError, exit_code: int) -> NoReturn:
-    print(f"error: {error}" if exit_code < 128 else f"{error}", file=sys.stderr)
+    text = printable(str(error))
+    print(f"error: {text}" if exit_code < 128 else text, file=sys.stderr)
     if shown["json"]:
-        print(json.dumps({"error": {"type": type(error).__name__, "message": str(error)}, "exit_code": exit_code}))
+        print(json.dumps({"error": {"type": type(error).__name__, "message": text}, "exit_code": exit_code}))
     sys.exit(exit_code)
 
 
 def print_result(result: dict[str, Any], lines: list[str], as_json: bool) -> None:
     """Print what a command found: JSON on one line, or lines for people."""
-    for line in [json.dumps(result)] if as_json else lines:
-        print(line)
+    if as_json:
+        print(json.dumps(scrubbed(result)))
+    for line in [] if as_json else lines:
+        print(printable(line))
 
 
 def phases(progress: Progress) -> Callable[[str], None]:

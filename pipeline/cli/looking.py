@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from pipeline.cli.app import Json, RunName, StorageUrl, app, print_result, shown
+import sys
+from contextlib import redirect_stdout
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.app import Json, Quiet, RunName, StorageUrl, app, print_result, shown
 
 
 @app.command(epilog="Example: trainyard runs --storage s3://bucket/runs")
@@ -11,10 +17,12 @@ def runs(storage: StorageUrl = None, as_json: Json = False) -> None:
     shown.update(json=as_json, verbose=False)
     from pipeline.verbs.show import runs as verb
 
-    url, found = verb(storage)
+    url, found, unreadable = verb(storage)
     from pipeline.terminal import runs_lines
 
-    print_result({"storage": url, "runs": [standing.to_json() for standing in found]}, runs_lines(url, found), as_json)
+    lines = [*runs_lines(url, found), *(f"{name}: cannot be read: {why}" for name, why in unreadable.items())]
+    standings = [standing.to_json() for standing in found]
+    print_result({"storage": url, "runs": standings, "unreadable": unreadable}, lines, as_json)
 
 
 @app.command(epilog="Example: trainyard show mnist-mlp-1a2b3c4d")
@@ -26,3 +34,40 @@ def show(run: RunName, storage: StorageUrl = None, as_json: Json = False) -> Non
 
     found = verb(run, storage)
     print_result(found.to_json(), result_lines(found), as_json)
+
+
+@app.command(epilog="Example: trainyard follow mnist-mlp-1a2b3c4d --to tensorboard")
+def follow(
+    run: RunName,
+    to: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="tensorboard or mlflow, or both; else those of the job's `follow:`."),
+    ] = None,
+    once: Annotated[
+        bool, typer.Option("--once/--wait", help="Tell what is there now, or go on until the run is over.")
+    ] = False,
+    attached: Annotated[bool, typer.Option("--attached", hidden=True)] = False,
+    storage: StorageUrl = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Tell TensorBoard or MLflow of a run that goes on, or of one that is over. What they know already is not repeated.
+
+    tensorboard: event files in the run's own folder. mlflow: the server of MLFLOW_TRACKING_URI, and the experiment of
+    MLFLOW_EXPERIMENT_NAME or else of the job's name; needs pip install 'trainyard[mlflow]'.
+    """
+    shown.update(json=as_json, verbose=False)
+    from pipeline.verbs.follow import follow as verb
+
+    if attached:
+        from pipeline.followers.attached import driver_gone, tell_driver
+
+        tell = tell_driver(sys.stdout)
+        with redirect_stdout(sys.stderr):  # only events go to the driver, whatever a tracker's library prints
+            verb(run, to=to or [], storage=storage, driven=driver_gone(), tell=tell)
+        return
+    from pipeline.terminal import Progress
+
+    with Progress(quiet=quiet) as progress:
+        found = verb(run, to=to or [], storage=storage, once=once, tell=progress.show)
+    print_result(found.to_json(), found.lines(), as_json)

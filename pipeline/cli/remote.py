@@ -1,1 +1,200 @@
 """Commands that work through the Jobs API of a Ray cluster."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli.app import JobFile, Json, Overrides, Quiet, StorageUrl, Verbose, app, print_result, shown
+from pipeline.cli.training import worker_range
+
+if TYPE_CHECKING:
+    from pipeline.cluster.jobs.following import Progress
+
+Address = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="The cluster's dashboard, http://HEAD:8265 [env: RAY_API_SERVER_ADDRESS]."),
+]
+TokenFile = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Holds the cluster's token [else RAY_AUTH_TOKEN, or Ray's own file]."),
+]
+JobOrRun = Annotated[str, typer.Argument(metavar="JOB_OR_RUN", help="A job's id on the cluster, or its run's name.")]
+
+
+@app.command(
+    epilog="Example: trainyard submit jobs/mnist.yaml --address http://head:8265 --workers 2 --env AWS_PROFILE"
+)
+def submit(
+    job: JobFile,
+    address: Address = None,
+    overrides: Overrides = None,
+    workers: Annotated[
+        str | None, typer.Option(metavar="N|MIN..MAX", help="Ray Train workers; 0: on the head, beside Ray.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(metavar="RUN", help="Name of the run instead of JOB-DIGEST.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="Stop after N steps.")] = None,
+    storage: StorageUrl = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option("--env", metavar="KEY", help="Hand this variable's value over, as for storage. Shown nowhere."),
+    ] = None,
+    env_file: Annotated[
+        list[str] | None, typer.Option("--env-file", metavar="FILE", help="The same, from lines of KEY=VALUE.")
+    ] = None,
+    token_file: TokenFile = None,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Follow it to its end; Ctrl-C leaves it running.")
+    ] = True,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run a job on a Ray cluster. The same command again attaches to it, resumes it, or finds it finished."""
+    shown.update(json=as_json, verbose=verbose)
+    from pipeline.verbs.submit import submit as verb
+
+    words = [*(overrides or []), *([f"scale.workers={worker_range(workers)}"] if workers is not None else [])]
+    begun: list[str] = []
+
+    def on_job(job_id: str) -> None:
+        begun.append(job_id)
+        if wait or as_json:
+            _say(quiet)(f"job {job_id}")
+        else:
+            print(job_id, flush=True)
+
+    try:
+        found = verb(
+            job,
+            address=address,
+            set=words,
+            name=name,
+            storage=storage,
+            max_steps=max_steps,
+            env=env or [],
+            env_files=env_file or [],
+            token_file=token_file,
+            wait=wait,
+            verbose=verbose,
+            say=_say(quiet),
+            show=_say(quiet),
+            on_job=on_job,
+        )
+    except KeyboardInterrupt:
+        if not begun:
+            raise
+        _detached(begun[0], address, as_json)
+        return
+    if wait:
+        _end(found, as_json)
+    elif as_json:
+        print(json.dumps(found.to_json()))
+
+
+@app.command(epilog="Example: trainyard status --address http://head:8265")
+def status(
+    job_or_run: Annotated[
+        str | None, typer.Argument(metavar="[JOB_OR_RUN]", help="A job's id, or its run's name; else all jobs.")
+    ] = None,
+    address: Address = None,
+    token_file: TokenFile = None,
+    as_json: Json = False,
+) -> None:
+    """How the jobs stand that were submitted to a cluster, or one of them."""
+    shown.update(json=as_json, verbose=False)
+    from pipeline.terminal import jobs_lines
+    from pipeline.verbs.remote import how_it_ended
+    from pipeline.verbs.remote import status as verb
+
+    url, found = verb(job_or_run, address=address, token_file=token_file)
+    trees = [one.to_json() for one in found]
+    lines = jobs_lines(url, trees)
+    if job_or_run is not None and found[0].is_over:
+        lines.append(how_it_ended(found[0]))
+    print_result(trees[0] if job_or_run is not None else {"url": url, "jobs": trees}, lines, as_json)
+
+
+@app.command(epilog="Example: trainyard logs mnist-1a2b3c4d-1 --follow --address http://head:8265")
+def logs(
+    job_or_run: JobOrRun,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the job ends, with its exit code.")
+    ] = False,
+    address: Address = None,
+    token_file: TokenFile = None,
+    as_json: Json = False,
+) -> None:
+    """What a job has written. Ctrl-C stops following, and the job goes on."""
+    shown.update(json=as_json, verbose=False)
+    from pipeline.verbs.remote import logs as verb
+
+    begun: list[str] = []
+    try:
+        found = verb(
+            job_or_run,
+            address=address,
+            token_file=token_file,
+            until_its_end=follow,
+            show=_say(False) if as_json else lambda line: print(line, flush=True),
+            say=_say(False),
+            on_job=begun.append,
+        )
+    except KeyboardInterrupt:
+        if not begun:
+            raise
+        _detached(begun[0], address, as_json)
+        return
+    if follow:
+        _end(found, as_json)
+    elif as_json:
+        print(json.dumps(found.to_json()))
+
+
+@app.command(epilog="Example: trainyard stop mnist-1a2b3c4d-1 --address http://head:8265")
+def stop(
+    job_or_run: JobOrRun,
+    address: Address = None,
+    token_file: TokenFile = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Have a job save and leave. The same submit goes on from there."""
+    shown.update(json=as_json, verbose=False)
+    from pipeline.verbs.remote import how_it_ended
+    from pipeline.verbs.remote import stop as verb
+
+    found = verb(job_or_run, address=address, token_file=token_file, say=_say(quiet))
+    print_result(found.to_json(), [how_it_ended(found)], as_json)
+
+
+def _say(quiet: bool) -> Callable[[str], None]:
+    return (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+
+
+def _detached(job_id: str, address: str | None, as_json: bool) -> None:
+    """Ctrl-C while following is no failure: the job goes on."""
+    where = f" --address {address}" if address else ""
+    print(
+        f"\ndetached: {job_id} goes on"
+        f"\n  follow it: trainyard logs {job_id} --follow{where}"
+        f"\n  stop it:   trainyard stop {job_id}{where}",
+        file=sys.stderr,
+    )
+    if as_json:
+        print(json.dumps({"job": job_id, "run": None, "url": None, "status": "running", "exit_code": None}))
+
+
+def _end(found: Progress, as_json: bool) -> None:
+    """End as the job did. Its log has said how, where its entry point could."""
+    from pipeline.verbs.remote import how_it_ended
+
+    if found.outcome is None:
+        print(f"error: {how_it_ended(found)}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(found.to_json()))
+    raise typer.Exit(found.exit_code or 0)

@@ -5,22 +5,26 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
+from pipeline import own_code
+from pipeline.cluster import signals
+from pipeline.cluster.failure import WorkerFailed
 from pipeline.cluster.gauges import Gauges
-from pipeline.context import StopSignals, Value
-from pipeline.errors import Interrupted
+from pipeline.context import PeerLost, Value
+from pipeline.errors import HungError, Interrupted, TrainyardError
+from pipeline.redaction import redact
+from pipeline.storage import handed
+from pipeline.watchdog import PULSE_S as SIGN_S
+from pipeline.watchdog import Progress, Pulse, waits_for
 from pipeline.worker import Order, work
 
 PULSE_S = 0.25
 """Seconds between two deliveries of events to the driver."""
 REPORT_S = 10.0
 """Seconds between two `ray.train.report` at the least: it is a barrier."""
-
-
-class PeerLost(Exception):
-    """Another worker is gone: on this one the consequence of an error, never its cause."""
 
 
 @contextmanager
@@ -35,23 +39,29 @@ class RayContext:
     """One Ray Train worker's place among the others. Every method named in `Context` works as stated there."""
 
     def __init__(self, desk: Any, run_name: str) -> None:
+        import ray
         import ray.train
 
         here = ray.train.get_context()
         self.rank: int = here.get_world_rank()
         self.world_size: int = here.get_world_size()
         self.local_rank: int = here.get_local_rank()
+        self.alone = False
+        self.progress = Progress()
+        self._desk = desk
         self._gauges = Gauges(run_name, self.rank)
         self._courier = _Courier(desk) if self.rank == 0 else None
         self._reported = -REPORT_S
-        self._own_signals = StopSignals()
+        desk.join.remote(self.rank, ray.get_runtime_context().get_node_id())
 
+    @waits_for("workers")
     def reduce(self, vector: Any) -> None:
         import torch.distributed as dist
 
         with _peers_needed():
             dist.all_reduce(vector)
 
+    @waits_for("workers")
     def broadcast(self, value: Value | None) -> Value:
         import torch.distributed as dist
 
@@ -62,29 +72,48 @@ class RayContext:
         return box[0]
 
     def stop_signal(self) -> int:
-        return self._own_signals.received or (self._courier.stop_signal if self._courier is not None else 0)
+        return signals.received() or (self._courier.stop_signal if self._courier is not None else 0)
 
     def tell(self, event: Mapping[str, Any]) -> None:
         self._gauges.set(event)
         if self._courier is not None:
             self._courier.send(event)
 
-    def report(self, metrics: Mapping[str, float]) -> None:
-        """`ray.train.report`, where rank 0 finds that the last one is long enough ago. All ranks take part."""
+    @waits_for("workers")
+    def report(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
+        """`ray.train.report`, at the end or where rank 0 finds that the last one is long enough ago. All ranks take
+        part."""
         import ray.train
 
-        if self.broadcast(time.monotonic() - self._reported > REPORT_S):
+        if self.broadcast(last or time.monotonic() - self._reported > REPORT_S):
             self._reported = time.monotonic()
             ray.train.report(dict(metrics))
 
+    def pulse(self, own: Pulse) -> Mapping[int, Pulse] | None:
+        import ray
+
+        try:
+            heard = ray.get(self._desk.pulse.remote(self.rank, own.still_s, own.awaits), timeout=SIGN_S)
+        except ray.exceptions.RayError:
+            return None
+        return {rank: Pulse(*values) for rank, values in heard.items()}
+
+    def interrupt(self, error: HungError) -> bool:
+        return False  # a thread that is not the main one; and the driver starts again anyway
+
+    def last_word(self, error: HungError) -> None:
+        import ray
+
+        with suppress(ray.exceptions.RayError):
+            ray.get(self._desk.deliver.remote([{"kind": "hang", "text": error.what}]), timeout=SIGN_S)
+
     def __enter__(self) -> RayContext:
-        self._own_signals.__enter__()
         return self
 
     def __exit__(self, *what: Any) -> None:
+        self._gauges.close()
         if self._courier is not None:
             self._courier.close()
-        self._own_signals.__exit__(*what)
 
 
 class _Courier:
@@ -122,11 +151,28 @@ class _Courier:
 
 
 def train_function(config: dict[str, Any]) -> dict[str, Any]:
-    """What Ray Train runs on each worker. An interrupt is agreed by all ranks, so it is a result and not a failure."""
+    """What Ray Train runs on each worker; rank 0's result is that of the fit.
+
+    Returns
+    -------
+    How far the run is: run, step, metrics; or `interrupted`, which all ranks agree on, so that it is no failure.
+
+    Raises
+    ------
+    TrainyardError: what a new start would not make good.
+    WorkerFailed: any other error.
+    """
     order: Order = config["order"]
+    handed.take(order.environment)
+    order = replace(order, job=own_code.at_home(order.job))
     with RayContext(config["desk"], order.run_name) as context:
         try:
-            work(order, context)
+            position = work(order, context)
         except Interrupted as interrupted:
             return {"interrupted": interrupted}
-    return {}
+        except TrainyardError as error:
+            redact(error)  # Ray writes down what is raised
+            raise
+        except Exception as error:
+            raise WorkerFailed.of(error, context.rank) from None
+    return {"run": order.run_name, "step": position.step, "metrics": dict(position.metrics or {})}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,9 +13,25 @@ class Desk:
     def __init__(self) -> None:
         self._events: list[Mapping[str, Any]] = []
         self._signal = 0
+        self._nodes: dict[int, str] = {}
+        self._pulses: dict[int, tuple[float, str, float]] = {}
+
+    def join(self, rank: int, node: str) -> None:
+        """A worker says on which node it is."""
+        self._nodes[rank] = node
+
+    def nodes(self) -> list[str]:
+        """For the driver: the ids of the workers' nodes."""
+        return list(self._nodes.values())
+
+    def pulse(self, rank: int, still_s: float, awaits: str) -> dict[int, tuple[float, str, float]]:
+        """A worker's sign of life; returns the latest of each, and how many seconds ago it came."""
+        now = time.monotonic()
+        self._pulses[rank] = still_s, awaits, now
+        return {one: (still, waits, now - came) for one, (still, waits, came) in self._pulses.items()}
 
     def deliver(self, events: list[Mapping[str, Any]]) -> int:
-        """Rank 0's new events; returns the signal that the driver was asked to stop by, or 0."""
+        """A worker's new events; returns the signal that the driver was asked to stop by, or 0."""
         self._events.extend(events)
         return self._signal
 

@@ -1,53 +1,46 @@
-"""The driver's side of Ray: connect, start workers, carry events and signals, and start again after a loss."""
+"""The driver's side of Ray: start workers, carry events and signals, and start again after a loss."""
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
+import signal
 import tempfile
 import threading
+import time
 import uuid
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from pipeline.cluster.connection import HEAD_SILENT_S, HeadWatch, connected, draining
 from pipeline.cluster.context import PULSE_S, train_function
 from pipeline.cluster.desk import Desk
-from pipeline.cluster.losses import Losses, first_line
+from pipeline.cluster.failure import WorkerHung
+from pipeline.cluster.losses import AGAIN, Losses
+from pipeline.cluster.reach import check_storage
+from pipeline.cluster.room import Room, look_at
 from pipeline.context import StopSignals, Tell
-from pipeline.errors import InputError, TrainyardError
-from pipeline.job import Scale, WorkerRange
-from pipeline.worker import Order
-
-RAY_ENVIRONMENT = {
-    # Of a cluster started here. Ray's default, 15, leaves the processor to whatever else runs on the machine.
-    "RAY_worker_niceness": "0",
-    # The controller's poll: report() and the end of a run wait for it.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # Costs start-up time and is not used.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # Silences a warning about workers without GPUs.
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
+from pipeline.errors import Interrupted, TrainyardError, WorkerLostError
+from pipeline.job import Scale
+from pipeline.record.journal import Journal
+from pipeline.worker import Order, limits
 
 IDLE_CALLBACKS = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 """Of Ray Train's own."""
+LONGEST_SUM_S = 7 * 86400
+"""After which a sum over ranks fails by itself, where workers may hang for as long as they like."""
 
-COLLECTIVE_TIMEOUT_S = 300
-"""Seconds after which a sum over ranks that never ends fails."""
+Ready = Callable[[], tuple[Order, Journal]]
 
 
 def train_on_workers(
-    order: Order,
+    ready: Ready,
     scale: Scale,
     tell: Tell,
     signals: StopSignals,
     *,
-    dead_attempt: Callable[[str], int | None],
-    highest_step: Callable[[], int],
+    storage_url: str,
     address: str | None = None,
     verbose: bool = False,
 ) -> None:
@@ -55,41 +48,72 @@ def train_on_workers(
 
     Parameters
     ----------
-    dead_attempt: given this driver's nonce, the number of its latest attempt or None.
-    highest_step: the latest committed step: progress between two failures starts the count of retries anew.
+    ready: called once, when it is certain that the cluster can hold the workers and sees the storage; gives the order,
+        and the journal of its run.
 
     Raises
     ------
-    InputError: a cluster that cannot be reached or will never have the resources.
+    InputError: a cluster that cannot be reached, will never have the resources, or does not see the storage.
     Interrupted: a signal asked to stop, and the run is saved.
-    WorkerLostError: more losses in a row than `scale.retries`.
+    WorkerLostError: more losses in a row than `scale.retries`, or no room for long after one.
+    RepeatedFailureError, OutOfMemoryError: what a new start would not make good.
     TrainyardError: what a worker raised.
     """
-    losses = Losses(order.run_name, scale.retries, highest_step)
+    begun: tuple[Order, Journal, Losses] | None = None
     while True:
-        with _connected(address, scale, verbose) as ray:
-            workers, resources = _workers_and_resources(ray, scale)
-            while True:
-                try:
-                    return _run_once(ray, order, workers, resources, tell, signals)
-                except TrainyardError:
-                    raise
-                except Exception as error:  # whatever form Ray gives to a loss
-                    losses.take(error, signals.received)
-                    order = replace(order, dead_attempt=dead_attempt(order.driver))
-                    tell({"kind": "warning", "text": losses.words(error)})
-                    if not isinstance(error, ray.train.TrainingFailedError):
-                        # Ray Train recovers nothing from the loss of its own controller, which leaves resources taken
-                        # until this driver's connection ends.
-                        break
+        with connected(address, scale, tell, verbose) as ray:
+            room = Room(lambda: look_at(ray, draining=draining), scale)
+            if begun is None:
+                room.check()
+                check_storage(ray, storage_url)
+                order, journal = ready()
+                begun = order, journal, Losses(order.run_name, scale.retries, journal.highest_step)
+            if _is_done(ray, room, begun, scale, tell, signals):
+                return
+
+
+def _is_done(
+    ray: Any, room: Room, begun: tuple[Order, Journal, Losses], scale: Scale, tell: Tell, signals: StopSignals
+) -> bool:
+    """Attempts until the run is done, or until only a new connection helps (False)."""
+    order, journal, losses = begun
+    while True:
+        dead = journal.latest_attempt_of(order.driver)
+        workers = room.wait(signals, tell, after_loss=losses.any)
+        try:
+            _run_once(ray, replace(order, dead_attempt=dead), workers, room.per_worker, scale, tell, signals)
+            return True
+        except Interrupted as interrupted:
+            if signals.received:
+                raise
+            losses.take_notice()
+            tell({"kind": "warning", "text": f"{interrupted.what}; starting again"})
+        except TrainyardError:
+            raise
+        except Exception as error:  # whatever form Ray gives to a loss
+            losses.take(error, signals.received)
+            tell({"kind": "warning", "text": losses.words(error)})
+            if not isinstance(error, (ray.train.TrainingFailedError, WorkerHung)):
+                # Ray Train recovers nothing from the loss of its own controller, which leaves resources taken until
+                # this driver's connection ends.
+                return False
 
 
 def _run_once(
-    cluster: Any, order: Order, workers: int, resources: dict[str, float], tell: Tell, signals: StopSignals
+    cluster: Any,
+    order: Order,
+    workers: int,
+    resources: dict[str, float],
+    scale: Scale,
+    tell: Tell,
+    signals: StopSignals,
 ) -> None:
     """One attempt: one fresh Ray run, in a thread of its own so that this one can carry events and signals."""
     import ray.train
     import ray.train.torch
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from pipeline.cluster.backend import WorkerConfig
 
     train: Any = ray.train  # Ray's annotations here are those of its older trainer
 
@@ -102,12 +126,17 @@ def _run_once(
             return [one for one in super()._create_default_callbacks() if type(one).__name__ not in IDLE_CALLBACKS]
 
     on_gpu = "GPU" in resources
-    desk = cluster.remote(num_cpus=0)(Desk).remote()
+    here = NodeAffinitySchedulingStrategy(cluster.get_runtime_context().get_node_id(), soft=False)
+    desk = cluster.remote(num_cpus=0)(Desk).options(scheduling_strategy=here).remote()
     own_files = tempfile.mkdtemp(prefix="trainyard-ray-")
+    sum_s = limits(scale.hang_s).last_net_s if scale.hang_s is not None else LONGEST_SUM_S
+    # Read by the controller, which starts with this: a worker without another that could notice that it is stopped.
+    unanswered_s = limits(scale.hang_s).unanswered_s if scale.hang_s is not None else LONGEST_SUM_S
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(unanswered_s)
     trainer = Trainer(
         train_function,
         train_loop_config={"order": order, "desk": desk},
-        torch_config=train.torch.TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
+        torch_config=WorkerConfig(backend="nccl" if on_gpu else "gloo", timeout_s=int(sum_s)),
         scaling_config=train.ScalingConfig(num_workers=workers, use_gpu=on_gpu, resources_per_worker=resources),
         run_config=train.RunConfig(
             name=f"{order.run_name}-{uuid.uuid4().hex[:8]}",
@@ -116,6 +145,13 @@ def _run_once(
         ),
     )
     outcome: dict[str, Any] = {}
+    hung: list[str] = []
+
+    def hear(event: Mapping[str, Any]) -> None:
+        if event["kind"] == "hang":
+            hung.append(event["text"])
+        else:
+            tell(event)
 
     def fit() -> None:
         try:
@@ -125,103 +161,73 @@ def _run_once(
 
     thread = threading.Thread(target=fit, name="trainyard-fit", daemon=True)
     thread.start()
+    watch, inbox = HeadWatch(), _Inbox(cluster, desk, hear)
     told = 0
     try:
         while thread.is_alive():
             thread.join(PULSE_S)
-            if signals.received and not told:
-                told = signals.received
+            wanted = signals.received or (told or _notice(cluster, desk, watch, tell))
+            if wanted != told:
+                told = wanted
                 desk.stop.remote(told)
-            _pass_on(cluster, desk, tell)
-        _pass_on(cluster, desk, tell)
+            inbox.pass_on()
+            if watch.silent_s > HEAD_SILENT_S:
+                raise WorkerLostError(
+                    f"the head of the cluster has not answered for {watch.silent_s:.0f} s",
+                    where=order.run_name,
+                    fix=f"{AGAIN}, once the cluster is back",
+                )
+        for _ in range(2):  # an answer that is under way, and what came since
+            inbox.pass_on(wait_s=5)
     finally:
+        watch.close()
         cluster.kill(desk)
         shutil.rmtree(own_files, ignore_errors=True)
     if "error" in outcome:
+        if hung:
+            raise WorkerHung(hung[0]) from outcome["error"]
         raise outcome["error"]
     returned = outcome["result"].return_value or {}
     if "interrupted" in returned:
         raise returned["interrupted"]
 
 
-def _pass_on(ray: Any, desk: Any, tell: Tell) -> None:
+def _notice(ray: Any, desk: Any, watch: HeadWatch, tell: Tell) -> int:
+    """SIGTERM where a node of ours is being drained: the workers are to save and leave before it goes. Else 0."""
+    if not watch.draining:
+        return 0
     try:
-        for event in ray.get(desk.take.remote(), timeout=5):
-            tell(event)
+        ours = set(ray.get(desk.nodes.remote(), timeout=5))
     except ray.exceptions.RayError:
-        return  # progress is for the eye: fit() itself says what is wrong
+        return 0
+    leaving = {node: gone for node, gone in watch.draining.items() if node in ours}
+    if not leaving:
+        return 0
+    known = [gone / 1000 - time.time() for gone in leaving.values() if gone]  # the cluster's clock, for people only
+    until = f" within {max(0.0, min(known)):.0f} s" if known else ""
+    tell({"kind": "warning", "text": f"{len(leaving)} of the workers' nodes will be gone{until}: saving"})
+    return signal.SIGTERM
 
 
-@contextmanager
-def _connected(address: str | None, scale: Scale, verbose: bool) -> Iterator[Any]:
-    """Ray, connected: to `address`, to the cluster this process already has, or to a new one of this machine's."""
-    os.environ.update({name: os.environ.get(name, value) for name, value in RAY_ENVIRONMENT.items()})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import ray
-    if ray.is_initialized():
-        yield ray
-        return
-    address = address or os.environ.get("RAY_ADDRESS") or None
-    quiet: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "error"}
-    try:
-        if address is None:
-            cpus = math.ceil(_wanted(scale) * scale.cpus_per_worker)  # Ray starts a process for each of them at once
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-        else:
-            ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise InputError(
-            first_line(error), where=address or "a local Ray cluster", fix="see --address and RAY_ADDRESS"
-        ) from None
-    try:
-        with nullcontext() if verbose else _without_raylets_lines():
-            yield ray
-    finally:
-        ray.shutdown()
+class _Inbox:
+    """The events that wait on the desk. One question at a time, kept until it is answered: none is lost to a driver or
+    a desk that is slow."""
 
+    def __init__(self, ray: Any, desk: Any, tell: Tell) -> None:
+        self._ray = ray
+        self._desk = desk
+        self._tell = tell
+        self._asked: Any = None
 
-@contextmanager
-def _without_raylets_lines() -> Iterator[None]:
-    """Ray writes a raylet's complaint about each lost worker to standard output, whatever `log_to_driver` says."""
-    from ray._private import worker
-
-    before = getattr(worker, "print_to_stdstream", None)
-    if before is None:  # another version of Ray
-        yield
-        return
-    worker.print_to_stdstream = lambda *_args, **_named: None
-    try:
-        yield
-    finally:
-        worker.print_to_stdstream = before
-
-
-def _wanted(scale: Scale) -> int:
-    return scale.workers.max if isinstance(scale.workers, WorkerRange) else scale.workers
-
-
-def _workers_and_resources(ray: Any, scale: Scale) -> tuple[int, dict[str, float]]:
-    """How many workers, and what each takes: a GPU where the cluster has any and the job does not say cpu.
-
-    Raises
-    ------
-    InputError: the cluster as it is can never hold so many.
-    """
-    have = ray.cluster_resources()
-    per_worker = {"CPU": float(scale.cpus_per_worker)}
-    if have.get("GPU", 0) >= 1 and scale.device in ("auto", "cuda"):
-        per_worker["GPU"] = 1.0
-    fitting = int(min(have.get(name, 0) // amount for name, amount in per_worker.items()))
-    least = scale.workers.min if isinstance(scale.workers, WorkerRange) else scale.workers
-    if fitting < least:
-        raise InputError(
-            f"{least} workers of {_list(per_worker)} do not fit: the cluster has {_list(have)}, room for {fitting}",
-            where="scale.workers",
-            fix="ask for fewer workers or a smaller scale.cpus_per_worker",
-        )
-    return min(fitting, _wanted(scale)), per_worker
-
-
-def _list(resources: Mapping[str, float]) -> str:
-    return ", ".join(f"{amount:g} {name}" for name, amount in resources.items() if name in ("CPU", "GPU")) or "nothing"
+    def pass_on(self, wait_s: float = 0.0) -> None:
+        """Tell what there is; where the answer takes longer, next time."""
+        self._asked = self._asked or self._desk.take.remote()
+        try:
+            if not self._ray.wait([self._asked], timeout=wait_s)[0]:
+                return
+            events, self._asked = self._ray.get(self._asked), None
+        except self._ray.exceptions.RayError:
+            self._asked = None  # progress is for the eye: fit() itself says what is wrong
+            return
+        for event in events:
+            self._tell(event)

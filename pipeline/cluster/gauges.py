@@ -2,35 +2,84 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
+GAUGES = {
+    "trainyard_loss": "Loss: of the latest step (split train_steps) or of an evaluation",
+    "trainyard_accuracy": "Share of a split predicted correctly, at the latest evaluation",
+    "trainyard_learning_rate": "Learning rate of the latest step",
+    "trainyard_samples_per_second": "Training samples a second, all ranks together",
+    "trainyard_step": "Parameter updates done, as each rank sees it",
+    "trainyard_epoch": "Epoch in progress",
+    "trainyard_checkpoint_age_seconds": "Since the last checkpoint was committed, or since this attempt began",
+    "trainyard_upload_seconds": "What the last checkpoint took to write, with journal and metric log",
+    "trainyard_restarts": "Attempts of this run before the present one",
+}
+COUNTERS = {
+    "trainyard_samples": "Training samples that this attempt has seen",
+    "trainyard_commits": "Checkpoints that this attempt has committed",
+}
+"""Prometheus shows a counter's name with _total behind it, and every name with ray_ before it."""
+
+LABELS = ("run", "rank", "split")
+"""`split` is empty where it means nothing."""
+PULSE_S = 1.0
+"""Seconds between two looks at the age of the last checkpoint."""
+
 
 class Gauges:
-    """Metrics on the node's Prometheus endpoint: trainyard_loss, _accuracy, _step, _epoch and _samples_per_second."""
+    """What a rank shows of a run while it trains. Rank 0 tells all, the others only their step: everything else is a
+    sum over the ranks and would be the same.
+
+    Between two events a thread keeps the age of the last checkpoint; `close` ends it.
+    """
 
     def __init__(self, run_name: str, rank: int) -> None:
-        from ray.util.metrics import Gauge
+        from ray.util.metrics import Counter, Gauge
 
-        self._tags = {"run": run_name, "rank": str(rank)}
-        self._gauges = {
-            name: Gauge(f"trainyard_{name}", description=text, tag_keys=("run", "rank", "split"))
-            for name, text in {
-                "loss": "Loss: of the latest steps (split train_steps) or of an evaluation",
-                "accuracy": "Share of a split predicted correctly",
-                "step": "Parameter updates done",
-                "epoch": "Epoch in progress",
-                "samples_per_second": "Training samples a second, all ranks together",
-            }.items()
-        }
+        self._rank = rank
+        self._labels = {"run": run_name, "rank": str(rank), "split": ""}
+        self._gauges = {name: Gauge(name, description=text, tag_keys=LABELS) for name, text in GAUGES.items()}
+        self._counters = {name: Counter(name, description=text, tag_keys=LABELS) for name, text in COUNTERS.items()}
+        self._saved = time.monotonic()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._pulse, name="trainyard-gauges", daemon=True)
 
     def set(self, event: Mapping[str, Any]) -> None:
-        if event["kind"] == "steps":
-            values = {**event, "samples_per_second": event["samples_per_s"]}
-            for name in ("loss", "step", "epoch", "samples_per_second"):
-                self._gauges[name].set(float(values[name]), {**self._tags, "split": "train_steps"})
-        elif event["kind"] == "evaluation":
+        """Show what an event says; most kinds say nothing to a gauge."""
+        kind = event["kind"]
+        if kind == "steps":
+            self._set("step", event["step"], "train_steps")
+            if self._rank == 0:
+                self._set("loss", event["loss"], "train_steps")
+                self._set("epoch", event["epoch"], "train_steps")
+                self._set("learning_rate", event["lr"], "train_steps")
+                self._set("samples_per_second", event["samples_per_s"], "train_steps")
+                self._counters["trainyard_samples"].inc(event["samples"], self._labels)
+        elif kind == "evaluation":
             for metric, value in event["metrics"].items():
                 split, _, name = metric.partition("/")
-                if name in self._gauges:
-                    self._gauges[name].set(float(value), {**self._tags, "split": split})
+                if name in ("loss", "accuracy"):
+                    self._set(name, value, split)
+        elif kind == "commit":
+            self._saved = time.monotonic()
+            self._set("upload_seconds", event["seconds"])
+            self._counters["trainyard_commits"].inc(1, self._labels)
+        elif kind == "start" and self._rank == 0:
+            self._saved = time.monotonic()
+            self._set("restarts", event["attempt"] - 1)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Let the age be."""
+        self._closing.set()
+
+    def _set(self, name: str, value: float, split: str = "") -> None:
+        self._gauges[f"trainyard_{name}"].set(float(value), {**self._labels, "split": split})
+
+    def _pulse(self) -> None:
+        while not self._closing.wait(PULSE_S):
+            self._set("checkpoint_age_seconds", time.monotonic() - self._saved)

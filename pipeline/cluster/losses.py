@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from pipeline.cluster.context import PeerLost
-from pipeline.errors import Interrupted, TrainyardError, WorkerLostError
+from pipeline.cluster.failure import WorkerFailed, WorkerHung, head
+from pipeline.errors import Interrupted, OutOfMemoryError, RepeatedFailureError, TrainyardError, WorkerLostError
+
+AGAIN = "the same command goes on from the last checkpoint"
+SMALLER = "lower train.batch_size, or set train.micro_batch: the same result from smaller pieces"
 
 
 class Losses:
-    """Counts losses in a row, and decides which of them end the run."""
+    """Counts losses in a row, and decides which of them end the run.
+
+    Parameters
+    ----------
+    retries: losses in a row that a new start makes good; progress in between starts the count anew.
+    highest_step: the latest committed step.
+    """
 
     def __init__(self, run_name: str, retries: int, highest_step: Callable[[], int]) -> None:
         self._run_name = run_name
@@ -18,62 +28,133 @@ class Losses:
         self._highest_step = highest_step
         self._reached = highest_step()
         self._in_a_row = 0
+        self._out_of_memory = 0
+        self._last_failed: WorkerFailed | None = None
+        self.any = False
+        """Whether there was a loss, or a notice of one."""
 
-    def take(self, error: Exception, signal_number: int) -> None:
+    def take_notice(self) -> None:
+        """The workers saved and left, for a part of the cluster will be gone. That is no loss, unless they never get
+        any further.
+
+        Raises
+        ------
+        WorkerLostError: one time too many.
+        """
+        self._count("the workers were told to leave", "")
+
+    def take(self, error: BaseException, signal_number: int) -> None:
         """Count a loss; progress since the one before begins the count anew.
 
         Raises
         ------
-        TrainyardError: what a worker itself said; a signal that asked to stop; or one loss too many.
+        TrainyardError: what a worker itself said; a signal that asked to stop; a failure that repeats itself; memory
+            that ran out twice; or one loss too many.
         """
-        found = _find(error, TrainyardError)
-        if isinstance(found, TrainyardError):
-            raise found from None
+        told = next((one for one in _inside(error) if isinstance(one, TrainyardError)), None)
+        if told is not None:
+            raise told from None
+        line = first_line(error)
         if signal_number:
-            what, fix = (
-                f"stopped after a loss ({first_line(error)})",
-                "the same command goes on from the last checkpoint",
-            )
-            raise Interrupted(what, signal_number=signal_number, fix=fix) from error
+            raise Interrupted(f"stopped after a loss ({line})", signal_number=signal_number, fix=AGAIN) from error
+        failed = _culprit(error)
+        self._check_memory(error, line)
+        if failed is not None and self._last_failed is not None and _same(failed, self._last_failed):
+            raise RepeatedFailureError(
+                f"{line}, twice with the same error{_at(failed)}: a bug, not a fault\n{failed.trace.rstrip()}",
+                where=self._run_name,
+                fix=f"mend it; {AGAIN}",
+            ) from None
+        self._last_failed = failed
+        self._count(line, f"\n{failed.trace.rstrip()}" if failed is not None else "")
+
+    def words(self, error: BaseException) -> str:
+        """What was lost, and where it goes on."""
+        again = f"starting again from step {self._reached} ({self._in_a_row} of {self._retries})"
+        return f"{first_line(error)}; {again}"
+
+    def _count(self, line: str, trace: str) -> None:
+        self.any = True
         reached = self._highest_step()
         self._in_a_row = self._in_a_row + 1 if reached <= self._reached else 1
         self._reached = reached
         if self._in_a_row > self._retries:
+            times = f"{self._in_a_row} times without a new checkpoint" if self._retries else "scale.retries is 0"
             raise WorkerLostError(
-                f"{first_line(error)} ({self._in_a_row} times without a new checkpoint)",
-                where=self._run_name,
-                fix="the same command goes on from the last checkpoint; scale.retries sets the limit",
-            ) from error
+                f"{line} ({times}){trace}", where=self._run_name, fix=f"{AGAIN}; scale.retries sets the limit"
+            )
 
-    def words(self, error: Exception) -> str:
-        again = f"starting again from step {self._reached} ({self._in_a_row} of {self._retries})"
-        return f"{first_line(error)}; {again}"
+    def _check_memory(self, error: BaseException, line: str) -> None:
+        """Ray ends the hungriest worker of a machine that runs out of memory: that may be another's fault once."""
+        if any(type(one).__name__ == "OutOfMemoryError" for one in _inside(error)):
+            self._out_of_memory += 1
+            if self._out_of_memory > 1:
+                raise OutOfMemoryError(f"{line}, for the second time", where=self._run_name, fix=SMALLER)
 
 
-def _find(error: BaseException, kind: type[BaseException], depth: int = 0) -> BaseException | None:
-    """The first error of a kind among the workers' failures and causes that Ray wrapped around each other."""
-    if isinstance(error, kind):
-        return error
-    inside: list[Any] = list(getattr(error, "worker_failures", {}).values())
-    inside += [getattr(error, name, None) for name in ("_base_exc", "cause", "controller_failure", "__cause__")]
-    for inner in inside if depth < 8 else ():
-        if isinstance(inner, BaseException):
-            found = _find(inner, kind, depth + 1)
-            if found is not None:
-                return found
-    return None
+def _same(one: WorkerFailed, other: WorkerFailed) -> bool:
+    return (one.line, one.step) == (other.line, other.step)
+
+
+def _at(failed: WorkerFailed) -> str:
+    return f" at step {failed.step}" if failed.step is not None else ""
 
 
 def first_line(error: BaseException) -> str:
     """What went wrong in one line: the failing worker's own error where Ray tells it."""
-    failures = getattr(error, "worker_failures", None) or {}
-    own = {rank: getattr(failure, "_base_exc", failure) for rank, failure in failures.items()}
-    # The one that failed first makes the others fail, and Ray may find them all at the same look.
-    for rank, inner in sorted(own.items(), key=lambda pair: isinstance(pair[1], PeerLost)):
-        return f"worker {rank}: {_head(inner)}"
-    return _head(error)
+    if isinstance(error, WorkerHung):
+        return str(error)
+    failed = _culprit(error)
+    if failed is not None:
+        return f"worker {failed.rank} failed{_at(failed)}: {failed.line}"
+    for rank, failure in _failures(error).items():
+        if not isinstance(failure, WorkerFailed):
+            return f"worker {rank} was lost ({_why(failure)})"
+    if _failures(error):
+        return "a worker was lost"
+    return _why(error)
 
 
-def _head(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    return f"{type(error).__name__}: {lines[0]}".removesuffix(": ")
+def _culprit(error: BaseException) -> WorkerFailed | None:
+    """The worker whose own error it was. It makes the others fail, and Ray may find them all at the same look."""
+    failed = [one for one in _failures(error).values() if isinstance(one, WorkerFailed) and not one.is_consequence]
+    return failed[0] if failed else None
+
+
+def _failures(error: BaseException) -> dict[int, BaseException]:
+    """By rank, what Ray Train says of its workers."""
+    for one in _inside(error):
+        failures = getattr(one, "worker_failures", None)
+        if failures:
+            return {rank: getattr(failure, "_base_exc", failure) for rank, failure in sorted(failures.items())}
+    return {}
+
+
+def _inside(error: BaseException, depth: int = 0) -> Iterator[BaseException]:
+    """An error, and those that Ray wrapped around each other in it."""
+    yield error
+    inner: list[Any] = list(getattr(error, "worker_failures", {}).values())
+    names = ("_base_exc", "cause", "controller_failure", "health_check_failure", "__cause__")
+    inner += [getattr(error, name, None) for name in names]
+    for one in inner if depth < 8 else ():
+        if isinstance(one, BaseException):
+            yield from _inside(one, depth + 1)
+
+
+_REASONS = (
+    (r"running low on memory|OutOfMemory|memory usage threshold", "its machine ran out of memory, and Ray ended it"),
+    (r"node (has )?died|node was terminated|node is dead|node failure|DRAIN|preempt", "its node is gone"),
+    (r"SIGKILL|connection error code|unexpectedly|died|killed", "its process was ended from outside"),
+    (r"health check|timed out", "it did not answer"),
+)
+
+
+def _why(error: BaseException) -> str:
+    """Ray's many words for a loss, in a few where they are known."""
+    text = " ".join(f"{type(one).__name__}: {one}" for one in _inside(error))
+    if "ActorDiedError" in type(error).__name__ and "TrainController" in text:
+        return "Ray Train's controller was lost"
+    for pattern, reason in _REASONS:
+        if re.search(pattern, text, re.IGNORECASE):
+            return reason
+    return head(error)

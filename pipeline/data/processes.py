@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -105,3 +106,12 @@ def _live_and_die_with_the_worker(_: int) -> None:
     os.setpgid(0, 0)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_the_worker_alone, name="trainyard-sigterm", daemon=True).start()
+
+
+def _obey_the_worker_alone() -> None:
+    """Whoever stops a job may send SIGTERM to every process of it, as Ray does; the worker still has a step to end."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        continue
+    os._exit(128 + signal.SIGTERM)

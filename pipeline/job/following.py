@@ -5,3 +5,5 @@ from __future__ import annotations
 from typing import Literal
 
 Follower = Literal["tensorboard", "mlflow"]
+"""tensorboard: event files in the run's folder. mlflow: the server that MLFLOW_TRACKING_URI names, and the experiment
+of MLFLOW_EXPERIMENT_NAME or else of the job's name."""

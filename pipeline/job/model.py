@@ -27,9 +27,9 @@ class Mlp(Start):
     """Fully connected layers. Tensors are named as in `nn.Sequential(Linear, ReLU, ...)`."""
 
     kind: Literal["mlp"] = "mlp"
-    hidden: list[Positive] | Literal["doubling"] = [32]
+    hidden: Annotated[list[Positive], Field(max_length=1000)] | Literal["doubling"] = [32]
     """Widths of the hidden layers; [] is logistic regression; doubling: each layer twice as wide as the one before."""
-    layers: Annotated[int, Field(ge=1)] | None = None
+    layers: Annotated[int, Field(ge=1, le=64)] | None = None
     """With `hidden: doubling`: the number of linear layers, the last one included."""
     activation: Activation = "relu"
     dropout: Share = 0.0

@@ -14,8 +14,9 @@ from pipeline.job import Job
 from pipeline.job_file.explaining import explain
 from pipeline.job_file.reading import apply, code_folder, mapping, read_tree
 from pipeline.job_file.yaml12 import Dumper, parse_yaml
+from pipeline.redaction import secrets_in
 
-__all__ = ["build_job", "dump_job", "load_job", "override_job", "parse_job", "parse_yaml"]
+__all__ = ["build_job", "dump_job", "load_job", "override_job", "parse_job", "parse_yaml", "refuse_secrets"]
 
 
 def load_job(path: str | Path, overrides: Iterable[str] = ()) -> Job:
@@ -26,6 +27,7 @@ def load_job(path: str | Path, overrides: Iterable[str] = ()) -> Job:
     JobError: a missing file or `code` folder, broken YAML, an unknown key or a value out of range.
     """
     job = build_job(apply(read_tree(Path(path)), overrides), where=str(path))
+    refuse_secrets(job, str(path))
     if job.code is None:
         return job
     folder = code_folder(job.code, Path(path))  # once more, for an override
@@ -34,6 +36,21 @@ def load_job(path: str | Path, overrides: Iterable[str] = ()) -> Job:
             "no such folder", where=f"code: {folder}", fix="name the folder of your modules, from the job file"
         )
     return job.model_copy(update={"code": folder})
+
+
+def refuse_secrets(job: Job, where: str) -> None:
+    """See that a job can be stored, printed and shipped as it is.
+
+    Raises
+    ------
+    JobError: a value holds a secret: a URL with a password or a signature, or what a secret variable holds.
+    """
+    for key in secrets_in(job.resolved()):
+        raise JobError(
+            f"{key}: holds a secret, which would be stored with the run",
+            where=where,
+            fix=f"put it into an environment variable and write {key}: env:NAME; it is looked up where it is used",
+        )
 
 
 def parse_job(text: str, where: str) -> Job:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pipeline.errors import JobError
 from pipeline.job import Job
 from pipeline.job_file.yaml12 import parse_yaml
+from pipeline.redaction import holds_secret, is_secret_name
 
 SHORT_FORMS = {"seed": "all", "task": "kind"}
 """`seed: 1` is short for `seed: {all: 1}`, `task: binary` for `task: {kind: binary}`."""
@@ -97,6 +98,12 @@ def _with_environment(value: Any, where: str) -> Any:
     def fill(match: re.Match[str]) -> str:
         if match[1] not in os.environ:
             raise JobError(f"the environment has no {match[1]}", where=where, fix=f"export {match[1]}=... first")
+        if is_secret_name(match[1]) or holds_secret(os.environ[match[1]]):
+            raise JobError(
+                f"${{{match[1]}}} would write a secret into the run's job.yaml",
+                where=where,
+                fix=f"write env:{match[1]} instead (in a URL or in args): it is looked up where it is used",
+            )
         return os.environ[match[1]]
 
     filled = re.sub(r"\$\{(\w+)\}", fill, value)

@@ -21,6 +21,10 @@ _SCALARS = {
 """The core schema of YAML 1.2 (section 10.3.2): only true and false are booleans, 1e-3 is a number, 010 is ten."""
 
 
+MOST_CHARACTERS, MOST_VALUES, MOST_DIGITS = 1_000_000, 100_000, 100
+"""Of a job file: a few lines of aliases can stand for more values than there is memory."""
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML 1.2: plain values only, no dates, bytes or sets."""
 
@@ -46,6 +50,8 @@ for _name, (_pattern, _first) in _SCALARS.items():
 
 def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = str(loader.construct_scalar(node))
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(text):,} digits")
     return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
 
 
@@ -72,8 +78,10 @@ def parse_yaml(text: str, where: str) -> Any:
     ------
     JobError: not YAML, with line and column.
     """
+    if len(text) > MOST_CHARACTERS:
+        raise JobError(f"not a job file: {len(text):,} characters", where=where, fix="give the file of a job")
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        tree = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
@@ -81,3 +89,20 @@ def parse_yaml(text: str, where: str) -> Any:
         raise JobError(f"not valid YAML: {problem}", where=place) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
         raise JobError(f"not valid YAML: {error}", where=where) from None
+    if not _is_small(tree):
+        fix = "write fewer; what an alias stands for counts each time"
+        raise JobError(f"more than {MOST_VALUES:,} values", where=where, fix=fix)
+    return tree
+
+
+def _is_small(tree: Any) -> bool:
+    """Whether it holds no more than so many values, with all that aliases repeat."""
+    waiting, count = [tree], 0
+    while waiting:
+        one = waiting.pop()
+        count += 1
+        if count + len(waiting) > MOST_VALUES:
+            return False
+        if isinstance(one, (dict, list)):
+            waiting += one.values() if isinstance(one, dict) else one
+    return True

@@ -8,6 +8,8 @@ then one operation on flat vectors, whatever the number of layers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -88,8 +90,13 @@ class FlatModel:
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Take over tensors of the same names and shapes, in place, so that the views stay views."""
-        self.model.load_state_dict(weights, strict=True)
+        """Take over tensors of the same names and shapes, in place, so that the views stay views.
+
+        Raises
+        ------
+        JobError: others.
+        """
+        take_weights(self.model, weights)
 
     def _averaged(self) -> list[Tensor]:
         """The buffers that differ between ranks. An average of equal ones is rounded: what is frozen has no part."""
@@ -102,3 +109,19 @@ class FlatModel:
     def _views(self, flat: Tensor) -> list[Tensor]:
         parts = flat.split([p.numel() for p in self.parameters])
         return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
+
+
+def take_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy a checkpoint's tensors into a model of the same names and shapes.
+
+    Raises
+    ------
+    JobError: others.
+    """
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:3]] or [str(error)]
+        raise JobError(
+            f"the checkpoint is of another model: {' '.join(lines)[:300]}", where="model", fix="use another checkpoint"
+        ) from None

@@ -125,8 +125,21 @@ class Trainee:
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 
     def load(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Go on from what `flat.weights()` and `state()` gave."""
+        """Go on from what `flat.weights()` and `state()` gave.
+
+        Raises
+        ------
+        JobError: that of another model or optimizer.
+        """
         self.flat.load(weights)
-        self.optimizer.load({k.removeprefix("optimizer."): v for k, v in state.items() if k.startswith("optimizer.")})
-        if self._scale is not None:
-            self._scale.load({k.removeprefix("scale."): v for k, v in state.items() if k.startswith("scale.")})
+        try:
+            self.optimizer.load(_of("optimizer.", state))
+            if self._scale is not None:
+                self._scale.load(_of("scale.", state))
+        except (RuntimeError, KeyError, TypeError) as error:
+            what = f"the checkpoint is of another optimizer: {type(error).__name__}: {str(error)[:200]}"
+            raise JobError(what, where="train.optimizer", fix="use another --name") from None
+
+
+def _of(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

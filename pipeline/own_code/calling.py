@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from pipeline.errors import InputError, JobError, TrainyardError
 from pipeline.job import Call, Job, OwnModel
+from pipeline.redaction import looked_up_in
 
 Failure = TypeVar("Failure", bound=TrainyardError)
 
@@ -33,6 +34,18 @@ def look_in(folder: str) -> None:
     """Let modules in a folder be imported; behind all others, so that none of them is hidden by the user's."""
     if folder not in sys.path:
         sys.path.append(folder)
+
+
+def at_home(job: Job) -> Job:
+    """The job with a relative `code` folder, one that was sent along with it, where it lies on this machine.
+
+    A cluster's nodes unpack what was sent each for itself, onto the import path; the working directory of a worker
+    is another one.
+    """
+    if job.code is None or os.path.isabs(job.code):
+        return job
+    found = [os.path.join(place, job.code) for place in sys.path if os.path.isdir(os.path.join(place, job.code))]
+    return job.model_copy(update={"code": found[0]}) if found else job
 
 
 def make_importable(job: Job, working_folder: str = "") -> None:
@@ -99,6 +112,7 @@ def called(
 
     Parameters
     ----------
+    args: keyword arguments; a text `env:NAME` is what that environment variable holds.
     offers: more keyword arguments; those are given that its signature names and `args` does not hold.
 
     Raises
@@ -106,10 +120,11 @@ def called(
     InputError: as `error`: there is no such module or name, or it raised something itself.
     """
     function = imported(name, where=where, error=error)
+    given = looked_up_in(args, where)
     wanted = _named_parameters(function) if offers else set()
     extra = {key: value for key, value in (offers or {}).items() if key in wanted and key not in args}
     try:
-        return function(**args, **extra)
+        return function(**given, **extra)
     except Exception as raised:  # whatever the user's code raises is the user's to see
         raise failed(raised, where, error) from raised
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pipeline.errors import BusyError, SupersededError
-from pipeline.record import decisions, lock
-from pipeline.record.checkpoint import Base, first_valid
+from pipeline.record import decisions, lock, spool
+from pipeline.record.checkpoint import Base, Checkpoint, first_valid
 from pipeline.record.entries import Claim, Entry, Pair
 from pipeline.record.heartbeat import Heartbeat, interval
 from pipeline.record.run import Run
@@ -32,6 +32,11 @@ class Attempt:
     """What the commit before the next one kept and this attempt still counts on, newest first."""
     damaged: list[str] = field(default_factory=list)
     """Checkpoints that the journal names but that are not sound, for a message to the user."""
+    spooled: Checkpoint | None = None
+    """What an earlier attempt on this machine saved when storage was lost: to go on from in place of the base, and to
+    commit first."""
+    remark: str = ""
+    """What to tell the user of it."""
     heartbeat: Heartbeat | None = None
     lock: lock.ProcessLock | None = None
 
@@ -133,6 +138,8 @@ def claim(
         attempt.heartbeat = Heartbeat(run.storage, attempt.number, interval_s)
         attempt.heartbeat.start()
         choose_base(attempt)
+        found = spool.find(attempt)
+        attempt.spooled, attempt.remark = found.checkpoint, found.remark
         attempt.beat(attempt.base.step if attempt.base is not None else 0, None)
         run.storage.sweep()
     except BaseException as error:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.record.columns import Columns, encode
+from pipeline.errors import StorageError
+from pipeline.record.columns import Columns, decode, encode
 
 __all__ = ["Cell", "Columns", "EvaluationRow", "Rows", "StepBlock", "encode"]
+
+MOST_ROWS = 10_000_000
+"""Rows that a checkpoint can hold; commits are made long before."""
 
 _WHICH = "table"
 """The column of rows.parquet that tells rows of steps from rows of evaluations."""
@@ -57,15 +59,35 @@ class Rows:
         self.steps = self._step_schema.empty_table()
         self.evaluations = self._evaluation_schema.empty_table()
 
-    def load(self, data: bytes, first_cell: int) -> None:
-        """Begin with the rows of a checkpoint, in place of none."""
-        table = pq.read_table(io.BytesIO(data))
+    def load(self, data: bytes, first_cell: int, step: int | None = None) -> None:
+        """Begin with the rows of a checkpoint, in place of none.
+
+        Parameters
+        ----------
+        step: the checkpoint's, at which the rows must end.
+
+        Raises
+        ------
+        StorageError: they are not what `pack` gives for this run.
+        """
+        table = decode(data, self._packed_schema(), MOST_ROWS, "rows.parquet of the checkpoint")
         is_step = table[_WHICH].to_numpy() == "steps"
         self.steps = table.filter(pa.array(is_step)).select(self._step_schema.names).cast(self._step_schema)
         self.evaluations = (
             table.filter(pa.array(~is_step)).select(self._evaluation_schema.names).cast(self._evaluation_schema)
         )
         self.first_cell = first_cell
+        last = first_cell * self._cell_steps + len(self.steps)
+        try:
+            self.check(last)
+        except (ValueError, OverflowError) as error:
+            raise StorageError(str(error), where="rows.parquet of the checkpoint", fix="use another --name") from None
+        if step is not None and step != last:
+            raise StorageError(
+                f"the rows end at step {last}, not {step}",
+                where="rows.parquet of the checkpoint",
+                fix="use another --name",
+            )
 
     def add(self, blocks: Sequence[StepBlock], evaluations: Sequence[EvaluationRow]) -> None:
         """Take further rows.
@@ -78,6 +100,10 @@ class Rows:
             self.steps = pa.concat_tables([self.steps, self._step_table(blocks)])
         if evaluations:
             self.evaluations = pa.concat_tables([self.evaluations, self._evaluation_table(evaluations)])
+
+    def _packed_schema(self) -> pa.Schema:
+        both = pa.unify_schemas([self._step_schema, self._evaluation_schema])
+        return both.append(pa.field(_WHICH, pa.string()))
 
     def check(self, step: int) -> None:
         """Every step up to `step` must be there once, in order, and no evaluation of another.

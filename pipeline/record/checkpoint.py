@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import StorageError
 from pipeline.record import decisions
-from pipeline.record.entries import BestSoFar, Pair, parse_best
+from pipeline.record.entries import BestSoFar, Pair
+from pipeline.record.manifest import Manifest, parse_manifest
 from pipeline.record.run import Run
-from pipeline.record.saving import FOLDER, FORMAT, MANIFEST, PREPROCESS, ROWS, STATE, WEIGHTS, digest_of
+from pipeline.record.saving import FOLDER, MANIFEST, PREPROCESS, ROWS, STATE, WEIGHTS
 from pipeline.record.values import from_json
 
 if TYPE_CHECKING:
@@ -45,56 +45,91 @@ class Checkpoint:
         return f"Checkpoint({self._storage.url!r})"
 
     @property
+    def url(self) -> str:
+        """Where it lies, printable."""
+        return self._storage.url
+
+    @property
     def step(self) -> int:
         """The step whose weights it holds."""
-        return int(self._manifest["step"])
+        return self._manifest.step
 
     @property
     def epoch(self) -> int:
         """The epoch at the commit."""
-        return int(self._manifest["epoch"])
+        return self._manifest.epoch
 
     @property
     def end(self) -> bool:
         """Whether training was over."""
-        return bool(self._manifest["end"])
+        return self._manifest.end
 
     @property
     def position(self) -> dict[str, Any]:
         """Plain values that the worker gave at the commit."""
-        return dict(self._manifest["position"])
+        return dict(self._manifest.position)
 
     @property
     def metrics(self) -> dict[str, float]:
         """The latest evaluation at the commit."""
-        return {key: float(value) for key, value in self._manifest["metrics"].items()}
+        return dict(self._manifest.metrics)
 
     @property
     def best(self) -> BestSoFar | None:
         """The best evaluation so far and where its weights are; None before the first."""
-        return parse_best(self._manifest["best"])
+        return self._manifest.best
+
+    @property
+    def patience(self) -> int | None:
+        """Evaluations since the best one."""
+        return self._manifest.patience
 
     @property
     def first_cell(self) -> int:
         """The first cell of the metric log that its rows cover."""
-        return int(self._manifest["first_cell"])
+        return self._manifest.first_cell
+
+    @property
+    def files(self) -> list[str]:
+        """Names of its files, the manifest left out."""
+        return list(self._manifest.files)
 
     def weights(self) -> dict[str, Tensor]:
-        """The model's tensors by name, on the CPU."""
-        from safetensors.torch import load
+        """The model's tensors by name, on the CPU.
 
-        return load(self.read(WEIGHTS))
+        Raises
+        ------
+        DamagedError: not what Trainyard writes.
+        """
+        from pipeline.record.loading import decode_weights
+
+        try:
+            return decode_weights(self.read(WEIGHTS))
+        except ValueError as error:
+            raise self._damaged(f"{WEIGHTS} is not what Trainyard writes ({error})") from None
 
     def state(self) -> dict[str, Any]:
-        """What else training needs to go on; read without running any code of the file's."""
-        import torch
+        """What else training needs to go on; read without running any code of the file's.
 
-        state: dict[str, Any] = torch.load(io.BytesIO(self.read(STATE)), map_location="cpu", weights_only=True)
-        return state
+        Raises
+        ------
+        DamagedError: not what Trainyard writes.
+        """
+        from pipeline.record.loading import decode_state
+
+        try:
+            return decode_state(self.read(STATE))
+        except ValueError as error:
+            raise self._damaged(f"{STATE} is not what Trainyard writes ({error})") from None
 
     def preprocess(self) -> dict[str, Any]:
         """What turns raw data into the model's input, as plain values."""
-        tree: dict[str, Any] = from_json(self.read(PREPROCESS))
+        try:
+            tree = from_json(self.read(PREPROCESS))
+        except ValueError as error:
+            raise self._damaged(f"{PREPROCESS} is not JSON ({error})") from None
+        if not isinstance(tree, dict):
+            raise self._damaged(f"{PREPROCESS} is no mapping of names to values")
         return tree
 
     def rows(self) -> bytes:
@@ -108,7 +143,7 @@ class Checkpoint:
         ------
         DamagedError: a file is missing or altered.
         """
-        for name in self._manifest["files"]:
+        for name in self._manifest.files:
             self.read(name)
 
     def read(self, name: str) -> bytes:
@@ -118,31 +153,26 @@ class Checkpoint:
         ------
         DamagedError: it is missing or altered.
         """
-        expected = self._manifest["files"].get(name)
+        expected = self._manifest.files.get(name)
         if expected is None:
             raise self._damaged(f"it holds no {name}")
         try:
             data = self._storage.read(name)
         except FileNotFoundError:
             raise self._damaged(f"{name} is missing") from None
-        if len(data) != expected["size"]:
-            raise self._damaged(f"{name} has {len(data)} bytes instead of {expected['size']}")
-        if hashlib.sha256(data).hexdigest() != expected["sha256"]:
+        if len(data) != expected.size:
+            raise self._damaged(f"{name} has {len(data)} bytes instead of {expected.size}")
+        if hashlib.sha256(data).hexdigest() != expected.sha256:
             raise self._damaged(f"{name} was altered")
         return data
 
-    def _read_manifest(self) -> dict[str, Any]:
+    def _read_manifest(self) -> Manifest:
         try:
-            tree = from_json(self._storage.read(MANIFEST))
+            return parse_manifest(self._storage.read(MANIFEST))
         except FileNotFoundError:
             raise self._damaged("it has no manifest") from None
-        except ValueError:
-            raise self._damaged("its manifest is not JSON") from None
-        if not isinstance(tree, dict) or tree.pop("sha256", None) != digest_of(tree):
-            raise self._damaged("its manifest was altered")
-        if tree.get("format") != FORMAT:
-            raise self._damaged(f"its format {tree.get('format')!r} is not known to this version")
-        return tree
+        except ValueError as error:
+            raise self._damaged(f"its manifest is damaged ({error})") from None
 
     def _damaged(self, what: str) -> DamagedError:
         return DamagedError(f"the checkpoint cannot be used: {what}", where=self._storage.url, fix="use another one")

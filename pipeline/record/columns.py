@@ -10,7 +10,12 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.errors import StorageError
 from pipeline.job import METRICS, Job, own_metric
+
+MAGIC = b"PAR1"
+MOST_BYTES, MOST_BYTES_A_ROW = 10_000_000, 4096
+"""What a file may take unpacked: so much, and so much a row. (A row of ours takes a hundred.)"""
 
 Kind = Literal["float64", "int64", "string", "bool"]
 _TYPES = {"float64": pa.float64(), "int64": pa.int64(), "string": pa.string(), "bool": pa.bool_()}
@@ -58,9 +63,18 @@ class Columns:
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> Columns:
-        """Those that a run's birth recorded as `columns`; none without it."""
+        """Those that a run's birth recorded as `columns`; none without it.
+
+        Raises
+        ------
+        StorageError: not what `to_json` gave.
+        """
         tree = facts.get("columns") or {}
-        return cls(tree.get("steps", {}), tree.get("evaluations", {}))
+        steps, evaluations = tree.get("steps", {}), tree.get("evaluations", {})
+        given = (steps, evaluations)
+        if not all(isinstance(one, dict) and set(map(str, one.values())) <= _TYPES.keys() for one in given):
+            raise StorageError("columns of a type that no run has", where="job.yaml", fix="restore it")
+        return cls(steps, evaluations)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a birth's `columns`."""
@@ -92,5 +106,37 @@ def encode(table: pa.Table) -> bytes:
         column_encoding=encodings,
         row_group_size=10_000,
         write_statistics=["step", "epoch", "loss"],
+        write_page_checksum=True,
     )
     return buffer.getvalue()
+
+
+def decode(data: bytes, schema: pa.Schema, most_rows: int, what: str) -> pa.Table:
+    """The table of a file that `encode` wrote. What the file says of itself is checked before anything is unpacked.
+
+    Parameters
+    ----------
+    schema: the columns that it must have, in any order.
+
+    Raises
+    ------
+    StorageError: no such file, damaged, of other columns or of more rows.
+    """
+    try:
+        if data[:4] != MAGIC:  # pyarrow looks at the end alone
+            raise ValueError("it does not begin as a Parquet file")
+        file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
+        found = file.schema_arrow
+        if {one.name: one.type for one in found} != {one.name: one.type for one in schema} or len(found) != len(schema):
+            raise ValueError("its columns are others")
+        if not 0 <= file.metadata.num_rows <= most_rows:
+            raise ValueError(f"{file.metadata.num_rows:,} rows")
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        if sum(group.total_byte_size for group in groups) > MOST_BYTES + MOST_BYTES_A_ROW * file.metadata.num_rows:
+            raise ValueError("rows that are too large")
+        table: pa.Table = file.read()
+        table.validate(full=True)
+    except (pa.ArrowException, ValueError, OSError, OverflowError) as error:
+        problem = str(error).partition("\n")[0][:200]
+        raise StorageError(f"cannot be used: {problem}", where=what, fix="use another checkpoint") from None
+    return table.select(schema.names)

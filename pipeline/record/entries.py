@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from functools import cache
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
-from pipeline.record.values import to_json
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.job import plain_name
+from pipeline.record.values import moment, sealed, to_json, unsealed
+
+Made = TypeVar("Made")
 
 Pair = tuple[str, str | None]
 """Names of a checkpoint and of the best one until then, where there is a best."""
@@ -40,7 +48,7 @@ class Entry:
 
     def to_json(self) -> str:
         """The entry's file."""
-        return to_json({"kind": self.kind, **asdict(self)}, indent=1) + "\n"
+        return to_json(sealed({"kind": self.kind, **asdict(self)}), indent=1) + "\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,18 +104,57 @@ class Leave(Entry):
 _KINDS: dict[str, type[Entry]] = {kind.kind: kind for kind in (Claim, Commit, Leave)}
 
 
+LONGEST_INTERVAL_S = 86400.0
+"""Between two heartbeats, at the most; whoever watches one waits for three."""
+
+
 def parse_entry(tree: Any, number: int) -> Entry:
-    """An entry from its plain values; ValueError, TypeError or KeyError for anything else."""
-    if not isinstance(tree, dict) or tree.get("number") != number:
+    """An entry from the plain values of its file.
+
+    Raises
+    ------
+    ValueError, TypeError, KeyError: altered since it was written, or not what a version of Trainyard would write: a
+        value of another type, no time, a checkpoint whose name leads elsewhere.
+    """
+    values = unsealed(tree)
+    if values.get("number") != number:
         raise ValueError("its number is not that of its name")
-    kind = _KINDS[tree["kind"]]
+    kind = _KINDS[values["kind"]]
     known = {one.name for one in fields(kind)}
-    values = {key: value for key, value in tree.items() if key in known}  # later versions may add some
+    values = {key: value for key, value in values.items() if key in known}  # later versions may add some
     if kind is Commit:
-        values["kept"] = tuple((str(pair[0]), pair[1]) for pair in tree["kept"])
-        values["best"] = parse_best(tree["best"])
-        values["metrics"] = _numbers(tree["metrics"])
-    return kind(**values)
+        values["best"] = parse_best(values["best"])
+        values["metrics"] = numbers(values["metrics"])
+    entry = typed(kind, values)
+    moment(entry.time)
+    if min(entry.attempt, getattr(entry, "step", 0), getattr(entry, "epoch", 0)) < 0:
+        raise ValueError("a number below 0")
+    if isinstance(entry, Claim) and not 0 < entry.interval_s <= LONGEST_INTERVAL_S:
+        raise ValueError(f"{entry.interval_s} s is no interval between heartbeats")
+    if isinstance(entry, Claim) and not isinstance(entry.facts.get("code", {}), dict):
+        raise ValueError("facts.code is no mapping of files to digests")
+    if isinstance(entry, Commit):
+        for name in {entry.checkpoint, *(one for pair in entry.kept for one in pair if one is not None)}:
+            plain_name(name)
+    if isinstance(entry, Leave) and entry.error is not None and not isinstance(entry.error.get("message"), str):
+        raise ValueError("an error without a message")
+    return entry
+
+
+def typed(kind: type[Made], values: Mapping[str, Any]) -> Made:
+    """A dataclass from plain values of exactly its fields' types; ValueError for others."""
+    text = json.dumps({**values, **{name: asdict(one) for name, one in values.items() if isinstance(one, BestSoFar)}})
+    try:
+        made: Made = _adapter(cast("Any", kind)).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return made
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def parse_best(tree: Any) -> BestSoFar | None:
@@ -118,10 +165,11 @@ def parse_best(tree: Any) -> BestSoFar | None:
         metric=str(tree["metric"]),
         step=int(tree["step"]),
         value=float(tree["value"]),
-        checkpoint=str(tree["checkpoint"]),
-        metrics=_numbers(tree.get("metrics", {})),
+        checkpoint=plain_name(tree["checkpoint"]) if tree["checkpoint"] else "",
+        metrics=numbers(tree.get("metrics", {})),
     )
 
 
-def _numbers(tree: Any) -> dict[str, float]:
+def numbers(tree: Any) -> dict[str, float]:
+    """Metrics from their plain values, where one that is not finite is a word."""
     return {str(key): float(value) for key, value in tree.items()}

@@ -8,8 +8,10 @@ import time
 from dataclasses import dataclass
 
 from pipeline.errors import InputError, TrainyardError
-from pipeline.record.values import from_json, now, to_json
+from pipeline.record.entries import LONGEST_INTERVAL_S
+from pipeline.record.values import from_json, moment, now, to_json
 from pipeline.storage import Storage
+from pipeline.watchdog import waits_for
 
 INTERVAL_S = 10.0
 INTERVALS_OF_SILENCE = 3
@@ -52,6 +54,7 @@ class Heartbeat:
         """What the next beat says. Costs nothing."""
         self._values = (step, loss)
 
+    @waits_for("storage")
     def stop(self) -> None:
         """Write no more."""
         self._stop.set()
@@ -85,10 +88,11 @@ def read_beat(storage: Storage, attempt: int) -> tuple[bytes, Beat | None]:
     try:
         tree = from_json(data)
         loss = None if tree["loss"] is None else float(tree["loss"])
-        return data, Beat(
-            time=str(tree["time"]), step=int(tree["step"]), loss=loss, interval_s=float(tree["interval_s"])
-        )
-    except (ValueError, TypeError, KeyError):
+        step, interval_s = int(tree["step"]), float(tree["interval_s"])
+        if step < 0 or not 0 < interval_s <= LONGEST_INTERVAL_S:
+            return data, None
+        return data, Beat(time=moment(tree["time"]), step=step, loss=loss, interval_s=interval_s)
+    except (ValueError, TypeError, KeyError, OverflowError):
         return data, None
 
 
@@ -111,6 +115,6 @@ def interval() -> float:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not 0 < seconds < 86400:
+    if not 0 < seconds <= LONGEST_INTERVAL_S:
         raise InputError(f"{text!r} is no number of seconds", where="TRAINYARD_HEARTBEAT_S", fix="unset it, or use 10")
     return seconds

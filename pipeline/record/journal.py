@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from pipeline.errors import StorageError
 from pipeline.record import decisions
 from pipeline.record.entries import Entry, parse_entry
@@ -28,18 +30,25 @@ class Journal:
 
         Raises
         ------
-        StorageError: an entry that no version of Trainyard known here wrote.
+        StorageError: an entry that no version of Trainyard known here wrote, or that was deleted.
         """
         # An entry is only ever created after the one before it, so a listed number means that all below it are
         # there: the listing saves waiting for one answer after another, and the end is found by reading.
-        listed = (int(name[:8]) for name in self._storage.list(FOLDER) if name[:8].isdigit())
+        names = self._storage.list(FOLDER)
+        listed = [int(name[:8]) for name in names if re.fullmatch(r"[0-9]{8}\.json", name)]
         known = len(self._entries)
-        for entry in self._storage.each(self._read_one, range(known + 1, max(listed, default=0) + 1)):
+        for entry in self._storage.each(self._read_one, range(known + 1, len(listed) + 1)):
             if entry is None:
                 break
             self._entries.append(entry)
         while entry := self._read_one(len(self._entries) + 1):
             self._entries.append(entry)
+        if max(listed, default=0) > len(self._entries):
+            raise StorageError(
+                "this journal entry is missing, though later ones are there",
+                where=f"{self._storage.url}/{_path(len(self._entries) + 1)}",
+                fix="restore the file, or use another --name",
+            )
         return tuple(self._entries)
 
     def append(self, entry: Entry) -> bool:
@@ -66,9 +75,9 @@ class Journal:
             return None
         try:
             return parse_entry(from_json(data), number)
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise StorageError(
-                f"not a journal entry that this version reads ({error})",
+                f"not a journal entry that this version reads ({str(error).partition(chr(10))[0][:200]})",
                 where=f"{self._storage.url}/{_path(number)}",
                 fix="restore the file, or use another --name",
             ) from None

@@ -57,7 +57,7 @@ def is_held(claim: Claim) -> bool | None:
     if claim.lock in _HELD:
         return True
     try:
-        descriptor = os.open(claim.lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = os.open(claim.lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:  # another container's folder, swept away, or another user's: no proof
         return None
     try:

@@ -18,7 +18,7 @@ def record_read(run: Run, facts: Mapping[str, Any]) -> int:
     facts: plain values: which checkpoint, who, where.
     """
     text = to_json({"time": now(), "nonce": secrets.token_hex(16), **facts}, indent=1) + "\n"
-    number = 1 + max((int(name[:8]) for name in run.storage.list(FOLDER) if name[:8].isdigit()), default=0)
+    number = 1 + len(run.storage.list(FOLDER))
     while not run.storage.create(f"{FOLDER}/{number:08d}.json", text.encode()):
         number += 1
     return number

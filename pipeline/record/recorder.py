@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pipeline.errors import StorageLostError, TrainyardError
+from pipeline.errors import NotFiniteError, StorageError, StorageLostError, TrainyardError
+from pipeline.record import spool
 from pipeline.record.attempt import Attempt
 from pipeline.record.cells import Columns, EvaluationRow, StepBlock
 from pipeline.record.writer import Snapshot, Writer
+from pipeline.watchdog import waits_for
 
 __all__ = ["Recorder", "Snapshot", "complete"]
 
@@ -20,11 +22,19 @@ LAST_WORD_S = 1.0
 """How long a leave waits for storage that was lost already."""
 MOST_ROWS = 200_000
 """So many rows in memory make a commit necessary."""
+MOST_WAITING = 15 * MOST_ROWS
+"""So many wait in memory (some 300 MB) while a commit is under way, because storage is slow or away; then training
+waits for it."""
 
 
 class Recorder:
     """Where training puts its values. No call waits for storage but `commit` while one is under way, `finish` and
     `leave`. What goes wrong in the background is raised by the next `check`, `commit` or `finish`.
+
+    While storage is away, training goes on: its rows and one snapshot wait. When it has been away for longer than its
+    limit, or refuses for good (a right that was taken away, a full disk), that snapshot is saved on this machine (see
+    `spool`), `must_commit` asks for one of the present, and `commit` saves that in its place and raises the error,
+    which says where it lies.
 
     Parameters
     ----------
@@ -43,12 +53,13 @@ class Recorder:
         self._waiting = 0
         self._rest_until = 0.0
         self._error: BaseException | None = None
+        self._lost: spool.Lost | None = None
         self._changed = threading.Condition()
         self._job: Callable[[], None] | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="trainyard-recorder", daemon=True)
         self._thread.start()
-        self._hand_over(self._writer.begin)
+        self._hand_over(lambda: self._unless_lost(self._writer.begin))
 
     def steps(self, rows: StepBlock) -> None:
         """A block of consecutive steps, one array a column: epoch, step, loss, correct, lr, samples, seconds, time
@@ -66,31 +77,46 @@ class Recorder:
         return self._job is None and time.monotonic() >= self._rest_until
 
     def must_commit(self) -> bool:
-        """Whether too many rows wait in memory."""
-        return self._waiting >= MOST_ROWS
+        """Whether too many rows wait in memory, or storage is lost and the present has to be saved here."""
+        limit = MOST_ROWS if self._job is None else MOST_WAITING
+        return self._waiting >= limit or self._lost is not None
 
-    def commit(self, snapshot: Snapshot) -> None:
-        """Hand over a snapshot, with all rows so far, and return. Waits for a commit that is under way."""
+    def commit(self, snapshot: Snapshot, done: Callable[[float], None] | None = None) -> None:
+        """Hand over a snapshot, with all rows so far, and return. Waits for a commit that is under way.
+
+        done: takes the seconds that the commit took, once it is durable; called by the recorder's thread.
+
+        Raises
+        ------
+        StorageLostError, StorageError: storage was lost; the snapshot is saved on this machine, where that was
+            possible.
+        """
         blocks, evaluations = self._blocks, self._evaluations
         self._blocks, self._evaluations, self._waiting = [], [], 0
 
         def work() -> None:
             began = time.monotonic()
-            self._writer.commit(snapshot, blocks, evaluations)
+            self._unless_lost(lambda: self._writer.commit(snapshot, blocks, evaluations))
             ended = time.monotonic()
             self._rest_until = ended + REST * (ended - began)
+            if done is not None:
+                done(ended - began)
 
+        self._wait()
+        if self._lost is not None:
+            self._error = self._saved_here(self._lost, snapshot, blocks, evaluations)
         self._hand_over(work)
 
     def check(self) -> None:
-        """Raise what the background met: SupersededError, StorageLostError, NotFiniteError. Costs nothing."""
-        if self._error is not None:
-            raise self._error
+        """Raise what the background met: SupersededError, NotFiniteError, ... Costs nothing. A lost storage is for the
+        next `commit` to raise, once it has saved the present."""
+        if self._lost is None:
+            self._raise()
 
     def finish(self) -> None:
         """Wait until the end and all that follows from it are done."""
         self._wait()
-        self.check()
+        self._raise()
 
     def leave(self, status: Literal["interrupted", "failed"], error: BaseException | None, step: int) -> None:
         """Wait for what is under way, then write into the journal why this attempt stops before the end.
@@ -112,6 +138,7 @@ class Recorder:
         if self._error is not None and not isinstance(self._error, TrainyardError):
             raise self._error
 
+    @waits_for("storage")
     def close(self) -> None:
         """Stop the thread, after what is under way."""
         with self._changed:
@@ -119,18 +146,50 @@ class Recorder:
             self._changed.notify_all()
         self._thread.join()
 
+    @waits_for("storage")
     def _hand_over(self, job: Callable[[], None]) -> None:
         with self._changed:
             while self._job is not None:
                 self._changed.wait()
-            self.check()
+            self._raise()
             self._job = job
             self._changed.notify_all()
 
+    @waits_for("storage")
     def _wait(self) -> None:
         with self._changed:
             while self._job is not None:
                 self._changed.wait()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _unless_lost(self, job: Callable[[], None]) -> None:
+        """What the writer does; where storage is lost, its last snapshot is saved on this machine."""
+        try:
+            job()
+        except (StorageLostError, StorageError) as error:
+            if not self._writer.has_rows:
+                raise
+            self._lost = error
+            raise self._saved_here(error, None, [], []) from None
+
+    def _saved_here(
+        self,
+        error: spool.Lost,
+        snapshot: Snapshot | None,
+        blocks: list[StepBlock],
+        evaluations: list[EvaluationRow],
+    ) -> BaseException:
+        """Save a snapshot (None: that of the commit which failed) on this machine; the error that says so."""
+        try:
+            saved = self._writer.save_here(snapshot, blocks, evaluations)
+        except NotFiniteError as worse:
+            return worse
+        except (TrainyardError, OSError) as failure:
+            return self._error or spool.lost(error, None, 0, failure)  # what was saved before is still there
+        return error if saved is None else spool.lost(error, *saved)
 
     def _work(self) -> None:
         while True:
@@ -149,10 +208,15 @@ class Recorder:
                 self._changed.notify_all()
 
 
-def complete(attempt: Attempt) -> None:
-    """For an attempt based on an end: do what is missing of cells, result, retention and `run.json`, and close it."""
+def complete(attempt: Attempt, keep: int = 1) -> None:
+    """For an attempt that begins at an end: do what is missing of cells, result, retention and `run.json`, and close
+    it. `keep`: pairs that stay, where that end was saved on this machine only and is committed now."""
     facts: dict[str, Any] = attempt.run.facts()
     try:
-        Writer(attempt, cell_steps=facts["cell_steps"], keep=1, columns=Columns.from_facts(facts)).complete()
+        writer = Writer(attempt, cell_steps=facts["cell_steps"], keep=keep, columns=Columns.from_facts(facts))
+        if attempt.spooled is not None:
+            writer.begin()
+        else:
+            writer.complete()
     finally:
         attempt.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from copy import copy
 from io import BytesIO
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import InputError, StorageError
 from pipeline.job import plain_name
 from pipeline.record.journal import Journal
-from pipeline.record.values import from_json, now, to_json
+from pipeline.record.values import digest_of, from_json, moment, now, to_json
 from pipeline.storage import Storage
 
 if TYPE_CHECKING:
@@ -21,6 +20,10 @@ JOB = "job.yaml"
 VIEW = "run.json"
 RESULT = "result.json"
 CODE = "code.zip"
+SPLITS = "splits.parquet"
+STACKS = "stacks"
+STACKS_S = 10.0
+"""How long storage may stay away when stacks are to be saved."""
 HEADER = "# trainyard: "
 
 
@@ -46,8 +49,11 @@ class Run:
         self.storage = storage.at(name, own_temporaries=True)
         self.root_url = storage.url
         """Where all the runs lie, printable."""
+        self.open_url = storage.open_url
+        """The same for `Storage.open`; it may hold a password, so it is never printed."""
         self.journal = Journal(self.storage)
         self._text: str | None = None
+        self._known: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         return f"Run({self.url!r})"
@@ -71,23 +77,33 @@ class Run:
         -------
         True if this call made it; False if it was there.
         """
-        header = to_json({"nonce": secrets.token_hex(16), "time": now(), "facts": facts})
-        return self.storage.create(JOB, f"{HEADER}{header}\n{job_yaml}".encode())
+        header = {"nonce": secrets.token_hex(16), "time": now(), "facts": facts}
+        digest = digest_of({**header, "job": job_yaml})
+        return self.storage.create(JOB, f"{HEADER}{to_json({**header, 'sha256': digest})}\n{job_yaml}".encode())
 
     def exists(self) -> bool:
         """Whether the run was born."""
         return self._text is not None or self.storage.exists(JOB)
 
     def job_yaml(self) -> str:
-        """The job file as stored, facts included as a comment. FileNotFoundError if the run was never born."""
-        if self._text is None:  # never changed once it is there
-            self._text = self.storage.read(JOB).decode()
+        """The job file as stored, facts included as a comment. FileNotFoundError if the run was never born.
+
+        Raises
+        ------
+        StorageError: it was altered since.
+        """
+        self._header()
+        assert self._text is not None
         return self._text
 
     def facts(self) -> dict[str, Any]:
-        """What `birth` was given. FileNotFoundError if the run was never born."""
-        facts: dict[str, Any] = self._header()["facts"]
-        return facts
+        """What `birth` was given. FileNotFoundError if the run was never born.
+
+        Raises
+        ------
+        StorageError: `job.yaml` was altered since; also later, where a fact is asked for that is not there.
+        """
+        return _Facts(self._header()["facts"], f"{self.url}/{JOB}")
 
     def born(self) -> str:
         """UTC time of the birth, as ISO 8601. FileNotFoundError if the run was never born."""
@@ -102,20 +118,19 @@ class Run:
         return view if isinstance(view, dict) else {}
 
     def has_result(self) -> bool:
-        """Whether all that follows from the end is there: `run.json` says finished, which is written last."""
+        """Whether what follows from the end was written: `run.json` says finished, which is written last."""
         return self.view().get("status") == "finished" and self.storage.exists(RESULT)
 
-    def has_splits(self) -> bool:
-        """Whether `write_splits` was done."""
-        return self.storage.exists("splits.parquet")
+    def has_splits(self, table: pa.Table) -> bool:
+        """Whether `write_splits` was done with this table, and nothing happened to it since."""
+        try:
+            return self.storage.read(SPLITS) == _parquet(table)
+        except FileNotFoundError:
+            return False
 
     def write_splits(self, table: pa.Table) -> None:
         """Store which rows are in which split, as `splits.parquet`."""
-        import pyarrow.parquet as pq
-
-        buffer = BytesIO()
-        pq.write_table(table, buffer, compression="zstd")
-        self.storage.replace("splits.parquet", buffer.getvalue(), sync=True)
+        self.storage.replace(SPLITS, _parquet(table), sync=True)
 
     def write_code(self, archive: bytes) -> None:
         """Store the user's own code, as `code.zip`."""
@@ -132,19 +147,75 @@ class Run:
         """Whether `write_code` was done."""
         return self.storage.exists(CODE)
 
+    def write_stacks(self, name: str, text: bytes) -> str:
+        """Store the stacks of a process that stood still, in `stacks/`; gives their URL."""
+        path = f"{STACKS}/{name}"
+        self.storage.within(STACKS_S).replace(path, text)
+        return f"{self.url}/{path}"
+
     def _header(self) -> dict[str, Any]:
-        line = self.job_yaml().partition("\n")[0]
-        try:
-            header = from_json(line.removeprefix(HEADER))
-        except json.JSONDecodeError:
-            header = None
-        if not isinstance(header, dict) or not {"facts", "time"} <= header.keys():
-            raise StorageError(
-                "its first line is not the one that Trainyard wrote",
-                where=f"{self.url}/{JOB}",
-                fix="a run's job.yaml must stay as it was stored; restore it or use another --name",
-            )
-        return header
+        if self._known is None:  # never changed once it is there
+            data = self.storage.read(JOB)
+            try:
+                self._text = data.decode()
+                self._known = _parse_header(self._text)
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise StorageError(
+                    f"not as Trainyard stored it ({str(error)[:200]})",
+                    where=f"{self.url}/{JOB}",
+                    fix="a run's job.yaml must stay as it was stored; restore it or use another --name",
+                ) from None
+        return self._known
+
+
+def _parquet(table: pa.Table) -> bytes:
+    import pyarrow.parquet as pq
+
+    buffer = BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+class _Facts(dict[str, Any]):
+    """Facts of a birth. Who asks for one that is not there is told so, for they come from storage."""
+
+    def __init__(self, facts: dict[str, Any], where: str) -> None:
+        super().__init__(facts)
+        self._where = where
+
+    def __missing__(self, name: str) -> Any:
+        raise StorageError(
+            f"it says nothing of {name}, so it is no run of this version", where=self._where, fix="use another --name"
+        )
+
+
+_FACTS: dict[str, tuple[type, ...]] = {
+    "identity": (str,),
+    "fingerprint": (str,),
+    "start": (str, type(None)),
+    "max_steps": (int, type(None)),
+    "total_steps": (int, type(None)),
+    "steps_per_epoch": (int,),
+    "cell_steps": (int,),
+    "columns": (dict,),
+}
+"""Types of the facts that every run has; others may stand beside them."""
+
+
+def _parse_header(text: str) -> dict[str, Any]:
+    """The first line of a `job.yaml`; ValueError, TypeError or KeyError where it or the rest was altered."""
+    line, _, job = text.partition("\n")
+    if not line.startswith(HEADER):
+        raise ValueError("its first line is another")
+    header = from_json(line.removeprefix(HEADER))
+    found = {name: value for name, value in header.items() if name != "sha256"} if isinstance(header, dict) else {}
+    if not found or header.get("sha256") != digest_of({**found, "job": job}):
+        raise ValueError("it was altered")
+    moment(found["time"])
+    for name, value in dict(found["facts"]).items():
+        if name in _FACTS and (not isinstance(value, _FACTS[name]) or (isinstance(value, int) and value < 1)):
+            raise ValueError(f"{name} cannot be {value!r}")
+    return found
 
 
 def run_and_checkpoint(spec: str) -> tuple[str, str]:
@@ -174,8 +245,14 @@ def open_run(run: str, storage_url: str) -> Run:
 def list_runs(storage: Storage) -> list[str]:
     """Names of the runs in a folder, sorted."""
     names = [name for name in storage.list() if _is_plain(name)]
-    born = storage.each(lambda name: storage.exists(f"{name}/{JOB}"), names)
-    return [name for name, there in zip(names, born, strict=True) if there]
+
+    def is_born(name: str) -> bool:
+        try:
+            return storage.exists(f"{name}/{JOB}")
+        except StorageError:
+            return True  # something that is not to be followed: who opens it is told
+
+    return [name for name, there in zip(names, storage.each(is_born, names), strict=True) if there]
 
 
 def _is_plain(name: str) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from pipeline.record.values import from_json, to_json
+from pipeline.errors import StorageFullError, TrainyardError
+from pipeline.record.values import sealed, to_json
 from pipeline.storage import Storage
 
 if TYPE_CHECKING:
@@ -29,13 +31,22 @@ def write_checkpoint(storage: Storage, name: str, files: Mapping[str, bytes], fa
     ----------
     storage: the run's folder.
     facts: step, epoch, end, position, metrics, best and first_cell, as plain values.
+
+    Raises
+    ------
+    StorageFullError: there is no room for it; nothing of it is left.
     """
     folder = storage.at(f"{FOLDER}/{name}")
-    for file, data in files.items():
-        folder.replace(file, data, sync=True)
     sums = {file: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for file, data in files.items()}
-    tree = from_json(to_json({"format": FORMAT, **facts, "files": sums}))
-    folder.replace(MANIFEST, to_json({**tree, "sha256": digest_of(tree)}, indent=1).encode(), sync=True)
+    tree = sealed({"format": FORMAT, **facts, "files": sums})
+    try:
+        for file, data in files.items():
+            folder.replace(file, data, sync=True)
+        folder.replace(MANIFEST, to_json(tree, indent=1).encode(), sync=True)
+    except StorageFullError:  # what is there of it is no checkpoint, and others need the room
+        with suppress(TrainyardError):
+            delete_checkpoint(storage, name)
+        raise
 
 
 def delete_checkpoint(storage: Storage, name: str) -> None:
@@ -81,8 +92,3 @@ def _check_plain(value: Any, where: str) -> None:
             _check_plain(item, f"{where}[{index}]")
     elif value is not None and type(value) not in (torch.Tensor, int, float, bool, str, bytes):
         raise TypeError(f"{where} is a {type(value).__name__}: only tensors and plain values can be stored")
-
-
-def digest_of(tree: Mapping[str, Any]) -> str:
-    """Digest of a manifest, in which its own digest does not stand yet."""
-    return hashlib.sha256(to_json(tree).encode()).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from pipeline.record import decisions
@@ -43,6 +43,19 @@ class Standing:
     """Time of the last entry in the journal."""
     checkpoint: str | None
     """The last committed one."""
+    where: Mapping[str, Any] = field(default_factory=dict)
+    """Of the last attempt: host, world_size, device, and since when."""
+    seen_s: float | None = None
+    """Seconds since its last sign of life, a heartbeat or an entry in the journal, by this machine's clock."""
+    damaged: tuple[str, ...] = ()
+    """What of the run's directory is missing or damaged, a line each; only `show` looks for it."""
+
+    @property
+    def reached(self) -> int:
+        """The last step that is known of: a running attempt is ahead of its last checkpoint."""
+        if self.heartbeat is None or self.status not in ("running", "stalled"):
+            return self.step
+        return max(self.step, self.heartbeat.step)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; the shape of `--json` and of `run.json`."""
@@ -60,7 +73,10 @@ def standing(run: Run, now: float | None = None) -> Standing:
     entries = run.journal.read()
     claim = decisions.last_claim(entries)
     beat = read_beat(run.storage, claim.attempt)[1] if claim is not None else None
-    return stand(run, entries, beat, _status(run, entries, beat, now))
+    clock = time.time() if now is None else now
+    signs = [entries[-1].time if entries else run.born(), *([beat.time] if beat is not None else [])]
+    seen_s = max(0.0, min(seconds_since(sign, clock) for sign in signs))
+    return replace(stand(run, entries, beat, _status(run, entries, beat, clock)), seen_s=round(seen_s, 1))
 
 
 def stand(run: Run, entries: Sequence[Entry], beat: Beat | None, status: Status) -> Standing:
@@ -84,7 +100,12 @@ def stand(run: Run, entries: Sequence[Entry], beat: Beat | None, status: Status)
         started=first.time if first is not None else None,
         updated=entries[-1].time if entries else None,
         checkpoint=commit.checkpoint if commit is not None else None,
+        where=_where(claim) if claim is not None else {},
     )
+
+
+def _where(claim: Claim) -> dict[str, Any]:
+    return {"since": claim.time, **{name: claim.facts.get(name) for name in ("host", "world_size", "device")}}
 
 
 def last_leave(entries: Sequence[Entry]) -> Leave | None:
@@ -94,23 +115,26 @@ def last_leave(entries: Sequence[Entry]) -> Leave | None:
 
 
 def write_view(run: Run, entries: Sequence[Entry], status: Status) -> None:
-    """Write `run.json`: the standing, what was fixed at birth, and one line for each attempt. Rebuilt, never read
-    by a protocol."""
+    """Write `run.json`: a view, rebuilt from the rest and never read by a protocol."""
+    run.storage.replace(VIEW, view_file(run, entries, status))
+
+
+def view_file(run: Run, entries: Sequence[Entry], status: Status) -> bytes:
+    """`run.json`, as a function of the journal: the standing, what was fixed at birth, one line for each attempt."""
     tree = stand(run, entries, None, status).to_json()
-    del tree["heartbeat"]
+    del tree["heartbeat"], tree["seen_s"], tree["damaged"]
     facts = run.facts()
     tree |= {"birth": {"time": run.born(), **facts}, "history": [_life(claim, entries) for claim in _claims(entries)]}
-    run.storage.replace(VIEW, (to_json(tree, indent=1) + "\n").encode())
+    return (to_json(tree, indent=1) + "\n").encode()
 
 
-def _status(run: Run, entries: Sequence[Entry], beat: Beat | None, now: float | None) -> Status:
+def _status(run: Run, entries: Sequence[Entry], beat: Beat | None, clock: float) -> Status:
     left = last_leave(entries)
     if left is not None:
         return left.status
     commit = decisions.newest_commit(entries)
     if commit is not None and commit.end:
         return "finished"  # also while a later attempt writes what follows from the end
-    clock = time.time() if now is None else now
     claim = decisions.last_claim(entries)
     if claim is None:
         return "running" if seconds_since(run.born(), clock) < STARTING_S else "interrupted"

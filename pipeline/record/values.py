@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
+
+DEEPEST = 100
+"""Levels of lists and mappings that may lie in each other: what is read is walked by functions that call themselves."""
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
@@ -16,8 +20,43 @@ def to_json(value: Any, *, indent: int | None = None) -> str:
 
 
 def from_json(text: str | bytes) -> Any:
-    """What `to_json` wrote; json.JSONDecodeError (or UnicodeDecodeError) for anything else."""
-    return json.loads(text)
+    """What `to_json` wrote; ValueError for anything else."""
+    try:
+        tree = json.loads(text, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("lists in lists in lists") from None
+    inside = [tree]
+    for _ in range(DEEPEST):
+        inside = [
+            child
+            for one in inside
+            if isinstance(one, (dict, list))
+            for child in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not inside:
+            return tree
+    raise ValueError("lists in lists in lists")
+
+
+def digest_of(tree: Mapping[str, Any]) -> str:
+    """Digest of a tree of plain values, in which its own digest does not stand yet."""
+    return hashlib.sha256(to_json(tree).encode()).hexdigest()
+
+
+def sealed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values with their digest behind them, by which `unsealed` finds out damage."""
+    plain: dict[str, Any] = from_json(to_json(tree))
+    return {**plain, "sha256": digest_of(plain)}
+
+
+def unsealed(tree: Any) -> dict[str, Any]:
+    """What `sealed` was given; ValueError where it was altered since."""
+    if not isinstance(tree, dict):
+        raise ValueError("no mapping of names to values")
+    found = {name: value for name, value in tree.items() if name != "sha256"}
+    if tree.get("sha256") != digest_of(found):
+        raise ValueError("it was altered")
+    return found
 
 
 def now() -> str:
@@ -25,9 +64,20 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
-def seconds_since(moment: str, clock: float | None = None) -> float:
+def seconds_since(then: str, clock: float | None = None) -> float:
     """Age in seconds of a time that `now` wrote, against `clock` (seconds since 1970; default: this machine's)."""
-    return (time.time() if clock is None else clock) - datetime.fromisoformat(moment).timestamp()
+    return (time.time() if clock is None else clock) - datetime.fromisoformat(then).timestamp()
+
+
+def moment(text: str) -> str:
+    """`text`, if it is a time as `now` writes them; else ValueError."""
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError(f"{text!r} has no time zone")
+    return text
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _plain(value: Any) -> Any:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import NotFiniteError, TrainyardError
-from pipeline.record import decisions, saving
+from pipeline.record import decisions, saving, spool
 from pipeline.record.attempt import Attempt
 from pipeline.record.cells import Cell, Columns, EvaluationRow, Rows, StepBlock, encode
+from pipeline.record.drafts import Drafter, json_file, with_best_of
 from pipeline.record.entries import BestSoFar, Commit, Leave, Pair
 from pipeline.record.run import RESULT, Run
 from pipeline.record.snapshot import Snapshot
 from pipeline.record.standing import write_view
-from pipeline.record.values import to_json
 from pipeline.storage.faults import scrub
 
 __all__ = ["EVALUATIONS", "STEPS", "Snapshot", "Writer"]
@@ -35,21 +36,34 @@ class Writer:
     def __init__(self, attempt: Attempt, *, cell_steps: int, keep: int, columns: Columns) -> None:
         self.attempt = attempt
         self.rows = Rows(attempt.run.name, attempt.number, cell_steps, columns)
+        self._drafter = Drafter(attempt.run.name, attempt.number, self.rows)
         self._keep = keep
         self._best = attempt.base.best if attempt.base is not None else None
         self._last_good = attempt.base.name if attempt.base is not None else None
+        self.has_rows = attempt.base is None and attempt.spooled is None
+        """Whether the rows from which this attempt goes on are read."""
+        self._under_way: Snapshot | None = None
+        """What `commit` was given and has not made durable yet."""
 
     @property
     def _run(self) -> Run:
         return self.attempt.run
 
     def begin(self) -> None:
-        """Take up the base's rows and publish the cells that it completes: its writer may have died before."""
+        """Take up the base's rows and publish the cells that it completes: its writer may have died before. What an
+        earlier attempt saved on this machine becomes the first commit."""
         base = self.attempt.base
         if base is not None:
-            self.rows.load(base.rows(), base.first_cell)
+            self.rows.load(base.rows(), base.first_cell, base.step)
+            self.has_rows = self.attempt.spooled is None
             self._publish(base.step, end=base.end)
         write_view(self._run, self.attempt.entries, "running")
+        spooled = self.attempt.spooled
+        if spooled is not None:
+            self.rows.load(spooled.rows(), spooled.first_cell)
+            self.has_rows = True
+            self.commit(spool.snapshot_of(self.attempt, spooled), [], [])
+            spool.forget(self._run)
 
     def commit(self, snapshot: Snapshot, blocks: Sequence[StepBlock], evaluations: Sequence[EvaluationRow]) -> None:
         """Make a checkpoint durable, with the rows since the last commit, and then what follows from it.
@@ -62,21 +76,12 @@ class Writer:
         self.rows.add(blocks, evaluations)
         self.rows.check(snapshot.step)
         self._check_finite(snapshot)
+        self._under_way = snapshot
         name = decisions.checkpoint_name(snapshot.step, self.attempt.number)
         best = self._place_best(snapshot, name)
-        if best is not None and best.checkpoint != name and best is not self._best:
-            self._write_best(snapshot, best)
-        saving.write_checkpoint(
-            self._run.storage,
-            name,
-            {
-                saving.WEIGHTS: saving.encode_weights(snapshot.weights),
-                saving.STATE: saving.encode_state(snapshot.state),
-                saving.ROWS: self.rows.pack(),
-                saving.PREPROCESS: _json_file(snapshot.preprocess),
-            },
-            self._facts(snapshot, best, step=snapshot.step, end=snapshot.end),
-        )
+        if best is not None and self._is_apart(best, name):
+            saving.write_checkpoint(self._run.storage, *self._drafter.best_draft(snapshot, best))
+        saving.write_checkpoint(self._run.storage, *self._drafter.draft(snapshot, best, name))
         own: Pair = (name, best.checkpoint if best is not None else None)
         commit = Commit(
             **self.attempt.common(),
@@ -91,7 +96,45 @@ class Writer:
         )
         self.attempt.append(commit)
         self.attempt.kept, self._best, self._last_good = commit.kept, best, name
+        self._under_way = None
         self._follow(commit)
+
+    def save_here(
+        self, snapshot: Snapshot | None, blocks: Sequence[StepBlock], evaluations: Sequence[EvaluationRow]
+    ) -> tuple[Path, int] | None:
+        """Save a snapshot on this machine instead, with the rows since the last one, when storage is lost.
+
+        Parameters
+        ----------
+        snapshot: None for that of the commit which failed.
+
+        Returns
+        -------
+        The folder and the step; None where the commit that failed stands in the journal all the same.
+
+        Raises
+        ------
+        NotFiniteError: a loss or a weight is NaN or infinite; nothing is written.
+        TrainyardError, OSError: this machine cannot take it either.
+        """
+        failed = self._under_way
+        self.rows.add(blocks, evaluations)
+        snapshot = snapshot or failed
+        if snapshot is None:
+            return None
+        self.rows.check(snapshot.step)
+        self._check_finite(snapshot)
+        if failed is not None:
+            snapshot = with_best_of(failed, snapshot)
+        name = decisions.checkpoint_name(snapshot.step, self.attempt.number)
+        best = self._place_best(snapshot, name)
+        apart = self._drafter.best_draft(snapshot, best) if best is not None and self._is_apart(best, name) else None
+        after = [self._last_good]
+        if failed is not None:  # of an entry whose reply is missing nobody knows whether it arrived
+            after.append(decisions.checkpoint_name(failed.step, self.attempt.number))
+        return spool.save(
+            self.attempt, snapshot, self._drafter.draft(snapshot, best, name), apart, after
+        ), snapshot.step
 
     def complete(self) -> None:
         """Do what is missing after an end: cells, result, retention, `run.json`. The base must be that end."""
@@ -101,7 +144,7 @@ class Writer:
         assert commit is not None
         assert base.end
         assert commit.checkpoint == base.name
-        self.rows.load(base.rows(), base.first_cell)
+        self.rows.load(base.rows(), base.first_cell, base.step)
         self._follow(commit)
 
     def leave(self, status: Literal["interrupted", "failed"], error: BaseException | None, step: int) -> None:
@@ -157,32 +200,9 @@ class Writer:
             raise ValueError(f"the weights of the best step {best.step} are neither given nor in a checkpoint")
         return replace(best, checkpoint=decisions.checkpoint_name(best.step, self.attempt.number))
 
-    def _write_best(self, snapshot: Snapshot, best: BestSoFar) -> None:
-        assert snapshot.best_weights is not None
-        saving.write_checkpoint(
-            self._run.storage,
-            best.checkpoint,
-            {
-                saving.WEIGHTS: saving.encode_weights(snapshot.best_weights),
-                saving.PREPROCESS: _json_file(snapshot.preprocess),
-            },
-            self._facts(snapshot, best, step=best.step, end=False)
-            | {"metrics": {**best.metrics, best.metric: best.value}},
-        )
-
-    def _facts(self, snapshot: Snapshot, best: BestSoFar | None, *, step: int, end: bool) -> dict[str, Any]:
-        return {
-            "run": self._run.name,
-            "attempt": self.attempt.number,
-            "step": step,
-            "epoch": snapshot.epoch,
-            "end": end,
-            "position": snapshot.position,
-            "patience": snapshot.patience,
-            "metrics": snapshot.metrics,
-            "best": asdict(best) if best is not None else None,
-            "first_cell": self.rows.first_cell,
-        }
+    def _is_apart(self, best: BestSoFar, name: str) -> bool:
+        """Whether the best has weights that lie nowhere yet and are not those of checkpoint `name`."""
+        return best.checkpoint != name and best is not self._best
 
     def _check_finite(self, snapshot: Snapshot) -> None:
         row = self.rows.first_not_finite()
@@ -214,7 +234,7 @@ def result_file(run: str, commit: Commit) -> bytes:
         "chosen": best.checkpoint if best is not None else commit.checkpoint,
         "last": commit.checkpoint,
     }
-    return (to_json(tree, indent=1) + "\n").encode()
+    return json_file(tree)
 
 
 def _error_facts(error: BaseException | None) -> dict[str, Any] | None:
@@ -222,7 +242,3 @@ def _error_facts(error: BaseException | None) -> dict[str, Any] | None:
         return None
     what = error.what if isinstance(error, TrainyardError) else str(error)
     return {"type": type(error).__name__, "message": scrub(what)[:2000]}
-
-
-def _json_file(value: Any) -> bytes:
-    return (to_json(value if value is not None else {}, indent=1) + "\n").encode()

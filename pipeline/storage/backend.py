@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
+
+
+class Upload(Protocol):
+    """One file on its way in parts. Nothing is seen of it before `complete`.
+
+    Every method raises FileNotFoundError where the store knows of no such upload (any more).
+    """
+
+    part_bytes: int
+    """Size of all parts but the last."""
+
+    def put(self, number: int, data: bytes) -> str:
+        """Send a part, counted from 1; sent again, it takes the place of the first. Returns the store's tag of it."""
+
+    def complete(self, tags: Sequence[str]) -> None:
+        """Put the file in place in one step, from the parts with these tags."""
+
+    def abort(self) -> None:
+        """Give the upload up, so that the store keeps no parts of it."""
 
 
 class Backend(Protocol):
@@ -20,6 +40,9 @@ class Backend(Protocol):
 
     def replace(self, path: str, data: bytes, temporary: str, sync: bool) -> None:
         """Put the content in place in one step, missing folders included. `sync`: it survives a power loss."""
+
+    def upload(self, path: str, size: int) -> Upload | None:
+        """Begin to replace a file in parts, where that pays for so many bytes; else None."""
 
     def create(self, path: str, data: bytes, temporary: str) -> None:
         """Put the whole content there in one step, unless something is there: then FileExistsError. Synced."""
@@ -41,3 +64,6 @@ class Backend(Protocol):
 
     def conditional_writes(self, folder: str) -> bool:
         """Whether `create` excludes, tried out on a key of its own."""
+
+    def renew(self) -> None:
+        """Look for credentials anew: those in use have expired."""

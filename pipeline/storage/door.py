@@ -9,11 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.errors import StorageError
-from pipeline.storage.backend import Backend
+from pipeline.errors import StorageError, TrainyardError
+from pipeline.storage.backend import Backend, Upload
 from pipeline.storage.faults import Patience, scrub
 from pipeline.storage.filesystems import EXTRAS, open_filesystem
 from pipeline.storage.local import LocalBackend
+from pipeline.watchdog import waits_for
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -21,6 +22,9 @@ T = TypeVar("T")
 TEMPORARY = ".tmp"
 """Folder of unfinished files, never listed. Each run has its own, so that it may be a mount of its own."""
 REQUESTS_AT_ONCE = 16
+PARTS_AT_ONCE = 4
+LAST_WORD_S = 1.0
+"""How long giving an upload up may take; stores are set up to forget what is left."""
 
 
 class Storage:
@@ -62,7 +66,7 @@ class Storage:
             if separator and not path.startswith("/"):
                 raise StorageError(f"{url!r} names no absolute folder", where="storage", fix="use file:///folder")
             root = os.path.abspath(os.path.expanduser(path))
-            return cls(LocalBackend(), root, root, open_url=root)
+            return cls(LocalBackend(root), root, root, open_url=root)
         return cls._open_remote(url, protocol, rest)
 
     @classmethod
@@ -70,6 +74,7 @@ class Storage:
         from pipeline.storage.remote import RemoteBackend
 
         fs, root = open_filesystem(url)
+        protocol = getattr(fs, "store_protocol", protocol)  # of what lies beneath a file system that wraps another
         if protocol in EXTRAS and not root.strip("/"):
             raise StorageError("the URL names no bucket", where=scrub(url), fix=f"use {protocol}://bucket/folder")
         return cls(RemoteBackend(fs, protocol), root, url.rstrip("/") if rest else url, open_url=url)
@@ -82,9 +87,19 @@ class Storage:
         return f"Storage({self.url!r})"
 
     @property
+    def open_url(self) -> str:
+        """What `open` was given (a local path from the root). It may hold a password: for no eye but `open`'s."""
+        return self._open_url
+
+    @property
     def local_path(self) -> Path | None:
         """The folder as a path of this machine, where it is one."""
         return Path(self._root) if isinstance(self.backend, LocalBackend) else None
+
+    @property
+    def answers(self) -> int:
+        """How often it has answered so far, heartbeats and other calls with a shorter limit aside."""
+        return self._patience.answers
 
     def at(self, path: str, *, own_temporaries: bool = False) -> Storage:
         """A folder in this one. `own_temporaries`: unfinished files lie there, not further up."""
@@ -114,7 +129,32 @@ class Storage:
     def replace(self, path: str, data: bytes, *, sync: bool = False) -> None:
         """Put `data` at `path` in one step: readers see the old content or the new. `sync`: survives a power loss."""
         where = self._path(path)
-        self._call(lambda: self.backend.replace(where, data, self._temporary, sync))
+        self._call(lambda: self._replace(where, data, sync))
+
+    def _replace(self, where: str, data: bytes, sync: bool) -> None:
+        upload = self.backend.upload(where, len(data))
+        if upload is None:
+            self.backend.replace(where, data, self._temporary, sync)
+        else:
+            self._send_in_parts(upload, where, data)
+
+    def _send_in_parts(self, upload: Upload, where: str, data: bytes) -> None:
+        """Send the parts, several at once; a fault repeats only its own."""
+        size = upload.part_bytes
+
+        def send(start: int) -> str:
+            return self._call(lambda: upload.put(start // size + 1, data[start : start + size]))
+
+        try:
+            tags = self.each(send, range(0, len(data), size), at_once=PARTS_AT_ONCE)
+            self._call(lambda: upload.complete(tags))
+        except FileNotFoundError:
+            # It was completed and only the reply got lost, or the store gave it up: the whole once more is safe.
+            raise BlockingIOError(f"the upload of {where} is gone") from None
+        except BaseException:
+            with suppress(TrainyardError, FileNotFoundError):
+                self._patience.call(upload.abort, LAST_WORD_S)
+            raise
 
     def create(self, path: str, data: bytes) -> bool:
         """Put `data` at `path` if nothing is there, whole and durable: of several who try, one wins.
@@ -180,16 +220,17 @@ class Storage:
         """Whether `create` is exclusive here, tried out once per store and process."""
         return self._call(lambda: self.backend.conditional_writes(self._top))
 
-    def each(self, action: Callable[[S], T], items: Iterable[S]) -> Sequence[T]:
+    def each(self, action: Callable[[S], T], items: Iterable[S], *, at_once: int = REQUESTS_AT_ONCE) -> Sequence[T]:
         """`action` of every item, in order; several at once where storage is far away."""
         todo = list(items)
         if not self.backend.far or len(todo) < 2:
             return [action(item) for item in todo]
-        with ThreadPoolExecutor(min(REQUESTS_AT_ONCE, len(todo))) as pool:
+        with ThreadPoolExecutor(min(at_once, len(todo))) as pool:
             return list(pool.map(action, todo))
 
+    @waits_for("storage")
     def _call(self, action: Callable[[], T]) -> T:
-        return self._patience.call(action, self._limit_s)
+        return self._patience.call(action, self._limit_s, self.backend.renew)
 
     def _copy(self) -> Storage:
         inner = Storage.__new__(Storage)

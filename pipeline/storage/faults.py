@@ -7,10 +7,11 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from pipeline.errors import StorageError, StorageLostError
+from pipeline.redaction import scrub as scrub
 
 T = TypeVar("T")
 
@@ -20,6 +21,12 @@ FIRST_CONTACT_S = 15.0
 """The same before anything has ever worked: then a wrong URL is likelier than a passing fault."""
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 10.0
+REQUEST_S = 60.0
+REQUEST_BYTES = 8 * 2**20
+"""A request that stays without an answer for so many seconds is given up and sent again; it gets as many more for each
+so many bytes that it carries."""
+SLOW_DOWN_PAUSE_S = 1.0
+"""The first pause after a store said that it gets too many requests."""
 
 _LIBRARIES = (
     "botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "adlfs", "azure", "requests", "urllib3", "asyncssh",
@@ -31,6 +38,11 @@ _MISUSE = frozenset({errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR
 _MISUSE_AT_FIRST = frozenset({errno.EINVAL, errno.ENOSYS, errno.EPERM, getattr(errno, "EREMCHG", errno.EINVAL)})
 """What stores answer to a bad bucket name, region or endpoint, and now and then to a garbled upload."""
 _CREDENTIALS = re.compile(r"Credential|Profile|Token|SSO|Auth")
+_EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidAccessKeyId"})
+"""What S3 answers to credentials that were good once: they may be renewed or exchanged while a run goes on."""
+_PERHAPS_EXPIRED = frozenset({"400"})
+"""What it answers to them where a reply has no text (HEAD)."""
+_SLOW_DOWN = frozenset({"SlowDown", "503", "ServiceUnavailable", "429", "TooManyRequests"})
 
 
 class Patience:
@@ -44,11 +56,17 @@ class Patience:
 
     def __init__(self, where: str, limit_s: float | None = None) -> None:
         self.where = where
-        self.limit_s = limit_s if limit_s is not None else _limit_from_environment()
+        self.limit_s = limit_s if limit_s is not None else usual_limit_s()
         self.contacted = False
+        self.answers = 0
+        """Calls that ended well under the usual limit."""
 
-    def call(self, action: Callable[[], T], limit_s: float | None = None) -> T:
+    def call(
+        self, action: Callable[[], T], limit_s: float | None = None, renew: Callable[[], None] = lambda: None
+    ) -> T:
         """The action's result, after as many tries as its faults and the limit allow.
+
+        Credentials that expire in mid-run are a fault like others: `renew` looks for new ones before the next try.
 
         Raises
         ------
@@ -58,14 +76,22 @@ class Patience:
         """
         began = time.monotonic()
         pause = FIRST_PAUSE_S
+        expired = False
         while True:
             try:
+                if expired:
+                    renew()
                 result = action()
             except (FileNotFoundError, FileExistsError):
                 self.contacted = True
                 raise
             except Exception as error:
-                self._raise_if_lasting(error)
+                code = _code(error)
+                if code not in _EXPIRED or not self.contacted:
+                    self._raise_if_lasting(error)
+                expired = code in _EXPIRED | _PERHAPS_EXPIRED
+                if code in _SLOW_DOWN:
+                    pause = max(pause, SLOW_DOWN_PAUSE_S)
                 limit = self.limit_s if self.contacted else min(self.limit_s, FIRST_CONTACT_S)
                 if limit_s is not None:
                     limit = min(limit, limit_s)
@@ -74,6 +100,7 @@ class Patience:
                     raise self._lost(error, limit) from None
             else:
                 self.contacted = True
+                self.answers += limit_s is None
                 return result
             time.sleep(min(pause * random.uniform(0.5, 1.0), left))  # at random: who failed together should part
             pause = min(2 * pause, LONGEST_PAUSE_S)
@@ -108,11 +135,26 @@ class Patience:
                 where=self.where,
                 fix="check the URL, the endpoint and the network",
             )
+        if _code(error) in _EXPIRED or _CREDENTIALS.search(type(error).__name__):
+            return StorageLostError(
+                f"the credentials are no longer good, and were not renewed within {limit_s:.0f} s ({explain(error)})",
+                where=self.where,
+                fix="renew the credentials where they come from, and run the same command again",
+            )
         return StorageLostError(
             f"storage stayed away for {limit_s:.0f} s ({explain(error)})",
             where=self.where,
             fix="run the same command again when it is back",
         )
+
+
+def _code(error: BaseException) -> str:
+    """S3's own code of an error, such as "SlowDown"; s3fs keeps it in the cause. Empty where there is none."""
+    for one in (error, error.__cause__):
+        response = getattr(one, "response", None)
+        if isinstance(response, Mapping) and isinstance(response.get("Error"), Mapping):
+            return str(response["Error"].get("Code", ""))
+    return ""
 
 
 def explain(error: BaseException) -> str:
@@ -121,17 +163,18 @@ def explain(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
-def scrub(text: str) -> str:
-    """`text` without passwords, query strings of URLs, or the values of secret environment variables."""
-    text = re.sub(r"(\w://[^\s/@:]*):[^\s/@]*@", r"\1:***@", text)
-    text = re.sub(r"(\w://[^\s?]*)\?[^\s'\")]*", r"\1?***", text)
-    for name, value in os.environ.items():
-        if len(value) >= 8 and re.search(r"SECRET|TOKEN|PASSWORD|ACCOUNT_KEY", name):
-            text = text.replace(value, "***")
-    return text
+def longest_request_s(size: int = 0) -> float:
+    """How long a single request may stay without an answer, in seconds, when it carries so many bytes."""
+    return min(REQUEST_S, usual_limit_s()) * (1 + size / REQUEST_BYTES)
 
 
-def _limit_from_environment() -> float:
+def usual_limit_s() -> float:
+    """How long storage may stay away, in seconds.
+
+    Raises
+    ------
+    StorageError: TRAINYARD_STORAGE_LIMIT_S is no number.
+    """
     text = os.environ.get("TRAINYARD_STORAGE_LIMIT_S")
     if not text:
         return LIMIT_S

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.errors import StorageError
-from pipeline.storage.faults import explain, scrub
+from pipeline.errors import StorageError, TrainyardError
+from pipeline.storage.faults import explain, longest_request_s, scrub
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 """Protocols of object stores, and the extra of this package that brings each."""
@@ -29,13 +29,16 @@ def open_filesystem(url: str) -> tuple[Any, str]:
     if protocol in EXTRAS:
         options["use_listings_cache"] = False
     if protocol in ("s3", "s3a"):  # faults are repeated in one place only, see `faults`
-        options["config_kwargs"] = {"connect_timeout": 5, "read_timeout": 60, "retries": {"max_attempts": 0}}
+        silent_s = longest_request_s()
+        options["config_kwargs"] = {"connect_timeout": 5, "read_timeout": silent_s, "retries": {"max_attempts": 0}}
     try:
         fs, path = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
         extra = EXTRAS.get(protocol)
         fix = f"pip install 'trainyard[{extra}]'" if extra else explain(error)
         raise StorageError(f"{protocol}:// needs a library that is not installed", where=scrub(url), fix=fix) from None
+    except TrainyardError:
+        raise
     except Exception as error:  # whatever a file system makes of a URL that it cannot read
         raise StorageError(f"cannot be opened ({explain(error)})", where=scrub(url), fix="check the URL") from None
     if protocol in ("s3", "s3a"):

@@ -6,32 +6,54 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from pipeline.errors import StorageError
+from pipeline.errors import StorageError, StorageFullError
 
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class LocalBackend:
-    """Plain files. fsspec is passed by: its local "create" is a check and then a write, which two racers pass."""
+    """Plain files. fsspec is passed by: its local "create" is a check and then a write, which two racers pass.
+
+    Parameters
+    ----------
+    top: folder below which no symbolic link is followed: nothing that somebody put there leads out of it. (Who can
+        write there at this very moment could still be quicker than the check.)
+    """
 
     far = False
+    _top = ""
+
+    def __init__(self, top: str = "") -> None:
+        self._top = top
 
     def read(self, path: str) -> bytes:
-        with open(path, "rb") as file:
+        self._refuse_links(path)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise StorageError("is no plain file", where=path, fix="remove it")
+        with open(descriptor, "rb") as file:
             return file.read()
 
     def replace(self, path: str, data: bytes, temporary: str, sync: bool) -> None:
-        with _written(temporary, data, sync) as unfinished:
+        self._refuse_links(path, temporary)
+        with _room_for(path, len(data)), _written(temporary, data, sync) as unfinished:
             _make_folder(os.path.dirname(path))
             os.replace(unfinished, path)
         if sync:
             _sync_folder(os.path.dirname(path))
 
+    def upload(self, path: str, size: int) -> None:
+        return None
+
     def create(self, path: str, data: bytes, temporary: str) -> None:
-        with _written(temporary, data, sync=True) as unfinished:
+        self._refuse_links(path, temporary)
+        with _room_for(path, len(data)), _written(temporary, data, sync=True) as unfinished:
             _make_folder(os.path.dirname(path))
             try:
                 os.link(unfinished, path)
@@ -46,26 +68,74 @@ class LocalBackend:
         _sync_folder(os.path.dirname(path))
 
     def list(self, path: str) -> list[str]:
+        self._refuse_links(path)
         return os.listdir(path)
 
     def exists(self, path: str) -> bool:
+        self._refuse_links(path)
         return os.path.exists(path)
 
     def delete(self, path: str) -> None:
+        self._refuse_links(path)
         os.unlink(path)
 
     def delete_folder(self, path: str) -> None:
+        self._refuse_links(path)
         # Late writes of a superseded attempt can put files here meanwhile: they stay, and are harmless.
         shutil.rmtree(path, onerror=_unless_gone_or_refilled)
 
     def sweep(self, temporary: str) -> None:
+        self._refuse_links(temporary)
         with suppress(FileNotFoundError):
             for name in os.listdir(temporary):
                 with suppress(FileNotFoundError):
                     os.unlink(os.path.join(temporary, name))
 
+    def _refuse_links(self, *paths: str) -> None:
+        """Refuse a path that goes through a symbolic link below the top.
+
+        Raises
+        ------
+        StorageError: names the link.
+        """
+        for path in paths if self._top else ():
+            while len(path) > len(self._top):
+                if os.path.islink(path):
+                    raise StorageError(
+                        "is a symbolic link, and none is followed in storage",
+                        where=path,
+                        fix="put the folder itself there, or give the one that it leads to as --storage",
+                    )
+                path = os.path.dirname(path)
+
     def conditional_writes(self, folder: str) -> bool:
         return True
+
+    def renew(self) -> None:
+        return
+
+
+@contextmanager
+def _room_for(path: str, size: int) -> Iterator[None]:
+    """Say what is wrong where a disk or a quota is full: no waiting cures that, but a person may."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        what = "the quota is used up" if error.errno == errno.EDQUOT else "the disk is full"
+        raise StorageFullError(
+            f"{what}: {size:,} bytes are needed, {_free(path):,} are free",
+            where=path,
+            fix="make room there, and run the same command again: it goes on from the last checkpoint",
+        ) from None
+
+
+def _free(path: str) -> int:
+    """Bytes that are free on the disk of a path that may not be there yet."""
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return shutil.disk_usage(path).free
 
 
 @contextmanager

@@ -5,15 +5,68 @@ from __future__ import annotations
 import re
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
+
+from pipeline.storage.faults import longest_request_s
 
 _MEMORY_LOCK = threading.RLock()
 """fsspec's memory file system is a plain dictionary: two threads of one process need a lock."""
 _CONDITIONAL: dict[tuple[str, str], bool] = {}
 """What was found out of each store in this process, by protocol and bucket."""
+S3 = ("s3", "s3a")
+LOCAL = ("file", "local")
+PART_BYTES = 16 * 2**20
+"""Of an upload in parts; files of up to two parts go in one request."""
 _NO_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist|ContainerNotFound")
+
+
+@contextmanager
+def _bucket_needed() -> Iterator[None]:
+    """Around every request: a missing bucket is no missing name, for a person must make it.
+
+    Raises
+    ------
+    ValueError: there is no such bucket.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        if _NO_BUCKET.search(f"{error} {error.__cause__}"):
+            raise ValueError("there is no such bucket") from None
+        raise
+
+
+def _in_time(fs: Any, data: bytes) -> dict[str, float]:
+    """The limit of a request that carries data. The libraries' own timeouts begin once all of it is sent: to a server
+    that accepts a connection and stays silent they never begin (S3's `Expect: 100-continue`)."""
+    return {"timeout": longest_request_s(len(data))} if getattr(fs, "async_impl", False) else {}
+
+
+class S3Upload:
+    """An upload in parts to S3. s3fs has one too, but there a part that fails ends the whole."""
+
+    part_bytes = PART_BYTES
+
+    def __init__(self, fs: Any, path: str) -> None:
+        self._fs = fs
+        bucket, key, _ = fs.split_path(path)
+        self._target = {"Bucket": bucket, "Key": key}
+        self._target["UploadId"] = fs.call_s3("create_multipart_upload", **self._target)["UploadId"]
+
+    def put(self, number: int, data: bytes) -> str:
+        with _bucket_needed():
+            part = {**self._target, "PartNumber": number, "Body": data}
+            return str(self._fs.call_s3("upload_part", **part, **_in_time(self._fs, data))["ETag"])
+
+    def complete(self, tags: Sequence[str]) -> None:
+        parts = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, start=1)]
+        with _bucket_needed():
+            self._fs.call_s3("complete_multipart_upload", **self._target, MultipartUpload={"Parts": parts})
+
+    def abort(self) -> None:
+        self._fs.call_s3("abort_multipart_upload", **self._target)
 
 
 class RemoteBackend:
@@ -28,24 +81,13 @@ class RemoteBackend:
     def __init__(self, fs: Any, protocol: str) -> None:
         self.fs = fs
         self.protocol = protocol
-        self.far = protocol != "memory"
+        self.far = protocol not in ("memory", *LOCAL)
 
     @contextmanager
     def _request(self) -> Iterator[None]:
-        """Around every request: a missing bucket is no missing name, for a person must make it.
-
-        Raises
-        ------
-        ValueError: there is no such bucket.
-        """
         lock: AbstractContextManager[Any] = _MEMORY_LOCK if self.protocol == "memory" else nullcontext()
-        try:
-            with lock:
-                yield
-        except FileNotFoundError as error:
-            if _NO_BUCKET.search(f"{error} {error.__cause__}"):
-                raise ValueError("there is no such bucket") from None
-            raise
+        with lock, _bucket_needed():
+            yield
 
     def read(self, path: str) -> bytes:
         with self._request():
@@ -54,6 +96,12 @@ class RemoteBackend:
     def replace(self, path: str, data: bytes, temporary: str, sync: bool) -> None:
         with self._request():
             self._put(path, data)
+
+    def upload(self, path: str, size: int) -> S3Upload | None:
+        if self.protocol not in S3 or size <= 2 * PART_BYTES:
+            return None
+        with self._request():
+            return S3Upload(self.fs, path)
 
     def create(self, path: str, data: bytes, temporary: str) -> None:
         with self._request():
@@ -88,7 +136,7 @@ class RemoteBackend:
             for file in self.fs.find(path):
                 with suppress(FileNotFoundError):
                     self.fs.rm_file(file)
-            if self.protocol == "memory":  # object stores have no folders to remove
+            if not self.far:  # object stores have no folders to remove
                 with suppress(FileNotFoundError):
                     self.fs.rm(path, recursive=True)
 
@@ -100,6 +148,10 @@ class RemoteBackend:
         if store not in _CONDITIONAL:
             _CONDITIONAL[store] = self._excludes(f"{folder.rstrip('/')}/.probe-{secrets.token_hex(8)}")
         return _CONDITIONAL[store]
+
+    def renew(self) -> None:
+        if self.protocol in S3:  # other libraries renew by themselves
+            self.fs.connect(refresh=True)
 
     def _excludes(self, path: str) -> bool:
         """Create a random key twice; a store that lets the second pass does not exclude."""
@@ -119,13 +171,13 @@ class RemoteBackend:
 
     def _put(self, path: str, data: bytes, **mode: str) -> None:
         try:
-            self.fs.pipe_file(path, data, **mode)
+            self.fs.pipe_file(path, data, **mode, **_in_time(self.fs, data))
         except FileNotFoundError as error:
             if _NO_BUCKET.search(f"{error} {error.__cause__}"):
                 raise
             # File systems with real folders (sftp, smb) want them made first.
             self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             try:
-                self.fs.pipe_file(path, data, **mode)
+                self.fs.pipe_file(path, data, **mode, **_in_time(self.fs, data))
             except FileNotFoundError as again:  # no answer to a write
                 raise ValueError(f"nothing can be written there ({again})") from again

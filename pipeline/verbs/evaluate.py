@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline import loop
-from pipeline.assembly import Prepared, Say, build, eval_loader, prepare, prepare_rows
+from pipeline.assembly import Prepared, Say, build, check_weights, eval_loader, prepare, prepare_rows
 from pipeline.context import Alone
 from pipeline.data.fitted import Fitted
 from pipeline.errors import InputError
@@ -22,9 +22,13 @@ from pipeline.own_code import named_in
 from pipeline.record.checkpoint import find_checkpoint
 from pipeline.record.reads import record_read
 from pipeline.record.run import Run
+from pipeline.redaction import scrub
+from pipeline.storage.filesystems import EXTRAS
 from pipeline.verbs.load import trust_code
 from pipeline.verbs.places import find_run, whole_url
 
+PLAIN_PROTOCOLS = ("file", "local", "memory", "http", "https", "hf", "sftp", "ssh")
+"""Besides those of object stores: protocols by which a stored job may have its data read."""
 SPLITS = ("train", "val", "test")
 
 
@@ -85,14 +89,15 @@ def evaluate(
     saved = find_checkpoint(found, checkpoint)
     job = _stored_job(found, list(set), trust)
     job = job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"limit": None})})
-    fitted = Fitted.from_json(saved.preprocess())
+    fitted, weights = Fitted.from_json(saved.preprocess()), saved.weights()
+    check_weights(job, fitted, weights, saved.url)
     if data is not None:
         split, prepared = "data", prepare_rows(_on_other_data(job, data, fitted), fitted, "data", say)
     else:
         prepared = replace(prepare(job, say=say), fitted=fitted)
         _check_is_the_runs(found, prepared, split)
     built = build(prepared, to_train=False)
-    built.trainee.flat.load(saved.weights())
+    built.trainee.flat.load(weights)
     if split == "test":
         facts = {"checkpoint": saved.name, "step": saved.step, "host": socket.gethostname(), "pid": os.getpid()}
         record_read(found, facts)
@@ -131,6 +136,26 @@ def _on_other_data(job: Job, url: str, fitted: Fitted) -> Job:
     return job.model_copy(update={"data": job.data.model_copy(update=update)})
 
 
+def _check_place(job: Job, stored: Job, where: str) -> None:
+    """Refuse to open data by more than a file system when a stored job asks for it: some of fsspec's protocols start
+    programs, talk to servers in their own language or fill in templates.
+
+    Raises
+    ------
+    InputError: such a URL, that no override replaces.
+    """
+    url = job.data.url
+    if url is None or url != stored.data.url:
+        return
+    protocol, separator, _ = url.partition("://")
+    if "::" in url or (separator and protocol not in (*EXTRAS, *PLAIN_PROTOCOLS)):
+        raise InputError(
+            f"this job would read its data from {scrub(url)}",
+            where=where,
+            fix="--trust (in Python: trust=True) allows it; --set data.url=URL names another",
+        )
+
+
 def _stored_job(run: Run, overrides: list[str], trust: bool) -> Job:
     """The job as stored with the run, with overrides of where and how.
 
@@ -142,6 +167,10 @@ def _stored_job(run: Run, overrides: list[str], trust: bool) -> Job:
     stored = parse_job(run.job_yaml(), where)
     trust_code(run, stored, named_in(stored), trust)
     job = override_job(stored, overrides)
+    if not trust:
+        # What it names is imported from there, and so could be any module that some library looks for in vain.
+        job = job.model_copy(update={"code": None})
+        _check_place(job, stored, where)
     if digest(identity(job, fingerprint="")) != digest(identity(stored, fingerprint="")):
         raise InputError(
             "an override may not change what was trained", where=f"--set {' '.join(overrides)}", fix="train a new run"

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline import own_code
+from pipeline.assembly import check_weights
 from pipeline.data.fitted import Fitted
 from pipeline.device import Arithmetic, choose
 from pipeline.errors import InputError
 from pipeline.job import Job, OwnModel
 from pipeline.job_file import parse_job
+from pipeline.learn.flat import take_weights
 from pipeline.learn.models import build_model
 from pipeline.predictor import Predictor
 from pipeline.record.checkpoint import find_checkpoint
@@ -40,9 +42,10 @@ def load(model: str, *, storage: str | None = None, device: str = "cpu", trust: 
     saved = find_checkpoint(run, which)
     fitted, place = Fitted.from_json(saved.preprocess()), choose(device)
     preprocess = fitted.preprocess
-    net = build_model(job, preprocess.output_shape, fitted.outputs, 0, preprocess.code_sizes)
     weights = saved.weights()
-    net.load_state_dict(weights)
+    check_weights(job, fitted, weights, saved.url)
+    net = build_model(job, preprocess.output_shape, fitted.outputs, 0, preprocess.code_sizes)
+    take_weights(net, weights)
     net.to(place, Arithmetic.of(job.train.precision, place).dtype)
     return Predictor(net, fitted, job, run.name, saved.step)
 

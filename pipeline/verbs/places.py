@@ -6,13 +6,14 @@ import os
 
 from pipeline.job import Job
 from pipeline.record.run import Run, open_run
+from pipeline.redaction import is_looked_up, looked_up
 
 DEFAULT_STORAGE = "./runs"
 
 
 def storage_url(flag: str | None, job_storage: str | None = None) -> str:
-    """The flag, else TRAINYARD_STORAGE, else the job's `storage`, else ./runs."""
-    return flag or os.environ.get("TRAINYARD_STORAGE") or job_storage or DEFAULT_STORAGE
+    """The flag, else TRAINYARD_STORAGE, else the job's `storage`, else ./runs; `env:NAME` looked up."""
+    return looked_up(flag or os.environ.get("TRAINYARD_STORAGE") or job_storage or DEFAULT_STORAGE, "storage")
 
 
 def with_whole_url(job: Job) -> Job:
@@ -23,8 +24,8 @@ def with_whole_url(job: Job) -> Job:
 
 
 def whole_url(url: str) -> str:
-    """A local path from the root; any other URL as it is."""
-    return url if "://" in url else os.path.abspath(os.path.expanduser(url))
+    """A local path from the root; any other URL, and `env:NAME`, as it is."""
+    return url if "://" in url or is_looked_up(url) else os.path.abspath(os.path.expanduser(url))
 
 
 def find_run(run: str, flag: str | None = None) -> Run:

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from pipeline.errors import StorageError
 from pipeline.record.run import Run, list_runs
 from pipeline.record.standing import Standing, standing
 from pipeline.storage import Storage
 from pipeline.verbs.places import find_run, storage_url
 
 
-def runs(storage: str | None = None) -> tuple[str, list[Standing]]:
-    """The storage's URL and the standing of each run in it, by name."""
+def runs(storage: str | None = None) -> tuple[str, list[Standing], dict[str, str]]:
+    """The storage's URL, the standing of each run in it by name, and what is wrong with those that cannot be read."""
     root = Storage.open(storage_url(storage))
-    return root.url, [standing(Run(root, name)) for name in list_runs(root)]
+    found, unreadable = [], {}
+    for name in list_runs(root):
+        try:
+            found.append(standing(Run(root, name)))
+        except StorageError as error:
+            unreadable[name] = f"{error.where}: {error.what}"
+    return root.url, found, unreadable
 
 
 def show(run: str, storage: str | None = None) -> Standing:
-    """The standing of one run.
+    """The standing of one run, and what of its directory is missing or damaged.
 
     Raises
     ------
-    InputError: there is no such run.
+    InputError: there is no such run, or its journal or `job.yaml` cannot be read.
     """
-    return standing(find_run(run, storage))
+    found = find_run(run, storage)
+    how = standing(found)
+    if how.checkpoint is None:  # nothing was promised yet
+        return how
+    from pipeline.record.soundness import damage  # pyarrow: half a second that `runs` does not need
+
+    return replace(how, damaged=tuple(damage(found)))

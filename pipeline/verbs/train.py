@@ -6,6 +6,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ from pipeline.assembly import Prepared, build, prepare
 from pipeline.context import Alone, StopSignals, Tell
 from pipeline.data.split import splits_table
 from pipeline.errors import BusyError, InputError, TrainyardError
+from pipeline.followers.attached import AttachedFollowers
 from pipeline.job import IN_PLACE_WORKERS, Job, digest, identity, plain_name
-from pipeline.job_file import dump_job, load_job, parse_job
+from pipeline.job_file import dump_job, load_job, parse_job, refuse_secrets
 from pipeline.own_code import packed, sources
 from pipeline.record.attempt import peek
 from pipeline.record.columns import Columns
+from pipeline.record.journal import Journal
 from pipeline.record.run import Run
+from pipeline.record.soundness import has_end
 from pipeline.record.standing import Standing, standing
-from pipeline.storage import Storage
+from pipeline.storage import Storage, handed
 from pipeline.verbs.places import storage_url, with_whole_url
 from pipeline.worker import Order, say_for_the_dead, work
 
@@ -58,6 +62,8 @@ def train(
     """
     if not isinstance(job, Job):
         job = load_job(job, _words(set) if isinstance(set, Mapping) else set)
+    else:
+        refuse_secrets(job, "job")
     job = with_whole_url(job)
     root = storage_url(storage, job.storage)
     prepared = prepare(job, max_steps, storage_url=root, say=lambda text: tell({"kind": "phase", "text": text}))
@@ -67,38 +73,40 @@ def train(
     misfits = [f"not taken from {begun}: {text}" for text in built.misfits]
     for text in (*prepared.warnings, *misfits):
         tell({"kind": "warning", "text": text})
-    run = _find_or_birth(prepared, name, root, max_steps, tell)
+    birth = _Birth.of(prepared, name, root, max_steps)
+    run, driver = birth.run, uuid.uuid4().hex
     order = Order(
         job=job,
-        storage_url=run.root_url,
+        storage_url=run.open_url,
         run_name=run.name,
-        driver=uuid.uuid4().hex,
+        driver=driver,
         max_steps=max_steps,
         code_folder=os.getcwd(),
+        environment=handed.handed(),
     )
-    state = peek(run, order.driver)
-    if state == "finished" and run.has_result():
+    state = peek(run, driver)
+    if state == "finished" or state == "busy":
+        birth.find_or_make(tell)
+    if state == "finished" and has_end(run):
         tell({"kind": "message", "text": "already finished: nothing to do"})
         return standing(run)
     if state == "busy":
         raise BusyError("another process is writing this run", where=run.url, fix="`trainyard show` says how it stands")
-    with StopSignals() as signals:
+    with StopSignals() as signals, AttachedFollowers(run, job.follow, tell) as followers:
         if here or state == "finished":
+            birth.find_or_make(tell)
+            followers.start()
             work(order, Alone(tell, signals), prepared)
         else:
             from pipeline.cluster.driver import train_on_workers
 
+            def ready() -> tuple[Order, Journal]:
+                birth.find_or_make(tell)
+                followers.start()
+                return order, run.journal
+
             try:
-                train_on_workers(
-                    order,
-                    job.scale,
-                    tell,
-                    signals,
-                    dead_attempt=run.journal.latest_attempt_of,
-                    highest_step=run.journal.highest_step,
-                    address=address,
-                    verbose=verbose,
-                )
+                train_on_workers(ready, job.scale, tell, signals, storage_url=root, address=address, verbose=verbose)
             except TrainyardError as error:
                 say_for_the_dead(run, order, error)
                 raise
@@ -110,54 +118,83 @@ def _words(overrides: Mapping[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
 
 
-def _find_or_birth(prepared: Prepared, name: str | None, root: str, max_steps: int | None, tell: Tell) -> Run:
-    """The run of this job: made now, or found with the same identity.
+@dataclass
+class _Birth:
+    """A run that is to be found with the same identity, or made."""
 
-    Raises
-    ------
-    InputError: a run of that name with another identity; says what differs.
-    """
-    job, plan = prepared.job, prepared.plan
-    start = prepared.start.digest if prepared.start is not None else None
-    own = identity(job, fingerprint=prepared.source.fingerprint, start=start, max_steps=max_steps)
-    own_digest = digest(own)
-    try:
-        run_name = plain_name(name) if name else f"{job.name}-{own_digest[:8]}"
-    except ValueError as error:
-        raise InputError(str(error), where="--name") from None
-    run = Run(Storage.open(root), run_name)
-    code = sources(job)
-    facts = {
-        "identity": own_digest,
-        "fingerprint": prepared.source.fingerprint,
-        "start": start,
-        "max_steps": max_steps,
-        "total_steps": plan.last_step,
-        "steps_per_epoch": plan.steps_per_epoch,
-        "cell_steps": plan.cell_steps,
-        "columns": Columns.of_job(job).to_json(),
-    }
-    if run.birth(dump_job(job), facts):
-        run.write_splits(splits_table(prepared.splits))
-        if code:
+    run: Run
+    prepared: Prepared
+    own: dict[str, Any]
+    """Its identity."""
+    max_steps: int | None
+    told: bool = False
+
+    @classmethod
+    def of(cls, prepared: Prepared, name: str | None, root: str, max_steps: int | None) -> _Birth:
+        """The run of this job; nothing is written.
+
+        Raises
+        ------
+        InputError: a name that no run can have.
+        """
+        own = identity(
+            prepared.job,
+            fingerprint=prepared.source.fingerprint,
+            start=_digest_of_start(prepared),
+            max_steps=max_steps,
+        )
+        try:
+            run_name = plain_name(name) if name else f"{prepared.job.name}-{digest(own)[:8]}"
+        except ValueError as error:
+            raise InputError(str(error), where="--name") from None
+        return cls(Run(Storage.open(root), run_name), prepared, own, max_steps)
+
+    def find_or_make(self, tell: Tell) -> None:
+        """Have the run there, all that belongs to its birth included.
+
+        Raises
+        ------
+        InputError: a run of that name with another identity; says what differs.
+        """
+        run, job, plan = self.run, self.prepared.job, self.prepared.plan
+        code = sources(job)
+        facts = {
+            "identity": digest(self.own),
+            "fingerprint": self.prepared.source.fingerprint,
+            "start": _digest_of_start(self.prepared),
+            "max_steps": self.max_steps,
+            "total_steps": plan.last_step,
+            "steps_per_epoch": plan.steps_per_epoch,
+            "cell_steps": plan.cell_steps,
+            "columns": Columns.of_job(job).to_json(),
+        }
+        is_new = run.birth(dump_job(job), facts)
+        there = facts if is_new else run.facts()
+        if there["identity"] != facts["identity"]:
+            self._refuse(there)
+        splits = splits_table(self.prepared.splits)
+        if is_new or not run.has_splits(splits):  # a kill right after the birth, or damage
+            run.write_splits(splits)
+        if code and (is_new or not run.has_code()):
             run.write_code(packed(code))
-        tell({"kind": "run", "run": run.name, "url": run.url, "text": "new run"})
-        return run
-    there = run.facts()
-    if there["identity"] == own_digest:
-        if not run.has_splits():  # a kill right after the birth
-            run.write_splits(splits_table(prepared.splits))
-        if code and not run.has_code():
-            run.write_code(packed(code))
-        tell({"kind": "run", "run": run.name, "url": run.url, "text": "found"})
-        return run
-    stored = parse_job(run.job_yaml(), f"{run.url}/job.yaml")
-    theirs = identity(stored, fingerprint=there["fingerprint"], start=there.get("start"), max_steps=there["max_steps"])
-    raise InputError(
-        "a run of this name has another job:\n    " + "\n    ".join(differences(theirs, own)),
-        where=run.url,
-        fix="choose another --name, or leave it out",
-    )
+        if not self.told:
+            self.told = True
+            tell({"kind": "run", "run": run.name, "url": run.url, "text": "new run" if is_new else "found"})
+
+    def _refuse(self, there: dict[str, Any]) -> None:
+        stored = parse_job(self.run.job_yaml(), f"{self.run.url}/job.yaml")
+        theirs = identity(
+            stored, fingerprint=there["fingerprint"], start=there.get("start"), max_steps=there["max_steps"]
+        )
+        raise InputError(
+            "a run of this name has another job:\n    " + "\n    ".join(differences(theirs, self.own)),
+            where=self.run.url,
+            fix="choose another --name, or leave it out",
+        )
+
+
+def _digest_of_start(prepared: Prepared) -> str | None:
+    return prepared.start.digest if prepared.start is not None else None
 
 
 def differences(theirs: Any, ours: Any, path: str = "") -> list[str]:

@@ -159,3 +159,29 @@ def test_best_is_the_earliest_of_the_lowest_and_patience_stops(trainyard: Trainy
     best = max(trained, key=lambda row: (row["accuracy"], -row["step"]))
     assert found["best"]["step"] == best["step"]
     assert found["step"] == found["best"]["step"] + 12 < 1600
+
+
+HUNGRY = """
+import torch
+
+class Hungry(torch.nn.Module):
+    def __init__(self, input_shape, outputs):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, outputs)
+
+    def forward(self, inputs):
+        if self.training:
+            torch.empty(1 << 50)
+        return self.layer(inputs)
+"""
+
+
+def test_memory_that_runs_out_names_what_to_lower(trainyard: Trainyard, tmp_path: Path) -> None:
+    (tmp_path / "hungry_model.py").write_text(HUNGRY)
+    job = write_job(tmp_path, model={"kind": "hungry_model:Hungry"}, code=".")
+    ended = trainyard("train", job)
+    assert ended.code == 1
+    assert "train.batch_size: 100: out of memory on cpu, with pieces of 100 samples" in ended.err
+    assert "train.micro_batch: 50" in ended.err
+    assert "Traceback" not in ended.err
+    assert "failed" in trainyard("runs").out

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 
+from tests.cluster.jobs_cluster import JobsCluster, started
+
 CPUS = 3
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Any]:
     """Ray, connected to a cluster of this machine with `CPUS` processors."""
-    from pipeline.cluster.driver import RAY_ENVIRONMENT
+    from pipeline.cluster.connection import RAY_ENVIRONMENT
 
     environment = {**RAY_ENVIRONMENT, "RAY_metrics_report_interval_ms": "300"}
     before = {name: os.environ.get(name) for name in environment}
@@ -30,3 +32,10 @@ def cluster() -> Iterator[Any]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
+
+
+@pytest.fixture(scope="session")
+def jobs_cluster() -> Iterator[JobsCluster]:
+    """Another cluster, with a dashboard and token authentication; nothing here is connected to it."""
+    with started() as found:
+        yield found

@@ -15,12 +15,14 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.errors import InputError, JobError, NotFiniteError, WorkerLostError
+from pipeline.cluster.gauges import COUNTERS, GAUGES
+from pipeline.errors import InputError, JobError, NotFiniteError, OutOfMemoryError, RepeatedFailureError
 from pipeline.record.standing import Standing
 from pipeline.verbs.show import show
 from pipeline.verbs.train import train
@@ -41,12 +43,13 @@ import torch
 
 
 class Slow(torch.nn.Module):
-    '''Waits a little in each step, so that there is time to kill it; `trouble_on_rank` raises there from step 50 on.'''
+    '''Waits a little in each step, so that there is time to kill it; `trouble_on_rank` raises there from step 50 on, or
+    asks for more memory than there is.'''
 
-    def __init__(self, pause_s=0.0, trouble_on_rank=None):
+    def __init__(self, pause_s=0.0, trouble_on_rank=None, is_hungry=False):
         super().__init__()
         self.layers = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
-        self.pause_s, self.trouble_on_rank, self.calls = pause_s, trouble_on_rank, 0
+        self.pause_s, self.trouble_on_rank, self.is_hungry, self.calls = pause_s, trouble_on_rank, is_hungry, 0
 
     def forward(self, inputs):
         if self.training:
@@ -54,6 +57,8 @@ class Slow(torch.nn.Module):
             self.calls += 1
             in_trouble = self.trouble_on_rank is not None and self.trouble_on_rank == torch.distributed.get_rank()
             if in_trouble and self.calls > 50:
+                if self.is_hungry:
+                    torch.empty(1 << 50)
                 raise RuntimeError("no such luck")
         return self.layers(inputs)
 
@@ -151,10 +156,15 @@ class Scrape(threading.Thread):
             except OSError:
                 continue
 
-    def values(self, run: str, name: str, split: str, rank: int) -> set[float]:
+    def values(self, run: str, name: str, split: str = "", rank: int = 0) -> list[float]:
+        """In the order of their appearance."""
         lines = [line for line in self.text.splitlines() if line.startswith(f"ray_{name}{{") and f'run="{run}"' in line]
         own = [line for line in lines if f'split="{split}"' in line and f'rank="{rank}"' in line]
-        return {float(line.rpartition(" ")[2]) for line in own}
+        return [float(line.rpartition(" ")[2]) for line in own]
+
+    def names(self, run: str) -> set[str]:
+        """Of all metrics that tell of a run."""
+        return {line.partition("{")[0] for line in self.text.splitlines() if f'run="{run}"' in line}
 
 
 def test_two_workers_give_the_curve_of_one_process_and_show_it_on_the_head(cluster: Any, folder: Path) -> None:
@@ -188,9 +198,21 @@ def test_two_workers_give_the_curve_of_one_process_and_show_it_on_the_head(clust
     assert 286 >= max(scrape.values(two.name, "trainyard_step", "train_steps", rank=0)) > 50
     assert max(scrape.values(two.name, "trainyard_epoch", "train_steps", rank=0)) > 2
     assert max(scrape.values(two.name, "trainyard_samples_per_second", "train_steps", rank=0)) > 0
+    assert max(scrape.values(two.name, "trainyard_step", "train_steps", rank=1)) > 50
+    assert set(scrape.values(two.name, "trainyard_learning_rate", "train_steps")) <= {0.3, 0.1}
+    assert 0.5 < max(scrape.values(two.name, "trainyard_accuracy", "val")) <= 1
+    assert 800 < max(scrape.values(two.name, "trainyard_samples_total")) <= 8800
+    assert 1 <= max(scrape.values(two.name, "trainyard_commits_total")) <= commits(folder / "untouched-2")
+    assert 0 < max(scrape.values(two.name, "trainyard_upload_seconds")) < 60
+    assert set(scrape.values(two.name, "trainyard_restarts")) == {0}
+    ages = scrape.values(two.name, "trainyard_checkpoint_age_seconds")
+    assert any(0 < before < after for before, after in pairwise(ages)), "it grows between commits"
+    assert scrape.names(two.name) == {f"ray_{name}" for name in (*GAUGES, *(f"{name}_total" for name in COUNTERS))}
 
 
-@pytest.mark.parametrize(("workers", "victim"), [(2, "rank 0"), (3, "another")])
+@pytest.mark.parametrize(
+    ("workers", "victim"), [(2, "rank 0"), pytest.param(3, "another", marks=pytest.mark.slow, id="3-another")]
+)
 def test_a_killed_worker_is_made_good_to_the_bit(
     cluster: Any, folder: Path, untouched: Callable[[int], Path], workers: int, victim: str
 ) -> None:
@@ -285,21 +307,67 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once_and_says_where(cluster: 
     assert leave["row"]["step"] >= 1
 
 
-def test_an_error_of_the_users_own_is_tried_again_as_often_as_said_and_then_shown(cluster: Any, folder: Path) -> None:
+def test_an_error_of_the_users_own_is_tried_again_and_the_same_at_the_same_step_is_shown_whole(
+    cluster: Any, folder: Path
+) -> None:
     """Fits: 2."""
     storage, seen = folder / "trouble", list[Mapping[str, Any]]()
-    settings = {"model.args.trouble_on_rank": 1, "scale.retries": 1, "checkpoint.every_steps": 500}
-    with pytest.raises(WorkerLostError, match="RuntimeError: no such luck") as raised:
+    settings = {"model.args.trouble_on_rank": 1, "checkpoint.every_steps": 500}
+    with pytest.raises(RepeatedFailureError, match="worker 1 failed at step 51: RuntimeError: no such luck") as raised:
         train("job.yaml", set=settings, storage=str(storage), tell=seen.append)
     assert raised.value.exit_code == 1
+    assert 'raise RuntimeError("no such luck")' in str(raised.value), "the failing rank's own traceback"
+    assert "PeerLost" not in str(raised.value)
     (run,) = journals(storage)
     assert len(claims(run)) == 2 + 1  # the last one only says why
     found = show(str(run))
     assert (found.status, found.step) == ("failed", 0)
     assert found.error is not None
-    assert "no such luck" in found.error["message"]
+    assert found.error["message"].startswith("worker 1 failed at step 51: RuntimeError: no such luck")
     warnings = [str(event["text"]) for event in seen if event["kind"] == "warning"]
-    assert any("no such luck" in text and "1 of 1" in text for text in warnings)
+    assert any("worker 1 failed at step 51" in text and "1 of 3" in text for text in warnings)
+
+
+@pytest.mark.slow
+def test_a_batch_that_does_not_fit_into_memory_is_not_tried_again(cluster: Any, folder: Path) -> None:
+    """Fits: 1. On one rank alone."""
+    storage = folder / "hungry"
+    settings = {"model.args.trouble_on_rank": 1, "model.args.is_hungry": True}
+    with pytest.raises(OutOfMemoryError, match="out of memory on cpu of rank 1") as raised:
+        train("job.yaml", set=settings, storage=str(storage))
+    assert "train.micro_batch: 8" in raised.value.fix
+    (run,) = journals(storage)
+    found = show(str(run))
+    assert found.status == "failed"
+    assert found.step <= 50
+    assert found.error is not None
+    assert found.error["type"] == "OutOfMemoryError"
+    assert {entry["attempt"] for entry in entries(run) if entry["kind"] == "commit"} == {1}
+
+
+def test_a_notice_to_one_worker_has_all_save_at_one_step_and_start_again(
+    cluster: Any, folder: Path, untouched: Callable[[int], Path]
+) -> None:
+    """Fits: 2. SIGTERM, as a pod or a machine that is about to go sends it."""
+    storage, seen = folder / "noticed", list[Mapping[str, Any]]()
+
+    def notice() -> None:
+        wait_for(lambda: commits(storage), 240, "a checkpoint")
+        rank_0 = claims(journals(storage)[0])[0]["facts"]["pid"]
+        os.kill(min(processes_of(cluster, "RayTrainWorker") - {rank_0}), signal.SIGTERM)
+
+    thread = threading.Thread(target=notice)
+    thread.start()
+    outcome = train_here(storage, 2, seen.append)
+    thread.join()
+    run = Path(outcome.url)
+    *_, commit, leave = [entry for entry in entries(run) if entry["attempt"] == 1]
+    assert (commit["kind"], leave["kind"], leave["status"]) == ("commit", "leave", "interrupted")
+    assert commit["step"] == leave["step"], "no step since the notice is lost"
+    starts = [event["step"] for event in seen if event["kind"] == "start"]
+    assert starts == [0, commit["step"]]
+    assert any("and saved; starting again" in str(event["text"]) for event in seen if event["kind"] == "warning")
+    assert evidence(run) == evidence(untouched(2))
 
 
 def test_an_input_error_on_a_worker_is_one_for_the_user(cluster: Any, folder: Path) -> None:
@@ -311,6 +379,7 @@ def test_an_input_error_on_a_worker_is_one_for_the_user(cluster: Any, folder: Pa
 
 
 def test_more_workers_than_the_cluster_holds_are_refused_at_once(cluster: Any, folder: Path) -> None:
-    with pytest.raises(InputError, match=r"4 workers of 1 CPU do not fit: the cluster has 3 CPU") as raised:
+    with pytest.raises(InputError, match=r"4 workers of 1 CPU each do not fit: the cluster has 3 CPU") as raised:
         train_here(folder / "too-many", 4)
     assert raised.value.exit_code == 2
+    assert not (folder / "too-many").exists(), "nothing is left behind"

@@ -339,6 +339,9 @@ batches = iter(endless(processes=1))
 next(batches)
 for number in (signal.SIGINT, signal.SIGTERM):
     os.killpg(0, number)
+import multiprocessing, subprocess
+child = multiprocessing.active_children()[0].pid
+subprocess.run(["kill", str(child)], check=True)  # as Ray sends it to each process of a job that is stopped
 for _ in range(30_000):  # more than was fetched ahead
     last = next(batches)
 print(last.step)

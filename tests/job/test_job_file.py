@@ -353,7 +353,7 @@ phases = st.builds(
 )  # fmt: skip
 models = st.one_of(
     st.fixed_dictionaries({"hidden": st.lists(positive, max_size=3), "activation": st.sampled_from(["relu", "elu"])}),
-    st.fixed_dictionaries({"hidden": st.just("doubling"), "layers": positive}),
+    st.fixed_dictionaries({"hidden": st.just("doubling"), "layers": st.integers(1, 64)}),
     st.fixed_dictionaries({"kind": st.just("cnn"), "hidden": st.lists(positive), "batch_norm": st.booleans()}),
     st.fixed_dictionaries({"kind": st.just("a.b:C"), "args": st.dictionaries(plain_text | some_words, plain)}),
 )

@@ -116,6 +116,9 @@ class Requests:
     def replace(self, path: str, data: bytes, temporary: str, sync: bool) -> None:
         self._ask(lambda: self.store.put(path, data), writes=True, what=f"replace {path}")
 
+    def upload(self, path: str, size: int) -> None:
+        return None
+
     def create(self, path: str, data: bytes, temporary: str) -> None:
         self._ask(lambda: self.store.put_new(path, data), writes=True, what=f"create {path}")
 
@@ -139,6 +142,9 @@ class Requests:
 
     def conditional_writes(self, folder: str) -> bool:
         return True
+
+    def renew(self) -> None:
+        return
 
 
 def open_run(store: Store, life: Life | None = None) -> Run:

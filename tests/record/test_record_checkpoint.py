@@ -19,14 +19,15 @@ from pipeline.record.saving import delete_checkpoint, encode_state, encode_weigh
 from tests.record.record_parts import block, born, snapshot
 
 NAME = "step-000000010-a0001"
-FACTS = {"step": 10, "epoch": 1, "end": False, "position": {"x": [1, 2.5]}, "metrics": {"val/loss": 0.1}, "best": None}
+FACTS = {"step": 10, "epoch": 1, "end": False, "position": {"x": [1, 2.5]}, "metrics": {"val/loss": 0.1}}
+FACTS |= {"best": None, "first_cell": 3}
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     made = born(str(tmp_path))
     files = {"a.bin": b"content", "b.bin": b""}
-    write_checkpoint(made.storage, NAME, files, {**FACTS, "first_cell": 3})
+    write_checkpoint(made.storage, NAME, files, FACTS)
     return made
 
 
@@ -54,9 +55,9 @@ def test_what_was_written_is_read(run: Run) -> None:
         ("a.bin", None, "missing"),
         ("b.bin", b"x", "1 bytes instead of 0"),
         ("manifest.json", None, "no manifest"),
-        ("manifest.json", b"{", "not JSON"),
-        ("manifest.json", b"\xff", "not JSON"),
-        ("manifest.json", b"[]", "altered"),
+        ("manifest.json", b"{", "manifest is damaged"),
+        ("manifest.json", b"\xff", "manifest is damaged"),
+        ("manifest.json", b"[]", "manifest is damaged"),
         ("manifest.json", b"{}", "altered"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from datetime import UTC
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -11,9 +12,10 @@ import pytest
 from hypothesis import given
 
 from pipeline.errors import StorageError
+from pipeline.record.decisions import checkpoint_name
 from pipeline.record.entries import BestSoFar, Claim, Commit, Entry, Leave, parse_entry
 from pipeline.record.journal import Journal
-from pipeline.record.values import from_json, to_json
+from pipeline.record.values import from_json, sealed, to_json, unsealed
 from pipeline.storage import Storage
 from tests.record.record_parts import born
 
@@ -28,14 +30,15 @@ print("ready", flush=True)
 sys.stdin.readline()
 while len(journal.read()) < count:
     number = len(journal.read()) + 1
-    if journal.append(Leave(number=number, nonce=own, time="", attempt=1, status="failed", step=0)):
+    if journal.append(Leave(number=number, nonce=own, time="2026-11-21T08:00Z", attempt=1, status="failed", step=0)):
         won.append(number)
 print(*won)
 """
 
 
 def claim(number: int, nonce: str = "a") -> Claim:
-    return Claim(number=number, nonce=nonce, time="2026", attempt=1, driver="d", facts={"host": "h", "pid": 1})
+    time = "2026-11-21T08:00:00+00:00"
+    return Claim(number=number, nonce=nonce, time=time, attempt=1, driver="d", facts={"host": "h", "pid": 1})
 
 
 def test_entries_are_read_up_to_the_first_absent_number(tmp_path: Path) -> None:
@@ -45,10 +48,21 @@ def test_entries_are_read_up_to_the_first_absent_number(tmp_path: Path) -> None:
     assert journal.append(claim(1))
     assert journal.append(claim(2))
     assert Journal(storage).read() == journal.read() == (claim(1), claim(2))
-    storage.replace("journal/00000004.json", claim(4).to_json().encode())
-    assert Journal(storage).read() == (claim(1), claim(2)), "whatever a listing says"
+    (tmp_path / "journal" / "note.txt").write_text("")
+    assert Journal(storage).read() == (claim(1), claim(2))
     assert journal.append(claim(3))
-    assert len(journal.read()) == 4
+    assert len(journal.read()) == 3
+
+
+@pytest.mark.parametrize("gone", [1, 2])
+def test_an_entry_that_was_deleted_is_missed(tmp_path: Path, gone: int) -> None:
+    journal = Journal(Storage.open(str(tmp_path)))
+    for number in (1, 2, 3):
+        journal.append(claim(number))
+    (tmp_path / "journal" / f"{gone:08d}.json").unlink()
+    with pytest.raises(StorageError, match="is missing, though") as caught:
+        Journal(Storage.open(str(tmp_path))).read()
+    assert caught.value.where.endswith(f"{gone:08d}.json")
 
 
 def test_a_number_is_taken_once(tmp_path: Path) -> None:
@@ -121,19 +135,22 @@ plain = st.recursive(
     max_leaves=6,
 )
 facts = st.dictionaries(words, plain, max_size=3)
-common = {"number": st.integers(1, 99), "nonce": words, "time": words, "attempt": st.integers(1, 99)}
+times = st.datetimes(timezones=st.just(UTC)).map(lambda at: at.isoformat(timespec="microseconds"))
+common = {"number": st.integers(1, 99), "nonce": words, "time": times, "attempt": st.integers(1, 99)}
 finite = st.floats(allow_nan=False, allow_infinity=False)
-bests = st.none() | st.builds(BestSoFar, metric=words, step=st.integers(0), value=finite, checkpoint=words)
+names = st.builds(checkpoint_name, st.integers(0, 10**10), st.integers(1, 10**5))
+bests = st.none() | st.builds(BestSoFar, metric=words, step=st.integers(0), value=finite, checkpoint=names)
+errors = st.fixed_dictionaries({"type": words, "message": words})
 entries_of_any_kind = (
-    st.builds(Claim, **common, driver=words, boot=words, lock=words, interval_s=finite, facts=facts)
+    st.builds(Claim, **common, driver=words, boot=words, lock=words, interval_s=st.floats(0.1, 86400), facts=facts)
     | st.builds(
         Commit,
         **common,
-        checkpoint=words,
+        checkpoint=names,
         step=st.integers(0),
         epoch=st.integers(0),
         end=st.booleans(),
-        kept=st.lists(st.tuples(words, st.none() | words), max_size=3).map(tuple),
+        kept=st.lists(st.tuples(names, st.none() | names), max_size=3).map(tuple),
         best=bests,
         metrics=st.dictionaries(words, finite, max_size=2),
         patience=st.none() | st.integers(0),
@@ -143,7 +160,7 @@ entries_of_any_kind = (
         **common,
         status=st.sampled_from(["interrupted", "failed"]),
         step=st.integers(0),
-        error=st.none() | facts,
+        error=st.none() | errors,
         row=st.none() | facts,
     )
 )
@@ -155,7 +172,7 @@ def test_every_entry_can_be_read_back(entry: Entry) -> None:
 
 
 def test_later_versions_may_add_fields() -> None:
-    tree = {**from_json(claim(1).to_json()), "mood": "good"}
+    tree = sealed({**unsealed(from_json(claim(1).to_json())), "mood": "good"})
     assert parse_entry(tree, 1) == claim(1)
 
 

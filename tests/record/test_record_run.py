@@ -37,9 +37,10 @@ def test_a_run_is_born_once(tmp_path: Path) -> None:
 def test_a_job_file_that_someone_edited_is_refused(tmp_path: Path) -> None:
     run = born(str(tmp_path))
     path = tmp_path / "run" / "job.yaml"
-    for text in ("name: run\n", "# trainyard: {}\nname: run\n", "# trainyard: {"):
+    born_text = path.read_text()
+    for text in ("name: run\n", "# trainyard: {}\nname: run\n", "# trainyard: {", born_text + "seed: 2\n"):
         path.write_text(text)
-        with pytest.raises(StorageError, match="first line"):
+        with pytest.raises(StorageError, match="not as Trainyard stored it"):
             Run(Storage.open(str(tmp_path)), run.name).facts()
 
 

@@ -1,4 +1,4 @@
-"""One suite for every kind of storage: files of this machine, memory://, and S3."""
+"""One suite for every kind of storage: files of this machine, memory://, S3, and S3 on a bad day."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import pytest
 
 from pipeline.errors import StorageError
 from pipeline.storage import Storage
+from pipeline.testing import faults
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
+@pytest.fixture(params=["local", "memory", "s3", "faulty"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
     if request.param == "local":
         yield Storage.open(str(tmp_path / "runs"))
@@ -22,8 +23,11 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]
         opened = Storage.open(f"memory://{uuid.uuid4().hex}/runs")
         yield opened
         opened.delete_folder("run")
-    else:
+    elif request.param == "s3":
         yield Storage.open(request.getfixturevalue("s3_url"))
+    else:
+        with faults("seed=4 error=0.02 lost=0.02 slow_down=0.002 truncated=0.01"):
+            yield Storage.open(request.getfixturevalue("s3_url").replace("s3://", "faulty://s3/"))
 
 
 def test_what_was_put_is_read(storage: Storage) -> None:

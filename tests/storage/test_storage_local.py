@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,78 +10,6 @@ import pytest
 
 from pipeline.errors import StorageError
 from pipeline.storage import Storage
-
-RACER = """
-import sys, time
-from pipeline.storage import Storage
-storage, own, rounds = Storage.open(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-print("ready", flush=True)
-sys.stdin.readline()
-won = [number for number in range(rounds) if storage.create(f"journal/{number}", own.encode() * 400)]
-print(*won)
-"""
-
-WRITER = """
-import itertools, sys
-from pipeline.storage import Storage
-storage = Storage.open(sys.argv[1])
-print("ready", flush=True)
-for number in itertools.count():
-    own = bytes([number % 251]) * 300_000
-    storage.replace("run/replaced", own)
-    storage.create(f"run/created-{number}", own)
-"""
-
-
-def _start(code: str, *words: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
-
-
-def test_processes_that_race_for_names_each_win_their_own(tmp_path: Path) -> None:
-    rounds = 1500
-    racers = [_start(RACER, str(tmp_path), own, str(rounds)) for own in ("a", "b")]
-    won: list[set[int]] = []
-    for racer in racers:
-        assert racer.stdin is not None
-        racer.stdin.write("go\n")
-        racer.stdin.flush()
-    for racer in racers:
-        output, _ = racer.communicate(timeout=120)
-        won.append({int(word) for word in output.split()})
-    assert won[0] | won[1] == set(range(rounds))
-    assert not won[0] & won[1]
-    assert won[0], "both took part, or nothing was raced for"
-    assert won[1], "both took part, or nothing was raced for"
-    storage = Storage.open(str(tmp_path))
-    for number in range(rounds):
-        own = b"a" if number in won[0] else b"b"
-        assert storage.read(f"journal/{number}") == own * 400
-
-
-def test_a_kill_at_any_moment_leaves_whole_files(tmp_path: Path) -> None:
-    storage = Storage.open(str(tmp_path))
-    for life in range(12):
-        writer = _start(WRITER, str(tmp_path))
-        time.sleep(0.004 * life)
-        writer.send_signal(signal.SIGKILL)
-        writer.wait()
-        assert writer.stdout is not None
-        assert writer.stdin is not None
-        writer.stdout.close()
-        writer.stdin.close()
-        for name in storage.list("run"):
-            data = storage.read(f"run/{name}")
-            assert len(data) == 300_000
-            assert data.count(data[0]) == len(data), f"{name} is torn"
-    assert storage.list("run"), "nothing was written before a kill"
-    assert ".tmp" not in storage.list()
-    storage.sweep()
-    assert list((tmp_path / ".tmp").iterdir()) == []
 
 
 def test_unfinished_files_lie_in_the_runs_own_folder(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -21,6 +22,9 @@ WHITE = 255.0
 """What uint8 images are divided by, so that they lie in [0, 1]."""
 
 WHERE = "data.normalize"
+
+MOST_NUMBERS = 2**28
+"""Of a sample, as stored: more would be damage."""
 
 Kind = Literal["none", "unit", "scaled"]
 Prepare = Callable[[Tensor], Tensor]
@@ -122,7 +126,13 @@ class SamplePreprocess:
             mean, std = (tuple(float(value) for value in values[name]) for name in ("mean", "std"))
             if kind not in ("none", "unit", "scaled"):
                 raise ValueError(f"kind {kind!r}")
-        return cls(cast(Kind, kind), dtype, shape, mean, std)
+            found = cls(cast(Kind, kind), dtype, shape, mean, std)
+            if min(shape, default=0) < 1 or math.prod(shape) > MOST_NUMBERS:
+                raise ValueError(f"samples of shape {shape}")
+            wanted = (1, found.channels) if kind == "scaled" else (0,)
+            if len(mean) not in wanted or len(std) not in wanted:
+                raise ValueError(f"{len(mean)} means and {len(std)} deviations for {found.channels} channels")
+        return found
 
 
 def fit_samples(job: Job, arrays: Arrays, rows: np.ndarray) -> SamplePreprocess:

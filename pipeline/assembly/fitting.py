@@ -1,0 +1,50 @@
+"""Whether stored tensors are those of a stored job's model, found out before any memory is taken for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pipeline.data.fitted import Fitted
+from pipeline.errors import StorageError
+from pipeline.job import Job, OwnModel, TorchvisionModel
+from pipeline.learn.models import build_model
+
+SHOWN = 3
+
+
+def check_weights(job: Job, fitted: Fitted, weights: Mapping[str, Tensor], where: str) -> None:
+    """Refuse weights that are not those of the job's model. A job of three lines can ask for a model of any size;
+    weights of that size would have to lie there too.
+
+    A model of the user's own is not looked at: its code is trusted.
+
+    Raises
+    ------
+    StorageError: names the tensors.
+    """
+    if isinstance(job.model, OwnModel):
+        return
+    preprocess = fitted.preprocess
+    try:
+        with torch.device("meta"):  # shapes without memory
+            shell = build_model(job, preprocess.output_shape, fitted.outputs, 0, preprocess.code_sizes)
+    except (RuntimeError, OverflowError, ValueError, ZeroDivisionError) as error:
+        if isinstance(job.model, TorchvisionModel):  # some of them compute with their own values when they are made
+            return
+        raise _unfit(f"{type(error).__name__}: {error}", where) from None
+    wanted = {name: tuple(tensor.shape) for name, tensor in shell.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    differ = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
+    if differ:
+        raise _unfit(", ".join(differ[:SHOWN]) + (" and more" if len(differ) > SHOWN else ""), where)
+
+
+def _unfit(what: str, where: str) -> StorageError:
+    return StorageError(
+        f"its tensors are not those of its job's model: {what.partition(chr(10))[0][:200]}",
+        where=where,
+        fix="use another checkpoint",
+    )

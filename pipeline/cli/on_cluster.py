@@ -1,0 +1,63 @@
+"""What `jobs/entry_point.py` runs on a cluster: `train` with what came in the letter, in plain lines and records."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from pipeline.errors import TrainyardError
+
+
+def main() -> NoReturn:
+    """Train, say how it ended in words and in a record, and exit with the code that `trainyard train` has."""
+    from pipeline.cluster.jobs.discretion import be_discreet
+    from pipeline.cluster.jobs.records import record_line
+
+    be_discreet()
+    end: dict[str, Any]
+    try:
+        end = {"exit_code": 0, "result": _train(sys.argv[1])}
+    except TrainyardError as error:
+        print(f"error: {error}" if error.exit_code < 128 else f"{error}", flush=True)
+        said = {"type": type(error).__name__, "message": str(error)}
+        end = {"exit_code": error.exit_code, "error": said}
+    except Exception as error:  # the user's own code, or a defect of ours: all of it is in the log of the job
+        import traceback
+
+        traceback.print_exc(file=sys.stdout)
+        print(f"error: {type(error).__name__}: {error}", flush=True)
+        end = {"exit_code": 1, "error": {"type": type(error).__name__, "message": str(error)}}
+    print(record_line("end", end), flush=True)
+    sys.exit(end["exit_code"])
+
+
+def _train(letter_name: str) -> dict[str, Any]:
+    from pipeline.cluster.jobs.letter import take_out
+    from pipeline.cluster.jobs.records import record_line
+    from pipeline.job_file import parse_job
+    from pipeline.storage import handed
+    from pipeline.terminal import Progress, result_lines
+    from pipeline.verbs.train import train
+
+    letter = take_out(letter_name)
+    handed.take(letter.environment)
+    with Progress(quiet=False) as progress:
+
+        def tell(event: Mapping[str, Any]) -> None:
+            if event["kind"] == "run":
+                print(record_line("run", {"run": event["run"], "url": event["url"]}), flush=True)
+            progress.show(event)
+
+        outcome = train(
+            parse_job(letter.job, "the job that was sent"),
+            name=letter.name,
+            storage=letter.storage,
+            address=os.environ["RAY_ADDRESS"],
+            max_steps=letter.max_steps,
+            tell=tell,
+            verbose=letter.verbose,
+        )
+    print("\n".join(result_lines(outcome)), flush=True)
+    return outcome.to_json()

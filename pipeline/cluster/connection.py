@@ -1,0 +1,144 @@
+"""The connection of a driver to a Ray cluster: one that is there, or one of this machine's own."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from pipeline.cluster.failure import head
+from pipeline.cluster.joining import joining
+from pipeline.cluster.loopback import on_loopback
+from pipeline.cluster.room import most_and_least
+from pipeline.context import Tell
+from pipeline.errors import InputError
+from pipeline.job import Scale
+
+RAY_ENVIRONMENT = {
+    # Of a cluster started here. Ray's default, 15, leaves the processor to whatever else runs on the machine.
+    "RAY_worker_niceness": "0",
+    # The controller's poll: report() and the end of a run wait for it.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # Costs start-up time and is not used: the driver itself looks for nodes that are being drained.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Silences a warning about workers without GPUs.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+HEAD_POLL_S = 1.0
+"""Seconds between two questions to the cluster's head."""
+HEAD_SILENT_S = 30.0
+"""After so long without an answer from the head the cluster is taken for lost; Ray ends the process after 60."""
+
+
+@contextmanager
+def connected(address: str | None, scale: Scale, tell: Tell, verbose: bool) -> Iterator[Any]:
+    """Ray, connected: to `address`, to the cluster this process already has, or to a new one of this machine's.
+
+    Raises
+    ------
+    InputError: there is no such cluster.
+    """
+    os.environ.update({name: os.environ.get(name, value) for name, value in RAY_ENVIRONMENT.items()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import ray
+    if ray.is_initialized():
+        yield ray
+        return
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    if address is not None and "://" in address:
+        raise InputError(
+            "not an address that a driver can use",
+            where=address,
+            fix="on a machine of the cluster use --address auto or HEAD:6379; from elsewhere"
+            " `trainyard submit JOB --address http://HEAD:8265`",
+        )
+    quiet: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "error"}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        if address is None:
+            cpus = math.ceil(most_and_least(scale)[0] * scale.cpus_per_worker)  # Ray starts a process for each at once
+            _warn_of_few_cores(cpus, tell)
+            with on_loopback():
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+        else:
+            with joining(address, verbose=verbose):
+                ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise InputError(
+            head(error), where=address or "a local Ray cluster", fix="see --address and RAY_ADDRESS"
+        ) from None
+    if threading.current_thread() is threading.main_thread():  # Ray's own SIGTERM ends the process at once
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    try:
+        with nullcontext() if verbose else _without_raylets_lines():
+            yield ray
+    finally:
+        ray.shutdown()
+
+
+class HeadWatch:
+    """Asks the cluster's head every second which nodes are being drained, in a thread: an answer may never come."""
+
+    def __init__(self) -> None:
+        self.draining: Mapping[str, int] = {}
+        """By node id: when it will be gone, in milliseconds since 1970; 0 where that is not known."""
+        self._answered = time.monotonic()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="trainyard-head", daemon=True)
+        self._thread.start()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the head's last answer."""
+        return time.monotonic() - self._answered
+
+    def close(self) -> None:
+        """Ask no more. Does not wait for an answer that is under way."""
+        self._closed.set()
+
+    def _run(self) -> None:
+        while not self._closed.wait(HEAD_POLL_S):
+            try:
+                self.draining = draining()
+            except Exception:  # noqa: S112 - whatever it is: no answer
+                continue
+            self._answered = time.monotonic()
+
+
+def draining() -> Mapping[str, int]:
+    """The nodes that are being drained, and when they will be gone (milliseconds since 1970, 0: not known)."""
+    from ray._private.state import state
+
+    return dict(state.get_draining_nodes())
+
+
+def _warn_of_few_cores(cpus: int, tell: Tell) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cpus > cores:
+        text = f"the workers ask for {cpus} CPUs, and this machine has {cores}: they share them"
+        tell({"kind": "warning", "text": text})
+
+
+@contextmanager
+def _without_raylets_lines() -> Iterator[None]:
+    """Ray writes a raylet's complaint about each lost worker to standard output, whatever `log_to_driver` says."""
+    from ray._private import worker
+
+    before = getattr(worker, "print_to_stdstream", None)
+    if before is None:  # another version of Ray
+        yield
+        return
+    worker.print_to_stdstream = lambda *_args, **_named: None
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = before

@@ -1,0 +1,42 @@
+"""The network interface of a worker for gloo's sums.
+
+Left alone, gloo takes the address that the machine's own name stands for, which on many machines is a loopback one that
+no other machine reaches. Ray knows the address by which the nodes of its cluster see each other.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import sys
+from typing import Any
+
+VARIABLE = "GLOO_SOCKET_IFNAME"
+_SIOCGIFADDR = 0x8915
+
+
+def use_interface_of_node() -> None:
+    """Have gloo use the interface of this Ray node's address, unless somebody has said which. Linux only."""
+    from ray import util
+
+    ray_util: Any = util
+    name = interface_of(ray_util.get_node_ip_address()) if sys.platform == "linux" else None
+    if name is not None:
+        os.environ.setdefault(VARIABLE, name)
+
+
+def interface_of(address: str) -> str | None:
+    """Name of the interface that has an IPv4 address; None where none has it."""
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                found = socket.inet_ntoa(fcntl.ioctl(asking.fileno(), _SIOCGIFADDR, request)[20:24])
+            except OSError:  # no IPv4 address
+                continue
+            if found == address or (found.startswith("127.") and address.startswith("127.")):
+                return name
+    return None

@@ -1,0 +1,26 @@
+"""Standard output and error that write no secret: what a process on a cluster says ends in Ray's logs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, TextIO
+
+from pipeline.cluster.jobs.records import SEPARATOR
+from pipeline.redaction import scrub
+
+
+def be_discreet() -> None:
+    """From now on, whatever a library or the user's code prints of a secret is blotted out."""
+    sys.stdout, sys.stderr = _Discreet(sys.stdout), _Discreet(sys.stderr)
+
+
+class _Discreet:
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(text if text.startswith(SEPARATOR) else scrub(text))  # a record has none to begin with
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

@@ -1,0 +1,21 @@
+"""What a submission is called on a cluster, so that the same one again is known for the same."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from pipeline.job import Job, digest, identity
+
+
+def key_of(job: Job, *, storage: str, name: str | None, max_steps: int | None) -> str:
+    """`<job name>-<8 digits>` of what determines the run, as far as it is known without the data itself."""
+    tree = identity(job, fingerprint="", max_steps=max_steps)
+    tree |= {"storage": storage, "name": name, "url": job.data.url}
+    return f"{job.name}-{digest(tree)[:8]}"
+
+
+def numbered(key: str, ids: Iterable[str]) -> dict[int, str]:
+    """Those of some job ids that are submissions of this key, by their number from 1."""
+    pattern = re.compile(rf"{re.escape(key)}-([1-9]\d*)")
+    return {int(match[1]): one for one in ids if (match := pattern.fullmatch(one))}

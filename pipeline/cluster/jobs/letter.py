@@ -1,0 +1,70 @@
+"""The letter that comes with a job: the resolved job and the environment, for the entry point's eyes alone.
+
+Ray shows a job's `env_vars` in the job's information and writes them into two logs; a file would stay on every node.
+So a letter goes into the memory of the cluster's head, where Ray keeps the packages that it is sent, under a name that
+nobody can guess; the entry point takes it out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline.errors import WorkError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Letter:
+    """What `train` is called with on the cluster.
+
+    Everything is plain: `job` is the resolved job file's text; `environment` holds variables to set first.
+    """
+
+    job: str = ""
+    storage: str = ""
+    name: str | None = None
+    max_steps: int | None = None
+    verbose: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    probe: Mapping[str, Any] | None = None
+    """For the probe: what it is asked, see `probe`."""
+
+    def sealed(self) -> bytes:
+        """The bytes to send. (Ray's server quotes the first fifteen where it cannot keep them.)"""
+        return json.dumps({"trainyard letter": FORMAT, **asdict(self)}).encode()
+
+
+def new_name() -> str:
+    """A name for a letter: it must look like that of a package, for Ray to take it."""
+    return f"_ray_pkg_{secrets.token_hex(16)}.zip"
+
+
+def take_out(name: str) -> Letter:
+    """On the cluster: read a letter and destroy it.
+
+    Raises
+    ------
+    WorkError: it is not there (any more).
+    """
+    from ray import _raylet
+
+    if not re.fullmatch(r"_ray_pkg_[0-9a-f]{32}\.zip", name):
+        raise WorkError(f"{name!r} is no letter", where="the entry point", fix="`trainyard submit` writes them")
+    key = f"gcs://{name}".encode()
+    raylet: Any = _raylet  # of no annotations
+    client = raylet.GcsClient(address=os.environ["RAY_ADDRESS"])
+    content = client.internal_kv_get(key, None)
+    if content is None:
+        raise WorkError("what was sent with the job is not there any more", where=name, fix="submit it again")
+    client.internal_kv_del(key, False, None)
+    tree = json.loads(content)
+    if tree.pop("trainyard letter", None) != FORMAT:
+        raise WorkError("the job was sent by another version of Trainyard", where=name, fix="submit it again")
+    return Letter(**tree)

@@ -1,0 +1,94 @@
+"""A look at a cluster from inside, before anything of the user's is sent: versions, libraries, room, storage.
+
+Runs there as `python -m pipeline.cluster.jobs.probe LETTER`, and answers with records in its log: `versions` first, and
+by nothing that an old Python could not import; then `cluster`, or `refused`.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+
+def main() -> None:
+    """Answer the questions of the letter that the command line names."""
+    from importlib import metadata
+
+    from pipeline.cluster.jobs.discretion import be_discreet
+    from pipeline.cluster.jobs.records import record_line
+
+    be_discreet()
+    installed = {
+        str(found.metadata["Name"]).lower().replace("_", "-"): found.version for found in metadata.distributions()
+    }
+    python = ".".join(str(part) for part in sys.version_info[:3])
+    print(record_line("versions", {"python": python, "installed": installed}), flush=True)
+
+    from pipeline.errors import TrainyardError
+
+    try:
+        print(record_line("cluster", _look(sys.argv[1])), flush=True)
+    except TrainyardError as error:
+        refusal = {"what": error.what, "where": error.where, "fix": error.fix}
+        print(record_line("refused", refusal), flush=True)
+
+
+def _look(letter_name: str) -> dict[str, object]:
+    """What the cluster has; tries the storage out.
+
+    Raises
+    ------
+    InputError: storage that cannot be used from here, or workers that will never fit.
+    """
+    import logging
+
+    from pipeline.cluster.connection import draining
+    from pipeline.cluster.jobs.letter import take_out
+    from pipeline.cluster.jobs.places import boot_id, refuse_other_machine
+    from pipeline.cluster.reach import check_storage
+    from pipeline.cluster.room import Room, added, look_at
+    from pipeline.job import IN_PLACE_WORKERS, Scale
+    from pipeline.storage import handed
+
+    letter = take_out(letter_name)
+    handed.take(letter.environment)
+    asked = letter.probe or {}
+    if asked["boot_id"] is not None and asked["boot_id"] != boot_id():
+        raise refuse_other_machine(letter.storage)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import ray
+    ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+    scale = Scale.model_validate(asked["scale"])
+    if scale.workers != IN_PLACE_WORKERS:
+        Room(lambda: look_at(ray, draining=draining), scale).check()
+    _try_out(letter.storage)
+    check_storage(ray, letter.storage)
+    seen = look_at(ray, draining=draining)
+    ray.shutdown()
+    return {"nodes": len(seen.total), "has": added(seen.total), "grows": seen.possible is not None}
+
+
+def _try_out(url: str) -> None:
+    """Write, read and delete a file.
+
+    Raises
+    ------
+    StorageError: what is wrong with the storage, as seen from the head.
+    """
+    import secrets
+
+    from pipeline.errors import StorageError
+    from pipeline.storage import Storage
+
+    storage, name, content = Storage.open(url), f".probe-{secrets.token_hex(8)}", secrets.token_bytes(16)
+    storage.replace(name, content)
+    try:
+        if storage.read(name) != content:
+            raise StorageError("what is read is not what was written", where=storage.url, fix="use another storage")
+    finally:
+        storage.delete(name)
+
+
+if __name__ == "__main__":
+    main()

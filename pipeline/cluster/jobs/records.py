@@ -1,0 +1,58 @@
+"""Lines of a job's log that are meant for programs: what the entry point and the probe say to the client.
+
+A record is JSON behind the separator that RFC 7464 has for it, on a line of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pipeline.redaction import scrubbed
+
+SEPARATOR = "\x1e"
+
+
+def record_line(kind: str, values: Mapping[str, Any]) -> str:
+    """One line for `print`, without secrets: one that is a word of JSON, such as true, is blotted out in texts only."""
+    return SEPARATOR + json.dumps({"kind": kind, **scrubbed(values)})
+
+
+def records(log: str) -> Iterator[dict[str, Any]]:
+    """The records in a log, in order. A line that only looks like one is left out."""
+    for line in log.split("\n"):
+        found = record_in(line)
+        if found is not None:
+            yield found
+
+
+def record_in(line: str) -> dict[str, Any] | None:
+    """The record that a line is, or None."""
+    if not line.startswith(SEPARATOR):
+        return None
+    try:
+        tree = json.loads(line[1:])
+    except json.JSONDecodeError:
+        return None
+    return tree if isinstance(tree, dict) and isinstance(tree.get("kind"), str) else None
+
+
+def last(log: str, kind: str) -> dict[str, Any] | None:
+    """The last record of a kind."""
+    found = [one for one in records(log) if one["kind"] == kind]
+    return found[-1] if found else None
+
+
+def lines_for_people(log: str) -> Iterator[str]:
+    """The log without records, and without what Ray writes before the entry point begins.
+
+    (`splitlines` would take the separator for the end of a line.)
+    """
+    for line in log.removesuffix("\n").split("\n") if log else ():
+        if not line.startswith(SEPARATOR) and not _is_rays(line):
+            yield line
+
+
+def _is_rays(line: str) -> bool:
+    return line.startswith("Running entrypoint for job ") or " job_manager.py:" in line[:60]

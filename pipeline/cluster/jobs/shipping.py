@@ -1,0 +1,80 @@
+"""What is sent to a cluster: the package, the entry point and the job's own code. Nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pipeline.errors import InputError
+from pipeline.own_code.calling import OURS
+
+ENTRY_POINT = "jobs/entry_point.py"
+CODE_FOLDER = "trainyard_code"
+"""Where the job's own code lies in what is sent; the resolved job names it so."""
+
+
+@dataclass(frozen=True)
+class Cargo:
+    """Folders of this machine that hold what is sent."""
+
+    package: Path
+    """The package alone. The same for every job, so that a cluster gets it once."""
+    folder: Path
+    """What a job's processes start in: the entry point, and the job's own code."""
+
+    def runtime_env(self) -> dict[str, object]:
+        """For Ray, which sends each folder once for all jobs that have the same."""
+        return {"py_modules": [str(self.package)], "working_dir": str(self.folder)}
+
+    def files(self) -> dict[str, int]:
+        """Every file that is sent, and its size in bytes."""
+        return {
+            f"{above}{file.relative_to(folder).as_posix()}": file.stat().st_size
+            for folder, above in ((self.package, f"{self.package.name}/"), (self.folder, ""))
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
+
+    def words(self) -> str:
+        """`656 kB: the package, the job, 2 files of its code`"""
+        files = self.files()
+        own = sum(path.startswith(f"{CODE_FOLDER}/") for path in files)
+        code = f", {own} file{'s' * (own != 1)} of its code" if own else ""
+        return f"{sum(files.values()) / 1000:,.0f} kB: the package, the job{code}"
+
+
+@contextmanager
+def staged(code: Mapping[str, bytes]) -> Iterator[Cargo]:
+    """A cargo in temporary folders.
+
+    Parameters
+    ----------
+    code: the Python files of the job's own, by their paths below an import path.
+
+    Raises
+    ------
+    InputError: the entry point is not beside the package.
+    """
+    entry_point = OURS.parent / ENTRY_POINT
+    if not entry_point.is_file():
+        raise InputError(
+            "no such file, and it is what a cluster runs",
+            where=str(entry_point),
+            fix="install Trainyard from its checkout: pip install -e .",
+        )
+    with TemporaryDirectory(prefix="trainyard-cargo-") as temporary:
+        package, folder = Path(temporary, OURS.name), Path(temporary, "job")
+        for file in sorted(OURS.rglob("*.py")):
+            _put(package / file.relative_to(OURS), file.read_bytes())
+        _put(folder / ENTRY_POINT, entry_point.read_bytes())
+        for path, content in code.items():
+            _put(folder / CODE_FOLDER / path, content)
+        yield Cargo(package, folder)
+
+
+def _put(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)

@@ -1,0 +1,72 @@
+"""Whether all nodes of a cluster see the same storage."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.errors import InputError, TrainyardError
+from pipeline.storage import Storage, handed
+
+ANSWER_S = 90
+"""Seconds for a node to answer: it may have to start a process first."""
+LIMIT_S = 20
+"""Seconds for its storage."""
+
+
+def check_storage(ray: Any, url: str) -> None:
+    """Put a file into storage and have every node read it.
+
+    Raises
+    ------
+    InputError: storage that is this process' own, or that a node does not see.
+    """
+    if url.startswith("memory://"):
+        raise InputError(
+            "memory:// is this process' own, and workers are others", where="storage", fix="use a folder or a store"
+        )
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) < 2:
+        return
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    storage, name, token = Storage.open(url), f".probe-{secrets.token_hex(8)}", secrets.token_bytes(16)
+    storage.replace(name, token)
+    try:
+        asked = {}
+        for node in nodes:
+            strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = ray.remote(num_cpus=0, max_retries=0)(_complaint).options(scheduling_strategy=strategy)
+            asked[f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"] = task.remote(
+                url, name, token, handed.handed()
+            )
+        for node, answer in asked.items():
+            complaint = _answer(ray, answer)
+            if complaint:
+                raise InputError(
+                    f"node {node} {complaint}",
+                    where=f"storage: {storage.url}",
+                    fix="use an object store (s3://bucket/runs), or a folder that is mounted on every node",
+                )
+    finally:
+        storage.delete(name)
+
+
+def _answer(ray: Any, answer: Any) -> str:
+    try:
+        return str(ray.get(answer, timeout=ANSWER_S))
+    except ray.exceptions.RayError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        return f"could not look at it: {lines[-1].strip()}"
+
+
+def _complaint(url: str, name: str, token: bytes, environment: Mapping[str, str]) -> str:
+    """Runs on a node: what is wrong with storage as seen from there, or nothing."""
+    handed.take(environment)
+    try:
+        return "" if Storage.open(url).within(LIMIT_S).read(name) == token else "reads something else there"
+    except FileNotFoundError:
+        return "does not see what was written there from here: it is a folder of one machine"
+    except TrainyardError as error:
+        return f"cannot reach it: {error.what}"

@@ -1,0 +1,48 @@
+"""Followers: TensorBoard and MLflow, fed from a run's metric log in storage, never from the training itself.
+
+A follower reads whole cells and knows by itself which of them it has told already, so that it can stop at any moment,
+start again anywhere, and catch up after an outage or with a run that is long over.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from pipeline.followers.log import MetricLog
+from pipeline.job.following import Follower as Name
+from pipeline.record.standing import Status
+
+__all__ = ["Follower", "MetricLog", "Name", "make"]
+
+
+class Follower(Protocol):
+    """Tells one place of one run."""
+
+    name: Name
+    where: str
+    """Printable: what to point the other tool at."""
+
+    def catch_up(self, log: MetricLog, status: Status) -> int:
+        """Tell what was not told yet; how many cells that were.
+
+        Raises
+        ------
+        WorkError: something is away now; the next call goes on where this one stopped.
+        InputError: it will not work until a person does something.
+        """
+
+
+def make(name: Name, log: MetricLog) -> Follower:
+    """The follower of this name, for the run of `log`.
+
+    Raises
+    ------
+    InputError: its library is not installed, or nothing says where to send to.
+    """
+    if name == "mlflow":
+        from pipeline.followers.to_mlflow import ToMlflow
+
+        return ToMlflow(log)
+    from pipeline.followers.to_tensorboard import ToTensorBoard
+
+    return ToTensorBoard(log)

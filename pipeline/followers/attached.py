@@ -1,0 +1,131 @@
+"""The followers of a run that is being driven here: a process of its own, whatever becomes of either."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import pipeline
+from pipeline.job.following import Follower
+from pipeline.record.run import Run
+
+if TYPE_CHECKING:
+    from pipeline.context import Tell  # which imports torch
+
+LAST_S = 30.0
+"""After the run, seconds that its followers may take to tell the rest; `trainyard follow` tells what is missing."""
+SOON_S = 2.0
+"""After so many of them the user is told what is waited for."""
+
+
+class AttachedFollowers:
+    """While entered, and once started, a process follows a run: `trainyard follow RUN --attached`.
+
+    It holds the other end of a pipe: when that breaks, because the run is over here or because this process was killed,
+    it tells the rest and ends. Nothing that happens to it is more than a warning.
+    """
+
+    def __init__(self, run: Run, to: Sequence[Follower], tell: Tell) -> None:
+        self._run = run
+        self._to = tuple(dict.fromkeys(to))
+        self._tell = tell
+        self._process: subprocess.Popen[str] | None = None
+        self._readers: list[threading.Thread] = []
+        self._errors: list[str] = []
+
+    def start(self) -> None:
+        """Begin, where there is somebody to tell and it has not begun yet. The run must have been born."""
+        if self._process is not None or not self._to:
+            return
+        root = str(Path(pipeline.__file__).parent.parent)
+        path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        words = ["follow", self._run.name, "--storage", self._run.root_url, "--attached"]
+        try:
+            self._process = subprocess.Popen(  # noqa: S603 - our own command; a run's name has no room for tricks
+                [sys.executable, "-m", "pipeline", *words, *(word for name in self._to for word in ("--to", name))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "PYTHONPATH": path},
+                start_new_session=True,  # Ctrl-C is for the run, which may take a while to save
+            )
+        except OSError as error:
+            self._warn(str(error))
+            return
+        for stream, read in ((self._process.stdout, self._pass_on), (self._process.stderr, self._keep_errors)):
+            assert stream is not None
+            self._readers.append(threading.Thread(target=read, args=(stream,), name="trainyard-followers", daemon=True))
+            self._readers[-1].start()
+
+    def __enter__(self) -> AttachedFollowers:
+        return self
+
+    def __exit__(self, *what: object) -> None:
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        code = self._ended_within(SOON_S)
+        if code is None:
+            self._tell({"kind": "phase", "text": f"telling {' and '.join(self._to)} the rest"})
+            code = self._ended_within(LAST_S - SOON_S)
+        if code is None:
+            self._process.kill()
+            code = self._process.wait()
+            self._errors[:] = [f"{LAST_S:.0f} s after the end not all is told"]
+        for reader in self._readers:
+            reader.join()
+        if code:
+            self._warn(self._errors[0] if self._errors else f"ended with exit code {code}")
+
+    def _ended_within(self, seconds: float) -> int | None:
+        assert self._process is not None
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def _warn(self, why: str) -> None:
+        text = f"{' and '.join(self._to)}: {why}; `trainyard follow {self._run.name}` tells the rest"
+        self._tell({"kind": "warning", "text": text})
+
+    def _pass_on(self, lines: IO[str]) -> None:
+        with lines:
+            for line in lines:
+                self._tell(json.loads(line))
+
+    def _keep_errors(self, lines: IO[str]) -> None:
+        with lines:
+            self._errors += [line.removeprefix("error: ").strip() for line in lines if line.startswith("error: ")]
+
+
+def driver_gone() -> threading.Event:
+    """For that process: set as soon as its driver is done or dead. It makes way for the training, too."""
+    os.nice(5)
+    gone = threading.Event()
+
+    def wait() -> None:
+        while os.read(sys.stdin.fileno(), 4096):
+            pass
+        gone.set()
+
+    threading.Thread(target=wait, name="trainyard-driver", daemon=True).start()
+    return gone
+
+
+def tell_driver(stream: IO[str]) -> Tell:
+    """For that process: hands events to its driver, who may be dead."""
+
+    def tell(event: Mapping[str, Any]) -> None:
+        with suppress(BrokenPipeError):
+            print(json.dumps(event), file=stream, flush=True)
+
+    return tell

@@ -1,0 +1,103 @@
+"""The metric log as followers read it: whole cells, row by row, as names and numbers."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import WorkError
+from pipeline.record.run import Run
+from pipeline.record.writer import EVALUATIONS, STEPS
+
+STORAGE_LIMIT_S = 10.0
+"""How long a follower waits for storage before it says so and tries again later."""
+
+TRAIN_STEPS = "steps"
+"""What stands for a split in the rows of training steps."""
+_NO_METRICS = ("run", "attempt", "step", "split", "time", "seconds", "samples", "correct")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training step, or one evaluation of one split."""
+
+    split: str
+    """`steps` for a training step: its loss is that of a batch, before the update."""
+    step: int
+    time: float
+    """Seconds since 1970."""
+    values: dict[str, float]
+    """What is finite of its metrics, by column."""
+
+
+class MetricLog:
+    """The metric log of a run.
+
+    Raises
+    ------
+    StorageLostError: in any method, where storage stays away for longer than `STORAGE_LIMIT_S`.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run.within(STORAGE_LIMIT_S)
+
+    def cells(self) -> list[int]:
+        """Indices of the cells that are there, ascending. A cell that is listed is whole, and so are all below it."""
+        names = self.run.storage.list(STEPS)
+        return sorted(int(name[:-8]) for name in names if name.endswith(".parquet") and name[:-8].isdigit())
+
+    def rows(self, cell: int) -> list[Row]:
+        """The rows of a cell: its evaluations, then its steps, each in order.
+
+        Raises
+        ------
+        WorkError: the cell is not what a writer leaves; names it.
+        """
+        evaluations, steps = (self._table(f"{folder}/{cell:06d}.parquet") for folder in (EVALUATIONS, STEPS))
+        return [*_evaluation_rows(evaluations), *_step_rows(steps)]
+
+    def _table(self, path: str) -> pa.Table:
+        try:
+            table: pa.Table = pq.read_table(io.BytesIO(self.run.storage.read(path)))
+            return table.cast(pa.schema([(one.name, _plain(one.type)) for one in table.schema]))
+        except (pa.ArrowException, OSError) as error:
+            first = str(error).partition("\n")[0]
+            raise WorkError(
+                f"this part of the metric log cannot be read ({first})", where=self.run.storage.url + "/" + path
+            ) from None
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """Times as whole microseconds: no need of a time zone database."""
+    return pa.int64() if pa.types.is_timestamp(kind) else kind
+
+
+def _step_rows(table: pa.Table) -> Iterator[Row]:
+    for row in table.to_pylist():
+        extra: dict[str, float | None] = {}
+        if row["samples"] and row["correct"] is not None:
+            extra["accuracy"] = row["correct"] / row["samples"]
+        if row["seconds"]:
+            extra["samples_per_second"] = row["samples"] / row["seconds"]
+        yield _row(TRAIN_STEPS, row, extra)
+
+
+def _evaluation_rows(table: pa.Table) -> Iterator[Row]:
+    for row in table.to_pylist():
+        yield _row(str(row["split"]), row, {"epoch": None})
+
+
+def _row(split: str, row: dict[str, Any], extra: dict[str, float | None]) -> Row:
+    named = {**row, **extra}
+    values = {name: float(value) for name, value in named.items() if name not in _NO_METRICS and _is_finite(value)}
+    return Row(split, int(row["step"]), (row["time"] or 0) / 1e6, values)
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -1,0 +1,56 @@
+"""`manifest.json`: what a checkpoint is, and which bytes belong to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.job import plain_name
+from pipeline.record.entries import BestSoFar, numbers, parse_best, typed
+from pipeline.record.saving import FORMAT
+from pipeline.record.values import from_json, unsealed
+
+
+@dataclass(frozen=True)
+class File:
+    """What a file of a checkpoint must be, byte for byte."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `manifest.json`; see `Checkpoint` for the meaning of each."""
+
+    step: int
+    epoch: int
+    end: bool
+    position: dict[str, Any]
+    metrics: dict[str, float]
+    best: BestSoFar | None
+    first_cell: int
+    files: dict[str, File]
+    patience: int | None = None
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """A manifest from its file.
+
+    Raises
+    ------
+    ValueError: altered since it was written, or not what a version of Trainyard known here would write.
+    """
+    try:
+        tree = unsealed(from_json(data))
+        if tree.get("format") != FORMAT:
+            raise ValueError(f"its format {tree.get('format')!r} is not known to this version")
+        tree["metrics"], tree["best"] = numbers(tree["metrics"]), parse_best(tree["best"])
+        found = typed(Manifest, tree)
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    if min(found.step, found.epoch, found.first_cell) < 0:
+        raise ValueError("a number below 0")
+    for name in found.files:
+        plain_name(name)
+    return found

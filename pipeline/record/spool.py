@@ -1,0 +1,201 @@
+"""What a run saves on this machine when its storage is lost, and how its next attempt takes that up.
+
+`<spool>/<digest of the run's URL>/<run>/` is a run directory of its own, as far as it goes: the job, a journal that
+commits one checkpoint, and `spool.json`, which says what that checkpoint was built on. `load` reads it by its path.
+None of it is acknowledged: in the true journal it stands only once a later attempt has committed it there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import StorageError, StorageLostError, TrainyardError
+from pipeline.record import saving
+from pipeline.record.checkpoint import Checkpoint, DamagedError
+from pipeline.record.drafts import Draft
+from pipeline.record.entries import BestSoFar, Claim, Commit, Pair
+from pipeline.record.run import JOB, Run
+from pipeline.record.snapshot import Snapshot
+from pipeline.record.values import from_json, now, to_json
+from pipeline.storage import Storage
+
+if TYPE_CHECKING:
+    from pipeline.record.attempt import Attempt
+
+Lost = StorageLostError | StorageError
+"""Storage stayed away, or refuses for good."""
+
+VARIABLE = "TRAINYARD_SPOOL"
+FACTS = "spool.json"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies in the spool for a run, and whether it can be gone on from.
+
+    checkpoint: to go on from; None where something else was written since, or nothing lies there.
+    remark: a sentence for the user; empty where nothing lies there.
+    """
+
+    checkpoint: Checkpoint | None = None
+    remark: str = ""
+
+
+def spool_folder() -> Path:
+    """TRAINYARD_SPOOL, else ~/.cache/trainyard/spool (below XDG_CACHE_HOME, where that is set)."""
+    chosen = os.environ.get(VARIABLE)
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(chosen or f"{cache}/trainyard/spool").expanduser().absolute()
+
+
+def save(
+    attempt: Attempt, snapshot: Snapshot, draft: Draft, best_draft: Draft | None, after: Sequence[str | None]
+) -> Path:
+    """Save a snapshot on this machine, in place of what was saved for this run before.
+
+    Parameters
+    ----------
+    draft: its checkpoint.
+    best_draft: that of the best so far, where its weights lie in no committed checkpoint and are not these.
+    after: the checkpoints of which one is the newest commit's, if nobody else has written since; None for no commit.
+
+    Returns
+    -------
+    The run directory on this machine.
+
+    Raises
+    ------
+    TrainyardError, OSError: this machine has no room or no folder for it.
+    """
+    here = _here(attempt.run)
+    place = here.storage.local_path
+    assert place is not None
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if here.exists() and not _is_of(here, attempt.run):
+        shutil.rmtree(place)
+        here = _here(attempt.run)
+    text = attempt.run.job_yaml()  # read before anything was trained, so this asks no storage
+    here.storage.create(JOB, text.encode())
+    entries = here.journal.read()
+    best = snapshot.best
+    best_name = draft.name if best is not None and best.step == snapshot.step else None
+    if best_draft is not None:
+        best_name = best_draft.name
+        saving.write_checkpoint(here.storage, *best_draft)
+    saving.write_checkpoint(here.storage, *draft)
+    common: dict[str, Any] = {"nonce": attempt.nonce, "time": now(), "attempt": attempt.number}
+    if not any(isinstance(entry, Claim) and entry.nonce == attempt.nonce for entry in entries):
+        here.journal.append(Claim(**common, number=len(entries) + 1))
+    own: Pair = (draft.name, best_name)
+    commit = Commit(
+        **common,
+        number=len(here.journal.read()) + 1,
+        checkpoint=draft.name,
+        step=snapshot.step,
+        epoch=snapshot.epoch,
+        end=snapshot.end,
+        kept=(own,),
+        best=replace(best, checkpoint=best_name) if best is not None and best_name is not None else None,
+        metrics=dict(snapshot.metrics),
+        patience=snapshot.patience,
+    )
+    here.journal.append(commit)
+    tree = {"url": attempt.run.url, "checkpoint": draft.name, "best": best_name, "after": list(after)}
+    here.storage.replace(FACTS, to_json(tree, indent=1).encode(), sync=True)
+    for old in here.storage.list(saving.FOLDER):
+        if old not in own:
+            saving.delete_checkpoint(here.storage, old)
+    return place
+
+
+def find(attempt: Attempt) -> Found:
+    """What an earlier attempt on this machine saved here, if this one may go on from it: if it was built on the very
+    checkpoint that this attempt is based on, and is further than all that was ever committed."""
+    here = _here(attempt.run)
+    place = here.storage.local_path
+    if place is None or not (place / FACTS).is_file():
+        return Found()
+    ignored = f"{place} holds what an earlier attempt saved when storage was lost; it is not used: "
+    try:
+        tree = from_json(here.storage.read(FACTS))
+        if not _is_of(here, attempt.run):
+            return Found(None, f"{ignored}it belongs to another run of this name")
+        checkpoint = Checkpoint(here, tree["checkpoint"])
+        if attempt.base is not None and attempt.base.step == checkpoint.step:  # and only the removal is missing
+            forget(attempt.run)
+            return Found()
+        if (attempt.base.name if attempt.base is not None else None) not in tree["after"]:
+            return Found(None, f"{ignored}the run went on from elsewhere since")
+        if checkpoint.step <= attempt.highest_step or attempt.ended_at is not None:
+            return Found(None, f"{ignored}the run came further since")
+        checkpoint.verify()
+    except (DamagedError, ValueError, KeyError, TypeError) as error:
+        return Found(None, f"{ignored}{error.what if isinstance(error, TrainyardError) else 'it is damaged'}")
+    return Found(checkpoint, f"going on from step {checkpoint.step}, saved in {place} when storage was lost")
+
+
+def snapshot_of(attempt: Attempt, checkpoint: Checkpoint) -> Snapshot:
+    """What was saved, as a snapshot to commit."""
+    best = checkpoint.best
+    held = best is not None and best.step != checkpoint.step and _holds(attempt.run, best)
+    return Snapshot(
+        step=checkpoint.step,
+        epoch=checkpoint.epoch,
+        weights=checkpoint.weights(),
+        state=checkpoint.state(),
+        position=checkpoint.position,
+        metrics=checkpoint.metrics,
+        best=best,
+        best_weights=Checkpoint(_here(attempt.run), best.checkpoint).weights() if best is not None and held else None,
+        preprocess=checkpoint.preprocess(),
+        end=checkpoint.end,
+        patience=checkpoint.patience,
+    )
+
+
+def forget(run: Run) -> None:
+    """Remove what was saved for a run: it is committed now."""
+    place = _here(run).storage.local_path
+    assert place is not None
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def lost(error: Lost, place: Path | None, step: int, failure: BaseException | None = None) -> Lost:
+    """The error of a lost storage, with what became of the training since the last commit."""
+    kind = type(error)
+    if place is None:
+        return kind(
+            f"{error.what}; what was trained since the last checkpoint could not be saved on this machine ({failure})",
+            where=error.where,
+            fix=error.fix,
+        )
+    return kind(
+        f"{error.what}; step {step} is saved in {place} on {socket.gethostname()}",
+        where=error.where,
+        fix=f"{error.fix}. On that machine it goes on from step {step}; load({str(place)!r}) opens the model",
+    )
+
+
+def _here(run: Run) -> Run:
+    digest = hashlib.sha256(run.url.encode()).hexdigest()[:12]
+    return Run(Storage.open(str(spool_folder() / digest)), run.name)
+
+
+def _is_of(here: Run, run: Run) -> bool:
+    """Whether it was saved by this very run: the stored job holds the nonce of its birth."""
+    try:
+        return here.job_yaml() == run.job_yaml()
+    except (FileNotFoundError, StorageError):
+        return False
+
+
+def _holds(run: Run, best: BestSoFar) -> bool:
+    tree = from_json(_here(run).storage.read(FACTS))
+    return bool(tree.get("best") == best.checkpoint)

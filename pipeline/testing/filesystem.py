@@ -1,0 +1,204 @@
+"""A file system of fsspec's that hands every request to the store beneath, and fails as it is told to."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from pipeline.errors import StorageError
+from pipeline.storage.filesystems import open_filesystem
+from pipeline.storage.local import LocalBackend
+from pipeline.testing.faults import VARIABLE, Dice, Group, Kind, dice_of
+
+T = TypeVar("T")
+
+SLOW_DOWN = "Please reduce your request rate."
+EXPIRED = "The provided token has expired."
+_LISTINGS: dict[tuple[str, str, str], Any] = {}
+"""What each folder last answered in this process: by settings, store and path."""
+
+
+class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]
+    """`faulty://STORE/PATH`: the store beneath, and its faults. `open` counts as one request.
+
+    Parameters
+    ----------
+    store: protocol of the store beneath: s3, memory, file (whose writes are atomic here, as in `pipeline.storage`), or
+        another one that fsspec knows.
+    faults: settings in words, see `Faults.parse`; by URL those of TRAINYARD_FAULTS.
+    dice: in place of `faults`, dice of one's own.
+    """
+
+    protocol = "faulty"
+    cachable = True
+
+    def __init__(self, store: str = "", faults: str = "", dice: Dice | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        if not store or store == self.protocol:
+            raise StorageError("the URL names no store", where="faulty://", fix="use faulty://s3/bucket/folder")
+        self.store_protocol = store
+        self.fs: Any = _AtomicFiles() if store in ("file", "local") else open_filesystem(f"{store}://")[0]
+        self._own_dice = dice
+        self._faults = faults
+        dice_of(faults)  # so that settings which cannot be read are told now
+
+    @property
+    def dice(self) -> Dice:
+        """What says which request fails. fsspec keeps file systems for long; `faults` may have begun anew since."""
+        return self._own_dice if self._own_dice is not None else dice_of(self._faults)
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        text = os.fspath(path)
+        if not text.startswith("faulty://"):
+            return text.rstrip("/")
+        store, slash, rest = text.removeprefix("faulty://").partition("/")
+        return (f"/{rest}" if store in ("file", "local", "memory") else rest).rstrip("/") if slash else ""
+
+    @staticmethod
+    def _get_kwargs_from_urls(path: str) -> dict[str, str]:
+        store = path.removeprefix("faulty://").partition("/")[0]
+        return {"store": store, "faults": os.environ.get(VARIABLE, "")}
+
+    def unstrip_protocol(self, name: str) -> str:
+        return f"faulty://{self.store_protocol}/{str(name).lstrip('/')}"
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        data = self._ask("read", lambda: self.fs.cat_file(path, start=start, end=end, **options))
+        self._carry(len(data))
+        return bytes(data)
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> Any:
+        self._carry(len(value))
+
+        def half() -> None:
+            if mode != "create":
+                self.fs.pipe_file(path, value[: len(value) // 2], mode=mode, **options)
+
+        return self._ask("write", lambda: self.fs.pipe_file(path, value, mode=mode, **options), half=half)
+
+    def call_s3(self, method: str, *words: Any, **options: Any) -> Any:
+        """A request of S3's own, where that lies beneath."""
+        body = options.get("Body", b"")
+        self._carry(len(body))
+
+        def half() -> None:
+            if body:
+                self.fs.call_s3(method, *words, **{**options, "Body": body[: len(body) // 2]})
+
+        group: Group = (
+            "read" if method.startswith(("get", "head")) else "list" if method.startswith("list") else "write"
+        )
+        return self._ask(group, lambda: self.fs.call_s3(method, *words, **options), half=half)
+
+    def split_path(self, path: str) -> Any:
+        """S3's bucket, key and version."""
+        return self.fs.split_path(path)
+
+    def connect(self, **options: Any) -> None:
+        """Begin with new credentials."""
+        self.dice.renew()
+        if hasattr(self.fs, "connect"):
+            self.fs.connect(**options)
+
+    def ls(self, path: str, detail: bool = True, **options: Any) -> Any:
+        return self._ask("list", lambda: self.fs.ls(path, detail=detail, **options), listed=f"{path} {detail}")
+
+    def info(self, path: str, **options: Any) -> Any:
+        return self._ask("read", lambda: self.fs.info(path, **options))
+
+    def find(self, path: str, *words: Any, **options: Any) -> Any:
+        return self._ask("list", lambda: self.fs.find(path, *words, **options))
+
+    def rm_file(self, path: str) -> None:
+        self._ask("delete", lambda: self.fs.rm_file(path))
+
+    def rm(self, path: Any, recursive: bool = False, maxdepth: int | None = None) -> None:
+        self._ask("delete", lambda: self.fs.rm(path, recursive=recursive, maxdepth=maxdepth))
+
+    def mkdir(self, path: str, create_parents: bool = True, **options: Any) -> None:
+        self._ask("write", lambda: self.fs.mkdir(path, create_parents=create_parents, **options))
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        self._ask("write", lambda: self.fs.makedirs(path, exist_ok=exist_ok))
+
+    def rmdir(self, path: str) -> None:
+        self._ask("delete", lambda: self.fs.rmdir(path))
+
+    def cp_file(self, path1: str, path2: str, **options: Any) -> None:
+        self._ask("write", lambda: self.fs.cp_file(path1, path2, **options))
+
+    def open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        group: Group = "read" if "r" in mode else "write"
+        return self._ask(group, lambda: self.fs.open(self._strip_protocol(path), mode, **options))
+
+    def invalidate_cache(self, path: str | None = None) -> None:
+        self.fs.invalidate_cache(path)
+
+    def _ask(
+        self, group: Group, request: Callable[[], T], *, half: Callable[[], None] | None = None, listed: str = ""
+    ) -> T:
+        """One request, and what becomes of it."""
+        if group in self.dice.faults.on:
+            time.sleep(self.dice.faults.delay_s)
+        kind = self.dice.throw(group)
+        seen = (self._faults, self.store_protocol, listed)
+        if kind == "stale" and listed:
+            if seen in _LISTINGS:
+                stale: T = _LISTINGS[seen]
+                return stale
+            kind = None
+        if kind is None or kind == "stale":
+            answer = request()
+            if listed:
+                _LISTINGS[seen] = answer
+            return answer
+        if kind == "truncated" and half is not None:
+            half()
+        if kind == "lost":
+            request()
+        raise _refusal(kind)
+
+    def _carry(self, size: int) -> None:
+        """The time that content takes through the link."""
+        time.sleep(size / self.dice.faults.bytes_per_s)
+
+
+class S3Answer(Exception):
+    """What S3's own library would raise, as the cause of an error."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.response = {"Error": {"Code": code, "Message": message}}
+
+
+def _refusal(kind: Kind) -> OSError:
+    """The error that s3fs would raise."""
+    if kind == "lost":
+        return TimeoutError(errno.ETIMEDOUT, "injected: no reply")
+    if kind not in ("slow_down", "expired"):
+        return ConnectionResetError(errno.ECONNRESET, "injected: the connection broke")
+    code, text = ("SlowDown", SLOW_DOWN) if kind == "slow_down" else ("ExpiredToken", EXPIRED)
+    error = OSError(errno.EBUSY, f"injected: {text}") if kind == "slow_down" else PermissionError(f"injected: {text}")
+    error.__cause__ = S3Answer(code, text)
+    return error
+
+
+class _AtomicFiles(LocalFileSystem):  # type: ignore[misc]
+    """Files of this machine, written as `pipeline.storage` writes them: fsspec's own create is no exclusive one."""
+
+    cachable = False
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
+        place = self._strip_protocol(path)
+        temporary = os.path.join(os.path.dirname(place), ".tmp")
+        if mode == "create":
+            LocalBackend().create(place, value, temporary)
+        else:
+            LocalBackend().replace(place, value, temporary, sync=False)

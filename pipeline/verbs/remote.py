@@ -1,0 +1,144 @@
+"""`status`, `logs`, `stop`: jobs on a cluster, by their id or by the name of their run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pipeline.cluster.jobs.client import Cluster, connect
+from pipeline.cluster.jobs.following import Progress, follow, look, progress_of
+from pipeline.cluster.jobs.records import lines_for_people
+from pipeline.errors import ClusterError, InputError, WorkError
+from pipeline.verbs.submit import POLL_S, STOP_WAIT_S
+
+OURS = "trainyard_job"
+"""In the metadata of every job that `submit` starts."""
+SLACK_S = 30.0
+"""So much later than the entry point Ray may say that it has ended."""
+
+
+def status(
+    job_or_run: str | None = None, *, address: str | None = None, token_file: str | None = None
+) -> tuple[str, list[Progress]]:
+    """The cluster's address, and how its jobs stand, oldest first; or one of them.
+
+    Raises
+    ------
+    InputError: no such cluster, job or run.
+    """
+    cluster = connect(address, token_file)
+    if job_or_run is not None:
+        return cluster.url, [look(cluster, find_job(cluster, job_or_run))]
+    found = [progress_of(info, _log(cluster, info)) for info in cluster.infos() if OURS in (info.metadata or {})]
+    return cluster.url, found
+
+
+def logs(
+    job_or_run: str,
+    *,
+    address: str | None = None,
+    token_file: str | None = None,
+    until_its_end: bool = False,
+    show: Callable[[str], None],
+    say: Callable[[str], None] = lambda text: None,
+    on_job: Callable[[str], None] = lambda job_id: None,
+) -> Progress:
+    """Show what a job has written, and with `until_its_end` what it writes until it ends.
+
+    Raises
+    ------
+    InputError: no such cluster, job or run.
+    WorkError: the cluster was lost meanwhile.
+    """
+    cluster = connect(address, token_file)
+    job_id = find_job(cluster, job_or_run)
+    on_job(job_id)
+    if until_its_end:
+        return follow(cluster, job_id, show, say)
+    info = cluster.info(job_id)
+    log = _log(cluster, info)
+    for line in lines_for_people(log):
+        show(line)
+    return progress_of(info, log)
+
+
+def stop(
+    job_or_run: str,
+    *,
+    address: str | None = None,
+    token_file: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Progress:
+    """Have a job save and leave; returns how it ended.
+
+    Raises
+    ------
+    InputError: no such cluster, job or run.
+    WorkError: it goes on in spite of it.
+    """
+    cluster = connect(address, token_file)
+    job_id = find_job(cluster, job_or_run)
+    found = look(cluster, job_id)
+    if found.is_over:
+        say("had ended before")
+        return found
+    cluster.stop(job_id)
+    say(f"stopping {job_id}: it has {STOP_WAIT_S} s to save and leave")
+    began = time.monotonic()
+    while time.monotonic() - began < STOP_WAIT_S + SLACK_S:
+        found = look(cluster, job_id)
+        if found.is_over:
+            return found
+        time.sleep(POLL_S)
+    raise WorkError(
+        f"has not ended {STOP_WAIT_S + SLACK_S:.0f} s after it was told to",
+        where=f"{job_id} on {cluster.url}",
+        fix=f"see `trainyard logs {job_id} --address {cluster.url}`",
+    )
+
+
+def how_it_ended(found: Progress) -> str:
+    """In a line for people, with what to do next."""
+    head = f"{found.id}: {found.status}"
+    if found.outcome is not None and "error" in found.outcome:
+        return f"{head}: {found.outcome['error']['message']}"
+    if found.outcome is not None:
+        return head
+    if found.ray_status == "STOPPED":
+        return f"{head}: killed before it could save\n  the same submit goes on from the last checkpoint"
+    code = found.driver_exit_code
+    how = f"its entry point was killed by signal {-code}" if code is not None and code < 0 else ""
+    reason = how or next((line for line in reversed(found.message.splitlines()) if line.strip()), "no reason was given")
+    return f"{head}: {reason}\n  the same submit goes on from the last checkpoint"
+
+
+def find_job(cluster: Cluster, job_or_run: str) -> str:
+    """The id of a job: itself, or of the latest that works on a run of this name.
+
+    Raises
+    ------
+    InputError: there is none.
+    """
+    if cluster.info(job_or_run) is not None:
+        return job_or_run
+    for info in reversed(cluster.infos()):
+        metadata = info.metadata or {}
+        named = metadata.get("trainyard_run")
+        if OURS not in metadata or not job_or_run.startswith(named or metadata[OURS]):
+            continue
+        if named == job_or_run or progress_of(info, _log(cluster, info)).run == job_or_run:
+            return str(info.submission_id)
+    raise InputError(
+        f"no job and no run {job_or_run!r}", where=cluster.url, fix="`trainyard status` lists those that are there"
+    )
+
+
+def _log(cluster: Cluster, info: Any) -> str:
+    """Empty where there is none: the job has not begun, or the node that has it is gone."""
+    if str(info.status.value) == "PENDING":
+        return ""
+    try:
+        return cluster.logs(info.submission_id)
+    except ClusterError:
+        return ""

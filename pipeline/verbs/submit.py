@@ -1,0 +1,128 @@
+"""`submit`: run a job on a Ray cluster through its Jobs API, and follow it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from pipeline import own_code
+from pipeline.cluster.jobs.client import Cluster, connect
+from pipeline.cluster.jobs.environment import environment_of
+from pipeline.cluster.jobs.following import Progress, follow, look
+from pipeline.cluster.jobs.identity import key_of, numbered
+from pipeline.cluster.jobs.letter import Letter
+from pipeline.cluster.jobs.preflight import Clearance, clear
+from pipeline.cluster.jobs.shipping import CODE_FOLDER, ENTRY_POINT, staged
+from pipeline.errors import InputError
+from pipeline.job import Job, plain_name
+from pipeline.job_file import dump_job, load_job
+from pipeline.redaction import hide
+from pipeline.verbs.places import storage_url, with_whole_url
+
+POLL_S = 0.5
+STOP_WAIT_S = 300
+"""How long a job that is stopped may take to save and leave, before Ray kills it. (Ray's default is 3.)"""
+
+
+def submit(
+    job: str | Path,
+    *,
+    address: str | None = None,
+    set: Iterable[str] = (),  # noqa: A002 - the public name of the option
+    name: str | None = None,
+    storage: str | None = None,
+    max_steps: int | None = None,
+    env: Iterable[str] = (),
+    env_files: Iterable[str] = (),
+    token_file: str | None = None,
+    wait: bool = True,
+    verbose: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+    show: Callable[[str], None] = lambda line: None,
+    on_job: Callable[[str], None] = lambda job_id: None,
+) -> Progress:
+    """Run a job on a cluster, or attach to the same submission where it goes on there.
+
+    Parameters
+    ----------
+    job: a job file.
+    address: URL of the cluster's dashboard.
+    set: overrides for the job file.
+    name, storage, max_steps: as for `train`; a path is one of this machine, where the cluster is on it too.
+    env: names of variables of this environment to set for the job there; they stay out of everything that is written.
+    env_files: files of such variables.
+    token_file: holds the cluster's token.
+    wait: follow the job to its end.
+    say: takes lines on what is being done.
+    show: takes lines of the job's log.
+    on_job: takes the job's id as soon as there is one.
+
+    Returns
+    -------
+    How the job stands: at its end, or when it was started.
+
+    Raises
+    ------
+    InputError: the job file, the cluster, the token, the versions, the room or the storage is not as it must be.
+    WorkError: the cluster was lost while the job was followed.
+    KeyboardInterrupt: as pressed; a job that was started goes on.
+    """
+    wanted = with_whole_url(load_job(job, set))
+    own_code.make_importable(wanted, os.getcwd())
+    code = own_code.sources(wanted)
+    environment = environment_of(env, env_files)
+    hide(environment)
+    if name is not None:
+        _plain(name)
+    cluster = connect(address, token_file, verbose=verbose)
+    written = storage_url(storage, wanted.storage)
+    clearance = clear(cluster, storage=written, scale=wanted.scale, environment=environment, say=say)
+    say(f"cluster {clearance.text}")
+    key = key_of(wanted, storage=clearance.storage, name=name, max_steps=max_steps)
+    shipped = wanted.model_copy(update={"code": CODE_FOLDER if code else None})
+    letter = Letter(dump_job(shipped), clearance.storage, name, max_steps, verbose, environment)
+    job_id = _start_or_attach(cluster, clearance, key, letter, code, wanted, say)
+    on_job(job_id)
+    return follow(cluster, job_id, show, say) if wait else look(cluster, job_id)
+
+
+def _start_or_attach(
+    cluster: Cluster,
+    clearance: Clearance,
+    key: str,
+    letter: Letter,
+    code: dict[str, bytes],
+    job: Job,
+    say: Callable[[str], None],
+) -> str:
+    """The id of the one job of this key that goes on."""
+    with staged(code) as cargo:
+        while True:
+            known = {info.submission_id: info for info in cluster.infos()}
+            own = numbered(key, known)
+            going_on = [one for one in own.values() if not known[one].status.is_terminal()]
+            if going_on and look(cluster, going_on[-1]).is_over:  # it said so, and Ray has not seen it yet
+                time.sleep(POLL_S)
+                continue
+            if going_on:
+                say("the same submission goes on there: attached to it")
+                return going_on[-1]
+            job_id = f"{key}-{max(own, default=0) + 1}"
+            say(f"ships {cargo.words()}")
+            posted = cluster.post(letter.sealed())
+            if cluster.submit(
+                job_id,
+                f"exec '{clearance.python}' {ENTRY_POINT} {posted}",
+                runtime_env={**cargo.runtime_env(), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}},
+                metadata={"trainyard_job": job.name, "trainyard_run": letter.name or ""},
+            ):
+                return job_id
+
+
+def _plain(name: str) -> None:
+    try:
+        plain_name(name)
+    except ValueError as error:
+        raise InputError(str(error), where="--name") from None

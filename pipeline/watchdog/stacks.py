@@ -1,0 +1,176 @@
+"""The stacks of all threads: into a file of this machine first, and from there into storage."""
+
+from __future__ import annotations
+
+import faulthandler
+import hashlib
+import os
+import re
+import sysconfig
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+Save = Callable[[str, bytes], str]
+"""Puts a file into the run's storage; gives its URL."""
+
+PACKAGE = Path(__file__).parents[1]
+_LIBRARIES = ("/site-packages/", "/dist-packages/", f"{sysconfig.get_path('stdlib')}/", "<frozen", "<string>")
+_THREAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+)", re.MULTILINE)
+_FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
+_TRAINS = re.compile(r"^# thread 0x([0-9a-f]+) trains$", re.MULTILINE)
+_LOCAL = re.compile(r"[0-9a-f]+-(\d+)-((?:attempt-\d+|preparing)-rank-\d+\.txt)")
+
+
+class Stacks:
+    """One rank's file of stacks. It is open from the start: who holds Python's lock lets nobody open one.
+
+    Parameters
+    ----------
+    run_url: tells the files of one run from others' on this machine.
+    save: see `Save`; raises where storage is away, and may block.
+    save_s: seconds that saving may take.
+    """
+
+    def __init__(self, run_url: str, rank: int, save: Save, *, save_s: float = 10.0) -> None:
+        self._rank = rank
+        self._save = save
+        self._save_s = save_s
+        self._thread = threading.get_ident()
+        self._run = hashlib.sha256(run_url.encode()).hexdigest()[:16]
+        self._folder = _own_folder()
+        self._file: BinaryIO | None = None
+        self._is_written = False
+        self.attempt = 0
+        self.name = f"preparing-rank-{rank}.txt"
+        self._open()
+
+    @property
+    def target(self) -> BinaryIO | int:
+        """Where faulthandler may write: the file, or standard error where there can be none."""
+        return self._file if self._file is not None else 2
+
+    def of_attempt(self, number: int) -> None:
+        """From now on they are those of an attempt."""
+        before = self._path if self._file is not None else None
+        self.attempt, self.name = number, f"attempt-{number:04d}-rank-{self._rank}.txt"
+        if before is not None:
+            with suppress(OSError):
+                os.replace(before, self._path)
+
+    def write(self, line: str) -> None:
+        """The stacks of all threads now, below a line that says why."""
+        if self._file is None:
+            return
+        self._is_written = True
+        with suppress(OSError):  # a full disk: the message goes out without them
+            self._file.write(f"# {line}\n\n".encode())
+            self._file.flush()
+            faulthandler.dump_traceback(self._file, all_threads=True)
+
+    def place(self) -> str:
+        """The innermost line of the user's code or ours in which the training thread stands, by what was written."""
+        return place_in(self._text())
+
+    def keep(self) -> str:
+        """Save what was written, in storage if it answers in time; where it is now, or empty."""
+        if self._file is None:
+            return ""
+        return self._saved(self.name, self._text().encode(), self._path) or str(self._path)
+
+    def bring_leftovers(self) -> Iterator[tuple[str, str]]:
+        """Save what processes left here that could not: the URL, and the place in which each stood."""
+        for path in sorted(self._folder.glob(f"{self._run}-*.txt")) if self._folder is not None else ():
+            match = _LOCAL.fullmatch(path.name)
+            if match is None or _is_alive(int(match[1])):
+                continue
+            text = path.read_text(errors="replace")
+            if not _THREAD.search(text):  # its process was killed from outside
+                path.unlink(missing_ok=True)
+            elif url := self._saved(match[2], text.encode(), path):
+                yield url, place_in(text)
+
+    def close(self) -> None:
+        """Remove the file, unless there are stacks in it that could not be saved elsewhere."""
+        if self._file is not None:
+            self._file.close()
+            if not self._is_written:
+                self._path.unlink(missing_ok=True)
+
+    @property
+    def _path(self) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{self._run}-{os.getpid()}-{self.name}"
+
+    def _open(self) -> None:
+        if self._folder is None:
+            return
+        with suppress(OSError):
+            self._file = open(self._path, "w+b", buffering=0)  # noqa: SIM115 - closed by close()
+            self._file.write(f"# thread 0x{self._thread:016x} trains\n".encode())
+
+    def _text(self) -> str:
+        if self._file is None:
+            return ""
+        self._file.seek(0)  # not by its name: temporary folders are swept
+        return self._file.read().decode(errors="replace")
+
+    def _saved(self, name: str, text: bytes, path: Path) -> str:
+        """The URL in storage, where the local file is then removed; empty if storage does not take it in time."""
+        urls: list[str] = []
+
+        def save() -> None:
+            url = self._save(name, text)
+            path.unlink(missing_ok=True)
+            urls.append(url)
+
+        thread = threading.Thread(target=_quietly, args=(save,), name="trainyard-stacks", daemon=True)
+        thread.start()
+        thread.join(self._save_s)
+        return urls[0] if urls else ""
+
+
+def place_in(text: str) -> str:
+    """`model.py:12 (forward)`: the innermost line of the user's code or ours in the thread that trains; empty if none.
+
+    text: a dump of faulthandler's, below the line that names the thread.
+    """
+    trains = _TRAINS.search(text)
+    threads = _THREAD.split(text)
+    stacks = dict(zip(threads[1::2], threads[2::2], strict=True))
+    frames = _FRAME.findall(stacks.get(trains[1], "") if trains is not None else "")
+    for file, line, function in frames:
+        ours = Path(file).is_relative_to(PACKAGE)
+        if ours or not any(library in file for library in _LIBRARIES):
+            shown = Path(file).relative_to(PACKAGE.parent) if ours else Path(file).name
+            return f"{shown}:{line} ({function})"
+    return ""
+
+
+def _own_folder() -> Path | None:
+    """A folder of this user's alone; None where there can be none."""
+    folder = Path(tempfile.gettempdir()) / f"trainyard-stacks-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        is_ours = not folder.is_symlink() and folder.stat().st_uid == os.getuid()  # who was quicker to take the name?
+    except OSError:
+        return None
+    return folder if is_ours else None
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # the number is another user's now
+        return False
+    return True
+
+
+def _quietly(save: Callable[[], None]) -> None:
+    with suppress(Exception):  # storage is away: the file stays where it is, and the message says where
+        save()

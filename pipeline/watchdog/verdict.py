@@ -1,0 +1,89 @@
+"""Who stands still? A decision from what a rank knows of itself and has heard of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.watchdog.progress import Awaited
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """One rank's sign of life."""
+
+    still_s: float
+    """Since its last progress, by its own clock."""
+    awaits: Awaited
+    silent_s: float = 0.0
+    """Since this sign came, by the clock of whoever passes it on."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long is too long, in seconds.
+
+    hang_s: without progress, for a thread that waits for nobody.
+    storage_s: without an answer of storage, for one that waits for it: longer than storage takes to be given up.
+    """
+
+    hang_s: float
+    storage_s: float
+
+    @property
+    def grace_s(self) -> float:
+        """Who waits for another worker waits so much longer: the culprit's own word comes first."""
+        return max(2.0, self.hang_s / 10)
+
+    @property
+    def poll_s(self) -> float:
+        """Between two looks."""
+        return min(5.0, self.hang_s / 20)
+
+    @property
+    def deaf_s(self) -> float:
+        """Without a single look: whatever holds Python's lock for so long hangs."""
+        return self.hang_s + self.grace_s / 2
+
+    @property
+    def leave_s(self) -> float:
+        """A training thread that could be woken has so long to write down why it leaves."""
+        return min(30.0, 3 * self.hang_s)
+
+    @property
+    def unanswered_s(self) -> float:
+        """Who watches from outside takes a process for hung that has not answered for so long."""
+        return self.hang_s + 2 * self.grace_s
+
+    @property
+    def last_net_s(self) -> float:
+        """After which a sum over the ranks may fail by itself: later than any verdict here."""
+        return 2 * (self.hang_s + self.storage_s) + self.grace_s
+
+
+def verdict(rank: int, own: Pulse, heard: Mapping[int, Pulse] | None, world_size: int, limits: Limits) -> str | None:
+    """What is wrong, as a sentence about the worker at fault without the place; None: nothing, or not yet.
+
+    Parameters
+    ----------
+    heard: the latest sign of each rank that ever gave one; None: they cannot be had.
+    """
+    if own.awaits == "":
+        return f"stood still for {own.still_s:.0f} s" if own.still_s > limits.hang_s else None
+    if own.awaits == "storage":
+        late = own.still_s > limits.storage_s
+        return f"waited {own.still_s:.0f} s for storage that does not answer" if late else None
+    if own.still_s <= limits.hang_s + limits.grace_s:
+        return None
+    waited = f"waited {own.still_s:.0f} s for"
+    if heard is None:
+        return f"{waited} the others"
+    others = {other: heard.get(other) for other in range(world_size) if other != rank}
+    silent = [other for other, pulse in others.items() if pulse is None or pulse.silent_s > limits.hang_s]
+    if silent:
+        numbers = ", ".join(map(str, silent))
+        gives = "which gives" if len(silent) == 1 else "which give"
+        return f"{waited} worker{'s' * (len(silent) != 1)} {numbers}, {gives} no sign of life (stopped, or cut off)"
+    if any(pulse is not None and pulse.awaits != "workers" for pulse in others.values()):
+        return None  # it works, or has a watchdog of its own
+    return f"{waited} the others, which wait as well"

@@ -1,0 +1,159 @@
+"""The thread that watches the training thread, and a timer of faulthandler's that watches this one."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from types import FrameType, TracebackType
+from typing import Any, Protocol
+
+from pipeline.errors import HungError
+from pipeline.watchdog.progress import Awaited, Progress, awaited
+from pipeline.watchdog.stacks import Stacks
+from pipeline.watchdog.verdict import Limits, Pulse, verdict
+
+PULSE_S = 5.0
+"""What a pulse takes at the most."""
+STANDARD_ERROR = 2
+LAST_WORD_S = 30.0
+"""The same for saving stacks and saying why."""
+
+
+class Around(Protocol):
+    """What a watchdog needs to know of its surroundings: see `pipeline.context.Context`."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    alone: bool
+    progress: Progress
+
+    def tell(self, event: Mapping[str, Any]) -> None: ...
+    def pulse(self, own: Pulse) -> Mapping[int, Pulse] | None: ...
+    def interrupt(self, error: HungError) -> bool: ...
+    def last_word(self, error: HungError) -> None: ...
+
+
+class Watchdog:
+    """While entered, this thread is watched: if it stands still for longer than allowed, the stacks of the process are
+    saved, the cause is told, and the process ends with exit code 1, if need be by force.
+
+    A thread that does not even let the watchdog run, for it holds Python's lock, is ended by a timer outside of Python.
+    Then the stacks are on standard error, if that is the user's own; if not, who comes next on this machine saves them
+    and tells of it.
+
+    Parameters
+    ----------
+    where: the run's URL.
+    answers: counts what storage has answered.
+    """
+
+    def __init__(
+        self, around: Around, limits: Limits, stacks: Stacks, *, where: str, answers: Callable[[], int]
+    ) -> None:
+        self._around = around
+        self._limits = limits
+        self._stacks = stacks
+        self._where = where
+        self._answers = answers
+        self._watched = threading.get_ident()
+        self._lock = threading.RLock()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="trainyard-watchdog", daemon=True)
+        self._before: Any = None
+
+    def __enter__(self) -> Watchdog:
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
+            self._before = signal.signal(signal.SIGTSTP, self._suspend)
+        self._arm()
+        self._thread.start()
+        if self._around.local_rank == 0:
+            threading.Thread(target=self._tell_leftovers, name="trainyard-leftovers", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        with self._lock:
+            self._over.set()
+            faulthandler.cancel_dump_traceback_later()
+            self._stacks.close()
+        if self._before is not None:
+            signal.signal(signal.SIGTSTP, self._before)
+
+    def _run(self) -> None:
+        try:
+            self._watch()
+        finally:  # without this thread the timer would take the process for deaf
+            faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        limits, around = self._limits, self._around
+        most_s = 2 * limits.poll_s + (PULSE_S if around.world_size > 1 else 0.0)
+        seen: tuple[object, ...] = ()
+        still_s, then = 0.0, time.monotonic()
+        while not self._over.wait(limits.poll_s):
+            self._arm()
+            now = time.monotonic()
+            still_s += min(now - then, most_s)  # more passed while this process was stopped as a whole
+            then = now
+            awaits, call = awaited(sys._current_frames().get(self._watched))
+            sees = (around.progress.count, call, self._answers() if awaits == "storage" else 0)
+            if sees != seen:
+                seen, still_s = sees, 0.0
+            own = Pulse(still_s, awaits)
+            heard = around.pulse(own) if around.world_size > 1 else {}
+            what = verdict(around.rank, own, heard, around.world_size, limits)
+            if what is not None:
+                self._end(what, awaits)
+                return
+
+    def _arm(self, more_s: float = 0.0) -> None:
+        """Begin the timer anew: as long as this is called in time, the watchdog itself is alive."""
+        with self._lock:
+            if self._over.is_set():
+                return
+            attempt = self._around.progress.attempt
+            if attempt and self._stacks.attempt != attempt:
+                self._stacks.of_attempt(attempt)
+            # A worker's standard error is nobody's; who comes next tells of what is in the file.
+            file = STANDARD_ERROR if self._around.alone else self._stacks.target
+            faulthandler.dump_traceback_later(self._limits.deaf_s + more_s, exit=True, file=file)
+
+    def _end(self, what: str, awaits: Awaited) -> None:
+        setting = "TRAINYARD_STORAGE_LIMIT_S" if awaits == "storage" else "scale.hang_s"
+        who = "training" if self._around.alone else f"worker {self._around.rank}"
+        with self._lock:
+            if self._over.is_set():  # it moved at the last moment
+                return
+            self._arm(self._limits.leave_s + LAST_WORD_S)
+            self._stacks.write(f"{who} {what}")
+            place = self._stacks.place() if not awaits else ""
+        stacks = self._stacks.keep()
+        error = HungError(
+            f"{who} {what}{f' in {place}' if place else ''}{f'; stacks in {stacks}' if stacks else ''}",
+            where=self._where,
+            fix=f"the same command goes on from the last checkpoint; {setting} sets the limit",
+        )
+        if self._around.interrupt(error):
+            self._over.wait(self._limits.leave_s)
+        if self._over.is_set():
+            return
+        self._around.last_word(error)
+        os._exit(error.exit_code)
+
+    def _suspend(self, number: int, frame: FrameType | None) -> None:
+        """Ctrl-Z: time passes for the timer, and it must not take that for a hang."""
+        with self._lock:
+            faulthandler.cancel_dump_traceback_later()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        self._arm()
+
+    def _tell_leftovers(self) -> None:
+        for url, place in self._stacks.bring_leftovers():
+            text = f"an earlier process stood still in {place or 'an unknown place'} and was ended; stacks in {url}"
+            self._around.tell({"kind": "warning", "text": text})

@@ -1,0 +1,99 @@
+"""Two workers train on MNIST onto S3 while one request in twenty goes wrong: the same bits and rows as undisturbed."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import s3fs
+import yaml
+
+from pipeline import train
+from pipeline.storage import handed
+from pipeline.testing import faults
+from tests.faults.fault_evidence import check_at_rest, evidence, only_run
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, and those of what it imports
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DATA = REPOSITORY.parent / "shared" / "data"
+ONE_IN_TWENTY = "error=0.02 lost=0.015 truncated=0.01 slow_down=0.005"
+AT_WORK = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL")
+
+needs_mnist = pytest.mark.skipif(
+    not (DATA / "MNIST").is_dir(), reason="MNIST's files do not lie in ../shared/data, seen from the repository"
+)
+
+
+def job(**changes: Any) -> dict[str, Any]:
+    """The tutorial's job on two workers, as a tree."""
+    tree: dict[str, Any] = yaml.safe_load((REPOSITORY / "jobs" / "mnist.yaml").read_text())
+    tree["data"]["root"] = str(DATA)
+    return {**tree, "scale": {"workers": 2, "device": "cpu", "threads": 1}, **changes}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def undisturbed(folder: Path) -> subprocess.Popen[bytes]:
+    """The same job on two plain processes and files of this machine."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "tests.survive.untouched_run", str(folder / "undisturbed"), str(port)]
+    return subprocess.Popen(words, cwd=folder, env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin"})
+
+
+def trained_on_a_bad_day(folder: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Counter[str]]:
+    """The run as it lies on S3 in the end, brought here; and the faults that its processes met."""
+    log = folder / "faults.log"
+    with faults(f"seed=7 {ONE_IN_TWENTY} log={log}"):
+        monkeypatch.setattr(handed, "_NAMES", {*AT_WORK, "TRAINYARD_FAULTS"})
+        found = train("job.yaml", storage=s3_url.replace("s3://", "faulty://s3/"))
+    assert found.status == "finished"
+    s3 = s3fs.S3FileSystem()
+    s3.get(s3_url, str(folder / "on-s3"), recursive=True)
+    lines = [line.split() for line in log.read_text().splitlines()]
+    assert len({line[0] for line in lines}) > 1, "faults in the workers, too"
+    return only_run(folder / "on-s3"), Counter(line[3] for line in lines)
+
+
+def same_as_undisturbed(folder: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    began = time.monotonic()
+    with undisturbed(folder) as reference:
+        run, met = trained_on_a_bad_day(folder, s3_url, monkeypatch)
+    assert reference.returncode == 0
+    expected, found = evidence(only_run(folder / "undisturbed")), evidence(run)
+    assert found.keys() == expected.keys()
+    for what in expected:
+        assert found[what] == expected[what], what
+    assert [row["step"] for row in found["steps"]] == list(range(1, len(found["steps"]) + 1))
+    check_at_rest(run)
+    print(f"\n{len(found['steps'])} steps, {time.monotonic() - began:.0f} s, faults: {dict(met)}")
+    return met
+
+
+@needs_mnist
+def test_a_short_training(cluster: Any, folder: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"batch_size": 1000, "optimizer": {"kind": "sgd", "momentum": 0.9}, "phases": [{"epochs": 2, "lr": 0.1}]}
+    tree = job(train=settings, checkpoint={"every_steps": 4, "keep": 2}, evaluate={"every_steps": 24})
+    (folder / "job.yaml").write_text(yaml.safe_dump(tree))
+    met = same_as_undisturbed(folder, s3_url, monkeypatch)
+    assert met.total() >= 3
+
+
+@needs_mnist
+@pytest.mark.slow
+def test_a_whole_training(cluster: Any, folder: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tutorial's job: 4,800 steps."""
+    (folder / "job.yaml").write_text(yaml.safe_dump(job(checkpoint={"every_steps": 100, "keep": 3})))
+    met = same_as_undisturbed(folder, s3_url, monkeypatch)
+    assert met.total() >= 10

@@ -1,0 +1,296 @@
+"""Jobs on a cluster with token authentication: from one command to a finished run, through kills on either side."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import yaml
+
+from pipeline import train
+from pipeline.cluster.jobs.client import connect
+from pipeline.cluster.jobs.following import follow
+from tests.cli.conftest import Ended, trainyard
+from tests.cluster.jobs_cluster import TOKEN, JobsCluster, Wire, another_node, command_lines, started
+from tests.faults.fault_evidence import check_at_rest, entries, evidence, wait_for
+
+__all__ = ["trainyard"]  # a fixture
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, and those of what it imports
+
+Call = Callable[..., Ended]
+
+MODULE = """
+import os
+import time
+
+import torch
+
+
+class Slow(torch.nn.Module):
+    def __init__(self, pause_s=0.0, needs=None):
+        super().__init__()
+        assert needs is None or os.environ[needs]
+        self.layers = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        self.pause_s = pause_s
+
+    def forward(self, inputs):
+        if self.training:
+            time.sleep(self.pause_s)
+        return self.layers(inputs)
+"""
+JOB: dict[str, Any] = {
+    "name": "sent",
+    "data": {"source": "disc", "normalize": "scalar", "splits": {"val": 0.2}},
+    "model": {"kind": "slow_nets:Slow", "args": {}},
+    "train": {"batch_size": 100, "phases": [{"epochs": 10, "lr": 0.3}]},
+    "checkpoint": {"every_steps": 5, "keep": 2},
+}
+"""80 steps."""
+
+
+@pytest.fixture(autouse=True)
+def _with_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+
+
+@pytest.fixture
+def there(jobs_cluster: JobsCluster) -> tuple[str, str]:
+    return "--address", jobs_cluster.url
+
+
+def write(folder: Path, pause_s: float = 0.0, **changes: Any) -> str:
+    (folder / "slow_nets.py").write_text(MODULE)
+    job = {**JOB, "model": {"kind": "slow_nets:Slow", "args": {"pause_s": pause_s}}, **changes}
+    (folder / "job.yaml").write_text(yaml.safe_dump(job))
+    return str(folder / "job.yaml")
+
+
+def commits(storage: Path) -> int:
+    return sum(entry["kind"] == "commit" for run in storage.glob("*/journal") for entry in entries(run.parent))
+
+
+def step(storage: Path) -> int:
+    found = [entry["step"] for run in storage.glob("*/journal") for entry in entries(run.parent) if "step" in entry]
+    return max(found, default=0)
+
+
+class Eyes(threading.Thread):
+    """Looks at every process of this machine for words that must not stand there."""
+
+    def __init__(self, words: list[str]) -> None:
+        super().__init__(daemon=True)
+        self.words, self.seen, self.over = words, set[str](), threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(0.2):
+            lines = command_lines().values()
+            self.seen |= {line[:80] for line in lines for word in self.words if word in line}
+
+
+def test_a_job_goes_to_the_cluster_with_its_code_and_secrets_and_comes_back_finished(
+    trainyard: Call, there: tuple[str, str], jobs_cluster: JobsCluster, s3_url: str, tmp_path: Path
+) -> None:
+    """On one worker, onto S3 whose credentials only the job has. Fits: 1."""
+    planted = {"AWS_SECRET_ACCESS_KEY": "planted-1f6e9c-key", "TRACKER_LOGIN": "planted-77ab02-login"}
+    (tmp_path / "secrets.env").write_text("".join(f"{name}={value}\n" for name, value in planted.items()))
+    model = {"kind": "slow_nets:Slow", "args": {"needs": "TRACKER_LOGIN"}}
+    job = write(tmp_path, model=model, scale={"workers": 1, "device": "cpu"})
+    os.environ["TRACKER_LOGIN"] = "of the one who submits"
+    eyes = Eyes([*planted.values(), TOKEN])
+    eyes.start()
+    try:
+        names = ("AWS_ACCESS_KEY_ID", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
+        words = [word for name in names for word in ("--env", name)]
+        handed = ("--env-file", "secrets.env", *words)
+        ended = trainyard("submit", job, *there, "--storage", s3_url, *handed, "--json", "--name", "one")
+        shown = trainyard("show", "one", "--storage", s3_url, "--json")
+    finally:
+        del os.environ["TRACKER_LOGIN"]
+        eyes.over.set()
+    assert ended.code == 0, ended.err
+    assert ended.json["status"] == "finished"
+    assert (ended.json["run"], ended.json["step"], ended.json["exit_code"]) == ("one", 80, 0)
+    assert re.fullmatch(r"sent-[0-9a-f]{8}-1", ended.json["job"])
+    assert f"job {ended.json['job']}\n" in ended.err
+    assert "1 file of its code" in ended.err
+    assert "epoch 10" in ended.err
+    assert "\x1e" not in ended.err
+    assert shown.json["status"] == "finished"
+    assert trainyard("status", "one", *there, "--json").json["job"] == ended.json["job"]
+    assert "training to step 80" in trainyard("logs", "one", *there).out
+
+    eyes.join()
+    assert eyes.seen == set()
+    cluster = connect(jobs_cluster.url)
+    infos = [json.dumps(info.dict(), default=str) for info in cluster.infos()]
+    assert len(infos) >= 2, "the job and a probe"
+    found = [info for info in infos for word in planted.values() if word in info]
+    found += [str(file) for word in planted.values() for file in holding(jobs_cluster.folder, word)]
+    import s3fs
+
+    store = s3fs.S3FileSystem(use_listings_cache=False)
+    kept = {path: store.cat_file(path) for path in store.find(s3_url)}
+    assert any(path.endswith("run.json") for path in kept)
+    found += [path for path, content in kept.items() for word in planted.values() if word.encode() in content]
+    assert found == []
+    assert not [info for info in infos if TOKEN in info]
+
+
+def holding(folder: Path, word: str) -> list[Path]:
+    """Files that hold a word: logs, unpacked packages, and whatever else a cluster writes."""
+    files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
+    return [file for file in files if word.encode() in file.read_bytes()]
+
+
+def test_the_client_is_killed_and_the_run_goes_on_until_it_is_stopped(
+    trainyard: Call, there: tuple[str, str], jobs_cluster: JobsCluster, tmp_path: Path
+) -> None:
+    """And a wire that is cut costs a follower nothing. In the entry point itself: no start of workers."""
+    storage = tmp_path / "runs"
+    endless = {**JOB["train"], "phases": [{"epochs": 1000, "lr": 0.3}]}
+    job = write(tmp_path, pause_s=0.2, name="killed-client", train=endless)
+    command = [sys.executable, "-m", "pipeline", "submit", job, *there, "--storage", str(storage)]
+    client = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert client.stderr is not None
+    said = iter(client.stderr.readline, "")
+    job_id = next(line.split()[1] for line in said if line.startswith("job "))
+    client.kill()
+    client.communicate()
+    before = step(storage)
+    wait_for(lambda: step(storage) >= before + 5, 120, "a checkpoint after the client's death")
+
+    again = trainyard("submit", job, *there, "--storage", str(storage), "--no-wait")
+    assert (again.code, again.out) == (0, f"{job_id}\n"), again.err
+    assert "goes on there: attached" in again.err
+
+    wire = Wire(urlsplit(jobs_cluster.url).port or 0)
+    lines, words = list[str](), list[str]()
+    far = connect(f"http://127.0.0.1:{wire.port}")
+    following = threading.Thread(target=lambda: follow(far, job_id, lines.append, words.append))
+    following.start()
+    wait_for(lambda: any("epoch 1" in line for line in lines), 60, "a line from the job")
+    wire.sever(3.0)
+    seen = len(lines)
+    wait_for(lambda: len(lines) > seen, 60, "a line after the cut")
+    assert any("trying again for 120 s" in line for line in words)
+
+    stopped = trainyard("stop", job_id, *there)
+    assert stopped.code == 0, stopped.err
+    assert re.search(r"interrupted: stopped at step \d+ of 8000, and saved", stopped.out), stopped.out
+    following.join(60)
+    wire.close()
+    log = trainyard("logs", job_id, *there).out.splitlines()
+    assert lines == log, "each line once"
+    found = trainyard("status", job_id, *there, "--json").json
+    assert (found["status"], found["exit_code"]) == ("interrupted", 143)
+    (run,) = (path.parent for path in storage.glob("*/job.yaml"))
+    *_, commit, leave = entries(run)
+    assert (commit["kind"], leave["kind"], leave["status"]) == ("commit", "leave", "interrupted")
+    assert 0 < commit["step"] == leave["step"] < 8000
+    check_at_rest(run)
+    assert trainyard("stop", job_id, *there).err == "had ended before\n"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_entry_point_is_killed_and_the_same_submit_resumes_to_the_bit(
+    trainyard: Call, there: tuple[str, str], jobs_cluster: JobsCluster, tmp_path: Path
+) -> None:
+    """On one worker, against a run in this process. Fits: 2."""
+    storage = tmp_path / "runs"
+    job = write(tmp_path, pause_s=0.2, name="killed-entry", scale={"workers": 1, "device": "cpu"})
+    sent = trainyard("submit", job, *there, "--storage", str(storage), "--no-wait", "--quiet")
+    first = sent.out.strip()
+    wait_for(lambda: commits(storage) >= 2, 180, "checkpoints")
+    (entry,) = [pid for pid, line in command_lines().items() if "jobs/entry_point.py" in line and is_ours(pid)]
+    os.kill(entry, signal.SIGKILL)
+    wait_for(lambda: trainyard("status", first, *there, "--json").json["status"] == "failed", 60, "Ray to see it")
+    ended = trainyard("logs", first, *there, "--follow")
+    assert ended.code == 1
+    assert "its entry point was killed by signal 9" in ended.err
+    assert "the same submit goes on" in ended.err
+
+    again = trainyard("submit", job, *there, "--storage", str(storage), "--json")
+    assert again.code == 0, again.err
+    assert again.json["job"] == first.removesuffix("-1") + "-2"
+    (run,) = (path.parent for path in storage.glob("*/job.yaml"))
+    untouched = train(job, set={"scale.workers": 0}, storage=str(tmp_path / "untouched"))
+    assert evidence(run) == evidence(Path(untouched.url))
+    assert {entry["attempt"] for entry in entries(run)} == {1, 2}
+
+
+def is_ours(pid: int) -> bool:
+    try:
+        return TOKEN.encode() in Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_job_that_is_stopped_has_the_time_to_end_its_step(
+    trainyard: Call, there: tuple[str, str], tmp_path: Path
+) -> None:
+    """Left to itself, Ray kills what has not gone after 3 seconds."""
+    job = write(tmp_path, pause_s=12.0, name="long-steps")
+    storage = str(tmp_path / "runs")
+    job_id = trainyard("submit", job, *there, "--storage", storage, "--no-wait", "--quiet").out.strip()
+    wait_for(lambda: "epoch 0" in trainyard("logs", job_id, *there).out, 120, "the first step")
+    stopped = trainyard("stop", job_id, *there, "--json")
+    assert stopped.json["exit_code"] == 143, stopped.err
+    assert trainyard("show", stopped.json["run"], "--storage", storage, "--json").json["step"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_worker_is_killed_under_a_submitted_job(
+    trainyard: Call, there: tuple[str, str], jobs_cluster: JobsCluster, tmp_path: Path
+) -> None:
+    """The follower reads of it, and the end is as if nothing had been. Fits: 2, and 1 in this process."""
+    storage = tmp_path / "runs"
+    job = write(tmp_path, pause_s=0.2, name="killed-worker", scale={"workers": 1, "device": "cpu"})
+    begun: dict[str, float] = {}
+
+    def kill() -> None:
+        wait_for(lambda: commits(storage) >= 2, 180, "checkpoints")
+        (run,) = (path.parent for path in storage.glob("*/job.yaml"))
+        os.kill(next(entry for entry in entries(run) if entry["kind"] == "claim")["facts"]["pid"], signal.SIGKILL)
+        begun["killed"] = time.monotonic()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    ended = trainyard("submit", job, *there, "--storage", str(storage), "--json")
+    killer.join()
+    assert ended.code == 0, ended.err
+    assert re.search(r"starting again from step \d+", ended.err)
+    here = train(job, set={"scale.workers": 0, "model.args.pause_s": 0}, storage=str(tmp_path / "here"))
+    assert ended.json["metrics"] == pytest.approx(dict(here.metrics))
+    assert ended.json["attempts"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_bare_path_on_two_nodes_is_refused(trainyard: Call, tmp_path: Path) -> None:
+    with started() as cluster, another_node(cluster):
+        job = write(tmp_path)
+        ended = trainyard("submit", job, "--address", cluster.url, "--storage", str(tmp_path))
+        assert ended.code == 2
+        assert "the cluster has 2 nodes" in ended.err
+        assert "s3://" in ended.err
+        mounted = f"file://{tmp_path}/runs"  # the same folder for both nodes: they are on one machine
+        ended = trainyard("submit", job, "--address", cluster.url, "--storage", mounted)
+        assert ended.code == 0, ended.err

@@ -1,0 +1,311 @@
+"""A run in this process that stands still: noticed, explained, ended and gone on with; and what only looks like it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import StorageLostError
+from pipeline.storage import Storage
+from pipeline.watchdog import Limits, Progress, Pulse, waits_for
+from pipeline.watchdog.progress import Awaited, awaited
+from pipeline.watchdog.stacks import place_in
+from pipeline.watchdog.verdict import verdict
+from tests.faults.fault_evidence import entries, evidence, only_run, wait_for
+from tests.faults.fault_nursery import Nursery, Outcome, Trap
+from tests.storage.silent_server import SilentProxy
+
+HANG_S = 1.5
+LIMITS_HERE = Limits(HANG_S, storage_s=300)
+CODE = '''
+import os
+import re
+import threading
+import time
+
+import torch
+
+
+class Stands(torch.nn.Module):
+    """Stands still from step 40 on, in the way that the environment names."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        self.how, self.calls = os.environ.get("HANG"), 0
+
+    def forward(self, inputs):
+        if self.training:
+            self.calls += 1
+            if self.calls == 40 and self.how:
+                getattr(self, self.how)()
+        return self.layers(inputs)
+
+    def deadlock(self):
+        lock = threading.Lock()
+        lock.acquire()
+        lock.acquire()
+
+    def cannot_be_woken(self):
+        while True:
+            try:
+                time.sleep(3600)
+            except Exception:
+                pass
+
+    def holds_pythons_lock(self):
+        re.match("(a*)*b", "a" * 60)
+
+    def pauses(self):
+        time.sleep(3)
+
+    def disk_never_answers(self):
+        os.replace = lambda *_: time.sleep(3600)
+'''
+JOB = f"""
+schema: 1
+name: hang
+data: {{source: disc, normalize: scalar, splits: {{by: random, val: 0.2}}}}
+model: {{kind: "hang_code:Stands"}}
+train: {{batch_size: 32, optimizer: {{kind: sgd, momentum: 0.9}}, phases: [{{epochs: 4, lr: 0.2}}]}}
+evaluate: {{every_steps: 20}}
+checkpoint: {{every_steps: 10, keep: 2}}
+scale: {{hang_s: {HANG_S}}}
+"""
+ARGV = ["train", "hang.yaml", "--storage"]
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    folder = tmp_path_factory.mktemp("hang")
+    (folder / "hang_code.py").write_text(CODE)
+    (folder / "hang.yaml").write_text(JOB)
+    nursery = Nursery(folder)
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture(scope="module")
+def untouched(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> object:
+    storage = tmp_path_factory.mktemp("untouched")
+    assert nursery.run(*ARGV, str(storage)).code == 0
+    return evidence(only_run(storage))
+
+
+def check_message(outcome: Outcome, run: Path) -> None:
+    """One message, that names the very line and the stacks, which are there."""
+    (line,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    stacks = run / "stacks" / "attempt-0001-rank-0.txt"
+    assert "training stood still for 2 s in hang_code.py:" in line
+    assert f"stacks in {stacks}" in line
+    assert "the same command goes on" in outcome.err
+    assert "scale.hang_s" in outcome.err
+    assert "Traceback" not in outcome.err
+    text = stacks.read_text()
+    assert "in forward" in text
+    assert "recorder.py" in text, "the stacks of all threads"
+
+
+@pytest.mark.parametrize("how", ["deadlock", pytest.param("cannot_be_woken", marks=pytest.mark.slow)])
+def test_a_hang_is_noticed_told_with_its_line_and_the_same_command_goes_on(
+    nursery: Nursery, untouched: object, tmp_path: Path, how: str
+) -> None:
+    began = time.monotonic()
+    outcome = nursery.run(*ARGV, str(tmp_path), env={"HANG": how})
+    took_s = time.monotonic() - began
+    assert outcome.code == 1, outcome.err
+    run = only_run(tmp_path)
+    check_message(outcome, run)
+    assert f"({how})" in outcome.err
+    if how == "deadlock":  # the thread could be woken, so it has left its word
+        leave = entries(run)[-1]
+        assert (leave["kind"], leave["status"], leave["error"]["type"]) == ("leave", "failed", "HungError")
+        assert nursery.run("show", str(run), "--json").out.count('"status": "failed"') == 1
+    again = nursery.run(*ARGV, str(tmp_path))
+    assert again.code == 0, again.err
+    assert "resuming after step" in again.err
+    assert evidence(run) == untouched
+    print(f"\n{how}: the command took {took_s:.1f} s with a limit of {HANG_S} s")
+
+
+def test_a_thread_that_holds_pythons_lock_is_ended_from_outside(
+    nursery: Nursery, untouched: object, tmp_path: Path
+) -> None:
+    outcome = nursery.run(*ARGV, str(tmp_path), env={"HANG": "holds_pythons_lock"})
+    assert outcome.code == 1
+    assert "Timeout" in outcome.err
+    assert "in holds_pythons_lock" in outcome.err
+    assert nursery.run(*ARGV, str(tmp_path)).code == 0
+    assert evidence(only_run(tmp_path)) == untouched
+
+
+@pytest.mark.slow
+def test_storage_that_never_returns_is_noticed_too(nursery: Nursery, untouched: object, tmp_path: Path) -> None:
+    """Such as a mount whose server is gone: no call fails, and none ends."""
+    env = {"HANG": "disk_never_answers", "TRAINYARD_STORAGE_LIMIT_S": "1"}
+    outcome = nursery.run(*ARGV, str(tmp_path), env=env)
+    assert outcome.code == 1, outcome.err
+    (line,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert "storage that does not answer" in line
+    stacks = Path(line.rpartition("stacks in ")[2])
+    assert not stacks.is_relative_to(tmp_path), "storage does not answer: they are kept here"
+    assert "in _written" in stacks.read_text() or "in replace" in stacks.read_text()
+
+    again = nursery.run(*ARGV, str(tmp_path))
+    assert again.code == 0, again.err
+    assert "an earlier process stood still" in again.err
+    run = only_run(tmp_path)
+    assert (run / "stacks" / "attempt-0001-rank-0.txt").exists()
+    assert not stacks.exists()
+    assert evidence(run) == untouched
+
+
+@pytest.mark.slow
+def test_without_a_limit_nobody_is_in_a_hurry(nursery: Nursery, untouched: object, tmp_path: Path) -> None:
+    outcome = nursery.run(*ARGV, str(tmp_path), "--set", "scale.hang_s=null", env={"HANG": "pauses"})
+    assert outcome.code == 0, outcome.err
+    assert evidence(only_run(tmp_path)) == untouched
+
+
+@pytest.mark.slow
+def test_ctrl_z_for_longer_than_the_limit_is_no_hang(nursery: Nursery, untouched: object, tmp_path: Path) -> None:
+    child = nursery.start(*ARGV, str(tmp_path), trap=Trap("steps", 30, signal.SIGTSTP))
+    assert nursery.stopped(child)
+    time.sleep(LIMITS_HERE.deaf_s + 0.5)
+    os.kill(child.pid, signal.SIGCONT)
+    outcome = nursery.wait(child)
+    assert outcome.code == 0, outcome.err
+    assert evidence(only_run(tmp_path)) == untouched
+
+
+@pytest.fixture
+def silent_s3(s3_endpoint: str) -> Iterator[SilentProxy]:
+    with SilentProxy(s3_endpoint) as proxy:
+        yield proxy
+
+
+def test_no_request_waits_for_ever_for_a_silent_server(
+    silent_s3: SilentProxy, s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upload too: what the libraries allow for silence begins only once a server has let them send it."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", silent_s3.url)
+    monkeypatch.setenv("TRAINYARD_STORAGE_LIMIT_S", "1")
+    storage = Storage.open(s3_url)
+    storage.replace("file", b"1")
+    answered = storage.answers
+    assert answered > 0
+    silent_s3.silent.set()
+    for request in (lambda: storage.replace("file", b"2"), lambda: storage.read("file")):
+        began = time.monotonic()
+        with pytest.raises(StorageLostError, match="stayed away for 1 s"):
+            request()
+        assert time.monotonic() - began < 20
+    assert storage.answers == answered
+
+
+@pytest.mark.slow
+def test_a_server_that_accepts_and_stays_silent_is_storage_lost_and_no_hang(
+    nursery: Nursery, silent_s3: SilentProxy, s3_url: str, tmp_path: Path
+) -> None:
+    aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    env = {**aws, "AWS_ENDPOINT_URL": silent_s3.url, "TRAINYARD_STORAGE_LIMIT_S": "2", "HANG": "pauses"}
+    child = nursery.start(*ARGV, s3_url, "--set", "scale.hang_s=10", env=env)
+    wait_for(lambda: "step 20 " in child.out.with_suffix(".err").read_text(), 60, "training")
+    silent_s3.silent.set()
+    began = time.monotonic()
+    outcome = nursery.wait(child)
+    assert outcome.code == 1, outcome.err
+    assert "storage stayed away" in outcome.err
+    assert "stood still" not in outcome.err
+    assert "Traceback" not in outcome.err
+    print(f"\nended {time.monotonic() - began:.1f} s after the server fell silent, with a limit of 2 s")
+
+
+# --------------------------------------------------------------------------------------------- decisions and stacks
+
+LIMITS = Limits(hang_s=100, storage_s=400)
+WORKS, HANGS, WAITS, STORES = Pulse(1, ""), Pulse(90, ""), Pulse(105, "workers"), Pulse(300, "storage")
+
+
+@pytest.mark.parametrize(
+    ("own", "heard", "words"),
+    [
+        (Pulse(100, ""), {}, None),
+        (Pulse(101, ""), {}, "stood still for 101 s"),
+        (Pulse(399, "storage"), {}, None),
+        (Pulse(401, "storage"), {}, "storage that does not answer"),
+        (Pulse(110, "workers"), {}, None),
+        (Pulse(111, "workers"), None, "waited 111 s for the others"),
+        (Pulse(111, "workers"), {1: WORKS, 2: WAITS}, None),
+        (Pulse(111, "workers"), {1: HANGS, 2: WAITS}, None),
+        (Pulse(111, "workers"), {1: STORES, 2: WAITS}, None),
+        (Pulse(111, "workers"), {1: WAITS, 2: WAITS}, "the others, which wait as well"),
+        (Pulse(111, "workers"), {1: Pulse(1, "", silent_s=105), 2: WAITS}, "worker 1, which gives no sign of life"),
+        (Pulse(111, "workers"), {2: WAITS}, "worker 1, which gives no sign of life"),
+        (Pulse(111, "workers"), {}, "workers 1, 2, which give no sign of life"),
+    ],
+)
+def test_who_is_at_fault(own: Pulse, heard: Mapping[int, Pulse] | None, words: str | None) -> None:
+    found = verdict(0, own, heard, 3, LIMITS)
+    assert (words in found) if words is not None and found is not None else found is words
+
+
+@given(hang_s=st.floats(0.1, 1e6), storage_s=st.floats(1, 1e4))
+def test_the_culprit_speaks_first_and_the_sums_own_limit_last(hang_s: float, storage_s: float) -> None:
+    limits = Limits(hang_s, storage_s)
+    culprit, waiting = Pulse(hang_s + limits.poll_s, ""), Pulse(hang_s + limits.poll_s, "workers")
+    assert verdict(1, culprit, {0: waiting}, 2, limits) is not None
+    assert verdict(0, waiting, {1: culprit}, 2, limits) is None
+    assert hang_s + limits.poll_s < limits.deaf_s + limits.poll_s < hang_s + limits.grace_s + limits.poll_s
+    assert limits.last_net_s > max(hang_s + limits.grace_s, storage_s) + 2 * limits.poll_s
+
+
+def test_what_a_thread_waits_for_is_seen_on_its_stack() -> None:
+    seen: list[Awaited] = []
+
+    def look() -> None:
+        seen.append(awaited(sys._getframe())[0])
+
+    @waits_for("storage")
+    def stores() -> None:
+        look()
+
+    @waits_for("workers")
+    def sums() -> None:
+        stores()
+        look()
+
+    look()
+    sums()
+    assert seen == ["", "storage", "workers"]
+
+
+def test_progress_counts_each_item_twice_and_changes_none() -> None:
+    progress = Progress()
+    items = progress.each([1, 2, 3])
+    assert [list(items), list(items)] == [[1, 2, 3], [1, 2, 3]]
+    assert progress.count == 12
+
+
+def test_the_place_is_the_innermost_line_that_is_no_librarys(tmp_path: Path) -> None:
+    (tmp_path / "user_code.py").write_text("import threading\n\ndef waits():\n    threading.Event().wait()\n")
+    program = (
+        "import faulthandler, sys, threading, time; import user_code\n"
+        "thread = threading.Thread(target=user_code.waits, daemon=True); thread.start(); time.sleep(0.2)\n"
+        "print(f'# thread 0x{thread.ident:016x} trains'); sys.stdout.flush()\n"
+        "faulthandler.dump_traceback(sys.stdout)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env, check=True)
+    assert place_in(done.stdout) == "user_code.py:4 (waits)"
+    assert place_in(done.stdout.replace("trains", "runs")) == ""
+    assert place_in("") == ""

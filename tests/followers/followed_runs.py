@@ -1,0 +1,79 @@
+"""Runs for followers to tell of, written by the real recorder, and a real MLflow server."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.record.attempt import claim
+from pipeline.record.recorder import Recorder
+from pipeline.record.run import Run
+from tests.record.record_parts import CELL, block, born, evaluation, snapshot
+
+
+class Trained:
+    """A run of which so many steps are committed, in cells of 100."""
+
+    def __init__(self, url: str) -> None:
+        self.run: Run = born(url)
+        self.step = 0
+        self._attempt = claim(self.run, driver="d", facts={})
+        self._recorder = Recorder(self._attempt, cell_steps=CELL, keep=2)
+        self._recorder.evaluation(evaluation(0, loss=0.7))
+
+    def to(self, step: int, *, end: bool = False) -> Trained:
+        """Train on, evaluate, commit, and wait until that is durable."""
+        self._recorder.steps(block(self.step + 1, step))
+        self._recorder.evaluation(evaluation(step, loss=1 / step))
+        self._recorder.commit(snapshot(step, best=step, end=end))
+        self._recorder.finish()
+        self.step = step
+        if end:
+            self.close()
+        return self
+
+    def close(self) -> None:
+        """Let go of the run."""
+        self._recorder.close()
+        self._attempt.close()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def mlflow_server(folder: Path, port: int) -> Iterator[str]:
+    """MLflow's own server on loopback, with an SQLite file in `folder`; its URL."""
+    url = f"http://127.0.0.1:{port}"
+    options = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--default-artifact-root", str(folder)]
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with (folder / "server.log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *options, "--host=127.0.0.1", f"--port={port}", "--workers=1"],
+            env={**os.environ, **environment},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        for _ in range(600):
+            try:
+                with urllib.request.urlopen(f"{url}/health", timeout=5):
+                    break
+            except OSError:
+                assert server.poll() is None, (folder / "server.log").read_text()
+                time.sleep(0.1)
+        yield url
+    finally:
+        os.killpg(server.pid, 9)  # its workers too: it started a session of its own
+        server.wait()

@@ -1,0 +1,52 @@
+"""A finished run and one that was interrupted, made once; each test gets copies to spoil."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import train
+from pipeline.errors import Interrupted
+from pipeline.record import recorder
+from tests.cli.conftest import trainyard as trainyard
+from tests.security.spoiling import JOB, Made
+
+STEPS = 600
+"""Of the whole run: 3 cells."""
+STOPPED_AFTER = 450
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """The runs and their job file."""
+    folder = tmp_path_factory.mktemp("security")
+    job = folder / "victim.yaml"
+    job.write_text(JOB)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recorder, "REST", 0)  # a commit whenever one is due
+        untouched = train(job, storage=str(folder / "untouched"))
+
+        def stop(event: Mapping[str, Any]) -> None:
+            if event["kind"] == "evaluation" and event["step"] >= STOPPED_AFTER:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with pytest.raises(Interrupted):
+            train(job, storage=str(folder / "interrupted"), tell=stop)
+    return Made(job, Path(untouched.url), folder / "interrupted" / untouched.run)
+
+
+@pytest.fixture
+def spoil(made: Made, tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of the finished or the interrupted run, in `runs` of the working directory."""
+
+    def copied(which: str = "finished") -> Path:
+        source = made.finished if which == "finished" else made.interrupted
+        return Path(shutil.copytree(source, tmp_path / "runs" / source.name))
+
+    return copied

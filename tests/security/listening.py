@@ -1,0 +1,61 @@
+"""Which addresses a process and its children listen on, as Linux tells it."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import struct
+from pathlib import Path
+
+LISTEN = "0A"
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that came from it."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found
+
+
+def listening(pid: int) -> set[str]:
+    """Addresses of the TCP sockets that a process listens on."""
+    own = set()
+    for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
+        try:
+            own.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
+        except OSError:
+            continue
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == LISTEN and words[9] in own:
+                found.add(_address(words[1].partition(":")[0]))
+    return found
+
+
+def _address(text: str) -> str:
+    words = [struct.pack("<I", int(text[start : start + 8], 16)) for start in range(0, len(text), 8)]
+    if len(words) == 1:
+        return socket.inet_ntoa(words[0])
+    address = ipaddress.IPv6Address(b"".join(words))
+    return str(address.ipv4_mapped or address)
+
+
+def command_lines(pid: int) -> list[str]:
+    """Those of a process and all that came from it."""
+    found = []
+    for one in family(pid):
+        try:
+            found.append(Path(f"/proc/{one}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+        except OSError:
+            continue
+    return found

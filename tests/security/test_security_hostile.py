@@ -1,0 +1,573 @@
+"""Storage that somebody else wrote: each public command ends with one message or passes it by; nothing of it runs,
+and small files stay small in memory. Every digest is right: whoever can write there can make those too.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import resource
+import signal
+import struct
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import save
+
+from pipeline import load
+from pipeline.errors import InputError
+from pipeline.record.columns import Columns
+from tests.cli.cli_calls import Trainyard
+from tests.security.spoiling import Made, checkpoints, newest_commit, put_file, put_job, reseal, rewrite_job, some
+
+Spoil = Callable[[str], Path]
+Change = Callable[[dict[str, Any]], Any]
+
+MEMORY = 1 << 30
+"""Bytes that a command may take beyond what this process has: no bomb fits in."""
+SECONDS = 60
+
+
+class Canary:
+    """A file that exists once anything hostile has run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Iterator[Path]:
+    """Must not be there in the end."""
+    path = tmp_path / "canary"
+    yield path
+    assert not path.exists(), "something in storage was run"
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Little memory and little time, or a MemoryError, or a TimeoutError."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    handler = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
+
+
+def commands(run: Path, made: Made) -> dict[str, list[str]]:
+    """The commands that read a run."""
+    return {
+        "show": ["show", run.name],
+        "evaluate": ["evaluate", run.name],
+        "predict": ["predict", run.name, "--input", "x.parquet", "--output", "y.parquet"],
+        "resume": ["train", str(made.job), "--storage", "runs"],
+        "init_from": ["train", str(made.job), "--storage", "other", "--set", f"model.init_from={run}"],
+    }
+
+
+def check(trainyard: Trainyard, made: Made, run: Path, *names: str) -> dict[str, str]:
+    """Every command (or those named) ends as a command does; the messages of those that refuse."""
+    said = {}
+    for name, words in commands(run, made).items():
+        if names and name not in names:
+            continue
+        with bounded():
+            ended = trainyard(*words)
+        assert ended.code in (0, 2), f"{name}: {ended.code}: {ended.err}"
+        assert "Traceback" not in ended.err, f"{name}: {ended.err}"
+        assert ended.err.count("error:") == (ended.code == 2), f"{name}: {ended.err}"
+        if ended.code == 2:
+            said[name] = ended.err
+    return said
+
+
+# ------------------------------------------------------------------------------------------------------- pickles
+
+
+def zipped_state(pickled: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
+    """A file as torch.save makes them, around any pickle."""
+    plain = io.BytesIO()
+    torch.save({"a": torch.zeros(4)}, plain)
+    source, target = zipfile.ZipFile(plain), io.BytesIO()
+    with zipfile.ZipFile(target, "w", compression) as archive:
+        for entry in source.infolist():
+            is_pickle = entry.filename.endswith("data.pkl")
+            archive.writestr(entry.filename, pickled if is_pickle else source.read(entry.filename))
+    return target.getvalue()
+
+
+class Huge:
+    """10 GB from a few bytes, by a name that torch itself allows."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bytearray, (10**10,)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    some(
+        ["pickle", "zip", "old", "huge", "deflated", "no state", "other shapes", "other values"], "zip", "huge", "old"
+    ),
+)
+def test_state_files(trainyard: Trainyard, made: Made, spoil: Spoil, canary: Path, kind: str) -> None:
+    def saved(value: Any) -> bytes:
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        return buffer.getvalue()
+
+    content = {
+        "pickle": lambda: pickle.dumps({"optimizer.momentum": Canary(canary)}, 2),
+        "zip": lambda: zipped_state(pickle.dumps({"optimizer.momentum": Canary(canary)}, 2)),
+        "old": lambda: (
+            pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps(Canary(canary), 2)
+        ),
+        "huge": lambda: zipped_state(pickle.dumps({"optimizer.momentum": Huge()}, 2)),
+        "deflated": lambda: zipped_state(b"\x80\x02U" + bytes(10**8), zipfile.ZIP_DEFLATED),
+        "no state": lambda: saved([1, 2]),
+        "other shapes": lambda: saved({"optimizer.momentum": torch.zeros(1).expand(10**12)}),
+        "other values": lambda: saved({"optimizer.momentum": "none"}),
+    }[kind]()
+    run = spoil("interrupted")
+    put_file(run, "state.pt", content)
+    said = check(trainyard, made, run, "show", "resume")
+    assert said.keys() == {"resume"}
+
+
+# --------------------------------------------------------------------------------------------------- safetensors
+
+
+def header(tree: Any, body: bytes = b"") -> bytes:
+    text = json.dumps(tree).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+WEIGHTS = {
+    "empty": b"",
+    "header": struct.pack("<Q", 2**62) + b"{}",
+    "header cut": struct.pack("<Q", 10**8) + b"{" * 1000,
+    "shape": header({"w": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}, bytes(4)),
+    "size": header({"w": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}, bytes(4)),
+    "type": header({"w": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
+    "list": header([]),
+    "deep": b"[" * 100_000,
+    "a tensor of it": save({"0.weight": torch.zeros(6, 2)}),
+    "no numbers": save({"0.weight": torch.zeros(0, 2**30)}),
+}
+
+
+@pytest.mark.parametrize("kind", some(WEIGHTS, "header", "shape", "a tensor of it"))
+def test_weight_files(trainyard: Trainyard, made: Made, spoil: Spoil, kind: str) -> None:
+    run = spoil("interrupted")
+    put_file(run, "model.safetensors", WEIGHTS[kind])
+    said = check(trainyard, made, run)
+    assert said.keys() == {"evaluate", "predict", "resume", "init_from"}
+
+
+# ------------------------------------------------------------------------------------------------------- Parquet
+
+
+def parquet(table: pa.Table, **how: Any) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, **how)
+    return buffer.getvalue()
+
+
+def rows_schema() -> pa.Schema:
+    both = pa.unify_schemas([Columns().step_schema(), Columns().evaluation_schema()])
+    return both.append(pa.field("table", pa.string()))
+
+
+def many_rows() -> bytes:
+    """Twelve million empty rows in some kilobytes."""
+    schema, buffer = rows_schema(), io.BytesIO()
+    group = pa.table([pa.nulls(4_000_000, one.type) for one in schema], schema=schema)
+    with pq.ParquetWriter(buffer, schema, compression="zstd") as writer:
+        for _ in range(3):
+            writer.write_table(group)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    some(["empty", "no Parquet", "other columns", "many rows", "other types", "metadata", "cut"], "many rows", "cut"),
+)
+def test_row_files(trainyard: Trainyard, made: Made, spoil: Spoil, kind: str) -> None:
+    run = spoil("interrupted")
+    own = next(
+        folder / "rows.parquet" for folder in checkpoints(run) if (folder / "rows.parquet").exists()
+    ).read_bytes()
+    makers: dict[str, Callable[[], bytes]] = {
+        "empty": lambda: b"",
+        "no Parquet": lambda: b"PAR1" + b"\xff" * 100 + struct.pack("<I", 2**31 - 1) + b"PAR1",
+        "other columns": lambda: parquet(pa.table({"step": [1]})),
+        "many rows": many_rows,
+        "other types": lambda: parquet(
+            pa.table({one.name: pa.array(["x"]) for one in pq.read_schema(io.BytesIO(own))})
+        ),
+        "metadata": lambda: parquet(pa.table({"a": [1]}).replace_schema_metadata({"x": "y" * 10_000_000})),
+        "cut": lambda: own[: len(own) // 2],
+    }
+    put_file(run, "rows.parquet", makers[kind]())
+    said = check(trainyard, made, run, "show", "resume")
+    assert said.keys() == {"resume"}
+
+
+@pytest.mark.parametrize("kind", some(["empty", "many rows", "cut"], "cut"))
+def test_cells(trainyard: Trainyard, made: Made, spoil: Spoil, kind: str) -> None:
+    run = spoil("finished")
+    cell = run / "metrics" / "steps" / "000001.parquet"
+    cell.write_bytes({"empty": b"", "many rows": many_rows(), "cut": cell.read_bytes()[:-20]}[kind])
+    assert check(trainyard, made, run).keys() == {"predict"}
+    shown = trainyard("show", run.name)
+    assert "damaged   metrics/steps/000001.parquet" in shown.out
+
+
+# ---------------------------------------------------------------------------------------------------------- JSON
+
+DEEP = "[" * 50_000 + "]" * 50_000
+BOMBS: dict[str, str | bytes] = {
+    "deep": DEEP,
+    "deep in a key": '{"number": ' + DEEP + "}",
+    "a long number": '{"number": ' + "9" * 100_000 + "}",
+    "NaN": '{"number": NaN}',
+    "infinite": '{"number": 1e999, "kind": "claim"}',
+    "no UTF-8": b"\xff\xfe{}",
+    "a NUL": b"\x00" * 100,
+    "cut": '{"kind": "claim", "nonce": "ab',
+    "empty": "",
+}
+
+
+PLACES = ["journal", "heartbeat", "manifest", "run.json", "result.json"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    some(
+        [f"{bomb} as {where}" for where in PLACES for bomb in BOMBS],
+        "deep as journal",
+        "cut as journal",
+        "no UTF-8 as manifest",
+        "infinite as heartbeat",
+        "deep in a key as run.json",
+        "empty as result.json",
+    ),
+)
+def test_documents_that_are_none(trainyard: Trainyard, made: Made, spoil: Spoil, case: str) -> None:
+    bomb, _, where = case.partition(" as ")
+    run = spoil("interrupted" if where == "heartbeat" else "finished")
+    text = BOMBS[bomb]
+    path = {
+        "journal": newest_commit(run)[0],
+        "heartbeat": next((run / "heartbeats").glob("*")),
+        "manifest": checkpoints(run)[0] / "manifest.json",
+        "run.json": run / "run.json",
+        "result.json": run / "result.json",
+    }[where]
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    said = check(trainyard, made, run, "show", *(["evaluate", "resume"] if where in ("journal", "manifest") else []))
+    if where == "journal":
+        assert all(path.name in text for text in said.values())
+        assert said.keys() >= {"show", "resume"}
+    else:
+        assert "show" not in said
+    listed = trainyard("runs")
+    assert (listed.code, run.name in listed.out) == (0, True)
+
+
+HOSTILE_COMMITS: dict[str, Change] = {
+    "traversal": lambda tree: tree.update(checkpoint="../../x"),
+    "absolute": lambda tree: tree.update(checkpoint="/etc"),
+    "kept": lambda tree: tree.update(kept=[["../../../etc", None]]),
+    "kept best": lambda tree: tree.update(kept=[[tree["checkpoint"], "..\\..\\x\u0000"]]),
+    "encoded": lambda tree: tree.update(checkpoint="%2e%2e%2fx"),
+    "wide": lambda tree: tree.update(checkpoint="\uff0e\uff0e/x"),
+    "best": lambda tree: tree["best"].update(checkpoint="../x"),
+    "a word for a number": lambda tree: tree.update(step="1"),
+    "a number for a name": lambda tree: tree.update(checkpoint=7),
+    "below 0": lambda tree: tree.update(step=-1),
+    "no best": lambda tree: tree.pop("best"),
+    "no step": lambda tree: tree.pop("step"),
+    "a list": lambda tree: tree.update(metrics=[1]),
+    "kept nothing": lambda tree: tree.update(kept=[[]]),
+    "no time": lambda tree: tree.update(time="yesterday"),
+    "another kind": lambda tree: tree.update(kind="party"),
+    "of no kind": lambda tree: tree.update(kind=["commit"]),
+    "number": lambda tree: tree.update(number=10**30),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", some(HOSTILE_COMMITS, "traversal", "kept best", "wide", "a word for a number", "a list")
+)
+def test_commits_of_others(trainyard: Trainyard, made: Made, spoil: Spoil, kind: str) -> None:
+    run = spoil("interrupted")
+    path, _ = newest_commit(run)
+    reseal(path, HOSTILE_COMMITS[kind])
+    said = check(trainyard, made, run)
+    assert said.keys() == {"show", "evaluate", "predict", "resume", "init_from"}
+    assert all(path.name in text for text in said.values())
+
+
+HOSTILE_CLAIMS: dict[str, Change] = {
+    "interval": lambda tree: tree.update(interval_s=1e300),
+    "lock": lambda tree: tree.update(lock=5),
+    "facts": lambda tree: tree.update(facts=[]),
+    "code": lambda tree: tree["facts"].update(code=7),
+    "attempt": lambda tree: tree.update(attempt="../../1"),
+}
+
+
+@pytest.mark.parametrize("kind", some(HOSTILE_CLAIMS, "interval", "code"))
+def test_claims_of_others(trainyard: Trainyard, made: Made, spoil: Spoil, kind: str) -> None:
+    run = spoil("interrupted")
+    reseal(run / "journal" / "00000001.json", HOSTILE_CLAIMS[kind])
+    assert check(trainyard, made, run, "show", "resume").keys() == {"show", "resume"}
+
+
+HOSTILE_MANIFESTS: dict[str, Change] = {
+    "traversal": lambda tree: tree["files"].update({"../../../job.yaml": {"size": 1, "sha256": "0"}}),
+    "absolute": lambda tree: tree["files"].update({"/etc/passwd": {"size": 1, "sha256": "0"}}),
+    "size": lambda tree: tree["files"]["model.safetensors"].update(size="x"),
+    "files": lambda tree: tree.update(files=[]),
+    "no files": lambda tree: tree.update(files={}),
+    "no state": lambda tree: tree["files"].pop("state.pt", None),
+    "position": lambda tree: tree.update(position={"step": 1, "x": 2}),
+    "another position": lambda tree: tree["position"].update(step=10**9),
+    "cell": lambda tree: tree.update(first_cell=10**12),
+    "metrics": lambda tree: tree.update(metrics={"a": {}}),
+    "format": lambda tree: tree.update(format=99),
+    "step": lambda tree: tree.pop("step"),
+    "end": lambda tree: tree.update(end="yes"),
+}
+
+
+@pytest.mark.parametrize("kind", some(HOSTILE_MANIFESTS, "traversal", "no state", "position", "cell"))
+def test_manifests_of_others(trainyard: Trainyard, made: Made, spoil: Spoil, kind: str) -> None:
+    run = spoil("interrupted")
+    for folder in (run / "checkpoints").iterdir():
+        reseal(folder / "manifest.json", HOSTILE_MANIFESTS[kind])
+    said = check(trainyard, made, run)
+    assert "show" not in said
+
+
+def test_a_journal_with_one_high_number_is_not_read_a_million_times(
+    trainyard: Trainyard, made: Made, spoil: Spoil
+) -> None:
+    run = spoil("interrupted")
+    for name in ("\u00b2" * 8 + ".json", "\u0660" * 8 + ".json", "99999999999.json"):
+        (run / "journal" / name).write_text("{}")
+    (run / "reads").mkdir()
+    (run / "reads" / ("\u00b2" * 8 + ".json")).write_text("")
+    assert check(trainyard, made, run, "show", "resume") == {}
+    assert trainyard("evaluate", run.name, "--split", "test").code == 0
+    assert "finished" in trainyard("show", run.name).out
+    (run / "journal" / "99999999.json").write_text("{}")
+    said = check(trainyard, made, run, "show", "resume")
+    assert all("is missing, though" in text for text in said.values())
+    assert said.keys() == {"show", "resume"}
+
+
+def test_words_from_storage_do_not_reach_the_terminal_as_commands(
+    trainyard: Trainyard, made: Made, spoil: Spoil
+) -> None:
+    run = spoil("interrupted")
+    leave = sorted((run / "journal").glob("*"))[-1]
+    reseal(
+        leave, lambda tree: tree.update(status="failed", error={"type": "x", "message": "\x1b]0;pwned\x07\u202efine"})
+    )
+    shown = trainyard("show", run.name)
+    assert "pwned" in shown.out
+    assert not set("\x1b\x07\u202e") & set(shown.out)
+
+
+# -------------------------------------------------------------------------------------------------------- job.yaml
+
+LAUGHS = "\n".join(["a0: &a0 [x, x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *a{n - 1}]" for n in range(1, 60))])
+JOBS: dict[str, str | bytes] = {
+    "python": "name: !!python/object/apply:os.mkdir [{canary}]\n",
+    "python name": "name: v\nmodel: !!python/name:os.system\n",
+    "laughs": LAUGHS,
+    "laughs in args": "name: v\ndata:\n  source:\n    call: os:mkdir\n    args: {{b: &b [x, x],\n"
+    + "".join(
+        f"      c{n}: &c{n} [*{'b' if n == 0 else f'c{n - 1}'}, *{'b' if n == 0 else f'c{n - 1}'}],\n"
+        for n in range(60)
+    )
+    + "    }}\n",
+    "itself": "name: &a [*a]\n",
+    "deep": "name: " + "[" * 20_000 + "]" * 20_000,
+    "long": "name: v\n" + "# x\n" * 400_000,
+    "a huge number": "name: v\nseed: 0x" + "f" * 100_000 + "\n",
+    "no UTF-8": b"name: \xff\xfe",
+    "no mapping": "[1, 2]\n",
+    "layers": "name: v\nmodel: {{kind: mlp, hidden: doubling, layers: 1000000000}}\n",
+    "wide": "name: v\nmodel: {{kind: mlp, hidden: [200000, 200000]}}\n",
+    "wider than numbers go": "name: v\nmodel: {{kind: mlp, hidden: [4611686018427387904, 4611686018427387904]}}\n",
+    "base": "base: /etc/passwd\nname: v\n",
+}
+
+
+@pytest.mark.parametrize("kind", some(JOBS, "python", "laughs in args", "wide", "no UTF-8", "a huge number"))
+def test_stored_jobs(trainyard: Trainyard, made: Made, spoil: Spoil, canary: Path, kind: str) -> None:
+    run = spoil("finished")
+    text = JOBS[kind]
+    if isinstance(text, bytes):
+        path = run / "job.yaml"
+        path.write_bytes(path.read_bytes().partition(b"\n")[0] + b"\n" + text)
+    else:
+        put_job(
+            run, text.replace("{canary}", str(canary)).replace("{{", "{").replace("}}", "}"), {"identity": "another"}
+        )
+    said = check(trainyard, made, run)
+    assert said.keys() >= {"evaluate", "predict", "resume"}
+
+
+NAMES: dict[str, Change] = {
+    "data": lambda tree: tree["data"].update(source={"call": "hostile:run", "args": {}}),
+    "model": lambda tree: tree.update(model={"kind": "hostile:run"}),
+    "loss": lambda tree: tree["task"].update(loss="hostile:run"),
+    "metric": lambda tree: tree.update(metrics=["hostile:gauge"]),
+    "system": lambda tree: tree["data"].update(source={"call": "os:mkdir", "args": {"path": "canary"}}),
+    "Popen": lambda tree: tree.update(model={"kind": "subprocess:Popen", "args": {"args": ["mkdir", "canary"]}}),
+}
+
+
+@pytest.mark.parametrize("kind", some(NAMES, "system", "model"))
+def test_modules_that_a_stored_job_names_are_not_imported(
+    trainyard: Trainyard, made: Made, spoil: Spoil, canary: Path, kind: str
+) -> None:
+    run = spoil("finished")
+    code = f"import os\nos.mkdir({str(canary)!r})\ndef run(**args): pass\ndef gauge(*args): pass\n"
+    (run.parent.parent / "hostile.py").write_text(code)  # even where it can be found
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("hostile.py", code)
+    (run / "code.zip").write_bytes(buffer.getvalue())
+    rewrite_job(run, NAMES[kind])
+    said = check(trainyard, made, run)
+    assert "--trust" in said["evaluate"]
+    assert "hostile" not in sys.modules
+    if kind in ("model", "Popen"):
+        assert "--trust" in said["predict"]
+
+
+def test_a_stored_jobs_code_folder_is_no_place_to_import_from(trainyard: Trainyard, made: Made, spoil: Spoil) -> None:
+    """Else any module that a library looks for in vain could be put there."""
+    run = spoil("finished")
+    rewrite_job(run, lambda tree: tree.update(code=str(run)))
+    before = list(sys.path)
+    assert check(trainyard, made, run).keys() == {"predict"}
+    assert str(run) not in {*sys.path} - {*before}
+
+
+@pytest.mark.parametrize(
+    "url",
+    some(
+        [
+            "reference://::file:///tmp/x.json",
+            "dask://x",
+            "git://x",
+            "file://x::simplecache::file:///etc",
+            "libarchive://x",
+        ],
+        "reference://::file:///tmp/x.json",
+    ),
+)
+def test_a_stored_job_has_its_data_read_by_plain_file_systems_alone(
+    trainyard: Trainyard, made: Made, spoil: Spoil, url: str
+) -> None:
+    run = spoil("finished")
+    rewrite_job(run, lambda tree: tree["data"].update(source="parquet", url=url, label="y"))
+    said = check(trainyard, made, run, "evaluate")
+    assert "--trust" in said["evaluate"]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    some(
+        ["../out.py", "/tmp/out.py", "a/../../out.py", "C:\\out.py", "link.py", "big.py", "sitecustomize.pth"],
+        "../out.py",
+        "big.py",
+    ),
+)
+def test_stored_code_does_not_leave_its_folder_even_when_trusted(
+    trainyard: Trainyard, made: Made, spoil: Spoil, tmp_path: Path, entry: str
+) -> None:
+    run = spoil("finished")
+    rewrite_job(run, lambda tree: tree.update(model={"kind": "nowhere:Net"}))
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        info = zipfile.ZipInfo(entry)
+        if entry == "link.py":
+            info.external_attr = 0o120777 << 16
+        archive.writestr(info, b"/etc/passwd" if entry == "link.py" else bytes(2 * 10**7 if entry == "big.py" else 10))
+    (run / "code.zip").write_bytes(buffer.getvalue())
+    with bounded(), pytest.raises(InputError):
+        load(str(run), trust=True)
+    assert not list(tmp_path.glob("out.py"))
+    assert not Path("/tmp/out.py").exists()
+
+
+# ------------------------------------------------------------------------------------------------- preprocess.json
+
+
+FITTED: dict[str, Change] = {
+    "huge": lambda tree: tree["inputs"].update(sample_shape=[10**9, 10**9]),
+    "negative": lambda tree: tree["inputs"].update(sample_shape=[-1]),
+    "no axis": lambda tree: tree["inputs"].update(sample_shape=[]),
+    "text": lambda tree: tree["inputs"].update(sample_shape="xy"),
+    "means": lambda tree: tree["inputs"].update(mean=[1e308] * 3),
+    "codes": lambda tree: tree["inputs"].update(
+        kind="table",
+        columns=[{"name": "a", "kind": "category", "levels": [], "missing": 10**12}],
+        one_hot_up_to=10**15,
+        refused=[],
+    ),
+    "columns": lambda tree: tree["inputs"].update(kind="table", columns=7),
+    "classes": lambda tree: tree["targets"].update(classes=None),
+    "kind": lambda tree: tree["targets"].update(kind="other"),
+    "counts": lambda tree: tree.update(class_counts="x"),
+    "version": lambda tree: tree.update(version=99),
+    "none": lambda tree: tree.pop("inputs"),
+}
+
+
+@pytest.mark.parametrize("kind", some(FITTED, "huge", "means", "codes"))
+def test_preprocessing(trainyard: Trainyard, made: Made, spoil: Spoil, kind: str) -> None:
+    run = spoil("finished")
+    tree = json.loads(next(folder / "preprocess.json" for folder in checkpoints(run)).read_text())
+    FITTED[kind](tree)
+    put_file(run, "preprocess.json", json.dumps(tree).encode())
+    check(trainyard, made, run, "evaluate", "predict")
+    with bounded(), suppress(InputError):
+        load(str(run)).predict(np.zeros((3, 2)))
+
+
+def test_what_is_not_spoiled_is_read(trainyard: Trainyard, made: Made, spoil: Spoil) -> None:
+    """The other tests mean something: without damage these commands work (but for predict, which has no table)."""
+    run = spoil("interrupted")
+    assert check(trainyard, made, run).keys() == {"predict"}
+    assert load(str(run)).predict(np.zeros((3, 2))).shape == (3,)

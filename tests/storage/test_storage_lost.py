@@ -1,0 +1,79 @@
+"""A whole training whose storage goes away for good: stopped after the limit, saved on this machine, and gone on with
+to the same bits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import load, train
+from pipeline.errors import StorageLostError
+from pipeline.record import recorder
+from pipeline.testing import faults
+from tests.faults.fault_evidence import check_at_rest, entries, evidence, only_run
+
+CODE = """
+import time
+
+import torch
+
+
+class Slow(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+
+    def forward(self, inputs):
+        if self.training:
+            time.sleep(0.004)
+        return self.layers(inputs)
+"""
+
+JOB = """
+schema: 1
+name: lost
+data: {source: disc, normalize: scalar, splits: {by: random, val: 0.2}}
+model: {kind: "lost_code:Slow"}
+train: {batch_size: 31, optimizer: {kind: sgd, momentum: 0.9}, phases: [{epochs: 20, lr: 0.3}]}
+evaluate: {every_steps: 15}
+checkpoint: {every_steps: 10, keep: 2}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "lost_code.py").write_text(CODE)
+    (tmp_path / "job.yaml").write_text(JOB)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("TRAINYARD_SPOOL", str(tmp_path / "spool"))
+    monkeypatch.setattr(recorder, "REST", 0)  # a commit whenever one is due
+    return tmp_path
+
+
+def test_what_was_trained_while_storage_was_away_is_not_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"faulty://file{folder}/runs"
+    monkeypatch.setenv("TRAINYARD_STORAGE_LIMIT_S", "0.5")
+    with faults("expires_after=150 renewals=0"), pytest.raises(StorageLostError, match="credentials") as caught:
+        train("job.yaml", storage=url)
+    named = re.search(r"step (\d+) is saved in (\S+) on ", caught.value.what)
+    assert named is not None
+    saved, place = int(named[1]), Path(named[2])
+    committed = max(entry["step"] for entry in entries(only_run(folder / "runs")) if entry["kind"] == "commit")
+    assert committed < saved, "none of it is acknowledged"
+    assert load(str(place), trust=True).step <= saved
+    assert load(f"{place}@last", trust=True).step == saved
+
+    told: list[Mapping[str, Any]] = []
+    assert train("job.yaml", storage=url, tell=told.append).status == "finished"
+    assert [event["step"] for event in told if event["kind"] == "start"] == [saved]
+    assert any(f"going on from step {saved}" in str(event.get("text")) for event in told)
+    assert not place.exists()
+    run = only_run(folder / "runs")
+    check_at_rest(run)
+    assert train("job.yaml", storage=str(folder / "untouched")).status == "finished"
+    assert evidence(run) == evidence(only_run(folder / "untouched"))

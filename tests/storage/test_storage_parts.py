@@ -1,0 +1,94 @@
+"""Large uploads to S3: in parts, of which only those that fail are sent again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import s3fs
+
+from pipeline.errors import StorageLostError
+from pipeline.storage import Storage, remote
+from pipeline.testing import faults
+
+MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the least size that S3 takes."""
+    monkeypatch.setattr(remote, "PART_BYTES", 5 * MIB)
+    monkeypatch.setattr(remote.S3Upload, "part_bytes", 5 * MIB)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """What was asked of S3 itself: name of the request, and the number of the part."""
+    seen: list[tuple[str, int]] = []
+    ask = s3fs.S3FileSystem.call_s3
+
+    def call_s3(self: Any, method: str, *words: Any, **options: Any) -> Any:
+        seen.append((method, options.get("PartNumber", 0)))
+        return ask(self, method, *words, **options)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "call_s3", call_s3)
+    return seen
+
+
+def content(size: int) -> bytes:
+    return (bytes(range(256)) * (size // 256 + 1))[:size]
+
+
+def open_uploads(s3_url: str) -> list[Any]:
+    bucket = s3_url.removeprefix("s3://").partition("/")[0]
+    found = s3fs.S3FileSystem().call_s3("list_multipart_uploads", Bucket=bucket)
+    return [one for one in found.get("Uploads", []) if one["Key"] in f"{s3_url}/large"]
+
+
+def test_only_what_is_large_goes_in_parts(s3_url: str, calls: list[tuple[str, int]]) -> None:
+    storage = Storage.open(s3_url)
+    storage.replace("large", content(10 * MIB))
+    assert calls == []
+    data = content(11 * MIB)
+    storage.replace("large", data)
+    assert sorted(calls) == [
+        ("complete_multipart_upload", 0),
+        ("create_multipart_upload", 0),
+        *(("upload_part", number) for number in (1, 2, 3)),
+    ]
+    assert storage.read("large") == data
+
+
+def test_a_part_that_fails_is_sent_again_alone(s3_url: str, calls: list[tuple[str, int]]) -> None:
+    """The requests: the upload's begin, then three parts in some order."""
+    data = content(11 * MIB)
+    with faults("error@2 truncated@3 lost@4 on=write") as dice:
+        Storage.open(s3_url.replace("s3://", "faulty://s3/")).replace("large", data)
+    assert dice.met == {"error": 1, "truncated": 1, "lost": 1}
+    names = [name for name, _ in calls]
+    assert names.count("create_multipart_upload") == names.count("complete_multipart_upload") == 1
+    assert names.count("upload_part") == 3 + 2, "the truncated one and the one without a reply arrived, too"
+    assert Storage.open(s3_url).read("large") == data
+
+
+def test_a_completion_whose_reply_is_lost(s3_url: str, calls: list[tuple[str, int]]) -> None:
+    data = content(11 * MIB)
+    with faults("lost@5 on=write") as dice:
+        Storage.open(s3_url.replace("s3://", "faulty://s3/")).replace("large", data)
+    assert dice.met == {"lost": 1}
+    assert Storage.open(s3_url).read("large") == data
+    assert open_uploads(s3_url) == []
+
+
+def test_what_is_given_up_is_taken_back(s3_url: str, calls: list[tuple[str, int]]) -> None:
+    old = content(1000)
+    storage = Storage.open(s3_url)
+    storage.replace("large", old)
+    with faults("error@4 on=write"):
+        far = Storage.open(s3_url.replace("s3://", "faulty://s3/"))
+        far.list()
+        with pytest.raises(StorageLostError):
+            far.within(0.0).replace("large", content(11 * MIB))
+    assert ("abort_multipart_upload", 0) in calls
+    assert open_uploads(s3_url) == []
+    assert storage.read("large") == old

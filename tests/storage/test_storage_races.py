@@ -1,0 +1,163 @@
+"""Several processes at one store, and SIGKILL: on files of this machine and on S3."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pipeline.storage import Storage
+
+RACER = """
+import sys
+from pipeline.storage import Storage
+storage, own = Storage.open(sys.argv[1]), sys.argv[2]
+storage.has_conditional_writes()
+print("ready", flush=True)
+for number in sys.stdin:
+    print(int(storage.create(f"journal/{number.strip()}", own.encode() * 400)), flush=True)
+"""
+
+WRITER = """
+import itertools, sys
+from pipeline.storage import Storage, remote
+storage, size = Storage.open(sys.argv[1]), int(sys.argv[2])
+remote.PART_BYTES = 5 * 2**20  # the least that S3 takes
+for number in itertools.count():
+    own = bytes([number % 251]) * size
+    storage.replace("run/replaced", own)
+    storage.create(f"run/created-{number}", own[:300_000])
+    if number == 0:
+        print("ready", flush=True)
+"""
+
+
+@contextmanager
+def running(code: str, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that is ready; killed at the end."""
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def race(url: str, rounds: int) -> None:
+    """Two processes create the same names at the same moments: each name has one winner, and both know which."""
+    winners: list[str] = []
+    with running(RACER, url, "a") as first, running(RACER, url, "b") as second:
+        for number in range(rounds):
+            for racer in (first, second) if number % 2 else (second, first):
+                assert racer.stdin is not None
+                racer.stdin.write(f"{number}\n")
+                racer.stdin.flush()
+            answers = [int(racer.stdout.readline()) for racer in (first, second) if racer.stdout is not None]
+            assert sum(answers) == 1, f"{answers} in round {number}"
+            winners.append("ab"[answers.index(1)])
+    assert set(winners) == {"a", "b"}, "both took part, or nothing was raced for"
+    storage = Storage.open(url)
+    contents = storage.each(lambda number: storage.read(f"journal/{number}"), range(rounds))
+    assert [data.decode() for data in contents] == [winner * 400 for winner in winners]
+
+
+def test_processes_race_for_files(tmp_path: Path) -> None:
+    race(str(tmp_path), 400)
+
+
+def test_processes_race_for_objects(s3_url: str) -> None:
+    race(s3_url, 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_thousands_of_races(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    race(str(tmp_path) if place == "local" else request.getfixturevalue("s3_url"), 4000)
+
+
+def test_threads_race_for_names_in_memory() -> None:
+    storage = Storage.open(f"memory://{uuid.uuid4().hex}")
+    rounds, racers = 1000, 3
+    won: list[list[int]] = [[] for _ in range(racers)]
+
+    def run(own: int) -> None:
+        won[own] = [number for number in range(rounds) if storage.create(f"journal/{number}", str(own).encode())]
+
+    threads = [threading.Thread(target=run, args=(own,)) for own in range(racers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(number for numbers in won for number in numbers) == list(range(rounds))
+    for own, numbers in enumerate(won):
+        assert all(storage.read(f"journal/{number}") == str(own).encode() for number in numbers)
+    storage.delete_folder("journal")
+
+
+@pytest.mark.parametrize(("place", "size", "lives"), [("local", 300_000, 6), ("s3", 12 * 2**20, 3)])
+def test_a_kill_at_any_moment_leaves_whole_files(
+    place: str, size: int, lives: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Those on S3 go there in three parts, or in one request."""
+    url = str(tmp_path) if place == "local" else request.getfixturevalue("s3_url")
+    storage = Storage.open(url)
+    for life in range(lives):
+        with running(WRITER, url, str(size)) as writer:
+            time.sleep(0.004 * life if place == "local" else 0.15 * life)
+            writer.send_signal(signal.SIGKILL)
+            writer.wait()
+        for name in storage.list("run"):
+            data = storage.read(f"run/{name}")
+            assert len(data) == (size if name == "replaced" else 300_000)
+            assert data.count(data[0]) == len(data), f"{name} is torn"
+    assert len(storage.list("run")) > 1
+    assert ".tmp" not in storage.list()
+    storage.sweep()
+    if place == "local":
+        assert list((tmp_path / ".tmp").iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["local", "memory", "s3"])
+def test_a_folder_that_is_deleted_while_others_write_into_it(
+    place: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """What a superseded attempt still writes may stay, and harms nothing: no error here, no torn file there."""
+    url = str(tmp_path) if place == "local" else f"memory://{uuid.uuid4().hex}"
+    storage = Storage.open(request.getfixturevalue("s3_url") if place == "s3" else url)
+    over, failures = threading.Event(), list[BaseException]()
+
+    def write() -> None:
+        number = 0
+        try:
+            while not over.is_set():
+                number += 1
+                storage.replace(f"checkpoints/old/{number % 7}", b"x" * 5000)
+        except BaseException as error:
+            failures.append(error)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    for number in range(8 if place == "s3" else 60):
+        storage.replace("checkpoints/old/manifest.json", b"{}")
+        storage.delete("checkpoints/old/manifest.json")
+        storage.delete_folder("checkpoints/old")
+        storage.replace("checkpoints/new", str(number).encode())
+    over.set()
+    writer.join()
+    assert failures == []
+    for name in storage.list("checkpoints/old"):
+        assert storage.read(f"checkpoints/old/{name}") == b"x" * 5000
+    storage.delete_folder("checkpoints/old")
+    assert storage.list("checkpoints") == ["new"]
+    storage.delete_folder("checkpoints")

@@ -1,0 +1,220 @@
+"""Real Ray clusters of several nodes on this machine, whose nodes can be killed.
+
+Each node has a loopback address and a temporary folder of its own, and can be told by a word in the environment of its
+processes. Nothing of a cluster outlives its `with` block.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+RAY = str(Path(sys.executable).with_name("ray"))
+REPOSITORY = Path(__file__).resolve().parents[2]
+MARK = "TRAINYARD_TEST_NODE"
+RAYLET = "raylet/raylet "
+STORE_BYTES = 80 * 1024 * 1024
+
+HEALTH = {
+    "RAY_health_check_initial_delay_ms": "2000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "4",
+}
+"""A node that stops answering is declared dead after some ten seconds (Ray's own: 25 to 65)."""
+
+
+def ray_environment(token: str) -> dict[str, str]:
+    """For every process of a cluster and its drivers."""
+    return {
+        **HEALTH,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+        # For a machine with much else to do: Ray's own 10 to 60 s are not enough there.
+        "RAY_raylet_start_wait_time_s": "200",
+        "RAY_agent_register_timeout_ms": "200000",
+        "RAY_worker_register_timeout_seconds": "200",
+        "SPT_NOENV": "1",  # else a process title is written over the environment that MARK stands in
+    }
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a node's processes run: an address, and words before each command that lead there."""
+
+    address: str
+    prefix: Sequence[str] = ()
+    interface: str = "lo"
+
+    def environment(self) -> dict[str, str]:
+        return {"GLOO_SOCKET_IFNAME": self.interface, "NO_PROXY": "*", "no_proxy": "*", "PYTHONPATH": str(REPOSITORY)}
+
+
+@dataclass
+class Node:
+    """One node of a cluster."""
+
+    place: Place
+    mark: str = field(default_factory=lambda: secrets.token_hex(6))
+    folder: str = field(default_factory=lambda: tempfile.mkdtemp(prefix="ty-", dir="/tmp"))
+    lost: bool = False
+    """Whether a test has harmed it: then it is no node for the next one."""
+
+    def start(self, cpus: float, token: str, head: str) -> None:
+        """Run `ray start`: a head at its own address `head`, or a node that joins one there."""
+        own, _, port = head.partition(":")
+        is_head = own == self.place.address
+        role = ["--head", f"--port={port}", "--include-dashboard=false"] if is_head else [f"--address={head}"]
+        words = [
+            *(*self.place.prefix, RAY, "start", *role),
+            *(f"--node-ip-address={self.place.address}", f"--num-cpus={cpus}", f"--temp-dir={self.folder}"),
+            *(f"--object-store-memory={STORE_BYTES}", "--disable-usage-stats", "--include-log-monitor=false"),
+        ]
+        environment = {**os.environ, **ray_environment(token), **self.place.environment(), MARK: self.mark}
+        made = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
+        assert made.returncode == 0, (made.stdout + made.stderr)[-500:]
+
+    def processes(self, word: str = "") -> set[int]:
+        """This node's processes, those whose command line holds `word`."""
+        return {pid for pid, words in _processes(self).items() if word in words}
+
+    def signal(self, number: int, word: str = "") -> set[int]:
+        """Send a signal to these processes."""
+        found = self.processes(word)
+        for pid in found:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        self.lost = True
+        return found
+
+    def kill_raylet(self) -> None:
+        """SIGKILL; its workers end themselves when they notice."""
+        assert self.signal(signal.SIGKILL, RAYLET)
+
+    def kill(self) -> None:
+        """As a machine that loses its power: all processes at once."""
+        while self.signal(signal.SIGKILL):
+            time.sleep(0.05)
+
+    def remove(self) -> None:
+        """Kill it, and take its files away."""
+        self.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class RayCluster:
+    """A head without processors of its own, where drivers run, and nodes that can be added and killed."""
+
+    def __init__(self, head: Place, places: Sequence[Place], cpus: int = 1) -> None:
+        self.token = secrets.token_hex(16)
+        self.address = f"{head.address}:{free_port()}"
+        self.nodes: dict[str, Node] = {}
+        """By address; the head too."""
+        self._cpus = cpus
+        self._head, self._places = head, places
+
+    def __enter__(self) -> RayCluster:
+        try:
+            self.restore()
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self._remove()
+
+    @property
+    def head(self) -> Node:
+        return self.nodes[self._head.address]
+
+    def start(self, place: Place) -> Node:
+        """A new node at this place; a head there begins a new cluster."""
+        if place.address in self.nodes:
+            self.nodes[place.address].remove()
+        node = self.nodes[place.address] = Node(place)
+        node.start(0 if place is self._head else self._cpus, self.token, self.address)
+        return node
+
+    def restore(self) -> None:
+        """Make good what tests have done: a new cluster where the head is lost, else new nodes for lost ones."""
+        here = self.nodes.get(self._head.address)
+        if here is None or here.lost:
+            self._remove()
+            self.start(self._head)
+        for place in self._places:
+            if self._is_lost(place):
+                self.start(place)
+
+    def only(self, count: int) -> None:
+        """Take nodes away until so many are left beside the head."""
+        for place in self._places[count:]:
+            self.nodes[place.address].kill()
+
+    def node_of(self, pid: int) -> Node:
+        """The node that a process runs on."""
+        (node,) = [node for node in self.nodes.values() if pid in node.processes()]
+        return node
+
+    def workers(self) -> dict[int, Node]:
+        """Processes of Ray Train's workers, and where they run."""
+        return {pid: node for node in self.nodes.values() for pid in node.processes("RayTrainWorker")}
+
+    def environment(self) -> dict[str, str]:
+        """For a driver on the head."""
+        return {**os.environ, **ray_environment(self.token), **self._head.environment()}
+
+    def command(self, words: Sequence[str]) -> list[str]:
+        """These words, to be run on the head."""
+        return [*self._head.prefix, *words]
+
+    def _is_lost(self, place: Place) -> bool:
+        return place.address not in self.nodes or self.nodes[place.address].lost
+
+    def _remove(self) -> None:
+        for node in self.nodes.values():
+            node.remove()
+        self.nodes.clear()
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def loopback_places(count: int) -> list[Place]:
+    """Addresses of this machine that no other test uses."""
+    net = f"127.{secrets.randbelow(200) + 20}.{secrets.randbelow(250) + 1}"
+    return [Place(f"{net}.{number + 1}") for number in range(count)]
+
+
+def _processes(node: Node) -> Mapping[int, str]:
+    """Command lines of a node's processes: its mark is in their environment, or their output goes to its folder (Ray
+    gives workers an environment of the driver's)."""
+    needle, found = f"{MARK}={node.mark}\0".encode(), {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            own = os.readlink(path / "fd/1").startswith(f"{node.folder}/") or (
+                needle in (path / "environ").read_bytes() + b"\0"
+            )
+            words = (path / "cmdline").read_text().replace("\0", " ") if own else ""
+        except OSError:
+            continue
+        if words:  # what has ended but is not waited for has none
+            found[int(path.name)] = words
+    return found

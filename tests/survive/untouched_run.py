@@ -1,0 +1,66 @@
+"""`train` with plain processes around gloo in Ray's place: python -m tests.survive.untouched_run STORAGE PORT."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline import train
+from pipeline.cluster import driver
+from pipeline.context import Alone, Value
+from pipeline.job import Scale
+from pipeline.worker import Order, work
+
+
+class Among(Alone):
+    """One plain process among others."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        super().__init__(lambda event: None)
+        self.rank = self.local_rank = rank
+        self.world_size = world_size
+
+    def reduce(self, vector: torch.Tensor) -> None:
+        dist.all_reduce(vector)
+
+    def broadcast(self, value: Value | None) -> Value:
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0)
+        found: Value = box[0]
+        return found
+
+
+def run_rank(order: Order, rank: int, world_size: int, port: int) -> None:
+    """One rank's whole part."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    work(order, Among(rank, world_size))
+    dist.destroy_process_group()
+
+
+def main(storage: str, port: int) -> None:
+    """Train job.yaml of this folder."""
+
+    def train_on_processes(ready: driver.Ready, scale: Scale, *_: Any, **__: Any) -> None:
+        assert isinstance(scale.workers, int)
+        order, _journal = ready()
+        others = [
+            multiprocessing.get_context("spawn").Process(target=run_rank, args=(order, rank, scale.workers, port))
+            for rank in range(1, scale.workers)
+        ]
+        for other in others:
+            other.start()
+        run_rank(order, 0, scale.workers, port)
+        for other in others:
+            other.join()
+            assert other.exitcode == 0
+
+    driver.train_on_workers = train_on_processes
+    assert train("job.yaml", storage=storage).status == "finished"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
