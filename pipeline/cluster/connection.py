@@ -33,6 +33,8 @@ RAY_ENVIRONMENT = {
 
 HEAD_POLL_S = 1.0
 """Seconds between two questions to the cluster's head."""
+LEAVE_S = 10.0
+"""How long the end of a connection may take."""
 HEAD_SILENT_S = 30.0
 """After so long without an answer from the head the cluster is taken for lost; Ray ends the process after 60."""
 
@@ -82,7 +84,14 @@ def connected(address: str | None, scale: Scale, tell: Tell, verbose: bool) -> I
         with nullcontext() if verbose else _without_raylets_lines():
             yield ray
     finally:
-        ray.shutdown()
+        _leave(ray)
+
+
+def _leave(ray: Any) -> None:
+    """Disconnect. A cluster that is gone lets nobody go: then the end of this process will have to do."""
+    leaving = threading.Thread(target=ray.shutdown, name="trainyard-leave", daemon=True)
+    leaving.start()
+    leaving.join(LEAVE_S)
 
 
 class HeadWatch:
@@ -92,6 +101,7 @@ class HeadWatch:
         self.draining: Mapping[str, int] = {}
         """By node id: when it will be gone, in milliseconds since 1970; 0 where that is not known."""
         self._answered = time.monotonic()
+        self._has_answered = threading.Event()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trainyard-head", daemon=True)
         self._thread.start()
@@ -100,6 +110,11 @@ class HeadWatch:
     def silent_s(self) -> float:
         """Seconds since the head's last answer."""
         return time.monotonic() - self._answered
+
+    def answers(self) -> bool:
+        """Whether the head answers (again) before it counts as lost."""
+        self._has_answered.clear()
+        return self._has_answered.wait(HEAD_SILENT_S)
 
     def close(self) -> None:
         """Ask no more. Does not wait for an answer that is under way."""
@@ -112,6 +127,7 @@ class HeadWatch:
             except Exception:  # noqa: S112 - whatever it is: no answer
                 continue
             self._answered = time.monotonic()
+            self._has_answered.set()
 
 
 def draining() -> Mapping[str, int]:

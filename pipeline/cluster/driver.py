@@ -91,9 +91,12 @@ def _is_done(
         except TrainyardError:
             raise
         except Exception as error:  # whatever form Ray gives to a loss
+            is_workers = isinstance(error, (ray.train.TrainingFailedError, WorkerHung))
+            if not is_workers:
+                _check_head(order.run_name)
             losses.take(error, signals.received)
             tell({"kind": "warning", "text": losses.words(error)})
-            if not isinstance(error, (ray.train.TrainingFailedError, WorkerHung)):
+            if not is_workers:
                 # Ray Train recovers nothing from the loss of its own controller, which leaves resources taken until
                 # this driver's connection ends.
                 return False
@@ -172,11 +175,7 @@ def _run_once(
                 desk.stop.remote(told)
             inbox.pass_on()
             if watch.silent_s > HEAD_SILENT_S:
-                raise WorkerLostError(
-                    f"the head of the cluster has not answered for {watch.silent_s:.0f} s",
-                    where=order.run_name,
-                    fix=f"{AGAIN}, once the cluster is back",
-                )
+                raise _head_lost(order.run_name)
         for _ in range(2):  # an answer that is under way, and what came since
             inbox.pass_on(wait_s=5)
     finally:
@@ -190,6 +189,29 @@ def _run_once(
     returned = outcome["result"].return_value or {}
     if "interrupted" in returned:
         raise returned["interrupted"]
+
+
+def _check_head(run_name: str) -> None:
+    """Whether it was the controller alone that was lost, and not the cluster's head.
+
+    Raises
+    ------
+    WorkerLostError: the head does not answer.
+    """
+    watch = HeadWatch()
+    try:
+        if not watch.answers():
+            raise _head_lost(run_name)
+    finally:
+        watch.close()
+
+
+def _head_lost(run_name: str) -> WorkerLostError:
+    return WorkerLostError(
+        f"the head of the cluster has not answered for {HEAD_SILENT_S:.0f} s",
+        where=run_name,
+        fix=f"{AGAIN}, once the cluster is back",
+    )
 
 
 def _notice(ray: Any, desk: Any, watch: HeadWatch, tell: Tell) -> int:

@@ -145,7 +145,7 @@ _REASONS = (
     (r"running low on memory|OutOfMemory|memory usage threshold", "its machine ran out of memory, and Ray ended it"),
     (r"node (has )?died|node was terminated|node is dead|node failure|DRAIN|preempt", "its node is gone"),
     (r"SIGKILL|connection error code|unexpectedly|died|killed", "its process was ended from outside"),
-    (r"health check|timed out", "it did not answer"),
+    (r"health check|timed out|unavailable|RpcError", "it did not answer"),
 )
 
 

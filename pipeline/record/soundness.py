@@ -16,7 +16,7 @@ from pipeline.record.checkpoint import Checkpoint, DamagedError
 from pipeline.record.columns import Columns, decode
 from pipeline.record.entries import Commit, Entry
 from pipeline.record.run import RESULT, VIEW, Run
-from pipeline.record.saving import FOLDER
+from pipeline.record.saving import FOLDER, MANIFEST
 from pipeline.record.standing import view_file
 from pipeline.record.values import from_json
 from pipeline.record.writer import EVALUATIONS, STEPS, result_file
@@ -90,7 +90,7 @@ def _checkpoints(run: Run, entries: Sequence[Entry]) -> Iterator[str]:
         try:
             checkpoint = Checkpoint(run, name)
         except DamagedError as error:
-            yield f"{folder}: {error.what}"
+            yield f"{folder}/{MANIFEST}: {error.what}"
             continue
         there = set(run.storage.list(folder))
         yield from (f"{folder}/{file} is missing" for file in checkpoint.files if file not in there)

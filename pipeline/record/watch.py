@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from pipeline.errors import BusyError
-from pipeline.record import lock
+from pipeline.record import decisions, lock
 from pipeline.record.entries import Claim
 from pipeline.record.heartbeat import INTERVALS_OF_SILENCE, read_beat
 from pipeline.record.run import Run
@@ -41,6 +41,25 @@ def watch(run: Run, last: Claim, own_interval_s: float, on_watch: Callable[[str]
             raise busy(run, last, "is writing this run")
         if lock.is_held(last) is False:
             return
+
+
+def refuse_where_it_beats(run: Run, driver: str) -> None:
+    """Look for a change of a young heartbeat, for a little more than its interval: sooner than a claim would, which
+    has to be certain of the opposite.
+
+    Raises
+    ------
+    BusyError: there is one.
+    """
+    entries = run.journal.read()
+    last = decisions.last_claim(entries)
+    if last is None or last.driver == driver or decisions.is_over(entries) or not beats(run, last):
+        return
+    seen, began = read_beat(run.storage, last.attempt)[0], time.monotonic()
+    while time.monotonic() - began < 1.5 * last.interval_s and lock.is_held(last) is not False:
+        time.sleep(last.interval_s / LOOKS_AN_INTERVAL)
+        if read_beat(run.storage, last.attempt)[0] != seen:
+            raise busy(run, last, "is writing this run")
 
 
 def beats(run: Run, last: Claim) -> bool:

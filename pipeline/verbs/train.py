@@ -24,6 +24,7 @@ from pipeline.record.journal import Journal
 from pipeline.record.run import Run
 from pipeline.record.soundness import has_end
 from pipeline.record.standing import Standing, standing
+from pipeline.record.watch import refuse_where_it_beats
 from pipeline.storage import Storage, handed
 from pipeline.verbs.places import storage_url, with_whole_url
 from pipeline.worker import Order, say_for_the_dead, work
@@ -102,6 +103,7 @@ def train(
 
             def ready() -> tuple[Order, Journal]:
                 birth.find_or_make(tell)
+                refuse_where_it_beats(run, driver)  # before workers are started, or waited for
                 followers.start()
                 return order, run.journal
 

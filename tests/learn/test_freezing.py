@@ -31,7 +31,7 @@ def frozen(model: dict[str, Any]) -> set[str]:
         ({**CNN, "freeze": ["features.*"]}, {f"features.{n}.{w}" for n in (0, 1) for w in ("weight", "bias")}),
         ({"hidden": [5]}, set()),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_what_is_frozen(model: dict[str, Any], expected: set[str]) -> None:
     assert frozen(model) == expected

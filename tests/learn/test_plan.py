@@ -49,7 +49,9 @@ def cosine(step: int, steps: int) -> float:
     return float((1 + torch.cos(torch.tensor(torch.pi * step / steps, dtype=torch.float64))) / 2)
 
 
-@pytest.mark.parametrize(("schedule", "reference"), SCHEDULES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("schedule", "reference"), SCHEDULES, ids=lambda value: "torch" if callable(value) else str(value)[:40]
+)
 def test_schedules_are_those_of_torch(
     schedule: dict[str, Any], reference: Callable[[torch.optim.Optimizer], lr_scheduler.LRScheduler]
 ) -> None:

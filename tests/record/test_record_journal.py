@@ -171,6 +171,12 @@ def test_every_entry_can_be_read_back(entry: Entry) -> None:
     assert parse_entry(from_json(entry.to_json()), entry.number) == entry
 
 
+def test_an_entry_that_was_altered_is_found_out() -> None:
+    tree = from_json(claim(1).to_json())
+    with pytest.raises(ValueError, match="altered"):
+        parse_entry({**tree, "driver": "e"}, 1)
+
+
 def test_later_versions_may_add_fields() -> None:
     tree = sealed({**unsealed(from_json(claim(1).to_json())), "mood": "good"})
     assert parse_entry(tree, 1) == claim(1)

@@ -78,16 +78,15 @@ def check_spoiled(made: Made, folder: Path, which: str, choice: float, how: tupl
         expected = evidence(made.finished)
         try:
             ended: dict[str, Any] = evidence(run)
-        except Exception:
-            assert any(name in line for line in found), told
-            return "named"
+        except Exception:  # whatever outsiders' libraries make of a file that is broken
+            ended = {}
         if ended != expected and name.startswith("checkpoints/"):  # of a run that is over: found out by who reads it
             with pytest.raises(DamagedError):
                 Checkpoint(open_run(str(run), ""), name.split("/")[1]).verify()
             return "found out"
         if ended != expected:
             assert any(name in line for line in found), f"{told}: silent"
-            differ = {key for key in expected if expected[key] != ended[key]}
+            differ = {key for key in expected if ended and expected[key] != ended[key]}
             assert differ <= {"steps", "evals"}, f"{told}: {differ}"
             return "named"
         return "as if untouched"

@@ -154,6 +154,8 @@ def test_state_files(trainyard: Trainyard, made: Made, spoil: Spoil, canary: Pat
     put_file(run, "state.pt", content)
     said = check(trainyard, made, run, "show", "resume")
     assert said.keys() == {"resume"}
+    if kind in ("zip", "huge", "deflated"):  # refused by what it says, before anything is unpacked
+        assert "it names" in said["resume"] or "it is compressed" in said["resume"]
 
 
 # --------------------------------------------------------------------------------------------------- safetensors

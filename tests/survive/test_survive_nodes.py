@@ -120,7 +120,9 @@ def test_a_killed_head_ends_the_driver_and_the_same_command_resumes_on_a_new_clu
         nodes.head.kill()
         code = driver.end(PATIENCE_S)
         print(f"\nhead killed: the driver left after {now() - killed:.0f} s with {code}\n{driver.lines[-3:]}")
-        assert code not in (0, 2)
+        assert code == 1, driver.said
+        assert "the head of the cluster has not answered" in driver.said
+        assert "same command" in driver.said
         assert "Traceback" not in driver.said
     nodes.restore()
     began = now()
