@@ -48,20 +48,14 @@ def connected(address: str | None, scale: Scale, tell: Tell, verbose: bool) -> I
     InputError: there is no such cluster.
     """
     os.environ.update({name: os.environ.get(name, value) for name, value in RAY_ENVIRONMENT.items()})
+    address = address or os.environ.get("RAY_ADDRESS") or None
+    _refuse_url(address)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import ray
     if ray.is_initialized():
         yield ray
         return
-    address = address or os.environ.get("RAY_ADDRESS") or None
-    if address is not None and "://" in address:
-        raise InputError(
-            "not an address that a driver can use",
-            where=address,
-            fix="on a machine of the cluster use --address auto or HEAD:6379; from elsewhere"
-            " `trainyard submit JOB --address http://HEAD:8265`",
-        )
     quiet: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "error"}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -85,6 +79,16 @@ def connected(address: str | None, scale: Scale, tell: Tell, verbose: bool) -> I
             yield ray
     finally:
         _leave(ray)
+
+
+def _refuse_url(address: str | None) -> None:
+    if address is not None and "://" in address:
+        raise InputError(
+            "not an address that a driver can use",
+            where=address,
+            fix="on a machine of the cluster use --address auto or HEAD:6379; from elsewhere"
+            " `trainyard submit JOB --address http://HEAD:8265`",
+        )
 
 
 def _leave(ray: Any) -> None:

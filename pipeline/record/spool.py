@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import StorageError, StorageLostError, TrainyardError
 from pipeline.record import saving
 from pipeline.record.checkpoint import Checkpoint, DamagedError
-from pipeline.record.drafts import Draft
 from pipeline.record.entries import BestSoFar, Claim, Commit, Pair
 from pipeline.record.run import JOB, Run
 from pipeline.record.snapshot import Snapshot
@@ -28,6 +27,7 @@ from pipeline.storage import Storage
 
 if TYPE_CHECKING:
     from pipeline.record.attempt import Attempt
+    from pipeline.record.drafts import Draft
 
 Lost = StorageLostError | StorageError
 """Storage stayed away, or refuses for good."""

@@ -67,7 +67,7 @@ def test_a_token_is_asked_for_by_its_three_ways_and_never_shown(
     assert trainyard("status", *there).code == 0
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    assert trainyard("status", *there, "--json").json["jobs"] == []
+    assert trainyard("status", *there).code == 0
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
     (tmp_path / "home/.ray").mkdir(parents=True)
     (tmp_path / "home/.ray/auth_token").write_text(TOKEN)
@@ -101,9 +101,10 @@ def test_what_the_cluster_could_never_do_is_refused_by_the_cluster_itself(
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")  # the flag comes first
     job, there = write_job(tmp_path), ("--address", jobs_cluster.url)
+    before = trainyard("status", *there, "--json").json["jobs"]
     refused(trainyard("submit", job, *there, "--workers", "9"), "9 workers of 1 CPU each do not fit", "2 CPU on 1 node")
     refused(trainyard("submit", job, *there, "--storage", f"{job}/runs"), f"{job}/runs", "check")
-    assert trainyard("status", *there, "--json").json["jobs"] == [], "nothing was started"
+    assert trainyard("status", *there, "--json").json["jobs"] == before, "nothing was started"
 
 
 def test_storage_that_several_machines_cannot_share() -> None:
