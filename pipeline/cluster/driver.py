@@ -17,6 +17,7 @@ from pipeline.cluster.connection import HEAD_SILENT_S, HeadWatch, connected, dra
 from pipeline.cluster.context import PULSE_S, train_function
 from pipeline.cluster.desk import Desk
 from pipeline.cluster.failure import WorkerHung
+from pipeline.cluster.inbox import Inbox
 from pipeline.cluster.losses import AGAIN, Losses
 from pipeline.cluster.reach import check_storage
 from pipeline.cluster.room import Room, look_at
@@ -164,7 +165,7 @@ def _run_once(
 
     thread = threading.Thread(target=fit, name="trainyard-fit", daemon=True)
     thread.start()
-    watch, inbox = HeadWatch(), _Inbox(cluster, desk, hear)
+    watch, inbox = HeadWatch(), Inbox(cluster, desk, hear)
     told = 0
     try:
         while thread.is_alive():
@@ -229,27 +230,3 @@ def _notice(ray: Any, desk: Any, watch: HeadWatch, tell: Tell) -> int:
     until = f" within {max(0.0, min(known)):.0f} s" if known else ""
     tell({"kind": "warning", "text": f"{len(leaving)} of the workers' nodes will be gone{until}: saving"})
     return signal.SIGTERM
-
-
-class _Inbox:
-    """The events that wait on the desk. One question at a time, kept until it is answered: none is lost to a driver or
-    a desk that is slow."""
-
-    def __init__(self, ray: Any, desk: Any, tell: Tell) -> None:
-        self._ray = ray
-        self._desk = desk
-        self._tell = tell
-        self._asked: Any = None
-
-    def pass_on(self, wait_s: float = 0.0) -> None:
-        """Tell what there is; where the answer takes longer, next time."""
-        self._asked = self._asked or self._desk.take.remote()
-        try:
-            if not self._ray.wait([self._asked], timeout=wait_s)[0]:
-                return
-            events, self._asked = self._ray.get(self._asked), None
-        except self._ray.exceptions.RayError:
-            self._asked = None  # progress is for the eye: fit() itself says what is wrong
-            return
-        for event in events:
-            self._tell(event)

@@ -1,0 +1,26 @@
+"""What a driver asks of its workers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pipeline.job import Job
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a driver asks of its workers; picklable."""
+
+    job: Job
+    storage_url: str = field(repr=False)  # it may hold a password
+    run_name: str
+    driver: str
+    """Nonce of the driving process."""
+    max_steps: int | None = None
+    dead_attempt: int | None = None
+    """An attempt of this driver's whose workers are known to have ended."""
+    code_folder: str = ""
+    """Where the user's own modules lie."""
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """What the driver was handed, see `pipeline.storage.handed`. (Ray writes an order's repr down.)"""
