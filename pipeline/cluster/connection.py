@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.cluster.failure import head
 from pipeline.cluster.joining import joining
 from pipeline.cluster.loopback import on_loopback
-from pipeline.cluster.room import most_and_least
+from pipeline.cluster.room import most_and_least, warn_of_few_cores
 from pipeline.context import Tell
 from pipeline.errors import InputError
 from pipeline.job import Scale
@@ -61,7 +61,7 @@ def connected(address: str | None, scale: Scale, tell: Tell, verbose: bool) -> I
     try:
         if address is None:
             cpus = math.ceil(most_and_least(scale)[0] * scale.cpus_per_worker)  # Ray starts a process for each at once
-            _warn_of_few_cores(cpus, tell)
+            warn_of_few_cores(cpus, tell)
             with on_loopback():
                 ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
         else:
@@ -139,13 +139,6 @@ def draining() -> Mapping[str, int]:
     from ray._private.state import state
 
     return dict(state.get_draining_nodes())
-
-
-def _warn_of_few_cores(cpus: int, tell: Tell) -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if cpus > cores:
-        text = f"the workers ask for {cpus} CPUs, and this machine has {cores}: they share them"
-        tell({"kind": "warning", "text": text})
 
 
 @contextmanager

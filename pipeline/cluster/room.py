@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -126,6 +127,14 @@ class Room:
                     }
                 )
             time.sleep(POLL_S)
+
+
+def warn_of_few_cores(cpus: int, tell: Tell) -> None:
+    """Say so where the workers of a cluster of this machine's own ask for more than it has."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cpus > cores:
+        text = f"the workers ask for {cpus} CPUs, and this machine has {cores}: they share them"
+        tell({"kind": "warning", "text": text})
 
 
 def look_at(ray: Any, *, draining: Callable[[], Mapping[str, int]]) -> Seen:

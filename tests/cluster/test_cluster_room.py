@@ -123,3 +123,11 @@ def test_a_signal_ends_the_wait(clock: Clock) -> None:
     signals.received = signal.SIGINT
     with pytest.raises(Interrupted):
         wait(room(lambda: Seen(total=cpus(2), free=cpus(0)), workers=2), after_loss=False, signals=signals)
+
+
+def test_a_cluster_of_its_own_may_share_its_cores_and_says_so() -> None:
+    said: list[str] = []
+    rooms.warn_of_few_cores(1, lambda event: said.append(event["text"]))
+    assert said == []
+    rooms.warn_of_few_cores(100_000, lambda event: said.append(event["text"]))
+    assert "ask for 100000 CPUs" in said[0]
