@@ -17,6 +17,7 @@ class Node(BaseModel):
     """A branch of the tree: unknown keys are errors, `"5"` is no number, values never change once built."""
 
     model_config = ConfigDict(
+        ser_json_inf_nan="constants",  # in arguments of the user's own; never null
         extra="forbid",
         frozen=True,
         strict=True,

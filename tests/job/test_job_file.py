@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import JobError
@@ -375,6 +375,7 @@ jobs = st.fixed_dictionaries(
 
 
 @given(tree=jobs)
+@example(tree={"name": "arguments", "model": {"kind": "a.b:C", "args": {"most": float("inf")}}})
 @settings(deadline=None)
 def test_a_job_written_out_is_the_same_job(tree: dict[str, Any]) -> None:
     first = build_job(tree, "here")
