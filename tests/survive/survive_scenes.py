@@ -83,10 +83,10 @@ def scene(folder: Path, **job: Any) -> Scene:
     return Scene(folder, untouched(folder, folder / "untouched"))
 
 
-def ended(scene: Scene, driver: Driver) -> int:
+def ended(scene: Scene, driver: Driver, limit_s: float = PATIENCE_S) -> int:
     """The exit code, after no more waiting."""
     scene.hurry()
-    return driver.end(PATIENCE_S)
+    return driver.end(limit_s)
 
 
 def tell_figures(fault: str, driver: Driver, since: float, noticed: str = NOTICED) -> None:

@@ -26,6 +26,8 @@ PAUSE_S = 0.05
 """A step. About 26 steps an epoch."""
 BACK_S = 15
 """At the least between a kill and training again: what is trained in so many minutes cannot be more."""
+LEFT_ALONE_S = 1500
+"""For what the kills have left to do."""
 VICTIMS = ("RayTrainWorker", "RayTrainWorker", "TrainController", "driver")
 
 
@@ -52,9 +54,9 @@ def test_a_run_that_is_killed_at_random_again_and_again_finishes_exactly(tmp_pat
                     kill(victim, cluster, driver.pid, draw)
                     kills[victim] = kills.get(victim, 0) + 1
                 if victim != "driver":
-                    assert ended(made, driver) == 0, driver.said
+                    assert ended(made, driver, LEFT_ALONE_S) == 0, driver.said
         with driving(made.folder, made.storage, cluster) as driver:
-            assert ended(made, driver) == 0, driver.said
+            assert ended(made, driver, LEFT_ALONE_S) == 0, driver.said
     attempts = len(claims(made.storage))
     print(f"\n{MINUTES:g} minutes: {kills}, {attempts} attempts, {len(commits(made.storage))} checkpoints")
     assert attempts > sum(kills.values()) / 2
