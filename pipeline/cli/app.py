@@ -31,6 +31,8 @@ RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name under 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field, such as train.batch_size=256.")
 ]
+RunToBe = Annotated[str | None, typer.Option("--name", metavar="RUN", help="Name of the run instead of JOB-DIGEST.")]
+MaxSteps = Annotated[int | None, typer.Option(min=1, metavar="N", help="Stop after N steps.")]
 StorageUrl = Annotated[
     str | None,
     typer.Option(metavar="URL", help="Where runs lie: a folder or fsspec URL [env: TRAINYARD_STORAGE; else ./runs]."),
@@ -96,3 +98,18 @@ def print_result(result: dict[str, Any], lines: list[str], as_json: bool) -> Non
 def phases(progress: Progress) -> Callable[[str], None]:
     """Takes what a verb says of its long phases."""
     return lambda text: progress.show({"kind": "phase", "text": text})
+
+
+def with_workers(overrides: list[str] | None, workers: str | None) -> list[str]:
+    """The words of --set, and what --workers says as one more.
+
+    Raises
+    ------
+    InputError: neither a number nor MIN..MAX.
+    """
+    if workers is None:
+        return overrides or []
+    low, dots, high = workers.partition("..")
+    if not low.isdigit() or (dots and not high.isdigit()):
+        raise InputError(f"{workers!r} is neither a number nor MIN..MAX", where="--workers", fix="such as 2 or 1..4")
+    return [*(overrides or []), f"scale.workers={{min: {low}, max: {high}}}" if dots else f"scale.workers={low}"]

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.app import JobFile, Json, Overrides, Quiet, StorageUrl, Verbose, app, print_result, shown
-from pipeline.cli.training import worker_range
+from pipeline.cli.app import (
+    JobFile,
+    Json,
+    MaxSteps,
+    Overrides,
+    Quiet,
+    RunToBe,
+    StorageUrl,
+    Verbose,
+    app,
+    print_result,
+    shown,
+    with_workers,
+)
 
 if TYPE_CHECKING:
     from pipeline.cluster.jobs.following import Progress
@@ -36,8 +49,8 @@ def submit(
     workers: Annotated[
         str | None, typer.Option(metavar="N|MIN..MAX", help="Ray Train workers; 0: on the head, beside Ray.")
     ] = None,
-    name: Annotated[str | None, typer.Option(metavar="RUN", help="Name of the run instead of JOB-DIGEST.")] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="Stop after N steps.")] = None,
+    name: RunToBe = None,
+    max_steps: MaxSteps = None,
     storage: StorageUrl = None,
     env: Annotated[
         list[str] | None,
@@ -58,7 +71,6 @@ def submit(
     shown.update(json=as_json, verbose=verbose)
     from pipeline.verbs.submit import submit as verb
 
-    words = [*(overrides or []), *([f"scale.workers={worker_range(workers)}"] if workers is not None else [])]
     begun: list[str] = []
 
     def on_job(job_id: str) -> None:
@@ -68,11 +80,11 @@ def submit(
         else:
             print(job_id, flush=True)
 
-    try:
+    with _detaching(begun, address, as_json):
         found = verb(
             job,
             address=address,
-            set=words,
+            set=with_workers(overrides, workers),
             name=name,
             storage=storage,
             max_steps=max_steps,
@@ -85,15 +97,7 @@ def submit(
             show=_say(quiet),
             on_job=on_job,
         )
-    except KeyboardInterrupt:
-        if not begun:
-            raise
-        _detached(begun[0], address, as_json)
-        return
-    if wait:
-        _end(found, as_json)
-    elif as_json:
-        print(json.dumps(found.to_json()))
+        _end(found, as_json, is_followed=wait)
 
 
 @app.command(epilog="Example: trainyard status --address http://head:8265")
@@ -134,7 +138,7 @@ def logs(
     from pipeline.verbs.remote import logs as verb
 
     begun: list[str] = []
-    try:
+    with _detaching(begun, address, as_json):
         found = verb(
             job_or_run,
             address=address,
@@ -144,15 +148,7 @@ def logs(
             say=_say(False),
             on_job=begun.append,
         )
-    except KeyboardInterrupt:
-        if not begun:
-            raise
-        _detached(begun[0], address, as_json)
-        return
-    if follow:
-        _end(found, as_json)
-    elif as_json:
-        print(json.dumps(found.to_json()))
+        _end(found, as_json, is_followed=follow)
 
 
 @app.command(epilog="Example: trainyard stop mnist-1a2b3c4d-1 --address http://head:8265")
@@ -176,8 +172,19 @@ def _say(quiet: bool) -> Callable[[str], None]:
     return (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
 
 
-def _detached(job_id: str, address: str | None, as_json: bool) -> None:
-    """Ctrl-C while following is no failure: the job goes on."""
+@contextmanager
+def _detaching(begun: list[str], address: str | None, as_json: bool) -> Iterator[None]:
+    """Ctrl-C while following is no failure: the job goes on.
+
+    begun: holds the job's id as soon as there is one; before, Ctrl-C is what it is elsewhere.
+    """
+    try:
+        yield
+        return
+    except KeyboardInterrupt:
+        if not begun:
+            raise
+    (job_id,) = begun
     where = f" --address {address}" if address else ""
     print(
         f"\ndetached: {job_id} goes on"
@@ -189,12 +196,13 @@ def _detached(job_id: str, address: str | None, as_json: bool) -> None:
         print(json.dumps({"job": job_id, "run": None, "url": None, "status": "running", "exit_code": None}))
 
 
-def _end(found: Progress, as_json: bool) -> None:
-    """End as the job did. Its log has said how, where its entry point could."""
+def _end(found: Progress, as_json: bool, *, is_followed: bool) -> None:
+    """End as a job did that was followed to its end. Its log has said how, where its entry point could."""
     from pipeline.verbs.remote import how_it_ended
 
-    if found.outcome is None:
+    if is_followed and found.outcome is None:
         print(f"error: {how_it_ended(found)}", file=sys.stderr)
     if as_json:
         print(json.dumps(found.to_json()))
-    raise typer.Exit(found.exit_code or 0)
+    if is_followed:
+        raise typer.Exit(found.exit_code or 0)

@@ -9,9 +9,11 @@ import typer
 from pipeline.cli.app import (
     JobFile,
     Json,
+    MaxSteps,
     Overrides,
     Quiet,
     RunName,
+    RunToBe,
     StorageUrl,
     Trust,
     Verbose,
@@ -19,8 +21,8 @@ from pipeline.cli.app import (
     phases,
     print_result,
     shown,
+    with_workers,
 )
-from pipeline.errors import InputError
 
 
 @app.command(epilog="Example: trainyard train jobs/mnist.yaml --set data.root=~/data --workers 2")
@@ -30,11 +32,11 @@ def train(
     workers: Annotated[
         str | None, typer.Option(metavar="N|MIN..MAX", help="Ray Train workers; 0: in this process.")
     ] = None,
-    name: Annotated[str | None, typer.Option(metavar="RUN", help="Name of the run instead of JOB-DIGEST.")] = None,
+    name: RunToBe = None,
     address: Annotated[
         str | None, typer.Option(metavar="RAY", help="A Ray cluster to run on [env: RAY_ADDRESS].")
     ] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1, metavar="N", help="Stop after N steps.")] = None,
+    max_steps: MaxSteps = None,
     storage: StorageUrl = None,
     trust: Trust = False,
     as_json: Json = False,
@@ -45,14 +47,13 @@ def train(
     shown.update(json=as_json, verbose=verbose)
     from pipeline.terminal import Progress, result_lines
 
-    words = [*(overrides or []), *([f"scale.workers={worker_range(workers)}"] if workers is not None else [])]
     with Progress(quiet=quiet) as progress:
         progress.show({"kind": "phase", "text": "loading"})
         from pipeline.verbs.train import train as verb
 
         outcome = verb(
             job,
-            set=words,
+            set=with_workers(overrides, workers),
             name=name,
             storage=storage,
             address=address,
@@ -168,10 +169,3 @@ def predict(
             say=phases(progress),
         )
     print_result(found.to_json(), found.lines(), as_json)
-
-
-def worker_range(words: str) -> str:
-    low, dots, high = words.partition("..")
-    if not low.isdigit() or (dots and not high.isdigit()):
-        raise InputError(f"{words!r} is neither a number nor MIN..MAX", where="--workers", fix="such as 2 or 1..4")
-    return f"{{min: {low}, max: {high}}}" if dots else low

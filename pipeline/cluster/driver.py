@@ -133,9 +133,10 @@ def _run_once(
     here = NodeAffinitySchedulingStrategy(cluster.get_runtime_context().get_node_id(), soft=False)
     desk = cluster.remote(num_cpus=0)(Desk).options(scheduling_strategy=here).remote()
     own_files = tempfile.mkdtemp(prefix="trainyard-ray-")
-    sum_s = limits(scale.hang_s).last_net_s if scale.hang_s is not None else LONGEST_SUM_S
+    allowed = limits(scale.hang_s) if scale.hang_s is not None else None
+    sum_s = allowed.last_net_s if allowed is not None else LONGEST_SUM_S
     # Read by the controller, which starts with this: a worker without another that could notice that it is stopped.
-    unanswered_s = limits(scale.hang_s).unanswered_s if scale.hang_s is not None else LONGEST_SUM_S
+    unanswered_s = allowed.unanswered_s if allowed is not None else LONGEST_SUM_S
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(unanswered_s)
     trainer = Trainer(
         train_function,

@@ -15,8 +15,12 @@ LIMIT_S = 20
 """Seconds for its storage."""
 
 
-def check_storage(ray: Any, url: str) -> None:
-    """Put a file into storage and have every node read it.
+def check_storage(ray: Any, url: str, *, from_here: bool = False) -> None:
+    """Put a file into storage and have every node of several read it.
+
+    Parameters
+    ----------
+    from_here: read it in this process too, and where the cluster is one node.
 
     Raises
     ------
@@ -27,15 +31,17 @@ def check_storage(ray: Any, url: str) -> None:
             "memory:// is this process' own, and workers are others", where="storage", fix="use a folder or a store"
         )
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) < 2:
+    if len(nodes) < 2 and not from_here:
         return
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     storage, name, token = Storage.open(url), f".probe-{secrets.token_hex(8)}", secrets.token_bytes(16)
     storage.replace(name, token)
     try:
+        if from_here and storage.read(name) != token:
+            raise InputError("what is read is not what was written", where=storage.url, fix="use another storage")
         asked = {}
-        for node in nodes:
+        for node in nodes if len(nodes) > 1 else ():
             strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = ray.remote(num_cpus=0, max_retries=0)(_complaint).options(scheduling_strategy=strategy)
             asked[f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"] = task.remote(

@@ -20,6 +20,7 @@ from pipeline.record.heartbeat import read_beat
 from pipeline.record.lock import ProcessLock, boot, is_held
 from pipeline.record.recorder import Recorder, complete
 from pipeline.record.run import Run
+from pipeline.record.watch import refuse_where_it_beats
 from tests.record.record_parts import block, born, snapshot
 from tests.record.record_process import train
 
@@ -149,6 +150,17 @@ def test_without_proof_a_heart_that_beats_means_not_now(run: Run, start: Start, 
     with pytest.raises(BusyError, match="is writing this run"):
         claim(run, driver="me", facts={}, on_watch=watched.append)
     assert len(watched) == 1
+
+
+def test_a_heart_that_beats_is_told_before_workers_are_started(run: Run, start: Start, tmp_path: Path) -> None:
+    refuse_where_it_beats(run, "me")
+    holder = start(TMPDIR=str(tmp_path))
+    assert line(holder) == "claimed 1"
+    with pytest.raises(BusyError, match="is writing this run"):
+        refuse_where_it_beats(run, "me")
+    holder.kill()
+    holder.wait()
+    refuse_where_it_beats(run, "me")
 
 
 def test_without_proof_a_silent_heart_is_watched_for_three_intervals(run: Run, start: Start, tmp_path: Path) -> None:

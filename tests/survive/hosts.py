@@ -93,7 +93,7 @@ class Hosts:
 
     def place(self, host: int) -> Place:
         """Where a node of a Ray cluster runs, on this host (0, 1, ...)."""
-        return Place(self.address(host, "cluster"), self._prefix(host), "cluster0")
+        return Place(self.address(host, "cluster"), self._prefix(host))
 
     def address(self, host: int, net: str) -> str:
         return f"{NETS[net]}.{host + 1}"

@@ -58,10 +58,9 @@ class Place:
 
     address: str
     prefix: Sequence[str] = ()
-    interface: str = "lo"
 
     def environment(self) -> dict[str, str]:
-        return {"GLOO_SOCKET_IFNAME": self.interface, "NO_PROXY": "*", "no_proxy": "*", "PYTHONPATH": str(REPOSITORY)}
+        return {"NO_PROXY": "*", "no_proxy": "*", "PYTHONPATH": str(REPOSITORY)}
 
 
 @dataclass

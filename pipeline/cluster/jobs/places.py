@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from pipeline.errors import InputError
@@ -65,11 +64,3 @@ def is_loopback(address: str) -> bool:
     """Whether a URL leads to this machine itself."""
     host = urlsplit(address if "://" in address else f"//{address}").hostname or ""
     return host == "localhost" or host.startswith("127.") or host == "::1"
-
-
-def boot_id() -> str:
-    """Of this machine's kernel since it was started; empty where the system has none."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""

@@ -16,12 +16,13 @@ from packaging.utils import canonicalize_name
 
 from pipeline.cluster.jobs.client import Cluster, Node
 from pipeline.cluster.jobs.letter import Letter
-from pipeline.cluster.jobs.places import boot_id, must_be_here, storage_for
+from pipeline.cluster.jobs.places import must_be_here, storage_for
 from pipeline.cluster.jobs.records import last, lines_for_people
 from pipeline.cluster.jobs.shipping import staged
 from pipeline.cluster.room import words
 from pipeline.errors import ClusterError, InputError
 from pipeline.job import Scale
+from pipeline.record.lock import boot
 
 NODES_S = 30.0
 """How long a cluster that has just been started may need to know its own head."""
@@ -66,7 +67,7 @@ def clear(
         environment=environment,
         probe={
             "scale": scale.model_dump(mode="json"),
-            "boot_id": boot_id() if must_be_here(storage, cluster.url) else None,
+            "boot_id": boot() if must_be_here(storage, cluster.url) else None,
         },
     )
     versions, found = _probe(cluster, python, question)

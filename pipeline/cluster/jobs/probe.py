@@ -44,16 +44,17 @@ def _look(letter_name: str) -> dict[str, object]:
 
     from pipeline.cluster.connection import draining
     from pipeline.cluster.jobs.letter import take_out
-    from pipeline.cluster.jobs.places import boot_id, refuse_other_machine
+    from pipeline.cluster.jobs.places import refuse_other_machine
     from pipeline.cluster.reach import check_storage
     from pipeline.cluster.room import Room, added, look_at
     from pipeline.job import IN_PLACE_WORKERS, Scale
+    from pipeline.record.lock import boot
     from pipeline.storage import handed
 
     letter = take_out(letter_name)
     handed.take(letter.environment)
     asked = letter.probe or {}
-    if asked["boot_id"] is not None and asked["boot_id"] != boot_id():
+    if asked["boot_id"] is not None and asked["boot_id"] != boot():
         raise refuse_other_machine(letter.storage)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -62,32 +63,10 @@ def _look(letter_name: str) -> dict[str, object]:
     scale = Scale.model_validate(asked["scale"])
     if scale.workers != IN_PLACE_WORKERS:
         Room(lambda: look_at(ray, draining=draining), scale).check()
-    _try_out(letter.storage)
-    check_storage(ray, letter.storage)
+    check_storage(ray, letter.storage, from_here=True)
     seen = look_at(ray, draining=draining)
     ray.shutdown()
     return {"nodes": len(seen.total), "has": added(seen.total), "grows": seen.possible is not None}
-
-
-def _try_out(url: str) -> None:
-    """Write, read and delete a file.
-
-    Raises
-    ------
-    StorageError: what is wrong with the storage, as seen from the head.
-    """
-    import secrets
-
-    from pipeline.errors import StorageError
-    from pipeline.storage import Storage
-
-    storage, name, content = Storage.open(url), f".probe-{secrets.token_hex(8)}", secrets.token_bytes(16)
-    storage.replace(name, content)
-    try:
-        if storage.read(name) != content:
-            raise StorageError("what is read is not what was written", where=storage.url, fix="use another storage")
-    finally:
-        storage.delete(name)
 
 
 if __name__ == "__main__":

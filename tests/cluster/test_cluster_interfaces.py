@@ -1,0 +1,25 @@
+"""The interface that has an address, as gloo is told of it."""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+import pytest
+
+from pipeline.cluster.interfaces import interface_of
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for its interfaces")
+
+
+def test_an_address_is_found_on_the_interface_that_has_it() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("127.9.8.7") == "lo", "all of 127/8 is this machine"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        asking.connect(("192.0.2.1", 9))  # sends nothing: only asks which address would be used
+        own = asking.getsockname()[0]
+    assert interface_of(own) in {name for _, name in socket.if_nameindex()}
+
+
+def test_an_address_of_another_machine_has_none() -> None:
+    assert interface_of("198.51.100.7") is None
