@@ -34,7 +34,7 @@ def build(place):
     (place / "two").write_bytes(b"2" * 100)
 
 entry = cached(Cache(folder=folder, max_gb=1e-6), key, build, size=200)
-print(len((entry / "two").read_bytes()), flush=True)
+print(len((entry.folder / "two").read_bytes()), flush=True)
 sys.stdin.read()
 """
 
@@ -114,7 +114,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="broken data"):
         cached(cache, "aa", build, size=1)
     assert entries(tmp_path) == set()
-    assert (cached(cache, "aa", put(3), size=3) / "data").read_bytes() == b"xxx"
+    assert (cached(cache, "aa", put(3), size=3).folder / "data").read_bytes() == b"xxx"
 
 
 def test_threads_build_it_once_too(tmp_path: Path) -> None:
@@ -158,8 +158,8 @@ def test_what_a_living_process_reads_stays(tmp_path: Path) -> None:
         cached(cache, "bb", put(200), size=200)
     assert entries(folder) == {"aa"}
     ends(reader)
-    cached(cache, "bb", put(200), size=200)
-    assert entries(folder) == {"bb"}
+    entry = cached(cache, "bb", put(200), size=200)
+    assert entries(folder) == {entry.folder.name} == {"bb"}
     with pytest.raises(DataError, match="in use"):
         cached(cache, "cc", put(200), size=200)  # bb is in use by this process
 
@@ -224,11 +224,11 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, folder: str) -
 def test_home_is_understood_and_a_hand_that_deletes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     cache = Cache(folder="~/cache")
-    entry = cached(cache, "aa", put(1), size=1)
+    entry = cached(cache, "aa", put(1), size=1).folder
     assert entry == tmp_path / "cache" / "aa"
-    assert cached(cache, "aa", never, size=1) == entry
+    assert cached(cache, "aa", never, size=1).folder == entry
     (entry / "data").unlink()
     (entry / ".builder").unlink()
     (entry / ".readers").unlink()
     entry.rmdir()
-    assert (cached(cache, "aa", put(2), size=2) / "data").read_bytes() == b"xx"
+    assert (cached(cache, "aa", put(2), size=2).folder / "data").read_bytes() == b"xx"
