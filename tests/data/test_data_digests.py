@@ -107,9 +107,9 @@ def test_every_change_of_a_large_table_is_seen(
 ) -> None:
     """And none is taken from the cache."""
     values, path = columns(), tmp_path / "t.parquet"
-    url = {"local": lambda: str(path), "s3": lambda: request.getfixturevalue("s3_url") + "/t.parquet"}.get(
-        kind, lambda: "memory://large/t.parquet"
-    )()
+    url = str(path) if kind == "local" else "memory://large/t.parquet"
+    if kind == "s3":
+        url = request.getfixturevalue("s3_url") + "/t.parquet"
 
     def put(new: bytes) -> None:
         fsspec.core.url_to_fs(url)[0].pipe_file(url, new)
@@ -252,7 +252,8 @@ def test_a_table_that_changes_while_it_is_decoded_is_refused(
     path, values = tmp_path / "t.parquet", columns()
     path.write_bytes(content(values))
     labels(values)
-    job, said = table_job(path, tmp_path), []
+    job = table_job(path, tmp_path)
+    said: list[str] = []
 
     def say(text: str) -> None:
         if text.startswith("caching") and not said:
