@@ -20,7 +20,6 @@ from pipeline.learn.tally import check_best_is_gathered, too_large_to_gather
 from pipeline.own_code import make_importable
 from pipeline.record.checkpoint import find_checkpoint
 from pipeline.record.run import Run
-from pipeline.redaction import is_looked_up, looked_up
 from pipeline.starting import Start, find_start
 
 
@@ -114,7 +113,7 @@ def prepare(
     """
     make_importable(job)
     start = find_start(job, storage_url) if storage_url is not None else None
-    source = open_source(_with_url(job), say)
+    source = open_source(job, say)
     if augment.is_wanted(job.data.augment):
         augment.check_images(job.data.augment, tuple(source.train.inputs.shape[1:]))
     splits = make_splits(job, source)
@@ -150,7 +149,7 @@ def prepare_rows(job: Job, fitted: Fitted, name: str, say: Say = lambda text: No
     InputError: data that cannot be loaded, or is of another layout than what was fitted.
     """
     make_importable(job)
-    source = open_source(_with_url(job), say)
+    source = open_source(job, say)
     check_layout(fitted, source)
     fitted.preprocess.check(source.train.inputs, source.schema)
     splits = {name: Rows("train", np.arange(len(source.train), dtype=np.int64))}
@@ -162,14 +161,6 @@ def prepare_rows(job: Job, fitted: Fitted, name: str, say: Say = lambda text: No
         fitted=fitted,
         plan=Plan(job, len(source.train)),
     )
-
-
-def _with_url(job: Job) -> Job:
-    """The job with a `data.url` that stands in the environment looked up: to be opened, and never written."""
-    if job.data.url is None or not is_looked_up(job.data.url):
-        return job
-    url = looked_up(job.data.url, "data.url")
-    return job.model_copy(update={"data": job.data.model_copy(update={"url": url})})
 
 
 def _targets(job: Job, source: Source, splits: dict[str, Rows], fitted: Fitted) -> dict[str, np.ndarray]:

@@ -2,24 +2,35 @@
 
 An entry is a folder named by its key. It is filled under another name and then renamed, so it is whole or absent.
 Two lock files in it move along: whoever fills it holds the one exclusively, whoever reads it holds the other shared
-for the life of the process. The kernel ends both with the process, however that ends, so a dead builder's leftovers
-are known by a lock that is free. (With one file for both, who waits for the builder would wait for the readers too.)
+for as long as it uses the entry. The kernel ends both with the process, however that ends, so a dead builder's
+leftovers are known by a lock that is free. (With one file for both, who waits for the builder would wait for the
+readers too.) Whoever holds the builder's lock sets its modification time again and again while its work moves, and who
+waits for the lock takes each such change for progress of its own: see `pipeline.watchdog`.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import gc
+import mmap
 import os
 import secrets
 import shutil
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import numpy as np
 
 from pipeline.errors import DataError
 from pipeline.job import Cache
+from pipeline.watchdog import note_progress, on_progress, waits_for
+from pipeline.watchdog.progress import progress_listeners
 
 WHERE = "data.cache.folder"
 FIX = "--set data.cache.folder=DIR names another"
@@ -32,8 +43,36 @@ REMOVED = ".removed-"
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
-_READING: dict[Path, int] = {}
-"""Descriptors that hold the entries which this process reads; never closed."""
+LONGEST_PAUSE_S = 0.25
+"""Between two looks at a lock that another process holds, or at a file that grows."""
+
+SIGN_S = 0.1
+"""Between two signs of progress to those who wait."""
+
+SYNC_BYTES = 64 << 20
+"""What is written to the disk at once at the end: each such piece is progress."""
+
+
+class Entry:
+    """An entry that is in use: it stays as long as this object or an array that it has mapped, or a view of one.
+
+    folder: where its files are.
+    """
+
+    def __init__(self, folder: Path, descriptor: int) -> None:
+        """descriptor: of the readers' lock, which is held."""
+        self.folder = folder
+        weakref.finalize(self, os.close, descriptor)
+
+    def map(self, name: str) -> np.ndarray:
+        """An array of the entry in `.npy` format, memory-mapped."""
+        array: np.ndarray = np.load(self.folder / name, mmap_mode="r")
+        weakref.finalize(array.base, _release, self)  # the map itself, which all views of the array keep
+        return array
+
+
+def _release(entry: Entry) -> None:
+    """Until it is called, a finalizer refers to the entry."""
 
 
 def fits(cache: Cache, size: int) -> bool:
@@ -43,17 +82,18 @@ def fits(cache: Cache, size: int) -> bool:
     return size <= min(_limit(cache), shutil.disk_usage(present).free + _bytes(folder))
 
 
-def cached(cache: Cache, key: str, build: Callable[[Path], None], *, size: int) -> Path:
-    """The folder of an entry, complete; it stays for the life of this process.
+def cached(cache: Cache, key: str, build: Callable[[Path], None], *, size: int) -> Entry:
+    """An entry, complete.
 
     Where it is absent, one process builds it while others that want it wait; if the builder dies, the next one builds.
-    Before that, entries that no process reads are deleted, those not used for longest first, until `size` more bytes
-    stay within `max_gb`.
+    Before that, entries that nobody uses are deleted, those not used for longest first, until `size` more bytes stay
+    within `max_gb`.
 
     Parameters
     ----------
     key: names the content, such as a digest in hex.
-    build: fills the empty folder that it is given. What it raises leaves no entry behind and is passed on.
+    build: fills the empty folder that it is given, and notes its progress. What it raises leaves no entry behind and
+        is passed on.
     size: bytes that the entry will take at most.
 
     Raises
@@ -61,10 +101,7 @@ def cached(cache: Cache, key: str, build: Callable[[Path], None], *, size: int) 
     DataError: `size` is beyond `max_gb`, alone or beside what is in use; the folder cannot be written or is full.
     """
     folder = Path(cache.folder).expanduser().absolute()
-    entry = folder / key
-    if entry in _READING and entry.exists():
-        return entry
-    _READING.pop(entry, None)  # somebody deleted it by hand
+    path = folder / key
     if size > _limit(cache):
         raise DataError(
             f"the decoded data takes {_gb(size)}, but max_gb allows {_gb(_limit(cache))}",
@@ -73,18 +110,19 @@ def cached(cache: Cache, key: str, build: Callable[[Path], None], *, size: int) 
         )
     with _named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        while not _reads(entry):
+        while (entry := _opened(path)) is None:
             lock = _locked(folder / f"{BUILDING}{key}")
             if lock is None:
                 continue  # another process has just finished or given up
-            with lock:
-                if not (entry / READERS).exists():
-                    _build(cache, entry, build, size, lock)
+            with lock, on_progress(_signs(lock)):
+                if not (path / READERS).exists():
+                    _build(cache, path, build, size, lock)
     return entry
 
 
 def _build(cache: Cache, entry: Path, build: Callable[[Path], None], size: int, lock: IO[str]) -> None:
     """Fill the temporary folder, whose lock is held, and put it in place."""
+    note_progress()
     folder, temporary = entry.parent, entry.with_name(f"{BUILDING}{entry.name}")
     _empty(temporary)  # a dead builder's
     try:
@@ -125,29 +163,96 @@ def scratch(cache: Cache, size: int) -> Iterator[Path]:
                 _remove(temporary)
 
 
+@contextmanager
+def exclusive(cache: Cache, key: str) -> Iterator[None]:
+    """While entered, no other process is in here with the same key. Who waits sees the progress that is noted.
+
+    Raises
+    ------
+    DataError: the folder cannot be written or is full.
+    """
+    folder = Path(cache.folder).expanduser().absolute()
+    temporary = folder / f"{BUILDING}{key}"
+    with _named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        while (lock := _locked(temporary)) is None:
+            pass
+    with lock, on_progress(_signs(lock)):
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                _remove(temporary)
+
+
+@waits_for("cache")
+def take_lock(lock: IO[Any]) -> None:
+    """Lock a file exclusively. While another process holds the lock, its signs of progress count as this thread's."""
+    seen, pause = -1, 1e-3
+    while True:
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        sign = os.fstat(lock.fileno()).st_mtime_ns
+        if sign != seen:
+            seen = sign
+            note_progress()
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+@contextmanager
+def growing(folder: Path, lock: IO[Any] | None = None) -> Iterator[None]:
+    """While entered, what is added to the files in a folder counts as progress of this thread: for calls of libraries
+    that take long and say nothing.
+
+    Parameters
+    ----------
+    lock: one that is held; who waits for it sees the progress too.
+    """
+    listeners = (*progress_listeners(), *([_signs(lock)] if lock is not None else []))
+    over = threading.Event()
+
+    def look() -> None:
+        seen = -1
+        while not over.wait(LONGEST_PAUSE_S):
+            size = _bytes(folder)
+            if size != seen:
+                seen = size
+                for listener in listeners:
+                    listener()
+
+    thread = threading.Thread(target=look, name="trainyard-growing", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def _reserve(cache: Cache, folder: Path, size: int, lock: IO[str]) -> None:
     """Make room for what is about to be put beside a lock that is held."""
     lock.truncate(0)
     with (folder / ROOM).open("a") as room:
-        fcntl.flock(room, fcntl.LOCK_EX)
+        take_lock(room)
         _make_room(cache, folder, size)
         lock.write(str(size))  # counts as taken from now on
         lock.flush()
 
 
-def _reads(entry: Path) -> bool:
-    """Hold the entry shared, if it is there."""
+def _opened(path: Path) -> Entry | None:
+    """The entry, held shared; None if it is not there."""
     try:
-        descriptor = os.open(entry / READERS, os.O_RDWR)
+        descriptor = os.open(path / READERS, os.O_RDWR)
     except (FileNotFoundError, NotADirectoryError):
-        return False
+        return None
     fcntl.flock(descriptor, fcntl.LOCK_SH)
-    if not _is_at(descriptor, entry / READERS):  # deleted meanwhile
+    if not _is_at(descriptor, path / READERS):  # deleted meanwhile
         os.close(descriptor)
-        return False
-    os.utime(entry)
-    _READING[entry] = descriptor
-    return True
+        return None
+    os.utime(path)
+    return Entry(path, descriptor)
 
 
 def _locked(temporary: Path) -> IO[str] | None:
@@ -157,15 +262,46 @@ def _locked(temporary: Path) -> IO[str] | None:
         lock = (temporary / BUILDER).open("a+")
     except FileNotFoundError:
         return None
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    take_lock(lock)
     if _is_at(lock.fileno(), temporary / BUILDER):
         return lock
     lock.close()
     return None
 
 
+def _signs(lock: IO[Any]) -> Callable[[], None]:
+    """Takes progress, and shows it to those who wait for the lock."""
+    shown = 0.0
+
+    def sign() -> None:
+        nonlocal shown
+        if time.monotonic() - shown >= SIGN_S:
+            shown = time.monotonic()
+            with suppress(OSError):  # closed: the last sign of a thread that saw it from outside
+                os.utime(lock.fileno())
+
+    return sign
+
+
 def _make_room(cache: Cache, folder: Path, size: int) -> None:
     """Delete leftovers, and the entries not used for longest, until `size` bytes fit."""
+    excess, short = _evict(cache, folder, size)
+    if excess > 0 or short > 0:  # what is no longer used may still be held by objects that refer to each other
+        gc.collect()
+        excess, short = _evict(cache, folder, size)
+    if excess > 0:
+        raise DataError(
+            f"{_gb(size)} more would pass max_gb, {_gb(_limit(cache))}: the rest is in use",
+            where="data.cache.max_gb",
+            fix="raise it, or wait until whatever uses it ends",
+        )
+    if short > 0:
+        raise DataError(f"the disk of {folder} is full: {_gb(short)} more are needed", where=WHERE, fix=FIX)
+
+
+def _evict(cache: Cache, folder: Path, size: int) -> tuple[int, int]:
+    """Delete what may be deleted and must be; returns how many bytes too many there are still, by `max_gb` and on the
+    disk."""
     entries: dict[Path, int] = {}
     building = 0
     for place in list(folder.iterdir()):
@@ -182,18 +318,12 @@ def _make_room(cache: Cache, folder: Path, size: int) -> None:
     short = size - shutil.disk_usage(folder).free
     for place in sorted(entries, key=lambda place: place.stat().st_mtime):
         if excess <= 0 and short <= 0:
-            return
+            break
         if _remove_if_free(place, READERS):
             excess -= entries[place]
             short -= entries[place]
-    if excess > 0:
-        raise DataError(
-            f"{_gb(size)} more would pass max_gb, {_gb(_limit(cache))}: the rest is in use",
-            where="data.cache.max_gb",
-            fix="raise it, or wait until the processes that use it end",
-        )
-    if short > 0:
-        raise DataError(f"the disk of {folder} is full: {_gb(short)} more are needed", where=WHERE, fix=FIX)
+            note_progress()
+    return excess, short
 
 
 def _remove_if_free(place: Path, name: str) -> bool:
@@ -229,11 +359,24 @@ def _sync(folder: Path) -> None:
     """Have the disk hold the content before its final name."""
     for place, _, names in os.walk(folder):
         for path in (*(Path(place) / name for name in names), Path(place)):
+            if path.is_file():
+                _write_back(path)
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def _write_back(path: Path) -> None:
+    """Have the disk hold a file's bytes, piece by piece: all at once may take minutes without any progress."""
+    size = path.stat().st_size
+    if size <= SYNC_BYTES:
+        return
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        for first in range(0, size, SYNC_BYTES):
+            mapped.flush(first, min(SYNC_BYTES, size - first))
+            note_progress()
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

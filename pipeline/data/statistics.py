@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from pipeline.watchdog import note_progress
+
 BLOCK_VALUES = 1 << 20
 """Values looked at at once: a few MB in float64."""
 
@@ -57,3 +59,4 @@ def blocks(inputs: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
     size = max(1, BLOCK_VALUES // max(1, int(np.prod(inputs.shape[1:], dtype=np.int64))))
     for first in range(0, len(rows), size):
         yield inputs[rows[first : first + size]]
+        note_progress()

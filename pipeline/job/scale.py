@@ -42,4 +42,6 @@ class Scale(Node):
     fixed number gives up (the same command goes on). auto: 60 for a range, 900 for a fixed number."""
     hang_s: Annotated[float, Field(gt=0)] | None = 300
     """Seconds without any progress after which a worker is taken for hung: its stacks are saved, and it is started
-    again (in this process: the command ends, and goes on where it is typed again). null: never."""
+    again (in this process: the command ends, and goes on where it is typed again). null: never. Waiting for another
+    process that prepares the same data is progress as long as that one makes any; a function that returns the data may
+    take as long as it likes."""

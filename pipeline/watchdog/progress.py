@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from types import CodeType, FrameType
 from typing import Any, Generic, Literal, TypeVar
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
-Awaited = Literal["", "workers", "storage"]
-"""What a thread waits for that is no fault of its own; empty: nothing such."""
+Awaited = Literal["", "workers", "storage", "cache"]
+"""What a thread waits for that is no fault of its own; empty: nothing such. cache: another process that prepares the
+same data."""
+
+Suspend = Callable[[], AbstractContextManager[None]]
 
 _WAITS: dict[CodeType, Awaited] = {}
+_LISTENERS: ContextVar[tuple[Callable[[], None], ...]] = ContextVar("listeners", default=())
+_SUSPEND: ContextVar[Suspend] = ContextVar("suspend", default=nullcontext)
 
 
 class Progress:
@@ -39,6 +46,48 @@ class _Counted(Generic[T]):
             progress.count += 1
             yield item
             progress.count += 1
+
+
+def note_progress() -> None:
+    """Note that this thread has done a piece of work whose whole takes long: a block of a file, a batch of rows.
+
+    Whoever takes an interest in it has asked by `on_progress`; costs next to nothing where nobody has.
+    """
+    for listener in _LISTENERS.get():
+        listener()
+
+
+@contextmanager
+def on_progress(listener: Callable[[], None]) -> Iterator[None]:
+    """While entered, `listener` is called whenever this thread notes progress."""
+    token = _LISTENERS.set((*_LISTENERS.get(), listener))
+    try:
+        yield
+    finally:
+        _LISTENERS.reset(token)
+
+
+def progress_listeners() -> tuple[Callable[[], None], ...]:
+    """Those of this thread: for another one that sees its progress from outside."""
+    return _LISTENERS.get()
+
+
+def unlimited() -> AbstractContextManager[None]:
+    """While entered, this thread may take as long as it likes: its watchdog, where it has one, does not judge it.
+
+    For code whose progress nobody can see from outside, such as a function of the user's that returns the data.
+    """
+    return _SUSPEND.get()()
+
+
+@contextmanager
+def suspended_by(suspend: Suspend) -> Iterator[None]:
+    """While entered, `unlimited` in this thread enters `suspend()`."""
+    token = _SUSPEND.set(suspend)
+    try:
+        yield
+    finally:
+        _SUSPEND.reset(token)
 
 
 def waits_for(what: Awaited) -> Callable[[F], F]:

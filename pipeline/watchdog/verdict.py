@@ -32,7 +32,7 @@ class Limits:
 
     @property
     def grace_s(self) -> float:
-        """Who waits for another worker waits so much longer: the culprit's own word comes first."""
+        """Who waits for another process waits so much longer: the culprit's own word comes first."""
         return max(2.0, self.hang_s / 10)
 
     @property
@@ -75,6 +75,8 @@ def verdict(rank: int, own: Pulse, heard: Mapping[int, Pulse] | None, world_size
         return f"waited {own.still_s:.0f} s for storage that does not answer" if late else None
     if own.still_s <= limits.hang_s + limits.grace_s:
         return None
+    if own.awaits == "cache":
+        return f"waited {own.still_s:.0f} s for another process that prepares the same data and makes no progress"
     waited = f"waited {own.still_s:.0f} s for"
     if heard is None:
         return f"{waited} the others"

@@ -8,12 +8,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 from pipeline.errors import HungError
-from pipeline.watchdog.progress import Awaited, Progress, awaited
+from pipeline.watchdog.progress import Awaited, Progress, awaited, on_progress, suspended_by
 from pipeline.watchdog.stacks import Stacks
 from pipeline.watchdog.verdict import Limits, Pulse, verdict
 
@@ -64,6 +65,8 @@ class Watchdog:
         self._watched = threading.get_ident()
         self._lock = threading.RLock()
         self._over = threading.Event()
+        self._is_suspended = False
+        self._entered = ExitStack()
         self._thread = threading.Thread(target=self._run, name="trainyard-watchdog", daemon=True)
         self._before: Any = None
 
@@ -71,6 +74,8 @@ class Watchdog:
         is_main = threading.current_thread() is threading.main_thread()
         if is_main and signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
             self._before = signal.signal(signal.SIGTSTP, self._suspend)
+        self._entered.enter_context(on_progress(self._count))
+        self._entered.enter_context(suspended_by(self._suspended))
         self._arm()
         self._thread.start()
         if self._around.local_rank == 0:
@@ -78,6 +83,7 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self._entered.close()
         with self._lock:
             self._over.set()
             faulthandler.cancel_dump_traceback_later()
@@ -103,7 +109,7 @@ class Watchdog:
             then = now
             awaits, call = awaited(sys._current_frames().get(self._watched))
             sees = (around.progress.count, call, self._answers() if awaits == "storage" else 0)
-            if sees != seen:
+            if sees != seen or self._is_suspended:
                 seen, still_s = sees, 0.0
             own = Pulse(still_s, awaits)
             heard = around.pulse(own) if around.world_size > 1 else {}
@@ -115,7 +121,7 @@ class Watchdog:
     def _arm(self, more_s: float = 0.0) -> None:
         """Begin the timer anew: as long as this is called in time, the watchdog itself is alive."""
         with self._lock:
-            if self._over.is_set():
+            if self._over.is_set() or self._is_suspended:
                 return
             attempt = self._around.progress.attempt
             if attempt and self._stacks.attempt != attempt:
@@ -145,6 +151,22 @@ class Watchdog:
             return
         self._around.last_word(error)
         os._exit(error.exit_code)
+
+    def _count(self) -> None:
+        self._around.progress.count += 1
+
+    @contextmanager
+    def _suspended(self) -> Iterator[None]:
+        """Judge nothing meanwhile: not even that this watchdog cannot run, for code may hold Python's lock for long."""
+        with self._lock:
+            self._is_suspended = True
+            faulthandler.cancel_dump_traceback_later()
+        try:
+            yield
+        finally:
+            self._count()
+            self._is_suspended = False
+            self._arm()
 
     def _suspend(self, number: int, frame: FrameType | None) -> None:
         """Ctrl-Z: time passes for the timer, and it must not take that for a hang."""

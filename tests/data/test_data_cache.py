@@ -10,12 +10,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.data.cache import cached, fits, scratch
 from pipeline.errors import DataError
 from pipeline.job import Cache
+from tests.data.parquet_jobs import opened, write
 
 PROCESS = """
 import os, sys, time
@@ -34,7 +37,7 @@ def build(place):
     (place / "two").write_bytes(b"2" * 100)
 
 entry = cached(Cache(folder=folder, max_gb=1e-6), key, build, size=200)
-print(len((entry / "two").read_bytes()), flush=True)
+print(len((entry.folder / "two").read_bytes()), flush=True)
 sys.stdin.read()
 """
 
@@ -114,7 +117,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="broken data"):
         cached(cache, "aa", build, size=1)
     assert entries(tmp_path) == set()
-    assert (cached(cache, "aa", put(3), size=3) / "data").read_bytes() == b"xxx"
+    assert (cached(cache, "aa", put(3), size=3).folder / "data").read_bytes() == b"xxx"
 
 
 def test_threads_build_it_once_too(tmp_path: Path) -> None:
@@ -158,10 +161,56 @@ def test_what_a_living_process_reads_stays(tmp_path: Path) -> None:
         cached(cache, "bb", put(200), size=200)
     assert entries(folder) == {"aa"}
     ends(reader)
-    cached(cache, "bb", put(200), size=200)
-    assert entries(folder) == {"bb"}
+    entry = cached(cache, "bb", put(200), size=200)
+    assert entries(folder) == {entry.folder.name} == {"bb"}
     with pytest.raises(DataError, match="in use"):
         cached(cache, "cc", put(200), size=200)  # bb is in use by this process
+
+
+def array_of(rows: int) -> Callable[[Path], None]:
+    def build(folder: Path) -> None:
+        np.save(folder / "array.npy", np.arange(rows))
+
+    return build
+
+
+def test_what_is_no_longer_used_makes_room(tmp_path: Path) -> None:
+    """As where a notebook trains on one data set after another."""
+    cache, size = Cache(folder=str(tmp_path), max_gb=2500e-9), 8 * 100 + 200
+    for number in range(5):
+        array = cached(cache, f"a{number}", array_of(100), size=size).map("array.npy")
+        assert array.sum() == 4950
+    view = array[50:60]
+    del array
+    for number in range(5):  # the view still needs the last one
+        cached(cache, f"b{number}", array_of(100), size=size)
+        assert "a4" in entries(tmp_path)
+    assert view.tolist() == list(range(50, 60))
+    other = cached(cache, "c", array_of(100), size=size)
+    with pytest.raises(DataError, match="in use"):
+        cached(cache, "d", array_of(100), size=size)
+    del view, other
+    kept = cached(cache, "d", array_of(100), size=2 * size)
+    assert entries(tmp_path) == {kept.folder.name}
+
+
+def test_what_only_objects_that_refer_to_each_other_hold_makes_room_too(tmp_path: Path) -> None:
+    cache = Cache(folder=str(tmp_path), max_gb=1500e-9)
+    held: list[object] = [cached(cache, "aa", array_of(100), size=1000).map("array.npy")]
+    held.append(held)
+    del held
+    cached(cache, "bb", array_of(100), size=1000)
+    assert entries(tmp_path) == {"bb"}
+
+
+def test_many_tables_in_one_process(tmp_path: Path) -> None:
+    """A training that is over gives its data back, whoever still holds its numbers."""
+    folder = tmp_path / "cache"
+    options: dict[str, Any] = {"cache": {"folder": str(folder), "in_memory_mb": 0, "max_gb": 4e-3}}
+    for number in range(4):
+        path = write(tmp_path / f"{number}.parquet", {"x": np.arange(100_000) + number, "y": np.arange(100_000) % 2})
+        assert float(opened(path, **options).train.inputs[0, 0]) == number
+    assert len([place for place in folder.iterdir() if place.is_dir()]) == 1
 
 
 def test_what_is_being_built_counts_with_all_that_it_will_take(tmp_path: Path) -> None:
@@ -224,11 +273,11 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, folder: str) -
 def test_home_is_understood_and_a_hand_that_deletes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     cache = Cache(folder="~/cache")
-    entry = cached(cache, "aa", put(1), size=1)
+    entry = cached(cache, "aa", put(1), size=1).folder
     assert entry == tmp_path / "cache" / "aa"
-    assert cached(cache, "aa", never, size=1) == entry
+    assert cached(cache, "aa", never, size=1).folder == entry
     (entry / "data").unlink()
     (entry / ".builder").unlink()
     (entry / ".readers").unlink()
     entry.rmdir()
-    assert (cached(cache, "aa", put(2), size=2) / "data").read_bytes() == b"xx"
+    assert (cached(cache, "aa", put(2), size=2).folder / "data").read_bytes() == b"xx"

@@ -297,8 +297,8 @@ def test_pictures_on_demand_are_those_in_memory(
 
 @pytest.mark.parametrize("processes", [0, 1])
 def test_a_broken_picture_ends_training(pictures: Callable[[float], Arrays], tmp_path: Path, processes: int) -> None:
-    on_demand = pictures(0)
     (tmp_path / "pictures/bee/7.png").write_bytes(b"no picture")
+    on_demand = pictures(0)
     with (
         train_loader(on_demand, np.arange(60), processes=processes) as loader,
         pytest.raises(

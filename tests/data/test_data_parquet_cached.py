@@ -69,15 +69,12 @@ def test_what_is_cached_is_what_would_be_in_memory(tmp_path: Path) -> None:
 
 
 def test_a_second_start_reads_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.data.sources.parquet.files.HASHED_WHOLE", 0)
     path = table(tmp_path)
     options: dict[str, Any] = {"cache": {"folder": str(tmp_path / "cache"), "in_memory_mb": 0}, "features": ["x"]}
     first = opened(path, **options)
-    content = bytearray(path.read_bytes())
-    content[4:100] = b"\xff" * 96  # rows that cannot be read, behind a footer that can
-    path.write_bytes(content)
+    monkeypatch.setattr("pipeline.data.sources.parquet.files.Files.batches", None)
     np.testing.assert_array_equal(opened(path, **options).train.inputs, first.train.inputs)
-    with pytest.raises(DataError, match="is corrupt"):
+    with pytest.raises(TypeError, match="not callable"):
         opened(path, features=["x"])
 
 

@@ -108,25 +108,6 @@ def test_the_fingerprint_is_that_of_names_and_content(parts: Path, tmp_path: Pat
     assert opened(parts).fingerprint != first
 
 
-def test_beyond_a_gigabyte_the_footers_are_the_fingerprint(
-    parts: Path, tmp_path: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = opened(parts).fingerprint
-    monkeypatch.setattr("pipeline.data.sources.parquet.files.HASHED_WHOLE", 100)
-    footers = opened(parts).fingerprint
-    assert footers not in (whole, "")
-    fs = fsspec.core.url_to_fs(s3_url)[0]
-    for path in parts.rglob("*.parquet"):
-        fs.pipe_file(f"{s3_url}/{path.relative_to(parts)}", path.read_bytes())
-    cache = {"folder": str(tmp_path / "cache"), "in_memory_mb": 0}
-    source = opened(s3_url, cache=cache)
-    assert source.fingerprint == footers
-    assert source.train.inputs[:, 0].tolist() == ROWS
-    assert sum(path.is_dir() for path in (tmp_path / "cache").iterdir()) == 1, "what was fetched is gone"
-    write(parts / "day=2024-01-02" / "b.parquet", {"x": [20, 22], "y": [0, 1]})
-    assert opened(parts).fingerprint != footers
-
-
 def test_columns_unite_over_files(tmp_path: Path) -> None:
     text = pa.array(["a", "b"])
     write(tmp_path / "a.parquet", {"n": pa.array([1, 2], pa.int8()), "t": text, "v": pa.nulls(2), "y": [0, 1]})

@@ -10,20 +10,26 @@ from pipeline.data.sources.cifar import open_cifar
 from pipeline.data.sources.disc import open_disc
 from pipeline.data.sources.idx import open_idx
 from pipeline.job import Call, Job
+from pipeline.redaction import is_looked_up, looked_up
 
-__all__ = ["Arrays", "Source", "make_source", "open_source"]
+__all__ = ["Arrays", "Source", "fingerprint", "make_source", "open_source"]
 
 
 def open_source(job: Job, say: Callable[[str], None] = lambda text: None) -> Source:
-    """Read, download or make the data that a job trains on.
+    """Read, download or make the data that a job trains on. A `data.url` that stands in the environment is looked up.
+
+    Parameters
+    ----------
+    say: told of progress, at most once a second.
 
     Raises
     ------
     DataError: data that is absent and cannot be downloaded, damaged, or of a shape or type that cannot be used.
     """
+    job = _with_url(job)
     source = job.data.source
     if isinstance(source, Call):
-        return open_call(source, keep_float64=job.train.precision == "fp64")
+        return open_call(source, keep_float64=job.train.precision == "fp64", say=say)
     if source == "parquet":
         from pipeline.data.sources.parquet import open_parquet  # it needs Arrow
 
@@ -37,3 +43,34 @@ def open_source(job: Job, say: Callable[[str], None] = lambda text: None) -> Sou
     if source == "cifar10" or source == "cifar100":
         return open_cifar(source, job.data.root)
     return open_idx(source, job.data.root)
+
+
+def fingerprint(job: Job, say: Callable[[str], None] = lambda text: None) -> str:
+    """That of `open_source`, for as little as it takes: tables and pictures are listed and hashed (or their digests
+    remembered, see `digests`), and not decoded; torch is not imported (but for CIFAR, which torchvision reads).
+
+    What a named source or a function gives is known by its arrays, and so it is opened: whoever needs a `call`
+    source afterwards had better open it at once, so that the function is called once.
+
+    Raises
+    ------
+    DataError: as `open_source`.
+    """
+    job = _with_url(job)
+    if job.data.source == "parquet":
+        from pipeline.data.sources.parquet import parquet_fingerprint
+
+        return parquet_fingerprint(job, say)
+    if job.data.source == "image_folder":
+        from pipeline.data.sources.image_folder import image_folder_fingerprint
+
+        return image_folder_fingerprint(job, say)
+    return open_source(job, say).fingerprint
+
+
+def _with_url(job: Job) -> Job:
+    """The job with a `data.url` that stands in the environment looked up: to be opened, and never written."""
+    if job.data.url is None or not is_looked_up(job.data.url):
+        return job
+    url = looked_up(job.data.url, "data.url")
+    return job.model_copy(update={"data": job.data.model_copy(update={"url": url})})

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 from pipeline.data.sources.arrays import Arrays, Source, make_source
 from pipeline.errors import DataError
 from pipeline.job import Call
 from pipeline.own_code import called
+from pipeline.watchdog import unlimited
 
 RETURNS = (
     "return (inputs, targets), ((inputs, targets), (test_inputs, test_targets)), or a dict with train, test, classes"
@@ -19,7 +20,7 @@ RETURNS = (
 MOST_CHANNELS = 4
 
 
-def open_call(call: Call, *, keep_float64: bool) -> Source:
+def open_call(call: Call, *, keep_float64: bool, say: Callable[[str], None] = lambda text: None) -> Source:
     """Import and call the function, and bring what it returns into the form of a `Source`.
 
     It returns NumPy arrays or torch tensors, as `(inputs, targets)`, as two such pairs (training and test), or as
@@ -29,12 +30,16 @@ def open_call(call: Call, *, keep_float64: bool) -> Source:
     becomes (N, 1). Images of four axes have their channels last in NumPy arrays and second in tensors, as is usual for
     each, unless only one of the two axes is small enough (at most 4) to be the channels.
 
+    The function may take as long as it likes: `scale.hang_s` is no limit for it, for nobody can see its progress.
+
     Raises
     ------
     DataError: names the function, and what to change in it.
     """
     where = f"data.source.call: {call.call}"
-    answer = called(call.call, call.args, where=where, error=DataError)
+    say(f"calling {call.call}")
+    with unlimited():
+        answer = called(call.call, call.args, where=where, error=DataError)
     train, test, classes = _parts(answer, where)
     parts = {
         name: _arrays(pair, f"{where}, {name}", keep_float64)
@@ -75,7 +80,7 @@ def _arrays(pair: Any, where: str, keep_float64: bool) -> Arrays:
     if len(inputs) == 0:
         raise DataError("no rows", where=where, fix="return at least one row")
     if inputs.ndim == 4:
-        inputs = _channels_second(inputs, isinstance(pair[0], torch.Tensor))
+        inputs = _channels_second(inputs, _is_tensor(pair[0]))
     return Arrays(
         _as_inputs(inputs, f"{where} inputs", keep_float64), _as_targets(targets, f"{where} targets", keep_float64)
     )
@@ -83,9 +88,9 @@ def _arrays(pair: Any, where: str, keep_float64: bool) -> Arrays:
 
 def _array(value: Any, where: str) -> np.ndarray:
     """A NumPy array of numbers, with an axis of rows."""
-    if isinstance(value, torch.Tensor):
+    if _is_tensor(value):
         value = value.detach().cpu()
-        value = value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+        value = value.float() if value.is_floating_point() and value.element_size() < 4 else value
     elif not hasattr(value, "__array__"):
         raise DataError(
             f"is {_described(value)}, not a NumPy array or torch tensor", where=where, fix="np.asarray(...) makes one"
@@ -96,6 +101,11 @@ def _array(value: Any, where: str) -> np.ndarray:
     if array.ndim == 0 or 0 in array.shape[1:]:
         raise DataError(f"has the shape {array.shape}", where=where, fix="one row a sample, at least one value a row")
     return array
+
+
+def _is_tensor(value: Any) -> bool:
+    torch = sys.modules.get("torch")  # a tensor of torch has imported it
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def _as_inputs(array: np.ndarray, where: str, keep_float64: bool) -> np.ndarray:

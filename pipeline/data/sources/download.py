@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import io
 import os
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
+from pipeline.data.cache import growing, take_lock
 from pipeline.errors import DataError
 
 TIMEOUT_S = 60.0
@@ -35,11 +36,12 @@ def download(name: str, root: Path, wanted: Iterable[str], fetch: Callable[[str]
     fix = f"with {name} on disk already: --set data.root=DIR; else see that this machine reaches the network"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / ".download.lock"):
+        with _locked(root / ".download.lock") as lock:
             if all((root / path).exists() for path in wanted):
                 return  # another process was faster
-            with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder, _quiet():
-                fetch(folder)
+            with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
+                with _quiet(), growing(Path(folder), lock):
+                    fetch(folder)
                 for path in wanted:
                     if not (root / path).exists():
                         (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -52,11 +54,11 @@ def download(name: str, root: Path, wanted: Iterable[str], fetch: Callable[[str]
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[IO[str]]:
     """Hold a file lock; it ends with the process, however that ends."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    with path.open("a") as file:
+        take_lock(file)
+        yield file
 
 
 @contextlib.contextmanager

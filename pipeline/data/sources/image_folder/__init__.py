@@ -9,10 +9,10 @@ import numpy as np
 
 from pipeline.data.sources.arrays import Arrays, Source, SplitColumn
 from pipeline.data.sources.image_folder.decoding import decoded
-from pipeline.data.sources.image_folder.listing import Say, check_present, fingerprint, listed
+from pipeline.data.sources.image_folder.listing import Identified, Listing, Say, check_present, listed
 from pipeline.job import Job
 
-__all__ = ["open_image_folder"]
+__all__ = ["image_folder_fingerprint", "open_image_folder"]
 
 
 def open_image_folder(job: Job, say: Say) -> Source:
@@ -32,10 +32,10 @@ def open_image_folder(job: Job, say: Say) -> Source:
     DataError: no pictures, broken ones, ones of different sizes, or labels that cannot be used.
     StorageError: a URL that cannot be used, or not be read.
     """
-    listing = listed(job)
-    check_present(listing)
-    digest = fingerprint(listing, say)
-    pictures, rows, warnings = decoded(listing, job.data, digest, say)
+    listing = _present(job)
+    identified = Identified(listing, job.data.cache, say)
+    pictures, rows, warnings = decoded(listing, identified, job.data, say)
+    digest = identified.fingerprint
     left_out = np.setdiff1d(np.arange(len(listing.paths)), rows)
     if len(left_out):  # what this machine's Pillow could not read is part of what is learnt
         digest = hashlib.sha256(f"{digest} without {left_out.tolist()}".encode()).hexdigest()
@@ -49,5 +49,24 @@ def open_image_folder(job: Job, say: Say) -> Source:
             name: SplitColumn(column.values[rows], column.names, column.is_time)
             for name, column in listing.columns.items()
         },
-        warnings=warnings,
+        warnings=(*identified.warnings, *warnings),
     )
+
+
+def image_folder_fingerprint(job: Job, say: Say) -> str:
+    """That of `open_image_folder`. Nothing is decoded, unless `data.on_error: skip` makes what is broken count and no
+    earlier start has left in the cache what that is.
+
+    Raises
+    ------
+    DataError, StorageError: as `open_image_folder`.
+    """
+    if job.data.on_error == "skip":
+        return open_image_folder(job, say).fingerprint
+    return Identified(_present(job), job.data.cache, say).fingerprint
+
+
+def _present(job: Job) -> Listing:
+    listing = listed(job)
+    check_present(listing)
+    return listing

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
-from torch.utils.data import get_worker_info
 
 from pipeline.data.pictures import BrokenPictureError, Form, TooSmallError, decode, quiet
+from pipeline.data.sources.digests import changed
 from pipeline.data.sources.image_folder.files import in_threads
-from pipeline.data.sources.image_folder.listing import Listing
+from pipeline.data.sources.image_folder.listing import Identified, Listing
 from pipeline.errors import DataError, WorkError
 
 
 class Decoder:
-    """Decodes single pictures of a listing.
+    """Decodes single pictures of a listing, of the content that was identified alone.
 
     shape: (C, H, W) of each; where the job does not decide it, of the first whole picture.
     """
 
-    def __init__(self, listing: Listing, form: Form) -> None:
-        self.listing, self._form = listing, form
+    def __init__(self, listing: Listing, identified: Identified, form: Form) -> None:
+        self.listing, self.identified, self._form = listing, identified, form
         self._first: tuple[int, tuple[int, ...]] | None = None
         self.shape: tuple[int, ...] = (form.channels, *(form.size or self._size_of_first()))
 
@@ -28,7 +30,7 @@ class Decoder:
         Raises
         ------
         BrokenPictureError: it cannot be decoded.
-        DataError: it is of another size, or gone.
+        DataError: it is of another size, has changed, or is gone.
         """
         picture = self._decode(row)
         if picture.shape != self.shape:
@@ -50,7 +52,10 @@ class Decoder:
 
     def _decode(self, row: int) -> np.ndarray:
         try:
-            return decode(self.listing.files.read(self.name(row)), self._form)
+            content = self.listing.files.read(self.name(row))
+            if not self.identified.is_unchanged(row, content):
+                raise changed(f"{self.where}, {self.name(row)}")
+            return decode(content, self._form)
         except FileNotFoundError:
             raise DataError(f"{self.name(row)} is gone", where=self.where, fix="leave the folder as it is") from None
         except TooSmallError as error:
@@ -97,7 +102,7 @@ class Pictures:
         WorkError: a broken picture.
         """
         files, wanted = self._decoder.listing.files, self._rows[rows]
-        threads = files.threads if get_worker_info() is None or files.is_far else 1
+        threads = files.threads if files.is_far or not _is_in_loader_process() else 1
         decoded = np.empty((len(wanted), *self.shape[1:]), dtype=np.uint8)
         with quiet():
             for place, picture in enumerate(in_threads(self._decoded, wanted.tolist(), threads)):
@@ -113,3 +118,8 @@ class Pictures:
                 where=self._decoder.where,
                 fix="replace or delete it; or data: {on_error: skip}",
             ) from None
+
+
+def _is_in_loader_process() -> bool:
+    loaded = sys.modules.get("torch.utils.data")  # who looks at data alone has not imported it
+    return loaded is not None and loaded.get_worker_info() is not None

@@ -7,21 +7,22 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import PIL
-import torch
-from torch import Tensor
 
 from pipeline.data.cache import cached, fits
 from pipeline.data.pictures import BrokenPictureError, Form, quiet
-from pipeline.data.processes import made
 from pipeline.data.sources.image_folder.decoder import Decoder, Pictures
 from pipeline.data.sources.image_folder.files import in_threads
-from pipeline.data.sources.image_folder.listing import Listing, Progress, Say
+from pipeline.data.sources.image_folder.listing import Identified, Listing, Progress, Say
 from pipeline.errors import DataError
 from pipeline.job import Data
+from pipeline.watchdog import note_progress
+
+if TYPE_CHECKING:  # imported where processes decode: who asks for the fingerprint alone needs none of it
+    from torch import Tensor
 
 BLOCK = 16
 """Pictures that a loader process decodes at once."""
@@ -37,7 +38,7 @@ Broken = dict[int, str]
 
 
 def decoded(
-    listing: Listing, data: Data, fingerprint: str, say: Say
+    listing: Listing, identified: Identified, data: Data, say: Say
 ) -> tuple[np.ndarray | Pictures, np.ndarray, tuple[str, ...]]:
     """The pictures, uint8 (n, C, H, W); their rows in the listing, int64 (n,); and warnings of what was left out.
 
@@ -46,12 +47,12 @@ def decoded(
 
     Raises
     ------
-    DataError: broken pictures, with `on_error: skip` more of them than allowed; different sizes.
+    DataError: broken pictures, with `on_error: skip` more of them than allowed; different sizes; pictures that change.
     """
     form, count = Form.of(data), len(listing.paths)
-    decoder = Decoder(listing, form)
+    decoder = Decoder(listing, identified, form)
     size = count * math.prod(decoder.shape)
-    key = f"{fingerprint} {form} {data.on_error} Pillow {PIL.__version__}"
+    key = f"{identified.fingerprint} {form} {data.on_error} Pillow {PIL.__version__}"
     run = _Run(decoder, data, say)
     broken: Broken = {}
     pictures: np.ndarray | None = None
@@ -62,11 +63,11 @@ def decoded(
             filled += 1
         pictures = pictures[:filled]
     elif fits(data.cache, size + LIST_BYTES):
-        folder = cached(data.cache, _digest(key), run.fill, size=size + LIST_BYTES)
-        pictures, broken = np.load(folder / PIXELS, mmap_mode="r"), _read(folder)
+        entry = cached(data.cache, _digest(key), run.fill, size=size + LIST_BYTES)
+        pictures, broken = entry.map(PIXELS), _read(entry.folder)
     elif data.on_error == "skip" or not form.suits_all:
-        folder = cached(data.cache, _digest(f"broken of {key}"), run.check, size=LIST_BYTES)
-        broken = _read(folder)
+        entry = cached(data.cache, _digest(f"broken of {key}"), run.check, size=LIST_BYTES)
+        broken = _read(entry.folder)
     run.judge(broken)
     rows = np.setdiff1d(np.arange(count, dtype=np.int64), np.array(list(broken), dtype=np.int64))
     return Pictures(decoder, rows) if pictures is None else pictures, rows, run.warnings(broken)
@@ -93,6 +94,7 @@ class _Run:
                 broken[row] = result
             elif not broken or self._data.on_error == "skip":
                 yield result
+        self._decoder.identified.verify()
         self.judge(broken)
 
     def fill(self, folder: Path) -> None:
@@ -143,12 +145,17 @@ class _Run:
             if not processes:
                 yield from in_threads(self._result, range(self._count), self._decoder.listing.files.threads)
                 return
+            from pipeline.data.processes import made
+
             blocks = [range(first, min(first + BLOCK, self._count)) for first in range(0, self._count, BLOCK)]
             for block in made(self._block, blocks, processes):
+                note_progress()
                 yield from (result if isinstance(result, str) else result.numpy() for result in block)
 
     def _block(self, rows: Sequence[int]) -> list[Tensor | str]:
         """As tensors, which go from process to process without a copy."""
+        import torch
+
         files = self._decoder.listing.files
         results = in_threads(self._result, rows, files.threads if files.is_far else 1)
         return [result if isinstance(result, str) else torch.from_numpy(result) for result in results]

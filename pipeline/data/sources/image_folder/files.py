@@ -9,16 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any, TypeVar
 
-from pipeline.device import available_cpus
+from pipeline.data.sources.digests import reading_threads, store_checksum
 from pipeline.errors import DataError
 from pipeline.storage.faults import Patience, scrub
 from pipeline.storage.filesystems import open_filesystem
+from pipeline.watchdog import note_progress, waits_for
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-REQUESTS_AT_ONCE = 16
-"""Threads that read where each file takes a request over the network."""
+Facts = tuple[int, str]
+"""Bytes of a file, -1 where there is none, and its checksum, see `digests.store_checksum`."""
 
 Opened = tuple[Any, str]
 """A file system of fsspec, and a path in it."""
@@ -49,10 +50,11 @@ class Files:
     @property
     def threads(self) -> int:
         """How many threads are worth while to read and decode."""
-        return max(REQUESTS_AT_ONCE, available_cpus()) if self.is_far else available_cpus()
+        return reading_threads(self.is_far)
 
-    def list(self) -> dict[str, int]:
-        """Paths of all files below the folder, relative and "/"-separated, to their sizes in bytes, sorted.
+    @waits_for("storage")
+    def list(self) -> dict[str, Facts]:
+        """Paths of all files below the folder, relative and "/"-separated, sorted, to what is known of each.
 
         What begins with a dot is left out, file or folder.
 
@@ -73,13 +75,23 @@ class Files:
         visible = (path for path in found if not any(part.startswith(".") for part in path.split("/")))
         return {path: found[path] for path in sorted(visible)}
 
-    def size(self, path: str) -> int:
-        """Bytes of a file, -1 where there is none."""
+    def facts(self, path: str) -> Facts:
+        """What is known of a file."""
         fs, full = self._at(path)
         try:
-            return int(self._patience.call(lambda: fs.info(full))["size"])
+            info = self._patience.call(lambda: fs.info(full))
         except FileNotFoundError:
-            return -1
+            return -1, ""
+        return int(info["size"]), store_checksum(info)
+
+    def local(self, path: str) -> str:
+        """Where a file of this machine lies; empty for one elsewhere."""
+        fs, full = self._at(path)
+        return full if "file" in fs.protocol else ""
+
+    def attempt(self, action: Callable[[], T]) -> T:
+        """The action's result; passing faults of storage are repeated."""
+        return self._patience.call(action)
 
     def read(self, path: str) -> bytes:
         """The whole content.
@@ -91,12 +103,10 @@ class Files:
         fs, full = self._at(path)
         return bytes(self._patience.call(lambda: fs.cat_file(full)))
 
-    def ends(self, path: str, size: int, length: int) -> bytes:
-        """The first and the last `length` bytes of a file of a known size."""
+    def part(self, path: str, first: int, end: int) -> bytes:
+        """Some bytes of a file."""
         fs, full = self._at(path)
-        first = self._patience.call(lambda: fs.cat_file(full, start=0, end=min(length, size)))
-        last = self._patience.call(lambda: fs.cat_file(full, start=max(0, size - length), end=size))
-        return bytes(first) + bytes(last)
+        return bytes(self._patience.call(lambda: fs.cat_file(full, start=first, end=end)))
 
     def _at(self, path: str) -> Opened:
         if "://" in path:
@@ -115,9 +125,11 @@ class Files:
 
 
 def in_threads(make: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
-    """`make` of every item, in order, by threads that work a little ahead."""
+    """`make` of every item, in order, by threads that work a little ahead; each is progress of this thread."""
     if threads == 1:
-        yield from map(make, items)
+        for item in items:
+            yield make(item)
+            note_progress()
         return
     left = iter(items)
     with ThreadPoolExecutor(threads) as pool:
@@ -127,12 +139,13 @@ def in_threads(make: Callable[[T], R], items: Iterable[T], threads: int) -> Iter
                 result = ahead.pop(0).result()
                 ahead += [pool.submit(make, item) for item in islice(left, 1)]
                 yield result
+                note_progress()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _walk(root: str) -> Iterator[tuple[str, int]]:
-    """Files below a local folder, links followed; -1 for a link that leads nowhere."""
+def _walk(root: str) -> Iterator[tuple[str, Facts]]:
+    """Files below a local folder, links followed; of size -1 where a link leads nowhere."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -144,14 +157,15 @@ def _walk(root: str) -> Iterator[tuple[str, int]]:
                 size = os.stat(os.path.join(folder, name)).st_size
             except FileNotFoundError:
                 size = -1
-            yield name if inside == "." else f"{inside}/{name}", size
+            yield name if inside == "." else f"{inside}/{name}", (size, "")
+            note_progress()
 
 
-def _find(fs: Any, root: str) -> Iterator[tuple[str, int]]:
+def _find(fs: Any, root: str) -> Iterator[tuple[str, Facts]]:
     """Files below any other folder, in one listing where the store has such."""
     fs.invalidate_cache()
     prefix = root.strip("/")
     for name, facts in fs.find(root, detail=True).items():
         path = name.strip("/")[len(prefix) :].strip("/")
         if facts["type"] == "file" and path and not name.endswith("/"):
-            yield path, int(facts["size"])
+            yield path, (int(facts["size"]), store_checksum(facts))

@@ -6,27 +6,24 @@ import hashlib
 import io
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.data.pictures import endings
 from pipeline.data.sources.arrays import SplitColumn
-from pipeline.data.sources.image_folder.files import Files, in_threads
+from pipeline.data.sources.digests import DataFile, Digests, evenly_spaced
+from pipeline.data.sources.image_folder.files import Facts, Files, in_threads
 from pipeline.data.sources.image_folder.table import labels, path_values, splits
 from pipeline.errors import DataError
-from pipeline.job import Data, Job, TimeSplits
+from pipeline.job import Cache, Data, Job, TimeSplits
 
 Say = Callable[[str], None]
-
-WHOLE_BYTES = 1 << 30
-"""Up to so many bytes of all files together, their content counts for the fingerprint."""
-
-END_BYTES = 64 << 10
-"""Of larger data, so many bytes at the beginning and at the end of each file."""
 
 PARTS = frozenset({"train", "training", "val", "valid", "validation", "test"})
 """Folders of these names alone are splits and no classes."""
@@ -37,15 +34,19 @@ class Listing:
     """The pictures of a source, in the order of its rows.
 
     paths: relative to the folder, or whole URLs. sizes: bytes of each file, int64 (N,).
+    checksums: what the store says of the content of each, see `digests.store_checksum`.
     targets: int64 (N,), or float64 (N,) for numbers. columns: what the job's splits go by.
+    is_folder: whether the files were found by listing a folder.
     """
 
     files: Files
     paths: tuple[str, ...]
     sizes: np.ndarray
+    checksums: tuple[str, ...]
     targets: np.ndarray
     label_names: tuple[str, ...] = ()
     columns: dict[str, SplitColumn] = field(default_factory=dict)
+    is_folder: bool = True
 
 
 def listed(job: Job) -> Listing:
@@ -73,8 +74,8 @@ def _in_folders(job: Job, url: str) -> Listing:
         )
     files = Files(url)
     found = files.list()
-    sizes = {path: size for path, size in found.items() if _ending(path) in endings()}
-    if not sizes:
+    pictures = {path: facts for path, facts in found.items() if _ending(path) in endings()}
+    if not pictures:
         others = Counter(_ending(path) or "none" for path in found)
         told = ", ".join(f"{ending} ({count:,})" for ending, count in others.most_common(5))
         raise DataError(
@@ -82,14 +83,14 @@ def _in_folders(job: Job, url: str) -> Listing:
             where=where,
             fix="one folder for each class, with pictures that Pillow reads, such as .png and .jpg",
         )
-    loose = [path for path in sizes if "/" not in path]
+    loose = [path for path in pictures if "/" not in path]
     if loose:
         raise DataError(
-            f"{loose[0]} is in no folder of a class ({len(loose):,} of {len(sizes):,} pictures)",
+            f"{loose[0]} is in no folder of a class ({len(loose):,} of {len(pictures):,} pictures)",
             where=where,
             fix="one folder for each class; or point data.url at a Parquet file of paths and labels",
         )
-    classes = tuple(sorted({path.partition("/")[0] for path in sizes}))
+    classes = tuple(sorted({path.partition("/")[0] for path in pictures}))
     if PARTS.issuperset(classes):
         raise DataError(
             f"the folders {', '.join(classes)} look like splits, not classes",
@@ -98,8 +99,14 @@ def _in_folders(job: Job, url: str) -> Listing:
             "Parquet file, with splits: {by: column}",
         )
     numbers = {name: number for number, name in enumerate(classes)}
-    targets = np.array([numbers[path.partition("/")[0]] for path in sizes], dtype=np.int64)
-    return Listing(files, tuple(sizes), np.array(list(sizes.values()), dtype=np.int64), targets, label_names=classes)
+    targets = np.array([numbers[path.partition("/")[0]] for path in pictures], dtype=np.int64)
+    return Listing(files, tuple(pictures), *_columns(pictures.values()), targets, label_names=classes)
+
+
+def _columns(facts: Iterable[Facts]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Sizes and checksums."""
+    sizes, checksums = zip(*facts, strict=True)
+    return np.array(sizes, dtype=np.int64), checksums
 
 
 def _check_job(data: Data, where: str) -> None:
@@ -147,8 +154,8 @@ def _in_table(job: Job, url: str) -> Listing:
     columns = {}
     if column is not None:
         columns[column] = splits(table, column, isinstance(data.splits, TimeSplits), where)
-    sizes = np.array(list(in_threads(files.size, paths, files.threads)), dtype=np.int64)
-    return Listing(files, paths, sizes, targets, label_names=names, columns=columns)
+    known = _columns(in_threads(files.facts, paths, files.threads))
+    return Listing(files, paths, *known, targets, label_names=names, columns=columns, is_folder=False)
 
 
 def check_present(listing: Listing) -> None:
@@ -162,30 +169,101 @@ def check_present(listing: Listing) -> None:
         )
 
 
-def fingerprint(listing: Listing, say: Say) -> str:
-    """SHA-256 over paths, labels, sizes and content, and the splits' column, in hex. Neither places nor times count.
+class Identified:
+    """The pictures of a listing, their content identified.
 
-    Where all files together have more than 1 GiB, the content is the first and the last 64 KiB of each.
+    fingerprint: SHA-256 over paths, labels, sizes and content, and the splits' column, in hex. Neither places nor times
+        count. What stands for the content: see `pipeline.data.sources.digests`.
+    warnings: what the fingerprint assumes.
+
+    Raises
+    ------
+    DataError: a picture that changes or vanishes meanwhile.
     """
-    files, whole = listing.files, int(listing.sizes.sum()) <= WHOLE_BYTES
 
-    def digest_of(row: int) -> str:
-        path, size = listing.paths[row], int(listing.sizes[row])
-        content = files.read(path) if whole else files.ends(path, size, END_BYTES)
-        return hashlib.sha256(content).hexdigest()
+    def __init__(self, listing: Listing, cache: Cache, say: Say) -> None:
+        files, access = listing.files, _Access(listing)
+        digests = Digests(
+            [
+                DataFile(path, int(size), files.local(path), checksum)
+                for path, size, checksum in zip(listing.paths, listing.sizes, listing.checksums, strict=True)
+            ],
+            access,
+            url=files.url,
+            cache=cache,
+            threads=files.threads,
+            say=say,
+        )
+        self.warnings = digests.warnings
+        self.fingerprint = _fingerprint(listing, digests.tokens)
+        self._digests: Digests | None = None
+        self._contents = b""
+        if digests.are_content:  # of a million pictures, all else is much to hold
+            self._contents = b"".join(map(bytes.fromhex, digests.tokens))
+        else:
+            self._digests = digests
 
-    digest = hashlib.sha256()
-    names, count = listing.label_names, len(listing.paths)
-    progress = Progress("reading", count, say)
-    for row, content in enumerate(in_threads(digest_of, range(count), files.threads)):
+    def is_unchanged(self, number: int, content: bytes) -> bool:
+        """Whether this is the content that was identified, as far as it is known: see `verify`."""
+        if not self._contents:
+            return True
+        digest = hashlib.sha256(content).digest()
+        return self._contents[number * len(digest) : (number + 1) * len(digest)] == digest
+
+    def verify(self) -> None:
+        """After pictures were read: where `is_unchanged` cannot know, raise DataError if any has changed."""
+        if self._digests is not None:
+            self._digests.verify()
+
+
+def _fingerprint(listing: Listing, tokens: Iterable[str]) -> str:
+    digest, names = hashlib.sha256(), listing.label_names
+    for row, token in enumerate(tokens):
         label = names[listing.targets[row]] if names else repr(listing.targets[row].item())
-        text = f"{listing.paths[row]}\0{label}\0{listing.sizes[row]}\0{content}\n"
+        text = f"{listing.paths[row]}\0{label}\0{listing.sizes[row]}\0{token}\n"
         digest.update(text.encode("utf-8", "surrogateescape"))
-        progress(row + 1)
     for name, column in listing.columns.items():
         little = column.values.astype(column.values.dtype.newbyteorder("<"))
         digest.update(f"{name} {little.dtype.str} {column.names!r}\n".encode() + little.tobytes())
     return digest.hexdigest()
+
+
+class _Access:
+    """See `digests.Access`."""
+
+    def __init__(self, listing: Listing) -> None:
+        self._listing = listing
+
+    def attempt(self, number: int, action: Callable[[], Any]) -> Any:
+        with self._present(number):
+            return self._listing.files.attempt(action)
+
+    def read(self, number: int, first: int, end: int) -> bytes:
+        files, path = self._listing.files, self._listing.paths[number]
+        with self._present(number):
+            is_all = (first, end) == (0, self._listing.sizes[number])
+            return files.read(path) if is_all else files.part(path, first, end)
+
+    def sample(self, number: int) -> list[tuple[int, int]]:
+        return evenly_spaced(int(self._listing.sizes[number]))
+
+    def checksums(self) -> list[str]:
+        files, paths = self._listing.files, self._listing.paths
+        if self._listing.is_folder:
+            now = files.list()
+            return [now.get(path, (-1, ""))[1] for path in paths]
+        return [checksum for _, checksum in in_threads(files.facts, paths, files.threads)]
+
+    @contextmanager
+    def _present(self, number: int) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise DataError(
+                f"{self._listing.paths[number]} is gone",
+                where=f"data.url: {self._listing.files.printable}",
+                fix="leave the folder as it is",
+            ) from None
 
 
 class Progress:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +26,7 @@ from pipeline.data.tables.encode import near
 from pipeline.errors import DataError
 from pipeline.job import Cache, Job
 
-__all__ = ["batches", "open_parquet"]
+__all__ = ["batches", "open_parquet", "parquet_fingerprint"]
 
 FORMAT = 1
 """Of what lies in the cache. A change of the code that fills it takes the next number."""
@@ -43,7 +44,7 @@ def open_parquet(job: Job, say: Callable[[str], None]) -> Source:
     labels are float64 (N,), or (N, T) of T columns.
 
     Inputs of more than `data.cache.in_memory_mb` are turned into a memory-mapped file once, batch by batch; a later
-    start reads nothing of the Parquet data but footers (and, up to 1 GiB, the bytes for the fingerprint).
+    start reads nothing of the Parquet data but footers, and whatever the fingerprint takes, see `digests`.
 
     Parameters
     ----------
@@ -63,23 +64,36 @@ def open_parquet(job: Job, say: Callable[[str], None]) -> Source:
                 where=files.url,
                 fix="check data.url, and what wrote the files",
             )
-        fingerprint = files.fingerprint()
+        fingerprint = files.fingerprint(say)
         choice = choose(files, job)
         shape, kind = inputs_layout(choice, files.rows, dtype)
         _check_shape(choice)
         size = math.prod(shape) * np.dtype(kind).itemsize
         if size <= data.cache.in_memory_mb * 10**6:
             decoded = decode(files, choice, np.empty(shape, kind), lambda _: None)
+            files.verify()
         else:
             beside = files.rows * 8 * (len(choice.labels) + 1) + BESIDE_INPUTS
-            folder = cached(
-                data.cache,
-                _key(fingerprint, choice, dtype),
-                lambda folder: decode_to(folder, files, choice, dtype, say),
-                size=size + beside,
-            )
-            decoded = Decoded.load(folder)
-        return _source(choice, decoded, fingerprint, files.url)
+
+            def build(folder: Path) -> None:
+                decode_to(folder, files, choice, dtype, say)
+                files.verify()
+
+            entry = cached(data.cache, _key(fingerprint, choice, dtype), build, size=size + beside)
+            decoded = Decoded.load(entry)
+        return _source(choice, decoded, fingerprint, files)
+
+
+def parquet_fingerprint(job: Job, say: Callable[[str], None]) -> str:
+    """That of `open_parquet`, without decoding anything.
+
+    Raises
+    ------
+    DataError: files that cannot be read.
+    """
+    assert job.data.url is not None, "a job with source: parquet has a url"
+    with Files(job.data.url, job.data.cache, footers=False) as files:
+        return files.fingerprint(say)
 
 
 def batches(url: str, columns: Sequence[str] | None, rows: int, cache: Cache | None = None) -> Iterator[pa.RecordBatch]:
@@ -110,7 +124,7 @@ def batches(url: str, columns: Sequence[str] | None, rows: int, cache: Cache | N
             files.forget(number)
 
 
-def _source(choice: Choice, decoded: Decoded, fingerprint: str, url: str) -> Source:
+def _source(choice: Choice, decoded: Decoded, fingerprint: str, files: Files) -> Source:
     names = [decoded.levels[name] for name, found in choice.labels if found.kind == "text"]
     return Source(
         train=Arrays(decoded.inputs, decoded.targets),
@@ -119,7 +133,8 @@ def _source(choice: Choice, decoded: Decoded, fingerprint: str, url: str) -> Sou
         fingerprint=fingerprint,
         schema=schema_of(choice, decoded.levels),
         label_names=names[0] if names else (),
-        columns=split_column(choice, decoded, url),
+        columns=split_column(choice, decoded, files.url),
+        warnings=files.warnings,
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from pipeline.data.cache import Entry
 from pipeline.data.sources.arrays import SplitColumn
 from pipeline.data.sources.parquet.choosing import Choice
 from pipeline.data.sources.parquet.files import Files
@@ -50,11 +51,12 @@ class Decoded:
         (folder / "levels.json").write_text(json.dumps(self.levels))
 
     @classmethod
-    def load(cls, folder: Path) -> Decoded:
+    def load(cls, entry: Entry) -> Decoded:
         """What an entry of the cache holds, its inputs mapped into memory."""
+        folder = entry.folder
         levels = json.loads((folder / "levels.json").read_text())
         return cls(
-            np.load(folder / INPUTS, mmap_mode="r"),
+            entry.map(INPUTS),
             np.load(folder / "targets.npy"),
             np.load(folder / "split.npy") if (folder / "split.npy").exists() else None,
             {name: tuple(texts) for name, texts in levels.items()},
@@ -76,8 +78,7 @@ def decode_to(folder: Path, files: Files, choice: Choice, dtype: FloatType, say:
     if hasattr(os, "posix_fallocate"):  # a full disk is an error now, and not a SIGBUS at the write that finds it
         with (folder / INPUTS).open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, (folder / INPUTS).stat().st_size)
-    decode(files, choice, inputs, _progress(say, inputs.nbytes)).save(folder)
-    inputs.flush()
+    decode(files, choice, inputs, _progress(say, inputs.nbytes)).save(folder)  # the cache has the disk hold it
 
 
 def decode(files: Files, choice: Choice, inputs: np.ndarray, done: Callable[[int], None]) -> Decoded:

@@ -6,7 +6,7 @@ import hashlib
 import io
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -15,18 +15,19 @@ from typing import IO, Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.cache import scratch
+from pipeline.data.cache import growing, scratch
+from pipeline.data.sources import digests
+from pipeline.data.sources.digests import DataFile, Digests, Say, Stamp
 from pipeline.data.sources.parquet.finding import File, find_files, named
 from pipeline.data.tables.contents import Content, content
 from pipeline.errors import DataError
 from pipeline.job import Cache
 from pipeline.storage.faults import explain
+from pipeline.watchdog import note_progress
 
-HASHED_WHOLE = 1 << 30
-"""Up to so many bytes of files, their whole content is in the fingerprint; of more, only their footers."""
-
-PIECE = 1 << 20
-"""Bytes that are hashed at once."""
+SAMPLED_CHUNKS = 256
+SAMPLE = 64 << 10
+"""Of a file whose store has no checksums, so many column chunks are sampled, and so many bytes of each."""
 
 COLUMN_BUFFER = 1 << 16
 """Bytes of each column that are read ahead. Without it a whole column of a row group is held at once."""
@@ -44,32 +45,44 @@ class Files:
 
     Used as a context, which ends by removing what was fetched.
 
+    Parameters
+    ----------
+    footers: whether to read them at once: without them no method but `fingerprint` is of use.
+
     Raises
     ------
     DataError: from every method: no files, no permission, and files that are no Parquet, corrupt or truncated, by name.
     """
 
-    def __init__(self, url: str, cache: Cache) -> None:
+    def __init__(self, url: str, cache: Cache, *, footers: bool = True) -> None:
         self._place, self.files = find_files(url)
-        self.url = self._place.url
+        self._asked, self.url = url, self._place.url
         self._cache = cache
+        self._has_footers = footers
+        self._data_files = [
+            DataFile(file.where, file.size, file.path if self._place.is_local else "", file.checksum)
+            for file in self.files
+        ]
+        self._stamps: list[Stamp | None] = []
+        self._digests: Digests | None = None
         self._size = sum(file.size for file in self.files)
         self._fetched: dict[str, Path | pa.Buffer] = {}
         self._stack = ExitStack()
         self._folder: Path | None = None
-        self._footers: list[bytes] = []
         self.schemas: list[pa.Schema] = []
         self.row_counts: list[int] = []
 
     def __enter__(self) -> Self:
         try:
-            for file in self.files:
-                footer = self._footer(file)
+            self._stamps = digests.take_stamps(self._data_files, self)
+            for file in self.files if self._has_footers else ():
+                if not self._place.is_local and self._size <= digests.HASHED_WHOLE:
+                    self._source(file)  # all of it is needed anyway
+                metadata = self._metadata(file)
                 with _readable(file):
-                    metadata = pq.read_metadata(pa.BufferReader(MAGIC + footer))
                     self.schemas.append(metadata.schema.to_arrow_schema())
                 self.row_counts.append(metadata.num_rows)
-                self._footers.append(hashlib.sha256(footer).digest())
+                note_progress()
         except BaseException:
             self._stack.close()
             raise
@@ -83,22 +96,67 @@ class Files:
     def rows(self) -> int:
         return sum(self.row_counts)
 
-    def fingerprint(self) -> str:
-        """SHA-256 in hex over names, sizes and the whole content, in the order of the names.
+    def fingerprint(self, say: Say = lambda text: None) -> str:
+        """SHA-256 in hex over name, size and content of every file, in the order of the names.
 
-        Of more than 1 GiB, the files' footers stand for their content: schema, and of every row group and column the
-        rows, sizes, offsets and statistics. No modification time and no location counts.
+        No modification time and no location counts. What stands for the content: see `pipeline.data.sources.digests`.
+
+        Parameters
+        ----------
+        say: told of progress, at most once a second.
         """
+        self._digests = Digests(
+            self._data_files,
+            self,
+            url=self._asked,
+            cache=self._cache,
+            threads=digests.reading_threads(not self._place.is_local),
+            say=say,
+            stamps=self._stamps,
+        )
         digest = hashlib.sha256()
-        for file, footer in zip(self.files, self._footers, strict=True):
-            digest.update(f"{file.name}\0{file.size}\n".encode())
-            if self._size > HASHED_WHOLE:
-                digest.update(footer)
-                continue
-            with _readable(file), self._opened(file) as stream:
-                while piece := stream.read(PIECE):
-                    digest.update(piece)
+        for file, token in zip(self.files, self._digests.tokens, strict=True):
+            digest.update(f"{file.name}\0{file.size}\0{token}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the fingerprint assumes."""
+        return self._digests.warnings if self._digests is not None else ()
+
+    def verify(self) -> None:
+        """Raise DataError if a file is no longer what the fingerprint was made of."""
+        if self._digests is not None:
+            self._digests.verify()
+
+    def attempt(self, number: int, action: Callable[[], Any]) -> Any:
+        """As in `digests.Access`."""
+        with _readable(self.files[number]):
+            return action()
+
+    def read(self, number: int, first: int, end: int) -> bytes:
+        """As in `digests.Access`."""
+        return self._range(self.files[number], first, end)
+
+    def sample(self, number: int) -> list[tuple[int, int]]:
+        """The footer, and the first pages of up to `SAMPLED_CHUNKS` column chunks: of every column some, in row groups
+        that are spread over the file."""
+        file = self.files[number]
+        metadata = self._metadata(file)
+        columns, groups = metadata.num_columns, metadata.num_row_groups
+        ranges = [(file.size - self._footer_size(file), file.size)]
+        taken = min(columns * groups, SAMPLED_CHUNKS)
+        for place in range(taken):
+            column, group = divmod(place * columns * groups // taken, groups)
+            chunk = metadata.row_group(group).column(column)
+            first = min(offset for offset in (chunk.dictionary_page_offset, chunk.data_page_offset) if offset)
+            ranges.append((first, first + min(SAMPLE, chunk.total_compressed_size)))
+        return ranges
+
+    def checksums(self) -> list[str]:
+        """As in `digests.Access`."""
+        now = {file.name: file.checksum for file in find_files(self._asked)[1]}
+        return [now.get(file.name, "") for file in self.files]
 
     def contents(self, number: int) -> dict[str, Content]:
         """What the columns of a file hold, in order; those that its path names come last."""
@@ -119,6 +177,7 @@ class Files:
                 batch.column(name) if name in own else self._constant(file, name, batch.num_rows) for name in columns
             ]
             total += batch.num_rows
+            note_progress()
             if batch.num_rows:
                 yield pa.RecordBatch.from_arrays(arrays, names=list(columns))
         if total != self.row_counts[number]:
@@ -182,11 +241,17 @@ class Files:
         if self._folder is None:
             self._folder = self._stack.enter_context(scratch(self._cache, self._size))
         target = self._folder / str(len(self._fetched))
-        self._place.ask(lambda: fs.get_file(file.path, str(target)), file.where)
+        with growing(self._folder):
+            self._place.ask(lambda: fs.get_file(file.path, str(target)), file.where)
         return target
 
-    def _footer(self, file: File) -> bytes:
-        """The end of a file from its metadata on."""
+    def _metadata(self, file: File) -> Any:
+        """What the footer says."""
+        with _readable(file):
+            return pq.read_metadata(pa.BufferReader(MAGIC + self._end(file, self._footer_size(file))))
+
+    def _footer_size(self, file: File) -> int:
+        """Bytes at the end of a file from its metadata on."""
         length = len(MAGIC) + 4
         with _readable(file):
             tail = self._end(file, length)
@@ -195,7 +260,7 @@ class Files:
             size = struct.unpack("<I", tail[:4])[0] + length
             if size > file.size - len(MAGIC):
                 raise DataError(f"is corrupt: its footer would be {size:,} bytes long", where=file.where, fix=BROKEN)
-            return self._end(file, size)
+            return int(size)
 
     def _end(self, file: File, length: int) -> bytes:
         return self._range(file, max(file.size - length, 0), file.size)
@@ -204,8 +269,10 @@ class Files:
         return self._range(file, 0, min(file.size, 512))
 
     def _range(self, file: File, first: int, end: int) -> bytes:
-        if not self._place.is_local and self._size > HASHED_WHOLE:  # else all of it is needed anyway
-            return bytes(self._place.ask(lambda: self._place.fs.cat_file(file.path, start=first, end=end), file.where))
+        fs, is_all = self._place.fs, (first, end) == (0, file.size)
+        if not self._place.is_local and file.name not in self._fetched:
+            asked = {} if is_all else {"start": first, "end": end}  # some servers send no parts
+            return bytes(self._place.ask(lambda: fs.cat_file(file.path, **asked), file.where))
         with self._opened(file) as stream:
             stream.seek(first)
             return stream.read(end - first)

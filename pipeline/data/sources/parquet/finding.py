@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
+from pipeline.data.sources.digests import store_checksum
 from pipeline.errors import DataError, StorageError
 from pipeline.storage.faults import Patience, explain, scrub
 from pipeline.storage.filesystems import open_filesystem
+from pipeline.watchdog import waits_for
 
 MAGIC = re.compile(r"[*?\[]")
 NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
@@ -22,7 +24,7 @@ class File:
     """One file.
 
     name: path relative to the URL's folder, or to the part of a glob before its first wildcard.
-    path: for the file system. where: for messages. size: bytes.
+    path: for the file system. where: for messages. size: bytes. checksum: see `DataFile`.
     partitions: what folders called `column=value` say of all its rows; None for Hive's word for null.
     """
 
@@ -31,6 +33,7 @@ class File:
     where: str
     size: int
     partitions: dict[str, str | None]
+    checksum: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +48,7 @@ class Place:
         protocols = self.fs.protocol
         return "file" in ((protocols,) if isinstance(protocols, str) else protocols)
 
+    @waits_for("storage")
     def ask(self, action: Callable[[], Any], where: str) -> Any:
         """The action's answer, passing faults repeated.
 
@@ -82,11 +86,11 @@ def find_files(url: str) -> tuple[Place, list[File]]:
     if list(found) == [path]:
         base = path.rpartition("/")[0]
     files = []
-    for name, size in found.items():
+    for name, (size, checksum) in found.items():
         relative = name[len(base) :].strip("/")
         if not any(_is_hidden(part) for part in relative.split("/")):
             where = name if place.is_local else scrub(place.fs.unstrip_protocol(name))
-            files.append(File(relative, name, where, size, _partitions(relative)))
+            files.append(File(relative, name, where, size, _partitions(relative), checksum))
     if not files:
         raise DataError(
             "no files there", where=place.url, fix="check data.url: a file, a glob such as *.parquet, or a folder"
@@ -101,8 +105,8 @@ def _opened(url: str) -> tuple[Place, str]:
     return Place(fs, where), path
 
 
-def _listed(fs: Any, path: str) -> dict[str, int]:
-    """Sizes of files by path."""
+def _listed(fs: Any, path: str) -> dict[str, tuple[int, str]]:
+    """Sizes and checksums of files by path."""
     fs.invalidate_cache()
     try:
         info = fs.info(path)
@@ -110,16 +114,20 @@ def _listed(fs: Any, path: str) -> dict[str, int]:
         if not MAGIC.search(path):
             raise
         matches = fs.glob(path, detail=True)
-        sizes: dict[str, int] = {}
+        files: dict[str, tuple[int, str]] = {}
         for match, about in matches.items():
-            sizes.update(_within(fs, match) if about["type"] == "directory" else {match: int(about["size"])})
-        return sizes
-    return _within(fs, path) if info["type"] == "directory" else {path: int(info["size"])}
+            files.update(_within(fs, match) if about["type"] == "directory" else {match: _of(about)})
+        return files
+    return _within(fs, path) if info["type"] == "directory" else {path: _of(info)}
 
 
-def _within(fs: Any, folder: str) -> dict[str, int]:
+def _within(fs: Any, folder: str) -> dict[str, tuple[int, str]]:
     fs.ls(folder)  # `find` is silent about a folder that it may not read
-    return {path: int(about["size"]) for path, about in fs.find(folder, detail=True).items() if about["type"] == "file"}
+    return {path: _of(about) for path, about in fs.find(folder, detail=True).items() if about["type"] == "file"}
+
+
+def _of(info: Mapping[str, Any]) -> tuple[int, str]:
+    return int(info["size"]), store_checksum(info)
 
 
 def _base(glob: str) -> str:

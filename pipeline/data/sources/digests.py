@@ -1,0 +1,403 @@
+"""What identifies the content of the files of a data set: a digest of it, or what the store that holds them says of it.
+
+- A file of this machine is hashed whole, whatever its size. The digest is remembered beside the cache of decoded data,
+  by (device, inode, size, modification time, change time), as git's index does it. No program can set the change time
+  (ctime), so an edit that keeps size and modification time is seen. (Where a file system has none of its own, as some
+  mounts of object stores and FAT, the modification time stands for it.) An entry whose change time is not clearly older
+  than its digest is not kept: a later edit might carry the same time.
+- The files of a store, up to `HASHED_WHOLE` bytes in all, are hashed whole too: moving them between this machine and
+  stores changes nothing. Beyond that the checksum or version in the store's listing stands for the content, and the
+  same files elsewhere are other data.
+- Where a store says nothing of that kind, blocks at fixed places are hashed, and a warning says what that may miss.
+
+No modification time and no place is part of what identifies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from pipeline.data.cache import exclusive
+from pipeline.errors import DataError
+from pipeline.job import Cache
+from pipeline.watchdog import note_progress
+
+HASHED_WHOLE = 1 << 30
+"""Up to so many bytes of files in all, those of a store are read and hashed as those of this machine always are."""
+
+REMEMBERED_FROM = 64 << 20
+"""From so many bytes of files in all, digests are remembered: to hash fewer again takes less than 50 ms."""
+
+SETTLED_NS = 2 * 10**9
+"""A change time must be so much older than a digest: file systems count time in steps, of up to two seconds."""
+
+REMEMBERED = ".digests-"
+"""How the files begin that hold them, in the folder of the cache."""
+
+FORGOTTEN_S = 180 * 86_400
+"""Digests of a data set that was not opened for so long are deleted."""
+
+PIECE = 1 << 20
+"""Bytes of a file of this machine that are hashed at once."""
+
+SAMPLES = 4
+SAMPLE = 64 << 10
+"""Where a store has no checksums: so many blocks of so many bytes of each file, the first and the last among them."""
+
+REQUESTS_AT_ONCE = 16
+"""Threads that read where each file takes a request over the network."""
+
+SAY_EVERY_S = 1.0
+
+CHECKSUMS = ("md5Hash", "generation", "ETag", "etag", "blob_id", "CRC")
+"""What listings of fsspec's stores call a checksum or version of the content: Google Cloud Storage (the first two),
+S3 and HTTP, Azure, Hugging Face, zip archives."""
+
+Stamp = bytes
+"""A digest of device, inode, size, modification time and change time of a file."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """One file of a data set.
+
+    where: for messages. size: bytes, as listed.
+    local: its path, where it is a file of this machine; else empty.
+    checksum: what its store says of the content, see `store_checksum`; else empty.
+    """
+
+    where: str
+    size: int
+    local: str = ""
+    checksum: str = ""
+
+
+class Access(Protocol):
+    """How the files of a data set are reached; each is known by its number."""
+
+    def attempt(self, number: int, action: Callable[[], Any]) -> Any:
+        """The action's result; the system's errors as errors of that file."""
+
+    def read(self, number: int, first: int, end: int) -> bytes:
+        """Some bytes of a file in a store, of which all may be asked for."""
+
+    def sample(self, number: int) -> list[tuple[int, int]]:
+        """Which bytes stand for the content of a file in a store that has no checksums."""
+
+    def checksums(self) -> list[str]:
+        """What the stores say now of every file, as in `DataFile`."""
+
+
+def store_checksum(info: Mapping[str, Any]) -> str:
+    """The checksum or version of a file's content by the listing of its store; empty where it tells none.
+
+    A weak ETag (`W/...`) is none: files that differ may share it.
+    """
+    for name in CHECKSUMS:
+        value = str(info.get(name) or "").strip('"')
+        if value and not value.startswith("W/"):
+            return f"{name}:{value}"
+    return ""
+
+
+def evenly_spaced(size: int) -> list[tuple[int, int]]:
+    """Blocks of a file of so many bytes, first and last among them; all of a small one."""
+    if size <= SAMPLES * SAMPLE:
+        return [(0, size)]
+    starts = [place * (size - SAMPLE) // (SAMPLES - 1) for place in range(SAMPLES)]
+    return [(first, first + SAMPLE) for first in starts]
+
+
+def reading_threads(is_far: bool) -> int:
+    """How many threads are worth while to read and hash; as `device.available_cpus`, without torch.
+
+    is_far: whether a read takes a request over the network.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(REQUESTS_AT_ONCE, cores) if is_far else cores
+
+
+class Digests:
+    """What identifies the content of some files, found at once and side by side.
+
+    tokens: for each file the SHA-256 of its content in hex, the store's checksum, or the digest of a sample.
+    are_content: whether all tokens are of the first kind.
+    warnings: what was assumed, and what cannot be kept.
+
+    Parameters
+    ----------
+    url: of the data set; what is remembered of it lies under a digest of this.
+    cache: beside which digests are remembered.
+    threads: that read and hash.
+    stamps: of the files of this machine as they were when first looked at; None for the others.
+
+    Raises
+    ------
+    DataError: a file changed while it was read. What `access` raises.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[DataFile],
+        access: Access,
+        *,
+        url: str,
+        cache: Cache,
+        threads: int,
+        say: Say,
+        stamps: Sequence[Stamp | None] = (),
+    ) -> None:
+        self._files, self._access, self._threads, self._say = files, access, threads, say
+        self._stamps = stamps or take_stamps(files, access)
+        self._total = sum(file.size for file in files)
+        self._settled = [True] * len(files)
+        self.warnings: tuple[str, ...] = ()
+        hashed = [number for number in range(len(files)) if self._is_hashed(number)]
+        self.are_content = len(hashed) == len(files)
+        self.tokens = [file.checksum for file in files]
+        self._find_digests(hashed, url, cache)
+        sampled = [number for number, token in enumerate(self.tokens) if not token]
+        self._in_threads(self._sample, sampled)
+        if sampled:
+            self.warnings += (
+                f"the store tells no checksums, and there are {self._total / 1e9:,.1f} GB: blocks of each of "
+                f"{len(sampled):,} files, such as {files[sampled[0]].where}, stand for its content. A change between "
+                "them that leaves its size as it was would not be seen: give changed data another URL",
+            )
+
+    def verify(self) -> None:
+        """Raise DataError if a file is no longer what was identified: whatever was read of it since may be either."""
+        remote = [number for number, file in enumerate(self._files) if file.checksum]
+        now = self._access.checksums() if remote else []
+        for number in remote:
+            if now[number] != self._files[number].checksum:
+                raise changed(self._files[number].where)
+        unsure = []
+        for number, stamp in enumerate(self._stamps):
+            if stamp is not None:
+                if self._access.attempt(number, partial(_stamp_of, self._files[number].local)) != stamp:
+                    raise changed(self._files[number].where)
+                if not self._settled[number]:
+                    unsure.append(number)
+        tokens = list(self.tokens)
+        self._in_threads(self._hash, unsure)
+        self._in_threads(
+            self._sample,
+            [number for number, file in enumerate(self._files) if not file.checksum and not self._is_hashed(number)],
+        )
+        for number, (before, after) in enumerate(zip(tokens, self.tokens, strict=True)):
+            if before != after:
+                raise changed(self._files[number].where)
+
+    def _is_hashed(self, number: int) -> bool:
+        return bool(self._files[number].local) or self._total <= HASHED_WHOLE
+
+    def _find_digests(self, numbers: list[int], url: str, cache: Cache) -> None:
+        """Digests of whole files: those that are remembered, and the others."""
+        if self._total < REMEMBERED_FROM:
+            self._in_threads(self._hash, numbers)
+            return
+        keys = {number: key for number in numbers if (key := self._key(number))}
+        remembered = _Remembered(cache, url)
+        self.tokens = ["" if self._is_hashed(number) else token for number, token in enumerate(self.tokens)]
+        self._take(remembered, keys)
+        if not all(self.tokens[number] for number in numbers):
+            with ExitStack() as alone:
+                try:
+                    alone.enter_context(exclusive(cache, f"digests-{remembered.name}"))
+                except DataError as error:
+                    self._cannot_remember(error.what)
+                self._take(remembered, keys)  # another process may have been at it
+                self._in_threads(self._hash, [number for number in numbers if not self.tokens[number]])
+                try:
+                    remembered.write(
+                        {key: self.tokens[number] for number, key in keys.items() if self._settled[number]}
+                    )
+                except OSError as error:
+                    self._cannot_remember(str(error))
+
+    def _take(self, remembered: _Remembered, keys: Mapping[int, bytes]) -> None:
+        known = remembered.read()
+        for number, key in keys.items():
+            self.tokens[number] = known.get(key, "")
+
+    def _cannot_remember(self, why: str) -> None:
+        self.warnings = (f"digests of the data cannot be kept, so that every start hashes it again: {why}",)
+
+    def _key(self, number: int) -> bytes:
+        """What tells that a file has not changed since it was hashed; empty where nothing does."""
+        file = self._files[number]
+        if file.local:
+            return self._stamps[number] or b""
+        return _short(f"{file.where} {file.size} {file.checksum}") if file.checksum else b""
+
+    def _hash(self, number: int, moved: Callable[[int], None]) -> None:
+        file = self._files[number]
+        if not file.local:
+            content = self._access.read(number, 0, file.size)
+            if len(content) != file.size:
+                raise changed(file.where)
+            self.tokens[number] = hashlib.sha256(content).hexdigest()
+            moved(file.size)
+            return
+        began = time.time_ns()
+        before, after, token = self._access.attempt(number, lambda: hash_file(file.local, moved))
+        if not self._stamps[number] == _stamp(before) == _stamp(after) or before.st_size != file.size:
+            raise changed(file.where)
+        self.tokens[number] = token
+        self._settled[number] = before.st_ctime_ns + SETTLED_NS <= began
+
+    def _sample(self, number: int, moved: Callable[[int], None]) -> None:
+        digest = hashlib.sha256()
+        for first, end in self._access.sample(number):
+            block = self._access.read(number, first, end)
+            digest.update(f"{first} {end}\n".encode() + block)
+            moved(len(block))
+        self.tokens[number] = f"sample:{digest.hexdigest()}"
+
+    def _in_threads(self, work: Callable[[int, Callable[[int], None]], None], numbers: Sequence[int]) -> None:
+        """Do some work on files by threads, which tell how many bytes they have moved."""
+        total = sum(self._files[number].size for number in numbers)
+        waiting, over, lock = iter(numbers), threading.Event(), threading.Lock()
+        done = 0
+
+        def moved(count: int) -> None:
+            nonlocal done
+            if over.is_set():
+                raise _StoppedError
+            with lock:
+                done += count
+
+        def run() -> None:
+            for number in waiting:  # one iterator: each takes the next
+                work(number, moved)
+                moved(0)
+
+        if not numbers:
+            return
+        seen, said_at = -1, time.monotonic()
+        with ThreadPoolExecutor(min(self._threads, len(numbers))) as pool:
+            running = {pool.submit(run) for _ in range(min(self._threads, len(numbers)))}
+            try:
+                while running:
+                    ended, running = wait(running, timeout=0.2, return_when=FIRST_EXCEPTION)
+                    for one in ended:
+                        one.result()
+                    if done != seen:
+                        seen = done
+                        note_progress()
+                    if time.monotonic() - said_at >= SAY_EVERY_S:
+                        said_at = time.monotonic()
+                        self._say(f"hashing {done / 1e9:.1f} of {total / 1e9:.1f} GB")
+            finally:
+                over.set()
+
+
+def take_stamps(files: Iterable[DataFile], access: Access) -> list[Stamp | None]:
+    """Of the files of this machine; None for the others."""
+    stamps: list[Stamp | None] = []
+    for number, file in enumerate(files):
+        stamps.append(access.attempt(number, partial(_stamp_of, file.local)) if file.local else None)
+        note_progress()
+    return stamps
+
+
+def hash_file(
+    path: str, moved: Callable[[int], None] = lambda count: None
+) -> tuple[os.stat_result, os.stat_result, str]:
+    """The status of a file of this machine before and after reading it, and the SHA-256 of its content in hex."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(PIECE))
+    with io.FileIO(path) as file:
+        before = os.fstat(file.fileno())
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            moved(count)
+        return before, os.fstat(file.fileno()), digest.hexdigest()
+
+
+def changed(where: str) -> DataError:
+    """What to say of a file that did not stay as it was."""
+    return DataError(
+        "changed while it was being read",
+        where=where,
+        fix="wait until whatever writes it is done, and run the same command again",
+    )
+
+
+class _StoppedError(Exception):
+    """Another thread has failed, or the user has had enough."""
+
+
+class _Remembered:
+    """Digests of an earlier start, for one data set: a table of two columns, replaced as a whole."""
+
+    KEY, ROW = 16, 48
+    """Bytes of a key, and of a key with its digest."""
+
+    def __init__(self, cache: Cache, url: str) -> None:
+        self.name = hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+        self._folder = Path(cache.folder).expanduser().absolute()
+        self._path = self._folder / f"{REMEMBERED}{self.name}.npy"
+
+    def read(self) -> dict[bytes, str]:
+        """Digests in hex by key; none where there are none, or the file is damaged."""
+        try:
+            table = np.load(self._path, allow_pickle=False)
+            os.utime(self._path)
+        except (OSError, ValueError, EOFError):
+            return {}
+        if table.dtype != np.uint8 or table.shape[1:] != (self.ROW,):
+            return {}
+        rows, key = table.tobytes(), self.KEY
+        return {
+            rows[first : first + key]: rows[first + key : first + self.ROW].hex()
+            for first in range(0, len(rows), self.ROW)
+        }
+
+    def write(self, digests: Mapping[bytes, str]) -> None:
+        """Keep these, and no others."""
+        rows = b"".join(key + bytes.fromhex(digest) for key, digest in digests.items())
+        table = np.frombuffer(rows, np.uint8).reshape(-1, self.ROW)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                np.save(file, table)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self._path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        for path in self._folder.glob(f"{REMEMBERED}*"):
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > FORGOTTEN_S:
+                    path.unlink()
+
+
+def _short(key: str) -> bytes:
+    return hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=_Remembered.KEY).digest()
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return _short(f"{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}")
+
+
+def _stamp_of(path: str) -> Stamp:
+    """Opened for it: a network file system asks its server then, and may else answer from memory."""
+    with io.FileIO(path) as file:
+        return _stamp(os.fstat(file.fileno()))
