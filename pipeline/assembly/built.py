@@ -62,6 +62,13 @@ def build(
     InputError: a device that is not there, a model that does not fit the data, a loss of the user's that fails,
         or pieces of a batch that are too small.
     """
+    with prepared.code.in_use():
+        return _build(prepared, device_kind, way, rank, world_size, local_rank, to_train)
+
+
+def _build(
+    prepared: Prepared, device_kind: str, way: str, rank: int, world_size: int, local_rank: int, to_train: bool
+) -> Built:
     job, fitted = prepared.job, prepared.fitted
     preprocess, labels = fitted.preprocess, fitted.labels
     device = devices.choose(device_kind or job.scale.device, local_rank)
@@ -79,8 +86,9 @@ def build(
     )
     init_seed = torch_seed(job.seed.of("init"), "init")
     model = build_model(job, preprocess.output_shape, task.outputs, init_seed, preprocess.code_sizes)
-    misfits = take(model, prepared.start, strict=job.model.strict) if prepared.start is not None else []
     dtype = devices.Arithmetic.of(job.train.precision, device).dtype
+    model.to(dtype)  # before it takes weights over: those of another fp64 run stay what they are
+    misfits = take(model, prepared.start, strict=job.model.strict) if prepared.start is not None else []
     seed = job.seed.of("dropout")
     trainee = Trainee(
         job,

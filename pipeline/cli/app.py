@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from pipeline import __version__
+from pipeline.context import own_process
 from pipeline.errors import InputError, TrainyardError
 from pipeline.redaction import printable, scrubbed
 
@@ -33,6 +34,12 @@ Overrides = Annotated[
 ]
 RunToBe = Annotated[str | None, typer.Option("--name", metavar="RUN", help="Name of the run instead of JOB-DIGEST.")]
 MaxSteps = Annotated[int | None, typer.Option(min=1, metavar="N", help="Stop after N steps.")]
+AllowCodeChange = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code-change", help="Go on with --name RUN although your own code was edited since; it is recorded."
+    ),
+]
 StorageUrl = Annotated[
     str | None,
     typer.Option(metavar="URL", help="Where runs lie: a folder or fsspec URL [env: TRAINYARD_STORAGE; else ./runs]."),
@@ -66,7 +73,8 @@ def main() -> NoReturn:
     if sys.platform == "win32":
         _fail(InputError("Windows is not supported", fix="use Linux, or the Windows Subsystem for Linux"), 2)
     try:
-        app(standalone_mode=True)
+        with own_process():
+            app(standalone_mode=True)
     except TrainyardError as error:
         _fail(error, error.exit_code)
     except KeyboardInterrupt:

@@ -6,10 +6,8 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from typing import Any
 
-from pipeline import own_code
 from pipeline.cluster import signals
 from pipeline.cluster.failure import WorkerFailed
 from pipeline.cluster.gauges import Gauges
@@ -47,6 +45,7 @@ class RayContext:
         self.world_size: int = here.get_world_size()
         self.local_rank: int = here.get_local_rank()
         self.alone = False
+        self.owns_process = True
         self.progress = Progress()
         self._desk = desk
         self._gauges = Gauges(run_name, self.rank)
@@ -164,7 +163,6 @@ def train_function(config: dict[str, Any]) -> dict[str, Any]:
     """
     order: Order = config["order"]
     handed.take(order.environment)
-    order = replace(order, job=own_code.at_home(order.job))
     with RayContext(config["desk"], order.run_name) as context:
         try:
             position = work(order, context)

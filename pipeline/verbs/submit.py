@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline import own_code
 from pipeline.cluster.jobs.client import Cluster, connect
@@ -17,7 +17,7 @@ from pipeline.cluster.jobs.preflight import Clearance, clear
 from pipeline.cluster.jobs.shipping import CODE_FOLDER, ENTRY_POINT, staged
 from pipeline.errors import InputError
 from pipeline.job import Job, plain_name
-from pipeline.job_file import dump_job, load_job
+from pipeline.job_file import dump_job, resolve_job
 from pipeline.redaction import hide
 from pipeline.verbs.places import storage_url, with_whole_url
 
@@ -27,13 +27,14 @@ STOP_WAIT_S = 300
 
 
 def submit(
-    job: str | Path,
+    job: Job | Mapping[str, Any] | str | Path,
     *,
     address: str | None = None,
     set: Iterable[str] = (),  # noqa: A002 - the public name of the option
     name: str | None = None,
     storage: str | None = None,
     max_steps: int | None = None,
+    allow_code_change: bool = False,
     env: Iterable[str] = (),
     env_files: Iterable[str] = (),
     token_file: str | None = None,
@@ -47,10 +48,11 @@ def submit(
 
     Parameters
     ----------
-    job: a job file.
+    job: a job file, its content as a dict, or a `Job`.
     address: URL of the cluster's dashboard.
     set: overrides for the job file.
-    name, storage, max_steps: as for `train`; a path is one of this machine, where the cluster is on it too.
+    name, storage, max_steps, allow_code_change: as for `train`; a path is one of this machine, where the cluster is on
+        it too.
     env: names of variables of this environment to set for the job there; they stay out of everything that is written.
     env_files: files of such variables.
     token_file: holds the cluster's token.
@@ -69,9 +71,8 @@ def submit(
     WorkError: the cluster was lost while the job was followed.
     KeyboardInterrupt: as pressed; a job that was started goes on.
     """
-    wanted = with_whole_url(load_job(job, set))
-    own_code.make_importable(wanted, os.getcwd())
-    code = own_code.sources(wanted)
+    wanted = with_whole_url(resolve_job(job, set))
+    code = own_code.collect(wanted)
     environment = environment_of(env, env_files)
     hide(environment)
     if name is not None:
@@ -80,10 +81,12 @@ def submit(
     written = storage_url(storage, wanted.storage)
     clearance = clear(cluster, storage=written, scale=wanted.scale, environment=environment, say=say)
     say(f"cluster {clearance.text}")
-    key = key_of(wanted, storage=clearance.storage, name=name, max_steps=max_steps)
-    shipped = wanted.model_copy(update={"code": CODE_FOLDER if code else None})
-    letter = Letter(dump_job(shipped), clearance.storage, name, max_steps, verbose, environment)
-    job_id = _start_or_attach(cluster, clearance, key, letter, code, wanted, say)
+    key = key_of(wanted, storage=clearance.storage, name=name, max_steps=max_steps, code=code.digests)
+    shipped = wanted.model_copy(update={"code": CODE_FOLDER if code.files else None})
+    letter = Letter(
+        dump_job(shipped), clearance.storage, name, max_steps, verbose, environment, allow_code_change=allow_code_change
+    )
+    job_id = _start_or_attach(cluster, clearance, key, letter, code.files, wanted, say)
     on_job(job_id)
     return follow(cluster, job_id, show, say) if wait else look(cluster, job_id)
 
