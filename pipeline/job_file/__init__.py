@@ -12,15 +12,26 @@ from pydantic import ValidationError
 from pipeline.errors import JobError
 from pipeline.job import Job
 from pipeline.job_file.explaining import explain
-from pipeline.job_file.reading import apply, code_folder, mapping, read_tree
+from pipeline.job_file.reading import apply, mapping, read_tree, with_paths_from
 from pipeline.job_file.yaml12 import Dumper, parse_yaml
 from pipeline.redaction import secrets_in
 
-__all__ = ["build_job", "dump_job", "load_job", "override_job", "parse_job", "parse_yaml", "refuse_secrets"]
+__all__ = [
+    "build_job",
+    "dump_job",
+    "load_job",
+    "override_job",
+    "parse_job",
+    "parse_yaml",
+    "refuse_secrets",
+    "with_whole_paths",
+]
 
 
 def load_job(path: str | Path, overrides: Iterable[str] = ()) -> Job:
     """Read a job file, the files it is based on, and `KEY=VALUE` overrides.
+
+    Relative paths become whole: in a file they start from its folder, in an override from the working directory.
 
     Raises
     ------
@@ -28,14 +39,18 @@ def load_job(path: str | Path, overrides: Iterable[str] = ()) -> Job:
     """
     job = build_job(apply(read_tree(Path(path)), overrides), where=str(path))
     refuse_secrets(job, str(path))
-    if job.code is None:
-        return job
-    folder = code_folder(job.code, Path(path))  # once more, for an override
-    if not Path(folder).is_dir():
-        raise JobError(
-            "no such folder", where=f"code: {folder}", fix="name the folder of your modules, from the job file"
-        )
-    return job.model_copy(update={"code": folder})
+    if job.code is not None and not Path(job.code).is_dir():
+        fix = "name the folder of your modules, in a job file from its own folder on"
+        raise JobError("no such folder", where=f"code: {job.code}", fix=fix)
+    return job
+
+
+def with_whole_paths(job: Job) -> Job:
+    """The job with its local paths written out from the root, for workers and later commands run in other folders.
+    Those of a job from Python that are relative start from the working directory."""
+    tree = job.resolved()
+    whole = with_paths_from(Path.cwd(), tree)
+    return job if whole == tree else build_job(whole, where="job")
 
 
 def refuse_secrets(job: Job, where: str) -> None:

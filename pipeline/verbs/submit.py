@@ -19,7 +19,7 @@ from pipeline.errors import InputError
 from pipeline.job import Job, plain_name
 from pipeline.job_file import dump_job, load_job
 from pipeline.redaction import hide
-from pipeline.verbs.places import storage_url, with_whole_url
+from pipeline.verbs.places import storage_url
 
 POLL_S = 0.5
 STOP_WAIT_S = 300
@@ -69,7 +69,7 @@ def submit(
     WorkError: the cluster was lost while the job was followed.
     KeyboardInterrupt: as pressed; a job that was started goes on.
     """
-    wanted = with_whole_url(load_job(job, set))
+    wanted = load_job(job, set)
     own_code.make_importable(wanted, os.getcwd())
     code = own_code.sources(wanted)
     environment = environment_of(env, env_files)

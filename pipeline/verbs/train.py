@@ -16,7 +16,7 @@ from pipeline.data.split import splits_table
 from pipeline.errors import BusyError, InputError, TrainyardError
 from pipeline.followers.attached import AttachedFollowers
 from pipeline.job import IN_PLACE_WORKERS, Job, digest, identity, plain_name
-from pipeline.job_file import dump_job, load_job, parse_job, refuse_secrets
+from pipeline.job_file import dump_job, load_job, parse_job, refuse_secrets, with_whole_paths
 from pipeline.own_code import packed, sources
 from pipeline.record.attempt import peek
 from pipeline.record.columns import Columns
@@ -26,7 +26,7 @@ from pipeline.record.soundness import has_end
 from pipeline.record.standing import Standing, standing
 from pipeline.record.watch import refuse_where_it_beats
 from pipeline.storage import Storage, handed
-from pipeline.verbs.places import storage_url, with_whole_url
+from pipeline.verbs.places import storage_url
 from pipeline.worker import Order, say_for_the_dead, work
 
 
@@ -65,7 +65,7 @@ def train(
         job = load_job(job, _words(set) if isinstance(set, Mapping) else set)
     else:
         refuse_secrets(job, "job")
-    job = with_whole_url(job)
+    job = with_whole_paths(job)
     root = storage_url(storage, job.storage)
     prepared = prepare(job, max_steps, storage_url=root, say=lambda text: tell({"kind": "phase", "text": text}))
     here = job.scale.workers == IN_PLACE_WORKERS
