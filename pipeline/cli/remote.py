@@ -185,7 +185,7 @@ def _detaching(begun: list[str], address: str | None, as_json: bool) -> Iterator
     except KeyboardInterrupt:
         if not begun:
             raise
-    (job_id,) = begun
+    job_id = begun[-1]
     where = printable(f" --address {address}") if address else ""
     print(
         f"\ndetached: {job_id} goes on"

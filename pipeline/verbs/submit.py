@@ -54,7 +54,7 @@ def submit(
     env: names of variables of this environment to set for the job there; they stay out of everything that is written.
     env_files: files of such variables.
     token_file: holds the cluster's token.
-    wait: follow the job to its end.
+    wait: follow the job to its end, and start it again where it is lost, up to `scale.retries` times.
     say: takes lines on what is being done.
     show: takes lines of the job's log.
     on_job: takes the job's id as soon as there is one.
@@ -83,9 +83,17 @@ def submit(
     key = key_of(wanted, storage=clearance.storage, name=name, max_steps=max_steps)
     shipped = wanted.model_copy(update={"code": CODE_FOLDER if code else None})
     letter = Letter(dump_job(shipped), clearance.storage, name, max_steps, verbose, environment)
-    job_id = _start_or_attach(cluster, clearance, key, letter, code, wanted, say)
-    on_job(job_id)
-    return follow(cluster, job_id, show, say) if wait else look(cluster, job_id)
+    losses = 0
+    while True:
+        job_id = _start_or_attach(cluster, clearance, key, letter, code, wanted, say)
+        on_job(job_id)
+        if not wait:
+            return look(cluster, job_id)
+        found = follow(cluster, job_id, show, say)
+        if not found.loss or losses == wanted.scale.retries:
+            return found
+        losses += 1
+        say(f"warning: {job_id}: {found.loss}; starting again ({losses} of {wanted.scale.retries})")
 
 
 def _start_or_attach(
