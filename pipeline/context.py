@@ -82,8 +82,21 @@ def own_process() -> Iterator[None]:
         _process["is_ours"] = before
 
 
+def caught_signals() -> list[int]:
+    """The signals that ask a run to save and leave. SIGHUP, that of a terminal which is closed, is one of them unless
+    it is ignored: `nohup` means that the run goes on."""
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hangs_up else [])]
+
+
+def as_sigterm(number: int) -> int:
+    """A signal as it is passed on and told: SIGHUP as SIGTERM, whose exit code, 143, everybody knows for a run that was
+    interrupted and can be resumed."""
+    return signal.SIGTERM if number == signal.SIGHUP else number
+
+
 class StopSignals:
-    """While entered, SIGINT and SIGTERM ask the run to save and leave; a second SIGINT ends it at once."""
+    """While entered, SIGINT, SIGTERM and SIGHUP ask the run to save and leave; a second SIGINT ends it at once."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -92,7 +105,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in caught_signals():
                 self._before[number] = signal.signal(number, self._receive)
         return self
 
@@ -117,7 +130,7 @@ class StopSignals:
             raise error
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
+        self.received = as_sigterm(number)
 
 
 class Alone:

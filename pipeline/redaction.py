@@ -1,4 +1,4 @@
-"""Secrets: known by the names of environment variables and by where they stand in a URL, and written nowhere.
+"""Secrets: known by their names, by their form, and by where they stand in a URL; and written nowhere.
 
 A secret is only ever named: `env:NAME` in a job file is looked up where it is used. `scrub` takes secrets out of all
 that is printed or stored; a job that holds one is refused before anything is written.
@@ -10,6 +10,8 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from itertools import pairwise
 from typing import Any
 from urllib.parse import quote
 
@@ -20,17 +22,65 @@ SHORTEST = 8
 SHORTEST_HIDDEN = 4
 """The same of a variable that was said to hold one."""
 
-_NAME = re.compile(
-    r"SECRET|TOKEN|PASSW|CREDENTIAL|PRIVATE|(?:ACCESS|ACCOUNT|API|AUTH|ENCRYPTION|SIGNING)_?KEY|CONNECTION_STRING|_SAS$|_PAT$",
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+"""Words of a name in any of the usual forms: API_KEY, api-key, apiKey2."""
+_SECRET_WORD = re.compile(
+    r"\w*(?:secrets?|passwords?|passwd|passphrase|credentials?)|tokens?"
+    r"|(?:api|auth|access|account|encryption|private|secret|signing)(?:key|token)s?|(?:db|ftp|ldap|mail|pg|sql|ssh|user)pass"
+)
+"""One anywhere in a name, where no word of `_OF_TEXT` stands beside a token."""
+_OF_TEXT = re.compile(
+    r"additional|bos|cls|end|eos|first|image|last|mask|max|min|next|num|pad|page|per|sep|special|start|stop|total|unk"
+)
+"""Beside `token`: then it is a piece of text, or of a list."""
+_LAST_WORD = re.compile(r"pass|pwd|pw|pat|sas|auth|authorization|bearer|jwt|signature|sig|private")
+"""At the end of a name."""
+_ORDINARY_ALONE = re.compile(r"pwd|pw|pat|sas|auth|signature|sig|private")
+"""... but behind another word only: PWD is where a shell is."""
+_OPENS = re.compile(r"access|account|api|auth|encryption|master|private|secret|signing|storage")
+"""Before `key` anywhere in a name."""
+_OF_DATA = re.compile(
+    r"any|batch|bucket|cache|class|column|composite|customer|data|dedup|dict|feature|field|file|foreign|group|hash|hot"
+    r"|id|image|index|input|item|join|json|label|lookup|map|mask|merge|metric|natural|object|order|output|partition"
+    r"|path|primary|pub|public|query|record|routing|row|sample|sequence|shard|sort|split|state|surrogate|table|target"
+    r"|text|time|unique|user|value"
+)
+"""Before `key` at the end of a name: then it is one of data. Any other is taken for one that opens something, such as
+OPENAI_KEY."""
+_WHERE_IT_LIES = re.compile(
+    r"algorithm|arn|columns?|count|dir|enabled|expires|expiry|field|file|header|host|ids?|length|limit|method|mode"
+    r"|names?|parallelism|path|port|prefix|provider|size|sock|space|types?|ur[il]|version"
+)
+"""Ends of names that say where a secret is, whose, or how long: those may be told."""
+_WHICH = re.compile(r"dev|live|new|old|prod|production|stage|staging|test")
+"""Ends of names that leave everything as it is: DB_PASS_PROD."""
+_QUERY_NAME = re.compile(r"auth|code|key|pw|pwd|sas|sig|signature", re.IGNORECASE)
+"""Parameters of a URL that let in whoever has them, though their names are words like any other."""
+
+_USERINFO = re.compile(r"(\w[\w+.-]*)://(?!\[)([^\s/@:?#]*)(?::(?!\d+(?:/|\s|$))(\S*))?@")
+_OPEN_USERS = ("http", "https", "dav", "davs", "webdav", "webdavs")
+"""Schemes whose user is hardly ever anything but a token."""
+_CONTAINERS = ("abfs", "abfss", "wasb", "wasbs")
+"""Schemes that have a container where others have a user."""
+_QUERY = re.compile(r"(\w://[^\s?#]*)(\?|#(?=[^\s'\")]*=))[^\s'\")]*")
+_PARAMETER = re.compile(r"[?&#;]([^\s=&?#;]+)=[^\s&]")
+_SETTING = re.compile(
+    r"\b((?:[\w-]*(?:password|passwd|secret)|pwd|token|api[_-]?key|(?:access|account|auth)[_-]?(?:key|token)|sig)\s*=\s*)"
+    r"(?!\*\*\*|env:)[^\s&;,'\")]+",
     re.IGNORECASE,
 )
-_WHERE_IT_LIES = re.compile(r"_(?:FILE|PATH|DIR|ID|NAME)$", re.IGNORECASE)
-"""Ends of names that say where a secret is, or whose: those may be told."""
-_PASSWORD = re.compile(r"(\w://[^\s/@:]*):(?!\d+(?:/|\s|$))\S*@")
-_QUERY = re.compile(r"(\w://[^\s?]*)\?[^\s'\")]*")
-_SECRET_QUERY = re.compile(
-    r"\w://\S*[?&][^\s=&]*(?:sig|token|secret|password|passwd|credential|key|auth)[^\s=&]*=", re.IGNORECASE
+"""A secret with its name: in a connection string, or in a library's message."""
+_SHAPES = re.compile(
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)"
+    r"|\bgh[oprsu]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}|\bglpat-[\w-]{16,}|\bhf_[A-Za-z]{30,}"
+    r"|\bsk-(?:[a-z]{2,8}-)?(?=\w*[0-9])(?=\w*[A-Z])\w{20,}[\w-]*|\bxox[abeprs]-[\w-]{10,}|\bAIza[\w-]{35}"
+    r"|\bnpm_[A-Za-z0-9]{36}|\bpypi-AgEI[\w-]{20,}|\bdapi[0-9a-f]{32}"
+    r"|\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+"
+    r"|(?i:authorization\W{1,4}(?:bearer|basic|token)\s+)\S+|\bBearer\s+(?=\S*[0-9])[\w+/=.~-]{16,}"
+    r"|(?:AccountKey|SharedAccessKey|SharedAccessSignature)=[^\s;]{8,}"
+    r"|(?:^|[?&\s])(?:Signature|X-(?:Amz|Goog)-Signature)=[\w%+/=-]{8,}"
 )
+"""What is a secret by its own form, whatever it is called: tokens of well-known services, keys, signatures."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Control characters but for tab and new line, and those that turn the direction of writing."""
 _NAMED = re.compile(r"env:([A-Za-z_]\w*)")
@@ -45,16 +95,71 @@ def hide(names: Iterable[str]) -> None:
 
 def is_secret_name(name: str) -> bool:
     """Whether an environment variable of this name holds a secret."""
-    return name in _hidden or (_NAME.search(name) is not None and _WHERE_IT_LIES.search(name) is None)
+    return name in _hidden or _says_secret(name) or _is_key(name)
+
+
+@cache
+def _says_secret(name: str) -> bool:
+    """Whether the words of a name say that what is called so is a secret."""
+    words = _words(name)
+    if not words or _WHERE_IT_LIES.fullmatch(words[-1]):
+        return False
+    if any(_SECRET_WORD.fullmatch(word) for word in words):
+        is_text = all(not _SECRET_WORD.fullmatch(word) or word in ("token", "tokens") for word in words)
+        return not (is_text and any(_OF_TEXT.fullmatch(word) for word in words))
+    if any(_OPENS.fullmatch(before) and word in ("key", "keys") for before, word in pairwise(words)):
+        return True
+    if words[-2:] in (["connection", "string"], ["conn", "str"]):
+        return True
+    is_last = _LAST_WORD.fullmatch(words[-1]) is not None
+    return is_last and (len(words) > 1 or _ORDINARY_ALONE.fullmatch(words[-1]) is None)
+
+
+@cache
+def _is_key(name: str) -> bool:
+    """Whether a name is that of a key, and not of one that data has."""
+    words = _words(name)
+    return len(words) > 1 and words[-1] == "key" and not _OF_DATA.fullmatch(words[-2])
+
+
+def _words(name: str) -> list[str]:
+    words = [word.lower() for word in _WORD.findall(name)]
+    while len(words) > 1 and _WHICH.fullmatch(words[-1]):
+        words.pop()
+    return words
 
 
 def scrub(text: str) -> str:
-    """`text` without passwords and query strings in URLs, and without the values of secret environment variables."""
-    text = _PASSWORD.sub(r"\1:***@", text)
-    text = _QUERY.sub(r"\1?***", text)
+    """`text` without passwords and query strings in URLs, without what looks like a secret, and without the values of
+    secret environment variables."""
+    text = _USERINFO.sub(_without_userinfo, text)
+    text = _QUERY.sub(r"\1\2***", text)
+    text = _SETTING.sub(r"\1***", text)
+    text = _SHAPES.sub("***", text)
     for value in _values():
         text = text.replace(value, "***")
     return text
+
+
+def _without_userinfo(found: re.Match[str]) -> str:
+    scheme, user, password = found.groups()
+    if password is not None:
+        return f"{scheme}://{'***' if _is_token(scheme, user) else user}:***@"
+    return f"{scheme}://***@" if _is_token(scheme, user) else found[0]
+
+
+def _is_token(scheme: str, user: str) -> bool:
+    """Whether the user of a URL is what lets in, and no name."""
+    kind = scheme.lower().rpartition("+")[2]  # git+https
+    return bool(user) and (kind in _OPEN_USERS or (kind not in _CONTAINERS and _looks_drawn(user)))
+
+
+def _looks_drawn(value: str) -> bool:
+    """Whether a text looks as if a machine had drawn it at random: a digest, or letters of both cases and digits."""
+    if not re.fullmatch(r"[\w+/=.~-]{16,}", value) or sum(letter.isdigit() for letter in value) < 3:
+        return False
+    is_hex = re.fullmatch(r"[0-9a-f-]+|[0-9A-F-]+", value) is not None
+    return is_hex or (value.lower() != value and value.upper() != value)
 
 
 def scrubbed(tree: Any) -> Any:
@@ -87,17 +192,45 @@ def redact(error: BaseException) -> None:
 
 
 def holds_secret(text: str) -> bool:
-    """Whether a value of a job would give a secret away: a URL's password or signature, a secret variable's value."""
-    return bool(_PASSWORD.search(text) or _SECRET_QUERY.search(text) or any(value in text for value in _values()))
+    """Whether a value of a job would give a secret away: a URL's password, token or signature, what has the form of a
+    secret, a secret variable's value."""
+    if any(password is not None or _is_token(scheme, user) for scheme, user, password in _users(text)):
+        return True
+    if "://" in text and any(_is_secret_parameter(name) for name in _PARAMETER.findall(text)):
+        return True
+    if _SHAPES.search(text) or _SETTING.search(text):
+        return True
+    return any(value in text for value in _values())
 
 
-def secrets_in(tree: Any, key: str = "") -> Iterator[str]:
-    """Keys, as `data.url`, of the values that would give a secret away."""
-    if isinstance(tree, str) and holds_secret(tree):
+def _users(text: str) -> Iterator[tuple[str, str, str | None]]:
+    """Scheme, user and password of the URLs in a text; one may stand in another, as in `simplecache::https://...`."""
+    for found in _USERINFO.finditer(text):
+        yield found[1], found[2], found[3]
+
+
+def _is_secret_parameter(name: str) -> bool:
+    return _QUERY_NAME.fullmatch(name) is not None or is_secret_name(name)
+
+
+def secrets_in(tree: Any, key: str = "", name: str = "") -> Iterator[str]:
+    """Keys, as `data.url`, of the values that would give a secret away: by what they are, or by what they are called,
+    such as a `password` in the arguments of the user's own code."""
+    if isinstance(tree, str) and (holds_secret(tree) or _is_said_to_be_secret(name, tree)):
         yield key
-    elif isinstance(tree, (Mapping, list, tuple)):
-        for name, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
-            yield from secrets_in(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(tree, Mapping):
+        for own, value in tree.items():
+            yield from secrets_in(value, f"{key}.{own}" if key else str(own), str(own))
+    elif isinstance(tree, (list, tuple)):
+        for number, value in enumerate(tree):
+            yield from secrets_in(value, f"{key}.{number}", name)
+
+
+def _is_said_to_be_secret(name: str, value: str) -> bool:
+    if not value or is_looked_up(value) or re.fullmatch(r"\[.*\]|<.*>", value):  # [CLS], <pad>
+        return False
+    is_key = _is_key(name) or _QUERY_NAME.fullmatch(name) is not None
+    return _says_secret(name) or (is_key and _looks_drawn(value))
 
 
 def is_looked_up(value: str) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,6 +17,7 @@ from pipeline import __version__
 from pipeline.context import own_process
 from pipeline.errors import InputError, TrainyardError
 from pipeline.redaction import printable, scrubbed
+from pipeline.streams import guarded
 
 if TYPE_CHECKING:
     from pipeline.terminal import Progress
@@ -49,8 +53,11 @@ Json = Annotated[bool, typer.Option("--json", help="Make the last line of standa
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Ray's own lines too, and tracebacks.")]
 
-shown: dict[str, bool] = {"json": False, "verbose": False}
-"""How the running command shows its end."""
+shown: dict[str, bool] = {"json": False, "verbose": False, "kept": False}
+"""How the running command shows its end. kept: it leaves more behind than what it prints."""
+
+UsageError: Any = typer.BadParameter.__mro__[1]
+"""What the CLI library raises for words that it cannot take; it has no public name that every version of it shares."""
 
 
 def _version(wanted: bool) -> None:
@@ -70,37 +77,86 @@ def options(
 
 def main() -> NoReturn:
     """Run the command line; errors become one message and an exit code."""
+    words = sys.argv[1:]
+    shown.update(json="--json" in words, verbose=False, kept=False)  # until a command says so itself
+    with guarded() as (output, _):
+        exit_code = _ended(words)
+        output.flush()
+        exit_code = _although_unprinted(output.error, exit_code)
+    sys.exit(exit_code)
+
+
+def _ended(words: list[str]) -> int:
+    """Run a command; its exit code."""
     if sys.platform == "win32":
-        _fail(InputError("Windows is not supported", fix="use Linux, or the Windows Subsystem for Linux"), 2)
+        return _fail(InputError("Windows is not supported", fix="use Linux, or the Windows Subsystem for Linux"), 2)
+    if "_TRAINYARD_COMPLETE" in os.environ:  # the shell asks for completions
+        app()
+    command = typer.main.get_command(app)
     try:
-        with own_process():
-            app(standalone_mode=True)
+        with own_process(), command.make_context("trainyard", words) as context:
+            command.invoke(context)
+    except typer.Exit as ended:
+        return int(ended.exit_code)
+    except UsageError as error:  # of the words themselves, before the command began
+        error.show()
+        if shown["json"]:
+            _print_error("UsageError", error.format_message() or "no command", error.exit_code)
+        return int(error.exit_code)
     except TrainyardError as error:
-        _fail(error, error.exit_code)
-    except KeyboardInterrupt:
-        _fail(TrainyardError("interrupted; the same command goes on from the last checkpoint"), 130)
+        return _fail(error, error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail(TrainyardError("interrupted; the same command goes on from the last checkpoint"), 130)
     except Exception as error:  # the user's own code, or a defect of ours: one message, the traceback on request
         if shown["verbose"]:
             print(printable(traceback.format_exc()), file=sys.stderr)
         what = f"{type(error).__name__}: {error}"
-        _fail(TrainyardError(what, fix="--verbose shows where it comes from"), 1)
-    sys.exit(0)
+        return _fail(TrainyardError(what, fix="--verbose shows where it comes from"), 1)
+    return 0
 
 
-def _fail(error: TrainyardError, exit_code: int) -> NoReturn:
+def _fail(error: TrainyardError, exit_code: int) -> int:
     text = printable(str(error))
     print(f"error: {text}" if exit_code < 128 else text, file=sys.stderr)
     if shown["json"]:
-        print(json.dumps({"error": {"type": type(error).__name__, "message": text}, "exit_code": exit_code}))
-    sys.exit(exit_code)
+        _print_error(type(error).__name__, text, exit_code)
+    return exit_code
+
+
+def _print_error(kind: str, message: str, exit_code: int) -> None:
+    print_json({"error": {"type": kind, "message": message}, "exit_code": exit_code})
+
+
+def _although_unprinted(error: OSError | None, exit_code: int) -> int:
+    """The exit code of a command whose output could not be written: that of its work, where the work is more than the
+    output. A reader that has left, such as `head`, has what it wanted."""
+    if error is None or error.errno == errno.EPIPE:
+        return exit_code
+    is_done = shown["kept"] or exit_code != 0
+    told = "what was done is done, and only its result could not be printed" if shown["kept"] else "nothing is printed"
+    print(f"{'warning' if is_done else 'error'}: standard output: {error.strerror}: {told}", file=sys.stderr)
+    return exit_code if is_done else 1
 
 
 def print_result(result: dict[str, Any], lines: list[str], as_json: bool) -> None:
     """Print what a command found: JSON on one line, or lines for people."""
     if as_json:
-        print(json.dumps(scrubbed(result)))
+        print_json(result)
     for line in [] if as_json else lines:
         print(printable(line))
+
+
+def print_json(tree: dict[str, Any]) -> None:
+    """Print strict JSON on one line: without secrets, null for a number that is not finite."""
+    print(json.dumps(_finite(scrubbed(tree)), allow_nan=False))
+
+
+def _finite(tree: Any) -> Any:
+    if isinstance(tree, float):
+        return tree if math.isfinite(tree) else None
+    if isinstance(tree, dict):
+        return {key: _finite(value) for key, value in tree.items()}
+    return [_finite(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def phases(progress: Progress) -> Callable[[str], None]:

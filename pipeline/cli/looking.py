@@ -56,7 +56,7 @@ def follow(
     tensorboard: event files in the run's own folder. mlflow: the server of MLFLOW_TRACKING_URI, and the experiment of
     MLFLOW_EXPERIMENT_NAME or else of the job's name; needs pip install 'trainyard[mlflow]'.
     """
-    shown.update(json=as_json, verbose=False)
+    shown.update(json=as_json, verbose=False, kept=True)
     from pipeline.verbs.follow import follow as verb
 
     if attached:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,10 +20,12 @@ from pipeline.cli.app import (
     StorageUrl,
     Verbose,
     app,
+    print_json,
     print_result,
     shown,
     with_workers,
 )
+from pipeline.redaction import printable
 
 if TYPE_CHECKING:
     from pipeline.cluster.jobs.following import Progress
@@ -70,7 +71,7 @@ def submit(
     verbose: Verbose = False,
 ) -> None:
     """Run a job on a Ray cluster. The same command again attaches to it, resumes it, or finds it finished."""
-    shown.update(json=as_json, verbose=verbose)
+    shown.update(json=as_json, verbose=verbose, kept=True)
     from pipeline.verbs.submit import submit as verb
 
     begun: list[str] = []
@@ -147,7 +148,7 @@ def logs(
             address=address,
             token_file=token_file,
             until_its_end=follow,
-            show=_say(False) if as_json else lambda line: print(line, flush=True),
+            show=_say(False) if as_json else lambda line: print(printable(line), flush=True),
             say=_say(False),
             on_job=begun.append,
         )
@@ -163,7 +164,7 @@ def stop(
     quiet: Quiet = False,
 ) -> None:
     """Have a job save and leave. The same submit goes on from there."""
-    shown.update(json=as_json, verbose=False)
+    shown.update(json=as_json, verbose=False, kept=True)
     from pipeline.verbs.remote import how_it_ended
     from pipeline.verbs.remote import stop as verb
 
@@ -172,7 +173,7 @@ def stop(
 
 
 def _say(quiet: bool) -> Callable[[str], None]:
-    return (lambda text: None) if quiet else (lambda text: print(text, file=sys.stderr, flush=True))
+    return (lambda text: None) if quiet else (lambda text: print(printable(text), file=sys.stderr, flush=True))
 
 
 @contextmanager
@@ -187,8 +188,8 @@ def _detaching(begun: list[str], address: str | None, as_json: bool) -> Iterator
     except KeyboardInterrupt:
         if not begun:
             raise
-    (job_id,) = begun
-    where = f" --address {address}" if address else ""
+    job_id = begun[-1]
+    where = printable(f" --address {address}") if address else ""
     print(
         f"\ndetached: {job_id} goes on"
         f"\n  follow it: trainyard logs {job_id} --follow{where}"
@@ -196,7 +197,7 @@ def _detaching(begun: list[str], address: str | None, as_json: bool) -> Iterator
         file=sys.stderr,
     )
     if as_json:
-        print(json.dumps({"job": job_id, "run": None, "url": None, "status": "running", "exit_code": None}))
+        print_json({"job": job_id, "run": None, "url": None, "status": "running", "exit_code": None})
 
 
 def _end(found: Progress, as_json: bool, *, is_followed: bool) -> None:
@@ -204,8 +205,8 @@ def _end(found: Progress, as_json: bool, *, is_followed: bool) -> None:
     from pipeline.verbs.remote import how_it_ended
 
     if is_followed and found.outcome is None:
-        print(f"error: {how_it_ended(found)}", file=sys.stderr)
+        print(printable(f"error: {how_it_ended(found)}"), file=sys.stderr)
     if as_json:
-        print(json.dumps(found.to_json()))
+        print_json(found.to_json())
     if is_followed:
         raise typer.Exit(found.exit_code or 0)

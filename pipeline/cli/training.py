@@ -46,7 +46,7 @@ def train(
     verbose: Verbose = False,
 ) -> None:
     """Run a job. The same command again resumes an interrupted run, and does nothing for a finished one."""
-    shown.update(json=as_json, verbose=verbose)
+    shown.update(json=as_json, verbose=verbose, kept=True)
     from pipeline.terminal import Progress, result_lines
 
     with Progress(quiet=quiet) as progress:
@@ -97,7 +97,7 @@ def init(
     as_json: Json = False,
 ) -> None:
     """Write a commented job file, ready to run and to change."""
-    shown.update(json=as_json, verbose=False)
+    shown.update(json=as_json, verbose=False, kept=True)
     from pipeline.verbs.init import init as verb
 
     path = verb(name)
@@ -157,7 +157,7 @@ def predict(
     verbose: Verbose = False,
 ) -> None:
     """Predictions of a saved checkpoint: keys, prediction and probabilities, a row for each row, in order."""
-    shown.update(json=as_json, verbose=verbose)
+    shown.update(json=as_json, verbose=verbose, kept=True)
     from pipeline.terminal import Progress
     from pipeline.verbs.predict import predict as verb
 

@@ -11,20 +11,20 @@ from typing import Any
 from ray.train.torch import TorchConfig
 
 from pipeline.cluster.interfaces import use_interface_of_node
-from pipeline.cluster.signals import catch_sigterm
+from pipeline.cluster.signals import catch_notices
 
 _TorchBackend: Any = TorchConfig().backend_cls
 
 
 class _Backend(_TorchBackend):  # type: ignore[misc]
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        worker_group.execute(catch_sigterm)
+        worker_group.execute(catch_notices)
         worker_group.execute(use_interface_of_node)
         super().on_start(worker_group, backend_config)
 
 
 class WorkerConfig(TorchConfig):
-    """`TorchConfig`, whose workers take SIGTERM as a notice."""
+    """`TorchConfig`, whose workers take SIGTERM and SIGHUP as a notice."""
 
     @property
     def backend_cls(self) -> Any:

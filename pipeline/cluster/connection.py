@@ -16,7 +16,7 @@ from pipeline.cluster.failure import head
 from pipeline.cluster.joining import joining
 from pipeline.cluster.loopback import on_loopback
 from pipeline.cluster.room import most_and_least, warn_of_few_cores
-from pipeline.context import Tell
+from pipeline.context import Tell, caught_signals
 from pipeline.errors import InputError
 from pipeline.job import Scale
 
@@ -81,12 +81,12 @@ def _connected(address: str | None, scale: Scale, tell: Tell, verbose: bool) -> 
         yield ray
         return
     quiet: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "error"}
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in caught_signals()}
     try:
         if address is None:
             cpus = math.ceil(most_and_least(scale)[0] * scale.cpus_per_worker)  # Ray starts a process for each at once
             warn_of_few_cores(cpus, tell)
-            with on_loopback():
+            with on_loopback(), _deaf_to_hangup():
                 ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
         else:
             with joining(address, verbose=verbose):
@@ -103,6 +103,17 @@ def _connected(address: str | None, scale: Scale, tell: Tell, verbose: bool) -> 
             yield ray
     finally:
         _leave(ray)
+
+
+@contextmanager
+def _deaf_to_hangup() -> Iterator[None]:
+    """What is started meanwhile never gets SIGHUP: a terminal that is closed sends it to every process of its job, and
+    the run could not save without its cluster. One that comes to this process is delivered at the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _refuse_url(address: str | None) -> None:

@@ -18,11 +18,11 @@ from pipeline.cluster.context import PULSE_S, train_function
 from pipeline.cluster.desk import Desk
 from pipeline.cluster.failure import WorkerHung
 from pipeline.cluster.inbox import Inbox
-from pipeline.cluster.losses import AGAIN, Losses
+from pipeline.cluster.losses import AGAIN, Losses, first_line
 from pipeline.cluster.reach import check_storage
 from pipeline.cluster.room import Room, look_at
 from pipeline.context import StopSignals, Tell
-from pipeline.errors import Interrupted, TrainyardError, WorkerLostError
+from pipeline.errors import ClusterError, Interrupted, TrainyardError, WorkerLostError
 from pipeline.job import Scale
 from pipeline.record.journal import Journal
 from pipeline.worker import Order, limits
@@ -65,8 +65,12 @@ def train_on_workers(
         with connected(address, scale, tell, verbose) as ray:
             room = Room(lambda: look_at(ray, draining=draining), scale)
             if begun is None:
-                room.check()
-                check_storage(ray, storage_url)
+                try:
+                    room.check()
+                    check_storage(ray, storage_url)
+                except ray.exceptions.RayError as error:
+                    fix = "the same command again; see the dashboard's logs on the head if it repeats itself"
+                    raise ClusterError(first_line(error), where=address or "Ray", fix=fix) from error
                 order, journal = ready()
                 begun = order, journal, Losses(order.run_name, scale.retries, journal.highest_step)
             if _is_done(ray, room, begun, scale, tell, signals):
@@ -80,8 +84,8 @@ def _is_done(
     order, journal, losses = begun
     while True:
         dead = journal.latest_attempt_of(order.driver)
-        workers = room.wait(signals, tell, after_loss=losses.any)
         try:
+            workers = room.wait(signals, tell, after_loss=losses.any)
             _run_once(ray, replace(order, dead_attempt=dead), workers, room.per_worker, scale, tell, signals)
             return True
         except Interrupted as interrupted:

@@ -112,7 +112,7 @@ def first_line(error: BaseException) -> str:
             return f"worker {rank} was lost ({_why(failure)})"
     if _failures(error):
         return "a worker was lost"
-    return _why(error)
+    return f"{_lost_actor(error)} was lost ({_why(error)})" if _is_dead_actor(error) else _why(error)
 
 
 def _culprit(error: BaseException) -> WorkerFailed | None:
@@ -149,12 +149,26 @@ _REASONS = (
 )
 
 
+def _is_dead_actor(error: BaseException) -> bool:
+    return type(error).__name__.startswith("Actor")  # ActorDiedError, ActorUnavailableError, ...
+
+
+def _lost_actor(error: BaseException) -> str:
+    return "Ray Train's controller" if "TrainController" in _text(error) else "a helper process of Ray's"
+
+
 def _why(error: BaseException) -> str:
     """Ray's many words for a loss, in a few where they are known."""
-    text = " ".join(f"{type(one).__name__}: {one}" for one in _inside(error))
-    if "ActorDiedError" in type(error).__name__ and "TrainController" in text:
-        return "Ray Train's controller was lost"
-    for pattern, reason in _REASONS:
-        if re.search(pattern, text, re.IGNORECASE):
-            return reason
-    return head(error)
+    if getattr(error, "actor_init_failed", False):  # what it raised when it began stands last
+        return str(error).strip().splitlines()[-1].strip()
+    return reason_in(_text(error)) or head(error)
+
+
+def _text(error: BaseException) -> str:
+    return " ".join(f"{type(one).__name__}: {one}" for one in _inside(error))
+
+
+def reason_in(text: str) -> str:
+    """What Ray's words for a loss come to, such as a paragraph on the common causes of a `connection error code 2`;
+    empty where they are none that is known."""
+    return next((reason for pattern, reason in _REASONS if re.search(pattern, text, re.IGNORECASE)), "")

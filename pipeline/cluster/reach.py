@@ -6,11 +6,14 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
+from pipeline.cluster.losses import first_line
 from pipeline.errors import InputError, TrainyardError
 from pipeline.storage import Storage, handed
 
 ANSWER_S = 90
 """Seconds for a node to answer: it may have to start a process first."""
+LOOKS = 2
+"""Times that a node may look again when the process that did was lost."""
 LIMIT_S = 20
 """Seconds for its storage."""
 
@@ -43,7 +46,7 @@ def check_storage(ray: Any, url: str, *, from_here: bool = False) -> None:
         asked = {}
         for node in nodes if len(nodes) > 1 else ():
             strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = ray.remote(num_cpus=0, max_retries=0)(_complaint).options(scheduling_strategy=strategy)
+            task = ray.remote(num_cpus=0, max_retries=LOOKS)(_complaint).options(scheduling_strategy=strategy)
             asked[f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"] = task.remote(
                 url, name, token, handed.handed()
             )
@@ -63,8 +66,7 @@ def _answer(ray: Any, answer: Any) -> str:
     try:
         return str(ray.get(answer, timeout=ANSWER_S))
     except ray.exceptions.RayError as error:
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        return f"could not look at it: {lines[-1].strip()}"
+        return f"could not look at it: {first_line(error)}"
 
 
 def _complaint(url: str, name: str, token: bytes, environment: Mapping[str, str]) -> str:

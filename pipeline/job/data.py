@@ -107,10 +107,11 @@ class Data(Node):
     source: Literal["mnist", "fashion_mnist", "cifar10", "cifar100", "disc", "parquet", "image_folder"] | Call = "mnist"
     """A named source, tables, pictures, or `{call: module:function, args: {}}`."""
     root: str = "~/.cache/trainyard"
-    """Where named sources are downloaded to, or already are."""
+    """Where named sources are downloaded to, or already are. A relative path starts as `url` does."""
     url: str | None = None
     """parquet: a file, a glob or a partitioned folder; image_folder: a folder with one folder for each class, or a
-    Parquet file of paths and labels. Any fsspec URL."""
+    Parquet file of paths and labels. Any fsspec URL, or a path: one in a job file starts from the folder of that file,
+    one in `--set` or from Python from the working directory."""
     label: str | Annotated[list[str], Field(min_length=1)] | None = None
     """parquet: the column to learn, or several numbers for a regression. image_folder: the column of labels."""
     features: Annotated[list[str], Field(min_length=1)] = ["*"]

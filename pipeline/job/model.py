@@ -16,7 +16,8 @@ class Start(Node):
     """How the weights begin, and which of them stay."""
 
     init_from: str | None = None
-    """A run to start from: its name under the storage or its URL, with @best (default), @last or @STEP behind it."""
+    """A run to start from: its name under the storage, its URL, or its path (with a slash in it; relative to the job
+    file), with @best (default), @last or @STEP behind it."""
     strict: bool = True
     """With init_from: false takes the tensors that fit and leaves the others as they are."""
     freeze: Literal["backbone"] | list[str] = []
@@ -78,7 +79,8 @@ class TorchvisionModel(Start):
     kind: str
     """torchvision:NAME, one of `torchvision.models.list_models(module=torchvision.models)`."""
     weights: str | None = None
-    """DEFAULT or another of torchvision's pretrained weights, or a file of them; from scratch if not given."""
+    """DEFAULT or another of torchvision's pretrained weights, or a file of them, relative to the job file; from scratch
+    if not given."""
     args: dict[str, Any] = {}
     """Further keyword arguments of the model, such as dropout."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -61,8 +62,9 @@ class Job(Node):
     metrics: list[str] = []
     """Metrics of your own besides the task's: `module:function`, (outputs, targets) of a whole split -> number."""
     code: str | None = None
-    """Folder of your own modules, relative to the job file; its Python files are stored with the run. The working
-    directory's modules are found too."""
+    """Folder of your own modules; its Python files are stored with the run. The working directory's modules are found
+    too. As every path in a job file but `storage`, a relative one starts from the folder of the file that it stands in
+    (also of a `base:`); one in `--set`, or given from Python, from the working directory."""
     evaluate: Evaluate = Evaluate()
     best: Best = Best()
     checkpoint: Checkpoint = Checkpoint()
@@ -70,7 +72,7 @@ class Job(Node):
     """Who else is fed from the metric log while the run goes on. Never blocks or fails a run."""
     scale: Scale = Scale()
     storage: str = "./runs"
-    """Where runs go: a folder or any fsspec URL."""
+    """Where runs go: any fsspec URL, or a folder, relative to the working directory."""
 
     @field_validator("name")
     @classmethod
@@ -115,6 +117,9 @@ NOT_IDENTITY = ("scale", "storage", "checkpoint", "follow", "code")
 """Branches of the job that change where and how fast it runs, not what comes out. (`code` is a folder; what of it the
 job imports counts by its content.)"""
 
+START = ("init_from", "weights")
+"""Of the job's `model`: what names the weights to start from."""
+
 NOT_IDENTITY_OF_DATA = ("root", "url", "loader", "cache")
 """Likewise, of its `data`."""
 
@@ -140,6 +145,8 @@ def identity(
     """
     tree = {key: value for key, value in job.resolved().items() if key not in NOT_IDENTITY}
     tree["data"] = {key: value for key, value in tree["data"].items() if key not in NOT_IDENTITY_OF_DATA}
+    if start is not None:  # it says what the weights are; where they lie is no more part of it than the data's folder
+        tree["model"] |= {key: "a file" for key in START if os.path.isabs(tree["model"].get(key) or "")}
     tree |= {"max_steps": max_steps, "fingerprint": fingerprint, "start": start}
     return {**tree, "code": dict(code)} if code else tree
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pipeline.errors import JobError
 from pipeline.job import Job
 from pipeline.job_file.explaining import explain
-from pipeline.job_file.reading import apply, code_folder, complete_tree, mapping, read_tree
+from pipeline.job_file.reading import apply, complete_tree, mapping, read_tree, with_paths_from
 from pipeline.job_file.yaml12 import Dumper, parse_yaml
 from pipeline.redaction import secrets_in
 
@@ -26,6 +26,8 @@ IN_MEMORY = Path("job")
 def load_job(path: str | Path, overrides: Iterable[str] = ()) -> Job:
     """Read a job file, the files it is based on, and `KEY=VALUE` overrides.
 
+    Relative paths become whole: in a file they start from its folder, in an override from the working directory.
+
     Raises
     ------
     JobError: a missing file or `code` folder, broken YAML, an unknown key or a value out of range.
@@ -36,20 +38,17 @@ def load_job(path: str | Path, overrides: Iterable[str] = ()) -> Job:
 def _built(tree: dict[str, Any], overrides: Iterable[str], path: Path) -> Job:
     job = build_job(apply(tree, overrides), where=str(path))
     refuse_secrets(job, str(path))
-    if job.code is None:
-        return job
-    folder = code_folder(job.code, path)  # once more, for an override
-    if not Path(folder).is_dir():
-        raise JobError(
-            "no such folder", where=f"code: {folder}", fix="name the folder of your modules, from the job file"
-        )
-    return job.model_copy(update={"code": folder})
+    if job.code is not None and not Path(job.code).is_dir():
+        fix = "name the folder of your modules, in a job file from its own folder on"
+        raise JobError("no such folder", where=f"code: {job.code}", fix=fix)
+    return job
 
 
 def resolve_job(job: Job | Mapping[str, Any] | str | Path, overrides: Iterable[str] = ()) -> Job:
     """A job from whatever describes it: a job file, the content of one as a mapping, or a `Job`; with overrides.
 
-    Paths in a mapping are relative to the working directory, as those of a job file that lies there.
+    Local paths are written out from the root, for workers and later commands run in other folders: those of a job file
+    start from its folder, those of a mapping, of a `Job` and of overrides from the working directory.
 
     Raises
     ------
@@ -58,7 +57,8 @@ def resolve_job(job: Job | Mapping[str, Any] | str | Path, overrides: Iterable[s
     if isinstance(job, Job):
         job = override_job(job, overrides)
         refuse_secrets(job, "job")
-        return job
+        whole = with_paths_from(Path.cwd(), job.resolved())
+        return job if whole == job.resolved() else build_job(whole, where="job")
     if isinstance(job, Mapping):
         return _built(complete_tree(deepcopy(dict(job)), IN_MEMORY), overrides, IN_MEMORY)
     if isinstance(job, (str, Path)):

@@ -13,10 +13,14 @@ from pydantic import ValidationError
 from pipeline.errors import JobError
 from pipeline.job import Job
 from pipeline.job_file.yaml12 import parse_yaml
-from pipeline.redaction import holds_secret, is_secret_name
+from pipeline.redaction import holds_secret, is_looked_up, is_secret_name
 
 SHORT_FORMS = {"seed": "all", "task": "kind"}
 """`seed: 1` is short for `seed: {all: 1}`, `task: binary` for `task: {kind: binary}`."""
+
+URL, CODE, WEIGHTS, RUN = ("data", "url"), ("code",), ("model", "weights"), ("model", "init_from")
+LOCAL_PATHS = (URL, CODE, WEIGHTS, RUN, ("data", "root"), ("data", "cache", "folder"))
+"""Fields that may hold a path of this machine. (`storage` stays relative to the working directory.)"""
 
 DEFAULT_VARIANTS = ("mlp", "multiclass", "sgd", "random")
 """What `kind` and `by` are where they are not given."""
@@ -35,9 +39,7 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def complete_tree(tree: dict[str, Any], path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The content of a job file at `path`, with the environment filled in and its bases below it."""
-    tree = _with_environment(tree, str(path))
-    if isinstance(tree.get("code"), str):
-        tree["code"] = code_folder(tree["code"], path)
+    tree = with_paths_from(path.parent, _with_environment(tree, str(path)))
     base = tree.pop("base", None)
     if base is None:
         return tree
@@ -53,9 +55,21 @@ def complete_tree(tree: dict[str, Any], path: Path, seen: tuple[Path, ...] = ())
     return _merge(below, tree)
 
 
-def code_folder(folder: str, job_file: Path) -> str:
-    """A job file's `code` as an absolute path: it stands there relative to the file."""
-    return str((job_file.parent / Path(folder).expanduser()).absolute())
+def with_paths_from(folder: Path, tree: Any, key: tuple[Any, ...] = ()) -> Any:
+    """Plain values, those of a job or of what lies at `key` in it, with relative paths written out from a folder: that
+    of the file they stand in, or the working directory for those that are typed."""
+    if isinstance(tree, Mapping):
+        return {name: with_paths_from(folder, value, (*key, name)) for name, value in tree.items()}
+    return _path_from(folder, tree, key) if isinstance(tree, str) and key in LOCAL_PATHS else tree
+
+
+def _path_from(folder: Path, value: str, key: tuple[Any, ...]) -> str:
+    if not value or is_looked_up(value) or "://" in value or re.match(r"\w+:/", value):
+        return value
+    if key in (URL, CODE):
+        value = os.path.expanduser(value)  # the others stay what they are on each machine of a cluster
+    is_name = "/" not in value and (key == RUN or (key == WEIGHTS and not os.path.isfile(folder / value)))
+    return value if is_name or value.startswith("~") else os.path.abspath(folder / value)
 
 
 def mapping(tree: Any, where: str) -> dict[str, Any]:
@@ -125,7 +139,7 @@ def apply(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
         path = key.strip().split(".")
         if path[0] == "base":
             raise JobError("base stands in the job file alone", where=where, fix="write a job file with this base")
-        _set(tree, path, parse_yaml(text, where), where)
+        _set(tree, path, with_paths_from(Path.cwd(), parse_yaml(text, where), tuple(path)), where)
     return tree
 
 

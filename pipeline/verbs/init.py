@@ -16,7 +16,7 @@ seed: 1                        # or {{all: 1, split: 7}} to set single random st
 data:
   source: mnist                # mnist, fashion_mnist, cifar10, cifar100, disc, or {{call: module:function, args: {{}}}}
   root: ~/.cache/trainyard     # where a named source is, or is downloaded to
-  # A table:                     (a file, a glob or a folder, at any fsspec URL)
+  # A table:                     (a file, a glob or a folder, relative to this file, or at any fsspec URL)
   # source: parquet
   # url: churn.parquet
   # label: churned

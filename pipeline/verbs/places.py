@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-from pipeline.job import Job
 from pipeline.record.run import Run, open_run
 from pipeline.redaction import is_looked_up, looked_up
 
@@ -14,13 +13,6 @@ DEFAULT_STORAGE = "./runs"
 def storage_url(flag: str | None, job_storage: str | None = None) -> str:
     """The flag, else TRAINYARD_STORAGE, else the job's `storage`, else ./runs; `env:NAME` looked up."""
     return looked_up(flag or os.environ.get("TRAINYARD_STORAGE") or job_storage or DEFAULT_STORAGE, "storage")
-
-
-def with_whole_url(job: Job) -> Job:
-    """The job with a local `data.url` written out from the root: workers and later commands run in other folders."""
-    if job.data.url is None:
-        return job
-    return job.model_copy(update={"data": job.data.model_copy(update={"url": whole_url(job.data.url)})})
 
 
 def whole_url(url: str) -> str:

@@ -107,9 +107,9 @@ def how_it_ended(found: Progress) -> str:
         return head
     if found.ray_status == "STOPPED":
         return f"{head}: killed before it could save\n  the same submit goes on from the last checkpoint"
-    code = found.driver_exit_code
-    how = f"its entry point was killed by signal {-code}" if code is not None and code < 0 else ""
-    reason = how or next((line for line in reversed(found.message.splitlines()) if line.strip()), "no reason was given")
+    said = [line.strip() for line in found.message.splitlines() if line.strip()] or ["no reason was given"]
+    # The end of the log, where there is one; else what Ray itself begins to say.
+    reason = found.loss or said[-1 if found.driver_exit_code is not None else 0]
     return f"{head}: {reason}\n  the same submit goes on from the last checkpoint"
 
 

@@ -19,7 +19,7 @@ from pipeline.errors import InputError
 from pipeline.job import Job, plain_name
 from pipeline.job_file import dump_job, resolve_job
 from pipeline.redaction import hide
-from pipeline.verbs.places import storage_url, with_whole_url
+from pipeline.verbs.places import storage_url
 
 POLL_S = 0.5
 STOP_WAIT_S = 300
@@ -56,7 +56,7 @@ def submit(
     env: names of variables of this environment to set for the job there; they stay out of everything that is written.
     env_files: files of such variables.
     token_file: holds the cluster's token.
-    wait: follow the job to its end.
+    wait: follow the job to its end, and start it again where it is lost, up to `scale.retries` times.
     say: takes lines on what is being done.
     show: takes lines of the job's log.
     on_job: takes the job's id as soon as there is one.
@@ -71,7 +71,7 @@ def submit(
     WorkError: the cluster was lost while the job was followed.
     KeyboardInterrupt: as pressed; a job that was started goes on.
     """
-    wanted = with_whole_url(resolve_job(job, set))
+    wanted = resolve_job(job, set)
     code = own_code.collect(wanted)
     environment = environment_of(env, env_files)
     hide(environment)
@@ -86,9 +86,17 @@ def submit(
     letter = Letter(
         dump_job(shipped), clearance.storage, name, max_steps, verbose, environment, allow_code_change=allow_code_change
     )
-    job_id = _start_or_attach(cluster, clearance, key, letter, code.files, wanted, say)
-    on_job(job_id)
-    return follow(cluster, job_id, show, say) if wait else look(cluster, job_id)
+    losses = 0
+    while True:
+        job_id = _start_or_attach(cluster, clearance, key, letter, code.files, wanted, say)
+        on_job(job_id)
+        if not wait:
+            return look(cluster, job_id)
+        found = follow(cluster, job_id, show, say)
+        if not found.loss or losses == wanted.scale.retries:
+            return found
+        losses += 1
+        say(f"warning: {job_id}: {found.loss}; starting again ({losses} of {wanted.scale.retries})")
 
 
 def _start_or_attach(

@@ -27,7 +27,7 @@ from pipeline.record.soundness import has_end
 from pipeline.record.standing import Standing, standing
 from pipeline.record.watch import refuse_where_it_beats
 from pipeline.storage import Storage, handed
-from pipeline.verbs.places import storage_url, with_whole_url
+from pipeline.verbs.places import storage_url
 from pipeline.worker import Order, say_for_the_dead, work
 
 
@@ -74,7 +74,7 @@ def train(
             where="--allow-code-change",
             fix="add --name RUN, or leave it out",
         )
-    job = with_whole_url(resolve_job(job, _words(set) if isinstance(set, Mapping) else set))
+    job = resolve_job(job, _words(set) if isinstance(set, Mapping) else set)
     code = collect(job)
     with code.in_use(), leave_as_found():
         return _train(job, code, name, storage, address, max_steps, allow_code_change, tell, verbose)

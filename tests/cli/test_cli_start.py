@@ -12,6 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -62,6 +65,34 @@ def test_a_warm_start_goes_on_from_the_checkpoint_that_is_named(trainyard: Train
             assert (after["2.weight"] - begun["2.weight"]).norm() < begun["2.weight"].norm()
     assert not torch.equal(heads["base@8"], heads["base@last"])
     assert trainyard("check", job, "--batch").code == 0
+
+
+def test_a_job_that_is_moved_with_its_data_and_start_is_the_same_job(
+    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every path in it is relative to it, and none is part of what the run is."""
+    place = tmp_path / "project/jobs"
+    place.mkdir(parents=True)
+    draw = np.random.default_rng(0)
+    pq.write_table(pa.table({"x": draw.normal(size=90), "y": draw.integers(0, 2, 90)}), place / "rows.parquet")
+    tree = {"data": {"source": "parquet", "url": "rows.parquet", "label": "y"}, "model": {"kind": "mlp"}}
+    (place / "base.yaml").write_text(yaml.safe_dump({"name": "base", **tree}))
+    warm = {"base": "base.yaml", "name": "warm", "model": {"init_from": "../runs/begun@last"}}
+    (place / "warm.yaml").write_text(yaml.safe_dump(warm))
+    begun = trainyard(
+        "train", str(place / "base.yaml"), "--storage", "project/runs", "--name", "begun", "--max-steps", "2"
+    )
+    assert begun.code == 0, begun.err
+    runs = ("--storage", str(tmp_path / "all"), "--max-steps", "3", "--json")
+    first = trainyard("train", "project/jobs/warm.yaml", *runs)
+    assert first.code == 0, first.err
+    assert trainyard("evaluate", first.json["url"], "--json").code == 0
+    (tmp_path / "project").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    again = trainyard("train", "jobs/warm.yaml", *runs)
+    assert (again.code, again.json["run"], "nothing to do" in again.err) == (0, first.json["run"], True), again.err
+    typed = trainyard("train", "jobs/warm.yaml", "--set", "data.url=jobs/rows.parquet", *runs)
+    assert (typed.code, typed.json["run"]) == (0, first.json["run"]), typed.err
 
 
 def test_another_start_is_another_run(trainyard: Trainyard, tmp_path: Path) -> None:

@@ -57,6 +57,57 @@ def test_the_failing_rank_is_named_and_not_those_that_it_took_along() -> None:
     assert first_line(group(r0=consequence)) == "a worker was lost"
 
 
+PARAGRAPH = """The actor died unexpectedly before finishing this task.
+	class_name: CLASS
+	namespace: SOME
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker
+unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the process was killed
+by the OOM killer due to high memory usage, (2) ray stop --force was called, or (3) the worker crashed unexpectedly."""
+
+
+def died(actor: str) -> Exception:
+    """As Ray says it of an actor whose process was killed."""
+    error = ray.exceptions.ActorDiedError()
+    error.error_msg = PARAGRAPH.replace("CLASS", actor)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ray.exceptions.ActorDiedError(), "a helper process of Ray's was lost (its process was ended from outside)"),
+        (
+            died("TrainController"),
+            "Ray Train's controller was lost (its process was ended from outside)",
+        ),
+        (
+            died("Desk"),
+            "a helper process of Ray's was lost (its process was ended from outside)",
+        ),
+        (ray.exceptions.WorkerCrashedError(), "its process was ended from outside"),
+        (ray.exceptions.ActorUnavailableError("The actor is temporarily unavailable: RpcError", None), None),
+        (ray.exceptions.GetTimeoutError("Get timed out: some object(s) not ready."), "it did not answer"),
+        (ray.exceptions.NodeDiedError("The node has died"), "its node is gone"),
+        (ray.exceptions.RaySystemError("first\nsecond"), None),
+    ],
+)
+def test_rays_paragraphs_come_to_a_line_of_ours(error: Exception, line: str | None) -> None:
+    found = first_line(error)
+    assert found == (line if line is not None else found)
+    assert "\n" not in found
+    assert len(found) < 120
+
+
+def test_a_dead_controller_is_tried_again_as_often_as_the_job_allows() -> None:
+    losses = Losses("run", 2, lambda: 0)
+    error = died("TrainController")
+    for _ in range(2):
+        losses.take(error, 0)
+    with pytest.raises(WorkerLostError, match="Ray Train's controller was lost") as raised:
+        losses.take(error, 0)
+    assert "common causes" not in str(raised.value)
+
+
 def test_what_a_worker_says_itself_is_passed_on() -> None:
     said = NotFiniteError("the loss is nan")
     with pytest.raises(NotFiniteError, match="nan"):

@@ -210,7 +210,7 @@ def test_the_client_is_killed_and_the_run_goes_on_until_it_is_stopped(
 def test_the_entry_point_is_killed_and_the_same_submit_resumes_to_the_bit(
     trainyard: Call, there: tuple[str, str], jobs_cluster: JobsCluster, tmp_path: Path
 ) -> None:
-    """On one worker, against a run in this process. Fits: 2."""
+    """On one worker, against a run in this process; and one that waits goes on by itself. Fits: 3."""
     storage = tmp_path / "runs"
     job = write(tmp_path, pause_s=0.2, name="killed-entry", scale={"workers": 1, "device": "cpu"})
     sent = trainyard("submit", job, *there, "--storage", str(storage), "--no-wait", "--quiet")
@@ -224,13 +224,64 @@ def test_the_entry_point_is_killed_and_the_same_submit_resumes_to_the_bit(
     assert "its entry point was killed by signal 9" in ended.err
     assert "the same submit goes on" in ended.err
 
+    def kill_again() -> None:
+        before = commits(storage)
+        wait_for(lambda: commits(storage) > before, 240, "another checkpoint")
+        kill("jobs/entry_point.py")
+
+    killer = threading.Thread(target=kill_again)
+    killer.start()
     again = trainyard("submit", job, *there, "--storage", str(storage), "--json")
+    killer.join()
     assert again.code == 0, again.err
-    assert again.json["job"] == first.removesuffix("-1") + "-2"
+    assert "-2: its entry point was killed by signal 9; starting again (1 of 3)" in again.err
+    assert again.json["job"] == first.removesuffix("-1") + "-3"
     (run,) = (path.parent for path in storage.glob("*/job.yaml"))
     untouched = train(job, set={"scale.workers": 0}, storage=str(tmp_path / "untouched"))
     assert evidence(run) == evidence(Path(untouched.url))
-    assert {entry["attempt"] for entry in entries(run)} == {1, 2}
+    assert {entry["attempt"] for entry in entries(run)} == {1, 2, 3}
+
+
+def test_a_submission_that_loses_rays_processes_goes_on_by_itself_and_says_so_in_words_of_ours(
+    trainyard: Call, there: tuple[str, str], tmp_path: Path
+) -> None:
+    """Those that start the probe, and then the job. In the entry point itself: no start of workers."""
+    storage = tmp_path / "runs"
+    job = write(tmp_path, pause_s=0.1, name="lost", train={"batch_size": 100, "phases": [{"epochs": 5, "lr": 0.3}]})
+
+    def kill_each() -> None:
+        kill("ray::JobSupervisor")
+        wait_for(lambda: commits(storage) > 0, 240, "a checkpoint")
+        kill("ray::JobSupervisor")
+
+    killer = threading.Thread(target=kill_each)
+    killer.start()
+    ended = trainyard("submit", job, *there, "--storage", str(storage), "--json")
+    killer.join()
+    assert ended.code == 0, ended.err
+    assert (ended.json["status"], ended.json["attempts"], ended.json["job"][-2:]) == ("finished", 2, "-2")
+    lost = "the process that Ray ran it from was lost (its process was ended from outside)"
+    assert f"a first small job was lost: {lost}; trying again" in ended.err
+    assert f"-1: {lost}; starting again (1 of 3)" in ended.err
+    first = trainyard("logs", f"{ended.json['job'][:-2]}-1", *there)
+    status = trainyard("status", f"{ended.json['job'][:-2]}-1", *there)
+    assert f"failed: {lost}" in status.out
+    for word in ("common causes", "class_name", "connection error code"):
+        assert word not in ended.err + ended.out + first.out + status.out
+    (run,) = (path.parent for path in storage.glob("*/job.yaml"))
+    untouched = train(job, name=run.name, storage=str(tmp_path / "untouched"))
+    assert evidence(run) == evidence(Path(untouched.url))
+
+
+def kill(word: str) -> None:
+    """Kill a process of these clusters by a word of its command line, as soon as there is one."""
+    wait_for(lambda: bool(ours(word)), 240, f"a process of {word}")
+    for pid in ours(word):
+        os.kill(pid, signal.SIGKILL)
+
+
+def ours(word: str) -> list[int]:
+    return [pid for pid, line in command_lines().items() if word in line and is_ours(pid)]
 
 
 def is_ours(pid: int) -> bool:

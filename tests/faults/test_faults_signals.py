@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import train
 from tests.faults.fault_evidence import Watcher, committed, entries, evidence, only_run, read_log, wait_for
 from tests.faults.fault_nursery import Nursery, Trap
 
@@ -57,7 +59,7 @@ def untouched(nursery: Nursery, folder: Path) -> object:
     return evidence(only_run(storage))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
 def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(
     nursery: Nursery, untouched: object, tmp_path: Path, number: int, code: int
 ) -> None:
@@ -74,6 +76,53 @@ def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(
     assert again.code == 0
     assert "resuming after step 33" in again.err
     assert evidence(run) == untouched
+
+
+def test_nohup_goes_on_without_its_terminal(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        run = train("victim.yaml", storage=str(tmp_path), max_steps=40, tell=lambda event: hang_up())
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (run.status, run.attempts) == ("finished", 1)
+
+
+def hang_up() -> None:
+    os.kill(os.getpid(), signal.SIGHUP)
+
+
+def test_a_closed_terminal_saves_and_leaves_though_nothing_can_be_printed_any_more(
+    nursery: Nursery, folder: Path, tmp_path: Path
+) -> None:
+    """The true command with a live bar on a terminal of its own, which is closed."""
+    terminal, side = os.openpty()
+    # The first terminal that the leader of a session opens is the one whose end it is told of.
+    words = [
+        "sh",
+        "-c",
+        f'exec "$@" <{os.ttyname(side)} >{os.ttyname(side)} 2>&1',
+        "sh",
+        sys.executable,
+        "-m",
+        "pipeline",
+    ]
+    storage = tmp_path / "runs"
+    process = subprocess.Popen(
+        [*words, "train", "longer.yaml", "--storage", str(storage)], cwd=folder, start_new_session=True
+    )
+    os.close(side)
+
+    def has_committed() -> bool:
+        while select.select([terminal], [], [], 0)[0]:
+            os.read(terminal, 65536)
+        return count_commits(storage) > 0
+
+    wait_for(lambda: has_committed() or process.poll() is not None, 60, "a commit")
+    os.close(terminal)
+    assert process.wait(timeout=60) == 143
+    *_, leave = entries(only_run(storage))
+    assert (leave["kind"], leave["status"]) == ("leave", "interrupted")
 
 
 def test_a_second_ctrl_c_ends_at_once_and_the_run_goes_on_from_its_last_checkpoint(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import JobError
 from pipeline.job import Job
-from pipeline.job_file import build_job, dump_job, load_job, parse_job, parse_yaml
+from pipeline.job_file import build_job, dump_job, load_job, parse_job, parse_yaml, resolve_job
 
 
 def job(text: str, folder: Path, *overrides: str) -> Job:
@@ -148,6 +148,71 @@ def test_the_environment_is_filled_in(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (read.name, read.train.batch_size, read.storage) == ("by-me", 64, "s3://b/me/64")
     monkeypatch.delenv("WHO")
     assert said_of("name: by-${WHO}", tmp_path) == ["the environment has no WHO"]
+
+
+# ------------------------------------------------------------------------------------------------- paths
+
+
+def places(job: Job) -> dict[str, Any]:
+    """The fields that may hold a local path, as they are resolved."""
+    tree = job.resolved()
+    found = {f"data.{key}": tree["data"][key] for key in ("url", "root")}
+    found |= {f"model.{key}": tree["model"][key] for key in ("init_from", "weights") if key in tree["model"]}
+    return {**found, "cache": tree["data"]["cache"]["folder"], "storage": tree["storage"]}
+
+
+def test_a_path_in_a_file_starts_from_the_file_and_a_typed_one_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("jobs/shared", "here"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "jobs/shared/net.pth").touch()
+    (tmp_path / "jobs/shared/base.yaml").write_text(
+        "name: base\nstorage: runs\n"
+        "data: {source: parquet, url: rows/*.parquet, label: y, root: raw, cache: {folder: cache}}\n"
+        "model: {kind: 'torchvision:resnet18', weights: net.pth}\n"
+    )
+    (tmp_path / "jobs/job.yaml").write_text("base: shared/base.yaml\nname: job\ndata: {root: ../raw}\n")
+    shared = tmp_path / "jobs/shared"
+    in_file = {
+        "data.url": f"{shared}/rows/*.parquet",
+        "data.root": f"{tmp_path}/raw",
+        "model.init_from": None,
+        "model.weights": f"{shared}/net.pth",
+        "cache": f"{shared}/cache",
+        "storage": "runs",
+    }
+    for path in ("../jobs/job.yaml", str(tmp_path / "jobs/job.yaml")):
+        assert places(load_job(path)) == in_file
+
+    typed = ("data.url=rows.parquet", "data.cache={folder: ../cache}", "model={kind: mlp, init_from: runs/a@best}")
+    assert places(load_job("../jobs/job.yaml", typed)) == {
+        "data.url": f"{tmp_path}/here/rows.parquet",
+        "data.root": f"{tmp_path}/raw",
+        "model.init_from": f"{tmp_path}/here/runs/a@best",
+        "cache": f"{tmp_path}/cache",
+        "storage": "runs",
+    }
+    of_python = resolve_job(build_job({"name": "p", "data": {"root": "raw"}}, "here"))
+    assert of_python.data.root == f"{tmp_path}/here/raw"
+
+
+@pytest.mark.parametrize("url", ["s3://b/x", "file:///x/y", "env:PLACE", "simplecache::s3://b/x", "/x/y", "memory://x"])
+def test_what_is_whole_or_is_no_path_stays_as_it_is(tmp_path: Path, url: str) -> None:
+    data = f"data: {{source: parquet, label: y, url: '{url}', root: ~/raw}}"
+    for start in ("base", "base@last", "s3://b/runs/base@3", "env:PLACE"):
+        read = job(f"name: a\n{data}\nmodel: {{kind: mlp, init_from: '{start}'}}", tmp_path)
+        assert places(read) == {
+            "data.url": url,
+            "data.root": "~/raw",
+            "model.init_from": start,
+            "cache": "~/.cache/trainyard/data",
+            "storage": "./runs",
+        }
+        assert resolve_job(read) == read
+    weights = job(f"name: a\n{data}\nmodel: {{kind: 'torchvision:resnet18', weights: DEFAULT}}", tmp_path)
+    assert places(weights)["model.weights"] == "DEFAULT"
 
 
 # -------------------------------------------------------------------------------------------- overriding

@@ -48,19 +48,22 @@ def job_of(kind: str = "mlp", **tree: Any) -> Job:
     return build_job({"name": "t", "model": {"kind": kind}, **tree}, "here")
 
 
-def test_the_folder_stands_relative_to_the_job_file(tmp_path: Path) -> None:
+def test_the_folder_stands_relative_to_the_job_file_and_a_typed_one_to_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path, "jobs/code/oc_a.py", "jobs/other/oc_a.py", "oc_b.py")
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "jobs/base.yaml").write_text("name: t\ncode: code\n")
     (tmp_path / "jobs/deep").mkdir()
     (tmp_path / "jobs/deep/over.yaml").write_text("base: ../base.yaml\n")
     job = load_job(tmp_path / "jobs/base.yaml")
     assert job.code == str(tmp_path / "jobs/code")
     assert Path(load_job(tmp_path / "jobs/deep/over.yaml").code or "").resolve() == tmp_path / "jobs/code"
-    assert load_job(tmp_path / "jobs/base.yaml", ["code=other"]).code == str(tmp_path / "jobs/other")
+    assert load_job(tmp_path / "jobs/base.yaml", ["code=jobs/other"]).code == str(tmp_path / "jobs/other")
     assert parse_job(dump_job(job), "stored") == job
     with pytest.raises(JobError, match="no such folder") as caught:
         load_job(tmp_path / "jobs/base.yaml", ["code=nowhere"])
-    assert caught.value.where == f"code: {tmp_path / 'jobs/nowhere'}"
+    assert caught.value.where == f"code: {tmp_path / 'nowhere'}"
 
 
 def test_the_folder_comes_before_the_working_directory_and_pythons_own_before_both(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A cluster that `train` starts on this machine listens on loopback alone."""
+"""A cluster that `train` starts on this machine listens on loopback alone, and outlives the terminal that is closed."""
 
 from __future__ import annotations
 
@@ -6,20 +6,30 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
+
+import pytest
 
 SCRIPT = """
-import json, os, warnings
+import json, os, signal, warnings
 warnings.simplefilter("ignore")
 from pipeline.cluster.connection import connected
 from pipeline.job import Scale
 from tests.security.listening import family, listening
 
-with connected(None, Scale(workers=1), lambda event: None, verbose=False):
-    print(json.dumps({pid: sorted(listening(pid)) for pid in family(os.getpid())}))
+with connected(None, Scale(workers=1), lambda event: None, verbose=False) as ray:
+    found = {pid: sorted(listening(pid)) for pid in family(os.getpid())}
+    heard = []
+    signal.signal(signal.SIGHUP, lambda number, frame: heard.append(number))
+    os.killpg(0, signal.SIGHUP)  # as a terminal that is closed
+    square = ray.remote(num_cpus=1, max_retries=0)(lambda x: x * x)
+    print(json.dumps({"listening": found, "heard": heard, "square": ray.get(square.remote(7), timeout=120)}))
 """
 
 
-def test_servers_of_a_local_cluster_listen_on_loopback() -> None:
+@pytest.fixture(scope="module")
+def told() -> Any:
+    """What such a cluster's driver, in a session of its own, says of it."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     ran = subprocess.run(
         [sys.executable, "-c", SCRIPT],
@@ -28,8 +38,17 @@ def test_servers_of_a_local_cluster_listen_on_loopback() -> None:
         timeout=240,
         env={**environment, "PYTHONPATH": "."},
         check=False,
+        start_new_session=True,
     )
     assert ran.returncode == 0, ran.stderr
-    found = {pid: addresses for pid, addresses in json.loads(ran.stdout.splitlines()[-1]).items() if addresses}
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def test_servers_of_a_local_cluster_listen_on_loopback(told: Any) -> None:
+    found = {pid: addresses for pid, addresses in told["listening"].items() if addresses}
     assert len(found) > 3, "these are not the processes of a cluster"
     assert {address for addresses in found.values() for address in addresses} == {"127.0.0.1"}
+
+
+def test_a_terminal_that_is_closed_ends_none_of_its_processes(told: Any) -> None:
+    assert (len(told["heard"]), told["square"]) == (1, 49)

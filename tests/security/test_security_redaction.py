@@ -22,11 +22,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
+from pydantic import BaseModel
 
 from pipeline import train
 from pipeline.errors import JobError
-from pipeline.job_file import build_job
-from pipeline.redaction import holds_secret, scrub
+from pipeline.job import Job
+from pipeline.job_file import build_job, dump_job, load_job
+from pipeline.job_file.explaining import _models_in
+from pipeline.redaction import holds_secret, is_secret_name, scrub, secrets_in
 from tests.cli.cli_calls import Trainyard, write_job
 from tests.security.listening import command_lines
 from tests.security.spoiling import some
@@ -182,13 +185,22 @@ def test_data_behind_a_secret_url(
         {"data": {"source": {"call": "planted_code:rows", "args": {"deep": [{"x": "${HF_TOKEN}"}]}}}},
         {"storage": "s3://${SERVICE_PASSWORD}/x"},
         {"storage": "${PLACE}"},
+        {"storage": f"https://{IN_URLS[0]}@host/runs"},
+        {"data": {"source": {"call": "planted_code:rows", "args": {"deep": [{"x": "${AZURE_STORAGE_KEY}"}]}}}},
+        {"model": {"kind": "planted_code:Net", "args": {"password": IN_URLS[0]}}},
+        {"model": {"kind": "planted_code:Net", "args": {"logins": [{"api_keys": ["env:HF_TOKEN", IN_URLS[0]]}]}}},
+        {"model": {"kind": "planted_code:Net", "args": {"dsn": f"host=db password={IN_URLS[0]} user=me"}}},
     ],
-    ids=["password", "slash", "Amazon", "Azure", "init_from", "literal", "deep", "environment", "a URL there"],
+    ids=[
+        *("password", "slash", "Amazon", "Azure", "init_from", "literal", "deep", "environment", "a URL there"),
+        *("token", "key", "argument", "list", "connection string"),
+    ],
 )
 def test_a_job_that_holds_one_is_refused_before_anything_is_written(
     trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object]
 ) -> None:
     monkeypatch.setenv("PLACE", f"s3://key:{IN_URLS[0]}@bucket/runs")
+    monkeypatch.setenv("AZURE_STORAGE_KEY", IN_URLS[0])
     job = write_job(tmp_path, **change)
     for words in (["train", job, "--json"], ["check", job]):
         ended = trainyard(*words)
@@ -203,6 +215,16 @@ def test_an_override_and_a_job_in_python_too(trainyard: Trainyard, tmp_path: Pat
     ended = trainyard("train", write_job(tmp_path), "--set", f"storage={url}")
     assert ended.code == 2
     assert not found_in(ended.out + ended.err)
+    for word in (f"model.args.token=[{IN_URLS[0]}", f"model={{kind: 'm:N', args: {{user_pass: {IN_URLS[0]}}}}}"):
+        ended = trainyard("train", write_job(tmp_path), "--set", word)
+        assert (ended.code, found_in(ended.err)) == (2, []), ended.err
+    (tmp_path / "below.yaml").write_text(
+        f"data: {{source: parquet, label: y, url: 'https://{IN_URLS[0]}@h/t.parquet'}}"
+    )
+    (tmp_path / "above.yaml").write_text("base: below.yaml\nname: above")
+    ended = trainyard("check", "above.yaml", "--json")
+    assert (ended.code, found_in(ended.out + ended.err)) == (2, [])
+    assert "data.url: holds a secret" in ended.json["error"]["message"]
     with pytest.raises(JobError, match="storage: holds a secret") as caught:
         train(build_job({"name": "x", "storage": url}, "test"))
     assert not found_in(str(caught.value))
@@ -244,20 +266,121 @@ def test_scrubbing(secret: str, around: str, form: object) -> None:
         assert form(secret) not in shown.replace("***", "") or form(secret) in around + " " + around
 
 
+DRAWN = "9f86d081884c7d659a2feaa0c55ad015"
+"""As a service would draw a key."""
+
+
 @pytest.mark.parametrize(
-    ("text", "is_one"),
+    "text",
     [
-        ("s3://bucket/runs", False),
-        ("http://127.0.0.1:8265/runs/a@best", False),
-        ("sftp://me@host:22/x", False),
-        ("s3://bucket/x?versionId=7", False),
-        ("data/part-?.parquet", False),
-        ("ftp://me:12345@host/x", True),
-        ("https://host/x?access_token=7", True),
+        "s3://bucket/runs",
+        "http://127.0.0.1:8265/runs/a@best",
+        "http://[::1]:8265/runs/a@best",
+        "sftp://me@host:22/x",
+        "hdfs://me@namenode/x",
+        f"abfs://{DRAWN}@account.dfs.core.windows.net/x",
+        "hf://datasets/me/set@main/t.parquet",
+        "s3://bucket/x?versionId=7",
+        "data/part-?.parquet",
+        "https://host/x?author=me&passenger=7&design=flat&keyspace=k&monkey=1&tokenizer=bpe&sort_key=day&max_tokens=9",
+        "https://host/x?country_code=de&token=",
+        "code: folder",
+        "Basic statistics of Bearer bonds",
+        "sk-random-forest-baseline-of-the-year",
+        "git+ssh://git@host/me/repo",
+        "secret=env:NAME",
     ],
 )
-def test_what_counts_as_a_secret_in_a_url(text: str, is_one: bool) -> None:
-    assert holds_secret(text) == is_one
+def test_a_text_that_holds_no_secret(text: str) -> None:
+    assert not holds_secret(text)
+
+
+QUERY = ("pwd", "pass", "code", "key", "sig", "apikey", "api-key", "auth", "X-Amz-Security-Token", "X-Amz-Credential")
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        ("ftp://me:12345@host/x", "12345"),
+        ("redis://:12345@host/0", "12345"),
+        ("https://sometoken@host/x", "sometoken"),
+        ("git+https://sometoken@host/me/repo", "sometoken"),
+        ("simplecache::HTTPS://sometoken@host/x", "sometoken"),
+        (f"sftp://{DRAWN}@host/x", DRAWN),
+        ("https://host/x?access_token=7531", "7531"),
+        *((f"https://host/x?a=1&{name}=7531", "7531") for name in QUERY),
+        ("https://host/x#access_token=7531", "7531"),
+        ("https://host/x;token=7531", "7531"),
+        ("abfs://box@account/x?sv=2022-11-02&sig=abc%3D", "abc%3D"),
+        ("DefaultEndpointsProtocol=https;AccountName=me;AccountKey=c2VjcmV0c2VjcmV0;", "c2VjcmV0c2VjcmV0"),
+        ("host=db user=me password=1234", "1234"),
+        ("Authorization: Basic bWU6c2VjcmV0", "bWU6c2VjcmV0"),
+        ("see ghp_0123456789abcdefghijklmnopqrstuvwxyz", "0123456789"),
+        ("hf_abcdefghijklmnopqrstuvwxyzabcdefgh", "abcdefgh"),
+        ("sk-proj-0123456789abcdefABCDEF0123", "0123456789"),
+        ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N", "dozjgNryP4J3"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----", "MIIE"),
+    ],
+)
+def test_a_text_that_holds_one_is_neither_stored_nor_shown(text: str, secret: str) -> None:
+    assert holds_secret(text)
+    shown = scrub(f"cannot read {text} now")
+    assert (secret in shown, "***" in shown) == (False, True)
+    assert shown.startswith("cannot read")
+
+
+SAY_SECRET = """
+    AZURE_STORAGE_KEY KAGGLE_KEY OPENAI_KEY DB_PASS MYSQL_PWD AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN HF_TOKEN
+    PGPASSWORD GITHUB_PAT AZURE_STORAGE_SAS_TOKEN WANDB_API_KEY apiKey api-key APIKEY DB_PASS_PROD SSHPASS client_secret
+    API_KEYS AZURE_STORAGE_CONNECTION_STRING STRIPE_KEY_LIVE OPENAI_KEY_2 NPM_AUTH PRIVATE_KEY TOKEN PASS
+    GOOGLE_CREDENTIALS ENCRYPTIONKEY REDIS_PASSWORD ROOT_PW X-Amz-Signature ACCOUNT_KEY_1
+"""
+SAY_NONE = """
+    key_column keys passenger code author tokenizer monkey TOKENIZERS_PARALLELISM PWD OLDPWD SORT_KEY label_key
+    image_key KEYBOARD COMPASS BYPASS MAX_TOKENS pad_token eos_token token_type AWS_ACCESS_KEY_ID SSH_AUTH_SOCK signal
+    design secretary RAY_AUTH_MODE RAY_AUTH_TOKEN_PATH AWSAccessKeyId X-Amz-SignedHeaders primary_key keyspace turkey
+    signature KEY PATH
+"""
+
+
+def test_names_that_say_secret_and_names_that_only_sound_like_it() -> None:
+    assert [name for name in SAY_SECRET.split() if not is_secret_name(name)] == []
+    assert [name for name in SAY_NONE.split() if is_secret_name(name)] == []
+
+
+def fields(kind: type[BaseModel]) -> set[str]:
+    """Names of all fields of the job file."""
+    names, waiting, seen = set[str](), [kind], set[type[BaseModel]]()
+    while waiting:
+        one = waiting.pop()
+        seen.add(one)
+        for name, field in one.model_fields.items():
+            names.add(field.alias or name)
+            waiting += [inner for inner in _models_in(field.annotation) if inner not in seen]
+    return names
+
+
+def test_no_field_of_the_job_file_sounds_like_a_secret() -> None:
+    names = fields(Job)
+    assert len(names) > 80
+    assert [name for name in names if list(secrets_in({name: DRAWN})) and name != "code"] == []
+    assert list(secrets_in({"code": "own_model", "token": "[CLS]", "pad_token": "<pad>", "label_key": DRAWN})) == []
+
+
+@pytest.mark.parametrize("name", ["AZURE_STORAGE_KEY", "KAGGLE_KEY", "OPENAI_KEY", "DB_PASS", "MYSQL_PWD"])
+def test_a_variable_whose_name_says_secret_is_not_filled_in_and_the_repair_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "correct horse")
+    monkeypatch.setenv("SORT_KEY", "correct horse")
+    args = {"nested": {"list": [f"${{{name}}}"]}}
+    path = write_job(tmp_path, data={"source": {"call": "m:f", "args": args}, "splits": {"val": 0.2}})
+    with pytest.raises(JobError, match=f"env:{name}") as caught:
+        load_job(path)
+    assert "horse" not in str(caught.value)
+    monkeypatch.delenv(name)
+    path = write_job(tmp_path, data={"source": {"call": "m:f", "args": {"by": "${SORT_KEY}"}}, "splits": {"val": 0.2}})
+    assert "correct horse" in dump_job(load_job(path))
 
 
 @pytest.mark.slow

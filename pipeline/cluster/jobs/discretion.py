@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, TextIO
+from typing import Any
 
 from pipeline.cluster.jobs.records import SEPARATOR
 from pipeline.redaction import scrub
+from pipeline.streams import Stream
 
 
 def be_discreet() -> None:
-    """From now on, whatever a library or the user's code prints of a secret is blotted out."""
-    sys.stdout, sys.stderr = _Discreet(sys.stdout), _Discreet(sys.stderr)
+    """From now on, whatever a library or the user's code prints of a secret is blotted out, and a log that cannot be
+    written ends nothing."""
+    sys.stdout, sys.stderr = _Discreet(Stream(sys.stdout)), _Discreet(Stream(sys.stderr))
 
 
 class _Discreet:
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: Stream) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:

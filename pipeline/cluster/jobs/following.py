@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pipeline.cluster.jobs.client import Cluster
-from pipeline.cluster.jobs.records import last, lines_for_people
+from pipeline.cluster.jobs.records import last, lines_for_people, without_rays_end
+from pipeline.cluster.losses import reason_in
 from pipeline.errors import ClusterError, WorkError
 
 LOST_S = 120.0
@@ -20,6 +21,9 @@ CHECK_S = 5.0
 """A connection that brings nothing for so long is checked."""
 AGAIN_S = 1.0
 """Between two attempts to reach a cluster."""
+
+LOST = ("JOB_SUPERVISOR_ACTOR_DIED", "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE")
+"""What Ray calls the loss of the process that starts an entry point, and ends with it."""
 
 ENDED = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": 143}
 """Exit codes of jobs whose entry point could not tell its own."""
@@ -40,6 +44,8 @@ class Progress:
     """Seconds since 1970, by the cluster's clock."""
     ended: float | None
     driver_exit_code: int | None
+    error_type: str = ""
+    """Ray's name for what went wrong, where that was not the entry point."""
     run: str = ""
     url: str = ""
     outcome: dict[str, Any] | None = None
@@ -48,6 +54,18 @@ class Progress:
     def is_over(self) -> bool:
         """Whether nothing more will come. Ray knows it some seconds after the entry point has said so."""
         return self.outcome is not None or self.ray_status in ENDED
+
+    @property
+    def loss(self) -> str:
+        """What ended the job from outside, before it could say how it ended: a new start goes on with its run. Empty
+        where nothing did, or where it was asked to stop."""
+        if self.outcome is not None or self.ray_status != "FAILED":
+            return ""
+        code = self.driver_exit_code
+        if code is not None:
+            return f"its entry point was killed by signal {-code}" if code < 0 else ""
+        reason = reason_in(self.message) or "no reason was given"
+        return f"the process that Ray ran it from was lost ({reason})" if self.error_type in LOST else ""
 
     @property
     def exit_code(self) -> int | None:
@@ -96,6 +114,7 @@ def progress_of(info: Any, log: str) -> Progress:
         started=info.start_time / 1000 if info.start_time else None,
         ended=info.end_time / 1000 if info.end_time else None,
         driver_exit_code=info.driver_exit_code,
+        error_type=str(getattr(info, "error_type", None) or ""),
         run=run.get("run", ""),
         url=run.get("url", ""),
         outcome=last(log, "end"),
@@ -197,7 +216,7 @@ class _Written:
 
     def more(self, text: str) -> bool:
         """Take what comes next, and show the whole lines of it that are new; whether the last word is among them."""
-        self._text += text
+        self._text = without_rays_end(self._text + text)
         end = self._text.rfind("\n") + 1
         new = self._text[self.count : end]
         self.count = max(self.count, end)

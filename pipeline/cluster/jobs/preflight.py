@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from pipeline.cluster.jobs.client import Cluster, Node
+from pipeline.cluster.jobs.following import progress_of
 from pipeline.cluster.jobs.letter import Letter
 from pipeline.cluster.jobs.places import must_be_here, storage_for
 from pipeline.cluster.jobs.records import last, lines_for_people
@@ -70,7 +71,7 @@ def clear(
             "boot_id": boot() if must_be_here(storage, cluster.url) else None,
         },
     )
-    versions, found = _probe(cluster, python, question)
+    versions, found = _probe(cluster, python, question, scale.retries, say)
     count = found["nodes"]
     storage_for(storage, cluster.url, max(count, 2) if found["grows"] else count)  # the dashboard's list may be old
     text = (
@@ -108,8 +109,10 @@ def _head_known(cluster: Cluster) -> tuple[list[Node], str]:
         time.sleep(POLL_S)
 
 
-def _probe(cluster: Cluster, python: str, question: Letter) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """What the probe found: versions, and the cluster."""
+def _probe(
+    cluster: Cluster, python: str, question: Letter, retries: int, say: Callable[[str], None]
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """What the probe found: versions, and the cluster. One that was lost is sent again."""
     job_id = f"trainyard-probe-{secrets.token_hex(4)}"
     with staged({}) as cargo:
         letter = cluster.post(question.sealed())
@@ -123,7 +126,12 @@ def _probe(cluster: Cluster, python: str, question: Letter) -> tuple[Mapping[str
     if refused is not None:
         raise InputError(refused["what"], where=refused["where"], fix=refused["fix"])
     if versions is None or found is None:
+        loss = progress_of(info, log).loss
+        if loss and retries:
+            say(f"a first small job was lost: {loss}; trying again")
+            return _probe(cluster, python, question, retries - 1, say)
         said = [line for line in lines_for_people(log) if line.strip()] or [info.message or str(info.status)]
+        said = [loss] if loss else [line.partition("\n")[0] for line in said]
         raise ClusterError(
             f"a first small job failed there: {said[-1].strip()[:300]}",
             where=cluster.url,

@@ -6,12 +6,14 @@ A record is JSON behind the separator that RFC 7464 has for it, on a line of its
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.redaction import scrubbed
 
 SEPARATOR = "\x1e"
+_RAYS_END = re.compile(r"(?:Job supervisor actor (?:died|could not be scheduled)|Unexpected error occurred): The actor")
 
 
 def record_line(kind: str, values: Mapping[str, Any]) -> str:
@@ -49,9 +51,16 @@ def lines_for_people(log: str) -> Iterator[str]:
 
     (`splitlines` would take the separator for the end of a line.)
     """
+    log = without_rays_end(log)
     for line in log.removesuffix("\n").split("\n") if log else ():
         if not line.startswith(SEPARATOR) and not _is_rays(line):
             yield line
+
+
+def without_rays_end(log: str) -> str:
+    """The log up to what Ray adds where it loses the process that started the job: a paragraph on dead actors."""
+    found = _RAYS_END.search(log)
+    return log[: found.start()] if found else log
 
 
 def _is_rays(line: str) -> bool:

@@ -1,0 +1,150 @@
+"""Standard output and error that cannot be written, and the last line of --json: what programs see of a command."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import pytest
+
+from pipeline.cli import main
+from pipeline.cli.app import print_json
+from tests.cli.cli_calls import Trainyard, write_job
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(params=["/dev/full", "a pipe that nobody reads"])
+def broken(request: pytest.FixtureRequest) -> Iterator[TextIO]:
+    """A stream that cannot be written."""
+    if request.param == "/dev/full":
+        place: int | str = request.param
+    else:
+        read, place = os.pipe()
+        os.close(read)
+    with open(place, "w") as stream:
+        yield stream
+
+
+def ended(*arguments: str) -> int:
+    """The exit code of a command whose output goes wherever it goes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["trainyard", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            main()
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_a_run_whose_result_cannot_be_printed_has_ended_well(
+    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: TextIO, form: tuple[str, ...]
+) -> None:
+    job = write_job(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", broken)
+        assert ended("train", job, "--name", "told-nobody", *form) == 0
+    assert trainyard("show", "told-nobody", "--json").json["status"] == "finished"
+
+
+def test_progress_that_cannot_be_shown_ends_no_run(
+    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: TextIO
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", broken)
+        assert trainyard("train", write_job(tmp_path), "--json").json["status"] == "finished"
+
+
+def test_a_live_bar_that_cannot_be_drawn_ends_no_run(
+    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: TextIO
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(broken, "isatty", lambda: True, raising=False)
+        patch.setattr(sys, "stderr", broken)
+        assert trainyard("train", write_job(tmp_path), "--json").json["status"] == "finished"
+
+
+def test_a_process_without_standard_streams_trains(
+    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        for name in ("stdout", "stderr"):
+            patch.setattr(sys, name, None)
+        assert ended("train", write_job(tmp_path), "--name", "mute") == 0
+    assert trainyard("show", "mute", "--json").json["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("redirection", "code", "said"),
+    [
+        (">/dev/full", 1, "error: standard output: No space left on device: nothing is printed\n"),
+        (">/dev/full 2>/dev/full", 1, ""),
+        ("| true", 0, ""),
+        (">&-", 0, ""),
+    ],
+)
+def test_the_interpreter_ends_without_a_word_of_its_own(tmp_path: Path, redirection: str, code: int, said: str) -> None:
+    """Whatever stood in a buffer when writing failed would fail once more at the very end."""
+    command = f"sleep 1; {sys.executable} -m pipeline runs --storage {tmp_path}"
+    shell = f"({command}; echo $? >{tmp_path}/code) {redirection}"
+    done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert (int((tmp_path / "code").read_text()), done.stderr) == (code, said)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--json"],
+        ["train", "small.yaml", "--no-such-option", "--json"],
+        ["train", "small.yaml", "--json", "--max-steps", "many"],
+        ["train", "small.yaml", "small.yaml", "--json"],
+        ["no-such-command", "--json"],
+        ["show", "--json"],
+        ["evaluate", "run", "--json", "--checkpoint"],
+        ["train", "nowhere.yaml", "--json"],
+    ],
+)
+def test_every_error_is_json_where_that_was_asked_for(
+    trainyard: Trainyard, tmp_path: Path, arguments: list[str]
+) -> None:
+    write_job(tmp_path)
+    found = trainyard(*arguments)
+    assert found.code == 2
+    assert found.json["exit_code"] == 2
+    assert found.json["error"]["message"]
+    assert found.json["error"]["message"].splitlines()[0] in found.err, "people are told as ever"
+    assert len(found.out.splitlines()) == 1
+
+
+def test_ctrl_c_is_json_too(trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.verbs.show.runs", interrupted)
+    found = trainyard("runs", "--json")
+    assert (found.code, found.json["exit_code"]) == (130, 130)
+    assert "interrupted" in found.err
+
+
+def test_numbers_that_are_not_finite_are_null(
+    trainyard: Trainyard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wild = {"batch_size": 100, "phases": [{"epochs": 1, "lr": 1e30}]}
+    found = trainyard("check", write_job(tmp_path, train=wild), "--batch", "--json")
+    assert found.code == 0, found.err
+    batch = json.loads(found.out.splitlines()[-1], parse_constant=_refused)["batch"]
+    assert batch["loss_after"] is None
+    assert batch["loss_before"] > 0
+    print_json({"a": [1.5, float("inf"), {"b": (float("-inf"), float("nan"), "nan")}]})
+    assert json.loads(capsys.readouterr().out, parse_constant=_refused) == {
+        "a": [1.5, None, {"b": [None, None, "nan"]}]
+    }
+
+
+def _refused(word: str) -> Any:
+    raise AssertionError(f"{word} is not JSON")
