@@ -76,7 +76,7 @@ Say = Callable[[str], None]
 class DataFile:
     """One file of a data set.
 
-    where: for messages. size: bytes, as listed.
+    where: for messages, behind what is said of the data set. size: bytes, as listed.
     local: its path, where it is a file of this machine; else empty.
     checksum: what its store says of the content, see `store_checksum`; else empty.
     """
@@ -145,6 +145,7 @@ class Digests:
     cache: beside which digests are remembered.
     threads: that read and hash.
     stamps: of the files of this machine as they were when first looked at; None for the others.
+    where: of the data set, for messages.
 
     Raises
     ------
@@ -161,8 +162,10 @@ class Digests:
         threads: int,
         say: Say,
         stamps: Sequence[Stamp | None] = (),
+        where: str = "",
     ) -> None:
         self._files, self._access, self._threads, self._say = files, access, threads, say
+        self._where = where
         self._stamps = stamps or take_stamps(files, access)
         self._total = sum(file.size for file in files)
         self._settled = [True] * len(files)
@@ -176,8 +179,8 @@ class Digests:
         if sampled:
             self.warnings += (
                 f"the store tells no checksums, and there are {self._total / 1e9:,.1f} GB: blocks of each of "
-                f"{len(sampled):,} files, such as {files[sampled[0]].where}, stand for its content. A change between "
-                "them that leaves its size as it was would not be seen: give changed data another URL",
+                f"{len(sampled):,} files, such as {where}{files[sampled[0]].where}, stand for its content. A change "
+                "between them that leaves its size as it was would not be seen: give changed data another URL",
             )
 
     def verify(self) -> None:
@@ -186,12 +189,12 @@ class Digests:
         now = self._access.checksums() if remote else []
         for number in remote:
             if now[number] != self._files[number].checksum:
-                raise changed(self._files[number].where)
+                raise self._changed(number)
         unsure = []
         for number, stamp in enumerate(self._stamps):
             if stamp is not None:
                 if self._access.attempt(number, partial(_stamp_of, self._files[number].local)) != stamp:
-                    raise changed(self._files[number].where)
+                    raise self._changed(number)
                 if not self._settled[number]:
                     unsure.append(number)
         tokens = list(self.tokens)
@@ -202,7 +205,10 @@ class Digests:
         )
         for number, (before, after) in enumerate(zip(tokens, self.tokens, strict=True)):
             if before != after:
-                raise changed(self._files[number].where)
+                raise self._changed(number)
+
+    def _changed(self, number: int) -> DataError:
+        return changed(f"{self._where}{self._files[number].where}")
 
     def _is_hashed(self, number: int) -> bool:
         return bool(self._files[number].local) or self._total <= HASHED_WHOLE
@@ -251,14 +257,14 @@ class Digests:
         if not file.local:
             content = self._access.read(number, 0, file.size)
             if len(content) != file.size:
-                raise changed(file.where)
+                raise self._changed(number)
             self.tokens[number] = hashlib.sha256(content).hexdigest()
             moved(file.size)
             return
         began = time.time_ns()
         before, after, token = self._access.attempt(number, lambda: hash_file(file.local, moved))
         if not self._stamps[number] == _stamp(before) == _stamp(after) or before.st_size != file.size:
-            raise changed(file.where)
+            raise self._changed(number)
         self.tokens[number] = token
         self._settled[number] = before.st_ctime_ns + SETTLED_NS <= began
 

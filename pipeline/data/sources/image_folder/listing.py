@@ -193,6 +193,7 @@ class Identified:
             cache=cache,
             threads=files.threads,
             say=say,
+            where=f"data.url: {files.printable}, ",
         )
         self.warnings = digests.warnings
         self.fingerprint = _fingerprint(listing, digests.tokens)
