@@ -82,6 +82,8 @@ checkpoint: {{every_steps: 10, keep: 2}}
 scale: {{hang_s: {HANG_S}}}
 """
 ARGV = ["train", "hang.yaml", "--storage"]
+HEALTHY = ("--set", "scale.hang_s=300")
+"""Where nothing hangs: a busy machine may stand still for longer than the limit of these tests."""
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,7 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 @pytest.fixture(scope="module")
 def untouched(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> object:
     storage = tmp_path_factory.mktemp("untouched")
-    assert nursery.run(*ARGV, str(storage)).code == 0
+    assert nursery.run(*ARGV, str(storage), *HEALTHY).code == 0
     return evidence(only_run(storage))
 
 
@@ -130,7 +132,7 @@ def test_a_hang_is_noticed_told_with_its_line_and_the_same_command_goes_on(
         leave = entries(run)[-1]
         assert (leave["kind"], leave["status"], leave["error"]["type"]) == ("leave", "failed", "HungError")
         assert nursery.run("show", str(run), "--json").out.count('"status": "failed"') == 1
-    again = nursery.run(*ARGV, str(tmp_path))
+    again = nursery.run(*ARGV, str(tmp_path), *HEALTHY)
     assert again.code == 0, again.err
     assert "resuming after step" in again.err
     assert evidence(run) == untouched
@@ -144,7 +146,7 @@ def test_a_thread_that_holds_pythons_lock_is_ended_from_outside(
     assert outcome.code == 1
     assert "Timeout" in outcome.err
     assert "in holds_pythons_lock" in outcome.err
-    assert nursery.run(*ARGV, str(tmp_path)).code == 0
+    assert nursery.run(*ARGV, str(tmp_path), *HEALTHY).code == 0
     assert evidence(only_run(tmp_path)) == untouched
 
 
@@ -160,7 +162,7 @@ def test_storage_that_never_returns_is_noticed_too(nursery: Nursery, untouched: 
     assert not stacks.is_relative_to(tmp_path), "storage does not answer: they are kept here"
     assert "in _written" in stacks.read_text() or "in replace" in stacks.read_text()
 
-    again = nursery.run(*ARGV, str(tmp_path))
+    again = nursery.run(*ARGV, str(tmp_path), *HEALTHY)
     assert again.code == 0, again.err
     assert "an earlier process stood still" in again.err
     run = only_run(tmp_path)
