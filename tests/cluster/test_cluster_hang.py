@@ -143,7 +143,7 @@ def test_the_worker_that_hangs_is_named_and_the_run_goes_on(cluster: Any, folder
     assert [path.name for path in stacks.parent.iterdir()] == [stacks.name]
     check_recovered(folder, outcome)
     noticed = told.when("warning", 0) - hung_at(folder)
-    assert HANG_S < noticed < HANG_S + 30
+    assert HANG_S < noticed < HANG_S + 60
     print(f"\na deadlock in rank 1: {times(told, hung_at(folder))}, with a limit of {HANG_S:.0f} s")
 
 

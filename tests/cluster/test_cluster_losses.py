@@ -87,8 +87,8 @@ def died(actor: str) -> Exception:
         (ray.exceptions.WorkerCrashedError(), "its process was ended from outside"),
         (ray.exceptions.ActorUnavailableError("The actor is temporarily unavailable: RpcError", None), None),
         (ray.exceptions.GetTimeoutError("Get timed out: some object(s) not ready."), "it did not answer"),
-        (ray.exceptions.NodeDiedError("The node has died"), "its node is gone"),
-        (ray.exceptions.RaySystemError("first\nsecond"), None),
+        (ray.exceptions.NodeDiedError("The node has died"), "its node is gone"),  # type: ignore[no-untyped-call]
+        (ray.exceptions.RaySystemError("first\nsecond"), None),  # type: ignore[no-untyped-call]
     ],
 )
 def test_rays_paragraphs_come_to_a_line_of_ours(error: Exception, line: str | None) -> None:

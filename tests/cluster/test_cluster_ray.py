@@ -345,16 +345,17 @@ def test_a_batch_that_does_not_fit_into_memory_is_not_tried_again(cluster: Any, 
     assert {entry["attempt"] for entry in entries(run) if entry["kind"] == "commit"} == {1}
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_a_notice_to_one_worker_has_all_save_at_one_step_and_start_again(
-    cluster: Any, folder: Path, untouched: Callable[[int], Path]
+    cluster: Any, folder: Path, untouched: Callable[[int], Path], number: int
 ) -> None:
-    """Fits: 2. SIGTERM, as a pod or a machine that is about to go sends it."""
-    storage, seen = folder / "noticed", list[Mapping[str, Any]]()
+    """Fits: 2. SIGTERM, as a pod or a machine that is about to go sends it; or SIGHUP."""
+    storage, seen = folder / f"noticed-{number}", list[Mapping[str, Any]]()
 
     def notice() -> None:
         wait_for(lambda: commits(storage), 240, "a checkpoint")
         rank_0 = claims(journals(storage)[0])[0]["facts"]["pid"]
-        os.kill(min(processes_of(cluster, "RayTrainWorker") - {rank_0}), signal.SIGTERM)
+        os.kill(min(processes_of(cluster, "RayTrainWorker") - {rank_0}), number)
 
     thread = threading.Thread(target=notice)
     thread.start()

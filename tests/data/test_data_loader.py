@@ -333,11 +333,12 @@ SIGNALLED = """
 import os, signal, sys
 sys.path.insert(0, ".")
 from tests.data.test_data_loader import endless
-for number in (signal.SIGINT, signal.SIGTERM):
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+for number in SIGNALS:
     signal.signal(number, lambda *_: None)
 batches = iter(endless(processes=1))
 next(batches)
-for number in (signal.SIGINT, signal.SIGTERM):
+for number in SIGNALS:
     os.killpg(0, number)
 import multiprocessing, subprocess
 child = multiprocessing.active_children()[0].pid
@@ -389,6 +390,8 @@ def is_gone(pid: int) -> bool:
 def test_loader_processes_follow_a_killed_worker_at_once() -> None:
     program = """
 import multiprocessing, sys, time
+import torch.utils.data
+torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 3600  # theirs would do too, and only after five seconds
 sys.path.insert(0, ".")
 from tests.data.test_data_loader import endless
 batches = iter(endless())
@@ -401,4 +404,4 @@ time.sleep(60)
         pids = [int(pid) for pid in worker.stdout.readline().split()]
         worker.kill()
     assert len(pids) == 2
-    assert wait_until(lambda: all(is_gone(pid) for pid in pids), seconds=2)
+    assert wait_until(lambda: all(is_gone(pid) for pid in pids), seconds=60)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import StorageLostError
+from pipeline.errors import StorageError, StorageLostError
 from pipeline.storage import Storage
 from pipeline.watchdog import Limits, Progress, Pulse, waits_for
 from pipeline.watchdog.progress import Awaited, awaited
@@ -82,6 +82,8 @@ checkpoint: {{every_steps: 10, keep: 2}}
 scale: {{hang_s: {HANG_S}}}
 """
 ARGV = ["train", "hang.yaml", "--storage"]
+HEALTHY = ("--set", "scale.hang_s=300")
+"""Where nothing hangs: a busy machine may stand still for longer than the limit of these tests."""
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,7 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 @pytest.fixture(scope="module")
 def untouched(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> object:
     storage = tmp_path_factory.mktemp("untouched")
-    assert nursery.run(*ARGV, str(storage)).code == 0
+    assert nursery.run(*ARGV, str(storage), *HEALTHY).code == 0
     return evidence(only_run(storage))
 
 
@@ -130,7 +132,7 @@ def test_a_hang_is_noticed_told_with_its_line_and_the_same_command_goes_on(
         leave = entries(run)[-1]
         assert (leave["kind"], leave["status"], leave["error"]["type"]) == ("leave", "failed", "HungError")
         assert nursery.run("show", str(run), "--json").out.count('"status": "failed"') == 1
-    again = nursery.run(*ARGV, str(tmp_path))
+    again = nursery.run(*ARGV, str(tmp_path), *HEALTHY)
     assert again.code == 0, again.err
     assert "resuming after step" in again.err
     assert evidence(run) == untouched
@@ -144,7 +146,7 @@ def test_a_thread_that_holds_pythons_lock_is_ended_from_outside(
     assert outcome.code == 1
     assert "Timeout" in outcome.err
     assert "in holds_pythons_lock" in outcome.err
-    assert nursery.run(*ARGV, str(tmp_path)).code == 0
+    assert nursery.run(*ARGV, str(tmp_path), *HEALTHY).code == 0
     assert evidence(only_run(tmp_path)) == untouched
 
 
@@ -160,7 +162,7 @@ def test_storage_that_never_returns_is_noticed_too(nursery: Nursery, untouched: 
     assert not stacks.is_relative_to(tmp_path), "storage does not answer: they are kept here"
     assert "in _written" in stacks.read_text() or "in replace" in stacks.read_text()
 
-    again = nursery.run(*ARGV, str(tmp_path))
+    again = nursery.run(*ARGV, str(tmp_path), *HEALTHY)
     assert again.code == 0, again.err
     assert "an earlier process stood still" in again.err
     run = only_run(tmp_path)
@@ -198,17 +200,24 @@ def test_no_request_waits_for_ever_for_a_silent_server(
 ) -> None:
     """An upload too: what the libraries allow for silence begins only once a server has let them send it."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", silent_s3.url)
-    monkeypatch.setenv("TRAINYARD_STORAGE_LIMIT_S", "1")
+    monkeypatch.setenv("TRAINYARD_STORAGE_LIMIT_S", "2")
     storage = Storage.open(s3_url)
-    storage.replace("file", b"1")
+
+    def is_written() -> bool:
+        """Once the limit suffices: on a busy machine a healthy store may take longer too."""
+        try:
+            storage.replace("file", b"1")
+        except (StorageError, StorageLostError):
+            return False
+        return True
+
+    wait_for(is_written, 200, "a store that answers")
     answered = storage.answers
     assert answered > 0
     silent_s3.silent.set()
     for request in (lambda: storage.replace("file", b"2"), lambda: storage.read("file")):
-        began = time.monotonic()
-        with pytest.raises(StorageLostError, match="stayed away for 1 s"):
+        with pytest.raises(StorageLostError, match="stayed away for 2 s"):  # and not the end of this test's own time
             request()
-        assert time.monotonic() - began < 20
     assert storage.answers == answered
 
 
@@ -300,7 +309,8 @@ def test_the_place_is_the_innermost_line_that_is_no_librarys(tmp_path: Path) -> 
     (tmp_path / "user_code.py").write_text("import threading\n\ndef waits():\n    threading.Event().wait()\n")
     program = (
         "import faulthandler, sys, threading, time; import user_code\n"
-        "thread = threading.Thread(target=user_code.waits, daemon=True); thread.start(); time.sleep(0.2)\n"
+        "thread = threading.Thread(target=user_code.waits, daemon=True); thread.start()\n"
+        "while sys._current_frames()[thread.ident].f_code.co_name != 'wait': time.sleep(0.01)\n"
         "print(f'# thread 0x{thread.ident:016x} trains'); sys.stdout.flush()\n"
         "faulthandler.dump_traceback(sys.stdout)\n"
     )

@@ -111,18 +111,16 @@ def test_training_does_not_wait_for_a_commit(gate: Gate, gated_run: Run) -> None
     attempt, recorder = begin(gated_run)
     recorder.finish()
     gate.open.clear()
-    began = time.monotonic()
     recorder.steps(block(1, 10))
     assert recorder.may_commit()
-    recorder.commit(snapshot(10))
+    recorder.commit(snapshot(10))  # who waited for it would wait for ever: nothing opens the gate yet
     recorder.steps(block(11, 20))
     recorder.check()
     assert not recorder.may_commit()
-    assert time.monotonic() - began < 1.0
     opened = threading.Timer(0.2, gate.open.set)
     opened.start()
     recorder.commit(snapshot(20))  # waits for the one that is under way
-    assert time.monotonic() - began >= 0.2
+    assert gate.open.is_set()
     recorder.finish()
     assert not recorder.may_commit(), "a commit of a tenth of a second rests for ten"
     stop(attempt, recorder)
@@ -130,9 +128,12 @@ def test_training_does_not_wait_for_a_commit(gate: Gate, gated_run: Run) -> None
     assert standing(gated_run).step == 20
 
 
-def test_a_commit_rests_in_proportion_to_its_cost(run: Run) -> None:
-    attempt, recorder = begin(run)
+def test_a_commit_rests_in_proportion_to_its_cost(gate: Gate, gated_run: Run) -> None:
+    attempt, recorder = begin(gated_run)
+    recorder.finish()
     recorder.steps(block(1, 10))
+    gate.open.clear()
+    threading.Timer(0.3, gate.open.set).start()  # so that the rest is long, whatever else this machine does
     began = time.monotonic()
     recorder.commit(snapshot(10))
     recorder.finish()
@@ -145,6 +146,7 @@ def test_a_commit_rests_in_proportion_to_its_cost(run: Run) -> None:
 def test_many_rows_make_a_commit_necessary(run: Run) -> None:
     attempt = claim(run, driver="d", facts={})
     recorder = Recorder(attempt, cell_steps=100_000, keep=2)
+    recorder.finish()  # what it begins with
     recorder.steps(block(1, MOST_ROWS - 1))
     assert not recorder.must_commit()
     recorder.steps(block(MOST_ROWS, MOST_ROWS))
@@ -369,12 +371,14 @@ def test_on_s3_with_memory_of_what_a_reader_sees(s3_url: str) -> None:
 def test_the_training_thread_hands_over_in_microseconds(run: Run) -> None:
     attempt, recorder = begin(run)
     rows = [block(first, first + 99) for first in range(1, 20_000, 100)]
-    began = time.perf_counter()
+    took_s = []
     for one in rows:
+        began = time.perf_counter()
         recorder.steps(one)
         recorder.may_commit()
         recorder.check()
-    assert (time.perf_counter() - began) / len(rows) < 1e-4
+        took_s.append(time.perf_counter() - began)
+    assert np.median(took_s) < 1e-4, "most of them, for other processes may interrupt some"
     recorder.commit(snapshot(20_000, end=True))
     recorder.finish()
     stop(attempt, recorder)
