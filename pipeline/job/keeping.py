@@ -20,7 +20,8 @@ class Evaluate(Node):
     splits: Annotated[list[Literal["train", "val"]], Field(min_length=1)] | None = None
     """Default: val where there is one, else train. Never test: `trainyard evaluate --split test` reads that."""
     limit: Positive | None = None
-    """Only the first rows of each split."""
+    """At most this many rows of each split: a random sample, stratified by class (for a regression, by the first
+    target), drawn once for the whole run. `trainyard evaluate` always takes all rows."""
 
     @model_validator(mode="after")
     def _one_interval(self) -> Self:

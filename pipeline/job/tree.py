@@ -27,7 +27,7 @@ class Seeds(Node):
     all: Annotated[int, Field(ge=0)] = 1
     """The seed of every stream that is not named."""
     split: Annotated[int, Field(ge=0)] | None = None
-    """Which rows are in which split."""
+    """Which rows are in which split, and which of them `evaluate.limit` takes."""
     init: Annotated[int, Field(ge=0)] | None = None
     """The untrained weights."""
     shuffle: Annotated[int, Field(ge=0)] | None = None
@@ -129,6 +129,8 @@ def identity(job: Job, *, fingerprint: str, start: str | None = None, max_steps:
     """
     tree = {key: value for key, value in job.resolved().items() if key not in NOT_IDENTITY}
     tree["data"] = {key: value for key, value in tree["data"].items() if key not in NOT_IDENTITY_OF_DATA}
+    if job.evaluate.limit is not None:  # runs of an earlier version took the first rows, and must not go on with others
+        tree["evaluate"] = {**tree["evaluate"], "sample": "stratified"}
     return {**tree, "max_steps": max_steps, "fingerprint": fingerprint, "start": start}
 
 
