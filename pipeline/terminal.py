@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from pipeline.learn.words import no_better_words, number, short_words, table_lines
+from pipeline.errors import NotFiniteError
+from pipeline.learn.words import divergence_advice, no_better_words, number, short_words, table_lines
 from pipeline.record.standing import Standing
 from pipeline.redaction import printable
 
@@ -134,7 +135,7 @@ class _Bar:
 
 def evaluation_line(event: Mapping[str, Any]) -> str:
     """`epoch 3  step 1440  val loss 0.1432  accuracy 0.9571  best`"""
-    best = "  best" if event["is_best"] else ""
+    best = "  no better than before training" if event.get("no_gain") else "  best" if event["is_best"] else ""
     words = short_words(event["metrics"], event["best_metric"])
     return f"epoch {event['epoch']:<3d} step {event['step']:<6d} {words}{best}"
 
@@ -153,10 +154,12 @@ def result_lines(standing: Standing) -> list[str]:
     chosen = best["metrics"] if best else metrics if standing.status == "finished" else {}  # else the untrained ones
     split = (best["metric"] if best else next(iter(metrics), "")).partition("/")[0]
     lines += [f"            {line}" for line in table_lines(chosen, split)]
-    if words := no_better_words(chosen, split):
-        lines.append(f"  warning   {words}")
+    warnings = [standing.best.no_gain if standing.best else "", no_better_words(chosen, split)]
+    lines += [f"  warning   {words}" for words in warnings if words]
     if metrics:
         lines.append(f"  latest    {short_words(metrics, best['metric'] if best else '')}")
+    if standing.skipped_updates:
+        lines.append(f"  skipped   {standing.skipped_updates:,} updates, whose gradients were too large for fp16")
     if found["attempts"] > 1:
         lines.append(f"  attempts  {found['attempts']}")
     lines += [f"  damaged   {text}" for text in standing.damaged[:DAMAGE_LINES]]
@@ -188,7 +191,12 @@ def _going_on(standing: Standing) -> list[tuple[str, str]]:
     if standing.reached > standing.step:
         saved = f"step {standing.step}, epoch {standing.epoch}" if standing.step else "nothing yet"
         found.append(("saved", saved))
-    if standing.status != "running":
+    if standing.error is not None and standing.error.get("type") == NotFiniteError.__name__:
+        best, step = standing.best, standing.step or None
+        no_gain = best.no_gain if best is not None else ""
+        found.append(("next", "the same command would end there again:"))
+        found.append(("", divergence_advice(standing.run, best.step if best is not None else None, step, no_gain)))
+    elif standing.status != "running":
         start = f"goes on from step {standing.step}" if standing.step else "begins anew"
         found.append(("next", f"the same command {start}"))
     return found

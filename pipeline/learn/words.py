@@ -52,6 +52,24 @@ def no_better_words(metrics: Mapping[str, float], split: str) -> str:
     return ""
 
 
+def divergence_advice(run: str, best_step: int | None, last_step: int | None, no_gain: str = "") -> str:
+    """What to do about a run whose loss or weights became NaN or infinite: the same command would end there again.
+
+    Parameters
+    ----------
+    best_step, last_step: of the best and the last checkpoint, where there are any.
+    no_gain: that no evaluation is better than before training: then no checkpoint is worth going on from.
+    """
+    advice = "lower the learning rate (train.phases) or set train.clip_norm: the changed job is a new run"
+    if no_gain:
+        return f"{advice}; {no_gain}, so no checkpoint is worth going on from"
+    if best_step is not None:
+        return f"{advice}, and model.init_from: {run}@best begins it at the best checkpoint, of step {best_step}"
+    if last_step is not None:
+        return f"{advice}, and model.init_from: {run}@last begins it at the last checkpoint, of step {last_step}"
+    return advice
+
+
 def of_split(metrics: Mapping[str, float], split: str) -> dict[str, float]:
     """By column, without what is not finite: None, or NaN."""
     found = {name.partition("/")[2]: value for name, value in metrics.items() if name.partition("/")[0] == split}

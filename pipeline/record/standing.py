@@ -43,6 +43,8 @@ class Standing:
     """Time of the last entry in the journal."""
     checkpoint: str | None
     """The last committed one."""
+    skipped_updates: int | None = None
+    """Of a run in fp16: how many updates were skipped until the last commit, because their gradient was not finite."""
     where: Mapping[str, Any] = field(default_factory=dict)
     """Of the last attempt: host, world_size, device, and since when."""
     seen_s: float | None = None
@@ -100,6 +102,7 @@ def stand(run: Run, entries: Sequence[Entry], beat: Beat | None, status: Status)
         started=first.time if first is not None else None,
         updated=entries[-1].time if entries else None,
         checkpoint=commit.checkpoint if commit is not None else None,
+        skipped_updates=commit.skipped_updates if commit is not None else None,
         where=_where(claim) if claim is not None else {},
     )
 
