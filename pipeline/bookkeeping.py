@@ -130,10 +130,11 @@ class Bookkeeper(Reporter):
         super().evaluated(position)
 
     def wants(self, step: int, due: bool) -> bool:
-        minutes = self._plan.job.checkpoint.every_minutes
-        late = minutes is not None and time.monotonic() - self._saved > 60 * minutes
-        self._due = self._due or due or late
-        return (self._due and self._recorder.may_commit()) or self._recorder.must_commit()
+        minutes, recorder = self._plan.job.checkpoint.every_minutes, self._recorder
+        # What a kill loses counts until the commit is durable, so it begins that much earlier.
+        is_late = minutes is not None and time.monotonic() - self._saved >= 60 * minutes - recorder.commit_s
+        self._due = self._due or due or is_late
+        return (self._due and recorder.may_commit(is_late=is_late)) or recorder.must_commit()
 
     def save(self, position: Position, end: bool) -> None:
         best = self._best_so_far(position)

@@ -66,7 +66,8 @@ class Checkpoint(Node):
     """The default is every epoch."""
     every_steps: Positive | None = None
     every_minutes: Annotated[float, Field(gt=0)] | None = 10
-    """At the latest after so long."""
+    """Save before this much training is unsaved: an upper bound on what a kill can lose, as far as storage is fast
+    enough. Without it, or before it, a due checkpoint may wait until the last one's cost is 1 % of the time since."""
     keep: Positive = 3
     """The last so many, each with the best until then."""
 
