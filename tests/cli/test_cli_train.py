@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pandas as pd
@@ -270,3 +271,23 @@ def test_fp16_does_not_hide_a_run_that_learns_nothing(
     assert "bf16" in ended.err
     again = trainyard("train", job, "--json")  # from the last checkpoint
     assert (again.code, again.err.splitlines()[-2:]) == (1, ended.err.splitlines()[-2:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "threads"),
+    [
+        ({}, 1),
+        ({"model": {"hidden": [1024, 1024]}}, 3),
+        ({"model": {"hidden": [1024, 1024]}, "train": {**SMALL["train"], "micro_batch": 70}}, 2),
+        ({"model": {"hidden": [1024, 1024]}, "scale": {"threads": 1}}, 1),
+        ({"scale": {"threads": 2}}, 2),
+    ],
+)
+def test_threads_go_by_the_model(
+    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], threads: int
+) -> None:
+    monkeypatch.setattr("pipeline.device.available_cpus", lambda: 4)
+    before = torch.get_num_threads()
+    run = Path(trainyard("train", write_job(tmp_path, **changes), "--max-steps", "1", "--json").json["url"])
+    torch.set_num_threads(before)
+    assert json.loads((run / "journal/00000001.json").read_text())["facts"]["threads"] == threads
