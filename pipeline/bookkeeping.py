@@ -159,6 +159,16 @@ class Bookkeeper(Reporter):
                 f": {names}" if names else ""
             )
             raise NotFiniteError(what, where=f"step {step}", fix=FP16_ADVICE)
+        if end and step < self._plan.last_step:
+            self._context.tell(
+                {
+                    "kind": "early_stop",
+                    "step": step,
+                    "last_step": self._plan.last_step,
+                    "evaluations": position.evaluations_since_best,
+                    "metric": self._plan.job.best.metric,
+                }
+            )
         self._recorder.commit(
             snapshot,
             done=lambda seconds: self._context.tell({"kind": "commit", "step": step, "seconds": seconds}),

@@ -68,6 +68,9 @@ class Progress:
             self._bar.steps(event)
         elif kind == "evaluation":
             self._evaluation(event)
+        elif kind == "early_stop":
+            words = early_stop_words(event["evaluations"], event["metric"])
+            self._line(f"early stop at step {event['step']} of {event['last_step']}: {words}")
 
     def _phase(self, text: str) -> None:
         if self._live:  # until the next line, which takes its place
@@ -140,6 +143,11 @@ def evaluation_line(event: Mapping[str, Any]) -> str:
     return f"epoch {event['epoch']:<3d} step {event['step']:<6d} {words}{best}"
 
 
+def early_stop_words(evaluations: int, metric: str) -> str:
+    """`5 evaluations without a better val/loss`"""
+    return f"{evaluations} evaluation{'s' if evaluations != 1 else ''} without a better {metric}"
+
+
 def result_lines(standing: Standing) -> list[str]:
     """How a run stands, for people: with all metrics of its best step beside what no learning at all would give."""
     found = standing.to_json()
@@ -153,6 +161,9 @@ def result_lines(standing: Standing) -> list[str]:
         lines.append(f"  best      {best['metric']} {number(best['value'])} at step {best['step']}")
     chosen = best["metrics"] if best else metrics if standing.status == "finished" else {}  # else the untrained ones
     split = (best["metric"] if best else next(iter(metrics), "")).partition("/")[0]
+    if standing.stopped_early and best and standing.evaluations_since_best is not None:
+        words = early_stop_words(standing.evaluations_since_best, best["metric"])
+        lines.insert(1, f"  stopped   early, of {standing.total_steps} steps: {words}")
     lines += [f"            {line}" for line in table_lines(chosen, split)]
     warnings = [standing.best.no_gain if standing.best else "", no_better_words(chosen, split)]
     lines += [f"  warning   {words}" for words in warnings if words]

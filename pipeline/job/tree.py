@@ -11,9 +11,9 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.job.data import Data
 from pipeline.job.following import Follower
 from pipeline.job.keeping import Best, Checkpoint, Evaluate
-from pipeline.job.metrics import METRICS, RESERVED_COLUMNS, own_metric
+from pipeline.job.metrics import HIGHER_IS_BETTER, LOWER_IS_BETTER, METRICS, RESERVED_COLUMNS, own_metric
 from pipeline.job.model import Mlp, Model
-from pipeline.job.node import Node, module_and_name, plain_name
+from pipeline.job.node import Node, did_you_mean, module_and_name, plain_name
 from pipeline.job.scale import Scale
 from pipeline.job.training import Task, Train
 
@@ -97,11 +97,14 @@ class Job(Node):
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> Self:
-        column = self.best.metric.partition("/")[2]
+        split, _, column = self.best.metric.partition("/")
         known = [*METRICS[self.task.kind], *map(own_metric, self.metrics)]
         if column not in known:
+            is_of_another_task = column in HIGHER_IS_BETTER + LOWER_IS_BETTER
+            near = [] if is_of_another_task else [f"{split}/{name}" for name in known]
+            hint = did_you_mean(self.best.metric, near)
             raise ValueError(
-                f"best.metric: {self.best.metric} is not measured; {self.task.kind} has {', '.join(known)}"
+                f"best.metric: {self.best.metric} is not measured{hint}; {self.task.kind} has {', '.join(known)}"
             )
         return self
 

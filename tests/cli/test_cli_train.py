@@ -187,6 +187,11 @@ def test_best_is_the_earliest_of_the_lowest_and_patience_stops(trainyard: Trainy
     best = max(trained, key=lambda row: (row["accuracy"], -row["step"]))
     assert found["best"]["step"] == best["step"]
     assert found["step"] == found["best"]["step"] + 12 < 1600
+    assert (found["stopped_early"], found["evaluations_since_best"]) == (True, 3)
+    words = "3 evaluations without a better val/accuracy"
+    assert f"early stop at step {found['step']} of 1600: {words}" in ended.err
+    assert f"  stopped   early, of 1600 steps: {words}" in trainyard("show", found["run"]).out
+    assert "early" not in trainyard("train", write_job(tmp_path)).out
 
 
 HUNGRY = """

@@ -130,20 +130,17 @@ def test_a_signal_saves_and_leaves(at: int) -> None:
 # ------------------------------------------------------------------------------------------- best and end
 
 
-def metrics(value: float) -> dict[str, float]:
-    return {"val/loss": value, "val/accuracy": 1 - value}
-
-
 @given(
     values=st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, math.nan, math.inf]), max_size=8),
     mode=st.sampled_from(["min", "max"]),
 )
 def test_the_best_is_the_earliest_of_equals_and_never_step_0(values: list[float], mode: str) -> None:
-    plan = Plan(make_job(best={"mode": mode}), 23)
-    position = Position().after_evaluation(0, metrics(-1.0 if mode == "min" else 2.0), plan)
+    metric = {"min": "val/loss", "max": "val/accuracy"}[mode]
+    plan = Plan(make_job(best={"metric": metric}), 23)
+    position = Position().after_evaluation(0, {metric: -1.0 if mode == "min" else 2.0}, plan)
     assert (position.best_step, position.evaluations_since_best) == (None, 0)
     for step, value in enumerate(values, start=1):
-        position = position.after_evaluation(step, metrics(value), plan)
+        position = position.after_evaluation(step, {metric: value}, plan)
     finite = [value for value in values if math.isfinite(value)]
     if finite:
         best = min(finite) if mode == "min" else max(finite)
