@@ -116,6 +116,8 @@ class Bookkeeper(Reporter):
                 "step": position.step,
                 "epoch": self._plan.epoch(position.step),
                 "ends_epoch": self._plan.ends_epoch(position.step),
+                "number": self._plan.evaluation(position.step),
+                "phase": self._plan.phase(position.step),
                 "metrics": metrics,
                 "best_metric": self._plan.job.best.metric,
                 "is_best": is_best,

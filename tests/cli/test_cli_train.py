@@ -296,3 +296,12 @@ def test_threads_go_by_the_model(
     run = Path(trainyard("train", write_job(tmp_path, **changes), "--max-steps", "1", "--json").json["url"])
     torch.set_num_threads(before)
     assert json.loads((run / "journal/00000001.json").read_text())["facts"]["threads"] == threads
+
+
+def test_a_run_of_many_epochs_has_about_a_hundred_lines(trainyard: Trainyard, tmp_path: Path) -> None:
+    train = {"batch_size": "all", "phases": [{"epochs": 120, "lr": 0.1}, {"epochs": 121, "lr": 0.05}]}
+    ended = trainyard("train", write_job(tmp_path, train=train), "--json")
+    epochs = [int(line.split()[1]) for line in ended.err.splitlines() if line.startswith("epoch")]
+    assert epochs == sorted({*range(0, 241, 5), 121, 241})
+    assert "of 241 evaluations 1 in 5 is shown here" in ended.err
+    assert len(pd.read_parquet(Path(ended.json["url"]) / "metrics/evals")) == 242
