@@ -156,8 +156,12 @@ class Progress:
 
 def _stride(evaluations: int) -> int:
     """The first of 1, 2, 5, 10, 20, ... that leaves `MOST_LINES` at most."""
-    sizes = (size * 10**power for power in itertools.count() for size in (1, 2, 5))
-    return next(size for size in sizes if evaluations <= size * MOST_LINES)
+    stride = 1
+    for factor in itertools.cycle((2, 2.5, 2)):
+        if evaluations <= stride * MOST_LINES:
+            break
+        stride = int(stride * factor)
+    return stride
 
 
 class _Bar:

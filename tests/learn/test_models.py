@@ -103,7 +103,8 @@ def test_arithmetic_is_counted_as_often_as_it_is_done() -> None:
             self.matrix = nn.Parameter(torch.zeros(7, 3))
 
         def forward(self, inputs: Tensor) -> Tensor:
-            return (self.layer(self.embedding(inputs.long())) @ self.matrix).mean(1)
+            outputs: Tensor = self.layer(self.embedding(inputs.long())) @ self.matrix
+            return outputs.mean(1)
 
     assert multiply_adds(Own(), (4,)) == 4 * 5 * 7 + 7 * 3
     convolutions = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(6, 2, 2, stride=2), nn.Flatten())
