@@ -9,13 +9,19 @@ from typing import Any
 from torch import Tensor
 
 from pipeline.context import Context
+from pipeline.errors import NotFiniteError
 from pipeline.learn.plan import Plan
 from pipeline.learn.step_log import Rows
 from pipeline.learn.trainee import Trainee
-from pipeline.loop import Position, check_finite
+from pipeline.learn.words import divergence_advice
+from pipeline.loop import FP16_ADVICE, Position, check_finite
 from pipeline.record.attempt import Attempt
+from pipeline.record.cells import Columns
 from pipeline.record.entries import BestSoFar
 from pipeline.record.recorder import Recorder, Snapshot
+
+WITHOUT_GAIN = 3
+"""So many evaluations, none better than that of the model before training, are worth a warning."""
 
 
 class Reporter:
@@ -60,18 +66,25 @@ class Bookkeeper(Reporter):
         self._recorder = recorder
         self._attempt = attempt
         self._preprocess = preprocess
+        logged = Columns.from_facts(attempt.run.facts()).steps
+        self._not_logged = {name for name in trainee.scale_state if name not in logged}
+        """Columns that a run begun by an earlier version does not have."""
         self._best_weights: dict[str, Tensor] | None = None
         self._due = False
         self._saved = time.monotonic()
-        self.last_good = attempt.base.name if attempt.base else "none"
+        self._best = attempt.base.best if attempt.base else None
+        """Of the last evaluation."""
+        self._saved_best, self._saved_step = self._best, attempt.base.step if attempt.base else None
+        self._without_gain = 0
+        """Evaluations of this attempt, all of them no better than before training."""
         self.step = attempt.base.step if attempt.base else 0
         """The last step whose row was handed over."""
 
     def steps(self, rows: Rows) -> None:
-        self._recorder.steps(dict(rows))
+        self._recorder.steps({name: column for name, column in rows.items() if name not in self._not_logged})
         self.step, loss = int(rows["step"][-1]), float(rows["loss"][-1])
         self._attempt.beat(self.step, loss)
-        check_finite(rows, self.last_good)
+        check_finite(rows, self._advice(), self._trainee.flat.not_finite_gradients)
         self._recorder.check()
         seconds, samples = float(rows["seconds"].sum()), int(rows["samples"].sum())
         self._context.tell(
@@ -83,6 +96,7 @@ class Bookkeeper(Reporter):
                 "lr": float(rows["lr"][-1]),
                 "samples": samples,
                 "samples_per_s": samples / seconds if seconds else 0.0,
+                "skipped": int(rows["skipped"][-1]) if "skipped" in rows else None,
             }
         )
 
@@ -93,6 +107,8 @@ class Bookkeeper(Reporter):
         is_best = position.step > 0 and position.best_step == position.step
         if is_best:
             self._best_weights = self._trainee.flat.weights()
+        self._best = self._best_so_far(position)
+        no_gain = self._best.no_gain if self._best is not None else ""
         metrics = dict(position.metrics or {})
         self._context.tell(
             {
@@ -100,45 +116,85 @@ class Bookkeeper(Reporter):
                 "step": position.step,
                 "epoch": self._plan.epoch(position.step),
                 "ends_epoch": self._plan.ends_epoch(position.step),
+                "number": self._plan.evaluation(position.step),
+                "phase": self._plan.phase(position.step),
                 "metrics": metrics,
                 "best_metric": self._plan.job.best.metric,
                 "is_best": is_best,
+                "no_gain": bool(no_gain),
             }
         )
+        self._without_gain += 1 if no_gain else 0
+        if no_gain and self._without_gain == WITHOUT_GAIN:
+            lr = self._plan.lr(position.step)
+            text = f"{no_gain}: the learning rate, {lr:g} now, may be too high"
+            self._context.tell({"kind": "warning", "text": text})
         super().evaluated(position)
 
     def wants(self, step: int, due: bool) -> bool:
-        minutes = self._plan.job.checkpoint.every_minutes
-        late = minutes is not None and time.monotonic() - self._saved > 60 * minutes
-        self._due = self._due or due or late
-        return (self._due and self._recorder.may_commit()) or self._recorder.must_commit()
+        minutes, recorder = self._plan.job.checkpoint.every_minutes, self._recorder
+        # What a kill loses counts until the commit is durable, so it begins that much earlier.
+        is_late = minutes is not None and time.monotonic() - self._saved >= 60 * minutes - recorder.commit_s
+        self._due = self._due or due or is_late
+        return (self._due and recorder.may_commit(is_late=is_late)) or recorder.must_commit()
 
     def save(self, position: Position, end: bool) -> None:
-        best, metric = None, self._plan.job.best.metric
-        if position.best_step is not None and position.best_value is not None:
-            best = BestSoFar(
-                metric=metric,
-                step=position.best_step,
-                value=position.best_value,
-                metrics=dict(position.best_metrics or {}),
-            )
+        best = self._best_so_far(position)
         elsewhere = best is not None and best.step != position.step
         step = position.step
+        snapshot = Snapshot(
+            step=step,
+            epoch=self._plan.epoch(step),
+            weights=self._trainee.flat.weights(),
+            state=self._trainee.state(),
+            position=position.to_json(),
+            metrics=dict(position.metrics or {}),
+            best=best,
+            best_weights=self._best_weights if elsewhere else None,
+            preprocess=self._preprocess,
+            end=end,
+            patience=position.evaluations_since_best,
+        )
+        if end and snapshot.skipped_updates == step:
+            names = ", ".join(self._trainee.flat.not_finite_gradients()[:3])
+            what = f"all {step:,} updates were skipped, because gradients were not finite" + (
+                f": {names}" if names else ""
+            )
+            raise NotFiniteError(what, where=f"step {step}", fix=FP16_ADVICE)
+        if end and step < self._plan.last_step:
+            self._context.tell(
+                {
+                    "kind": "early_stop",
+                    "step": step,
+                    "last_step": self._plan.last_step,
+                    "evaluations": position.evaluations_since_best,
+                    "metric": self._plan.job.best.metric,
+                }
+            )
         self._recorder.commit(
-            Snapshot(
-                step=position.step,
-                epoch=self._plan.epoch(position.step),
-                weights=self._trainee.flat.weights(),
-                state=self._trainee.state(),
-                position=position.to_json(),
-                metrics=dict(position.metrics or {}),
-                best=best,
-                best_weights=self._best_weights if elsewhere else None,
-                preprocess=self._preprocess,
-                end=end,
-                patience=position.evaluations_since_best,
-            ),
+            snapshot,
             done=lambda seconds: self._context.tell({"kind": "commit", "step": step, "seconds": seconds}),
         )
         self._best_weights, self._due, self._saved = None, False, time.monotonic()
-        self.last_good = f"step {position.step}"
+        self._saved_best, self._saved_step = best, step
+
+    def _best_so_far(self, position: Position) -> BestSoFar | None:
+        if position.best_step is None or position.best_value is None:
+            return None
+        return BestSoFar(
+            metric=self._plan.job.best.metric,
+            step=position.best_step,
+            value=position.best_value,
+            metrics=dict(position.best_metrics or {}),
+            mode=self._plan.job.best.mode,
+            before_training=position.value_before_training,
+        )
+
+    def _advice(self) -> str:
+        """What to do about a loss that is not finite."""
+        return divergence_advice(
+            self._attempt.run.name,
+            self._saved_best.step if self._saved_best is not None else None,
+            self._saved_step,
+            self._best.no_gain if self._best is not None else "",
+        )

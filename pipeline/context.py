@@ -18,8 +18,8 @@ if TYPE_CHECKING:  # a client of a cluster needs this module, and not torch
 Value = TypeVar("Value")
 
 Tell = Callable[[Mapping[str, Any]], None]
-"""Takes one event for the user: `kind` (phase, message, warning, run, start, steps, evaluation, commit) and plain
-values. Threads of the run's own may call it too."""
+"""Takes one event for the user: `kind` (phase, message, warning, run, start, steps, evaluation, early_stop, commit) and
+plain values. Threads of the run's own may call it too."""
 
 
 class PeerLost(Exception):

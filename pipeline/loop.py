@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipeline.errors import JobError, NotFiniteError, WorkError
 from pipeline.learn.plan import Plan
+from pipeline.learn.scaling import MIN_SCALE
 from pipeline.learn.step_log import Rows, StepLog
 from pipeline.learn.tally import Tally
 from pipeline.learn.trainee import Trainee
@@ -74,6 +75,8 @@ class Position:
     """The latest evaluation as `val/loss`, ...: what is finite of it."""
     best_metrics: Mapping[str, float] | None = None
     """That of `best_step`."""
+    value_before_training: float | None = None
+    """The best metric's at step 0, where it was finite."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -82,7 +85,9 @@ class Position:
         """The position after an evaluation; the best is the earliest of equals, and step 0 is no candidate."""
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         after, best = replace(self, step=step, metrics=finite), plan.job.best
-        if step == 0 or best.metric not in metrics:
+        if step == 0:
+            return replace(after, value_before_training=finite.get(best.metric))
+        if best.metric not in metrics:
             return after
         value, sign = finite.get(best.metric), 1 if best.mode == "min" else -1
         if value is not None and (self.best_value is None or sign * value < sign * self.best_value):
@@ -110,6 +115,11 @@ class Bounds:
         early = position.patience_is_used_up(plan) and position.step >= self.highest_step
         return early or position.step >= plan.last_step
 
+
+FP16_ADVICE = (
+    "set train.precision: bf16 or fp32, which have a larger range, or lower the learning rate; gradients that are not "
+    "finite there either come from the model or its loss"
+)
 
 SIGTERM_UNIT = 1024.0
 """What a rank adds to the stop element for SIGTERM; 1 for SIGINT. The sum over the ranks tells both apart."""
@@ -141,9 +151,9 @@ def fit(
 
     Raises
     ------
-    NotFiniteError: a loss that is NaN or infinite.
+    NotFiniteError: a loss that is NaN or infinite, or gradients that are so again and again.
     """
-    log, votes = StepLog(trainee.flat.sums, recorder.steps), _Votes(trainee, around)
+    log, votes = StepLog(trainee.flat.sums, recorder.steps, trainee.scale_state), _Votes(trainee, around)
     if position.step == 0:
         position = _evaluate_all(trainee, plan, splits, recorder, around, position, 0)
         log.resume_clock()
@@ -251,19 +261,32 @@ class _Votes:
         return float(oldest)
 
 
-def check_finite(rows: Rows, last_good: str) -> None:
-    """Look for a loss that is NaN or infinite.
+def check_finite(rows: Rows, fix: str, not_finite_gradients: Callable[[], Sequence[str]] = tuple) -> None:
+    """Look for a loss that is NaN or infinite, and for a loss scale that has become useless because gradients are.
+
+    Parameters
+    ----------
+    fix: what to do about it, for the message.
+    not_finite_gradients: names of the parameters whose gradient is not finite now.
 
     Raises
     ------
-    NotFiniteError: names the first such step, its learning rate, and the last good checkpoint.
+    NotFiniteError: names the first such step and its learning rate.
     """
-    finite = np.isfinite(rows["loss"])
-    if not finite.all():
-        first = int(np.argmin(finite))
-        step, lr, loss = int(rows["step"][first]), float(rows["lr"][first]), float(rows["loss"][first])
-        raise NotFiniteError(
-            f"the loss is {loss} at step {step}, with learning rate {lr:g}",
-            where=f"step {step}",
-            fix=f"lower the learning rate or set train.clip_norm; last good checkpoint: {last_good}",
+    bad = ~np.isfinite(rows["loss"])
+    if "loss_scale" in rows:
+        bad |= rows["loss_scale"] < MIN_SCALE
+    if not bad.any():
+        return
+    first = int(np.argmax(bad))
+    step, lr, loss = int(rows["step"][first]), float(rows["lr"][first]), float(rows["loss"][first])
+    what = f"the loss is {loss} at step {step}, with learning rate {lr:g}"
+    if math.isfinite(loss):
+        names, skipped = list(not_finite_gradients()), int(rows["skipped"][first])
+        of = f" of {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}" if names else ""
+        what = (
+            f"the gradients{of} are not finite at step {step}, with learning rate {lr:g}: {skipped:,} updates were "
+            f"skipped, and fp16's loss scale fell to {float(rows['loss_scale'][first]):.0e}"
         )
+        fix = FP16_ADVICE
+    raise NotFiniteError(what, where=f"step {step}", fix=fix)

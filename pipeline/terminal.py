@@ -1,14 +1,26 @@
-"""What a person sees: a live progress bar on a terminal, one plain line an evaluation elsewhere, and the result."""
+"""What a person sees: a live progress bar on a terminal, one plain line an evaluation (of very many, some) there and
+elsewhere, and the result."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from pipeline.learn.words import no_better_words, number, short_words, table_lines
+from pipeline.errors import NotFiniteError
+from pipeline.learn.words import (
+    NUMBER_WIDTH,
+    divergence_advice,
+    no_better_words,
+    number,
+    rate,
+    short_fields,
+    short_words,
+    table_lines,
+)
 from pipeline.record.standing import Standing
 from pipeline.redaction import printable
 
@@ -20,6 +32,10 @@ DAMAGE_LINES = 5
 """Of what is damaged in a run's directory."""
 LINE_S = 1.0
 """On a terminal, seconds between two lines for evaluations within an epoch; the bar shows the latest in between."""
+MOST_LINES = 100
+"""A run of more evaluations than this shows a line for every second, fifth, tenth, ... of them."""
+SILENT_S = 600.0
+"""Then too, there is a line for the first evaluation after so many seconds without one."""
 
 
 class Progress:
@@ -29,7 +45,15 @@ class Progress:
         self._quiet = quiet
         self._bar: _Bar | None = None
         self._live = sys.stderr.isatty()
+        self._stride = 0
+        """Every so many-th evaluation has a line; 0 until training starts."""
+        self._last_step = 0
         self._last_line = 0.0
+        self._phase_shown = 0
+        self._held_back: Mapping[str, Any] | None = None
+        """The latest evaluation, where it has no line."""
+        self._best_held_back: int | None = None
+        """Step of the best evaluation, where it is later than the last line."""
         self._last_phase = time.monotonic()
         self._in_phase = False
 
@@ -37,6 +61,7 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self._release()
         if self._bar is not None:
             self._bar.close()
         if self._in_phase:
@@ -61,12 +86,15 @@ class Progress:
         elif kind == "start":
             verb = "training" if event["step"] == 0 else f"resuming after step {event['step']},"
             self._line(f"{verb} to step {event['last_step']} on {event['workers']}")
-            if self._live:
-                self._bar = self._bar or _Bar(event["last_step"])
+            self._start(event)
         elif kind == "steps" and self._bar is not None:
             self._bar.steps(event)
         elif kind == "evaluation":
             self._evaluation(event)
+        elif kind == "early_stop":
+            self._release()
+            words = early_stop_words(event["evaluations"], event["metric"])
+            self._line(f"early stop at step {event['step']} of {event['last_step']}: {words}")
 
     def _phase(self, text: str) -> None:
         if self._live:  # until the next line, which takes its place
@@ -76,14 +104,44 @@ class Progress:
             self._last_phase = time.monotonic()
             self._line(text)
 
+    def _start(self, event: Mapping[str, Any]) -> None:
+        is_first, evaluations = self._stride == 0, int(event["evaluations"])
+        self._last_step, self._stride = event["last_step"], _stride(evaluations)
+        if self._stride > 1 and is_first:
+            self._line(f"of {evaluations:,} evaluations 1 in {self._stride} is shown here; the metric log has them all")
+        if self._bar is not None:
+            self._bar.move(event["step"])
+        elif self._live:
+            self._bar = _Bar(event["step"], event["last_step"])
+
     def _evaluation(self, event: Mapping[str, Any]) -> None:
         if self._bar is not None:
             self._bar.evaluation(event)
+        if event["is_best"]:
+            self._best_held_back = event["step"]
+        self._held_back = event
+        if self._has_line(event):
+            self._release()
+
+    def _has_line(self, event: Mapping[str, Any]) -> bool:
+        """Whether an evaluation has a line of its own: the first and the last of an attempt and the
+        first of a phase always."""
         now = time.monotonic()
+        if event["step"] in (0, self._last_step) or event["phase"] != self._phase_shown:
+            return True
         if self._live and not event["ends_epoch"] and now - self._last_line < LINE_S:
+            return False
+        return event["number"] % max(1, self._stride) == 0 or now - self._last_line > SILENT_S
+
+    def _release(self) -> None:
+        """Write the line of the latest evaluation, where it was held back."""
+        event, best = self._held_back, self._best_held_back
+        if event is None:
             return
-        self._last_line = now
-        self._line(evaluation_line(event))
+        self._held_back = self._best_held_back = None
+        self._last_line, self._phase_shown = time.monotonic(), event["phase"]
+        note = f"  best at step {best}" if best is not None and best != event["step"] and not event["no_gain"] else ""
+        self._line(evaluation_line(event) + note)
 
     def _line(self, text: str) -> None:
         text = printable(text)
@@ -96,34 +154,65 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
 
 
-class _Bar:
-    """rich's progress bar; imported only where there is a terminal to draw on."""
+def _stride(evaluations: int) -> int:
+    """The first of 1, 2, 5, 10, 20, ... that leaves `MOST_LINES` at most."""
+    stride = 1
+    for factor in itertools.cycle((2, 2.5, 2)):
+        if evaluations <= stride * MOST_LINES:
+            break
+        stride = int(stride * factor)
+    return stride
 
-    def __init__(self, last_step: int) -> None:
+
+class _Bar:
+    """rich's progress bar; imported only where there is a terminal to draw on.
+
+    Step, bar and time left are always there. Behind them stand as many of the loss, the metrics and the rate as fit
+    into the terminal's width, each in a field of a fixed width.
+    """
+
+    BAR = 12
+    TIME = 8
+
+    def __init__(self, step: int, last_step: int) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
+        from rich.table import Column
 
         self._progress = RichProgress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=self.BAR),
+            TimeRemainingColumn(table_column=Column(width=self.TIME, no_wrap=True)),
+            TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, overflow="crop")),
             console=Console(stderr=True, highlight=False),
             transient=True,
         )
-        self._task = self._progress.add_task("", total=last_step, text="")
-        self._loss = self._metrics = ""
+        self._left = len("step ") + 2 * len(str(last_step)) + len("/ ") + self.BAR + 1 + self.TIME + 1
+        self._task = self._progress.add_task("", completed=step, total=last_step, text="")
+        self._loss: list[str] = []
+        self._rate: list[str] = []
+        self._metrics: list[str] = []
         self._progress.start()
 
+    def move(self, step: int) -> None:
+        """Begin at another step: the time until then says nothing of the time left."""
+        self._progress.reset(self._task, completed=step)
+
     def steps(self, event: Mapping[str, Any]) -> None:
-        self._loss = f"loss {event['loss']:.4f}  {event['samples_per_s']:,.0f} samples/s"
-        self._progress.update(self._task, completed=event["step"], text=f"{self._loss}  {self._metrics}")
+        self._loss = [_field("loss", event["loss"])]
+        self._rate = [f"{rate(event['samples_per_s']):>5s} samples/s"]
+        self._update(event["step"])
 
     def evaluation(self, event: Mapping[str, Any]) -> None:
-        self._metrics = short_words(event["metrics"], event["best_metric"])
-        self._progress.update(self._task, completed=event["step"], text=f"{self._loss}  {self._metrics}")
+        self._metrics = [_field(*one) for one in short_fields(event["metrics"], event["best_metric"])]
+        self._update(event["step"])
+
+    def _update(self, step: int) -> None:
+        width = self._progress.console.width - self._left
+        text = fitting([*self._loss, *self._metrics[:1], *self._rate, *self._metrics[1:]], width)
+        self._progress.update(self._task, completed=step, text=text)
 
     def line(self, text: str) -> None:
         self._progress.console.print(text, markup=False)
@@ -132,11 +221,31 @@ class _Bar:
         self._progress.stop()
 
 
+def _field(name: str, value: float) -> str:
+    return f"{name} {number(value):<{NUMBER_WIDTH}s}"
+
+
+def fitting(fields: Sequence[str], width: int) -> str:
+    """The first fields, as many as a width takes, two spaces apart."""
+    text = ""
+    for one in fields:
+        longer = f"{text}  {one}" if text else one
+        if len(longer) > width:
+            break
+        text = longer
+    return text[: max(width, 0)]
+
+
 def evaluation_line(event: Mapping[str, Any]) -> str:
     """`epoch 3  step 1440  val loss 0.1432  accuracy 0.9571  best`"""
-    best = "  best" if event["is_best"] else ""
+    best = "  no better than before training" if event["no_gain"] else "  best" if event["is_best"] else ""
     words = short_words(event["metrics"], event["best_metric"])
     return f"epoch {event['epoch']:<3d} step {event['step']:<6d} {words}{best}"
+
+
+def early_stop_words(evaluations: int, metric: str) -> str:
+    """`5 evaluations without a better val/loss`"""
+    return f"{evaluations} evaluation{'s' if evaluations != 1 else ''} without a better {metric}"
 
 
 def result_lines(standing: Standing) -> list[str]:
@@ -152,11 +261,16 @@ def result_lines(standing: Standing) -> list[str]:
         lines.append(f"  best      {best['metric']} {number(best['value'])} at step {best['step']}")
     chosen = best["metrics"] if best else metrics if standing.status == "finished" else {}  # else the untrained ones
     split = (best["metric"] if best else next(iter(metrics), "")).partition("/")[0]
+    if standing.stopped_early and best and standing.evaluations_since_best is not None:
+        words = early_stop_words(standing.evaluations_since_best, best["metric"])
+        lines.insert(1, f"  stopped   early, of {standing.total_steps} steps: {words}")
     lines += [f"            {line}" for line in table_lines(chosen, split)]
-    if words := no_better_words(chosen, split):
-        lines.append(f"  warning   {words}")
+    warnings = [standing.best.no_gain if standing.best else "", no_better_words(chosen, split)]
+    lines += [f"  warning   {words}" for words in warnings if words]
     if metrics:
         lines.append(f"  latest    {short_words(metrics, best['metric'] if best else '')}")
+    if standing.skipped_updates:
+        lines.append(f"  skipped   {standing.skipped_updates:,} updates, whose gradients were too large for fp16")
     if found["attempts"] > 1:
         lines.append(f"  attempts  {found['attempts']}")
     lines += [f"  damaged   {text}" for text in standing.damaged[:DAMAGE_LINES]]
@@ -188,7 +302,12 @@ def _going_on(standing: Standing) -> list[tuple[str, str]]:
     if standing.reached > standing.step:
         saved = f"step {standing.step}, epoch {standing.epoch}" if standing.step else "nothing yet"
         found.append(("saved", saved))
-    if standing.status != "running":
+    if standing.error is not None and standing.error.get("type") == NotFiniteError.__name__:
+        best, step = standing.best, standing.step or None
+        no_gain = best.no_gain if best is not None else ""
+        found.append(("next", "the same command would end there again:"))
+        found.append(("", divergence_advice(standing.run, best.step if best is not None else None, step, no_gain)))
+    elif standing.status != "running":
         start = f"goes on from step {standing.step}" if standing.step else "begins anew"
         found.append(("next", f"the same command {start}"))
     return found

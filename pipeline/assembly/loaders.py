@@ -30,15 +30,14 @@ def train_loader(
 
 
 def eval_loader(prepared: Prepared, built: Built, split: str, *, rank: int = 0, world_size: int = 1) -> EvalLoader:
-    """This rank's share of a split, in blocks."""
+    """This rank's share of what an evaluation takes of a split, in blocks."""
     loader = prepared.job.data.loader
     return EvalLoader(
         prepared.arrays(split),
-        prepared.splits[split].ids,
+        prepared.evaluated_ids(split),
         rank=rank,
         world_size=world_size,
         batch_size=loader.eval_batch_size,
         device=built.device,
-        limit=prepared.job.evaluate.limit,
         pin_memory=loader.pin_memory,
     )

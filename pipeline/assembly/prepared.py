@@ -12,7 +12,7 @@ from pipeline.data import augment
 from pipeline.data.fitted import Fitted, check_layout, fit
 from pipeline.data.preprocess import fit_warnings
 from pipeline.data.sources import Arrays, Source, open_source
-from pipeline.data.split import Rows, make_splits, rows_by_part, split_warnings
+from pipeline.data.split import Rows, make_splits, rows_by_part, split_warnings, stratified_sample
 from pipeline.errors import JobError, StorageError
 from pipeline.job import Job
 from pipeline.learn.plan import Plan
@@ -50,8 +50,19 @@ class Prepared:
     @property
     def evaluated_rows(self) -> dict[str, int]:
         """How many rows of each split are evaluated while training."""
-        limit = self.job.evaluate.limit
-        return {split: len(self.splits[split].ids[:limit]) for split in self.evaluated}
+        limit, splits = self.job.evaluate.limit, self.splits
+        return {
+            split: len(splits[split]) if limit is None else min(len(splits[split]), limit) for split in self.evaluated
+        }
+
+    def evaluated_ids(self, split: str) -> np.ndarray:
+        """The rows of a split that an evaluation takes: all, or a sample of `evaluate.limit`. It is a function of the
+        job and the data, so that every evaluation, attempt and number of workers takes the same."""
+        limit, rows = self.job.evaluate.limit, self.splits[split]
+        if limit is None:
+            return rows.ids
+        targets = self.targets[rows.part][rows.ids]
+        return stratified_sample(rows.ids, targets, limit, self.job.seed.of("split"), f"rows of {split} to evaluate")
 
     def arrays(self, split: str) -> Arrays:
         """The part in which a split lies, with prepared targets."""

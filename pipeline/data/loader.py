@@ -135,9 +135,8 @@ class EvalLoader:
     Parameters
     ----------
     arrays: the part in which the split lies, with prepared targets.
-    rows: the split, int64 (n,).
+    rows: what is evaluated of the split, int64 (n,).
     batch_size: rows of a block, on each rank.
-    limit: only the first rows of the split.
     """
 
     def __init__(
@@ -149,10 +148,8 @@ class EvalLoader:
         world_size: int,
         batch_size: int,
         device: torch.device,
-        limit: int | None = None,
         pin_memory: PinMemory = "auto",
     ) -> None:
-        rows = rows[:limit]
         self._tensors = place(arrays, rows[share(len(rows), rank, world_size)], device)
         self._batch_size = batch_size
         self._device = device

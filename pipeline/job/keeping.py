@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.job.metrics import HIGHER_IS_BETTER, LOWER_IS_BETTER
-from pipeline.job.node import Node, Positive
+from pipeline.job.node import Node, Positive, did_you_mean
 
 
 class Evaluate(Node):
@@ -20,7 +20,8 @@ class Evaluate(Node):
     splits: Annotated[list[Literal["train", "val"]], Field(min_length=1)] | None = None
     """Default: val where there is one, else train. Never test: `trainyard evaluate --split test` reads that."""
     limit: Positive | None = None
-    """Only the first rows of each split."""
+    """At most this many rows of each split: a random sample, stratified by class (for a regression, by the first
+    target), drawn once for the whole run. `trainyard evaluate` always takes all rows."""
 
     @model_validator(mode="after")
     def _one_interval(self) -> Self:
@@ -42,19 +43,25 @@ class Best(Node):
     @model_validator(mode="before")
     @classmethod
     def _direction_is_known(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("mode") is not None:
+        if not isinstance(values, dict):
             return values
-        metric = values.get("metric", "val/loss")
-        column = str(metric).partition("/")[2]
-        if column and column not in HIGHER_IS_BETTER + LOWER_IS_BETTER:
-            raise ValueError(f"say mode: min or mode: max for {metric}")
-        return {**values, "mode": "max" if column in HIGHER_IS_BETTER else "min"}
+        metric, mode = str(values.get("metric", "val/loss")), values.get("mode")
+        split, _, column = metric.partition("/")
+        known = {**dict.fromkeys(HIGHER_IS_BETTER, "max"), **dict.fromkeys(LOWER_IS_BETTER, "min")}
+        if mode is None and column and column not in known:
+            hint = did_you_mean(metric, [f"{split}/{name}" for name in known])
+            raise ValueError(f"say mode: min or mode: max for {metric}{hint}")
+        if mode in ("min", "max") and known.get(column, mode) != mode:
+            raise ValueError(f"mode: {mode} would take the worst {metric} for the best; leave mode out")
+        return values if mode is not None else {**values, "mode": known.get(column, "min")}
 
     @field_validator("metric")
     @classmethod
     def _split_and_column(cls, value: str) -> str:
         if not re.fullmatch(r"(train|val)/[A-Za-z_]\w*", value):
-            raise ValueError(f"{value!r} is not of the form val/loss, val/accuracy, train/loss, ...")
+            known = [f"{split}/{name}" for split in ("val", "train") for name in HIGHER_IS_BETTER + LOWER_IS_BETTER]
+            hint = did_you_mean(value, known)
+            raise ValueError(f"{value!r} is not of the form val/loss, val/accuracy, train/loss, ...{hint}")
         return value
 
 
@@ -65,7 +72,8 @@ class Checkpoint(Node):
     """The default is every epoch."""
     every_steps: Positive | None = None
     every_minutes: Annotated[float, Field(gt=0)] | None = 10
-    """At the latest after so long."""
+    """Save before this much training is unsaved: an upper bound on what a kill can lose, as far as storage is fast
+    enough. Without it, or before it, a due checkpoint may wait until the last one's cost is 1 % of the time since."""
     keep: Positive = 3
     """The last so many, each with the best until then."""
 

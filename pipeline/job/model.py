@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from pipeline.job.node import Node, Positive, Share, module_and_name
+from pipeline.job.node import Node, Positive, Share, did_you_mean, module_and_name
 
 Activation = Literal["relu", "tanh", "sigmoid", "gelu", "silu", "leaky_relu", "elu"]
 
@@ -97,8 +96,7 @@ class OwnModel(Start):
     @classmethod
     def _names_a_class(cls, value: str) -> str:
         if ":" not in value:
-            near = difflib.get_close_matches(value, ["mlp", "cnn"], n=1, cutoff=0.5)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            hint = did_you_mean(value, ["mlp", "cnn"])
             raise ValueError(f"must be mlp, cnn, torchvision:NAME or module:Class{hint}")
         return module_and_name(value)
 

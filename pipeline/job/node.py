@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, Strict
@@ -52,3 +54,14 @@ def module_and_name(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
         raise ValueError(f"{value!r} is not of the form module:name")
     return value
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that is most like this one, or nothing where none is."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), "")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'accuracy'?)`, or nothing."""
+    near = nearest(word, known)
+    return f" (did you mean {near!r}?)" if near else ""

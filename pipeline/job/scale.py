@@ -34,7 +34,8 @@ class Scale(Node):
     """auto: cuda, then mps, then cpu."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     threads: Positive | Literal["auto"] = "auto"
-    """Arithmetic threads a worker; auto: one, or every core for large models in this process."""
+    """Arithmetic threads a worker. auto: cpus_per_worker, and more for large models in this process: one for each 33
+    million multiply-adds of a batch's forward pass, up to every core."""
     retries: Annotated[int, Field(ge=0)] = 3
     """Restarts after lost workers, counted anew whenever a checkpoint was made in between."""
     wait_s: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"

@@ -13,9 +13,9 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.job.data import Data
 from pipeline.job.following import Follower
 from pipeline.job.keeping import Best, Checkpoint, Evaluate
-from pipeline.job.metrics import METRICS, RESERVED_COLUMNS, own_metric
+from pipeline.job.metrics import HIGHER_IS_BETTER, LOWER_IS_BETTER, METRICS, RESERVED_COLUMNS, own_metric
 from pipeline.job.model import Mlp, Model
-from pipeline.job.node import Node, module_and_name, plain_name
+from pipeline.job.node import Node, did_you_mean, module_and_name, plain_name
 from pipeline.job.scale import Scale
 from pipeline.job.training import Task, Train
 
@@ -29,7 +29,7 @@ class Seeds(Node):
     all: Annotated[int, Field(ge=0)] = 1
     """The seed of every stream that is not named."""
     split: Annotated[int, Field(ge=0)] | None = None
-    """Which rows are in which split."""
+    """Which rows are in which split, and which of them `evaluate.limit` takes."""
     init: Annotated[int, Field(ge=0)] | None = None
     """The untrained weights."""
     shuffle: Annotated[int, Field(ge=0)] | None = None
@@ -100,11 +100,14 @@ class Job(Node):
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> Self:
-        column = self.best.metric.partition("/")[2]
+        split, _, column = self.best.metric.partition("/")
         known = [*METRICS[self.task.kind], *map(own_metric, self.metrics)]
         if column not in known:
+            is_of_another_task = column in HIGHER_IS_BETTER + LOWER_IS_BETTER
+            near = [] if is_of_another_task else [f"{split}/{name}" for name in known]
+            hint = did_you_mean(self.best.metric, near)
             raise ValueError(
-                f"best.metric: {self.best.metric} is not measured; {self.task.kind} has {', '.join(known)}"
+                f"best.metric: {self.best.metric} is not measured{hint}; {self.task.kind} has {', '.join(known)}"
             )
         return self
 
@@ -147,6 +150,8 @@ def identity(
     tree["data"] = {key: value for key, value in tree["data"].items() if key not in NOT_IDENTITY_OF_DATA}
     if start is not None:  # it says what the weights are; where they lie is no more part of it than the data's folder
         tree["model"] |= {key: "a file" for key in START if os.path.isabs(tree["model"].get(key) or "")}
+    if job.evaluate.limit is not None:  # runs of an earlier version took the first rows, and must not go on with others
+        tree["evaluate"] = {**tree["evaluate"], "sample": "stratified"}
     tree |= {"max_steps": max_steps, "fingerprint": fingerprint, "start": start}
     return {**tree, "code": dict(code)} if code else tree
 

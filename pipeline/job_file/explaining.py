@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import reprlib
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from pipeline.job import Job
+from pipeline.job.node import did_you_mean, nearest
 
 _SHAPE_ERRORS = ("model_type", "dict_type", "model_attributes_type")
 """A branch of a union that is a mapping, where the value is none."""
@@ -46,7 +46,7 @@ def explain(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
 def _meant(path: tuple[Any, ...], problem: Mapping[str, Any]) -> tuple[Any, ...] | None:
     """The known key that an unknown one stands for: no news that it is missing."""
     is_unknown = problem["type"] == "extra_forbidden"
-    return (*path[:-1], _nearest(str(path[-1]), _known_keys(problem["loc"][:-1]))) if is_unknown else None
+    return (*path[:-1], nearest(str(path[-1]), _known_keys(problem["loc"][:-1]))) if is_unknown else None
 
 
 def _written(problem: Mapping[str, Any], tree: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -71,7 +71,7 @@ def _line(path: tuple[Any, ...], problems: list[Mapping[str, Any]]) -> str:
     for problem in problems:
         if problem["type"] == "extra_forbidden":
             known = _known_keys(problem["loc"][:-1])
-            return f"{key}: unknown key{_hint(str(path[-1]), known)}; known here: {', '.join(known)}"
+            return f"{key}: unknown key{did_you_mean(str(path[-1]), known)}; known here: {', '.join(known)}"
         if problem["type"] == "missing":
             return f"{key}: missing"
         if problem["type"] == "union_tag_invalid":
@@ -97,7 +97,7 @@ def _message(problem: Mapping[str, Any]) -> str:
 
 def _one_of(expected: str, value: Any) -> str:
     choices = re.findall("'([^']*)'", expected)
-    return f"must be {expected}{_hint(str(value), choices)}"
+    return f"must be {expected}{did_you_mean(str(value), choices)}"
 
 
 def _known_keys(place: tuple[Any, ...]) -> list[str]:
@@ -120,13 +120,3 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [found for inner in typing.get_args(annotation) for found in _models_in(inner)]
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    """The known word that is most like this one, or nothing where none is."""
-    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), "")
-
-
-def _hint(word: str, known: Iterable[str]) -> str:
-    near = _nearest(word, known)
-    return f" (did you mean {near!r}?)" if near else ""

@@ -89,6 +89,12 @@ class FlatModel:
             for buffer, part in zip(self.buffers, mean.split(sizes), strict=True):
                 buffer.copy_(part.view_as(buffer))
 
+    def not_finite_gradients(self) -> list[str]:
+        """Names of the parameters whose gradient holds NaN or infinity now. Waits for the device."""
+        return [
+            name for name, one in zip(self.sizes, self.gradients, strict=True) if not bool(torch.isfinite(one).all())
+        ]
+
     def weights(self) -> dict[str, Tensor]:
         """A copy of all tensors of the model on the CPU, by name."""
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}

@@ -75,6 +75,15 @@ class Plan:
             return False
         return self.job.train.phases[self.phase_ends.index(step - 1) + 1].optimizer_state == "reset"
 
+    def phase(self, step: int) -> int:
+        """The phase of a step, from 1."""
+        return bisect.bisect_left(self.phase_ends, step) + 1
+
+    def evaluation(self, step: int) -> int:
+        """The number of the evaluation after a step, from 1; 0 for the untrained one."""
+        when = self.job.evaluate
+        return -(-step // (when.every_steps or (when.every_epochs or 1) * self.steps_per_epoch))
+
     def evaluates_after(self, step: int) -> bool:
         when = self.job.evaluate
         return step == self.last_step or self._due(step, when.every_epochs, when.every_steps)

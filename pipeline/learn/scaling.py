@@ -13,14 +13,21 @@ GROWTH = 2.0
 BACKOFF = 0.5
 GROWTH_INTERVAL = 2000
 
+MIN_SCALE = 2.0**-14
+"""Below this scale training has failed. It is fp16's smallest normal number: a gradient of 1 for an output, scaled by
+less, already loses digits, so a smaller scale makes room for nothing. From the initial scale it is 31 skipped updates
+away. (torch's scaler has no such limit; DeepSpeed's is 1, fairseq's 1e-4.)"""
+
 
 class LossScale:
-    """state: factor (scalar float32) and steps since it last changed (scalar int32), on the device."""
+    """state: factor (scalar float32), steps since it last changed (scalar int32), and updates skipped since the start
+    of the run (scalar int64), on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.state = {
             "factor": torch.full((), INITIAL_SCALE, dtype=torch.float32, device=device),
             "good_steps": torch.zeros((), dtype=torch.int32, device=device),
+            "skipped": torch.zeros((), dtype=torch.int64, device=device),
         }
 
     @property
@@ -32,11 +39,15 @@ class LossScale:
         return (~torch.isfinite(gradient).all()).float()
 
     def update(self, found_inf: Tensor) -> None:
-        """Halve the scale after an overflow, double it after 2,000 steps without one."""
+        """Halve the scale and count the update as skipped after an overflow, double the scale after 2,000 steps without
+        one."""
+        self.state["skipped"].add_(found_inf.long())
         torch._amp_update_scale_(
             self.state["factor"], self.state["good_steps"], found_inf, GROWTH, BACKOFF, GROWTH_INTERVAL
         )
 
     def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from a copy of `state`. That of an earlier version has no count of skipped updates."""
         for name, tensor in self.state.items():
-            tensor.copy_(state[name])
+            if name in state or name != "skipped":
+                tensor.copy_(state[name])

@@ -80,6 +80,14 @@ class Trainee:
             self.flat.count.fill_(rows)
         self.flat.pack_buffers(rows)
 
+    @property
+    def scale_state(self) -> dict[str, Tensor]:
+        """For fp16 what the log notes of each step: the loss scale that it uses, and the updates skipped before it.
+        Scalars on the device."""
+        if self._scale is None:
+            return {}
+        return {"loss_scale": self._scale.factor, "skipped": self._scale.state["skipped"]}
+
     def _pieces(self, inputs: Tensor, targets: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
         size = self._job.train.micro_batch
         if size is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+NUMBER_WIDTH = 10
+
 HEADLINES = ("loss", "accuracy", "rmse", "r2")
 """What a short line shows."""
 
@@ -27,6 +29,12 @@ def short_words(metrics: Mapping[str, float], best_metric: str = "") -> str:
             words.append(f"{split + ' ' if split != last else ''}{name} {number(value)}")
             last = split
     return "  ".join(words)
+
+
+def short_fields(metrics: Mapping[str, float], best_metric: str = "") -> list[tuple[str, float]]:
+    """What `short_words` shows, one by one: `("val loss", 0.1432)`, the metric that decides on the best first."""
+    shown = [name for name in metrics if name.partition("/")[2] in HEADLINES or name == best_metric]
+    return [(name.replace("/", " "), metrics[name]) for name in sorted(shown, key=lambda name: name != best_metric)]
 
 
 def table_lines(metrics: Mapping[str, float], split: str) -> list[str]:
@@ -52,6 +60,24 @@ def no_better_words(metrics: Mapping[str, float], split: str) -> str:
     return ""
 
 
+def divergence_advice(run: str, best_step: int | None, last_step: int | None, no_gain: str = "") -> str:
+    """What to do about a run whose loss or weights became NaN or infinite: the same command would end there again.
+
+    Parameters
+    ----------
+    best_step, last_step: of the best and the last checkpoint, where there are any.
+    no_gain: that no evaluation is better than before training: then no checkpoint is worth going on from.
+    """
+    advice = "lower the learning rate (train.phases) or set train.clip_norm: the changed job is a new run"
+    if no_gain:
+        return f"{advice}; {no_gain}, so no checkpoint is worth going on from"
+    if best_step is not None:
+        return f"{advice}, and model.init_from: {run}@best begins it at the best checkpoint, of step {best_step}"
+    if last_step is not None:
+        return f"{advice}, and model.init_from: {run}@last begins it at the last checkpoint, of step {last_step}"
+    return advice
+
+
 def of_split(metrics: Mapping[str, float], split: str) -> dict[str, float]:
     """By column, without what is not finite: None, or NaN."""
     found = {name.partition("/")[2]: value for name, value in metrics.items() if name.partition("/")[0] == split}
@@ -59,5 +85,13 @@ def of_split(metrics: Mapping[str, float], split: str) -> dict[str, float]:
 
 
 def number(value: float) -> str:
-    """Four places, or four digits where those would hide it."""
+    """Four places, or four digits where those would hide it: at most `NUMBER_WIDTH` characters."""
     return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
+
+
+def rate(per_second: float) -> str:
+    """Three digits in five characters at most: `912`, `52.1k`, `1.23M`."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if per_second >= size * (1 - 5e-4):
+            return f"{per_second / size:#.3g}".rstrip(".") + unit
+    return f"{per_second:.0f}"

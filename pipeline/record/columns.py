@@ -56,10 +56,14 @@ class Columns:
 
     @classmethod
     def of_job(cls, job: Job) -> Columns:
-        """What the job's task and its user measure besides loss and accuracy."""
+        """What the job's task and its user measure besides loss and accuracy, and for fp16 how the loss is scaled."""
         usual = {name for name, _ in _EVALUATIONS}
         names = [*METRICS[job.task.kind], *map(own_metric, job.metrics)]
-        return cls(evaluations=dict.fromkeys((name for name in names if name not in usual), "float64"))
+        steps = ("loss_scale", "skipped") if job.train.precision == "fp16" else ()
+        return cls(
+            steps=dict.fromkeys(steps, "float64"),
+            evaluations=dict.fromkeys((name for name in names if name not in usual), "float64"),
+        )
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> Columns:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.job import plain_name
+from pipeline.learn.words import number
 from pipeline.record.values import moment, sealed, to_json, unsealed
 
 Made = TypeVar("Made")
@@ -30,6 +31,17 @@ class BestSoFar:
     """Name of the directory; empty until a commit has given it one."""
     metrics: dict[str, float] = field(default_factory=dict)
     """All of that evaluation, such as "val/loss"."""
+    mode: Literal["min", "max"] = "min"
+    before_training: float | None = None
+    """The metric's value at step 0, which is no candidate; None where it was not finite, or in an earlier version."""
+
+    @property
+    def no_gain(self) -> str:
+        """That no evaluation is better than that of the model before training, in words; else empty."""
+        before = self.before_training
+        if before is None or (self.value < before if self.mode == "min" else self.value > before):
+            return ""
+        return f"no evaluation is better than before training ({self.metric} {number(before)})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +97,8 @@ class Commit(Entry):
     """Of the latest evaluation, such as "val/loss"."""
     patience: int | None = None
     """Evaluations since the best one."""
+    skipped_updates: int | None = None
+    """For fp16: updates skipped since the start of the run, because their gradient was not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,12 +175,15 @@ def parse_best(tree: Any) -> BestSoFar | None:
     """A best so far from its plain values."""
     if tree is None:
         return None
+    before = tree.get("before_training")
     return BestSoFar(
         metric=str(tree["metric"]),
         step=int(tree["step"]),
         value=float(tree["value"]),
         checkpoint=plain_name(tree["checkpoint"]) if tree["checkpoint"] else "",
         metrics=numbers(tree.get("metrics", {})),
+        mode="max" if tree.get("mode") == "max" else "min",
+        before_training=float(before) if before is not None else None,
     )
 
 

@@ -52,6 +52,8 @@ class Recorder:
         self._evaluations: list[EvaluationRow] = []
         self._waiting = 0
         self._rest_until = 0.0
+        self.commit_s = 0.0
+        """Seconds that the last commit took."""
         self._error: BaseException | None = None
         self._lost: spool.Lost | None = None
         self._changed = threading.Condition()
@@ -71,10 +73,10 @@ class Recorder:
         """One evaluation of one split, at the step of the last row of steps."""
         self._evaluations.append(row)
 
-    def may_commit(self) -> bool:
+    def may_commit(self, *, is_late: bool = False) -> bool:
         """Whether a commit now keeps bookkeeping under its share: none is under way, and the last one's cost has long
-        passed."""
-        return self._job is None and time.monotonic() >= self._rest_until
+        passed. One that is late, by what the user allows to be lost, waits for the one under way alone."""
+        return self._job is None and (is_late or time.monotonic() >= self._rest_until)
 
     def must_commit(self) -> bool:
         """Whether too many rows wait in memory, or storage is lost and the present has to be saved here."""
@@ -98,9 +100,10 @@ class Recorder:
             began = time.monotonic()
             self._unless_lost(lambda: self._writer.commit(snapshot, blocks, evaluations))
             ended = time.monotonic()
-            self._rest_until = ended + REST * (ended - began)
+            self.commit_s = ended - began
+            self._rest_until = ended + REST * self.commit_s
             if done is not None:
-                done(ended - began)
+                done(self.commit_s)
 
         self._wait()
         if self._lost is not None:

@@ -34,6 +34,12 @@ class Snapshot:
     patience: int | None = None
     """Evaluations since the best one."""
 
+    @property
+    def skipped_updates(self) -> int | None:
+        """For fp16: updates skipped since the start of the run, because their gradient was not finite."""
+        count = self.state.get("scale.skipped")
+        return None if count is None else int(count)
+
     def not_finite(self) -> str | None:
         """Name of the first tensor of weights that holds NaN or infinity."""
         import torch

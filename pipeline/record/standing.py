@@ -43,6 +43,12 @@ class Standing:
     """Time of the last entry in the journal."""
     checkpoint: str | None
     """The last committed one."""
+    stopped_early: bool = False
+    """Of a finished run: before its last step, because `best.patience` was used up."""
+    evaluations_since_best: int | None = None
+    """Until the last commit."""
+    skipped_updates: int | None = None
+    """Of a run in fp16: how many updates were skipped until the last commit, because their gradient was not finite."""
     where: Mapping[str, Any] = field(default_factory=dict)
     """Of the last attempt: host, world_size, device, and since when."""
     seen_s: float | None = None
@@ -85,13 +91,14 @@ def stand(run: Run, entries: Sequence[Entry], beat: Beat | None, status: Status)
     claim = decisions.last_claim(entries)
     left = last_leave(entries)
     first = next((entry for entry in entries if isinstance(entry, Claim)), None)
+    total_steps = run.facts().get("total_steps")
     return Standing(
         run=run.name,
         url=run.url,
         status=status,
         step=commit.step if commit is not None else 0,
         epoch=commit.epoch if commit is not None else 0,
-        total_steps=run.facts().get("total_steps"),
+        total_steps=total_steps,
         attempts=claim.attempt if claim is not None else 0,
         best=commit.best if commit is not None else None,
         metrics=commit.metrics if commit is not None else {},
@@ -100,6 +107,9 @@ def stand(run: Run, entries: Sequence[Entry], beat: Beat | None, status: Status)
         started=first.time if first is not None else None,
         updated=entries[-1].time if entries else None,
         checkpoint=commit.checkpoint if commit is not None else None,
+        stopped_early=commit is not None and commit.end and total_steps is not None and commit.step < total_steps,
+        evaluations_since_best=commit.patience if commit is not None else None,
+        skipped_updates=commit.skipped_updates if commit is not None else None,
         where=_where(claim) if claim is not None else {},
     )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import NotFiniteError, TrainyardError
+from pipeline.learn.words import divergence_advice
 from pipeline.record import decisions, saving, spool
 from pipeline.record.attempt import Attempt
 from pipeline.record.cells import Cell, Columns, EvaluationRow, Rows, StepBlock, encode
@@ -93,6 +94,7 @@ class Writer:
             best=best,
             metrics=dict(snapshot.metrics),
             patience=snapshot.patience,
+            skipped_updates=snapshot.skipped_updates,
         )
         self.attempt.append(commit)
         self.attempt.kept, self._best, self._last_good = commit.kept, best, name
@@ -216,8 +218,14 @@ class Writer:
             raise self._not_finite(f"the weights {name} are not finite at step {snapshot.step}{rate}", None)
 
     def _not_finite(self, what: str, row: dict[str, Any] | None) -> NotFiniteError:
-        last = f"the last good checkpoint is {self._last_good}" if self._last_good else "there is no checkpoint yet"
-        error = NotFiniteError(what, where=self._run.url, fix=f"{last}; try a lower learning rate or train.clip_norm")
+        best, last = self._best, decisions.parse_checkpoint_name(self._last_good or "")
+        fix = divergence_advice(
+            self._run.name,
+            best.step if best is not None else None,
+            last[0] if last is not None else None,
+            best.no_gain if best is not None else "",
+        )
+        error = NotFiniteError(what, where=self._run.url, fix=fix)
         error.__dict__["row"] = row
         return error
 

@@ -53,7 +53,7 @@ train:
   precision: fp32              # fp64, fp32, bf16, fp16
 
 evaluate: {{every_epochs: 1, splits: [val]}}   # or every_steps: 100; limit: 1024
-best: {{metric: val/loss, mode: min}}          # val/accuracy, val/auc, val/f1, val/r2, val/rmse, ...; patience: 5 stops after so many evaluations without a better one
+best: {{metric: val/loss}}   # val/accuracy, val/auc, val/f1, val/r2, val/rmse, ...; patience: 5 stops after so many evaluations without a better one
 checkpoint: {{every_epochs: 1, every_minutes: 10, keep: 3}}
 scale: {{workers: 0, device: auto}}            # workers: 2 trains on two Ray Train workers; {{min: 1, max: 4}}
 storage: ./runs                # a folder or any fsspec URL, such as s3://bucket/runs

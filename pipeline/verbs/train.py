@@ -257,7 +257,8 @@ class _Birth:
             stored, fingerprint=there["fingerprint"], start=there.get("start"), max_steps=there["max_steps"]
         )
         raise InputError(
-            "a run of this name has another job:\n    " + "\n    ".join(differences(theirs, self.own)),
+            "a run of this name has another job:\n    "
+            + "\n    ".join(differences(theirs, self.own) or ["another version of Trainyard identified it otherwise"]),
             where=self.run.url,
             fix="choose another --name, or leave it out",
         )

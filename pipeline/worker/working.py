@@ -228,6 +228,7 @@ def _fit(prepared: Prepared, built: Built, context: Context, start: Start, recor
             "kind": "start",
             "step": start.position.step,
             "last_step": last_step,
+            "evaluations": plan.evaluation(last_step),
             "workers": workers,
             "attempt": start.attempt,
         }

@@ -119,3 +119,32 @@ def test_a_split_too_large_to_gather_is_told_before_training(
     assert "set evaluate.limit to 199" in refused.err
     bounded = write_job(tmp_path, task="binary", best={"metric": "val/auc"}, evaluate={"limit": 199})
     assert trainyard("train", bounded).code == 0
+
+
+SORTED = """
+import numpy as np
+
+def rows():
+    labels = np.repeat([0, 1, 2], [300, 90, 10])
+    return np.random.default_rng(0).normal(size=(400, 2)).astype("float32"), labels
+"""
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_limit_takes_a_sample_that_stands_for_the_split(
+    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
+) -> None:
+    (tmp_path / "rows_in_the_order_of_their_classes.py").write_text(SORTED)
+    monkeypatch.syspath_prepend(tmp_path)
+    job = write_job(
+        tmp_path,
+        data={"source": {"call": "rows_in_the_order_of_their_classes:rows"}, "splits": {"val": 0.5, "stratify": True}},
+        evaluate={"limit": 40, "splits": [split]},
+        best={"metric": f"{split}/loss"},
+    )
+    found = trainyard("train", job, "--json").json
+    metrics, whole = found["metrics"], trainyard("evaluate", found["run"], "--split", split, "--trust", "--json").json
+    assert metrics[f"{split}/baseline_accuracy"] == whole["metrics"][f"{split}/baseline_accuracy"] == 0.75
+    rows = pd.read_parquet(Path(found["url"]) / "metrics/evals")
+    assert (rows["samples"] == 40).all()
+    assert set(rows["baseline_accuracy"]) == {0.75}, "every evaluation takes the same"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pandas as pd
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.job import METRICS
+from pipeline.record.columns import Columns
 from tests.cli.cli_calls import SMALL, Trainyard, write_job
 
 
@@ -143,6 +146,31 @@ def test_a_loss_that_is_not_finite_fails_with_its_step_and_the_run_says_so(
     shown = trainyard("show", "wild", "--json").json
     assert shown["status"] == "failed"
     assert "learning rate" in shown["error"]["message"]
+    words = trainyard("show", "wild").out
+    assert "the same command would end there again" in words
+    assert "goes on from" not in words
+
+
+def test_a_run_that_only_got_worse_says_so_and_recommends_nothing_of_it(trainyard: Trainyard, tmp_path: Path) -> None:
+    train = {**SMALL["train"], "phases": [{"steps": 6, "lr": 100.0}]}
+    job = write_job(tmp_path, train=train, evaluate={"every_steps": 2})
+    ended = trainyard("train", job, "--json")
+    rows = pd.read_parquet(Path(ended.json["url"]) / "metrics/evals").sort_values("step")
+    before, *after = rows["loss"]
+    assert min(after) > before, "what this test is about"
+    lines = [line for line in ended.err.splitlines() if line.startswith("epoch")]
+    assert [line.endswith("  no better than before training") for line in lines] == [False, True, True, True]
+    no_gain = f"no evaluation is better than before training (val/loss {before:.4f})"
+    assert f"warning: {no_gain}: the learning rate, 100 now, may be too high" in ended.err
+    assert (ended.json["best"]["value"], ended.json["best"]["before_training"]) == (min(after), before)
+    assert f"  warning   {no_gain}" in trainyard("show", ended.json["run"]).out
+    train["phases"].append({"steps": 9, "lr": 1e30})
+    diverged = trainyard("train", write_job(tmp_path, train=train, evaluate={"every_steps": 2}), "--name", "wild")
+    assert diverged.code == 1
+    assert f"{no_gain}, so no checkpoint is worth going on from" in diverged.err
+    assert "init_from" not in diverged.err + trainyard("show", "wild").out
+    good = trainyard("train", write_job(tmp_path), "--json")
+    assert "before training" not in good.err + trainyard("show", good.json["run"]).out
 
 
 def test_best_is_the_earliest_of_the_lowest_and_patience_stops(trainyard: Trainyard, tmp_path: Path) -> None:
@@ -159,6 +187,11 @@ def test_best_is_the_earliest_of_the_lowest_and_patience_stops(trainyard: Trainy
     best = max(trained, key=lambda row: (row["accuracy"], -row["step"]))
     assert found["best"]["step"] == best["step"]
     assert found["step"] == found["best"]["step"] + 12 < 1600
+    assert (found["stopped_early"], found["evaluations_since_best"]) == (True, 3)
+    words = "3 evaluations without a better val/accuracy"
+    assert f"early stop at step {found['step']} of 1600: {words}" in ended.err
+    assert f"  stopped   early, of 1600 steps: {words}" in trainyard("show", found["run"]).out
+    assert "early" not in trainyard("train", write_job(tmp_path)).out
 
 
 HUNGRY = """
@@ -185,3 +218,90 @@ def test_memory_that_runs_out_names_what_to_lower(trainyard: Trainyard, tmp_path
     assert "train.micro_batch: 50" in ended.err
     assert "Traceback" not in ended.err
     assert "failed" in trainyard("runs").out
+
+
+MEASURES = "tests.learn.own_measures"
+
+
+def test_fp16_counts_the_updates_that_it_skips(trainyard: Trainyard, tmp_path: Path) -> None:
+    train = {**SMALL["train"], "precision": "fp16", "phases": [{"epochs": 3, "lr": 1e-4}]}
+    job = write_job(tmp_path, train=train, task={"loss": f"{MEASURES}:steep"})
+    ended = trainyard("train", job, "--json")
+    found = ended.json
+    skipped = pd.read_parquet(Path(found["url"]) / "metrics/steps").sort_values("step")["skipped"]
+    assert found["skipped_updates"] >= skipped.max() > 0
+    count = found["skipped_updates"]
+    assert f"  skipped   {count} updates" in trainyard("show", found["run"]).out
+    assert trainyard("show", found["run"], "--json").json["skipped_updates"] == count
+    assert trainyard("train", write_job(tmp_path), "--json").json["skipped_updates"] is None
+
+
+def test_a_run_in_fp16_of_an_earlier_version_goes_on(
+    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_job = Columns.of_job
+    monkeypatch.setattr(Columns, "of_job", lambda job: replace(of_job(job), steps={}))
+    found = trainyard("train", write_job(tmp_path, train={**SMALL["train"], "precision": "fp16"}), "--json").json
+    assert (found["status"], found["skipped_updates"]) == ("finished", 0)
+    assert "loss_scale" not in pd.read_parquet(Path(found["url"]) / "metrics/steps")
+
+
+GRADIENTLESS = """
+import torch
+
+class Gradientless(torch.nn.Module):
+    def __init__(self, input_shape, outputs):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, outputs)
+
+    def forward(self, inputs):
+        outputs = self.layer(inputs)
+        return outputs + (outputs - outputs.detach()).square().sqrt()
+"""
+"""Finite outputs, gradients that are always NaN."""
+
+
+@pytest.mark.parametrize(
+    ("epochs", "words"), [(3, "all 24 updates were skipped"), (9, "layer.weight, layer.bias are not finite at step 32")]
+)
+def test_fp16_does_not_hide_a_run_that_learns_nothing(
+    trainyard: Trainyard, tmp_path: Path, epochs: int, words: str
+) -> None:
+    train = {**SMALL["train"], "precision": "fp16", "phases": [{"epochs": epochs, "lr": 0.1}]}
+    (tmp_path / "gradientless_model.py").write_text(GRADIENTLESS)
+    job = write_job(tmp_path, train=train, model={"kind": "gradientless_model:Gradientless"}, code=".")
+    ended = trainyard("train", job, "--json")
+    assert (ended.code, ended.json["error"]["type"]) == (1, "NotFiniteError")
+    assert words in ended.err
+    assert "bf16" in ended.err
+    again = trainyard("train", job, "--json")  # from the last checkpoint
+    assert (again.code, again.err.splitlines()[-2:]) == (1, ended.err.splitlines()[-2:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "threads"),
+    [
+        ({}, 1),
+        ({"model": {"hidden": [1024, 1024]}}, 3),
+        ({"model": {"hidden": [1024, 1024]}, "train": {**SMALL["train"], "micro_batch": 70}}, 2),
+        ({"model": {"hidden": [1024, 1024]}, "scale": {"threads": 1}}, 1),
+        ({"scale": {"threads": 2}}, 2),
+    ],
+)
+def test_threads_go_by_the_model(
+    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], threads: int
+) -> None:
+    monkeypatch.setattr("pipeline.device.available_cpus", lambda: 4)
+    before = torch.get_num_threads()
+    run = Path(trainyard("train", write_job(tmp_path, **changes), "--max-steps", "1", "--json").json["url"])
+    torch.set_num_threads(before)
+    assert json.loads((run / "journal/00000001.json").read_text())["facts"]["threads"] == threads
+
+
+def test_a_run_of_many_epochs_has_about_a_hundred_lines(trainyard: Trainyard, tmp_path: Path) -> None:
+    train = {"batch_size": "all", "phases": [{"epochs": 120, "lr": 0.1}, {"epochs": 121, "lr": 0.05}]}
+    ended = trainyard("train", write_job(tmp_path, train=train), "--json")
+    epochs = [int(line.split()[1]) for line in ended.err.splitlines() if line.startswith("epoch")]
+    assert epochs == sorted({*range(0, 241, 5), 121, 241})
+    assert "of 241 evaluations 1 in 5 is shown here" in ended.err
+    assert len(pd.read_parquet(Path(ended.json["url"]) / "metrics/evals")) == 242

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
+import re
 import sys
+import threading
+from typing import Any
 
 import pytest
 
 from pipeline import terminal
+from pipeline.learn.words import rate
 from pipeline.terminal import Progress
 
 
@@ -35,3 +42,98 @@ def test_elsewhere_only_what_takes_long_is_said(
     assert shown(capsys) == "done\n"
     monkeypatch.setattr(terminal, "PHASE_S", -1.0)
     assert shown(capsys).splitlines() == ["caching 9.2 of 10.9 GB ...", "caching 10.9 of 10.9 GB ...", "done"]
+
+
+START: dict[str, Any] = {"kind": "start", "step": 0, "last_step": 3000, "evaluations": 3000, "workers": "cpu"}
+
+
+def evaluation(number: int, **changes: Any) -> dict[str, Any]:
+    """Of a regression, an evaluation a step."""
+    metrics = {"val/loss": 1.5 * number, "val/rmse": 12345.678 / (number + 1), "val/mae": 1.0, "val/r2": -1 / 3}
+    event = {"kind": "evaluation", "step": number, "epoch": number, "number": number, "metrics": metrics}
+    event |= {"best_metric": "val/rmse", "is_best": False, "no_gain": False, "phase": 1, "ends_epoch": True}
+    return event | changes
+
+
+def epochs(said: str) -> list[int]:
+    return [int(line.split()[1]) for line in said.splitlines() if line.startswith("epoch")]
+
+
+def test_of_thousands_of_evaluations_some_have_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(quiet=False) as progress:
+        progress.show(START)
+        for number in range(2991):
+            best, phase = number in (70, 1234, 2985), 1 if number < 2107 else 2
+            progress.show(evaluation(number, is_best=best, phase=phase))
+        progress.show({"kind": "early_stop", "step": 2990, "last_step": 3000, "evaluations": 5, "metric": "val/rmse"})
+    said = capsys.readouterr().err
+    assert "of 3,000 evaluations 1 in 50 is shown here" in said
+    assert epochs(said) == sorted([*range(0, 2951, 50), 2107, 2990])
+    lines = {line.split()[1]: line for line in said.splitlines() if line.startswith("epoch")}
+    assert [epoch for epoch, line in lines.items() if "best" in line] == ["100", "1250", "2990"]
+    assert lines["1250"].endswith("best at step 1234")
+    assert said.splitlines()[-1].startswith("early stop at step 2990 of 3000")
+    with Progress(quiet=False) as progress:  # one that is interrupted, and of which every evaluation is shown
+        progress.show({**START, "evaluations": 100})
+        for number in range(8):
+            progress.show(evaluation(number))
+    assert epochs(capsys.readouterr().err) == list(range(8))
+
+
+def test_an_interrupted_run_shows_its_last_evaluation_and_one_in_a_long_while(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Progress(quiet=False) as progress:
+        progress.show({**START, "step": 20})
+        for number in range(21, 26):
+            monkeypatch.setattr(terminal, "SILENT_S", -1.0 if number == 23 else 600.0)
+            progress.show(evaluation(number))
+    assert epochs(capsys.readouterr().err) == [21, 23, 25]
+
+
+@pytest.mark.parametrize(("columns", "fields"), [(120, 4), (80, 2), (60, 1), (40, 0)])
+def test_the_live_line_fits_and_holds_still(columns: int, fields: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a real pseudo-terminal: step, bar and time left always, then as many fields as there is room for."""
+    master, slave = pty.openpty()
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")
+    terminal_end = os.fdopen(slave, "w", buffering=1)
+    monkeypatch.setattr(sys, "stderr", terminal_end)
+    chunks: list[str] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError), open(master, encoding="utf-8", errors="replace", newline="") as screen:
+            while text := screen.read(1):
+                chunks.append(text)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with Progress(quiet=False) as progress:
+        progress.show({**START, "step": 2000})
+        progress.show(evaluation(2000))
+        for step in range(2000, 3001, 100):
+            steps = {"step": step, "loss": 10.0 ** (step % 700 / 100 - 3), "samples_per_s": 3.0 ** (step / 200)}
+            progress.show({"kind": "steps", **steps})
+            progress.show(evaluation(step))
+            assert progress._bar is not None
+            progress._bar._progress.refresh()
+    terminal_end.close()
+    reader.join()
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", "".join(chunks))
+    lines = [line for line in re.split(r"[\r\n]+", plain) if line.startswith("step ")]
+    told = [line for line in lines if columns == 40 or re.search(r"(?<!val )loss", line)]
+    assert len(told) >= 11
+    assert {len(line) for line in told} == {len(told[0])}, "the width of the line never changes"
+    assert len(told[0]) <= columns
+    for line in told:
+        assert re.match(r"step \d{4}/3000 [━╸╺]+ +(\d+:\d\d:\d\d|-:--:--) ", line), line
+        names = re.findall(r"(?:val )?(?:loss|rmse|r2|mae)|samples/s", line)
+        assert names == ["loss", "val rmse", "samples/s", "val loss", "val r2"][:fields]
+
+
+@pytest.mark.parametrize("value", [0, 0.9996, 912.4, 999.7, 1000, 52_134, 999_600, 1_234_567, 99_999_999, 4.2e9])
+def test_a_rate_takes_five_characters_at_most(value: float) -> None:
+    shown = rate(value)
+    assert len(shown) <= 5
+    unit = {"k": 1e3, "M": 1e6, "G": 1e9}.get(shown[-1], 1)
+    assert float(shown.rstrip("kMG")) * unit == pytest.approx(value, rel=6e-3, abs=0.5)

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.assembly import build, eval_loader, prepare
 from pipeline.data.pictures import Form, decode
 from pipeline.data.processes import made
 from pipeline.data.sources import Source, open_source
@@ -22,6 +23,7 @@ from pipeline.data.sources.image_folder.decoder import Pictures
 from pipeline.data.sources.image_folder.listing import Progress
 from pipeline.data.statistics import mean_and_std
 from pipeline.errors import DataError, StorageError, WorkError
+from pipeline.job import Evaluate
 from tests.data.picture_files import CLASSES, content_of, contents, picture_job, write
 
 FILES = contents()
@@ -376,3 +378,15 @@ def test_no_threads_are_left(opened: Callable[..., Source], folder: str) -> None
     before = threading.active_count()
     opened(folder)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_limited_evaluation_sees_every_class_of_a_folder(tmp_path: Path, split: str) -> None:
+    """A folder is listed class by class."""
+    job = picture_job(write(tmp_path, contents(each=20)), splits={"val": 0.5, "stratify": True})
+    prepared = prepare(job.model_copy(update={"evaluate": Evaluate(limit=9)}))
+    built = build(prepared)
+    for world_size in (1, 2, 4):
+        loaders = [eval_loader(prepared, built, split, rank=rank, world_size=world_size) for rank in range(world_size)]
+        labels = [label for loader in loaders for _, targets in loader for label in targets.tolist()]
+        assert labels == [0, 0, 0, 1, 1, 1, 2, 2, 2]

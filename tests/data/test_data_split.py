@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.sources import Arrays, Source, make_source
-from pipeline.data.split import make_splits, proportional, split_warnings, splits_from_table, splits_table
+from pipeline.data.split import (
+    make_splits,
+    proportional,
+    split_warnings,
+    splits_from_table,
+    splits_table,
+    stratified_sample,
+)
 from pipeline.errors import DataError
 from pipeline.job import Job
 from pipeline.job_file import build_job
@@ -163,3 +170,35 @@ def test_table_and_back() -> None:
     for name, rows in splits.items():
         assert back[name].part == rows.part
         assert np.array_equal(back[name].ids, rows.ids)
+
+
+@given(
+    counts=st.lists(st.integers(1, 60), min_size=1, max_size=12),
+    share=st.floats(0.01, 1.2),
+    kind=st.sampled_from(["labels", "values", "columns"]),
+)
+@settings(deadline=None)
+def test_a_sample_stands_for_its_split(counts: list[int], share: float, kind: str) -> None:
+    """Of rows in the order of their classes, the worst that a file can be."""
+    labels = np.repeat(np.arange(len(counts)), counts)
+    rows = len(labels)
+    ids = 5 + 2 * np.arange(rows)
+    targets = {"labels": labels, "values": labels / 3, "columns": np.stack([labels / 3, -labels], 1)}[kind]
+    count = max(1, round(rows * share))
+    sample = stratified_sample(ids, targets, count, 1, "val")
+    assert len(sample) == min(count, rows)
+    assert np.array_equal(sample, np.unique(sample))
+    assert np.isin(sample, ids).all()
+    found = np.bincount(labels[(sample - 5) // 2], minlength=len(counts))
+    assert (np.abs(found - np.array(counts) * len(sample) / rows) < 1).all()
+    assert np.array_equal(stratified_sample(ids, targets, count, 1, "val"), sample)
+
+
+def test_every_row_is_as_likely_to_be_sampled() -> None:
+    """Also of classes of which a sample takes only some: always the first of them would be none of the last."""
+    labels = np.array([0] * 9 + [1] * 2 + list(range(2, 21)))
+    taken = np.zeros(30)
+    for seed in range(600):
+        taken[stratified_sample(np.arange(30), labels, 6, seed, "val")] += 1
+    assert (abs(taken / 600 - 6 / 30) < 0.08).all()
+    assert len({tuple(stratified_sample(np.arange(30), labels, 6, 1, name)) for name in ("val", "train")}) == 2

@@ -322,6 +322,17 @@ def test_a_wrong_override_is_an_error(tmp_path: Path, override: str, part: str) 
         ("name: a\nbest: {metric: test/loss}", ["best.metric: 'test/loss' is not of the form val/loss"]),
         ("name: a\nbest: {metric: val/cost}\nmetrics: ['m:cost']", ["best: say mode: min or mode: max for val/cost"]),
         ("name: a\nbest: {metric: val/baseline_accuracy}", ["best: say mode"]),
+        ("name: a\nbest: {metric: val/acuracy}", ["best: say mode: min or mode: max for val/acuracy (did "
+                                                       "you mean 'val/accuracy'?)"]),
+        ("name: a\nbest: {metric: val/acuracy, mode: max}", ["best.metric: val/acuracy is not measured (did "
+                                                                  "you mean 'val/accuracy'?)"]),
+        ("name: a\nbest: {metric: train/cots, mode: min}\nmetrics: ['m:cost']", ["best.metric: train/cots is not "
+            "measured (did you mean 'train/cost'?)"]),
+        ("name: a\nbest: {metric: vall/loss}", ["best.metric: 'vall/loss' is not of the form val/loss, "
+            "val/accuracy, train/loss, ... (did you mean 'val/loss'?)"]),
+        ("name: a\nbest: {metric: val/r2}", ["best.metric: val/r2 is not measured; multiclass has loss,"]),
+        ("name: a\nbest: {metric: val/auc, mode: min}", ["best: mode: min would take the worst val/auc for the best"]),
+        ("name: a\nbest: {metric: val/loss, mode: max}", ["best: mode: max would take the worst val/loss"]),
         ("name: a\nmetrics: ['m:loss']", ["metrics: m:loss: another column is called 'loss'"]),
         ("name: a\nmetrics: ['m:cost', 'n:cost']", ["metrics: m:cost: another column is called 'cost'"]),
         ("name: a\ntask: {loss: mae}", ["task: loss: mae goes with kind: regression"]),

@@ -12,6 +12,16 @@ def sum_of_outputs(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     return outputs.sum(1)
 
 
+def no_gradient(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Finite, with a gradient that is always NaN."""
+    return 1 + torch.sqrt((outputs - outputs.detach()).square()).sum(1)
+
+
+def steep(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Too steep for fp16 at the initial loss scale, and for some scales below it."""
+    return 300 * torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
+
+
 SEEN: list[tuple[np.ndarray, np.ndarray]] = []
 
 

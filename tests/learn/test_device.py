@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,3 +54,16 @@ def test_facts_are_plain_values() -> None:
     assert json.loads(json.dumps(facts)) == facts
     assert {"device", "cpu_capability", "threads", "torch"} <= set(facts)
     assert devices.available_cpus() >= 1
+
+
+@pytest.mark.parametrize(
+    ("limits", "cores"),
+    [({}, math.inf), ({"a/b": "max 100000"}, math.inf), ({"a/b": "150000 100000"}, 1.5), ({"a": "200000 100000"}, 2)],
+)
+def test_a_containers_limit_counts_as_its_cores(tmp_path: Path, limits: dict[str, str], cores: float) -> None:
+    (tmp_path / "groups/a/b").mkdir(parents=True)
+    (tmp_path / "own").write_text("0::/a/b\n")
+    for group, limit in limits.items():
+        (tmp_path / "groups" / group / "cpu.max").write_text(f"{limit}\n")
+    assert devices._cpu_limit(tmp_path / "groups", tmp_path / "own") == cores
+    assert devices._cpu_limit(tmp_path / "groups", tmp_path / "none") == math.inf

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.errors import JobError
 from pipeline.learn.models import build_model, draws_at_random
+from pipeline.learn.models.flops import multiply_adds
 from tests.learn.trainees import make_job
 
 
@@ -91,3 +92,27 @@ def test_a_module_of_the_users_is_built_with_its_args(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(("model", "draws"), list(zip(MODELS, [False, True, False, False], strict=True)), ids=str)
 def test_only_models_that_draw_pay_for_it(model: dict[str, Any], draws: bool) -> None:
     assert draws_at_random(build(model)) == draws
+
+
+def test_arithmetic_is_counted_as_often_as_it_is_done() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(100, 5)
+            self.layer = nn.Linear(5, 7)
+            self.matrix = nn.Parameter(torch.zeros(7, 3))
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            outputs: Tensor = self.layer(self.embedding(inputs.long())) @ self.matrix
+            return outputs.mean(1)
+
+    assert multiply_adds(Own(), (4,)) == 4 * 5 * 7 + 7 * 3
+    convolutions = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(6, 2, 2, stride=2), nn.Flatten())
+    assert multiply_adds(convolutions, (4, 8, 8)) == 6 * 6 * 6 * (2 * 9) + 6 * 6 * 6 * (2 * 4)
+    normed = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    before = {name: tensor.clone() for name, tensor in normed.state_dict().items()}
+    state = torch.random.get_rng_state()
+    assert multiply_adds(normed, (3,)) == 6
+    assert normed.training
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in normed.state_dict().items())

@@ -186,4 +186,6 @@ def test_the_scale_moves_as_grad_scaler_does() -> None:
     assert {name: float(tensor) for name, tensor in again.state.items()} == {
         "factor": INITIAL_SCALE / 2,
         "good_steps": 1,
+        "skipped": 2,
     }
+    again.load({name: tensor for name, tensor in scale.state.items() if name != "skipped"})  # of an earlier version

@@ -139,3 +139,12 @@ def test_a_metric_log_has_a_bounded_number_of_cells(steps: int) -> None:
     ours = plan(phases=[{"steps": steps, "lr": 1}])
     assert ours.cell_steps >= MIN_CELL_STEPS
     assert -(-steps // ours.cell_steps) <= MAX_CELLS
+
+
+@pytest.mark.parametrize("when", [{"every_steps": 3}, {"every_epochs": 2}, {}, {"every_steps": 100}])
+def test_evaluations_and_phases_are_numbered(when: dict[str, int]) -> None:
+    phases = [{"epochs": 3, "lr": 1}, {"steps": 5, "lr": 0.1}]
+    ours = Plan(job(train={"batch_size": 5, "phases": phases}, evaluate=when), 17)
+    evaluated = [step for step in range(1, ours.last_step + 1) if ours.evaluates_after(step)]
+    assert [ours.evaluation(step) for step in (0, *evaluated)] == list(range(len(evaluated) + 1))
+    assert [ours.phase(step) for step in range(18)] == [1] * 13 + [2] * 5

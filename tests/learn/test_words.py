@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from pipeline.learn.words import no_better_words, number, short_words, table_lines
+from pipeline.learn.words import divergence_advice, no_better_words, number, short_words, table_lines
 
 CLASSES = {
     "val/loss": 0.143224,
@@ -54,3 +54,16 @@ def test_a_model_no_better_than_the_mean_is_told(rmse: float, warns: bool) -> No
 )
 def test_numbers_show_their_digits(value: float, text: str) -> None:
     assert number(value) == text
+
+
+def test_advice_for_a_run_that_diverged_never_names_what_is_no_good() -> None:
+    assert divergence_advice("r", None, None).endswith("the changed job is a new run")
+    assert divergence_advice("r", 40, 60).endswith(
+        "model.init_from: r@best begins it at the best checkpoint, of step 40"
+    )
+    assert divergence_advice("r", None, 60).endswith(
+        "model.init_from: r@last begins it at the last checkpoint, of step 60"
+    )
+    worse = divergence_advice("r", 40, 60, "no evaluation is better than before training (val/loss 0.6400)")
+    assert "init_from" not in worse
+    assert "(val/loss 0.6400), so no checkpoint is worth going on from" in worse

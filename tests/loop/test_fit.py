@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,12 @@ from hypothesis import strategies as st
 from pipeline.errors import NotFiniteError
 from pipeline.job import METRICS, Job
 from pipeline.learn.plan import Plan
+from pipeline.learn.scaling import INITIAL_SCALE
 from pipeline.learn.step_log import CAPACITY, Rows, StepLog
 from pipeline.loop import Bounds, Position, check_finite, evaluate, fit
 from tests.loop.worlds import CPU, Alone, Memory, blocks, make_data, make_job, make_trainee, on_ranks, run, shares
+
+OWN = "tests.learn.own_measures"
 
 STEPS = 15
 """Three epochs of 23 rows in batches of 5."""
@@ -82,7 +86,7 @@ def test_batches_that_end_too_soon_are_no_success() -> None:
     "tree",
     [
         {"train": {"optimizer": {"kind": "adam"}}, "best": {"metric": "val/accuracy", "mode": "max"}},
-        {"train": {"precision": "fp16", "optimizer": {"momentum": 0.9}}},
+        {"train": {"precision": "fp16", "optimizer": {"momentum": 0.9}}, "task": {"loss": f"{OWN}:steep"}},
         {"model": {"hidden": [8], "dropout": 0.5, "batch_norm": True}},
     ],
     ids=["adam", "fp16", "dropout"],
@@ -126,20 +130,17 @@ def test_a_signal_saves_and_leaves(at: int) -> None:
 # ------------------------------------------------------------------------------------------- best and end
 
 
-def metrics(value: float) -> dict[str, float]:
-    return {"val/loss": value, "val/accuracy": 1 - value}
-
-
 @given(
     values=st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, math.nan, math.inf]), max_size=8),
     mode=st.sampled_from(["min", "max"]),
 )
 def test_the_best_is_the_earliest_of_equals_and_never_step_0(values: list[float], mode: str) -> None:
-    plan = Plan(make_job(best={"mode": mode}), 23)
-    position = Position().after_evaluation(0, metrics(-1.0 if mode == "min" else 2.0), plan)
+    metric = {"min": "val/loss", "max": "val/accuracy"}[mode]
+    plan = Plan(make_job(best={"metric": metric}), 23)
+    position = Position().after_evaluation(0, {metric: -1.0 if mode == "min" else 2.0}, plan)
     assert (position.best_step, position.evaluations_since_best) == (None, 0)
     for step, value in enumerate(values, start=1):
-        position = position.after_evaluation(step, metrics(value), plan)
+        position = position.after_evaluation(step, {metric: value}, plan)
     finite = [value for value in values if math.isfinite(value)]
     if finite:
         best = min(finite) if mode == "min" else max(finite)
@@ -201,7 +202,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_its_step(bad: float) -> None
         fit(trainee, plan, batches, {}, memory, Alone(), Position(), Bounds())
     assert str(caught.value).startswith("step 7: the loss is ")
     assert "at step 7, with learning rate 0.125" in caught.value.what
-    assert "last good checkpoint: step 6" in caught.value.fix
+    assert caught.value.fix == "last saved: 6"
     assert caught.value.exit_code == 1
     assert [position.step for position, _ in memory.saves] == [3, 6]
     assert memory.column("step") == list(range(1, 8)), "the row itself is on record"
@@ -213,6 +214,28 @@ def test_the_first_row_that_is_not_finite_is_named() -> None:
     with pytest.raises(NotFiniteError, match=r"step 5: the loss is inf at step 5, with learning rate 0\.2"):
         check_finite(rows, "none")
     check_finite({name: column[:1] for name, column in rows.items()}, "none")
+
+
+def test_fp16_skips_what_overflows_and_counts_it() -> None:
+    result = run(make_job(train={"precision": "fp16"}, task={"loss": f"{OWN}:steep"}))
+    scales, skipped = result.memory.column("loss_scale"), result.memory.column("skipped")
+    assert scales[0] == INITIAL_SCALE
+    assert skipped[-1] > 0
+    assert skipped == [sum(after < before for before, after in pairwise(scales[: at + 1])) for at in range(STEPS)]
+
+
+@pytest.mark.parametrize("model", [{"hidden": [8]}, {"hidden": []}])
+def test_gradients_that_are_never_finite_stop_fp16_as_they_stop_fp32(model: dict[str, Any]) -> None:
+    tree = {"task": {"loss": f"{OWN}:no_gradient"}, "model": model, "train": {"phases": [{"steps": 90, "lr": 0.5}]}}
+    with pytest.raises(NotFiniteError, match="step 2: the loss is nan"):
+        run(make_job(**tree | {"train": {**tree["train"], "precision": "fp32"}}))
+    trainee = make_trainee(job := make_job(**tree | {"train": {**tree["train"], "precision": "fp16"}}))
+    with pytest.raises(NotFiniteError) as caught:
+        run(job, trainee=trainee)
+    assert "are not finite at step 32, with learning rate 0.5: 31 updates were skipped" in caught.value.what
+    assert "train.precision: bf16" in caught.value.fix
+    names = trainee.flat.not_finite_gradients()
+    assert names == list(trainee.flat.sizes)
 
 
 # ----------------------------------------------------------------------------------------- the step log

@@ -155,7 +155,7 @@ class Memory:
         count = len(rows["step"])
         self.rows += [{name: column[i].item() for name, column in rows.items()} for i in range(count)]
         self.calls.append(f"rows to {int(rows['step'][-1])}")
-        check_finite(dict(rows), f"step {self.saves[-1][0].step}" if self.saves else "none")
+        check_finite(dict(rows), f"last saved: {self.saves[-1][0].step if self.saves else None}")
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
         self.evaluations.append(dict(row))

@@ -148,7 +148,7 @@ def test_a_loss_that_is_not_finite_is_never_committed(tmp_path: Path) -> None:
     bad["loss"][2] = np.inf
     with pytest.raises(NotFiniteError, match="at step 7") as raised:
         writer.commit(snapshot(8), [bad], [])
-    assert "step-000000004-a0001" in str(raised.value)
+    assert "init_from: run@last begins it at the last checkpoint, of step 4" in str(raised.value)
     with pytest.raises(NotFiniteError, match=r"0\.weight"):
         Writer(attempt, cell_steps=CELL_STEPS, keep=1, columns=Columns()).commit(
             snapshot(4, weight=float("nan")), [block(1, 4)], []

@@ -3,15 +3,19 @@ to the same bits."""
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import time
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline import load, train
-from pipeline.errors import StorageLostError
+from pipeline.errors import Interrupted, StorageLostError
 from pipeline.record import recorder
 from pipeline.testing import faults
 from tests.faults.fault_evidence import check_at_rest, entries, evidence, only_run
@@ -77,3 +81,22 @@ def test_what_was_trained_while_storage_was_away_is_not_lost(folder: Path, monke
     check_at_rest(run)
     assert train("job.yaml", storage=str(folder / "untouched")).status == "finished"
     assert evidence(run) == evidence(only_run(folder / "untouched"))
+
+
+def test_a_slow_storage_does_not_stretch_what_may_be_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commits come as often as the user asks; without that, a hundred times as far apart as the last one took."""
+    monkeypatch.setattr(recorder, "REST", 100)
+    began, commits = time.monotonic(), list[tuple[float, float]]()
+
+    def tell(event: Mapping[str, Any]) -> None:
+        if event["kind"] == "commit":
+            commits.append((time.monotonic(), event["seconds"]))
+            if len(commits) == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    changes = {"train.phases.0.epochs": 200, "checkpoint.every_steps": 100_000, "checkpoint.every_minutes": 0.01}
+    with faults("delay_s=0.02 on=write"), pytest.raises(Interrupted):
+        train("job.yaml", set=changes, storage=f"faulty://file{folder}/runs", tell=tell)
+    assert commits[0][0] - began >= 0.6 - commits[0][1], "not before it is asked for"
+    for (before, cost), (after, _) in pairwise(commits[:4]):
+        assert after - before < recorder.REST / 2 * cost

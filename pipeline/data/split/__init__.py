@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.data.sources.arrays import Source
-from pipeline.data.split.drawn import proportional, random_rows
+from pipeline.data.split.drawn import proportional, random_rows, stratified_sample
 from pipeline.data.split.groups import group_rows
 from pipeline.data.split.ranges import range_rows
 from pipeline.data.split.rows import NAMES, Part, Rows, rows_by_part, splits_from_table, splits_table
@@ -27,6 +27,7 @@ __all__ = [
     "split_warnings",
     "splits_from_table",
     "splits_table",
+    "stratified_sample",
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.data.random import generator, permutation
+from pipeline.data.random import generator, permutation, words
 from pipeline.data.sources.arrays import Source
 from pipeline.data.targets.labels import strata
 from pipeline.errors import DataError
@@ -59,3 +59,28 @@ def proportional(sizes: list[int], count: int) -> list[int]:
     for place in by_remainder[: count - sum(takes)]:
         takes[place] += 1
     return takes
+
+
+def stratified_sample(ids: np.ndarray, targets: np.ndarray, count: int, seed: int, stream: str) -> np.ndarray:
+    """`count` of a split's rows, which stand for all of them: int64 (count,), ascending. All where there are no more.
+
+    A systematic sample: the rows are ordered by target, equal ones at random, and from a random first one on every
+    n/count-th is taken. Each row is as likely as any other, each class (each range of a regression's target) has its
+    share of the sample to within one row, and which of the classes that are rarer than that are left out is random.
+
+    Parameters
+    ----------
+    ids: int64 (n,).
+    targets: of these rows, labels (n,) or values (n,) or (n, T), of which the first column orders.
+    seed, stream: as `generator` takes them.
+    """
+    rows = len(ids)
+    if rows <= count:
+        return ids
+    source = generator(seed, stream)
+    order = permutation(source, rows)
+    column = targets if targets.ndim == 1 else targets[:, 0]
+    order = order[np.argsort(column[order], kind="stable")]
+    first = int(words(source, 1)[0] % np.uint64(rows))
+    taken = (np.arange(count, dtype=np.int64) * rows + first) // count
+    return np.sort(ids[order[taken]])

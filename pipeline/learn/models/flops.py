@@ -1,0 +1,51 @@
+"""How much arithmetic a model is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+
+def multiply_adds(model: nn.Module, input_shape: tuple[int, ...]) -> int:
+    """Multiply-adds of a forward pass of one sample: of linear layers and convolutions as often as they are applied, of
+    other weights (not of embeddings, which are looked up) once.
+
+    Parameters
+    ----------
+    model: on the CPU in float32.
+    input_shape: of one preprocessed sample.
+    """
+    count = 0
+
+    def add(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        nonlocal count
+        if isinstance(module, nn.Linear):
+            count += output.numel() * module.in_features
+        elif isinstance(module, _ConvTransposeNd):
+            count += inputs[0].numel() * module.weight[0].numel()
+        elif isinstance(module, _ConvNd):
+            count += output.numel() * module.weight[0].numel()
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear | _ConvNd):
+            handles.append(module.register_forward_hook(add))
+        elif not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            count += sum(weight.numel() for weight in _own_matrices(module))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model(torch.zeros(1, *input_shape))
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    return count
+
+
+def _own_matrices(module: nn.Module) -> list[Tensor]:
+    return [weight for weight in module.parameters(recurse=False) if weight.ndim > 1]
