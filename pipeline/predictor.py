@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.fitted import Fitted
-from pipeline.data.preprocess import Prepare
+from pipeline.data.preprocess import DataReport, Prepare
 from pipeline.data.raw import raw_samples
 from pipeline.device import Arithmetic
 from pipeline.errors import DataError
@@ -65,18 +66,40 @@ class Predictor(nn.Module):
         Raises
         ------
         DataError: data that does not look like what it was trained on.
+
+        Warns
+        -----
+        UserWarning: a column with many values that training did not have, see `column_report`.
         """
-        return self.answers(self.scores(data))
+        return self.answers(self._warned_scores(data))
 
     def predict_proba(self, data: Any) -> np.ndarray:
         """The probability of each class: float64 (N, C), in the order of `classes`. Data as for `predict`."""
         if not self.classes:
             raise DataError("a regression has no classes", where="predict_proba", fix="use predict")
-        return self.scores(data)
+        return self._warned_scores(data)
 
-    def scores(self, data: Any) -> np.ndarray:
-        """Probabilities (N, C), or values in the label's unit (N, T); float64."""
-        raw = raw_samples(data, self.fitted.preprocess, self.job)
+    def column_report(self, data: Any) -> dict[str, dict[str, float | int | None]]:
+        """How the columns of some data differ from those of the training rows, without a prediction.
+
+        By column: `rows`, and the shares of them that are `unseen` (a category that no training row had), `filled` (no
+        value) and `outside` (a number farther outside the training range than this range is wide). Data as for
+        `predict`; empty for images and arrays without names. `pandas.DataFrame(...).T` shows it as a table.
+        """
+        report = DataReport(self.fitted.preprocess)
+        raw_samples(data, self.fitted.preprocess, self.job, report)
+        return report.to_json()
+
+    def _warned_scores(self, data: Any) -> np.ndarray:
+        report = DataReport(self.fitted.preprocess)
+        scores = self.scores(data, report)
+        if told := report.warnings():
+            warnings.warn("\n".join(told), stacklevel=3)  # the caller of predict
+        return scores
+
+    def scores(self, data: Any, report: DataReport) -> np.ndarray:
+        """Probabilities (N, C), or values in the label's unit (N, T); float64. The data is counted in the report."""
+        raw = raw_samples(data, self.fitted.preprocess, self.job, report)
         blocks = [self._scored(raw[first : first + BLOCK_ROWS]) for first in range(0, len(raw), BLOCK_ROWS)]
         return np.concatenate(blocks) if blocks else np.empty((0, len(self.classes) or self.fitted.outputs))
 

@@ -21,6 +21,7 @@ from pipeline.cli.app import (
     phases,
     print_result,
     shown,
+    warn,
     with_workers,
 )
 
@@ -136,6 +137,7 @@ def evaluate(
             trust=trust,
             say=phases(progress),
         )
+        warn(progress, found.warnings)
     print_result(found.to_json(), found.lines(), as_json)
 
 
@@ -168,4 +170,5 @@ def predict(
             trust=trust,
             say=phases(progress),
         )
+        warn(progress, found.warnings)
     print_result(found.to_json(), found.lines(), as_json)

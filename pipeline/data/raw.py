@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 
 from pipeline.data.pictures import BrokenPictureError, Form, TooSmallError, decode, quiet
-from pipeline.data.preprocess import Preprocess, SamplePreprocess, TablePreprocess
+from pipeline.data.preprocess import DataReport, Preprocess, SamplePreprocess, TablePreprocess
 from pipeline.data.sources.image_folder.files import Files
 from pipeline.data.tables.contents import content, raw_bytes
 from pipeline.data.tables.encode import encode, to_arrow
@@ -26,19 +26,20 @@ from pipeline.job import Job
 WHERE = "predict"
 
 
-def raw_samples(data: Any, preprocess: Preprocess, job: Job) -> np.ndarray:
+def raw_samples(data: Any, preprocess: Preprocess, job: Job, report: DataReport) -> np.ndarray:
     """Samples (N, ...) of the shape and type that `preprocess` was fitted on.
 
     Parameters
     ----------
     data: see `pipeline.predictor.Predictor.predict`.
+    report: these samples are counted in it.
 
     Raises
     ------
     DataError: columns, shapes or types that are others than in training; a picture that cannot be read.
     """
     if isinstance(preprocess, TablePreprocess):
-        return _rows(data, preprocess, np.float64 if job.train.precision == "fp64" else np.float32)
+        return _rows(data, preprocess, np.float64 if job.train.precision == "fp64" else np.float32, report)
     if job.data.source == "image_folder" and isinstance(data, Sequence):
         return np.stack([_picture(one, job) for one in data]) if data else np.empty((0, *preprocess.sample_shape))
     if job.data.source == "parquet" and not isinstance(data, np.ndarray | torch.Tensor):
@@ -77,8 +78,10 @@ def _single_column(table: pa.Table, preprocess: SamplePreprocess, job: Job) -> n
     return np.concatenate([np.empty((0, width), np.uint8), *parts]).reshape(-1, *shape)
 
 
-def _rows(data: Any, preprocess: TablePreprocess, dtype: type[np.float32] | type[np.float64]) -> np.ndarray:
-    schema = preprocess.schema
+def _rows(
+    data: Any, preprocess: TablePreprocess, dtype: type[np.float32] | type[np.float64], report: DataReport
+) -> np.ndarray:
+    schema, table = preprocess.schema, None
     if isinstance(data, np.ndarray | torch.Tensor) and not preprocess.categories:
         rows = np.asarray(data, dtype)
         if rows.ndim != 2 or rows.shape[1] != schema.width:
@@ -89,8 +92,10 @@ def _rows(data: Any, preprocess: TablePreprocess, dtype: type[np.float32] | type
                 fix=f"one row a sample, with these columns in this order: {names}",
             )
     else:
-        rows = encode(to_arrow(data), schema, dtype=dtype, where=WHERE)
+        table = to_arrow(data)
+        rows = encode(table, schema, dtype=dtype, where=WHERE)
     preprocess.check(rows)
+    report.add(rows, original=None if table is None else lambda name, row: table.column(name)[row].as_py())
     return rows
 
 

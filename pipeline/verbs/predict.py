@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.pictures import endings
+from pipeline.data.preprocess import DataReport
 from pipeline.data.sources.image_folder.files import Files
 from pipeline.data.sources.parquet import batches
 from pipeline.errors import InputError
@@ -32,12 +33,21 @@ class Predicted:
     step: int
     rows: int
     output: str
+    report: DataReport
+    """How the input's columns differ from the training rows."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What should not be overlooked."""
+        return self.report.warnings()
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.__dict__, "error": None}
+        found = {name: value for name, value in self.__dict__.items() if name != "report"}
+        return {**found, "columns": self.report.to_json(), "warnings": self.warnings, "error": None}
 
     def lines(self) -> list[str]:
-        return [f"{self.rows:,} rows by {self.run} at step {self.step} to {self.output}"]
+        lines = [f"{self.rows:,} rows by {self.run} at step {self.step} to {self.output}"]
+        return lines + [f"  {line}" for line in self.report.lines()]
 
 
 def predict(
@@ -68,11 +78,11 @@ def predict(
     """
     predictor = load(model, storage=storage, device=device, trust=trust)
     folder, name = _place(output)
-    count, writer = 0, None
+    count, writer, report = 0, None, DataReport(predictor.fitted.preprocess)
     with tempfile.TemporaryDirectory(prefix="trainyard-predict-") as scratch:
         path = Path(scratch) / "output.parquet"
         try:
-            for table in _answered(predictor, input):
+            for table in _answered(predictor, input, report):
                 writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
                 writer.write_table(table)
                 count += table.num_rows
@@ -83,23 +93,23 @@ def predict(
         if writer is None:
             raise InputError("has no rows", where=f"--input {input}", fix="check the URL")
         folder.replace(name, path.read_bytes(), sync=True)
-    return Predicted(predictor.run, predictor.step, count, output)
+    return Predicted(predictor.run, predictor.step, count, output, report)
 
 
-def _answered(predictor: Predictor, source: str) -> Iterator[pa.Table]:
+def _answered(predictor: Predictor, source: str, report: DataReport) -> Iterator[pa.Table]:
     job = predictor.job
     if job.data.source == "parquet":
         for batch in batches(source, None, BATCH_ROWS):
             keys = [key for key in job.data.keys if key in batch.schema.names]
             beside = pa.Table.from_batches([batch.select(keys)])
-            yield _with_answers(predictor, beside, batch)
+            yield _with_answers(predictor, beside, batch, report)
     elif job.data.source == "image_folder":
         files = Files(source)
         paths = [path for path in files.list() if Path(path).suffix.lower() in endings()]
         for first in range(0, len(paths), BATCH_PICTURES):
             some = paths[first : first + BATCH_PICTURES]
             contents = [files.read(path) for path in some]
-            yield _with_answers(predictor, pa.table({"path": some}), contents)
+            yield _with_answers(predictor, pa.table({"path": some}), contents, report)
     else:
         raise InputError(
             f"this model was trained on {job.data.source}, which is neither tables nor pictures",
@@ -108,9 +118,9 @@ def _answered(predictor: Predictor, source: str) -> Iterator[pa.Table]:
         )
 
 
-def _with_answers(predictor: Predictor, beside: pa.Table, data: Any) -> pa.Table:
+def _with_answers(predictor: Predictor, beside: pa.Table, data: Any, report: DataReport) -> pa.Table:
     """`beside` and, behind its columns, what the model says of the same rows."""
-    scores = predictor.scores(data)
+    scores = predictor.scores(data, report)
     answers = predictor.answers(scores)
     labels = predictor.job.data.labels
     if answers.ndim == 2:

@@ -142,3 +142,38 @@ def test_what_cannot_be_answered_is_one_message(
     for word in words:
         assert word in ended.err
     assert not Path("o.parquet").exists()
+
+
+def test_values_that_training_never_saw_are_told(trainyard: Any, tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    x, work = draw.normal(size=200), draw.choice(["Private", "State"], 200)
+    rows = {"id": np.arange(200), "x": x, "work": work, "color": np.where(x + (work == "State") > 0.3, "red", "blue")}
+    pq.write_table(pa.table(rows), tmp_path / "work.parquet")
+    (tmp_path / "work.yaml").write_text(JOB.replace("URL", "work.parquet"))
+    run = trainyard("train", "work.yaml", "--json").json["run"]
+    usual = trainyard("evaluate", run, "--json")
+    assert usual.json["columns"]["work"] == {"rows": 50, "unseen": 0.0, "filled": 0.0, "outside": 0.0}
+    assert usual.json["warnings"] == []
+    assert "warning" not in usual.err
+    changed = {"work": [f" {text}" for text in work], "x": np.where(x > 0, 1000 * x, None)}
+    pq.write_table(pa.table({**rows, **changed}), tmp_path / "other.parquet")
+    for words in (
+        ("evaluate", run, "--data", "other.parquet"),
+        ("predict", run, "--input", "other.parquet", "--output", "out.parquet"),
+    ):
+        ended = trainyard(*words, "--json", "--quiet")
+        assert ended.code == 0
+        columns = ended.json["columns"]
+        assert columns["work"] == {"rows": 200, "unseen": 1.0, "filled": 0.0, "outside": 0.0}
+        assert columns["x"]["filled"] == np.mean(x <= 0)
+        assert columns["x"]["outside"] == pytest.approx(np.mean(x > 0), abs=0.02)
+        assert len(ended.json["warnings"]) == 3
+        assert "warning: column 'work': all of 200 values were never seen in training, such as ' " in ended.err
+        assert "column 'work': all never seen in training" in trainyard(*words).out
+    pq.write_table(pa.table({**rows, "work": np.arange(200)}), tmp_path / "numbers.parquet")
+    refused = trainyard("predict", run, "--input", "numbers.parquet", "--output", "out.parquet")
+    assert refused.code == 2
+    assert "'work' holds whole numbers (int64), but held text in training" in refused.err
+    refused = trainyard("evaluate", run, "--data", "numbers.parquet")
+    assert refused.code == 2
+    assert "'work' holds numbers, in training holds text or levels" in refused.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,12 +17,17 @@ from pipeline.data.tables.schema import Column, Schema
 from pipeline.errors import DataError
 
 
+NUMERIC = re.compile(r"-?[0-9]+|true|false")
+"""Levels that a column of numbers or booleans can hold, see `as_texts`."""
+
+
 class Encoder:
     """Writes batches of a table as rows of a matrix."""
 
     def __init__(self, schema: Schema) -> None:
         self._schema = schema
         self._levels = {column.name: pa.array(column.levels, pa.string()) for column in schema.columns}
+        self._numeric = {column.name for column in schema.columns if any(map(NUMERIC.fullmatch, column.levels))}
 
     def write(self, batch: pa.RecordBatch, out: np.ndarray, findings: Findings) -> None:
         """Fill `out`, float32 or float64 (n, width), from a batch of n rows; extra columns are of no account.
@@ -48,7 +54,15 @@ class Encoder:
             )
 
     def _positions(self, array: pa.Array, column: Column, findings: Findings) -> np.ndarray:
+        held = content(array.type)
         texts, rows = as_texts(array, column.name, findings)
+        if held.kind in NUMBERS and column.levels and column.name not in self._numeric and (rows >= 0).any():
+            raise DataError(
+                f"the column {column.name!r} holds {held}, but held text in training, such as {column.levels[0]!r}: no "
+                "number can be any of its values",
+                where=findings.where,
+                fix="give the texts that these numbers stand for",
+            )
         known = pc.index_in(texts, value_set=self._levels[column.name]).fill_null(len(column.levels))
         positions: np.ndarray = np.append(known.to_numpy(zero_copy_only=False).astype(np.float64), np.nan)[rows]
         return positions
@@ -57,8 +71,8 @@ class Encoder:
 def encode(table: pa.Table | pa.RecordBatch, schema: Schema, *, dtype: FloatType, where: str) -> np.ndarray:
     """A table as a matrix (n, width): NaN where a value is missing, `len(levels)` for an unknown level.
 
-    Whole numbers, booleans and decimals do where numbers are wanted, and numbers where texts are; the order of the
-    columns and further columns are of no account.
+    Whole numbers, booleans and decimals do where numbers are wanted; numbers do where texts are, by what they look like
+    as text, unless no level looks like a number. The order of the columns and further columns are of no account.
 
     Parameters
     ----------
