@@ -16,7 +16,6 @@ from pipeline.data.tables.findings import Findings
 from pipeline.data.tables.schema import Column, Schema
 from pipeline.errors import DataError
 
-
 NUMERIC = re.compile(r"-?[0-9]+|true|false")
 """Levels that a column of numbers or booleans can hold, see `as_texts`."""
 
