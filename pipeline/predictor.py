@@ -54,9 +54,9 @@ class Predictor(nn.Module):
         Parameters
         ----------
         data: of a model of tables, a pandas or polars frame, an Arrow table, a dict of columns, or a list of dicts, one
-            a row; further columns are of no account. Of a model of arrays or pictures, a NumPy array or tensor (N, ...)
-            of the shape and type that it was trained on. Of a model of pictures also a list of files, URLs or Pillow
-            images.
+            a row; further columns are of no account. The same of a model whose `call` source returned a data frame.
+            Of a model of arrays or pictures, a NumPy array or tensor (N, ...) of the shape and type that it was trained
+            on. Of a model of pictures also a list of files, URLs or Pillow images.
 
         Returns
         -------

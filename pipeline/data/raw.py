@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from pipeline.data.pictures import BrokenPictureError, Form, TooSmallError, decode, quiet
 from pipeline.data.preprocess import DataReport, Preprocess, SamplePreprocess, TablePreprocess
 from pipeline.data.sources.image_folder.files import Files
-from pipeline.data.tables.contents import content, raw_bytes
-from pipeline.data.tables.encode import encode, to_arrow
+from pipeline.data.tables.contents import NUMBERS, content, plain, raw_bytes
+from pipeline.data.tables.encode import encode, near, to_arrow
 from pipeline.data.tables.schema import Column, Schema
 from pipeline.errors import DataError
 from pipeline.job import Job
@@ -44,7 +45,51 @@ def raw_samples(data: Any, preprocess: Preprocess, job: Job, report: DataReport)
         return np.stack([_picture(one, job) for one in data]) if data else np.empty((0, *preprocess.sample_shape))
     if job.data.source == "parquet" and not isinstance(data, np.ndarray | torch.Tensor):
         return _single_column(to_arrow(data), preprocess, job)
-    return _arrays(data, preprocess)
+    if preprocess.names and _is_frame(data):
+        data = _named_columns(to_arrow(data), preprocess.names)
+    samples = _arrays(data, preprocess)
+    report.add(samples)
+    return samples
+
+
+def _is_frame(data: Any) -> bool:
+    """Whether its columns have names."""
+    if isinstance(data, list | tuple):
+        return bool(data) and all(isinstance(row, Mapping) for row in data)
+    return isinstance(data, Mapping | pa.RecordBatch) or hasattr(data, "__arrow_c_stream__")
+
+
+def _named_columns(table: pa.Table, names: Sequence[str]) -> np.ndarray:
+    """The columns of a table by their names, (N, F); further columns are of no account.
+
+    Raises
+    ------
+    DataError: a column that is absent, holds no numbers, or has no value in some row.
+    """
+    columns = []
+    for name in names:
+        place = table.schema.get_field_index(name)
+        if place < 0:
+            raise DataError(
+                f"there is no column {name!r} ({table.num_rows:,} rows)",
+                where=WHERE,
+                fix=near(name, table.schema.names),
+            )
+        held = content(table.schema.field(place).type)
+        if held.kind not in (*NUMBERS, "null"):
+            raise DataError(f"the column {name!r} holds {held}; wanted: numbers", where=WHERE, fix="cast it")
+        column = pa.concat_arrays(
+            [plain(chunk) for chunk in table.column(place).chunks] or [pa.array([], pa.float64())]
+        )
+        nulls = pc.sum(pc.is_null(column, nan_is_null=True)).as_py()
+        if nulls:
+            raise DataError(
+                f"{nulls:,} of {len(column):,} rows have no value in column {name!r}",
+                where=WHERE,
+                fix="fill them, or leave them out: the training rows had a value each",
+            )
+        columns.append(column.to_numpy(zero_copy_only=False))
+    return np.column_stack(columns)
 
 
 def _single_column(table: pa.Table, preprocess: SamplePreprocess, job: Job) -> np.ndarray:

@@ -155,7 +155,7 @@ def test_values_that_training_never_saw_are_told(trainyard: Any, tmp_path: Path)
     assert usual.json["columns"]["work"] == {"rows": 50, "unseen": 0.0, "filled": 0.0, "outside": 0.0}
     assert usual.json["warnings"] == []
     assert "warning" not in usual.err
-    changed = {"work": [f" {text}" for text in work], "x": np.where(x > 0, 1000 * x, None)}
+    changed = {"work": [f" {text}" for text in work], "x": np.where(x > 0, 1000 * x, np.nan)}
     pq.write_table(pa.table({**rows, **changed}), tmp_path / "other.parquet")
     for words in (
         ("evaluate", run, "--data", "other.parquet"),

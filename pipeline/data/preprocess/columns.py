@@ -259,7 +259,7 @@ class TablePreprocess:
                 tuple(missing),
                 int(values["one_hot_up_to"]),
                 tuple(kind for kind in OTHERWISE if kind in values["refused"]),
-                tuple(numbers.get("low", ())),
-                tuple(numbers.get("high", ())),
-                tuple(nulls),
+                low=tuple(numbers.get("low", ())),
+                high=tuple(numbers.get("high", ())),
+                nulls=tuple(nulls),
             )

@@ -50,9 +50,9 @@ def fit_table(job: Job, arrays: Arrays, schema: Schema, rows: np.ndarray) -> Tab
         tuple(codes),
         job.data.one_hot_up_to,
         tuple(kind for kind, stand_in in wanted.items() if stand_in == "fail"),
-        tuple(np.where(seen.present > 0, seen.low, fill).tolist()),
-        tuple(np.where(seen.present > 0, seen.high, fill).tolist()),
-        _null_shares(schema, seen, len(rows)),
+        low=tuple(np.where(seen.present > 0, seen.low, fill).tolist()),
+        high=tuple(np.where(seen.present > 0, seen.high, fill).tolist()),
+        nulls=_null_shares(schema, seen, len(rows)),
     )
     fitted.check(arrays.inputs)
     return fitted

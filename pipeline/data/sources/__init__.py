@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pipeline.data.sources.arrays import Arrays, Source, make_source
-from pipeline.data.sources.call import open_call
 from pipeline.data.sources.cifar import open_cifar
 from pipeline.data.sources.disc import open_disc
 from pipeline.data.sources.idx import open_idx
@@ -23,6 +22,8 @@ def open_source(job: Job, say: Callable[[str], None] = lambda text: None) -> Sou
     """
     source = job.data.source
     if isinstance(source, Call):
+        from pipeline.data.sources.call import open_call  # it needs torch
+
         return open_call(source, keep_float64=job.train.precision == "fp64")
     if source == "parquet":
         from pipeline.data.sources.parquet import open_parquet  # it needs Arrow
