@@ -56,11 +56,11 @@ class Predictor(nn.Module):
         data: of a model of tables, a pandas or polars frame, an Arrow table, a dict of columns, or a list of dicts, one
             a row; further columns are of no account. The same of a model whose `call` source returned a data frame.
             Of a model of arrays or pictures, a NumPy array or tensor (N, ...) of the shape and type that it was trained
-            on. Of a model of pictures also a list of files, URLs or Pillow images.
+            on. Of a model of pictures also a path, URL, file's content (bytes) or Pillow image, or a list of such.
 
         Returns
         -------
-        (N,) names of classes, or their numbers where labels were numbers; or values in the label's unit, float64 (N,)
+        (N,), also of a single picture: names of classes, or their numbers where labels were numbers; or values in the label's unit, float64 (N,)
         or (N, T).
 
         Raises

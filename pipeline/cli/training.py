@@ -145,7 +145,7 @@ def evaluate(
 def predict(
     model: Annotated[str, typer.Argument(metavar="RUN", help="RUN[@best|@last|@STEP]; best by default.")],
     input_url: Annotated[
-        str, typer.Option("--input", metavar="URL", help="Parquet: a file, glob or folder; or a folder of pictures.")
+        str, typer.Option("--input", metavar="URL", help="Parquet, or pictures: a file, glob or folder.")
     ],
     output_url: Annotated[str, typer.Option("--output", metavar="URL", help="The Parquet file to write.")],
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
@@ -169,6 +169,6 @@ def predict(
             device=device,
             trust=trust,
             say=phases(progress),
+            warn=lambda text: warn(progress, [text]),
         )
-        warn(progress, found.warnings)
     print_result(found.to_json(), found.lines(), as_json)

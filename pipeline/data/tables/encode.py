@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.data.tables.contents import NUMBERS, FloatType, as_texts, content, numbers, plain, raw_bytes
+from pipeline.data.tables.contents import NUMBERS, Content, FloatType, as_texts, content, numbers, plain, raw_bytes
 from pipeline.data.tables.findings import Findings
 from pipeline.data.tables.schema import Column, Schema
 from pipeline.errors import DataError
@@ -136,16 +136,33 @@ def near(name: str, names: Iterable[str]) -> str:
     return f"columns here: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}"
 
 
+def check_columns(schema: Schema, contents: Mapping[str, Content], rows: int, where: str) -> None:
+    """Whether a table whose columns hold this can be encoded, as far as their types tell.
+
+    Raises
+    ------
+    DataError: a column that is absent or of another kind.
+    """
+    for column in schema.columns:
+        if column.name not in contents:
+            raise _absent(column.name, rows, contents, where)
+        _check_kind(column, contents[column.name], where)
+
+
 def _column(batch: pa.RecordBatch, column: Column, where: str) -> pa.Array:
     place = batch.schema.get_field_index(column.name)
     if place < 0:
-        raise DataError(
-            f"there is no column {column.name!r} ({batch.num_rows:,} rows)",
-            where=where,
-            fix=near(column.name, batch.schema.names),
-        )
+        raise _absent(column.name, batch.num_rows, batch.schema.names, where)
     array = batch.column(place)
-    found = content(array.type)
+    _check_kind(column, content(array.type), where)
+    return array
+
+
+def _absent(name: str, rows: int, names: Iterable[str], where: str) -> DataError:
+    return DataError(f"there is no column {name!r} ({rows:,} rows)", where=where, fix=near(name, names))
+
+
+def _check_kind(column: Column, found: Content, where: str) -> None:
     if column.kind == "category":
         fine = found.kind in ("text", "null", *NUMBERS)
     elif found.kind in ("vector", "bytes"):
@@ -155,7 +172,6 @@ def _column(batch: pa.RecordBatch, column: Column, where: str) -> pa.Array:
     if not fine:
         wanted = "text" if column.kind == "category" else f"{column.width} numbers" if column.width > 1 else "numbers"
         raise DataError(f"the column {column.name!r} holds {found}; wanted: {wanted}", where=where, fix="cast it")
-    return array
 
 
 def _vectors(array: pa.Array, column: Column, dtype: np.dtype[Any], findings: Findings) -> np.ndarray:

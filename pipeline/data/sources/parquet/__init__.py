@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 
 import numpy as np
-import pyarrow as pa
 
 from pipeline.data.cache import cached
 from pipeline.data.sources.arrays import Arrays, Source
@@ -21,11 +20,10 @@ from pipeline.data.sources.parquet.decoding import (
     split_column,
 )
 from pipeline.data.sources.parquet.files import Files
-from pipeline.data.tables.encode import near
 from pipeline.errors import DataError
-from pipeline.job import Cache, Job
+from pipeline.job import Job
 
-__all__ = ["batches", "open_parquet"]
+__all__ = ["open_parquet"]
 
 FORMAT = 1
 """Of what lies in the cache. A change of the code that fills it takes the next number."""
@@ -80,34 +78,6 @@ def open_parquet(job: Job, say: Callable[[str], None]) -> Source:
             )
             decoded = Decoded.load(folder)
         return _source(choice, decoded, fingerprint, files.url)
-
-
-def batches(url: str, columns: Sequence[str] | None, rows: int, cache: Cache | None = None) -> Iterator[pa.RecordBatch]:
-    """The rows of Parquet files in order, up to `rows` at once.
-
-    Parameters
-    ----------
-    url: as `data.url`.
-    columns: which, in this order; None for all of the first file.
-    cache: where remote files lie while they are read.
-
-    Raises
-    ------
-    DataError: files that cannot be read, or a column that one of them lacks.
-    """
-    with Files(url, cache or Cache()) as files:
-        for number, file in enumerate(files.files):
-            here = list(files.contents(number))
-            columns = here if columns is None else columns
-            for name in columns:
-                if name not in here:
-                    raise DataError(
-                        f"there is no column {name!r} ({files.row_counts[number]:,} rows)",
-                        where=file.where,
-                        fix=near(name, here),
-                    )
-            yield from files.batches(number, columns, rows)
-            files.forget(number)
 
 
 def _source(choice: Choice, decoded: Decoded, fingerprint: str, url: str) -> Source:

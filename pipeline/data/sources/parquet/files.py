@@ -102,12 +102,16 @@ class Files:
 
     def contents(self, number: int) -> dict[str, Content]:
         """What the columns of a file hold, in order; those that its path names come last."""
+        return {name: content(kind) for name, kind in self.types(number).items()}
+
+    def types(self, number: int) -> dict[str, pa.DataType]:
+        """The Arrow types of the same columns."""
         schema, file = self.schemas[number], self.files[number]
         if len(set(schema.names)) < len(schema.names):
             twice = next(name for name in schema.names if schema.names.count(name) > 1)
             raise DataError(f"two columns are called {twice!r}", where=file.where, fix="rename one of them")
-        own = {name: content(kind) for name, kind in zip(schema.names, schema.types, strict=True)}
-        return own | {name: content(self._partition_types[name]) for name in file.partitions if name not in own}
+        own = dict(zip(schema.names, schema.types, strict=True))
+        return own | {name: self._partition_types[name] for name in file.partitions if name not in own}
 
     def batches(self, number: int, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
         """The rows of a file in order, some columns alone, up to `rows` at once; its path's columns as constants."""
