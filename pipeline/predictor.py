@@ -60,8 +60,8 @@ class Predictor(nn.Module):
 
         Returns
         -------
-        (N,), also of a single picture: names of classes, or their numbers where labels were numbers; or values in the label's unit, float64 (N,)
-        or (N, T).
+        Names of classes (N,), or their numbers where labels were numbers; or values in the label's unit, float64 (N,)
+        or (N, T). N is 1 for a single picture.
 
         Raises
         ------

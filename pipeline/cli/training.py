@@ -81,7 +81,7 @@ def check(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Validate a job file and print it as resolved, every default spelled out."""
+    """Validate a job file, look whether its data is there, and print it as resolved, every default spelled out."""
     shown.update(json=as_json, verbose=verbose)
     from pipeline.verbs.check import check as verb
 

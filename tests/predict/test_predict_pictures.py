@@ -60,7 +60,9 @@ def test_one_picture_is_one_prediction_whatever_it_is_handed_over_as(folder: Pat
     path = new / "cat.png"
     wanted = model.predict_proba([path])
     assert wanted.shape == (1, 2)
-    for one in ("cat.png", str(path), path, path.as_uri(), path.read_bytes(), Image.open(path)):
+    with Image.open(path) as opened:
+        image = opened.copy()
+    for one in ("cat.png", str(path), path, path.as_uri(), path.read_bytes(), image):
         assert model.predict(one).tolist() == ["dark"]
         np.testing.assert_array_equal(model.predict_proba(one), wanted)
     assert model.predict([]).shape == (0,)
