@@ -97,9 +97,9 @@ class Predictor(nn.Module):
             warnings.warn("\n".join(told), stacklevel=3)  # the caller of predict
         return scores
 
-    def scores(self, data: Any, report: DataReport) -> np.ndarray:
-        """Probabilities (N, C), or values in the label's unit (N, T); float64. The data is counted in the report."""
-        raw = raw_samples(data, self.fitted.preprocess, self.job, report)
+    def scores(self, data: Any, report: DataReport | None = None) -> np.ndarray:
+        """Probabilities (N, C), or values in the label's unit (N, T); float64. report: the data is counted in it."""
+        raw = raw_samples(data, self.fitted.preprocess, self.job, report or DataReport(self.fitted.preprocess))
         blocks = [self._scored(raw[first : first + BLOCK_ROWS]) for first in range(0, len(raw), BLOCK_ROWS)]
         return np.concatenate(blocks) if blocks else np.empty((0, len(self.classes) or self.fitted.outputs))
 
