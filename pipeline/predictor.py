@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.fitted import Fitted
-from pipeline.data.preprocess import Prepare
+from pipeline.data.preprocess import DataReport, Prepare
 from pipeline.data.raw import raw_samples
 from pipeline.device import Arithmetic, default_settings
 from pipeline.errors import DataError
@@ -62,30 +63,52 @@ class Predictor(nn.Module):
         Parameters
         ----------
         data: of a model of tables, a pandas or polars frame, an Arrow table, a dict of columns, or a list of dicts, one
-            a row; further columns are of no account. Of a model of arrays or pictures, a NumPy array or tensor (N, ...)
-            of the shape and type that it was trained on. Of a model of pictures also a list of files, URLs or Pillow
-            images.
+            a row; further columns are of no account. The same of a model whose `call` source returned a data frame.
+            Of a model of arrays or pictures, a NumPy array or tensor (N, ...) of the shape and type that it was trained
+            on. Of a model of pictures also a path, URL, file's content (bytes) or Pillow image, or a list of such.
 
         Returns
         -------
-        (N,) names of classes, or their numbers where labels were numbers; or values in the label's unit, float64 (N,)
-        or (N, T).
+        Names of classes (N,), or their numbers where labels were numbers; or values in the label's unit, float64 (N,)
+        or (N, T). N is 1 for a single picture.
 
         Raises
         ------
         DataError: data that does not look like what it was trained on.
+
+        Warns
+        -----
+        UserWarning: a column with many values that training did not have, see `column_report`.
         """
-        return self.answers(self.scores(data))
+        return self.answers(self._warned_scores(data))
 
     def predict_proba(self, data: Any) -> np.ndarray:
         """The probability of each class: float64 (N, C), in the order of `classes`. Data as for `predict`."""
         if not self.classes:
             raise DataError("a regression has no classes", where="predict_proba", fix="use predict")
-        return self.scores(data)
+        return self._warned_scores(data)
 
-    def scores(self, data: Any) -> np.ndarray:
-        """Probabilities (N, C), or values in the label's unit (N, T); float64."""
-        raw = raw_samples(data, self.fitted.preprocess, self.job)
+    def column_report(self, data: Any) -> dict[str, dict[str, float | int | None]]:
+        """How the columns of some data differ from those of the training rows, without a prediction.
+
+        By column: `rows`, and the shares of them that are `unseen` (a category that no training row had), `filled` (no
+        value) and `outside` (a number farther outside the training range than this range is wide). Data as for
+        `predict`; empty for images and arrays without names. `pandas.DataFrame(...).T` shows it as a table.
+        """
+        report = DataReport(self.fitted.preprocess)
+        raw_samples(data, self.fitted.preprocess, self.job, report)
+        return report.to_json()
+
+    def _warned_scores(self, data: Any) -> np.ndarray:
+        report = DataReport(self.fitted.preprocess)
+        scores = self.scores(data, report)
+        if told := report.warnings():
+            warnings.warn("\n".join(told), stacklevel=3)  # the caller of predict
+        return scores
+
+    def scores(self, data: Any, report: DataReport | None = None) -> np.ndarray:
+        """Probabilities (N, C), or values in the label's unit (N, T); float64. report: the data is counted in it."""
+        raw = raw_samples(data, self.fitted.preprocess, self.job, report or DataReport(self.fitted.preprocess))
         blocks = [self._scored(raw[first : first + BLOCK_ROWS]) for first in range(0, len(raw), BLOCK_ROWS)]
         return np.concatenate(blocks) if blocks else np.empty((0, len(self.classes) or self.fitted.outputs))
 

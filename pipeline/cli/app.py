@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -162,6 +162,12 @@ def _finite(tree: Any) -> Any:
 def phases(progress: Progress) -> Callable[[str], None]:
     """Takes what a verb says of its long phases."""
     return lambda text: progress.show({"kind": "phase", "text": text})
+
+
+def warn(progress: Progress, texts: Iterable[str]) -> None:
+    """Print warnings on standard error; --quiet does not silence them."""
+    for text in texts:
+        progress.show({"kind": "warning", "text": text})
 
 
 def with_workers(overrides: list[str] | None, workers: str | None) -> list[str]:

@@ -22,6 +22,7 @@ from pipeline.cli.app import (
     phases,
     print_result,
     shown,
+    warn,
     with_workers,
 )
 
@@ -83,7 +84,7 @@ def check(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Validate a job file and print it as resolved, every default spelled out."""
+    """Validate a job file, look whether its data is there, and print it as resolved, every default spelled out."""
     shown.update(json=as_json, verbose=verbose)
     from pipeline.verbs.check import check as verb
 
@@ -139,6 +140,7 @@ def evaluate(
             trust=trust,
             say=phases(progress),
         )
+        warn(progress, found.warnings)
     print_result(found.to_json(), found.lines(), as_json)
 
 
@@ -146,7 +148,7 @@ def evaluate(
 def predict(
     model: Annotated[str, typer.Argument(metavar="RUN", help="RUN[@best|@last|@STEP]; best by default.")],
     input_url: Annotated[
-        str, typer.Option("--input", metavar="URL", help="Parquet: a file, glob or folder; or a folder of pictures.")
+        str, typer.Option("--input", metavar="URL", help="Parquet, or pictures: a file, glob or folder.")
     ],
     output_url: Annotated[str, typer.Option("--output", metavar="URL", help="The Parquet file to write.")],
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
@@ -170,5 +172,6 @@ def predict(
             device=device,
             trust=trust,
             say=phases(progress),
+            warn=lambda text: warn(progress, [text]),
         )
     print_result(found.to_json(), found.lines(), as_json)

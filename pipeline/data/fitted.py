@@ -76,8 +76,9 @@ def check_layout(fitted: Fitted, source: Source) -> None:
         found = {column.name: (column.kind, column.width) for column in (source.schema or Schema(())).columns}
         differ = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
         if differ:
+            words = [f"{name!r} {_layout(found.get(name))}, in training {_layout(wanted.get(name))}" for name in differ]
             raise DataError(
-                f"the columns {', '.join(differ[:5])} are not as they were in training",
+                f"columns are not as they were in training: {'; '.join(words[:5])}",
                 where="--data",
                 fix=f"the model takes {', '.join(wanted)}",
             )
@@ -90,6 +91,13 @@ def check_layout(fitted: Fitted, source: Source) -> None:
                 where="--data",
                 fix="give data of the same shape",
             )
+
+
+def _layout(column: tuple[str, int] | None) -> str:
+    if column is None:
+        return "is not there"
+    kind, width = column
+    return "holds text or levels" if kind == "category" else f"holds {width} numbers" if width > 1 else "holds numbers"
 
 
 def fit(job: Job, source: Source, splits: Mapping[str, Rows]) -> Fitted:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -12,57 +12,126 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from pipeline.data.pictures import BrokenPictureError, Form, TooSmallError, decode, quiet
-from pipeline.data.preprocess import Preprocess, SamplePreprocess, TablePreprocess
+from pipeline.data.preprocess import DataReport, Preprocess, SamplePreprocess, TablePreprocess
 from pipeline.data.sources.image_folder.files import Files
-from pipeline.data.tables.contents import content, raw_bytes
-from pipeline.data.tables.encode import encode, to_arrow
+from pipeline.data.tables.contents import NUMBERS, Content, content, plain, raw_bytes
+from pipeline.data.tables.encode import check_columns, encode, near, to_arrow
 from pipeline.data.tables.schema import Column, Schema
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StorageError
 from pipeline.job import Job
 
 WHERE = "predict"
 
 
-def raw_samples(data: Any, preprocess: Preprocess, job: Job) -> np.ndarray:
+def raw_samples(data: Any, preprocess: Preprocess, job: Job, report: DataReport) -> np.ndarray:
     """Samples (N, ...) of the shape and type that `preprocess` was fitted on.
 
     Parameters
     ----------
     data: see `pipeline.predictor.Predictor.predict`.
+    report: these samples are counted in it.
 
     Raises
     ------
     DataError: columns, shapes or types that are others than in training; a picture that cannot be read.
     """
     if isinstance(preprocess, TablePreprocess):
-        return _rows(data, preprocess, np.float64 if job.train.precision == "fp64" else np.float32)
-    if job.data.source == "image_folder" and isinstance(data, Sequence):
-        return np.stack([_picture(one, job) for one in data]) if data else np.empty((0, *preprocess.sample_shape))
+        return _rows(data, preprocess, np.float64 if job.train.precision == "fp64" else np.float32, report)
+    if job.data.source == "image_folder" and (_is_picture(data) or isinstance(data, Sequence)):
+        shape, some = preprocess.sample_shape, [data] if _is_picture(data) else data
+        return np.stack([_picture(one, job, shape) for one in some]) if some else np.empty((0, *shape), np.uint8)
     if job.data.source == "parquet" and not isinstance(data, np.ndarray | torch.Tensor):
         return _single_column(to_arrow(data), preprocess, job)
-    return _arrays(data, preprocess)
+    if preprocess.names and _is_frame(data):
+        data = _named_columns(to_arrow(data), preprocess.names)
+    samples = _arrays(data, preprocess)
+    report.add(samples)
+    return samples
+
+
+def _is_frame(data: Any) -> bool:
+    """Whether its columns have names."""
+    if isinstance(data, list | tuple):
+        return bool(data) and all(isinstance(row, Mapping) for row in data)
+    return isinstance(data, Mapping | pa.RecordBatch) or hasattr(data, "__arrow_c_stream__")
+
+
+def _named_columns(table: pa.Table, names: Sequence[str]) -> np.ndarray:
+    """The columns of a table by their names, (N, F); further columns are of no account.
+
+    Raises
+    ------
+    DataError: a column that is absent, holds no numbers, or has no value in some row.
+    """
+    columns = []
+    for name in names:
+        place = table.schema.get_field_index(name)
+        if place < 0:
+            raise DataError(
+                f"there is no column {name!r} ({table.num_rows:,} rows)",
+                where=WHERE,
+                fix=near(name, table.schema.names),
+            )
+        held = content(table.schema.field(place).type)
+        if held.kind not in (*NUMBERS, "null"):
+            raise DataError(f"the column {name!r} holds {held}; wanted: numbers", where=WHERE, fix="cast it")
+        column = pa.concat_arrays(
+            [plain(chunk) for chunk in table.column(place).chunks] or [pa.array([], pa.float64())]
+        )
+        nulls = pc.sum(pc.is_null(column, nan_is_null=True)).as_py()
+        if nulls:
+            raise DataError(
+                f"{nulls:,} of {len(column):,} rows have no value in column {name!r}",
+                where=WHERE,
+                fix="fill them, or leave them out: the training rows had a value each",
+            )
+        columns.append(column.to_numpy(zero_copy_only=False))
+    return np.column_stack(columns)
+
+
+def input_columns(
+    contents: Mapping[str, Content], preprocess: Preprocess, job: Job, rows: int, where: str
+) -> list[str]:
+    """Which columns of a table the model takes, told from what they hold.
+
+    Raises
+    ------
+    DataError: one that is absent or of another kind, or several that could be the samples.
+    """
+    if isinstance(preprocess, TablePreprocess):
+        check_columns(preprocess.schema, contents, rows, where)
+        return [column.name for column in preprocess.schema.columns]
+    return [_sample_column(contents, preprocess, job, where)]
+
+
+def _sample_column(names: Iterable[str], preprocess: SamplePreprocess, job: Job, where: str) -> str:
+    """The column of bytes or lists that holds samples, found as in training."""
+    apart = {*job.data.labels, *job.data.keys, job.data.splits_column}
+    free = [name for name in names if name not in apart]
+    found = [name for name in free if any(fnmatchcase(name, pattern) for pattern in job.data.features)]
+    if len(found) != 1:
+        width = math.prod(preprocess.sample_shape)
+        raise DataError(
+            f"{len(found)} columns could be the samples: {', '.join(found) or 'none'}",
+            where=where,
+            fix=f"give one, of {width} {'bytes' if preprocess.dtype == 'uint8' else 'numbers'} a row",
+        )
+    return found[0]
 
 
 def _single_column(table: pa.Table, preprocess: SamplePreprocess, job: Job) -> np.ndarray:
-    """Samples that are one column of bytes or of lists, found as in training."""
-    apart, shape = {*job.data.labels, *job.data.keys, job.data.splits_column}, preprocess.sample_shape
-    names = [name for name in table.schema.names if name not in apart]
-    names = [name for name in names if any(fnmatchcase(name, pattern) for pattern in job.data.features)]
-    width = math.prod(shape)
-    if len(names) != 1:
-        raise DataError(
-            f"{len(names)} columns could be the samples: {', '.join(names) or 'none'}",
-            where=WHERE,
-            fix=f"give one, of {width} {'bytes' if preprocess.dtype == 'uint8' else 'numbers'} a row",
-        )
-    column = table.column(names[0])
+    """Samples that are one column of bytes or of lists."""
+    shape, width = preprocess.sample_shape, math.prod(preprocess.sample_shape)
+    name = _sample_column(table.schema.names, preprocess, job, WHERE)
+    column = table.column(name)
     if column.null_count:
-        raise DataError(f"{column.null_count:,} rows of {names[0]!r} are null", where=WHERE, fix="leave them out")
+        raise DataError(f"{column.null_count:,} rows of {name!r} are null", where=WHERE, fix="leave them out")
     if preprocess.dtype != "uint8":
-        schema = Schema((Column(names[0], "number", width),))
+        schema = Schema((Column(name, "number", width),))
         dtype = np.float64 if preprocess.dtype == "float64" else np.float32
         return encode(table, schema, dtype=dtype, where=WHERE).reshape(-1, *shape)
     if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):  # as pandas and polars have it
@@ -71,14 +140,16 @@ def _single_column(table: pa.Table, preprocess: SamplePreprocess, job: Job) -> n
     found = content(column.type)
     if found.kind != "bytes" or found.width != width:
         raise DataError(
-            f"the column {names[0]!r} does not hold {width} bytes a row", where=WHERE, fix="give what was trained on"
+            f"the column {name!r} does not hold {width} bytes a row", where=WHERE, fix="give what was trained on"
         )
     parts = [raw_bytes(chunk, width) for chunk in column.chunks]
     return np.concatenate([np.empty((0, width), np.uint8), *parts]).reshape(-1, *shape)
 
 
-def _rows(data: Any, preprocess: TablePreprocess, dtype: type[np.float32] | type[np.float64]) -> np.ndarray:
-    schema = preprocess.schema
+def _rows(
+    data: Any, preprocess: TablePreprocess, dtype: type[np.float32] | type[np.float64], report: DataReport
+) -> np.ndarray:
+    schema, table = preprocess.schema, None
     if isinstance(data, np.ndarray | torch.Tensor) and not preprocess.categories:
         rows = np.asarray(data, dtype)
         if rows.ndim != 2 or rows.shape[1] != schema.width:
@@ -89,8 +160,10 @@ def _rows(data: Any, preprocess: TablePreprocess, dtype: type[np.float32] | type
                 fix=f"one row a sample, with these columns in this order: {names}",
             )
     else:
-        rows = encode(to_arrow(data), schema, dtype=dtype, where=WHERE)
+        table = to_arrow(data)
+        rows = encode(table, schema, dtype=dtype, where=WHERE)
     preprocess.check(rows)
+    report.add(rows, original=None if table is None else lambda name, row: table.column(name)[row].as_py())
     return rows
 
 
@@ -115,16 +188,46 @@ def _arrays(data: Any, preprocess: SamplePreprocess) -> np.ndarray:
     return np.ascontiguousarray(samples, wanted_type)
 
 
-def _picture(one: Any, job: Job) -> np.ndarray:
-    """A path, URL or Pillow image as training saw pictures: uint8 (C, H, W)."""
-    form, name = Form.of(job.data), str(one) if isinstance(one, str | Path) else type(one).__name__
+def _is_picture(data: Any) -> bool:
+    """Whether it is a single picture: a path or URL, the content of a file, or a Pillow image."""
+    return isinstance(data, str | Path | bytes) or (hasattr(data, "save") and hasattr(data, "getbands"))
+
+
+def _picture(one: Any, job: Job, shape: Sequence[int]) -> np.ndarray:
+    """A path, URL, file's content or Pillow image as training saw pictures: uint8 `shape`."""
+    name = str(one) if isinstance(one, str | Path) else type(one).__name__
     try:
         with quiet():
-            return decode(_content(one), form)
+            return picture(_content(one), name, job, shape)
     except FileNotFoundError:
         raise DataError("there is no such file", where=name) from None
-    except (BrokenPictureError, TooSmallError) as error:
+    except BrokenPictureError as error:
         raise DataError(f"cannot be used as a picture: {error}", where=name) from error
+    except StorageError as error:  # a folder, for instance
+        raise DataError(error.what, where=name, fix=error.fix) from None
+
+
+def picture(content: bytes, name: str, job: Job, shape: Sequence[int]) -> np.ndarray:
+    """The picture in a file's content as training saw pictures: uint8 `shape`, which is (C, H, W).
+
+    Raises
+    ------
+    BrokenPictureError: it cannot be decoded.
+    DataError: it is of another size.
+    """
+    form = Form.of(job.data)
+    try:
+        pixels = decode(content, form)
+    except TooSmallError as error:
+        raise DataError(f"is {error}, too small for the model's crop: {form.crop}", where=name) from None
+    if pixels.shape != tuple(shape):
+        ours, theirs = (f"{height} x {width}" for _, height, width in (pixels.shape, shape))
+        raise DataError(
+            f"is {ours} pixels, but the model was trained on {theirs}",
+            where=name,
+            fix="scale it; a job with data.resize takes pictures of any size",
+        )
+    return pixels
 
 
 def _content(one: Any) -> bytes:

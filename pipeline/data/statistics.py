@@ -54,6 +54,13 @@ def _of_floats(inputs: np.ndarray, rows: np.ndarray, channels: int) -> tuple[np.
     return mean.reshape(-1), np.sqrt(variance)
 
 
+def lowest_and_highest(inputs: np.ndarray, rows: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The smallest and the largest value of each column (F,) of floating inputs (N, F), over some rows (n,), n >= 1."""
+    ends = [(block.min(0), block.max(0)) for block in blocks(inputs, rows)]
+    low, high = (np.stack(values) for values in zip(*ends, strict=True))
+    return tuple(low.min(0).tolist()), tuple(high.max(0).tolist())
+
+
 def blocks(inputs: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
     """The rows that count, some at a time: (b, ...) of the inputs' type, at most about `BLOCK_VALUES` values each."""
     size = max(1, BLOCK_VALUES // max(1, int(np.prod(inputs.shape[1:], dtype=np.int64))))

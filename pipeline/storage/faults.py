@@ -122,9 +122,7 @@ class Patience:
             or number in _MISUSE
             or (not self.contacted and number in _MISUSE_AT_FIRST)
         ):
-            raise StorageError(
-                f"cannot be used ({explain(error)})", where=self.where, fix="check the storage URL"
-            ) from None
+            raise StorageError(f"cannot be used ({explain(error)})", where=self.where, fix="check the URL") from None
         if not isinstance(error, OSError) and library not in _LIBRARIES:
             raise error
 

@@ -77,7 +77,8 @@ def check(
     batch: bool = False,
     overfit: bool = False,
 ) -> Checked:
-    """Validate a job; with `batch` and `overfit` also load the data and build the model.
+    """Validate a job, and look whether the data at its `data.url` is there and of the right kind; with `batch` and
+    `overfit` also load the data and build the model.
 
     Parameters
     ----------
@@ -92,6 +93,10 @@ def check(
     job = resolve_job(job, set)
     job = job.model_copy(update={"storage": storage_url(storage, job.storage)})
     if not (batch or overfit):
+        if job.data.url is not None:
+            from pipeline.data.sources.presence import check_present
+
+            check_present(job)
         return Checked(job)
     from pipeline.assembly import build, prepare
     from pipeline.device import leave_as_found

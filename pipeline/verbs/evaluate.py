@@ -14,6 +14,7 @@ from pipeline import loop
 from pipeline.assembly import Prepared, Say, build, check_weights, eval_loader, prepare, prepare_rows
 from pipeline.context import Alone
 from pipeline.data.fitted import Fitted
+from pipeline.data.preprocess import DataReport
 from pipeline.device import leave_as_found
 from pipeline.errors import InputError
 from pipeline.job import Job, RandomSplits, digest, identity
@@ -44,16 +45,26 @@ class Evaluation:
     split: str
     metrics: dict[str, float]
     """All that the job measures, and samples, named `split/column`; NaN for what does not exist."""
+    report: DataReport
+    """How the split's columns differ from the training rows."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What should not be overlooked."""
+        return self.report.warnings()
 
     def to_json(self) -> dict[str, Any]:
         metrics = {name: None if value != value else value for name, value in self.metrics.items()}
-        return {**self.__dict__, "metrics": metrics, "error": None}
+        found = {name: value for name, value in self.__dict__.items() if name != "report"}
+        report = {"columns": self.report.to_json(), "warnings": self.warnings}
+        return {**found, "metrics": metrics, **report, "error": None}
 
     def lines(self) -> list[str]:
         rows, correct = (self.metrics.get(f"{self.split}/{name}") for name in ("samples", "correct"))
         counted = f"{rows:,.0f} rows" if correct is None else f"{correct:,.0f} of {rows:,.0f} rows correct"
         lines = [f"{self.run} at step {self.step}, {self.split}: {counted}"]
         lines += [f"  {line}" for line in table_lines(self.metrics, self.split)]
+        lines += [f"  {line}" for line in self.report.lines()]
         words = no_better_words(self.metrics, self.split)
         return [*lines, f"  warning: {words}"] if words else lines
 
@@ -106,7 +117,10 @@ def evaluate(
     alone = Alone(lambda event: None)
     result = loop.evaluate(built.trainee, eval_loader(prepared, built, split), alone)
     metrics = {f"{split}/{name}": value for name, value in result.items()}
-    return Evaluation(found.name, found.url, saved.name, saved.step, split, metrics)
+    report = DataReport(fitted.preprocess)
+    rows = prepared.splits[split]
+    report.add(prepared.source.part(rows.part).inputs, rows.ids, prepared.source.schema)
+    return Evaluation(found.name, found.url, saved.name, saved.step, split, metrics, report)
 
 
 def _check_is_the_runs(run: Run, prepared: Prepared, split: str) -> None:

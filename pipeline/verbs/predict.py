@@ -1,27 +1,47 @@
-"""`predict`: answers of a saved model for a table or a folder of pictures, as Parquet."""
+"""`predict`: answers of a saved model for a table or for pictures, as Parquet."""
 
 from __future__ import annotations
 
+import os
+import posixpath
+import re
 import tempfile
-from collections.abc import Callable, Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.pictures import endings
-from pipeline.data.sources.image_folder.files import Files
-from pipeline.data.sources.parquet import batches
-from pipeline.errors import InputError
+from pipeline.data.pictures import BrokenPictureError, endings, quiet
+from pipeline.data.preprocess import DataReport
+from pipeline.data.raw import input_columns, picture
+from pipeline.data.sources.image_folder.files import Files as PictureFiles
+from pipeline.data.sources.image_folder.files import in_threads
+from pipeline.data.sources.parquet.files import Files
+from pipeline.data.sources.parquet.finding import MAGIC
+from pipeline.data.tables.encode import near
+from pipeline.errors import DataError, InputError, StorageError, TrainyardError
+from pipeline.job import Cache
 from pipeline.predictor import Predictor
+from pipeline.redaction import scrub
 from pipeline.storage import Storage
+from pipeline.storage.faults import Patience
+from pipeline.storage.filesystems import open_filesystem
 from pipeline.verbs.load import load
 
 BATCH_ROWS = 16_384
 """Rows of a table in memory at once."""
 BATCH_PICTURES = 256
+
+MOST_NAMED = 10
+"""Pictures that a message names."""
+
+Columns = dict[str, pa.Array]
 
 
 @dataclass(frozen=True)
@@ -32,12 +52,21 @@ class Predicted:
     step: int
     rows: int
     output: str
+    report: DataReport
+    """How the input's columns differ from the training rows."""
+    skipped: tuple[str, ...] = ()
+    """Broken pictures that were left out."""
+    warnings: tuple[str, ...] = ()
+    """What should not be overlooked."""
 
     def to_json(self) -> dict[str, Any]:
-        return {**self.__dict__, "error": None}
+        found = {name: value for name, value in self.__dict__.items() if name != "report"}
+        found |= {"columns": self.report.to_json(), "skipped": list(self.skipped), "warnings": list(self.warnings)}
+        return {**found, "error": None}
 
     def lines(self) -> list[str]:
-        return [f"{self.rows:,} rows by {self.run} at step {self.step} to {self.output}"]
+        lines = [f"{self.rows:,} rows by {self.run} at step {self.step} to {self.output}"]
+        return lines + [f"  {line}" for line in self.report.lines()]
 
 
 def predict(
@@ -49,30 +78,46 @@ def predict(
     device: str = "auto",
     trust: bool = False,
     say: Callable[[str], None] = lambda text: None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> Predicted:
-    """Write one row for each row of a table, or each picture of a folder, in their order.
+    """Write one row for each row of a table, or each picture, in their order.
 
     The columns: the job's `keys` that are there (of pictures: `path`); `prediction`, a class or the value (of several
-    labels, each by its name); and `probability_CLASS` of each class. The output appears whole or not at all; memory
-    holds a batch of the input at a time, and the compressed output.
+    labels, each by its name); and `probability_CLASS` of each class. A key that is called as one of these columns gets
+    `key_` before its name. Keys have one type for all files: the wider one where theirs differ, text for categories.
+    The output appears whole or not at all; memory holds a batch of the input at a time, and the compressed output.
+
+    Files, their columns and types, and the place of the output are checked before the first prediction.
 
     Parameters
     ----------
     model: RUN[@best|@last|@STEP], see `load`.
-    input: Parquet at any fsspec URL: a file, glob or folder; for a model of pictures a folder of them.
-    output: URL of the Parquet file to write.
+    input: Parquet at any fsspec URL: a file, glob or folder; for a model of pictures a picture, or a glob or folder of
+        them. With the job's `data.on_error: skip`, broken pictures are left out, whatever their share.
+    output: URL of the Parquet file to write; no part of the input.
+    warn: takes what should not be overlooked, as soon as it is known.
 
     Raises
     ------
-    InputError: no such model, or an input that does not look like what it was trained on.
+    InputError: no such model, an input that does not look like what it was trained on, or an output that cannot be
+        written or would replace the input.
     """
     predictor = load(model, storage=storage, device=device, trust=trust)
     folder, name = _place(output)
-    count, writer = 0, None
-    with tempfile.TemporaryDirectory(prefix="trainyard-predict-") as scratch:
+    warnings: list[str] = []
+
+    def tell(text: str) -> None:
+        warnings.append(text)
+        warn(text)
+
+    count, writer, report = 0, None, DataReport(predictor.fitted.preprocess)
+    with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="trainyard-predict-") as scratch:
+        source = _open(predictor, input, output, tell, stack)
+        _check_output(folder, name, output)
         path = Path(scratch) / "output.parquet"
         try:
-            for table in _answered(predictor, input):
+            for beside, data in source.batches():
+                table = pa.table({**beside, **_answers(predictor, predictor.scores(data, report))})
                 writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
                 writer.write_table(table)
                 count += table.num_rows
@@ -83,34 +128,229 @@ def predict(
         if writer is None:
             raise InputError("has no rows", where=f"--input {input}", fix="check the URL")
         folder.replace(name, path.read_bytes(), sync=True)
-    return Predicted(predictor.run, predictor.step, count, output)
+    if source.skipped:
+        named = ", ".join(source.skipped[:MOST_NAMED]) + (", ..." if len(source.skipped) > MOST_NAMED else "")
+        tell(f"{len(source.skipped):,} pictures are broken and left out: {named}")
+    for text in report.warnings():
+        tell(text)
+    skipped = tuple(source.skipped)
+    return Predicted(predictor.run, predictor.step, count, output, report, skipped, tuple(warnings))
 
 
-def _answered(predictor: Predictor, source: str) -> Iterator[pa.Table]:
-    job = predictor.job
-    if job.data.source == "parquet":
-        for batch in batches(source, None, BATCH_ROWS):
-            keys = [key for key in job.data.keys if key in batch.schema.names]
-            beside = pa.Table.from_batches([batch.select(keys)])
-            yield _with_answers(predictor, beside, batch)
-    elif job.data.source == "image_folder":
-        files = Files(source)
-        paths = [path for path in files.list() if Path(path).suffix.lower() in endings()]
-        for first in range(0, len(paths), BATCH_PICTURES):
-            some = paths[first : first + BATCH_PICTURES]
-            contents = [files.read(path) for path in some]
-            yield _with_answers(predictor, pa.table({"path": some}), contents)
-    else:
-        raise InputError(
-            f"this model was trained on {job.data.source}, which is neither tables nor pictures",
-            where=f"--input {source}",
-            fix="in Python: load(RUN).predict(array)",
+def _open(
+    predictor: Predictor, url: str, output: str, tell: Callable[[str], None], stack: ExitStack
+) -> _Tables | _Pictures:
+    """The input, looked at. stack: what ends its reading."""
+    source = predictor.job.data.source
+    if source == "parquet":
+        files = Files(url, Cache())
+        _check_apart(url, [file.path for file in files.files], output)
+        return _Tables(predictor, stack.enter_context(files), tell)
+    if source == "image_folder":
+        return _Pictures(predictor, url)
+    raise InputError(
+        f"this model was trained on {source}, which is neither tables nor pictures",
+        where=f"--input {url}",
+        fix="in Python: load(RUN).predict(array)",
+    )
+
+
+class _Tables:
+    """Rows of Parquet files, with their keys. All that footers tell is checked when it is made."""
+
+    def __init__(self, predictor: Predictor, files: Files, tell: Callable[[str], None]) -> None:
+        self.skipped: list[str] = []
+        self._files = files
+        self._inputs = _input_columns(predictor, files)
+        self._keys = _key_types(predictor.job.data.keys, files, tell)
+        _check_casts(files, self._keys)
+        taken = set(_answers(predictor, np.empty((0, len(predictor.classes) or predictor.fitted.outputs))))
+        self._names = [_free_name(key, {*taken, *self._keys} - {key}, taken, tell) for key in self._keys]
+
+    def batches(self) -> Iterator[tuple[Columns, pa.RecordBatch]]:
+        """Keys, and what the model takes of the same rows."""
+        for number in range(len(self._files.files)):
+            for batch in self._files.batches(number, [*self._keys, *self._inputs], BATCH_ROWS):
+                columns = [_cast(batch.column(key), kind) for key, kind in self._keys.items()]
+                yield dict(zip(self._names, columns, strict=True)), batch.select(self._inputs)
+            self._files.forget(number)
+
+
+def _input_columns(predictor: Predictor, files: Files) -> list[str]:
+    """The columns that the model takes, which every file has."""
+    found: list[str] = []
+    for number, file in enumerate(files.files):
+        rows = files.row_counts[number]
+        here = input_columns(files.contents(number), predictor.fitted.preprocess, predictor.job, rows, file.where)
+        if found and here != found:
+            raise DataError(
+                f"the samples are in column {here[0]!r}, but in {found[0]!r} of {files.files[0].where}",
+                where=file.where,
+                fix="write all files with the same columns",
+            )
+        found = here
+    return found
+
+
+def _key_types(keys: Iterable[str], files: Files, tell: Callable[[str], None]) -> dict[str, pa.DataType]:
+    """For each key that is there, the type that holds its values of all files.
+
+    Raises
+    ------
+    DataError: a key that some files have and others have not, or types that nothing holds together.
+    """
+    found: dict[str, pa.DataType] = {}
+    types = [files.types(number) for number in range(len(files.files))]
+    for key in dict.fromkeys(keys):
+        absent = [file for file, here in zip(files.files, types, strict=True) if key not in here]
+        if len(absent) == len(types):
+            near_ones = near(key, types[0])
+            tell(f"the key {key!r} is not in {files.url}, and not in the output ({near_ones})")
+            continue
+        if absent:
+            raise DataError(
+                f"the key {key!r} is not in this file, but in others",
+                where=absent[0].where,
+                fix="write all files with the same columns",
+            )
+        for file, here in zip(files.files, types, strict=True):
+            kind = _plain_type(here[key])
+            try:
+                both = [pa.schema([(key, found.get(key, kind))]), pa.schema([(key, kind)])]
+                found[key] = pa.unify_schemas(both, promote_options="permissive").field(key).type
+            except pa.ArrowException:
+                raise DataError(
+                    f"the key {key!r} holds {kind} here, but {found[key]} in {files.files[0].where}",
+                    where=file.where,
+                    fix="write all files with one type for each column",
+                ) from None
+    return found
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    return _plain_type(kind.value_type) if pa.types.is_dictionary(kind) else kind
+
+
+def _cast(array: pa.Array, kind: pa.DataType) -> pa.Array:
+    array = array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+    return array if array.type == kind else array.cast(kind)
+
+
+def _check_casts(files: Files, keys: dict[str, pa.DataType]) -> None:
+    """Read the keys of files whose types are others than the common ones: not every whole number is a float.
+
+    Raises
+    ------
+    DataError: a value that the common type cannot hold.
+    """
+    for number, file in enumerate(files.files):
+        here = files.types(number)
+        for key, kind in keys.items():
+            if _plain_type(here[key]) == kind:
+                continue
+            for batch in files.batches(number, [key], BATCH_ROWS):
+                try:
+                    _cast(batch.column(key), kind)
+                except pa.ArrowException as error:
+                    raise DataError(
+                        f"the key {key!r} holds {here[key]} here and becomes {kind} in the output, as in other "
+                        f"files, but not all of it can ({str(error).splitlines()[0]})",
+                        where=file.where,
+                        fix="write all files with one type for each column",
+                    ) from None
+
+
+def _free_name(key: str, others: set[str], taken: set[str], tell: Callable[[str], None]) -> str:
+    """What a key is called in the output, where the model's columns have their names."""
+    name = key
+    while name in taken or (name != key and name in others):
+        name = f"key_{name}"
+    if name != key:
+        tell(f"the key {key!r} is called {name!r} in the output, where {key!r} is what the model says")
+    return name
+
+
+class _Pictures:
+    """Pictures by path."""
+
+    def __init__(self, predictor: Predictor, url: str) -> None:
+        self.skipped: list[str] = []
+        self._job, self._shape = predictor.job, predictor.fitted.preprocess.output_shape
+        self._where = f"--input {scrub(url)}"
+        self._files, self._paths = _find_pictures(url, self._where)
+
+    def batches(self) -> Iterator[tuple[Columns, np.ndarray]]:
+        """Paths, and their pictures."""
+        reason = ""
+        for first in range(0, len(self._paths), BATCH_PICTURES):
+            paths = self._paths[first : first + BATCH_PICTURES]
+            with quiet():
+                found = list(in_threads(self._decoded, paths, self._files.threads))
+            whole = {path: pixels for path, pixels in zip(paths, found, strict=True) if isinstance(pixels, np.ndarray)}
+            reason = reason or next((text for text in found if isinstance(text, str)), "")
+            self.skipped += [path for path in paths if path not in whole]
+            if whole:
+                yield {"path": pa.array(list(whole))}, np.stack(list(whole.values()))
+        if len(self.skipped) == len(self._paths):
+            raise DataError(
+                f"none of {len(self._paths):,} pictures can be decoded; {self._paths[0]}: {reason}",
+                where=self._where,
+                fix="see that they are pictures",
+            )
+
+    def _decoded(self, path: str) -> np.ndarray | str:
+        """A picture, or why there is none where the job skips such."""
+        name = f"{self._files.printable}/{path}"
+        try:
+            return picture(self._files.read(path), name, self._job, self._shape)
+        except FileNotFoundError:
+            raise DataError("is gone", where=name, fix="leave the input as it is") from None
+        except BrokenPictureError as error:
+            if self._job.data.on_error == "skip":
+                return str(error)
+            raise DataError(
+                f"cannot be used as a picture: {error}",
+                where=name,
+                fix="replace or delete it; a job with data.on_error: skip leaves such out",
+            ) from None
+
+
+def _find_pictures(url: str, where: str) -> tuple[PictureFiles, list[str]]:
+    """A folder, and the pictures below it that a URL means: one, what a glob matches, or all.
+
+    Raises
+    ------
+    InputError: there are none.
+    """
+    fs, path = open_filesystem(url)
+    patience = Patience(scrub(url))
+    base = url.rstrip("/") or "/"
+    if match := MAGIC.search(url):
+        base = url[: match.start()].rpartition("/")[0] or ("/" if url.startswith("/") else ".")
+        root = open_filesystem(base)[1]
+        matches = patience.call(lambda: fs.glob(path, detail=True))
+        found = sorted(
+            posixpath.relpath(name, root or ".") for name, about in matches.items() if about["type"] == "file"
         )
+    elif patience.call(lambda: fs.isfile(path)):
+        folder, _, name = url.rpartition("/")
+        return PictureFiles(folder or ("/" if url.startswith("/") else ".")), [name]
+    elif not patience.call(lambda: fs.exists(path)):
+        raise InputError("there is no such file or folder", where=where, fix="a picture, or a glob or folder of them")
+    else:
+        found = list(PictureFiles(base).list())
+    pictures = [name for name in found if Path(name).suffix.lower() in endings()]
+    if not pictures:
+        raise InputError(
+            f"no pictures among {len(found):,} files",
+            where=where,
+            fix="a picture, or a glob or folder of them, such as .png and .jpg",
+        )
+    return PictureFiles(base), pictures
 
 
-def _with_answers(predictor: Predictor, beside: pa.Table, data: Any) -> pa.Table:
-    """`beside` and, behind its columns, what the model says of the same rows."""
-    scores = predictor.scores(data)
+def _answers(predictor: Predictor, scores: np.ndarray) -> dict[str, np.ndarray]:
+    """What the model says, by the names of the output's columns."""
     answers = predictor.answers(scores)
     labels = predictor.job.data.labels
     if answers.ndim == 2:
@@ -119,9 +359,7 @@ def _with_answers(predictor: Predictor, beside: pa.Table, data: Any) -> pa.Table
         columns = {"prediction": answers}
     for place, name in enumerate(predictor.classes):
         columns[f"probability_{name}"] = scores[:, place]
-    for name, values in columns.items():
-        beside = beside.append_column(name, pa.array(values))
-    return beside
+    return columns
 
 
 def _place(output: str) -> tuple[Storage, str]:
@@ -129,3 +367,55 @@ def _place(output: str) -> tuple[Storage, str]:
     if not name.endswith(".parquet"):
         raise InputError("must end in .parquet", where=f"--output {output}", fix=f"{output.rstrip('/')}/out.parquet")
     return Storage.open(folder + slash if folder else "." if not slash else "/"), name
+
+
+def _check_apart(url: str, paths: Iterable[str], output: str) -> None:
+    """Refuse an output that is part of the input: it would replace the user's data, or be read as data the next time.
+
+    Raises
+    ------
+    InputError: names both.
+    """
+    (fs, source), (out_fs, target) = open_filesystem(url), open_filesystem(output)
+    if type(fs) is not type(out_fs):
+        return
+    is_local = "file" in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
+    resolve = os.path.realpath if is_local else str
+    target, files = resolve(target), {resolve(path) for path in paths}
+    folders = [target[:place] for place, letter in enumerate(target) if letter == "/" and place] + [target]
+    problem = ""
+    if target in files:
+        problem = "is a file of the input, which it would replace"
+    elif match := MAGIC.search(source):
+        from fsspec.utils import glob_translate
+
+        base, _, rest = source[: match.start()].rpartition("/")
+        pattern = re.compile(glob_translate(f"{resolve(base)}/{rest}{source[match.start() :]}"))
+        if any(pattern.fullmatch(folder) for folder in folders):
+            problem = "is one that the input's glob matches: it would be read as input the next time"
+    elif resolve(source.rstrip("/")) in folders:
+        problem = "lies in the input's folder: it would be read as input the next time"
+    if problem:
+        raise InputError(
+            problem, where=f"--output {scrub(output)}", fix=f"write it elsewhere than --input {scrub(url)}"
+        )
+
+
+def _check_output(folder: Storage, name: str, output: str) -> None:
+    """Try to write beside the output.
+
+    Raises
+    ------
+    InputError: it is a folder, perhaps that of the input, or nothing can be written there.
+    """
+    where = f"--output {scrub(output)}"
+    fs, path = open_filesystem(output)
+    if Patience(scrub(output)).call(lambda: fs.isdir(path)):
+        raise InputError("is a folder", where=where, fix="name a file that is not there yet, or one to replace")
+    trial = f".{name}-{uuid.uuid4().hex[:8]}"
+    try:
+        folder.replace(trial, b"")
+    except StorageError as error:
+        raise InputError(error.what, where=where, fix=error.fix) from None
+    with suppress(TrainyardError):
+        folder.delete(trial)

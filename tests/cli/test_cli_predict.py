@@ -12,6 +12,7 @@ import pytest
 
 from pipeline import load
 from pipeline.errors import DataError
+from pipeline.predictor import Predictor
 
 JOB = """
 name: small
@@ -142,3 +143,209 @@ def test_what_cannot_be_answered_is_one_message(
     for word in words:
         assert word in ended.err
     assert not Path("o.parquet").exists()
+
+
+def test_values_that_training_never_saw_are_told(trainyard: Any, tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    x, work = draw.normal(size=200), draw.choice(["Private", "State"], 200)
+    rows = {"id": np.arange(200), "x": x, "work": work, "color": np.where(x + (work == "State") > 0.3, "red", "blue")}
+    pq.write_table(pa.table(rows), tmp_path / "work.parquet")
+    (tmp_path / "work.yaml").write_text(JOB.replace("URL", "work.parquet"))
+    run = trainyard("train", "work.yaml", "--json").json["run"]
+    usual = trainyard("evaluate", run, "--json")
+    assert usual.json["columns"]["work"] == {"rows": 50, "unseen": 0.0, "filled": 0.0, "outside": 0.0}
+    assert usual.json["warnings"] == []
+    assert "warning" not in usual.err
+    changed = {"work": [f" {text}" for text in work], "x": np.where(x > 0, 1000 * x, np.nan)}
+    pq.write_table(pa.table({**rows, **changed}), tmp_path / "other.parquet")
+    for words in (
+        ("evaluate", run, "--data", "other.parquet"),
+        ("predict", run, "--input", "other.parquet", "--output", "out.parquet"),
+    ):
+        ended = trainyard(*words, "--json", "--quiet")
+        assert ended.code == 0
+        columns = ended.json["columns"]
+        assert columns["work"] == {"rows": 200, "unseen": 1.0, "filled": 0.0, "outside": 0.0}
+        assert columns["x"]["filled"] == np.mean(x <= 0)
+        assert columns["x"]["outside"] == pytest.approx(np.mean(x > 0), abs=0.02)
+        assert len(ended.json["warnings"]) == 3
+        assert "warning: column 'work': all of 200 values were never seen in training, such as ' " in ended.err
+        assert "column 'work': all never seen in training" in trainyard(*words).out
+    pq.write_table(pa.table({**rows, "work": np.arange(200)}), tmp_path / "numbers.parquet")
+    refused = trainyard("predict", run, "--input", "numbers.parquet", "--output", "out.parquet")
+    assert refused.code == 2
+    assert "'work' holds whole numbers (int64), but held text in training" in refused.err
+    refused = trainyard("evaluate", run, "--data", "numbers.parquet")
+    assert refused.code == 2
+    assert "'work' holds numbers, in training holds text or levels" in refused.err
+
+
+def parts(folder: Path, *keys: pa.Array) -> None:
+    """A file for each key column, of two rows each."""
+    folder.mkdir(exist_ok=True)
+    for number, key in enumerate(keys):
+        pq.write_table(pa.table({"id": key, "x": [0.0, 1.0]}), folder / f"{number}.parquet")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "wanted"),
+    [
+        (pa.array([1, 2], pa.int32()), pa.array([2**40, 4], pa.int64()), pa.int64()),
+        (pa.array([2**40, 4]), pa.array([1, 2], pa.int8()), pa.int64()),
+        (pa.array(["a", "b"]).dictionary_encode(), pa.array(["c", "a"]), pa.string()),
+        (pa.array(["c", "a"]), pa.array(["a", "b"], pa.dictionary(pa.int8(), pa.large_string())), pa.string()),
+        (pa.array([1, 2]), pa.array([3.0, None]), pa.float64()),
+        (pa.nulls(2), pa.array(["a", "b"]), pa.string()),
+    ],
+    ids=["wider", "narrower", "dictionary", "dictionary of other text", "floats", "nulls"],
+)
+def test_keys_of_several_files_have_one_type(
+    trainyard: Any, tmp_path: Path, run: str, first: pa.Array, second: pa.Array, wanted: pa.DataType
+) -> None:
+    parts(tmp_path / "new", first, second)
+    ended = trainyard("predict", run, "--input", "new", "--output", "out.parquet")
+    assert ended.code == 0, ended.err
+    keys = pq.read_table("out.parquet")["id"]
+    assert keys.type == wanted
+    assert keys.to_pylist() == [*first.to_pylist(), *second.to_pylist()]
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        (pa.array(["a", "b"]), "the key 'id' holds string here, but int64 in"),
+        (pa.array([0.5, 1.5]), "the key 'id' holds int64 here and becomes double"),
+        (None, "the key 'id' is not in this file, but in others"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_found_before_the_work(
+    trainyard: Any, tmp_path: Path, run: str, monkeypatch: pytest.MonkeyPatch, second: pa.Array | None, words: str
+) -> None:
+    parts(tmp_path / "new", pa.array([2**53 + 1, 1]), pa.nulls(2) if second is None else second)
+    if second is None:
+        pq.write_table(pa.table({"x": [0.0, 1.0]}), tmp_path / "new" / "1.parquet")
+
+    def work(*_: Any) -> None:
+        raise AssertionError("nothing is predicted")
+
+    monkeypatch.setattr(Predictor, "scores", work)
+    ended = trainyard("predict", run, "--input", "new", "--output", "out.parquet")
+    assert ended.code == 2
+    assert words in ended.err
+    assert not Path("out.parquet").exists()
+
+
+def test_a_later_file_of_other_columns_is_found_before_the_work(
+    trainyard: Any, tmp_path: Path, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts(tmp_path / "new", pa.array([1, 2]), pa.array([3, 4]))
+    monkeypatch.setattr(Predictor, "scores", None)
+    for table, words in (
+        (pa.table({"id": [3, 4], "y": [0.0, 1.0]}), "1.parquet: there is no column 'x'"),
+        (pa.table({"id": [3, 4], "x": ["a", "b"]}), "1.parquet: the column 'x' holds text"),
+    ):
+        pq.write_table(table, tmp_path / "new" / "1.parquet")
+        ended = trainyard("predict", run, "--input", "new", "--output", "out.parquet")
+        assert ended.code == 2
+        assert words in ended.err
+
+
+def test_columns_that_no_one_asked_for_may_come_and_go(trainyard: Any, tmp_path: Path, run: str) -> None:
+    parts(tmp_path / "new", pa.array([1, 2]), pa.array([3, 4]))
+    pq.write_table(pa.table({"note": ["a", "b"], "id": [1, 2], "x": [0.0, 1.0]}), tmp_path / "new" / "0.parquet")
+    assert trainyard("predict", run, "--input", "new", "--output", "out.parquet").code == 0
+    assert pq.read_table("out.parquet")["id"].to_pylist() == [1, 2, 3, 4]
+
+
+def test_a_key_that_is_not_there_is_told(trainyard: Any, tmp_path: Path, run: str) -> None:
+    pq.write_table(pa.table({"ids": [1, 2], "x": [0.0, 1.0]}), tmp_path / "new.parquet")
+    ended = trainyard("predict", run, "--input", "new.parquet", "--output", "out.parquet", "--json", "--quiet")
+    assert ended.code == 0
+    assert "warning: the key 'id' is not in" in ended.err
+    assert "did you mean ids?" in ended.json["warnings"][0]
+
+
+def test_keys_called_as_the_models_columns_are_kept_beside_them(trainyard: Any, tmp_path: Path) -> None:
+    rows = {name: np.arange(200) for name in ("prediction", "probability_red", "key_prediction")}
+    columns = {**rows, **{name: table()[name] for name in ("x", "color")}}
+    pq.write_table(pa.table(columns), tmp_path / "c.parquet")
+    job = JOB.replace("URL", "c.parquet").replace("[id]", f"[{', '.join(rows)}]")
+    (tmp_path / "named.yaml").write_text(job)
+    run = trainyard("train", "named.yaml", "--json").json["run"]
+    ended = trainyard("predict", run, "--input", "c.parquet", "--output", "out.parquet")
+    assert ended.code == 0
+    assert "warning: the key 'prediction' is called 'key_key_prediction' in the output" in ended.err
+    out = pq.read_table("out.parquet")
+    assert out.schema.names == [
+        *("key_key_prediction", "key_probability_red", "key_prediction"),
+        *("prediction", "probability_blue", "probability_red"),
+    ]
+    assert out["key_key_prediction"].to_pylist() == list(range(200))
+    assert set(out["prediction"].to_pylist()) == {"red", "blue"}
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "words"),
+    [
+        ("data/new.parquet", "data/new.parquet", "is a file of the input, which it would replace"),
+        ("data/new.parquet", "./data/../data/new.parquet", "is a file of the input"),
+        ("data/new.parquet", "link/new.parquet", "is a file of the input"),
+        ("data", "data/new.parquet", "is a file of the input"),
+        ("data", "data/out.parquet", "lies in the input's folder"),
+        ("data/", "data/deep/out.parquet", "lies in the input's folder"),
+        (".", "out.parquet", "lies in the input's folder"),
+        ("data/*.parquet", "data/out.parquet", "the input's glob matches"),
+        ("link/*.parquet", "data/out.parquet", "the input's glob matches"),
+        ("*", "data/out.parquet", "the input's glob matches"),
+        ("whole.parquet/a", "whole.parquet", "is a folder"),
+        ("data/new.parquet", "data/new.parquet/out.parquet", "data/new.parquet"),
+    ],
+)
+def test_an_output_never_replaces_its_input(
+    trainyard: Any, tmp_path: Path, run: str, source: str, output: str, words: str
+) -> None:
+    for path in ("data/new.parquet", "whole.parquet/a/new.parquet"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        pq.write_table(table(20).drop_columns("color"), tmp_path / path)
+    (tmp_path / "link").symlink_to("data")
+    before = (tmp_path / "data" / "new.parquet").read_bytes()
+    ended = trainyard("predict", run, "--input", source, "--output", output)
+    assert ended.code == 2
+    assert words in ended.err
+    assert "Traceback" not in ended.err
+    assert (tmp_path / "data" / "new.parquet").read_bytes() == before
+
+
+def test_an_output_beside_its_input_is_fine(trainyard: Any, tmp_path: Path, run: str) -> None:
+    pq.write_table(table(20), tmp_path / "new.parquet")
+    (tmp_path / "new").mkdir()
+    pq.write_table(table(20), tmp_path / "new" / "a.parquet")
+    for source in ("new.parquet", "new", "n*w/*.parquet"):
+        for output in ("out.parquet", "new2/out.parquet", "out.parquet"):
+            assert trainyard("predict", run, "--input", source, "--output", output).code == 0
+    assert sorted(path.name for path in (tmp_path / "new2").iterdir() if path.name != ".tmp") == ["out.parquet"]
+
+
+def test_an_input_in_a_store_is_not_replaced_either(trainyard: Any, tmp_path: Path, run: str, s3_url: str) -> None:
+    import fsspec
+
+    pq.write_table(table(20), tmp_path / "new.parquet")
+    fs, path = fsspec.core.url_to_fs(s3_url)
+    fs.put(str(tmp_path / "new.parquet"), f"{path}/new/a.parquet")
+    for source, output in (("new/a.parquet", "new/a.parquet"), ("new", "new/b.parquet"), ("new/*", "new/b.parquet")):
+        ended = trainyard("predict", run, "--input", f"{s3_url}/{source}", "--output", f"{s3_url}/{output}")
+        assert ended.code == 2
+        assert "input" in ended.err
+    assert trainyard("predict", run, "--input", f"{s3_url}/new", "--output", f"{s3_url}/out.parquet").code == 0
+    assert trainyard("predict", run, "--input", f"{s3_url}/new", "--output", "new.parquet").code == 0
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_work(
+    trainyard: Any, tmp_path: Path, run: str, monkeypatch: pytest.MonkeyPatch, s3_endpoint: str
+) -> None:
+    pq.write_table(table(20), tmp_path / "new.parquet")
+    monkeypatch.setattr(Predictor, "scores", None)
+    for output in ("new.parquet/out.parquet", "s3://no-such-bucket-of-ours/out.parquet"):
+        ended = trainyard("predict", run, "--input", "new.parquet", "--output", output)
+        assert ended.code == 2
+        assert f"--output {output}" in ended.err

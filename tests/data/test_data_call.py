@@ -203,3 +203,29 @@ def test_wrong_arguments(opens: Opens) -> None:
 
 def test_read_only_arrays_are_fine(opens: Opens) -> None:
     assert opens(f"return np.broadcast_to(np.float32(1), (4, 3)), {Y}").train.inputs.shape == (4, 3)
+
+
+FRAME = "pd.DataFrame({'a': [0.0, 1.0, 2.0, 3.0], 'b': [10.0, 20.0, 30.0, 40.0]})"
+
+
+@pytest.mark.parametrize(
+    "made", [FRAME, f"pl.from_pandas({FRAME})", f"pa.table({FRAME})"], ids=["pandas", "polars", "arrow"]
+)
+def test_names_of_a_frames_columns_are_kept_and_its_test_rows_ordered_by_them(opens: Opens, made: str) -> None:
+    imports = "import pandas as pd, polars as pl, pyarrow as pa\n"
+    reorder = f"x = {made}\nother = x.select(['b', 'a']) if hasattr(x, 'select') else x[['b', 'a']]\n"
+    source = opens(f"{imports}{reorder}return (x, {Y}), (other, {Y})")
+    assert source.names == ("a", "b")
+    assert source.test is not None
+    np.testing.assert_array_equal(source.test.inputs, source.train.inputs)
+    assert opens(f"{imports}x = {made}\nreturn (x, {Y}), (np.asarray(x), {Y})").names == ("a", "b")
+
+
+def test_test_rows_of_other_columns_are_refused(opens: Opens) -> None:
+    with pytest.raises(DataError, match="test inputs: the column 'a' is not there"):
+        opens(f"import pandas as pd\nx = {FRAME}\nreturn (x, {Y}), (x.rename(columns={{'a': 'c'}}), {Y})")
+
+
+@pytest.mark.parametrize("made", [X, f"pd.DataFrame({X})", f"pd.DataFrame({X}, columns=['a', 'a', 'b'])"])
+def test_arrays_and_frames_without_names_have_none(opens: Opens, made: str) -> None:
+    assert opens(f"import pandas as pd\nreturn {made}, {Y}").names == ()

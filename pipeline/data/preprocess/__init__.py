@@ -1,7 +1,8 @@
 """From raw samples to what a model takes: fitted on the training rows alone, stored with every checkpoint.
 
 `samples` prepares arrays and images, `columns` the rows of tables; both have the same methods. `fitting` fits the
-latter to what `passes` saw of the training rows; `leaks` looks for what is probably not meant.
+latter to what `passes` saw of the training rows; `leaks` looks for what is probably not meant; `report` counts what new
+data holds that the training rows did not.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import numpy as np
 from pipeline.data.preprocess.columns import TablePreprocess
 from pipeline.data.preprocess.fitting import fit_table
 from pipeline.data.preprocess.leaks import fit_warnings
+from pipeline.data.preprocess.report import DataReport
 from pipeline.data.preprocess.samples import Prepare, SamplePreprocess, fit_samples
 from pipeline.data.sources.arrays import Source
 from pipeline.job import Job
 
 __all__ = [
+    "DataReport",
     "Prepare",
     "Preprocess",
     "SamplePreprocess",
@@ -43,7 +46,7 @@ def fit_preprocess(job: Job, source: Source, rows: np.ndarray) -> Preprocess:
     DataError: a normalisation that does not fit the samples; with `missing: fail`, a missing value anywhere.
     """
     if source.schema is None:
-        return fit_samples(job, source.train, rows)
+        return fit_samples(job, source.train, rows, source.names)
     return fit_table(job, source.train, source.schema, rows)
 
 

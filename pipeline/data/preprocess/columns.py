@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,12 @@ from pipeline.data.tables.schema import Column, Kind, Schema
 from pipeline.errors import DataError
 
 OTHERWISE: dict[Kind, str] = {"number": "median, mean or a number", "category": "own_level or the level it counts as"}
+
+
+NEEDED = ("fill", "mean", "std")
+"""What is stored of each number of a column."""
+PARTS = (*NEEDED, "low", "high")
+"""... and with these, which checkpoints of earlier versions lack."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,9 @@ class TablePreprocess:
     fill, mean, std: for each number, in the order of the schema: what stands in for a missing one; (x - mean) / std.
     missing: for each categorical column, the code of a missing value.
     refused: kinds of column in which missing values are refused.
+    low, high: for each number, its smallest and its largest value in training; where it had none, what fills it.
+    nulls: for each column, the share of training rows without a value.
+        These three prepare nothing: new data is compared with them. They are empty in checkpoints that lack them.
     """
 
     schema: Schema
@@ -46,6 +55,14 @@ class TablePreprocess:
     missing: tuple[int, ...]
     one_hot_up_to: int
     refused: tuple[Kind, ...] = ()
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+    nulls: tuple[float, ...] = ()
+
+    @property
+    def named_columns(self) -> Schema:
+        """The columns of a raw row."""
+        return self.schema
 
     @property
     def categories(self) -> list[Column]:
@@ -184,15 +201,17 @@ class TablePreprocess:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `preprocess_from_json` gives the same object back."""
-        numbers = zip(self.fill, self.mean, self.std, strict=True)
-        missing = iter(self.missing)
+        parts = {name: iter(getattr(self, name)) for name in (PARTS if self.low else NEEDED)}
+        missing, nulls = iter(self.missing), iter(self.nulls)
         columns: list[dict[str, Any]] = []
         for column in self.schema.columns:
+            own: dict[str, Any]
             if column.kind == "category":
                 own = {"levels": list(column.levels), "missing": next(missing)}
             else:
-                fill, mean, std = zip(*(next(numbers) for _ in range(column.width)), strict=True)
-                own = {"fill": list(fill), "mean": list(mean), "std": list(std)}
+                own = {name: list(islice(part, column.width)) for name, part in parts.items()}
+            if self.nulls:
+                own["nulls"] = next(nulls)
             columns.append({"name": column.name, "kind": column.kind, **own})
         return {
             "version": VERSION,
@@ -212,10 +231,14 @@ class TablePreprocess:
         """
         with reading(values):
             columns: list[Column] = []
-            numbers: dict[str, list[float]] = {"fill": [], "mean": [], "std": []}
+            stored_parts = {name for stored in values["columns"] for name in stored}
+            numbers: dict[str, list[float]] = {name: [] for name in PARTS if name in {*NEEDED, *stored_parts}}
             missing: list[int] = []
+            nulls: list[float] = []
             for stored in values["columns"]:
                 name = str(stored["name"])
+                if "nulls" in stored_parts:
+                    nulls.append(float(stored["nulls"]))
                 if stored["kind"] == "category":
                     columns.append(Column(name, "category", levels=tuple(map(str, stored["levels"]))))
                     missing.append(int(stored["missing"]))
@@ -236,4 +259,7 @@ class TablePreprocess:
                 tuple(missing),
                 int(values["one_hot_up_to"]),
                 tuple(kind for kind in OTHERWISE if kind in values["refused"]),
+                low=tuple(numbers.get("low", ())),
+                high=tuple(numbers.get("high", ())),
+                nulls=tuple(nulls),
             )

@@ -50,6 +50,9 @@ def fit_table(job: Job, arrays: Arrays, schema: Schema, rows: np.ndarray) -> Tab
         tuple(codes),
         job.data.one_hot_up_to,
         tuple(kind for kind, stand_in in wanted.items() if stand_in == "fail"),
+        low=tuple(np.where(seen.present > 0, seen.low, fill).tolist()),
+        high=tuple(np.where(seen.present > 0, seen.high, fill).tolist()),
+        nulls=_null_shares(schema, seen, len(rows)),
     )
     fitted.check(arrays.inputs)
     return fitted
@@ -60,6 +63,18 @@ def _fill(missing: Missing, seen: Seen) -> np.ndarray:
         return np.full(len(seen.present), missing.numeric)
     fill = seen.mean if seen.median is None else seen.median
     return np.where(seen.present > 0, fill, 0.0)
+
+
+def _null_shares(schema: Schema, seen: Seen, rows: int) -> tuple[float, ...]:
+    """For each column, the share of rows without a value; of a list, at the place where most are without."""
+    absent, misses, shares, place = rows - seen.present, iter(seen.misses.tolist()), [], 0
+    for column in schema.columns:
+        if column.kind == "category":
+            shares.append(next(misses) / rows)
+        else:
+            shares.append(int(absent[place : place + column.width].max()) / rows)
+            place += column.width
+    return tuple(shares)
 
 
 def _scales(wanted: str | Normalization, seen: Seen, fill: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:

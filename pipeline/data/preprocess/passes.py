@@ -36,14 +36,17 @@ class Seen:
     present: rows that have a value, for each place of a number, int64 (n,).
     mean, variance: of those, float64 (n,); exactly 0 variance where all are equal. median: the mean of the middle two
         where they are even in number; only if asked for. All three are NaN or 0 where no row has a value.
+    low, high: the smallest and the largest of those values, float64 (n,); NaN where no row has one.
     levels: for each categorical column, which of its levels occur, bool (L,).
-    misses: for each categorical column, whether any row has no value, bool (k,).
+    misses: for each categorical column, how many rows have no value, int64 (k,).
     """
 
     present: np.ndarray
     mean: np.ndarray
     variance: np.ndarray
     median: np.ndarray | None
+    low: np.ndarray
+    high: np.ndarray
     levels: list[np.ndarray]
     misses: np.ndarray
 
@@ -78,6 +81,8 @@ def look(inputs: np.ndarray, rows: np.ndarray, schema: Schema, *, medians: bool)
         moments.mean,
         moments.variance,
         None if middle is None else middle.values(),
+        moments.low,
+        moments.high,
         levels.occur,
         levels.misses,
     )
@@ -86,11 +91,11 @@ def look(inputs: np.ndarray, rows: np.ndarray, schema: Schema, *, medians: bool)
 class _Levels:
     def __init__(self, schema: Schema) -> None:
         self.occur = [np.zeros(len(column.levels), bool) for column in schema.columns if column.kind == "category"]
-        self.misses = np.zeros(len(self.occur), bool)
+        self.misses = np.zeros(len(self.occur), np.int64)
 
     def see(self, codes: np.ndarray) -> None:
         missing = np.isnan(codes)
-        self.misses |= missing.any(0)
+        self.misses += missing.sum(0)
         for place, occur in enumerate(self.occur):
             occur[codes[~missing[:, place], place].astype(np.int64)] = True
 
@@ -105,6 +110,7 @@ class _Moments:
         self.present = np.zeros(columns, np.int64)
         self.mean = np.zeros(columns)
         self.variance = np.zeros(columns)
+        self.low, self.high = np.full(columns, np.nan), np.full(columns, np.nan)
 
     def see(self, number: int, values: np.ndarray) -> None:
         if number == 0:
@@ -115,6 +121,8 @@ class _Moments:
         missing = np.isnan(differences)
         differences[missing] = 0.0
         if number == 0:
+            self.low = np.fmin(self.low, np.fmin.reduce(values, 0))
+            self.high = np.fmax(self.high, np.fmax.reduce(values, 0))
             self.present += len(values) - missing.sum(0)
             self._sums += differences.sum(0)
         else:

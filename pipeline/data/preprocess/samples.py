@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pipeline.data.sources.arrays import Arrays
-from pipeline.data.statistics import mean_and_std
+from pipeline.data.statistics import lowest_and_highest, mean_and_std
 from pipeline.data.stored import VERSION, reading
-from pipeline.data.tables.schema import Schema
+from pipeline.data.tables.schema import Column, Schema
 from pipeline.errors import DataError
 from pipeline.job import IMAGENET, Job, Normalization
 
@@ -38,6 +38,9 @@ class SamplePreprocess:
     dtype: NumPy's name of the raw samples' type; uint8 samples are divided by 255 before they are scaled.
     sample_shape: of a raw sample: (H, W), (C, H, W), (F,), or further.
     mean, std: one number, or one for each channel (images) or column; empty unless scaled.
+    names: of the columns of samples (F,) that were rows of a data frame; else empty.
+    low, high: of named columns of floating numbers, the smallest and the largest value in training. They prepare
+        nothing: new data is compared with them.
     """
 
     kind: Kind
@@ -45,6 +48,19 @@ class SamplePreprocess:
     sample_shape: tuple[int, ...]
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    names: tuple[str, ...] = ()
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+
+    @property
+    def nulls(self) -> tuple[float, ...]:
+        """None: arrays have a value everywhere."""
+        return ()
+
+    @property
+    def named_columns(self) -> Schema:
+        """The columns of a sample, where they have names."""
+        return Schema(tuple(Column(name, "number") for name in self.names))
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -110,6 +126,7 @@ class SamplePreprocess:
             "sample_shape": list(self.sample_shape),
             "mean": list(self.mean),
             "std": list(self.std),
+            **{name: list(getattr(self, name)) for name in ("names", "low", "high") if self.names},
         }
 
     @classmethod
@@ -126,7 +143,11 @@ class SamplePreprocess:
             mean, std = (tuple(float(value) for value in values[name]) for name in ("mean", "std"))
             if kind not in ("none", "unit", "scaled"):
                 raise ValueError(f"kind {kind!r}")
-            found = cls(cast(Kind, kind), dtype, shape, mean, std)
+            names = tuple(str(name) for name in values.get("names", ()))
+            low, high = (tuple(float(value) for value in values.get(name, ())) for name in ("low", "high"))
+            found = cls(cast(Kind, kind), dtype, shape, mean, std, names, low, high)
+            if names and (shape != (len(names),) or len(low) not in (0, len(names)) or len(high) != len(low)):
+                raise ValueError(f"{len(names)} names, {len(low)} and {len(high)} ends for samples of shape {shape}")
             if min(shape, default=0) < 1 or math.prod(shape) > MOST_NUMBERS:
                 raise ValueError(f"samples of shape {shape}")
             wanted = (1, found.channels) if kind == "scaled" else (0,)
@@ -135,13 +156,14 @@ class SamplePreprocess:
         return found
 
 
-def fit_samples(job: Job, arrays: Arrays, rows: np.ndarray) -> SamplePreprocess:
+def fit_samples(job: Job, arrays: Arrays, rows: np.ndarray, names: tuple[str, ...] = ()) -> SamplePreprocess:
     """Fit what `data.normalize` asks for; auto is unit for bytes and standard for other numbers.
 
     Parameters
     ----------
     arrays: the training part of the source.
     rows: positions of the training split in it, int64 (n,): no other row is looked at.
+    names: of the columns, where they have any.
 
     Raises
     ------
@@ -150,7 +172,8 @@ def fit_samples(job: Job, arrays: Arrays, rows: np.ndarray) -> SamplePreprocess:
     wanted, inputs = job.data.normalize, arrays.inputs
     if wanted == "auto":
         wanted = "unit" if inputs.dtype == np.uint8 else "standard"
-    plain = SamplePreprocess("none", inputs.dtype.name, tuple(inputs.shape[1:]))
+    low, high = lowest_and_highest(inputs, rows) if names and inputs.dtype.kind == "f" else ((), ())
+    plain = SamplePreprocess("none", inputs.dtype.name, tuple(inputs.shape[1:]), names=names, low=low, high=high)
     if wanted == "none":
         return plain
     if wanted == "unit":

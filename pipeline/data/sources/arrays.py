@@ -49,6 +49,7 @@ class Source:
     classes: names of the classes in the order of their labels, where the source declares them.
     fingerprint: SHA-256 of what decides the content, in hex.
     schema: the layout of the inputs, where they are rows of a table.
+    names: of the columns of inputs (N, F), where they came as a data frame with names.
     label_names: where labels were found as text, sorted: targets are positions in it. Which of them are classes is
         fitted on the training split, see `targets`.
     columns: by name, what the job's splits go by.
@@ -63,6 +64,7 @@ class Source:
     label_names: tuple[str, ...] = ()
     columns: Mapping[str, SplitColumn] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
     def part(self, name: str) -> Arrays:
         """The arrays of "train" or "test"."""
@@ -71,9 +73,9 @@ class Source:
         return arrays
 
 
-def make_source(train: Arrays, test: Arrays | None, classes: tuple[str, ...]) -> Source:
+def make_source(train: Arrays, test: Arrays | None, classes: tuple[str, ...], names: tuple[str, ...] = ()) -> Source:
     """A source with its fingerprint."""
-    return Source(train, test, classes, fingerprint(train, test, classes))
+    return Source(train, test, classes, fingerprint(train, test, classes), names=names)
 
 
 def fingerprint(train: Arrays, test: Arrays | None, classes: tuple[str, ...]) -> str:

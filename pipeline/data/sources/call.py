@@ -30,6 +30,9 @@ def open_call(call: Call, *, keep_float64: bool, say: Callable[[str], None] = la
     becomes (N, 1). Images of four axes have their channels last in NumPy arrays and second in tensors, as is usual for
     each, unless only one of the two axes is small enough (at most 4) to be the channels.
 
+    Inputs may be a data frame of numbers (pandas, polars, Arrow). Its names of columns are kept in `Source.names`, and
+    a test frame is brought into the order of the training frame.
+
     The function may take as long as it likes: `scale.hang_s` is no limit for it, for nobody can see its progress.
 
     Raises
@@ -41,6 +44,8 @@ def open_call(call: Call, *, keep_float64: bool, say: Callable[[str], None] = la
     with unlimited():
         answer = called(call.call, call.args, where=where, error=DataError)
     train, test, classes = _parts(answer, where)
+    names = _names_of(train)
+    test = _in_order(test, names, f"{where}, test inputs")
     parts = {
         name: _arrays(pair, f"{where}, {name}", keep_float64)
         for name, pair in (("train", train), ("test", test))
@@ -48,7 +53,7 @@ def open_call(call: Call, *, keep_float64: bool, say: Callable[[str], None] = la
     }
     if len(parts) == 2:
         _check_alike(parts["train"], parts["test"], where)
-    return make_source(parts["train"], parts.get("test"), classes)
+    return make_source(parts["train"], parts.get("test"), classes, names)
 
 
 def _parts(answer: Any, where: str) -> tuple[Any, Any, tuple[str, ...]]:
@@ -65,6 +70,34 @@ def _parts(answer: Any, where: str) -> tuple[Any, Any, tuple[str, ...]]:
             return answer[0], answer[1], ()
         return answer, None, ()
     raise DataError(f"returned {_described(answer)}", where=where, fix=RETURNS)
+
+
+def column_names(data: Any) -> tuple[str, ...]:
+    """Names of a data frame's columns; empty where they are no text, or one occurs twice, or it is no data frame."""
+    names = getattr(data, "column_names", getattr(data, "columns", None))
+    if names is None or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        return ()
+    return tuple(map(str, names))
+
+
+def _names_of(pair: Any) -> tuple[str, ...]:
+    return column_names(pair[0]) if isinstance(pair, (tuple, list)) and len(pair) == 2 else ()
+
+
+def _in_order(pair: Any, names: tuple[str, ...], where: str) -> Any:
+    """A pair whose inputs, where they are a data frame too, have their columns in this order."""
+    theirs = _names_of(pair)
+    if not names or not theirs or theirs == names:
+        return pair
+    differ = sorted({*names} ^ {*theirs})
+    if differ:
+        raise DataError(
+            f"the column {differ[0]!r} is {'not there' if differ[0] in names else 'not in the training inputs'}",
+            where=where,
+            fix=f"return the same columns for both: {', '.join(names[:20])}",
+        )
+    frame = pair[0]
+    return (frame.select(list(names)) if hasattr(frame, "column_names") else frame[list(names)]), pair[1]
 
 
 def _arrays(pair: Any, where: str, keep_float64: bool) -> Arrays:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,10 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.data.tables.contents import NUMBERS, FloatType, as_texts, content, numbers, plain, raw_bytes
+from pipeline.data.tables.contents import NUMBERS, Content, FloatType, as_texts, content, numbers, plain, raw_bytes
 from pipeline.data.tables.findings import Findings
 from pipeline.data.tables.schema import Column, Schema
 from pipeline.errors import DataError
+
+NUMERIC = re.compile(r"-?[0-9]+|true|false")
+"""Levels that a column of numbers or booleans can hold, see `as_texts`."""
 
 
 class Encoder:
@@ -22,6 +26,7 @@ class Encoder:
     def __init__(self, schema: Schema) -> None:
         self._schema = schema
         self._levels = {column.name: pa.array(column.levels, pa.string()) for column in schema.columns}
+        self._numeric = {column.name for column in schema.columns if any(map(NUMERIC.fullmatch, column.levels))}
 
     def write(self, batch: pa.RecordBatch, out: np.ndarray, findings: Findings) -> None:
         """Fill `out`, float32 or float64 (n, width), from a batch of n rows; extra columns are of no account.
@@ -48,7 +53,15 @@ class Encoder:
             )
 
     def _positions(self, array: pa.Array, column: Column, findings: Findings) -> np.ndarray:
+        held = content(array.type)
         texts, rows = as_texts(array, column.name, findings)
+        if held.kind in NUMBERS and column.levels and column.name not in self._numeric and (rows >= 0).any():
+            raise DataError(
+                f"the column {column.name!r} holds {held}, but held text in training, such as {column.levels[0]!r}: no "
+                "number can be any of its values",
+                where=findings.where,
+                fix="give the texts that these numbers stand for",
+            )
         known = pc.index_in(texts, value_set=self._levels[column.name]).fill_null(len(column.levels))
         positions: np.ndarray = np.append(known.to_numpy(zero_copy_only=False).astype(np.float64), np.nan)[rows]
         return positions
@@ -57,8 +70,8 @@ class Encoder:
 def encode(table: pa.Table | pa.RecordBatch, schema: Schema, *, dtype: FloatType, where: str) -> np.ndarray:
     """A table as a matrix (n, width): NaN where a value is missing, `len(levels)` for an unknown level.
 
-    Whole numbers, booleans and decimals do where numbers are wanted, and numbers where texts are; the order of the
-    columns and further columns are of no account.
+    Whole numbers, booleans and decimals do where numbers are wanted; numbers do where texts are, by what they look like
+    as text, unless no level looks like a number. The order of the columns and further columns are of no account.
 
     Parameters
     ----------
@@ -123,16 +136,33 @@ def near(name: str, names: Iterable[str]) -> str:
     return f"columns here: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}"
 
 
+def check_columns(schema: Schema, contents: Mapping[str, Content], rows: int, where: str) -> None:
+    """Whether a table whose columns hold this can be encoded, as far as their types tell.
+
+    Raises
+    ------
+    DataError: a column that is absent or of another kind.
+    """
+    for column in schema.columns:
+        if column.name not in contents:
+            raise _absent(column.name, rows, contents, where)
+        _check_kind(column, contents[column.name], where)
+
+
 def _column(batch: pa.RecordBatch, column: Column, where: str) -> pa.Array:
     place = batch.schema.get_field_index(column.name)
     if place < 0:
-        raise DataError(
-            f"there is no column {column.name!r} ({batch.num_rows:,} rows)",
-            where=where,
-            fix=near(column.name, batch.schema.names),
-        )
+        raise _absent(column.name, batch.num_rows, batch.schema.names, where)
     array = batch.column(place)
-    found = content(array.type)
+    _check_kind(column, content(array.type), where)
+    return array
+
+
+def _absent(name: str, rows: int, names: Iterable[str], where: str) -> DataError:
+    return DataError(f"there is no column {name!r} ({rows:,} rows)", where=where, fix=near(name, names))
+
+
+def _check_kind(column: Column, found: Content, where: str) -> None:
     if column.kind == "category":
         fine = found.kind in ("text", "null", *NUMBERS)
     elif found.kind in ("vector", "bytes"):
@@ -142,7 +172,6 @@ def _column(batch: pa.RecordBatch, column: Column, where: str) -> pa.Array:
     if not fine:
         wanted = "text" if column.kind == "category" else f"{column.width} numbers" if column.width > 1 else "numbers"
         raise DataError(f"the column {column.name!r} holds {found}; wanted: {wanted}", where=where, fix="cast it")
-    return array
 
 
 def _vectors(array: pa.Array, column: Column, dtype: np.dtype[Any], findings: Findings) -> np.ndarray:

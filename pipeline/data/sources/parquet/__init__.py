@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from pipeline.data.cache import cached
 from pipeline.data.sources.arrays import Arrays, Source
@@ -22,11 +21,10 @@ from pipeline.data.sources.parquet.decoding import (
     split_column,
 )
 from pipeline.data.sources.parquet.files import Files
-from pipeline.data.tables.encode import near
 from pipeline.errors import DataError
-from pipeline.job import Cache, Job
+from pipeline.job import Job
 
-__all__ = ["batches", "open_parquet", "parquet_fingerprint"]
+__all__ = ["open_parquet", "parquet_fingerprint"]
 
 FORMAT = 1
 """Of what lies in the cache. A change of the code that fills it takes the next number."""
@@ -94,34 +92,6 @@ def parquet_fingerprint(job: Job, say: Callable[[str], None]) -> str:
     assert job.data.url is not None, "a job with source: parquet has a url"
     with Files(job.data.url, job.data.cache, footers=False) as files:
         return files.fingerprint(say)
-
-
-def batches(url: str, columns: Sequence[str] | None, rows: int, cache: Cache | None = None) -> Iterator[pa.RecordBatch]:
-    """The rows of Parquet files in order, up to `rows` at once.
-
-    Parameters
-    ----------
-    url: as `data.url`.
-    columns: which, in this order; None for all of the first file.
-    cache: where remote files lie while they are read.
-
-    Raises
-    ------
-    DataError: files that cannot be read, or a column that one of them lacks.
-    """
-    with Files(url, cache or Cache()) as files:
-        for number, file in enumerate(files.files):
-            here = list(files.contents(number))
-            columns = here if columns is None else columns
-            for name in columns:
-                if name not in here:
-                    raise DataError(
-                        f"there is no column {name!r} ({files.row_counts[number]:,} rows)",
-                        where=file.where,
-                        fix=near(name, here),
-                    )
-            yield from files.batches(number, columns, rows)
-            files.forget(number)
 
 
 def _source(choice: Choice, decoded: Decoded, fingerprint: str, files: Files) -> Source:

@@ -8,7 +8,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -31,6 +31,9 @@ SAMPLE = 64 << 10
 
 COLUMN_BUFFER = 1 << 16
 """Bytes of each column that are read ahead. Without it a whole column of a row group is held at once."""
+
+LOOKED_AT = 16
+"""Files whose beginning and end are looked at before any is read."""
 
 MAGIC = b"PAR1"
 OTHERS = {b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "gzip", b"ARROW1": "an Arrow (Feather) file"}
@@ -160,12 +163,16 @@ class Files:
 
     def contents(self, number: int) -> dict[str, Content]:
         """What the columns of a file hold, in order; those that its path names come last."""
+        return {name: content(kind) for name, kind in self.types(number).items()}
+
+    def types(self, number: int) -> dict[str, pa.DataType]:
+        """The Arrow types of the same columns."""
         schema, file = self.schemas[number], self.files[number]
         if len(set(schema.names)) < len(schema.names):
             twice = next(name for name in schema.names if schema.names.count(name) > 1)
             raise DataError(f"two columns are called {twice!r}", where=file.where, fix="rename one of them")
-        own = {name: content(kind) for name, kind in zip(schema.names, schema.types, strict=True)}
-        return own | {name: content(self._partition_types[name]) for name in file.partitions if name not in own}
+        own = dict(zip(schema.names, schema.types, strict=True))
+        return own | {name: self._partition_types[name] for name in file.partitions if name not in own}
 
     def batches(self, number: int, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
         """The rows of a file in order, some columns alone, up to `rows` at once; its path's columns as constants."""
@@ -280,6 +287,24 @@ class Files:
     def _opened(self, file: File) -> IO[bytes]:
         source = self._source(file)
         return io.BytesIO(source) if isinstance(source, pa.Buffer) else open(source, "rb")
+
+
+def check_files(url: str) -> None:
+    """Whether there are files at a URL, and the first of them begin and end as Parquet does. Nothing else is read.
+
+    Raises
+    ------
+    DataError: an unusable URL, no permission, no files, or one that is no Parquet.
+    """
+    place, files = find_files(url)
+    for file in files[:LOOKED_AT]:
+        with _readable(file):
+            begin, end = (
+                bytes(place.ask(partial(place.fs.cat_file, file.path, start=first, end=last), file.where))
+                for first, last in ((0, min(file.size, 512)), (max(file.size - len(MAGIC), 0), file.size))
+            )
+        if end != MAGIC or not begin.startswith(MAGIC):
+            raise _foreign(file, begin)
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def named(where: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise DataError(
-            f"is not there ({explain(error)})", where=where, fix="check data.url, and the bucket where it has one"
+            f"is not there ({explain(error)})", where=where, fix="check the URL, and the bucket where it has one"
         ) from None
     except StorageError as error:
         raise DataError(error.what, where=where, fix=error.fix) from None
@@ -93,7 +93,7 @@ def find_files(url: str) -> tuple[Place, list[File]]:
             files.append(File(relative, name, where, size, _partitions(relative), checksum))
     if not files:
         raise DataError(
-            "no files there", where=place.url, fix="check data.url: a file, a glob such as *.parquet, or a folder"
+            "no files there", where=place.url, fix="check the URL: a file, a glob such as *.parquet, or a folder"
         )
     return place, sorted(files, key=lambda file: file.name)
 

@@ -1,0 +1,218 @@
+"""What new data holds that the training rows did not, by column: unseen levels, missing values, far-away numbers."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.data.preprocess.columns import TablePreprocess
+from pipeline.data.preprocess.passes import number_places
+from pipeline.data.preprocess.samples import SamplePreprocess
+from pipeline.data.statistics import blocks
+from pipeline.data.tables.schema import Column, Schema
+
+LOUD = 0.1
+"""Share of the rows above which a warning is given; of missing values, above the share that training rows had."""
+
+MOST_NAMED = 5
+"""Columns that are warned of one by one, and that are listed."""
+
+Original = Callable[[str, int], Any]
+"""The value of a column in a row of the new data, as it was handed over."""
+
+
+@dataclass
+class _Counts:
+    """Of one column. example: the first value that is unseen, or far outside the range."""
+
+    rows: int = 0
+    foreign: int = 0
+    filled: int = 0
+    example: str = ""
+
+
+class DataReport:
+    """Counts, by column, of values in new data that no training row had. Empty for images and other arrays.
+
+    unseen: values of a categorical column that no training row has.
+    filled: rows without a value; of lists, without all values.
+    outside: numbers that lie farther outside the training range, smallest to largest value, than this range is wide: a
+        rule under which no training row ever counts. Where all training rows had one value, any other counts.
+    """
+
+    def __init__(self, preprocess: TablePreprocess | SamplePreprocess) -> None:
+        self._preprocess = preprocess
+        self._schema = preprocess.named_columns
+        self._counts = {column.name: _Counts() for column in self._schema.columns}
+        low, high = (np.array(ends, np.float64) for ends in (preprocess.low, preprocess.high))
+        self._has_ranges = len(low) == len(number_places(self._schema))
+        self._low, self._high = low - (high - low), high + (high - low)
+
+    def add(
+        self,
+        raw: np.ndarray,
+        rows: np.ndarray | None = None,
+        schema: Schema | None = None,
+        original: Original | None = None,
+    ) -> None:
+        """Count some rows, a block at a time.
+
+        Parameters
+        ----------
+        raw: the matrix (N, schema.width) before it is prepared. rows: positions of those that count, int64 (n,).
+        schema: its layout, where it is not that of training: the same columns in another order, with other levels.
+        original: gives an unseen value where `schema` does not hold it.
+        """
+        if not self._counts:
+            return
+        schema = schema or self._schema
+        at = dict(zip((column.name for column in schema.columns), schema.offsets, strict=True))
+        order = [at[column.name] + place for column in self._schema.columns for place in range(column.width)]
+        is_ordered = order == list(range(schema.width))
+        theirs = {column.name: column.levels for column in schema.columns}
+        unknown = {
+            place: np.array([*_unknown(theirs[column.name], column.levels), True])
+            for column, place in zip(self._schema.columns, self._schema.offsets, strict=True)
+            if column.kind == "category"
+        }
+        numbers, offsets = number_places(self._schema), self._schema.offsets
+        chosen, first = np.arange(len(raw)) if rows is None else rows, 0
+        for block in blocks(raw, chosen):
+            values = block if is_ordered else block[:, order]
+            missing, foreign = np.isnan(values), np.zeros(values.shape, bool)
+            if self._has_ranges:
+                foreign[:, numbers] = (values[:, numbers] < self._low) | (values[:, numbers] > self._high)
+            for place, is_unknown in unknown.items():
+                positions = np.where(missing[:, place], 0, values[:, place]).astype(np.int64)
+                foreign[:, place] = is_unknown[positions] & ~missing[:, place]
+            by_column = [foreign, missing]
+            if schema.width > len(offsets):
+                by_column = [np.logical_or.reduceat(marked, offsets, axis=1) for marked in by_column]
+            totals = zip(self._schema.columns, *(marked.sum(0).tolist() for marked in by_column), strict=True)
+            for number, (column, strange, without) in enumerate(totals):
+                counts = self._counts[column.name]
+                if strange and not counts.foreign:
+                    row = int(np.argmax(by_column[0][:, number]))
+                    place = offsets[number] + int(np.argmax(foreign[row, offsets[number] :]))
+                    counts.example = _example(
+                        column, theirs[column.name], float(values[row, place]), int(chosen[first + row]), original
+                    )
+                counts.rows += len(block)
+                counts.foreign += strange
+                counts.filled += without
+            first += len(block)
+
+    def to_json(self) -> dict[str, dict[str, float | int | None]]:
+        """By column: rows, and the shares of them that are unseen, filled and outside. None where it is not known, in
+        a checkpoint of an earlier version."""
+        return {
+            column.name: {
+                "rows": self._counts[column.name].rows,
+                "unseen": self._share(column, "category"),
+                "filled": self._filled(column),
+                "outside": self._share(column, "number") if self._has_ranges else None,
+            }
+            for column in self._schema.columns
+        }
+
+    def warnings(self) -> list[str]:
+        """What is large, the largest shares first."""
+        found: list[tuple[float, str]] = []
+        for number, column in enumerate(self._schema.columns):
+            if (share := self._share(column, "category")) > LOUD:
+                found.append((share, self._unseen_words(column, share)))
+            if (share := self._share(column, "number")) > LOUD:
+                found.append((share, self._outside_words(number, column, share)))
+            known = self._preprocess.nulls[number] if self._preprocess.nulls else 0.0
+            if (share := self._filled(column)) > known + LOUD:
+                found.append((share, self._filled_words(number, column, share)))
+        found.sort(key=lambda pair: -pair[0])
+        told = [text for _, text in found[:MOST_NAMED]]
+        if len(found) > MOST_NAMED:
+            told.append(f"{len(found) - MOST_NAMED:,} more like these: see `columns` of --json, or `column_report`")
+        return told
+
+    def lines(self) -> list[str]:
+        """A line for each of the columns with the largest shares, whatever they are."""
+        shares = []
+        for column in self._schema.columns:
+            kinds = {
+                "never seen in training": self._share(column, "category"),
+                "far outside the training range": self._share(column, "number"),
+                "without a value": self._filled(column),
+            }
+            words = [f"{_percent(share)} {kind}" for kind, share in kinds.items() if share]
+            shares.append((max(kinds.values()), f"column {column.name!r}: {', '.join(words)}"))
+        shares.sort(key=lambda pair: -pair[0])
+        told = [text for share, text in shares if share]
+        more = [f"and {len(told) - MOST_NAMED:,} more columns: see --json"] if len(told) > MOST_NAMED else []
+        return told[:MOST_NAMED] + more
+
+    def _share(self, column: Column, kind: str) -> float:
+        counts = self._counts[column.name]
+        return counts.foreign / max(counts.rows, 1) if column.kind == kind else 0.0
+
+    def _filled(self, column: Column) -> float:
+        counts = self._counts[column.name]
+        return counts.filled / max(counts.rows, 1)
+
+    def _unseen_words(self, column: Column, share: float) -> str:
+        counts = self._counts[column.name]
+        near = difflib.get_close_matches(counts.example, column.levels[:1000], n=1) or column.levels[:1]
+        had = f" (training had {near[0]!r})" if near else ""
+        return (
+            f"column {column.name!r}: {_percent(share)} of {counts.rows:,} values were never seen in training, such as "
+            f"{counts.example!r}{had}; each counts as none of the {len(column.levels):,} known ones"
+        )
+
+    def _outside_words(self, number: int, column: Column, share: float) -> str:
+        counts, place = self._counts[column.name], self._place(number)
+        ends = slice(place, place + column.width)
+        low, high = min(self._preprocess.low[ends]), max(self._preprocess.high[ends])
+        return (
+            f"column {column.name!r}: {_percent(share)} of {counts.rows:,} values lie far outside the training range, "
+            f"{low:g} to {high:g}, such as {counts.example}; they are used as they are"
+        )
+
+    def _filled_words(self, number: int, column: Column, share: float) -> str:
+        counts, preprocess = self._counts[column.name], self._preprocess
+        before = f", in training {_percent(preprocess.nulls[number])}" if preprocess.nulls else ""
+        assert isinstance(preprocess, TablePreprocess), "arrays have no missing values"
+        if column.kind == "number":
+            fill = preprocess.fill[self._place(number)]
+            becomes = f"filled with {fill:g}" if column.width == 1 else "filled in place by place"
+        else:
+            code = preprocess.missing[[one.name for one in preprocess.categories].index(column.name)]
+            becomes = "counted as none of the known values"
+            if code > len(column.levels):
+                becomes = "counted as a value of its own, as in training"
+            elif code:
+                becomes = f"counted as {column.levels[code - 1]!r}"
+        return f"column {column.name!r}: {_percent(share)} of {counts.rows:,} rows have no value{before}; {becomes}"
+
+    def _place(self, number: int) -> int:
+        """Where a column's numbers begin among all numbers."""
+        return sum(column.width for column in self._schema.columns[:number] if column.kind == "number")
+
+
+def _example(column: Column, levels: tuple[str, ...], value: float, row: int, original: Original | None) -> str:
+    if column.kind == "number":
+        return f"{value:g}"
+    if value < len(levels):
+        return levels[int(value)]
+    return str(original(column.name, row)) if original is not None else "another"
+
+
+def _unknown(levels: tuple[str, ...], trained: tuple[str, ...]) -> list[bool]:
+    known = set(trained)
+    return [level not in known for level in levels]
+
+
+def _percent(share: float) -> str:
+    if share in (0.0, 1.0):
+        return "all" if share else "none"
+    return f"{share:.1%}" if 0.001 <= share < 0.9995 else "under 0.1%" if share < 0.001 else "over 99.9%"

@@ -1,0 +1,141 @@
+"""Prediction for pictures: one, some by a glob, all of a folder, and broken ones."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline import load, train
+from pipeline.errors import DataError, InputError
+from pipeline.job_file import build_job
+from pipeline.verbs.predict import predict
+
+
+def png(shade: int, size: int = 6) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((size, size, 3), shade, np.uint8)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dark and light squares of 6 x 6, and the runs that learned them, with `on_error` fail and skip."""
+    root = tmp_path_factory.mktemp("shades")
+    for number in range(20):
+        for name, shade in (("dark", number), ("light", 255 - number)):
+            (root / "data" / name).mkdir(parents=True, exist_ok=True)
+            (root / "data" / name / f"{number:02d}.png").write_bytes(png(shade))
+    for on_error in ("fail", "skip"):
+        data = {"source": "image_folder", "url": str(root / "data"), "on_error": on_error}
+        tree = {"name": on_error, "data": data, "train": {"batch_size": 8, "phases": [{"epochs": 4, "lr": 0.3}]}}
+        train(build_job(tree, "test"), storage=str(root / "runs"), name=on_error)
+    return root
+
+
+@pytest.fixture
+def new(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a few pictures."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    for name, shade in (("cat.png", 5), ("_dog.png", 250), ("deep/a.png", 8), ("deep/er/b.png", 240)):
+        (tmp_path / name).write_bytes(png(shade))
+    (tmp_path / "notes.txt").write_text("no picture")
+    return tmp_path
+
+
+def predicted(folder: Path, source: str, run: str = "fail", **options: object) -> dict[str, str]:
+    """What the output says, by path."""
+    predict(f"{folder}/runs/{run}", input=source, output="out.parquet", **options)  # type: ignore[arg-type]
+    out = pq.read_table("out.parquet")
+    return dict(zip(out["path"].to_pylist(), out["prediction"].to_pylist(), strict=True))
+
+
+def test_one_picture_is_one_prediction_whatever_it_is_handed_over_as(folder: Path, new: Path) -> None:
+    model = load(f"{folder}/runs/fail")
+    path = new / "cat.png"
+    wanted = model.predict_proba([path])
+    assert wanted.shape == (1, 2)
+    with Image.open(path) as opened:
+        image = opened.copy()
+    for one in ("cat.png", str(path), path, path.as_uri(), path.read_bytes(), image):
+        assert model.predict(one).tolist() == ["dark"]
+        np.testing.assert_array_equal(model.predict_proba(one), wanted)
+    assert model.predict([]).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("one", "words"),
+    [
+        ("none.png", "none.png: there is no such file"),
+        ("notes.txt", "notes.txt: cannot be used as a picture"),
+        ("deep", "deep: cannot be used .*IsADirectoryError"),
+        ("small.png", "small.png: is 4 x 4 pixels, but the model was trained on 6 x 6"),
+    ],
+)
+def test_a_picture_that_cannot_be_used_is_named(folder: Path, new: Path, one: str, words: str) -> None:
+    (new / "small.png").write_bytes(png(0, size=4))
+    for data in (one, ["cat.png", one]):
+        with pytest.raises(DataError, match=words):
+            load(f"{folder}/runs/fail").predict(data)
+
+
+def test_an_input_is_a_picture_a_glob_or_a_folder(folder: Path, new: Path) -> None:
+    assert predicted(folder, "cat.png") == {"cat.png": "dark"}
+    assert predicted(folder, f"{new}/deep/a.png") == {"a.png": "dark"}
+    assert predicted(folder, "*.png") == {"cat.png": "dark", "_dog.png": "light"}
+    assert predicted(folder, f"{new}/deep/**") == {"a.png": "dark", "er/b.png": "light"}
+    assert predicted(folder, "deep/*/*.png") == {"er/b.png": "light"}
+    every = {"_dog.png": "light", "cat.png": "dark", "deep/a.png": "dark", "deep/er/b.png": "light"}
+    assert predicted(folder, ".") == predicted(folder, f"file://{new}/") == every
+    (new / "portrait").write_bytes(png(3))
+    assert predicted(folder, "portrait") == {"portrait": "dark"}  # named alone, it needs no ending
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("none.png", "--input none.png: there is no such file or folder"),
+        ("none/*.png", "no pictures among 0 files"),
+        ("*.txt", "no pictures among 1 files"),
+        ("notes.txt", "notes.txt: cannot be used as a picture"),
+    ],
+)
+def test_an_input_without_pictures_is_refused(folder: Path, new: Path, source: str, words: str) -> None:
+    with pytest.raises(InputError, match=words.replace("*", r"\*")):
+        predicted(folder, source)
+    assert not (new / "out.parquet").exists()
+
+
+def test_broken_pictures_are_left_out_where_the_job_skips_them(folder: Path, new: Path) -> None:
+    (new / "broken.png").write_bytes(png(9)[:45])
+    with pytest.raises(DataError, match=r"broken\.png: cannot be used as a picture"):
+        predicted(folder, ".")
+    told: list[str] = []
+    found = predict(f"{folder}/runs/skip", input=".", output="out.parquet", warn=told.append)
+    out = pq.read_table("out.parquet")
+    assert out["path"].to_pylist() == ["_dog.png", "cat.png", "deep/a.png", "deep/er/b.png"]
+    assert out["prediction"].to_pylist() == ["light", "dark", "dark", "light"]
+    assert (found.rows, found.skipped) == (4, ("broken.png",))
+    assert told == list(found.warnings) == ["1 pictures are broken and left out: broken.png"]
+    assert found.to_json()["skipped"] == ["broken.png"]
+    with pytest.raises(DataError, match="none of 1 pictures can be decoded"):
+        predicted(folder, "broken.png", run="skip")
+
+
+def test_pictures_in_a_store(folder: Path, new: Path, s3_url: str) -> None:
+    import fsspec
+
+    fs, path = fsspec.core.url_to_fs(s3_url)
+    fs.put(str(new / "cat.png"), f"{path}/pictures/cat.png")
+    fs.put(str(new / "deep" / "a.png"), f"{path}/pictures/deep/a.png")
+    assert predicted(folder, f"{s3_url}/pictures/cat.png") == {"cat.png": "dark"}
+    assert predicted(folder, f"{s3_url}/pictures/*.png") == {"cat.png": "dark"}
+    assert predicted(folder, f"{s3_url}/pictures") == {"cat.png": "dark", "deep/a.png": "dark"}
+    with pytest.raises(InputError, match="no such file or folder"):
+        predicted(folder, f"{s3_url}/none")
+    assert load(f"{folder}/runs/fail").predict(f"{s3_url}/pictures/cat.png").tolist() == ["dark"]
