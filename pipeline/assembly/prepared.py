@@ -109,6 +109,7 @@ def prepare(
     *,
     storage_url: str | None = None,
     fitted: Fitted | None = None,
+    fingerprint: str | None = None,
     say: Say = lambda text: None,
     code: UserCode | None = None,
 ) -> Prepared:
@@ -118,6 +119,7 @@ def prepare(
     ----------
     fitted: what an earlier attempt of the run fitted on the same data. A resume takes it, for another version of NumPy
         could give other statistics in their last bits.
+    fingerprint: of the run's data; any other is refused.
     storage_url: folder in which `model.init_from` finds runs; without it the untrained weights stay what they are, for
         those who load others over them.
     code: the user's own code that the job imports; else what is there now.
@@ -130,6 +132,12 @@ def prepare(
     start = find_start(job, storage_url) if storage_url is not None else None
     with code.in_use():
         source = open_source(job, say)
+    if fingerprint is not None and source.fingerprint != fingerprint:
+        raise JobError(
+            "the data here is not the data of this run",
+            where="data",
+            fix="see --set data.root=DIR and data.url=URL; `evaluate --data URL` evaluates on other data",
+        )
     if augment.is_wanted(job.data.augment):
         augment.check_images(job.data.augment, tuple(source.train.inputs.shape[1:]))
     splits = make_splits(job, source)

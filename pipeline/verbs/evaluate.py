@@ -7,11 +7,11 @@ import glob
 import os
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline import loop
-from pipeline.assembly import Prepared, Say, build, check_weights, eval_loader, prepare, prepare_rows
+from pipeline.assembly import Say, build, check_weights, eval_loader, prepare, prepare_rows
 from pipeline.context import Alone
 from pipeline.data.fitted import Fitted
 from pipeline.data.preprocess import DataReport
@@ -107,8 +107,10 @@ def evaluate(
     if data is not None:
         split, prepared = "data", prepare_rows(_on_other_data(job, data, fitted), fitted, "data", say, code=code)
     else:
-        prepared = replace(prepare(job, say=say, code=code), fitted=fitted)
-        _check_is_the_runs(found, prepared, split)
+        prepared = prepare(job, fitted=fitted, fingerprint=found.facts()["fingerprint"], say=say, code=code)
+        if split not in prepared.splits:
+            there = ", ".join(prepared.splits)
+            raise InputError(f"this run has no {split} split", where=found.url, fix=f"it has: {there}")
     built = build(prepared, to_train=False)
     built.trainee.flat.load(weights)
     if split == "test":
@@ -121,18 +123,6 @@ def evaluate(
     rows = prepared.splits[split]
     report.add(prepared.source.part(rows.part).inputs, rows.ids, prepared.source.schema)
     return Evaluation(found.name, found.url, saved.name, saved.step, split, metrics, report)
-
-
-def _check_is_the_runs(run: Run, prepared: Prepared, split: str) -> None:
-    if prepared.source.fingerprint != run.facts()["fingerprint"]:
-        raise InputError(
-            "the data here is not the data of this run",
-            where=run.url,
-            fix="see --set data.root=DIR and data.url=URL; --data URL evaluates on other data",
-        )
-    if split not in prepared.splits:
-        there = ", ".join(prepared.splits)
-        raise InputError(f"this run has no {split} split", where=run.url, fix=f"it has: {there}")
 
 
 def _on_other_data(job: Job, url: str, fitted: Fitted) -> Job:

@@ -54,7 +54,8 @@ def job_on(url: str, source: str) -> str:
 def test_data_that_is_there(
     trainyard: Trainyard, here: Path, monkeypatch: pytest.MonkeyPatch, url: str, source: str
 ) -> None:
-    monkeypatch.setenv("DATA", str(here / "table"))
+    if url == "env:DATA":  # what is looked up is kept secret, and a job that holds it in clear would be refused
+        monkeypatch.setenv("DATA", str(here / "table"))
     ended = trainyard("check", job_on(url, source))
     assert ended.code == 0, ended.err
 
