@@ -20,7 +20,7 @@ from pipeline.learn.tally import check_best_is_gathered, too_large_to_gather
 from pipeline.own_code import UserCode, collect
 from pipeline.record.checkpoint import find_checkpoint
 from pipeline.record.run import Run
-from pipeline.starting import Start, find_start
+from pipeline.starting import Start
 
 
 @dataclass(frozen=True)
@@ -107,21 +107,23 @@ def prepare(
     job: Job,
     max_steps: int | None = None,
     *,
-    storage_url: str | None = None,
+    start: Start | None = None,
+    source: Source | None = None,
     fitted: Fitted | None = None,
     fingerprint: str | None = None,
     say: Say = lambda text: None,
     code: UserCode | None = None,
 ) -> Prepared:
-    """Load and split the data, fit its preprocessing, lay out the plan, and find the weights to start from.
+    """Load and split the data, fit its preprocessing, and lay out the plan.
 
     Parameters
     ----------
+    start: weights to begin with; without them the untrained weights stay what they are, for those who load others over
+        them.
+    source: the job's data, where it is open.
     fitted: what an earlier attempt of the run fitted on the same data. A resume takes it, for another version of NumPy
         could give other statistics in their last bits.
     fingerprint: of the run's data; any other is refused.
-    storage_url: folder in which `model.init_from` finds runs; without it the untrained weights stay what they are, for
-        those who load others over them.
     code: the user's own code that the job imports; else what is there now.
 
     Raises
@@ -129,9 +131,8 @@ def prepare(
     InputError: data that cannot be loaded or does not fit the job.
     """
     code = code if code is not None else collect(job)
-    start = find_start(job, storage_url) if storage_url is not None else None
     with code.in_use():
-        source = open_source(job, say)
+        source = source or open_source(job, say)
     if fingerprint is not None and source.fingerprint != fingerprint:
         raise JobError(
             "the data here is not the data of this run",

@@ -129,6 +129,14 @@ class Run:
         except FileNotFoundError:
             return False
 
+    def has_first_splits(self) -> bool:
+        """Whether `splits.parquet` is there as it was when the run was created, by its digest. False too for a run of
+        an earlier version, which recorded none."""
+        try:
+            return bool(splits_digest(self.storage.read(SPLITS)) == self.facts().get("splits"))
+        except FileNotFoundError:
+            return False
+
     def write_splits(self, table: pa.Table) -> None:
         """Store which rows are in which split, as `splits.parquet`."""
         self.storage.replace(SPLITS, _parquet(table), sync=True)
@@ -173,6 +181,11 @@ class Run:
                     fix="a run's job.yaml must stay as it was stored; restore it or use another --name",
                 ) from None
         return self._known
+
+
+def splits_digest(splits: pa.Table | bytes) -> str:
+    """SHA-256 of `splits.parquet`, in hex: a fact of the run's creation."""
+    return hashlib.sha256(splits if isinstance(splits, bytes) else _parquet(splits)).hexdigest()
 
 
 def _parquet(table: pa.Table) -> bytes:

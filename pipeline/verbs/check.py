@@ -100,10 +100,11 @@ def check(
         return Checked(job)
     from pipeline.assembly import build, prepare
     from pipeline.device import leave_as_found
+    from pipeline.starting import find_start
 
     code = collect(job)
     with code.in_use(), leave_as_found():
-        prepared = prepare(job, storage_url=job.storage, code=code)
+        prepared = prepare(job, start=find_start(job, job.storage), code=code)
         return Checked(
             job,
             _one_batch(prepared, build(prepared)) if batch else None,

@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import json
+import sys
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.assembly import Prepared, build, prepare
 from pipeline.context import Alone, StopSignals, Tell
-from pipeline.data.split import splits_table
-from pipeline.device import leave_as_found
+from pipeline.data.sources import Source, identify
 from pipeline.errors import BusyError, InputError, TrainyardError
-from pipeline.followers.attached import AttachedFollowers
-from pipeline.job import IN_PLACE_WORKERS, Job, digest, identity, plain_name
-from pipeline.job_file import dump_job, parse_job, resolve_job
-from pipeline.own_code import UserCode, changed, collect
+from pipeline.job import IN_PLACE_WORKERS, Job
+from pipeline.job_file import resolve_job
+from pipeline.own_code import UserCode, collect
 from pipeline.record.attempt import peek
-from pipeline.record.columns import Columns
-from pipeline.record.decisions import last_claim, newest_commit
 from pipeline.record.journal import Journal
-from pipeline.record.run import Run
-from pipeline.record.soundness import has_end
 from pipeline.record.standing import Standing, standing
 from pipeline.record.watch import refuse_where_it_beats
-from pipeline.storage import Storage, handed
+from pipeline.storage import handed
 from pipeline.verbs.places import storage_url
-from pipeline.worker import Order, say_for_the_dead, work
+from pipeline.verbs.run_creation import RunCreation
+
+if TYPE_CHECKING:  # they import torch, which takes longer than to find that there is nothing to do
+    from pipeline.starting import Start
+    from pipeline.worker import Order
 
 
 def train(
@@ -76,7 +75,7 @@ def train(
         )
     job = resolve_job(job, _words(set) if isinstance(set, Mapping) else set)
     code = collect(job)
-    with code.in_use(), leave_as_found():
+    with code.in_use(), _own_settings():
         return _train(job, code, name, storage, address, max_steps, allow_code_change, tell, verbose)
 
 
@@ -91,204 +90,125 @@ def _train(
     tell: Tell,
     verbose: bool,
 ) -> Standing:
+    """Find the run by the identity of job, code and data, before any data is decoded or torch is imported: there may be
+    nothing to do, or nothing to do now."""
     root = storage_url(storage, job.storage)
+    start = _weights_to_start_from(job, root)
+    fingerprint, source = identify(job, lambda text: tell({"kind": "phase", "text": text}))
+    creation = RunCreation.of(
+        job,
+        code,
+        fingerprint=fingerprint,
+        start=start.digest if start is not None else None,
+        name=name,
+        storage_url=root,
+        max_steps=max_steps,
+        allow_code_change=allow_code_change,
+    )
+    run = creation.run
+    is_there = creation.is_there()
+    if is_there and creation.is_complete():
+        tell({"kind": "run", "run": run.name, "url": run.url, "text": "found"})
+        tell({"kind": "message", "text": "already finished: nothing to do"})
+        return standing(run)
+    if is_there and peek(run) == "busy":
+        raise BusyError("another process is writing this run", where=run.url, fix="`trainyard show` says how it stands")
+
+    from pipeline.device import leave_as_found
+
+    with leave_as_found():
+        _train_run(creation, start, source, is_there, tell, address=address, verbose=verbose)
+    return standing(run)
+
+
+def _train_run(
+    creation: RunCreation,
+    start: Start | None,
+    source: Source | None,
+    is_there: bool,
+    tell: Tell,
+    *,
+    address: str | None,
+    verbose: bool,
+) -> None:
+    """Load the data, build the model, and train in this process or on workers.
+
+    Parameters
+    ----------
+    source: the opened data, where its fingerprint took opening it.
+    is_there: whether the run exists, so that what it fitted is taken over.
+    """
+    from pipeline.assembly import build, prepare, stored_transforms
+    from pipeline.followers.attached import AttachedFollowers
+    from pipeline.worker import Order, say_for_the_dead, work
+
+    run, job, driver = creation.run, creation.job, uuid.uuid4().hex
     prepared = prepare(
-        job, max_steps, storage_url=root, say=lambda text: tell({"kind": "phase", "text": text}), code=code
+        job,
+        creation.max_steps,
+        start=start,
+        source=source,
+        fitted=stored_transforms(run) if is_there else None,
+        say=lambda text: tell({"kind": "phase", "text": text}),
+        code=creation.code,
     )
     here = job.scale.workers == IN_PLACE_WORKERS
     built = build(prepared, device_kind="" if here else "cpu")  # so that what cannot be built leaves nothing behind
-    begun = prepared.start.name if prepared.start is not None else ""
-    misfits = [f"not taken from {begun}: {text}" for text in built.misfits]
+    misfits = [f"not taken from {start.name}: {text}" for text in built.misfits] if start is not None else []
     for text in (*prepared.warnings, *misfits):
         tell({"kind": "warning", "text": text})
-    birth = _Birth.of(prepared, name, root, max_steps, allow_code_change)
-    run, driver = birth.run, uuid.uuid4().hex
     order = Order(
         job=job,
         storage_url=run.open_url,
         run_name=run.name,
         driver=driver,
-        max_steps=max_steps,
-        code=code,
+        max_steps=creation.max_steps,
+        code=creation.code,
         environment=handed.handed(),
     )
-    state = peek(run, driver)
-    if state == "finished" or state == "busy":
-        birth.find_or_make(tell)
-    if state == "finished" and has_end(run):
-        tell({"kind": "message", "text": "already finished: nothing to do"})
-        return standing(run)
-    if state == "busy":
-        raise BusyError("another process is writing this run", where=run.url, fix="`trainyard show` says how it stands")
+    is_over = peek(run, driver) == "finished"
     with StopSignals() as signals, AttachedFollowers(run, job.follow, tell) as followers:
-        if here or state == "finished":
-            birth.find_or_make(tell)
+        if here or is_over:
+            creation.find_or_create(prepared, tell)
             followers.start()
-            order = replace(order, code_changes=birth.code_changes)
+            order = replace(order, code_changes=creation.code_changes)
             work(order, Alone(tell, signals), prepared)
         else:
             from pipeline.cluster.driver import train_on_workers
 
             def ready() -> tuple[Order, Journal]:
-                birth.find_or_make(tell)
+                creation.find_or_create(prepared, tell)
                 refuse_where_it_beats(run, driver)  # before workers are started, or waited for
                 followers.start()
-                return replace(order, code_changes=birth.code_changes), run.journal
+                return replace(order, code_changes=creation.code_changes), run.journal
 
             try:
-                train_on_workers(ready, job.scale, tell, signals, storage_url=root, address=address, verbose=verbose)
+                train_on_workers(
+                    ready, job.scale, tell, signals, storage_url=run.open_url, address=address, verbose=verbose
+                )
             except TrainyardError as error:
                 say_for_the_dead(run, order, error)
                 raise
-    return standing(run)
+
+
+def _own_settings() -> AbstractContextManager[None]:
+    """While entered, torch's settings are its defaults, and afterwards what they were; nothing where it is not
+    imported."""
+    if "torch" not in sys.modules:
+        return nullcontext()
+    from pipeline.device import leave_as_found
+
+    return leave_as_found()
+
+
+def _weights_to_start_from(job: Job, storage_url: str) -> Start | None:
+    if job.model.init_from is None and getattr(job.model, "weights", None) is None:
+        return None
+    from pipeline.starting import find_start  # it imports torch
+
+    return find_start(job, storage_url)
 
 
 def _words(overrides: Mapping[str, Any]) -> list[str]:
     """As on the command line. JSON is YAML, and keeps text, numbers and null apart."""
     return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
-
-
-@dataclass
-class _Birth:
-    """A run that is to be found with the same identity, or made."""
-
-    run: Run
-    prepared: Prepared
-    own: dict[str, Any]
-    """Its identity, but for the code."""
-    max_steps: int | None
-    allow_code_change: bool
-    told: bool = False
-    code_changes: tuple[str, ...] = ()
-    """Files of the user's own code that changed since the run's last attempt, which the user allowed."""
-
-    @classmethod
-    def of(
-        cls, prepared: Prepared, name: str | None, root: str, max_steps: int | None, allow_code_change: bool
-    ) -> _Birth:
-        """The run of this job; nothing is written.
-
-        Raises
-        ------
-        InputError: a name that no run can have.
-        """
-        own = identity(
-            prepared.job,
-            fingerprint=prepared.source.fingerprint,
-            start=_digest_of_start(prepared),
-            max_steps=max_steps,
-        )
-        try:
-            run_name = plain_name(name) if name else _name_of(prepared.job, _with_code(own, prepared.code.digests))
-        except ValueError as error:
-            raise InputError(str(error), where="--name") from None
-        return cls(Run(Storage.open(root), run_name), prepared, own, max_steps, allow_code_change)
-
-    def find_or_make(self, tell: Tell) -> None:
-        """Have the run there, all that belongs to its birth included.
-
-        Raises
-        ------
-        InputError: a run of that name with another identity, or other code; says what differs.
-        """
-        run, job, plan, code = self.run, self.prepared.job, self.prepared.plan, self.prepared.code
-        facts = {
-            "identity": digest(_with_code(self.own, code.digests)),
-            "fingerprint": self.prepared.source.fingerprint,
-            "start": _digest_of_start(self.prepared),
-            "max_steps": self.max_steps,
-            "total_steps": plan.last_step,
-            "steps_per_epoch": plan.steps_per_epoch,
-            "cell_steps": plan.cell_steps,
-            "columns": Columns.of_job(job).to_json(),
-            **({"code": code.digests} if code.files else {}),
-        }
-        is_new = run.birth(dump_job(job), facts)
-        if is_new:
-            self._tell_of_older(tell)
-        else:
-            self._check(run.facts())
-        splits = splits_table(self.prepared.splits)
-        if is_new or not run.has_splits(splits):  # a kill right after the birth, or damage
-            run.write_splits(splits)
-        if code.files and (is_new or not run.has_code()):
-            run.write_code(code.archive)
-        if not self.told:
-            self.told = True
-            tell({"kind": "run", "run": run.name, "url": run.url, "text": "new run" if is_new else "found"})
-
-    def _check(self, there: dict[str, Any]) -> None:
-        """Whether the run that is there is one of this job, and of the code that its last attempt ran."""
-        born_with = there.get("code") or {}
-        if there["identity"] != digest(_with_code(self.own, born_with)):
-            self._refuse(there)
-        code = self.prepared.code
-        entries = self.run.journal.read()
-        claim, commit = last_claim(entries), newest_commit(entries)
-        facts = claim.facts if claim is not None else {"code": born_with}
-        modules = code.installed()
-        before = {path: sha for path, sha in facts.get("code", {}).items() if path not in modules}
-        files = [*changed(before, code.digests), *code.edited(facts.get("code_not_stored", {}))]
-        is_finished = commit is not None and commit.end
-        if files and (is_finished or not self.allow_code_change):
-            going_on = "" if is_finished else "; --allow-code-change goes on with it all the same"
-            raise InputError(
-                f"the code changed since this run {'ended' if is_finished else 'last ran'}: {', '.join(files)}",
-                where=self.run.url,
-                fix=f"restore it, or leave --name out: with other code it is a new run{going_on}",
-            )
-        self.code_changes = tuple(files)
-
-    def _tell_of_older(self, tell: Tell) -> None:
-        """Versions before did not count the code: say so where the same job has such a run."""
-        if not self.prepared.code.files:
-            return
-        older = Run(Storage.open(self.run.open_url), _name_of(self.prepared.job, self.own))
-        if older.name != self.run.name and older.exists():
-            text = (
-                f"{older.name} is a run of this job by an earlier version, which did not tell edits of the code apart; "
-                f"it is left as it is, and --name {older.name} goes on with it"
-            )
-            tell({"kind": "message", "text": text})
-
-    def _refuse(self, there: dict[str, Any]) -> None:
-        stored = parse_job(self.run.job_yaml(), f"{self.run.url}/job.yaml")
-        theirs = identity(
-            stored, fingerprint=there["fingerprint"], start=there.get("start"), max_steps=there["max_steps"]
-        )
-        raise InputError(
-            "a run of this name has another job:\n    "
-            + "\n    ".join(differences(theirs, self.own) or ["another version of Trainyard identified it otherwise"]),
-            where=self.run.url,
-            fix="choose another --name, or leave it out",
-        )
-
-
-def _with_code(identity: dict[str, Any], code: Mapping[str, str]) -> dict[str, Any]:
-    return {**identity, "code": dict(code)} if code else identity
-
-
-def _name_of(job: Job, identity: dict[str, Any]) -> str:
-    return f"{job.name}-{digest(identity)[:8]}"
-
-
-def _digest_of_start(prepared: Prepared) -> str | None:
-    return prepared.start.digest if prepared.start is not None else None
-
-
-def differences(theirs: Any, ours: Any, path: str = "") -> list[str]:
-    """Where two trees differ, one line each: `train.phases.0.lr: 0.5 there, 0.1 here`."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        keys = [*theirs, *(key for key in ours if key not in theirs)]
-        return [
-            line
-            for key in keys
-            for line in differences(theirs.get(key), ours.get(key), f"{path}.{key}" if path else str(key))
-        ]
-    if isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
-        return [
-            line
-            for number, pair in enumerate(zip(theirs, ours, strict=True))
-            for line in differences(*pair, f"{path}.{number}")
-        ]
-    return [] if theirs == ours else [f"{path}: {theirs} there, {ours} here"]

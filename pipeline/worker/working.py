@@ -29,6 +29,7 @@ from pipeline.record.decisions import first_facts
 from pipeline.record.entries import typed
 from pipeline.record.recorder import Recorder, complete
 from pipeline.record.run import Run
+from pipeline.starting import find_start
 from pipeline.storage import Storage
 from pipeline.worker.followed import Followed
 from pipeline.worker.leaving import leaving_word
@@ -66,7 +67,7 @@ def _work(order: Order, context: Context, prepared: Prepared | None, run: Run) -
         prepared = prepared or prepare(
             order.job,
             order.max_steps,
-            storage_url=order.storage_url,
+            start=find_start(order.job, order.storage_url),
             fitted=stored_transforms(run),
             say=say,
             code=code,

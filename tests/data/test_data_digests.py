@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.sources import Source, digests, fingerprint, open_source
+from pipeline.data.sources import Source, digests, identify, open_source
 from pipeline.data.sources.parquet.files import Files
 from pipeline.errors import DataError
 from pipeline.job import Job
@@ -118,14 +118,14 @@ def test_every_change_of_a_large_table_is_seen(
     job = table_job(url, tmp_path)
     first, again = open_source(job), open_source(job)
     assert arrays(first) == arrays(again) == expected(values)
-    assert first.fingerprint == again.fingerprint == fingerprint(job)
+    assert first.fingerprint == again.fingerprint == identify(job)[0]
     assert len(first.warnings) == (kind == "memory")
     size, footer = len(content(values)), content(values)[-500:]
     change(values)
     assert (len(content(values)), content(values)[-500:]) == (size, footer)
     edit(path, content(values)) if kind == "local" else put(content(values))
     changed = open_source(job)
-    assert changed.fingerprint == fingerprint(job) != first.fingerprint
+    assert changed.fingerprint == identify(job)[0] != first.fingerprint
     assert arrays(changed) == expected(values)
 
 
@@ -170,12 +170,12 @@ def test_an_edit_in_the_middle_of_a_picture_is_seen(tmp_path: Path, in_memory_mb
     url = write_pictures(tmp_path / "pictures", files)
     job = picture_job(url, cache={"folder": str(tmp_path / "cache"), "in_memory_mb": in_memory_mb})
     first = open_source(job)
-    assert open_source(job).fingerprint == first.fingerprint == fingerprint(job)
+    assert open_source(job).fingerprint == first.fingerprint == identify(job)[0]
     new = bytearray(files["bee/1.bmp"])
     new[6000] ^= 255
     edit(tmp_path / "pictures/bee/1.bmp", bytes(new))
     changed = open_source(job)
-    assert changed.fingerprint == fingerprint(job) != first.fingerprint
+    assert changed.fingerprint == identify(job)[0] != first.fingerprint
     different = np.flatnonzero((changed.train.inputs != first.train.inputs).any((1, 2, 3)))
     assert different.tolist() == [4]
 
@@ -190,7 +190,7 @@ def test_pictures_of_a_store_are_known_by_its_checksums(tmp_path: Path, s3_url: 
     jobs = [picture_job(s3_url), picture_job(f"{s3_url}/list.parquet", label="label")]
     before = [open_source(job).fingerprint for job in jobs]
     fs.pipe_file(f"{s3_url}/ant/1.bmp", bitmap(1))
-    assert [fingerprint(job) for job in jobs] == before
+    assert [identify(job)[0] for job in jobs] == before
     fs.pipe_file(f"{s3_url}/ant/1.bmp", bitmap(2))
     assert not set(before) & {open_source(job).fingerprint for job in jobs}
 
@@ -205,18 +205,18 @@ def test_a_file_is_hashed_once(tmp_path: Path, hashed: list[str]) -> None:
     before = open_source(job).fingerprint
     assert sorted(hashed) == ["a.parquet", "b.parquet", "c.parquet"]
     hashed.clear()
-    assert open_source(job).fingerprint == fingerprint(job) == before
+    assert open_source(job).fingerprint == identify(job)[0] == before
     assert hashed == []
     values = columns()
     labels(values)
     edit(folder / "b.parquet", content(values))
     time.sleep(TICK_S)
-    after = fingerprint(job)
-    assert after == fingerprint(job) != before
+    after = identify(job)[0]
+    assert after == identify(job)[0] != before
     assert hashed == ["b.parquet"]
     (remembered,) = (tmp_path / "cache").glob(".digests-*")
     remembered.write_bytes(remembered.read_bytes()[:-1])  # damage costs time alone
-    assert fingerprint(job) == after
+    assert identify(job)[0] == after
 
 
 def test_a_digest_that_is_no_older_than_its_file_is_not_remembered(
@@ -226,7 +226,7 @@ def test_a_digest_that_is_no_older_than_its_file_is_not_remembered(
     monkeypatch.setattr(digests, "SETTLED_NS", 3600 * 10**9)
     (tmp_path / "t.parquet").write_bytes(content(columns()))
     job = table_job(tmp_path / "t.parquet", tmp_path)
-    assert fingerprint(job) == fingerprint(job)
+    assert identify(job)[0] == identify(job)[0]
     assert hashed == ["t.parquet"] * 2
 
 
@@ -322,11 +322,11 @@ def test_a_fingerprint_takes_no_torch_and_decodes_nothing(
     wanted = {name: open_source(job_of(data)).fingerprint for name, data in jobs.items()}
     program = f"""
 import json, sys
-from pipeline.data.sources import fingerprint
+from pipeline.data.sources import identify
 from pipeline.job_file import build_job
 found = {{}}
 for name, data in {jobs!r}.items():
-    found[name] = fingerprint(build_job({{"name": "t", "data": data, "best": {{"metric": "val/loss"}}}}, "test"))
+    found[name] = identify(build_job({{"name": "t", "data": data, "best": {{"metric": "val/loss"}}}}, "test"))[0]
 print(found == {wanted!r}, sorted({{"torch", "torchvision", "ray"}} & set(sys.modules)))
 """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), str(Path(__file__).parents[2])])}
@@ -335,7 +335,7 @@ print(found == {wanted!r}, sorted({{"torch", "torchvision", "ray"}} & set(sys.mo
     monkeypatch.setattr(Files, "batches", None)
     monkeypatch.setattr("pipeline.data.sources.image_folder.decoded", None)
     for name in ("parquet", "image_folder"):
-        assert fingerprint(job_of(jobs[name])) == wanted[name]
+        assert identify(job_of(jobs[name]))[0] == wanted[name]
 
 
 def test_a_url_in_the_environment_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +343,7 @@ def test_a_url_in_the_environment_is_looked_up(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("DIGESTS_URL", str(tmp_path / "t.parquet"))
     named = table_job("env:DIGESTS_URL", tmp_path)
     assert (
-        fingerprint(named) == open_source(named).fingerprint == fingerprint(table_job(tmp_path / "t.parquet", tmp_path))
+        identify(named)[0] == open_source(named).fingerprint == identify(table_job(tmp_path / "t.parquet", tmp_path))[0]
     )
 
 
@@ -353,7 +353,7 @@ def test_reading_is_progress(jobs: dict[str, dict[str, Any]], name: str, in_memo
     data = jobs[name]
     noted: list[None] = []
     with on_progress(lambda: noted.append(None)):
-        fingerprint(job_of(data))
+        identify(job_of(data))[0]
         hashing = len(noted)
         open_source(job_of({**data, "cache": {**data["cache"], "in_memory_mb": in_memory_mb}}))
     assert 0 < hashing < len(noted) - 2

@@ -12,7 +12,7 @@ from pipeline.data.sources.idx import open_idx
 from pipeline.job import Call, Job
 from pipeline.redaction import is_looked_up, looked_up
 
-__all__ = ["Arrays", "Source", "fingerprint", "make_source", "open_source"]
+__all__ = ["Arrays", "Source", "identify", "make_source", "open_source"]
 
 
 def open_source(job: Job, say: Callable[[str], None] = lambda text: None) -> Source:
@@ -45,12 +45,15 @@ def open_source(job: Job, say: Callable[[str], None] = lambda text: None) -> Sou
     return open_idx(source, job.data.root)
 
 
-def fingerprint(job: Job, say: Callable[[str], None] = lambda text: None) -> str:
-    """That of `open_source`, for as little as it takes: tables and pictures are listed and hashed (or their digests
-    remembered, see `digests`), and not decoded; torch is not imported (but for CIFAR, which torchvision reads).
+def identify(job: Job, say: Callable[[str], None] = lambda text: None) -> tuple[str, Source | None]:
+    """The fingerprint that `open_source` gives, for as little as it takes: tables and images are listed and hashed (or
+    their digests remembered, see `digests`), and not decoded; torch is not imported (but for CIFAR, which torchvision
+    reads).
 
-    What a named source or a function gives is known by its arrays, and so it is opened: whoever needs a `call`
-    source afterwards had better open it at once, so that the function is called once.
+    Returns
+    -------
+    The fingerprint; and the source itself where it had to be opened, since what a named source or a function gives is
+    known by its arrays: to be trained on, so that the function is called once.
 
     Raises
     ------
@@ -60,12 +63,13 @@ def fingerprint(job: Job, say: Callable[[str], None] = lambda text: None) -> str
     if job.data.source == "parquet":
         from pipeline.data.sources.parquet import parquet_fingerprint
 
-        return parquet_fingerprint(job, say)
+        return parquet_fingerprint(job, say), None
     if job.data.source == "image_folder":
         from pipeline.data.sources.image_folder import image_folder_fingerprint
 
-        return image_folder_fingerprint(job, say)
-    return open_source(job, say).fingerprint
+        return image_folder_fingerprint(job, say), None
+    source = open_source(job, say)
+    return source.fingerprint, source
 
 
 def _with_url(job: Job) -> Job:
