@@ -57,7 +57,7 @@ _WHICH = re.compile(r"dev|live|new|old|prod|production|stage|staging|test")
 _QUERY_NAME = re.compile(r"auth|code|key|pw|pwd|sas|sig|signature", re.IGNORECASE)
 """Parameters of a URL that let in whoever has them, though their names are words like any other."""
 
-_USERINFO = re.compile(r"(\w[\w+.-]*)://(?!\[)([^\s/@:?#]*)(?::(?!\d+(?:/|\s|$))(\S*))?@")
+_USERINFO = re.compile(r"(?<![\w+.-])(\w[\w+.-]*)://(?!\[)([^\s/@:?#]*)(?::(?!\d+(?:/|\s|$))(\S*))?@")
 _OPEN_USERS = ("http", "https", "dav", "davs", "webdav", "webdavs")
 """Schemes whose user is hardly ever anything but a token."""
 _CONTAINERS = ("abfs", "abfss", "wasb", "wasbs")
@@ -65,7 +65,7 @@ _CONTAINERS = ("abfs", "abfss", "wasb", "wasbs")
 _QUERY = re.compile(r"(\w://[^\s?#]*)(\?|#(?=[^\s'\")]*=))[^\s'\")]*")
 _PARAMETER = re.compile(r"[?&#;]([^\s=&?#;]+)=[^\s&]")
 _SETTING = re.compile(
-    r"\b((?:[\w-]*(?:password|passwd|secret)|pwd|token|api[_-]?key|(?:access|account|auth)[_-]?(?:key|token)|sig)\s*=\s*)"
+    r"\b((?:[\w-]{0,40}(?:password|passwd|secret)|pwd|token|api[_-]?key|(?:access|account|auth)[_-]?(?:key|token)|sig)\s*=\s*)"
     r"(?!\*\*\*|env:)[^\s&;,'\")]+",
     re.IGNORECASE,
 )

@@ -329,6 +329,13 @@ def test_a_text_that_holds_one_is_neither_stored_nor_shown(text: str, secret: st
     assert shown.startswith("cannot read")
 
 
+@pytest.mark.parametrize("piece", ["a", "a-", "A1b2", "x=1&", "?a", "password", "sk-", "eyJ"])
+def test_a_long_text_takes_no_longer_for_each_letter(piece: str) -> None:
+    """What takes the square of its length would take minutes here."""
+    assert not holds_secret(piece * (100_000 // len(piece)))
+    assert scrub(piece * (100_000 // len(piece)))
+
+
 SAY_SECRET = """
     AZURE_STORAGE_KEY KAGGLE_KEY OPENAI_KEY DB_PASS MYSQL_PWD AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN HF_TOKEN
     PGPASSWORD GITHUB_PAT AZURE_STORAGE_SAS_TOKEN WANDB_API_KEY apiKey api-key APIKEY DB_PASS_PROD SSHPASS client_secret
