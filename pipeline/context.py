@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -36,6 +37,8 @@ class Context(Protocol):
     local_rank: int
     alone: bool
     """This is the user's own process: nobody starts it again, and its standard error is theirs."""
+    owns_process: bool
+    """The process does nothing else, so that it may be ended where the run hangs."""
     progress: Progress
     """What the training thread has done: see `pipeline.watchdog`."""
 
@@ -63,6 +66,20 @@ class Context(Protocol):
 
     def last_word(self, error: HungError) -> None:
         """Say why this process is about to be ended. Takes seconds at the most."""
+
+
+_process = {"is_ours": False}
+
+
+@contextmanager
+def own_process() -> Iterator[None]:
+    """While entered, this process does nothing but what Trainyard's command line was asked for. Any other is its
+    caller's, and is never ended from here."""
+    before, _process["is_ours"] = _process["is_ours"], True
+    try:
+        yield
+    finally:
+        _process["is_ours"] = before
 
 
 class StopSignals:
@@ -113,6 +130,7 @@ class Alone:
 
     def __init__(self, tell: Tell, signals: StopSignals | None = None) -> None:
         self.tell = tell
+        self.owns_process = _process["is_ours"]
         self.progress = Progress()
         self._signals = signals
 

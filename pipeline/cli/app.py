@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from pipeline import __version__
+from pipeline.context import own_process
 from pipeline.errors import InputError, TrainyardError
 from pipeline.redaction import printable, scrubbed
 
@@ -66,7 +67,8 @@ def main() -> NoReturn:
     if sys.platform == "win32":
         _fail(InputError("Windows is not supported", fix="use Linux, or the Windows Subsystem for Linux"), 2)
     try:
-        app(standalone_mode=True)
+        with own_process():
+            app(standalone_mode=True)
     except TrainyardError as error:
         _fail(error, error.exit_code)
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+from pipeline.context import own_process
 from pipeline.errors import TrainyardError
 
 
@@ -18,7 +19,8 @@ def main() -> NoReturn:
     be_discreet()
     end: dict[str, Any]
     try:
-        end = {"exit_code": 0, "result": _train(sys.argv[1])}
+        with own_process():
+            end = {"exit_code": 0, "result": _train(sys.argv[1])}
     except TrainyardError as error:
         print(f"error: {error}" if error.exit_code < 128 else f"{error}", flush=True)
         said = {"type": type(error).__name__, "message": str(error)}

@@ -47,6 +47,7 @@ class RayContext:
         self.world_size: int = here.get_world_size()
         self.local_rank: int = here.get_local_rank()
         self.alone = False
+        self.owns_process = True
         self.progress = Progress()
         self._desk = desk
         self._gauges = Gauges(run_name, self.rank)

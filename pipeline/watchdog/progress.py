@@ -22,6 +22,8 @@ class Progress:
         self.count = 0
         self.attempt = 0
         """The number of the attempt; 0 until it is known."""
+        self.give_up: Callable[[], None] = lambda: None
+        """Lets others take the run over, where this thread hangs in a process that goes on."""
 
     def each(self, items: Iterable[T]) -> Iterable[T]:
         """`items`, counted when one is asked for and when it is there. Can be iterated as often as `items`."""

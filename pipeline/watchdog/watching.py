@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import os
 import signal
@@ -31,6 +32,7 @@ class Around(Protocol):
     world_size: int
     local_rank: int
     alone: bool
+    owns_process: bool
     progress: Progress
 
     def tell(self, event: Mapping[str, Any]) -> None: ...
@@ -42,6 +44,9 @@ class Around(Protocol):
 class Watchdog:
     """While entered, this thread is watched: if it stands still for longer than allowed, the stacks of the process are
     saved, the cause is told, and the process ends with exit code 1, if need be by force.
+
+    A process that is not ours (`owns_process`) goes on: the error is raised in the thread, as soon as it runs any
+    Python at all, and until then others may take the run over.
 
     A thread that does not even let the watchdog run, for it holds Python's lock, is ended by a timer outside of Python.
     Then the stacks are on standard error, if that is the user's own; if not, who comes next on this machine saves them
@@ -66,6 +71,8 @@ class Watchdog:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trainyard-watchdog", daemon=True)
         self._before: Any = None
+        self._error: HungError | None = None
+        self._raised: type[HungError] | None = None
 
     def __enter__(self) -> Watchdog:
         is_main = threading.current_thread() is threading.main_thread()
@@ -78,8 +85,18 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        try:
+            self._close()
+        except HungError:  # the thread moved at the last moment, and it is raised in here
+            self._close()
+        if kind is not None and kind is self._raised and self._error is not None:
+            raise self._error from None
+
+    def _close(self) -> None:
         with self._lock:
             self._over.set()
+            if self._raised is not None:
+                _raise_in(self._watched, None)
             faulthandler.cancel_dump_traceback_later()
             self._stacks.close()
         if self._before is not None:
@@ -122,7 +139,8 @@ class Watchdog:
                 self._stacks.of_attempt(attempt)
             # A worker's standard error is nobody's; who comes next tells of what is in the file.
             file = STANDARD_ERROR if self._around.alone else self._stacks.target
-            faulthandler.dump_traceback_later(self._limits.deaf_s + more_s, exit=True, file=file)
+            exits = self._around.owns_process
+            faulthandler.dump_traceback_later(self._limits.deaf_s + more_s, exit=exits, file=file)
 
     def _end(self, what: str, awaits: Awaited) -> None:
         setting = "TRAINYARD_STORAGE_LIMIT_S" if awaits == "storage" else "scale.hang_s"
@@ -139,12 +157,32 @@ class Watchdog:
             where=self._where,
             fix=f"the same command goes on from the last checkpoint; {setting} sets the limit",
         )
-        if self._around.interrupt(error):
+        if self._around.interrupt(error) or self._interrupt(error):
             self._over.wait(self._limits.leave_s)
         if self._over.is_set():
             return
         self._around.last_word(error)
-        os._exit(error.exit_code)
+        if self._around.owns_process:
+            os._exit(error.exit_code)
+        print(f"trainyard: {error}", file=sys.stderr)  # the thread may never come to raise it
+        self._around.progress.give_up()
+
+    def _interrupt(self, error: HungError) -> bool:
+        """Raise an error in the watched thread, once it runs Python code; only in a process that is not ours, since
+        another is ended, which no thread can withstand."""
+
+        class Hung(HungError):
+            """It is made where it is raised, without arguments."""
+
+            def __init__(self) -> None:
+                super().__init__(error.what, where=error.where, fix=error.fix)
+
+        Hung.__name__ = HungError.__name__
+        with self._lock:
+            if self._around.owns_process or self._over.is_set():
+                return False
+            self._error, self._raised = error, Hung
+            return _raise_in(self._watched, Hung)
 
     def _suspend(self, number: int, frame: FrameType | None) -> None:
         """Ctrl-Z: time passes for the timer, and it must not take that for a hang."""
@@ -157,3 +195,9 @@ class Watchdog:
         for url, place in self._stacks.bring_leftovers():
             text = f"an earlier process stood still in {place or 'an unknown place'} and was ended; stacks in {url}"
             self._around.tell({"kind": "warning", "text": text})
+
+
+def _raise_in(thread: int, error: type[BaseException] | None) -> bool:
+    """Have an error raised in a thread when it next runs Python code; None takes back one that was not raised yet."""
+    raised = ctypes.py_object(error) if error is not None else None
+    return bool(ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised))

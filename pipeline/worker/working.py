@@ -75,6 +75,8 @@ def _work(order: Order, context: Context, prepared: Prepared | None, run: Run) -
         return start.position if start.is_over else _fit(prepared, built, context, start, Reporter(context))
     attempt = _claim(run, order, context, built)
     context.progress.attempt = attempt.number
+    if attempt.heartbeat is not None:
+        context.progress.give_up = attempt.heartbeat.stop
     try:
         start = context.broadcast(_start(attempt, prepared.job.checkpoint.keep))
         if start.is_over:
