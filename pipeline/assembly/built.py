@@ -79,8 +79,9 @@ def build(
     )
     init_seed = torch_seed(job.seed.of("init"), "init")
     model = build_model(job, preprocess.output_shape, task.outputs, init_seed, preprocess.code_sizes)
-    misfits = take(model, prepared.start, strict=job.model.strict) if prepared.start is not None else []
     dtype = devices.Arithmetic.of(job.train.precision, device).dtype
+    model.to(dtype)  # before it takes weights over: those of another fp64 run stay what they are
+    misfits = take(model, prepared.start, strict=job.model.strict) if prepared.start is not None else []
     seed = job.seed.of("dropout")
     trainee = Trainee(
         job,

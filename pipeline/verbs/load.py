@@ -45,8 +45,8 @@ def load(model: str, *, storage: str | None = None, device: str = "cpu", trust: 
     weights = saved.weights()
     check_weights(job, fitted, weights, saved.url)
     net = build_model(job, preprocess.output_shape, fitted.outputs, 0, preprocess.code_sizes)
+    net.to(place, Arithmetic.of(job.train.precision, place).dtype)  # first: fp64 stays what it is
     take_weights(net, weights)
-    net.to(place, Arithmetic.of(job.train.precision, place).dtype)
     return Predictor(net, fitted, job, run.name, saved.step)
 
 
