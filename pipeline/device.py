@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +16,7 @@ from pipeline.errors import InputError
 
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]
 
-CUBLAS_WORKSPACE = ":4096:8"
+CUBLAS_VARIABLE, CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 """What cuBLAS needs for repeatable sums (https://docs.nvidia.com/cuda/cublas/#results-reproducibility)."""
 
 
@@ -66,11 +68,100 @@ def make_repeatable(device: torch.device) -> None:
     """Choose deterministic algorithms. On the CPU, torch's kernels for our models are so anyway."""
     if device.type != "cuda":
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
+    os.environ.setdefault(CUBLAS_VARIABLE, CUBLAS_WORKSPACE)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; bf16 is there for who wants it faster
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextmanager
+def default_settings() -> Iterator[None]:
+    """While entered, torch computes as in a process in which nothing was set, so that what the caller set for work of
+    its own does not change a result: float32 by default, on the CPU, with all digits, without autocast, with gradients.
+    Afterwards all is as it was.
+    """
+    with ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.callback(_set_matmul_precision, _matmul_precision())
+        _set_matmul_precision("highest")
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda", "mps"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
+def leave_as_found() -> Iterator[None]:
+    """`default_settings`; and what is set while entered is afterwards as it was: threads, random generators,
+    deterministic algorithms."""
+    cudnn, workspace = torch.backends.cudnn, os.environ.get(CUBLAS_VARIABLE)
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        stack.callback(_restore_generators, *_generators())
+        stack.callback(
+            torch.use_deterministic_algorithms,
+            torch.are_deterministic_algorithms_enabled(),
+            warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+        stack.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
+        for holder, name in _cudnn_precisions():
+            stack.callback(setattr, holder, name, getattr(holder, name))
+        deterministic: Any = torch.utils.deterministic
+        stack.callback(setattr, deterministic, "fill_uninitialized_memory", deterministic.fill_uninitialized_memory)
+        if workspace is None:
+            stack.callback(os.environ.pop, CUBLAS_VARIABLE, None)
+        stack.enter_context(default_settings())
+        yield
+
+
+def _matmul_precision() -> str | tuple[str, str]:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set for each library by itself
+        backends: Any = torch.backends
+        return backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision
+
+
+def _set_matmul_precision(precision: str | tuple[str, str]) -> None:
+    if isinstance(precision, str):
+        torch.set_float32_matmul_precision(precision)
+    else:
+        backends: Any = torch.backends
+        backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision = precision
+
+
+def _cudnn_precisions() -> list[tuple[Any, str]]:
+    """What holds the precision of cuDNN, in the one or the other of the ways in which it can be set."""
+    cudnn: Any = torch.backends.cudnn
+    try:
+        return [(cudnn, "allow_tf32")] if isinstance(cudnn.allow_tf32, bool) else []
+    except RuntimeError:
+        return [(cudnn.conv, "fp32_precision"), (cudnn.rnn, "fp32_precision")]
+
+
+def _generators() -> tuple[torch.Tensor, list[torch.Tensor] | None, torch.Tensor | None, int]:
+    """States of torch's global random generators: of the CPU, of CUDA where it is in use, of MPS; and their seed."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    return torch.get_rng_state(), cuda, mps, torch.initial_seed()
+
+
+def _restore_generators(
+    cpu: torch.Tensor, cuda: list[torch.Tensor] | None, mps: torch.Tensor | None, seed: int
+) -> None:
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+    else:
+        torch.cuda.manual_seed_all(seed)  # it takes effect when CUDA is first used
+    if mps is not None:
+        torch.mps.set_rng_state(mps)
+    torch.set_rng_state(cpu)
 
 
 def synchronize(device: torch.device) -> None:

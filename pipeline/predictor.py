@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pipeline.data.fitted import Fitted
 from pipeline.data.preprocess import Prepare
 from pipeline.data.raw import raw_samples
-from pipeline.device import Arithmetic
+from pipeline.device import Arithmetic, default_settings
 from pipeline.errors import DataError
 from pipeline.job import Job
 
@@ -86,6 +86,7 @@ class Predictor(nn.Module):
             return scores[:, 0] if scores.shape[1] == 1 else scores
         return self.fitted.labels.named(scores.argmax(1))
 
+    @default_settings()
     @torch.inference_mode()
     def _scored(self, raw: np.ndarray) -> np.ndarray:
         was_training = self.training

@@ -39,6 +39,25 @@ HEAD_SILENT_S = 30.0
 """After so long without an answer from the head the cluster is taken for lost; Ray ends the process after 60."""
 
 
+SET_LATER = ("RAY_AUTH_MODE", "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S")
+"""What is set for Ray while it is connected."""
+
+
+@contextmanager
+def _ray_environment() -> Iterator[None]:
+    """While entered, the environment holds what Ray is to read there; afterwards it is the caller's again."""
+    before = {name: os.environ.get(name) for name in (*RAY_ENVIRONMENT, *SET_LATER)}
+    os.environ.update({name: value for name, value in RAY_ENVIRONMENT.items() if before[name] is None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
 @contextmanager
 def connected(address: str | None, scale: Scale, tell: Tell, verbose: bool) -> Iterator[Any]:
     """Ray, connected: to `address`, to the cluster this process already has, or to a new one of this machine's.
@@ -47,7 +66,12 @@ def connected(address: str | None, scale: Scale, tell: Tell, verbose: bool) -> I
     ------
     InputError: there is no such cluster.
     """
-    os.environ.update({name: os.environ.get(name, value) for name, value in RAY_ENVIRONMENT.items()})
+    with _ray_environment(), _connected(address, scale, tell, verbose) as ray:
+        yield ray
+
+
+@contextmanager
+def _connected(address: str | None, scale: Scale, tell: Tell, verbose: bool) -> Iterator[Any]:
     address = address or os.environ.get("RAY_ADDRESS") or None
     _refuse_url(address)
     with warnings.catch_warnings():

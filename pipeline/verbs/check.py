@@ -88,14 +88,16 @@ def check(
     if not (batch or overfit):
         return Checked(job)
     from pipeline.assembly import build, prepare
+    from pipeline.device import leave_as_found
 
-    prepared = prepare(job, storage_url=job.storage)
-    return Checked(
-        job,
-        _one_batch(prepared, build(prepared)) if batch else None,
-        _overfit(prepared, build(prepared), str(path)) if overfit else None,
-        tuple(prepared.warnings),
-    )
+    with leave_as_found():
+        prepared = prepare(job, storage_url=job.storage)
+        return Checked(
+            job,
+            _one_batch(prepared, build(prepared)) if batch else None,
+            _overfit(prepared, build(prepared), str(path)) if overfit else None,
+            tuple(prepared.warnings),
+        )
 
 
 def _first_batch(prepared: Prepared, built: Built) -> tuple[Tensor, Tensor]:

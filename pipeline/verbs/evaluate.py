@@ -14,6 +14,7 @@ from pipeline import loop
 from pipeline.assembly import Prepared, Say, build, check_weights, eval_loader, prepare, prepare_rows
 from pipeline.context import Alone
 from pipeline.data.fitted import Fitted
+from pipeline.device import leave_as_found
 from pipeline.errors import InputError
 from pipeline.job import Job, RandomSplits, digest, identity
 from pipeline.job_file import override_job, parse_job
@@ -57,6 +58,7 @@ class Evaluation:
         return [*lines, f"  warning: {words}"] if words else lines
 
 
+@leave_as_found()
 def evaluate(
     run: str,
     *,

@@ -7,7 +7,7 @@ from pathlib import Path
 from pipeline import own_code
 from pipeline.assembly import check_weights
 from pipeline.data.fitted import Fitted
-from pipeline.device import Arithmetic, choose
+from pipeline.device import Arithmetic, choose, default_settings
 from pipeline.errors import InputError
 from pipeline.job import Job, OwnModel
 from pipeline.job_file import parse_job
@@ -44,9 +44,10 @@ def load(model: str, *, storage: str | None = None, device: str = "cpu", trust: 
     preprocess = fitted.preprocess
     weights = saved.weights()
     check_weights(job, fitted, weights, saved.url)
-    net = build_model(job, preprocess.output_shape, fitted.outputs, 0, preprocess.code_sizes)
-    net.to(place, Arithmetic.of(job.train.precision, place).dtype)  # first: fp64 stays what it is
-    take_weights(net, weights)
+    with default_settings():
+        net = build_model(job, preprocess.output_shape, fitted.outputs, 0, preprocess.code_sizes)
+        net.to(place, Arithmetic.of(job.train.precision, place).dtype)  # first: fp64 stays what it is
+        take_weights(net, weights)
     return Predictor(net, fitted, job, run.name, saved.step)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.assembly import Prepared, build, prepare
 from pipeline.context import Alone, StopSignals, Tell
 from pipeline.data.split import splits_table
+from pipeline.device import leave_as_found
 from pipeline.errors import BusyError, InputError, TrainyardError
 from pipeline.followers.attached import AttachedFollowers
 from pipeline.job import IN_PLACE_WORKERS, Job, digest, identity, plain_name
@@ -30,6 +31,7 @@ from pipeline.verbs.places import storage_url, with_whole_url
 from pipeline.worker import Order, say_for_the_dead, work
 
 
+@leave_as_found()
 def train(
     job: Job | str | Path,
     *,
