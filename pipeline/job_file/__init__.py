@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from pydantic import ValidationError
 from pipeline.errors import JobError
 from pipeline.job import Job
 from pipeline.job_file.explaining import explain
-from pipeline.job_file.reading import apply, code_folder, mapping, read_tree
+from pipeline.job_file.reading import apply, code_folder, complete_tree, mapping, read_tree
 from pipeline.job_file.yaml12 import Dumper, parse_yaml
 from pipeline.redaction import secrets_in
 
-__all__ = ["build_job", "dump_job", "load_job", "override_job", "parse_job", "parse_yaml", "refuse_secrets"]
+__all__ = ["build_job", "dump_job", "load_job", "override_job", "parse_job", "parse_yaml", "resolve_job"]
+
+IN_MEMORY = Path("job")
+"""Stands for the file of a job that was given as a mapping: in the working directory, and for messages."""
 
 
 def load_job(path: str | Path, overrides: Iterable[str] = ()) -> Job:
@@ -26,16 +30,41 @@ def load_job(path: str | Path, overrides: Iterable[str] = ()) -> Job:
     ------
     JobError: a missing file or `code` folder, broken YAML, an unknown key or a value out of range.
     """
-    job = build_job(apply(read_tree(Path(path)), overrides), where=str(path))
+    return _built(read_tree(Path(path)), overrides, Path(path))
+
+
+def _built(tree: dict[str, Any], overrides: Iterable[str], path: Path) -> Job:
+    job = build_job(apply(tree, overrides), where=str(path))
     refuse_secrets(job, str(path))
     if job.code is None:
         return job
-    folder = code_folder(job.code, Path(path))  # once more, for an override
+    folder = code_folder(job.code, path)  # once more, for an override
     if not Path(folder).is_dir():
         raise JobError(
             "no such folder", where=f"code: {folder}", fix="name the folder of your modules, from the job file"
         )
     return job.model_copy(update={"code": folder})
+
+
+def resolve_job(job: Job | Mapping[str, Any] | str | Path, overrides: Iterable[str] = ()) -> Job:
+    """A job from whatever describes it: a job file, the content of one as a mapping, or a `Job`; with overrides.
+
+    Paths in a mapping are relative to the working directory, as those of a job file that lies there.
+
+    Raises
+    ------
+    JobError: as `load_job`; or something else altogether.
+    """
+    if isinstance(job, Job):
+        job = override_job(job, overrides)
+        refuse_secrets(job, "job")
+        return job
+    if isinstance(job, Mapping):
+        return _built(complete_tree(deepcopy(dict(job)), IN_MEMORY), overrides, IN_MEMORY)
+    if isinstance(job, (str, Path)):
+        return load_job(job, overrides)
+    what = f"not a job, but a value of type {type(job).__name__}"
+    raise JobError(what, where="job", fix="give the path of a job file, its content as a dict, or a Job")
 
 
 def refuse_secrets(job: Job, where: str) -> None:

@@ -30,7 +30,12 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise JobError("no such job file", where=str(path), fix="`trainyard init` writes one") from None
     except (OSError, ValueError, RuntimeError) as error:
         raise JobError(f"cannot be read: {error}", where=str(path)) from None
-    tree: dict[str, Any] = _with_environment(mapping(parse_yaml(text, str(path)), str(path)), str(path))
+    return complete_tree(mapping(parse_yaml(text, str(path)), str(path)), path, seen)
+
+
+def complete_tree(tree: dict[str, Any], path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The content of a job file at `path`, with the environment filled in and its bases below it."""
+    tree = _with_environment(tree, str(path))
     if isinstance(tree.get("code"), str):
         tree["code"] = code_folder(tree["code"], path)
     base = tree.pop("base", None)

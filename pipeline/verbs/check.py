@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import WorkError
 from pipeline.job import Job
-from pipeline.job_file import dump_job, load_job
+from pipeline.job_file import dump_job, resolve_job
 from pipeline.verbs.places import storage_url
 
 if TYPE_CHECKING:
@@ -69,21 +69,26 @@ class Checked:
 
 
 def check(
-    path: str | Path,
+    job: Job | Mapping[str, Any] | str | Path,
     set: Iterable[str] = (),  # noqa: A002 - the public name of the option
     *,
     storage: str | None = None,
     batch: bool = False,
     overfit: bool = False,
 ) -> Checked:
-    """Validate a job file; with `batch` and `overfit` also load the data and build the model.
+    """Validate a job; with `batch` and `overfit` also load the data and build the model.
+
+    Parameters
+    ----------
+    job: a job file, its content as a dict, or a `Job`.
 
     Raises
     ------
     InputError: a job or data that cannot be used.
     WorkError: `overfit` that does not get there.
     """
-    job = load_job(path, set)
+    where = str(job) if isinstance(job, (str, Path)) else "job"
+    job = resolve_job(job, set)
     job = job.model_copy(update={"storage": storage_url(storage, job.storage)})
     if not (batch or overfit):
         return Checked(job)
@@ -95,7 +100,7 @@ def check(
         return Checked(
             job,
             _one_batch(prepared, build(prepared)) if batch else None,
-            _overfit(prepared, build(prepared), str(path)) if overfit else None,
+            _overfit(prepared, build(prepared), where) if overfit else None,
             tuple(prepared.warnings),
         )
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pipeline import own_code
 from pipeline.cluster.jobs.client import Cluster, connect
@@ -17,7 +18,7 @@ from pipeline.cluster.jobs.preflight import Clearance, clear
 from pipeline.cluster.jobs.shipping import CODE_FOLDER, ENTRY_POINT, staged
 from pipeline.errors import InputError
 from pipeline.job import Job, plain_name
-from pipeline.job_file import dump_job, load_job
+from pipeline.job_file import dump_job, resolve_job
 from pipeline.redaction import hide
 from pipeline.verbs.places import storage_url, with_whole_url
 
@@ -27,7 +28,7 @@ STOP_WAIT_S = 300
 
 
 def submit(
-    job: str | Path,
+    job: Job | Mapping[str, Any] | str | Path,
     *,
     address: str | None = None,
     set: Iterable[str] = (),  # noqa: A002 - the public name of the option
@@ -47,7 +48,7 @@ def submit(
 
     Parameters
     ----------
-    job: a job file.
+    job: a job file, its content as a dict, or a `Job`.
     address: URL of the cluster's dashboard.
     set: overrides for the job file.
     name, storage, max_steps: as for `train`; a path is one of this machine, where the cluster is on it too.
@@ -69,7 +70,7 @@ def submit(
     WorkError: the cluster was lost while the job was followed.
     KeyboardInterrupt: as pressed; a job that was started goes on.
     """
-    wanted = with_whole_url(load_job(job, set))
+    wanted = with_whole_url(resolve_job(job, set))
     own_code.make_importable(wanted, os.getcwd())
     code = own_code.sources(wanted)
     environment = environment_of(env, env_files)

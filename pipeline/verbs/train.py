@@ -17,7 +17,7 @@ from pipeline.device import leave_as_found
 from pipeline.errors import BusyError, InputError, TrainyardError
 from pipeline.followers.attached import AttachedFollowers
 from pipeline.job import IN_PLACE_WORKERS, Job, digest, identity, plain_name
-from pipeline.job_file import dump_job, load_job, parse_job, refuse_secrets
+from pipeline.job_file import dump_job, parse_job, resolve_job
 from pipeline.own_code import packed, sources
 from pipeline.record.attempt import peek
 from pipeline.record.columns import Columns
@@ -33,7 +33,7 @@ from pipeline.worker import Order, say_for_the_dead, work
 
 @leave_as_found()
 def train(
-    job: Job | str | Path,
+    job: Job | Mapping[str, Any] | str | Path,
     *,
     set: Mapping[str, Any] | Iterable[str] = (),  # noqa: A002 - the public name of the option
     name: str | None = None,
@@ -47,8 +47,8 @@ def train(
 
     Parameters
     ----------
-    job: a job file, or a `Job`.
-    set: overrides for a job file, as a mapping or as `KEY=VALUE` words.
+    job: a job file, its content as a dict (`code` and other paths relative to the working directory), or a `Job`.
+    set: overrides, as a mapping or as `KEY=VALUE` words.
     name: name of the run; without one the job's name and the digest of its identity.
     storage: URL that holds the runs; else TRAINYARD_STORAGE, else the job's.
     address: a Ray cluster to use instead of one of this machine's; only with workers.
@@ -63,11 +63,7 @@ def train(
     ------
     InputError, WorkError, BusyError, Interrupted: see `pipeline.errors`.
     """
-    if not isinstance(job, Job):
-        job = load_job(job, _words(set) if isinstance(set, Mapping) else set)
-    else:
-        refuse_secrets(job, "job")
-    job = with_whole_url(job)
+    job = with_whole_url(resolve_job(job, _words(set) if isinstance(set, Mapping) else set))
     root = storage_url(storage, job.storage)
     prepared = prepare(job, max_steps, storage_url=root, say=lambda text: tell({"kind": "phase", "text": text}))
     here = job.scale.workers == IN_PLACE_WORKERS
