@@ -14,6 +14,7 @@ from pipeline.data.raw import raw_samples
 from pipeline.device import Arithmetic, default_settings
 from pipeline.errors import DataError
 from pipeline.job import Job
+from pipeline.own_code import UserCode
 
 BLOCK_ROWS = 1024
 """Rows that the model takes at once."""
@@ -26,16 +27,24 @@ class Predictor(nn.Module):
     classes: names of the classes in the order of the outputs; empty for a regression.
     fitted: its preprocessing and what its labels were.
     job: the job that it was trained by. run, step: where it comes from.
+    code: the user's own code that the model was built by; it is pickled with it.
     """
 
-    def __init__(self, model: nn.Module, fitted: Fitted, job: Job, run: str, step: int) -> None:
+    def __init__(
+        self, model: nn.Module, fitted: Fitted, job: Job, run: str, step: int, code: UserCode | None = None
+    ) -> None:
         super().__init__()
+        self.code = code
         self.model = model
         self.fitted = fitted
         self.classes = fitted.labels.classes
         self.job, self.run, self.step = job, run, step
         self._prepare: dict[tuple[torch.device, torch.dtype], Prepare] = {}
         self.eval()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The code comes first: with it the process that unpickles can import what the model is made of.
+        return _restore, (self.code, {**self.__dict__, "_prepare": {}})
 
     def forward(self, raw: Tensor) -> Tensor:
         """Outputs (B, K) for raw samples (B, ...), on the model's device: logits, or values as they were learned."""
@@ -100,3 +109,9 @@ class Predictor(nn.Module):
         probabilities = torch.cat([(-outputs).sigmoid(), outputs.sigmoid()], 1) if is_binary else outputs.softmax(1)
         found: np.ndarray = probabilities.numpy()
         return found
+
+
+def _restore(code: UserCode | None, state: dict[str, Any]) -> Predictor:
+    predictor = Predictor.__new__(Predictor)
+    predictor.__dict__.update(state)
+    return predictor

@@ -62,6 +62,13 @@ def build(
     InputError: a device that is not there, a model that does not fit the data, a loss of the user's that fails,
         or pieces of a batch that are too small.
     """
+    with prepared.code.in_use():
+        return _build(prepared, device_kind, way, rank, world_size, local_rank, to_train)
+
+
+def _build(
+    prepared: Prepared, device_kind: str, way: str, rank: int, world_size: int, local_rank: int, to_train: bool
+) -> Built:
     job, fitted = prepared.job, prepared.fitted
     preprocess, labels = fitted.preprocess, fitted.labels
     device = devices.choose(device_kind or job.scale.device, local_rank)

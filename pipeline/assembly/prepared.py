@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from pipeline.errors import JobError
 from pipeline.job import Job
 from pipeline.learn.plan import Plan
 from pipeline.learn.tally import check_best_is_gathered, too_large_to_gather
-from pipeline.own_code import make_importable
+from pipeline.own_code import UserCode, collect
 from pipeline.redaction import is_looked_up, looked_up
 from pipeline.starting import Start, find_start
 
@@ -36,6 +36,8 @@ class Prepared:
     plan: Plan
     start: Start | None = None
     """Weights from elsewhere to begin with."""
+    code: UserCode = field(kw_only=True)
+    """The user's own code that the job imports."""
 
     @property
     def evaluated(self) -> list[str]:
@@ -72,7 +74,12 @@ Say = Callable[[str], None]
 
 
 def prepare(
-    job: Job, max_steps: int | None = None, *, storage_url: str | None = None, say: Say = lambda text: None
+    job: Job,
+    max_steps: int | None = None,
+    *,
+    storage_url: str | None = None,
+    say: Say = lambda text: None,
+    code: UserCode | None = None,
 ) -> Prepared:
     """Load and split the data, fit its preprocessing, lay out the plan, and find the weights to start from.
 
@@ -80,14 +87,16 @@ def prepare(
     ----------
     storage_url: folder in which `model.init_from` finds runs; without it the untrained weights stay what they are, for
         those who load others over them.
+    code: the user's own code that the job imports; else what is there now.
 
     Raises
     ------
     InputError: data that cannot be loaded or does not fit the job.
     """
-    make_importable(job)
+    code = code if code is not None else collect(job)
     start = find_start(job, storage_url) if storage_url is not None else None
-    source = open_source(_with_url(job), say)
+    with code.in_use():
+        source = open_source(_with_url(job), say)
     if augment.is_wanted(job.data.augment):
         augment.check_images(job.data.augment, tuple(source.train.inputs.shape[1:]))
     splits = make_splits(job, source)
@@ -100,6 +109,7 @@ def prepare(
         fitted=fitted,
         plan=Plan(job, len(splits["train"]), max_steps),
         start=start,
+        code=code,
     )
     for split in prepared.evaluated:
         if split not in splits:
@@ -113,15 +123,18 @@ def prepare(
     return prepared
 
 
-def prepare_rows(job: Job, fitted: Fitted, name: str, say: Say = lambda text: None) -> Prepared:
-    """All rows of the job's source as one split called `name`, under what was fitted before.
+def prepare_rows(
+    job: Job, fitted: Fitted, name: str, say: Say = lambda text: None, *, code: UserCode | None = None
+) -> Prepared:
+    """All rows of the job's source as one split called `name`, under what was fitted before. Code as for `prepare`.
 
     Raises
     ------
     InputError: data that cannot be loaded, or is of another layout than what was fitted.
     """
-    make_importable(job)
-    source = open_source(_with_url(job), say)
+    code = code if code is not None else collect(job)
+    with code.in_use():
+        source = open_source(_with_url(job), say)
     check_layout(fitted, source)
     fitted.preprocess.check(source.train.inputs, source.schema)
     splits = {name: Rows("train", np.arange(len(source.train), dtype=np.int64))}
@@ -132,6 +145,7 @@ def prepare_rows(job: Job, fitted: Fitted, name: str, say: Say = lambda text: No
         targets=_targets(job, source, splits, fitted),
         fitted=fitted,
         plan=Plan(job, len(source.train)),
+        code=code,
     )
 
 

@@ -34,6 +34,12 @@ Overrides = Annotated[
 ]
 RunToBe = Annotated[str | None, typer.Option("--name", metavar="RUN", help="Name of the run instead of JOB-DIGEST.")]
 MaxSteps = Annotated[int | None, typer.Option(min=1, metavar="N", help="Stop after N steps.")]
+AllowCodeChange = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code-change", help="Go on with --name RUN although your own code was edited since; it is recorded."
+    ),
+]
 StorageUrl = Annotated[
     str | None,
     typer.Option(metavar="URL", help="Where runs lie: a folder or fsspec URL [env: TRAINYARD_STORAGE; else ./runs]."),

@@ -58,6 +58,7 @@ def _train(letter_name: str) -> dict[str, Any]:
             storage=letter.storage,
             address=os.environ["RAY_ADDRESS"],
             max_steps=letter.max_steps,
+            allow_code_change=letter.allow_code_change,
             tell=tell,
             verbose=letter.verbose,
         )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.app import (
+    AllowCodeChange,
     JobFile,
     Json,
     MaxSteps,
@@ -51,6 +52,7 @@ def submit(
     ] = None,
     name: RunToBe = None,
     max_steps: MaxSteps = None,
+    allow_code_change: AllowCodeChange = False,
     storage: StorageUrl = None,
     env: Annotated[
         list[str] | None,
@@ -88,6 +90,7 @@ def submit(
             name=name,
             storage=storage,
             max_steps=max_steps,
+            allow_code_change=allow_code_change,
             env=env or [],
             env_files=env_file or [],
             token_file=token_file,

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.app import (
+    AllowCodeChange,
     JobFile,
     Json,
     MaxSteps,
@@ -37,6 +38,7 @@ def train(
         str | None, typer.Option(metavar="RAY", help="A Ray cluster to run on [env: RAY_ADDRESS].")
     ] = None,
     max_steps: MaxSteps = None,
+    allow_code_change: AllowCodeChange = False,
     storage: StorageUrl = None,
     trust: Trust = False,
     as_json: Json = False,
@@ -58,6 +60,7 @@ def train(
             storage=storage,
             address=address,
             max_steps=max_steps,
+            allow_code_change=allow_code_change,
             tell=progress.show,
             verbose=verbose,
         )

@@ -6,10 +6,8 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from typing import Any
 
-from pipeline import own_code
 from pipeline.cluster import signals
 from pipeline.cluster.failure import WorkerFailed
 from pipeline.cluster.gauges import Gauges
@@ -165,7 +163,6 @@ def train_function(config: dict[str, Any]) -> dict[str, Any]:
     """
     order: Order = config["order"]
     handed.take(order.environment)
-    order = replace(order, job=own_code.at_home(order.job))
     with RayContext(config["desk"], order.run_name) as context:
         try:
             position = work(order, context)

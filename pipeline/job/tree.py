@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -60,8 +61,8 @@ class Job(Node):
     metrics: list[str] = []
     """Metrics of your own besides the task's: `module:function`, (outputs, targets) of a whole split -> number."""
     code: str | None = None
-    """Folder of your own modules, relative to the job file; its Python files are stored with the run. The working
-    directory's modules are found too."""
+    """Folder of your own modules, relative to the job file. The working directory's are found too. What the job
+    imports of them is stored with the run; with other code it is another run."""
     evaluate: Evaluate = Evaluate()
     best: Best = Best()
     checkpoint: Checkpoint = Checkpoint()
@@ -111,25 +112,36 @@ class Job(Node):
 
 
 NOT_IDENTITY = ("scale", "storage", "checkpoint", "follow", "code")
-"""Branches of the job that change where and how fast it runs, not what comes out. (Code of the user's own that changes
-is a warning on resume.)"""
+"""Branches of the job that change where and how fast it runs, not what comes out. (`code` is a folder; what of it the
+job imports counts by its content.)"""
 
 NOT_IDENTITY_OF_DATA = ("root", "url", "loader", "cache")
 """Likewise, of its `data`."""
 
 
-def identity(job: Job, *, fingerprint: str, start: str | None = None, max_steps: int | None = None) -> dict[str, Any]:
-    """What determines a run's weights, as plain values: the resolved job without where and how fast, plus the data.
+def identity(
+    job: Job,
+    *,
+    fingerprint: str,
+    start: str | None = None,
+    max_steps: int | None = None,
+    code: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """What determines a run's weights, as plain values: the resolved job without where and how fast, plus the data and
+    the user's own code.
 
     Parameters
     ----------
     fingerprint: digest of the data's content.
     start: digest of the weights that the run starts from, where they come from elsewhere.
     max_steps: the flag `--max-steps`, where given.
+    code: digest of each file of the user's own code that the job imports; a job without any has the identity that it
+        always had.
     """
     tree = {key: value for key, value in job.resolved().items() if key not in NOT_IDENTITY}
     tree["data"] = {key: value for key, value in tree["data"].items() if key not in NOT_IDENTITY_OF_DATA}
-    return {**tree, "max_steps": max_steps, "fingerprint": fingerprint, "start": start}
+    tree |= {"max_steps": max_steps, "fingerprint": fingerprint, "start": start}
+    return {**tree, "code": dict(code)} if code else tree
 
 
 def digest(tree: dict[str, Any]) -> str:

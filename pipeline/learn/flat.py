@@ -24,6 +24,7 @@ SUMS = 4
 class FlatModel:
     """A model on its device, its parameters being views of `values`.
 
+    code: `module:Class` of a model of the user's own; empty for others.
     values: (P,) all parameters that require a gradient, in the order of `model.parameters()`.
     sizes: numbers of each of these parameters, by its name, in that order.
     exchange: (P + 5 + B,) what the ranks sum; B is 0 for a world of one, whose buffers need no averaging.
@@ -34,7 +35,10 @@ class FlatModel:
     JobError: a model with nothing to train.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, world_size: int) -> None:
+    def __init__(
+        self, model: nn.Module, device: torch.device, dtype: torch.dtype, world_size: int, code: str = ""
+    ) -> None:
+        self._code = code
         self.model = model.to(device, dtype)
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.parameters = list(trained.values())
@@ -96,7 +100,7 @@ class FlatModel:
         ------
         JobError: others.
         """
-        take_weights(self.model, weights)
+        take_weights(self.model, weights, self._code)
 
     def _averaged(self) -> list[Tensor]:
         """The buffers that differ between ranks. An average of equal ones is rounded: what is frozen has no part."""
@@ -111,8 +115,12 @@ class FlatModel:
         return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
 
 
-def take_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def take_weights(model: nn.Module, weights: Mapping[str, Tensor], code: str = "") -> None:
     """Copy a checkpoint's tensors into a model of the same names and shapes.
+
+    Parameters
+    ----------
+    code: `module:Class` of a model of the user's own, whose code is to blame then: the run has no other model.
 
     Raises
     ------
@@ -122,6 +130,12 @@ def take_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:3]] or [str(error)]
+        if code:
+            raise JobError(
+                f"the code of this model is not the code that its weights were trained by: {' '.join(lines)[:300]}",
+                where=f"model.kind: {code}",
+                fix="restore the code as it was then (the run's code*.zip hold what it was trained by), or train anew",
+            ) from None
         raise JobError(
             f"the checkpoint is of another model: {' '.join(lines)[:300]}", where="model", fix="use another checkpoint"
         ) from None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.device import Arithmetic
 from pipeline.errors import JobError
-from pipeline.job import Job
+from pipeline.job import Job, OwnModel
 from pipeline.learn.flat import FlatModel
 from pipeline.learn.models import draws_at_random
 from pipeline.learn.optimizers import Optimizer
@@ -52,7 +52,8 @@ class Trainee:
         self._arithmetic = Arithmetic.of(job.train.precision, device)
         self._prepare = prepare
         self._draw_seed = draw_seed if draws_at_random(model) else None
-        self.flat = FlatModel(model, device, self._arithmetic.dtype, world_size)
+        code = job.model.kind if isinstance(job.model, OwnModel) else ""
+        self.flat = FlatModel(model, device, self._arithmetic.dtype, world_size, code)
         self.task = task.to(device, self._arithmetic.dtype)
         self.optimizer = Optimizer(job.train.optimizer, self.flat.values, self.flat.sizes)
         self._scale = LossScale(device) if self._arithmetic.scales_loss else None

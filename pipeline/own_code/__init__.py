@@ -1,19 +1,6 @@
-"""The user's own code: what a job names of it, how it is found and called, and what it was."""
+"""The user's own code: which files it is, how it is imported and called, and how it is stored with a run."""
 
-from pipeline.own_code.calling import at_home, called, failed, imported, look_in, make_importable, named_in
-from pipeline.own_code.storing import changed, digests, packed, sources, unpacked
+from pipeline.own_code.calling import called, failed, imported
+from pipeline.own_code.importing import UserCode, changed, collect, named_in, stored
 
-__all__ = [
-    "at_home",
-    "called",
-    "changed",
-    "digests",
-    "failed",
-    "imported",
-    "look_in",
-    "make_importable",
-    "named_in",
-    "packed",
-    "sources",
-    "unpacked",
-]
+__all__ = ["UserCode", "called", "changed", "collect", "failed", "imported", "named_in", "stored"]

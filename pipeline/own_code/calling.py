@@ -1,95 +1,42 @@
-"""The user's own code: how it is found and called."""
+"""Functions and classes of the user's own: imported and called, and what they raise as errors of ours."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
-import sys
-import sysconfig
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.errors import InputError, JobError, TrainyardError
-from pipeline.job import Call, Job, OwnModel
+from pipeline.errors import InputError, TrainyardError
+from pipeline.own_code.dependencies import OURS, is_installed
+from pipeline.own_code.importing import called_as_ours, collect_named, in_use
 from pipeline.redaction import looked_up_in
 
 Failure = TypeVar("Failure", bound=TrainyardError)
 
-OURS = Path(__file__).parents[1]
-"""The package whose name a user's own must not have."""
-
-
-def named_in(job: Job) -> list[str]:
-    """All `module:name` that a job would import, sorted."""
-    names = [job.model.kind] if isinstance(job.model, OwnModel) else []
-    names += [job.data.source.call] if isinstance(job.data.source, Call) else []
-    names += [job.task.loss] if job.task.loss is not None and ":" in job.task.loss else []
-    return sorted({*names, *job.metrics})
-
-
-def look_in(folder: str) -> None:
-    """Let modules in a folder be imported; behind all others, so that none of them is hidden by the user's."""
-    if folder not in sys.path:
-        sys.path.append(folder)
-
-
-def at_home(job: Job) -> Job:
-    """The job with a relative `code` folder, one that was sent along with it, where it lies on this machine.
-
-    A cluster's nodes unpack what was sent each for itself, onto the import path; the working directory of a worker
-    is another one.
-    """
-    if job.code is None or os.path.isabs(job.code):
-        return job
-    found = [os.path.join(place, job.code) for place in sys.path if os.path.isdir(os.path.join(place, job.code))]
-    return job.model_copy(update={"code": found[0]}) if found else job
-
-
-def make_importable(job: Job, working_folder: str = "") -> None:
-    """Let what a job names be imported: from its `code` folder, then from the working directory.
-
-    Parameters
-    ----------
-    working_folder: that of the driving process, for its workers; else this process's.
-
-    Raises
-    ------
-    JobError: a module of the user's own is called as ours, so that it cannot be imported beside it.
-    """
-    for name in named_in(job):
-        if name.partition(":")[0].partition(".")[0] == OURS.name:
-            raise _called_as_ours(name)
-    if job.code is not None:
-        folder = Path(job.code).absolute()
-        for hidden in (folder / f"{OURS.name}.py", folder / OURS.name):
-            if hidden.is_file() or (hidden.is_dir() and any(hidden.glob("*.py")) and hidden.resolve() != OURS):
-                raise _called_as_ours(str(hidden))
-        look_in(str(folder))
-    look_in(working_folder or os.getcwd())
-
 
 def imported(name: str, *, where: str, error: type[InputError]) -> Callable[..., Any]:
-    """The function or class `module:name`. Modules of the working directory are found.
+    """The function or class `module:name`, from the code that is in use; else from the working directory.
 
     Raises
     ------
     InputError: as `error`: there is no such module or name, or the module raised something itself.
     """
     module_name, _, attribute = name.partition(":")
-    look_in(os.getcwd())
+    code = in_use() or collect_named([name])
     try:
-        module = importlib.import_module(module_name)
+        module = code.import_module(module_name)
     except ImportError as missing:
-        if missing.name is not None and missing.name.partition(".")[0] == OURS.name:
-            raise _called_as_ours(f"{missing.name}, which {name} imports", error, where) from missing
-        asked_for = missing.name is not None and f"{module_name}.".startswith(f"{missing.name}.")
+        absent = (missing.name or "").removeprefix(f"{code.name}.")
+        if absent.partition(".")[0] == OURS.name:
+            raise called_as_ours(f"{absent}, which {name} imports", error, where) from missing
+        asked_for = bool(absent) and f"{module_name}.".startswith(f"{absent}.")
         if not isinstance(missing, ModuleNotFoundError) or not asked_for:
             raise failed(missing, where, error) from missing
         fix = f"name its folder with code: FOLDER, or run from the folder that holds it, not {os.getcwd()}"
-        raise error(f"no module {missing.name!r}", where=where, fix=fix) from missing
+        raise error(f"no module {absent!r}", where=where, fix=fix) from missing
     except Exception as raised:  # whatever the user's module raises is the user's to see
         raise failed(raised, where, error) from raised
     function = getattr(module, attribute, None)
@@ -136,20 +83,6 @@ def failed(raised: Exception, where: str, error: type[Failure]) -> Failure:
     own = [(file, line) for file, line in files if not file.is_relative_to(OURS) and not is_installed(file)]
     place = f", at {own[-1][0]}:{own[-1][1]}" if own else ""
     return error(f"{type(raised).__name__}: {raised}{place}", where=where, fix="repair it, or its args")
-
-
-def is_installed(path: Path) -> bool:
-    """Whether a file belongs to Python or to an installed package."""
-    packages = {"site-packages", "dist-packages"} & set(path.parts)
-    return bool(packages) or path.is_relative_to(sysconfig.get_path("stdlib"))
-
-
-def _called_as_ours(what: str, error: type[InputError] = JobError, where: str = "code") -> InputError:
-    return error(
-        f"{what}: {OURS.name!r} is the name of Trainyard's own package, and Python can import only one of that name",
-        where=where,
-        fix="rename yours",
-    )
 
 
 def _named_parameters(function: Callable[..., Any]) -> set[str]:

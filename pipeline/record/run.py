@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from copy import copy
 from io import BytesIO
@@ -133,7 +134,13 @@ class Run:
         self.storage.replace(SPLITS, _parquet(table), sync=True)
 
     def write_code(self, archive: bytes) -> None:
-        """Store the user's own code, as `code.zip`."""
+        """Store the user's own code, as `code.zip`. Another that stood there is kept, as `code-<its digest>.zip`."""
+        before = self.code()
+        if before == archive:
+            return
+        if before is not None:
+            name = f"code-{hashlib.sha256(before).hexdigest()[:8]}.zip"
+            self.storage.replace(name, before, sync=True)
         self.storage.replace(CODE, archive, sync=True)
 
     def code(self) -> bytes | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import WorkError
 from pipeline.job import Job
 from pipeline.job_file import dump_job, resolve_job
+from pipeline.own_code import collect
 from pipeline.verbs.places import storage_url
 
 if TYPE_CHECKING:
@@ -95,8 +96,9 @@ def check(
     from pipeline.assembly import build, prepare
     from pipeline.device import leave_as_found
 
-    with leave_as_found():
-        prepared = prepare(job, storage_url=job.storage)
+    code = collect(job)
+    with code.in_use(), leave_as_found():
+        prepared = prepare(job, storage_url=job.storage, code=code)
         return Checked(
             job,
             _one_batch(prepared, build(prepared)) if batch else None,

@@ -19,7 +19,7 @@ from pipeline.errors import InputError
 from pipeline.job import Job, RandomSplits, digest, identity
 from pipeline.job_file import override_job, parse_job
 from pipeline.learn.words import no_better_words, table_lines
-from pipeline.own_code import named_in
+from pipeline.own_code import UserCode, named_in
 from pipeline.record.checkpoint import find_checkpoint
 from pipeline.record.reads import record_read
 from pipeline.record.run import Run
@@ -89,14 +89,14 @@ def evaluate(
         raise InputError(f"{split!r} is no split", where="--split", fix="train, val or test")
     found = find_run(run, storage)
     saved = find_checkpoint(found, checkpoint)
-    job = _stored_job(found, list(set), trust)
+    job, code = _stored_job(found, list(set), trust)
     job = job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"limit": None})})
     fitted, weights = Fitted.from_json(saved.preprocess()), saved.weights()
     check_weights(job, fitted, weights, saved.url)
     if data is not None:
-        split, prepared = "data", prepare_rows(_on_other_data(job, data, fitted), fitted, "data", say)
+        split, prepared = "data", prepare_rows(_on_other_data(job, data, fitted), fitted, "data", say, code=code)
     else:
-        prepared = replace(prepare(job, say=say), fitted=fitted)
+        prepared = replace(prepare(job, say=say, code=code), fitted=fitted)
         _check_is_the_runs(found, prepared, split)
     built = build(prepared, to_train=False)
     built.trainee.flat.load(weights)
@@ -158,8 +158,8 @@ def _check_place(job: Job, stored: Job, where: str) -> None:
         )
 
 
-def _stored_job(run: Run, overrides: list[str], trust: bool) -> Job:
-    """The job as stored with the run, with overrides of where and how.
+def _stored_job(run: Run, overrides: list[str], trust: bool) -> tuple[Job, UserCode]:
+    """The job as stored with the run, with overrides of where and how; and its own code.
 
     Raises
     ------
@@ -167,7 +167,7 @@ def _stored_job(run: Run, overrides: list[str], trust: bool) -> Job:
     """
     where = f"{run.url}/job.yaml"
     stored = parse_job(run.job_yaml(), where)
-    trust_code(run, stored, named_in(stored), trust)
+    code = trust_code(run, stored, named_in(stored), trust)
     job = override_job(stored, overrides)
     if not trust:
         # What it names is imported from there, and so could be any module that some library looks for in vain.
@@ -177,4 +177,4 @@ def _stored_job(run: Run, overrides: list[str], trust: bool) -> Job:
         raise InputError(
             "an override may not change what was trained", where=f"--set {' '.join(overrides)}", fix="train a new run"
         )
-    return job
+    return job, code

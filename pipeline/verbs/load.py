@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pipeline import own_code
 from pipeline.assembly import check_weights
 from pipeline.data.fitted import Fitted
@@ -37,37 +35,35 @@ def load(model: str, *, storage: str | None = None, device: str = "cpu", trust: 
     name, which = run_and_checkpoint(model)
     run = find_run(name, storage)
     job = parse_job(run.job_yaml(), f"{run.url}/job.yaml")
-    if isinstance(job.model, OwnModel):
-        trust_code(run, job, [job.model.kind], trust)
+    own = [job.model.kind] if isinstance(job.model, OwnModel) else []
+    code = trust_code(run, job, own, trust)
     saved = find_checkpoint(run, which)
     fitted, place = Fitted.from_json(saved.preprocess()), choose(device)
     preprocess = fitted.preprocess
     weights = saved.weights()
     check_weights(job, fitted, weights, saved.url)
-    with default_settings():
+    with code.in_use(), default_settings():
         net = build_model(job, preprocess.output_shape, fitted.outputs, 0, preprocess.code_sizes)
         net.to(place, Arithmetic.of(job.train.precision, place).dtype)  # first: fp64 stays what it is
-        take_weights(net, weights)
-    return Predictor(net, fitted, job, run.name, saved.step)
+        take_weights(net, weights, "".join(own))
+    return Predictor(net, fitted, job, run.name, saved.step, code)
 
 
-def trust_code(run: Run, job: Job, names: list[str], trust: bool) -> None:
-    """Let the modules that a stored job names be imported: from the code stored with it, then from where they were.
+def trust_code(run: Run, job: Job, names: list[str], trust: bool) -> own_code.UserCode:
+    """The code that the modules which a stored job names are imported from: the code stored with it, or what lies where
+    they were then if none was stored.
 
     Raises
     ------
     InputError: they are not trusted.
     """
     if not names:
-        return
+        return own_code.UserCode({}, {}, [])
     if not trust:
         raise InputError(
             f"this job would import {', '.join(names)}",
             where=f"{run.url}/job.yaml",
             fix="--trust (in Python: trust=True) allows it, if you trust this storage",
         )
-    stored = run.code()
-    if stored is not None:
-        own_code.look_in(str(own_code.unpacked(stored)))
-    if job.code is not None and Path(job.code).is_dir():
-        own_code.look_in(job.code)
+    archive = run.code()
+    return own_code.stored(archive) if archive is not None else own_code.collect(job)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -35,6 +34,7 @@ def submit(
     name: str | None = None,
     storage: str | None = None,
     max_steps: int | None = None,
+    allow_code_change: bool = False,
     env: Iterable[str] = (),
     env_files: Iterable[str] = (),
     token_file: str | None = None,
@@ -51,7 +51,8 @@ def submit(
     job: a job file, its content as a dict, or a `Job`.
     address: URL of the cluster's dashboard.
     set: overrides for the job file.
-    name, storage, max_steps: as for `train`; a path is one of this machine, where the cluster is on it too.
+    name, storage, max_steps, allow_code_change: as for `train`; a path is one of this machine, where the cluster is on
+        it too.
     env: names of variables of this environment to set for the job there; they stay out of everything that is written.
     env_files: files of such variables.
     token_file: holds the cluster's token.
@@ -71,8 +72,7 @@ def submit(
     KeyboardInterrupt: as pressed; a job that was started goes on.
     """
     wanted = with_whole_url(resolve_job(job, set))
-    own_code.make_importable(wanted, os.getcwd())
-    code = own_code.sources(wanted)
+    code = own_code.collect(wanted)
     environment = environment_of(env, env_files)
     hide(environment)
     if name is not None:
@@ -81,10 +81,12 @@ def submit(
     written = storage_url(storage, wanted.storage)
     clearance = clear(cluster, storage=written, scale=wanted.scale, environment=environment, say=say)
     say(f"cluster {clearance.text}")
-    key = key_of(wanted, storage=clearance.storage, name=name, max_steps=max_steps)
-    shipped = wanted.model_copy(update={"code": CODE_FOLDER if code else None})
-    letter = Letter(dump_job(shipped), clearance.storage, name, max_steps, verbose, environment)
-    job_id = _start_or_attach(cluster, clearance, key, letter, code, wanted, say)
+    key = key_of(wanted, storage=clearance.storage, name=name, max_steps=max_steps, code=code.digests)
+    shipped = wanted.model_copy(update={"code": CODE_FOLDER if code.files else None})
+    letter = Letter(
+        dump_job(shipped), clearance.storage, name, max_steps, verbose, environment, allow_code_change=allow_code_change
+    )
+    job_id = _start_or_attach(cluster, clearance, key, letter, code.files, wanted, say)
     on_job(job_id)
     return follow(cluster, job_id, show, say) if wait else look(cluster, job_id)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pipeline.job import Job
+from pipeline.own_code import UserCode
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,9 @@ class Order:
     max_steps: int | None = None
     dead_attempt: int | None = None
     """An attempt of this driver's whose workers are known to have ended."""
-    code_folder: str = ""
-    """Where the user's own modules lie."""
+    code: UserCode | None = None
+    """The user's own code that the job imports; None: what is there now. (Its repr is short.)"""
+    code_changes: tuple[str, ...] = ()
+    """Files of it that changed since the run's last attempt, which the user allowed."""
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
     """What the driver was handed, see `pipeline.storage.handed`. (Ray writes an order's repr down.)"""

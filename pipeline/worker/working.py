@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import socket
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from pipeline.errors import (
     StorageError,
 )
 from pipeline.loop import Bounds, Position, fit
+from pipeline.own_code import UserCode
 from pipeline.record.attempt import Attempt, claim
 from pipeline.record.checkpoint import Base
 from pipeline.record.decisions import first_facts
@@ -32,6 +34,8 @@ from pipeline.worker.followed import Followed
 from pipeline.worker.leaving import leaving_word
 from pipeline.worker.order import Order
 from pipeline.worker.watched import watched
+
+MOST_SHOWN = 4
 
 
 def work(order: Order, context: Context, prepared: Prepared | None = None) -> Position:
@@ -57,8 +61,13 @@ def _work(order: Order, context: Context, prepared: Prepared | None, run: Run) -
         context.progress.count += 1
         context.tell({"kind": "phase", "text": text})
 
-    own_code.make_importable(order.job, order.code_folder)
-    prepared = prepared or prepare(order.job, order.max_steps, storage_url=order.storage_url, say=say)
+    code = order.code or own_code.collect(order.job)
+    with code.in_use():
+        prepared = prepared or prepare(order.job, order.max_steps, storage_url=order.storage_url, say=say, code=code)
+        return _attempt(order, context, prepared, run)
+
+
+def _attempt(order: Order, context: Context, prepared: Prepared, run: Run) -> Position:
     facts = run.facts()
     if facts["fingerprint"] != prepared.source.fingerprint:
         raise JobError(
@@ -73,7 +82,7 @@ def _work(order: Order, context: Context, prepared: Prepared | None, run: Run) -
         start: Start = context.broadcast(None)
         context.progress.attempt = start.attempt
         return start.position if start.is_over else _fit(prepared, built, context, start, Reporter(context))
-    attempt = _claim(run, order, context, built)
+    attempt = _claim(run, order, context, built, prepared.code)
     context.progress.attempt = attempt.number
     if attempt.heartbeat is not None:
         context.progress.give_up = attempt.heartbeat.stop
@@ -94,7 +103,9 @@ def _lead(
     bookkeeper = Bookkeeper(context, built.trainee, prepared.plan, recorder, attempt, prepared.fitted.to_json())
     try:
         with leaving_word(recorder, bookkeeper):
+            before = prepared.code.not_stored()
             position = _fit(prepared, built, context, start, bookkeeper)
+            _warn_of_code_not_stored(context, prepared.code.not_stored().keys() - before.keys())
             recorder.finish()
             return position
     finally:
@@ -113,17 +124,22 @@ class Start:
     attempt: int = 1
 
 
-def _claim(run: Run, order: Order, context: Context, built: Built) -> Attempt:
-    facts = {
+def _claim(run: Run, order: Order, context: Context, built: Built, code: UserCode) -> Attempt:
+    facts: dict[str, Any] = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "world_size": context.world_size,
         "way": built.way,
-        "code": own_code.digests(order.job),
+        "code": {**code.digests, **code.installed()},
         "trainyard": __version__,
         "python": platform.python_version(),
         **devices.facts(built.device),
     }
+    if not_stored := code.not_stored():
+        facts["code_not_stored"] = not_stored
+        _warn_of_code_not_stored(context, not_stored)
+    if order.code_changes:
+        facts["code_changes_allowed"] = list(order.code_changes)
     attempt = claim(
         run,
         driver=order.driver,
@@ -136,7 +152,9 @@ def _claim(run: Run, order: Order, context: Context, built: Built) -> Attempt:
     if attempt.remark:
         context.tell({"kind": "message", "text": attempt.remark})
     before = attempt.previous_facts
-    if before and (files := own_code.changed(before.get("code", {}), facts["code"])):
+    if code.files:
+        run.write_code(code.archive)
+    if before and (files := own_code.changed(_code_of(before), _code_of(facts))):
         text = f"code changed since the last attempt: {', '.join(files)}: the result may differ"
         context.tell({"kind": "warning", "text": text})
     for name in ("torch", "device", "cpu_capability", "threads", "world_size") if before else ():
@@ -144,6 +162,22 @@ def _claim(run: Run, order: Order, context: Context, built: Built) -> Attempt:
             text = f"{name} is {facts[name]}, was {before.get(name)}: the result may differ in bits"
             context.tell({"kind": "warning", "text": text})
     return attempt
+
+
+def _code_of(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of all the user's code that an attempt named in its claim."""
+    return {**facts.get("code", {}), **facts.get("code_not_stored", {})}
+
+
+def _warn_of_code_not_stored(context: Context, files: Collection[str]) -> None:
+    names = sorted(files)
+    if names:
+        more = f" and {len(names) - MOST_SHOWN} more" if len(names) > MOST_SHOWN else ""
+        text = (
+            f"imported, but not stored with the run: {', '.join(names[:MOST_SHOWN])}{more}; only what the job's code "
+            "names in import statements is: add one, such as `import helper`, or move it into an installed package"
+        )
+        context.tell({"kind": "warning", "text": text})
 
 
 def _start(attempt: Attempt, keep: int) -> Start:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 import zipfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +18,15 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import JobError
+from pipeline.job import digest, identity
+from pipeline.job_file import parse_job
 from pipeline.learn.models import build_model
 from pipeline.learn.trainee import Trainee
 from pipeline.record.checkpoint import find_checkpoint
-from pipeline.record.run import open_run
+from pipeline.record.entries import Claim
+from pipeline.record.run import Run, open_run
 from pipeline.starting import Start, digest_of, take
+from pipeline.storage import Storage
 from tests.cli.cli_calls import SMALL, Trainyard, write_job
 from tests.learn.trainees import make_job
 
@@ -226,15 +233,12 @@ def body(inputs, width, outputs):
 """
 
 
-def test_a_run_keeps_its_code_and_names_what_changed(
-    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+def test_a_run_keeps_its_code_and_names_what_changed(trainyard: Trainyard, tmp_path: Path) -> None:
     code = tmp_path / "jobs/code"
     (code / "own_start_parts").mkdir(parents=True)
     (code / "own_start_net.py").write_text(OWN)
     (code / "own_start_parts/layers.py").write_text(PARTS)
+    (code / "own_start_unused.py").write_text("")
     job = changed(tmp_path / "jobs", "own.yaml", model={"kind": "own_start_net:net"}, code="code")
     run = Path(trainyard("train", job, "--name", "mine", "--json").json["url"])
     with zipfile.ZipFile(run / "code.zip") as archive:
@@ -246,29 +250,171 @@ def test_a_run_keeps_its_code_and_names_what_changed(
     assert (run / "code.zip").read_bytes() == before
     part = trainyard("train", job, "--name", "part", "--max-steps", "5", "--json").json
     claims = [json.loads(path.read_text()) for path in sorted(Path(part["url"]).glob("journal/*.json"))]
-    assert {"code.zip", "own_start_net.py"} < claims[0]["facts"]["code"].keys()
+    assert claims[0]["facts"]["code"].keys() == {"own_start_net.py", "own_start_parts/layers.py"}
 
 
-def test_changed_code_is_a_warning_on_resume(
-    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "path", [*sys.path])
+NET_OF_PARTS = "from torch import nn\nfrom own_edit_parts import layers\ndef net():\n    return nn.Linear(2, layers)\n"
+
+
+@pytest.fixture
+def edited(tmp_path: Path) -> tuple[str, Path]:
+    """A job with a model of its own, and the helper that the model's module imports."""
     (tmp_path / "code").mkdir()
-    (tmp_path / "code/own_start_flat.py").write_text("from torch import nn\ndef net():\n    return nn.Linear(2, 2)\n")
-    job = changed(tmp_path, "own.yaml", model={"kind": "own_start_flat:net"}, code="code")
+    (tmp_path / "code/own_edit_net.py").write_text(NET_OF_PARTS)
+    (tmp_path / "code/own_edit_parts.py").write_text("layers = 2\n")
+    (tmp_path / "code/own_edit_unused.py").write_text("")
+    job = changed(tmp_path, "own.yaml", model={"kind": "own_edit_net:net"}, code="code")
+    return job, tmp_path / "code/own_edit_parts.py"
+
+
+@pytest.fixture
+def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Has the next run stopped by SIGINT after so many updates."""
     update = Trainee.update
 
-    def update_once(trainee: Trainee, lr: float) -> None:
-        update(trainee, lr)
-        monkeypatch.setattr(Trainee, "update", update)
-        signal.raise_signal(signal.SIGINT)
+    def stop_at(count: int) -> None:
+        done: list[float] = []
 
-    monkeypatch.setattr(Trainee, "update", update_once)
+        def update_and_count(trainee: Trainee, lr: float) -> None:
+            update(trainee, lr)
+            done.append(lr)
+            if len(done) == count:
+                monkeypatch.setattr(Trainee, "update", update)
+                signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(Trainee, "update", update_and_count)
+
+    return stop_at
+
+
+def claims_of(run: Path) -> list[dict[str, Any]]:
+    entries = [json.loads(path.read_text()) for path in sorted(run.glob("journal/*.json"))]
+    return [entry["facts"] for entry in entries if entry["kind"] == "claim"]
+
+
+def test_an_edit_of_the_code_is_a_new_run(trainyard: Trainyard, edited: tuple[str, Path]) -> None:
+    job, helper = edited
+    first = trainyard("train", job, "--json").json["run"]
+    helper.with_name("own_edit_unused.py").write_text("x = 1\n")
+    same = trainyard("train", job)
+    assert f"run {first} (found)" in same.err
+    assert "nothing to do" in same.err
+    helper.write_text("layers = 1 + 1\n")
+    other = trainyard("train", job, "--json")
+    assert "nothing to do" not in other.err
+    assert other.json["run"] != first
+
+
+def test_going_on_in_spite_of_an_edit_is_asked_for_and_recorded(
+    trainyard: Trainyard, edited: tuple[str, Path], interrupted_at: Callable[[int], None], tmp_path: Path
+) -> None:
+    job, helper = edited
+    run = tmp_path / "runs/mine"
+    interrupted_at(2)
+    assert trainyard("train", job, "--name", "mine").code == 130
+    before = (run / "code.zip").read_bytes()
+    helper.write_text("layers = 1 + 1\n")
+    refused = trainyard("train", job, "--name", "mine")
+    assert refused.code == 2
+    assert "the code changed since this run last ran: own_edit_parts.py" in refused.err
+    assert "--allow-code-change" in refused.err
+    assert len(claims_of(run)) == 1
+    interrupted_at(2)
+    going_on = trainyard("train", job, "--name", "mine", "--allow-code-change")
+    assert going_on.code == 130
+    assert "resuming after step" in going_on.err
+    assert "code changed since the last attempt: own_edit_parts.py" in going_on.err
+    assert claims_of(run)[1]["code_changes_allowed"] == ["own_edit_parts.py"]
+    with zipfile.ZipFile(run / "code.zip") as archive:
+        assert archive.read("own_edit_parts.py") == helper.read_bytes()
+    (kept,) = run.glob("code-*.zip")
+    assert kept.read_bytes() == before
+    ended = trainyard("train", job, "--name", "mine")  # nothing changed since, so nothing is to be allowed
+    assert ended.code == 0
+    assert "code changed" not in ended.err
+    assert "code_changes_allowed" not in claims_of(run)[2]
+    assert "nothing to do" in trainyard("train", job, "--name", "mine", "--allow-code-change").err
+    helper.write_text("layers = 2\n")
+    finished = trainyard("train", job, "--name", "mine", "--allow-code-change")
+    assert finished.code == 2
+    assert "the code changed since this run ended: own_edit_parts.py" in finished.err
+    assert "goes with --name" in trainyard("train", job, "--allow-code-change").err
+
+
+def test_weights_that_do_not_fit_edited_code_blame_the_code(
+    trainyard: Trainyard, edited: tuple[str, Path], interrupted_at: Callable[[int], None]
+) -> None:
+    job, helper = edited
+    interrupted_at(2)
+    trainyard("train", job, "--name", "mine")
+    helper.with_name("own_edit_net.py").write_text(
+        "from torch import nn\ndef net():\n    return nn.Sequential(nn.Linear(2, 2))\n"
+    )
+    misfit = trainyard("train", job, "--name", "mine", "--allow-code-change")
+    assert misfit.code == 2
+    assert (
+        "model.kind: own_edit_net:net: the code of this model is not the code that its weights were trained"
+        in misfit.err
+    )
+    assert "checkpoint" not in misfit.err
+
+
+def test_code_that_no_statement_imports_is_told_and_recorded(
+    trainyard: Trainyard, edited: tuple[str, Path], tmp_path: Path
+) -> None:
+    job, helper = edited
+    helper.with_name("own_edit_net.py").write_text(
+        "import pydoc\nfrom torch import nn\n"
+        "def net():\n    return nn.Linear(2, pydoc.locate('own_edit_parts').layers)\n"
+    )
+    first = trainyard("train", job, "--name", "mine")
+    assert first.code == 0
+    assert "imported, but not stored with the run: own_edit_parts.py" in first.err
+    assert claims_of(tmp_path / "runs/mine")[0]["code_not_stored"].keys() == {"own_edit_parts.py"}
+    assert "nothing to do" in trainyard("train", job, "--name", "mine").err
+    helper.write_text("layers = 1 + 1\n")
+    again = trainyard("train", job, "--name", "mine")
+    assert again.code == 2
+    assert "the code changed since this run ended: own_edit_parts.py" in again.err
+
+
+def as_before_code_counted(new: Path) -> str:
+    """A copy of a run as the version wrote it that noted the code of each attempt but not in the run's identity."""
+    run = Run(Storage.open(str(new.parent)), new.name)
+    facts = {name: value for name, value in run.facts().items() if name != "code"}
+    job = parse_job(run.job_yaml(), "stored")
+    plain = identity(job, **{name: facts[name] for name in ("fingerprint", "start", "max_steps")})
+    older = Run(Storage.open(str(new.parent)), f"{job.name}-{digest(plain)[:8]}")
+    shutil.copytree(new, new.with_name(older.name))
+    (new.with_name(older.name) / "job.yaml").unlink()
+    assert older.birth(run.job_yaml().partition("\n")[2], {**facts, "identity": digest(plain)})
+    for entry in run.journal.read():
+        if isinstance(entry, Claim):
+            code = {**entry.facts["code"], "own_edit_unused.py": "a", "code.zip": "b"}
+            text = replace(entry, facts={**entry.facts, "code": code}).to_json()
+            (new.with_name(older.name) / f"journal/{entry.number:08d}.json").write_text(text)
+    return older.name
+
+
+def test_a_run_of_before_code_counted_is_gone_on_with_by_its_name(
+    trainyard: Trainyard, edited: tuple[str, Path], interrupted_at: Callable[[int], None], tmp_path: Path
+) -> None:
+    job, helper = edited
+    interrupted_at(2)
     assert trainyard("train", job).code == 130
-    (tmp_path / "code/helper.py").write_text("")
-    resumed = trainyard("train", job)
-    assert resumed.code == 0
-    assert "code changed since the last attempt: helper.py" in resumed.err
+    (run,) = (tmp_path / "runs").iterdir()
+    older = as_before_code_counted(run)
+    shutil.rmtree(run)
+    beside = trainyard("train", job, "--json")
+    assert beside.json["run"] == run.name
+    assert f"--name {older} goes on with it" in beside.err
+    resumed = trainyard("train", job, "--name", older)
+    assert resumed.code == 0, resumed.err
+    assert "resuming after step" in resumed.err
+    helper.write_text("layers = 1 + 1\n")
+    refused = trainyard("train", job, "--name", older)
+    assert refused.code == 2
+    assert "the code changed since this run ended: own_edit_parts.py" in refused.err
 
 
 def test_a_start_and_code_on_s3(

@@ -19,7 +19,7 @@ from pipeline.job_file import build_job
 from pipeline.learn import tally as tally_module
 from pipeline.learn.tally import MOST_GATHERED, Tally, check_best_is_gathered, too_large_to_gather
 from pipeline.learn.task import Task, Unit, build_task
-from tests.learn.own_measures import SEEN
+from pipeline.own_code import imported
 from tests.learn.trainees import make_job
 
 CPU = torch.device("cpu")
@@ -197,8 +197,9 @@ def test_log_loss_has_neither_weights_nor_the_loss_of_the_user() -> None:
 
 @pytest.mark.parametrize("size", [2, 5])
 def test_an_own_metric_sees_the_whole_split_in_its_order_and_the_users_unit(size: int) -> None:
-    SEEN.clear()
     name = f"{OWN}:remembers"
+    seen = imported(name, where="here", error=JobError).__globals__["SEEN"]
+    seen.clear()
     logits = np.array([[0.0, 1.0, -1.0]] * 3 + [[800.0, 0.0, -800.0]] * 2, dtype=np.float32)
     found = evaluated(make_task("multiclass", metrics=(name,)), logits, np.array([2, 1, 0, 2, 1]), size)
     assert list(found)[-2:] == ["remembers", "samples"]
@@ -208,7 +209,7 @@ def test_an_own_metric_sees_the_whole_split_in_its_order_and_the_users_unit(size
     evaluated(make_task("regression", 1, metrics=(name,), unit=unit), logits[:, 1:2], logits[:, :1], size)
     both = Unit((10.0, 0.0), (2.0, 1.0))
     evaluated(make_task("regression", 2, metrics=(name,), unit=both), logits[:, 1:], logits[:, :2], size)
-    (chances, labels), (positive, ones), (values, truth), (pairs, _) = SEEN
+    (chances, labels), (positive, ones), (values, truth), (pairs, _) = seen
     assert chances.dtype == positive.dtype == values.dtype == np.float64
     assert labels.tolist() == [2, 1, 0, 2, 1]
     np.testing.assert_allclose(chances[0], torch.tensor([0.0, 1.0, -1.0]).softmax(0), rtol=1e-6)

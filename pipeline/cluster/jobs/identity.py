@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from pipeline.job import Job, digest, identity
 
 
-def key_of(job: Job, *, storage: str, name: str | None, max_steps: int | None) -> str:
+def key_of(job: Job, *, storage: str, name: str | None, max_steps: int | None, code: Mapping[str, str]) -> str:
     """`<job name>-<8 digits>` of what determines the run, as far as it is known without the data itself."""
-    tree = identity(job, fingerprint="", max_steps=max_steps)
+    tree = identity(job, fingerprint="", max_steps=max_steps, code=code)
     tree |= {"storage": storage, "name": name, "url": job.data.url}
     return f"{job.name}-{digest(tree)[:8]}"
 

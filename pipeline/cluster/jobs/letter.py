@@ -33,6 +33,7 @@ class Letter:
     max_steps: int | None = None
     verbose: bool = False
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    allow_code_change: bool = False
     probe: Mapping[str, Any] | None = None
     """For the probe: what it is asked, see `probe`."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pipeline.errors import InputError
-from pipeline.own_code.calling import OURS
+from pipeline.own_code.dependencies import OURS
 
 ENTRY_POINT = "jobs/entry_point.py"
 CODE_FOLDER = "trainyard_code"

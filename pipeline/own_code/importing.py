@@ -1,0 +1,346 @@
+"""The user's own code of one job or run, imported under a name of its own.
+
+Python keeps a module for as long as a process lives, and knows only one of a name. So each set of files is a package of
+its own, called by their digest: an edited file is another package, and so is the code of another run. Within it the
+imports of its files lead to its files first, by whatever names they use. What lies beneath is never a file that changed
+since: modules are made of the content that was read, digested and stored.
+"""
+
+from __future__ import annotations
+
+import atexit
+import builtins
+import hashlib
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import CodeType, ModuleType
+from typing import Any
+
+from pipeline.errors import InputError, JobError
+from pipeline.job import Call, Job, OwnModel
+from pipeline.own_code.dependencies import OURS, Dependencies, installed_file, is_installed
+from pipeline.own_code.storing import pack, unpack
+
+PREFIX = "trainyard_code_"
+"""Of the packages' names."""
+ARCHIVE = "code.zip"
+
+
+class UserCode:
+    """The files of the user's own code that a job imports, as they were when they were read.
+
+    Picklable, and so is what is made of its modules: whoever unpickles the code first can import them.
+
+    Parameters
+    ----------
+    files: content by path below an import path. paths: where each of them lies on this machine.
+    roots: folders that are on the import path while it is in use, behind all others: for what is imported in other
+        ways than by an import statement of its own.
+    modules: names of those that the job names.
+    name: of the package; else by the digest of all this.
+    """
+
+    def __init__(
+        self,
+        files: Mapping[str, bytes],
+        paths: Mapping[str, str],
+        roots: Sequence[str],
+        modules: Sequence[str] = (),
+        name: str = "",
+    ) -> None:
+        self.files = dict(sorted(files.items()))
+        self.digests = {path: hashlib.sha256(content).hexdigest() for path, content in self.files.items()}
+        """SHA-256 of each file, by its path."""
+        self.archive = pack(self.files)
+        """`code.zip`."""
+        beside = [paths[path] for path in self.files]  # a module may read what lies beside it
+        self.name = name or PREFIX + _digest(self.archive, *beside, *roots, *modules)
+        self._paths, self._roots, self._modules = dict(paths), tuple(roots), tuple(modules)
+        self._folders = {parent.as_posix() for path in self.files for parent in PurePosixPath(path).parents} - {"."}
+
+    def __repr__(self) -> str:
+        return f"UserCode({self.name!r}, {len(self.files)} files)"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrive, (self.files, self._paths, self._roots, self._modules, self.name)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """While entered, what a job of this thread names is imported from here. Afterwards the import path is as it
+        was, and modules that came from the roots in other ways are forgotten, so that they are read anew next time."""
+        now = _active.get()
+        if now is not None and now.code is self:
+            yield
+            return
+        active = _Active(self, frozenset(sys.modules))
+        added = [root for root in self._roots if root not in sys.path]
+        sys.path.extend(added)
+        token = _active.set(active)
+        try:
+            yield
+        finally:
+            _active.reset(token)
+            for name in self._imported_otherwise(active):
+                sys.modules.pop(name, None)
+            for root in added:
+                if root in sys.path:
+                    sys.path.remove(root)
+
+    def import_module(self, name: str, package: str | None = None) -> ModuleType:
+        """`importlib.import_module` as this code's modules see it."""
+        return importlib.import_module(f"{self.name}.{name}" if self.holds(name) else name, package)
+
+    def holds(self, module: str) -> bool:
+        """Whether importing `module` leads into this code."""
+        path, top = module.replace(".", "/"), module.partition(".")[0]
+        if f"{top}.py" in self.files or f"{top}/__init__.py" in self.files:
+            return True
+        return f"{path}.py" in self.files or path in self._folders
+
+    def installed(self) -> dict[str, str]:
+        """SHA-256 of the modules of installed packages that the job names. It imports their packages."""
+        names = [module for module in self._modules if not self.holds(module)]
+        files = {name: file for name in names if (file := installed_file(name)) is not None}
+        return {name: _digest_of(file) for name, file in files.items()}
+
+    def not_stored(self) -> dict[str, str]:
+        """SHA-256 of files that were imported from the roots since this is in use and are none of its files, by their
+        paths: for the import has no statement, or is of no Python file."""
+        now = _active.get()
+        files = self._imported_otherwise(now).values() if now is not None and now.code is self else ()
+        digests = {self._below_root(file): _digest_of(file) for file in files if file.is_file()}
+        return {path: digest for path, digest in digests.items() if self.digests.get(path) != digest}
+
+    def edited(self, digests: Mapping[str, str]) -> list[str]:
+        """Those files of an earlier `not_stored` that are here, with another content."""
+        found = []
+        for path, digest in digests.items():
+            files = [file for root in self._roots if (file := Path(root, path)).is_file()]
+            if files and _digest_of(files[0]) != digest:
+                found.append(path)
+        return found
+
+    def _imported_otherwise(self, since: _Active) -> dict[str, Path]:
+        """New modules whose files lie below a root, by name; but for those that were made of the files of some code."""
+        found = {}
+        for name in [name for name in list(sys.modules) if name not in since.modules]:
+            module = sys.modules.get(name)
+            file = getattr(module, "__file__", None)
+            if not isinstance(file, str) or isinstance(getattr(module, "__loader__", None), _Loader):
+                continue
+            path = Path(file).absolute()
+            if not is_installed(path) and not path.is_relative_to(OURS) and self._below_root(path):
+                found[name] = path
+        return found
+
+    def _below_root(self, file: Path) -> str:
+        """The path below the first root that holds a file; empty if none does."""
+        root = next((root for root in self._roots if file.is_relative_to(root)), None)
+        return file.relative_to(root).as_posix() if root is not None else ""
+
+    def spec_of(self, fullname: str) -> importlib.machinery.ModuleSpec | None:
+        """How to import one of its modules; None for what is none of them."""
+        path = fullname.removeprefix(self.name).removeprefix(".").replace(".", "/")
+        for file in (f"{path}/__init__.py", f"{path}.py"):
+            if file in self.files:
+                loader = _Loader(fullname, self._paths[file], self, self.files[file])
+                return importlib.util.spec_from_file_location(fullname, self._paths[file], loader=loader)
+        if path == "" or path in self._folders:
+            folder = importlib.machinery.ModuleSpec(fullname, None, is_package=True)
+            folder.submodule_search_locations = [os.path.join(root, path) for root in self._roots] if path else []
+            return folder
+        return None
+
+    def import_statement(
+        self,
+        name: str,
+        globals: Mapping[str, object] | None = None,  # noqa: A002 - as __import__ calls them
+        locals: Mapping[str, object] | None = None,  # noqa: A002
+        fromlist: Sequence[str] | None = (),
+        level: int = 0,
+    ) -> Any:
+        """`__import__` as this code's modules see it."""
+        if level == 0 and self.holds(name):
+            module = builtins.__import__(f"{self.name}.{name}", globals, locals, fromlist or (), 0)
+            return module if fromlist else sys.modules[f"{self.name}.{name.partition('.')[0]}"]
+        module = builtins.__import__(name, globals, locals, fromlist or (), level)
+        return self._importlib() if module is importlib else module
+
+    def _importlib(self) -> ModuleType:
+        """`importlib`, whose `import_module` is that of this code."""
+        module = ModuleType("importlib", importlib.__doc__)
+        module.__dict__.update(vars(importlib))
+        module.__dict__.update(import_module=self.import_module, __getattr__=lambda name: getattr(importlib, name))
+        return module
+
+
+@dataclass(frozen=True)
+class _Active:
+    code: UserCode
+    modules: frozenset[str]
+    """Names of those that were there before."""
+
+
+_active: ContextVar[_Active | None] = ContextVar("trainyard_user_code", default=None)
+_registered: dict[str, UserCode] = {}
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the packages of user code. Inert for all else."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        code = _registered.get(fullname.partition(".")[0])
+        return code.spec_of(fullname) if code is not None else None
+
+
+_finder = _Finder()
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Makes a module of the content that was read, with the imports of its code."""
+
+    def __init__(self, fullname: str, path: str, code: UserCode, content: bytes) -> None:
+        super().__init__(fullname, path)
+        self._user_code = code
+        self._content = content
+
+    def get_data(self, path: str) -> bytes:
+        return self._content if path == self.path else super().get_data(path)
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        """Never a compiled file, which may be of another content."""
+        return self.source_to_code(self._content, self.path)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__dict__["__builtins__"] = {**vars(builtins), "__import__": self._user_code.import_statement}
+        super().exec_module(module)
+
+
+def named_in(job: Job) -> list[str]:
+    """All `module:name` that a job would import, sorted."""
+    names = [job.model.kind] if isinstance(job.model, OwnModel) else []
+    names += [job.data.source.call] if isinstance(job.data.source, Call) else []
+    names += [job.task.loss] if job.task.loss is not None and ":" in job.task.loss else []
+    return sorted({*names, *job.metrics})
+
+
+def collect(job: Job) -> UserCode:
+    """The user's own code that a job imports, read but not run: from its `code` folder, then the working directory,
+    then for what it names itself wherever it lies on the import path, installed packages aside.
+
+    Raises
+    ------
+    JobError: a module of the user's own is called as ours, so that it cannot be imported beside it; it is part of the
+        running program; or the files are too many to be stored.
+    """
+    if job.code is not None:
+        folder = Path(job.code).absolute()
+        for hidden in (folder / f"{OURS.name}.py", folder / OURS.name):
+            if hidden.is_file() or (hidden.is_dir() and any(hidden.glob("*.py")) and hidden.resolve() != OURS):
+                raise called_as_ours(str(hidden))
+    return collect_named(named_in(job), job.code)
+
+
+def collect_named(names: Sequence[str], code_folder: str | None = None) -> UserCode:
+    """The same for some `module:name`."""
+    modules = sorted({name.partition(":")[0] for name in names})
+    for name in names:
+        top = name.partition(":")[0].partition(".")[0]
+        if top == OURS.name:
+            raise called_as_ours(name)
+        if top == "__main__":
+            raise JobError(
+                "code of the running program or notebook can neither be stored with a run nor be loaded again",
+                where=name,
+                fix="write it to a file beside it, such as nets.py, and name that: nets:Net",
+            )
+    roots = [*([Path(code_folder).absolute()] if code_folder is not None else []), Path.cwd()]
+    where = f"code: {code_folder}" if code_folder is not None else str(Path.cwd())
+    found = Dependencies.of(modules, roots, where)
+    paths = {path: str(file) for path, file in found.paths.items()}
+    return _registered_as(UserCode(found.files, paths, [str(root) for root in found.roots], modules))
+
+
+def stored(archive: bytes) -> UserCode:
+    """The code that was stored with a run.
+
+    Raises
+    ------
+    StorageError: no such archive, or a file in it that could not have been stored.
+    """
+    name = PREFIX + _digest(archive)
+    return _registered.get(name) or _unpacked(unpack(archive), (), name)
+
+
+def in_use() -> UserCode | None:
+    """The code that is in use in this thread."""
+    now = _active.get()
+    return now.code if now is not None else None
+
+
+def changed(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The files and modules that differ between two sets of digests, sorted."""
+    # Earlier versions noted every Python file of the folder, imported or not, and the archive of them all.
+    names = {*now} if ARCHIVE in before else {*before, *now}
+    return sorted(name for name in names if before.get(name) != now.get(name))
+
+
+def called_as_ours(what: str, error: type[InputError] = JobError, where: str = "code") -> InputError:
+    """The error for a module that would hide this package, or be hidden by it."""
+    return error(
+        f"{what}: {OURS.name!r} is the name of Trainyard's own package, and Python can import only one of that name",
+        where=where,
+        fix="rename yours",
+    )
+
+
+def _unpacked(files: Mapping[str, bytes], modules: Sequence[str], name: str) -> UserCode:
+    """Code whose files lie nowhere on this machine: in a temporary folder, until this process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="trainyard-code-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for path, content in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_bytes(content)
+    return _registered_as(UserCode(files, {path: str(folder / path) for path in files}, [str(folder)], modules, name))
+
+
+def _arrive(
+    files: Mapping[str, bytes], paths: Mapping[str, str], roots: Sequence[str], modules: Sequence[str], name: str
+) -> UserCode:
+    """Code that came from another process, perhaps on another machine."""
+    if name in _registered:
+        return _registered[name]
+    if all(Path(paths[path]).is_file() and Path(paths[path]).read_bytes() == files[path] for path in files):
+        return _registered_as(UserCode(files, paths, roots, modules, name))
+    return _unpacked(files, modules, name)
+
+
+def _registered_as(code: UserCode) -> UserCode:
+    """The one of its name in this process, which can be imported from here on."""
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
+    return _registered.setdefault(code.name, code)
+
+
+def _digest(*parts: bytes | str) -> str:
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(hashlib.sha256(part if isinstance(part, bytes) else part.encode()).digest())
+    return sha.hexdigest()[:16]
+
+
+def _digest_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
