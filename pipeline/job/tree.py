@@ -62,9 +62,10 @@ class Job(Node):
     metrics: list[str] = []
     """Metrics of your own besides the task's: `module:function`, (outputs, targets) of a whole split -> number."""
     code: str | None = None
-    """Folder of your own modules; its Python files are stored with the run. The working directory's modules are found
-    too. As every path in a job file but `storage`, a relative one starts from the folder of the file that it stands in
-    (also of a `base:`); one in `--set`, or given from Python, from the working directory."""
+    """Folder of your own modules. The working directory's are found too. What the job imports of them is stored with
+    the run; with other code it is another run. As every path in a job file but `storage`, a relative one starts from
+    the folder of the file that it stands in (also of a `base:`); one in `--set`, or given from Python, from the working
+    directory."""
     evaluate: Evaluate = Evaluate()
     best: Best = Best()
     checkpoint: Checkpoint = Checkpoint()

@@ -63,7 +63,8 @@ def resolve_job(job: Job | Mapping[str, Any] | str | Path, overrides: Iterable[s
         return _built(complete_tree(deepcopy(dict(job)), IN_MEMORY), overrides, IN_MEMORY)
     if isinstance(job, (str, Path)):
         return load_job(job, overrides)
-    raise JobError(f"a {type(job).__name__} is no job", where="job", fix="give the path of a job file, a dict or a Job")
+    what = f"not a job, but a value of type {type(job).__name__}"
+    raise JobError(what, where="job", fix="give the path of a job file, its content as a dict, or a Job")
 
 
 def refuse_secrets(job: Job, where: str) -> None:

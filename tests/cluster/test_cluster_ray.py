@@ -24,6 +24,7 @@ import pytest
 from pipeline.cluster.gauges import COUNTERS, GAUGES
 from pipeline.errors import InputError, JobError, NotFiniteError, OutOfMemoryError, RepeatedFailureError
 from pipeline.record.standing import Standing
+from pipeline.verbs.load import load
 from pipeline.verbs.show import show
 from pipeline.verbs.train import train
 from tests.cluster.ray_processes import processes_of
@@ -377,6 +378,24 @@ def test_an_input_error_on_a_worker_is_one_for_the_user(cluster: Any, folder: Pa
     with pytest.raises(JobError, match="not the data of this run") as raised:
         train("job.yaml", set=settings, storage=str(folder / "other-data"))
     assert raised.value.exit_code == 2
+
+
+def test_workers_run_the_code_that_the_driver_read(cluster: Any, folder: Path, tmp_path: Path) -> None:
+    """Fits: 1. The file is edited, as on a node where another version of it lies, before a worker can import it."""
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "cluster_edited.py").write_text("from torch import nn\ndef net():\n    return nn.Linear(2, 2)\n")
+
+    def tell(event: Mapping[str, Any]) -> None:
+        if event["kind"] == "run":
+            (code / "cluster_edited.py").write_text("raise RuntimeError('another file')\n")
+
+    settings = {"code": str(code), "model": {"kind": "cluster_edited:net"}, "scale.workers": 1}
+    before = dict(os.environ)
+    outcome = train("job.yaml", set=settings, storage=str(tmp_path), max_steps=3, tell=tell)
+    assert outcome.status == "finished"
+    assert dict(os.environ) == before, "what Ray was told there is taken back"
+    assert list(load(outcome.url, trust=True).model.state_dict()) == ["weight", "bias"]
 
 
 def test_more_workers_than_the_cluster_holds_are_refused_at_once(cluster: Any, folder: Path) -> None:

@@ -142,13 +142,22 @@ def test_versions_that_do_not_go_together() -> None:
 
 
 def test_the_cargo_is_the_package_the_entry_point_and_the_jobs_own_code_alone(tmp_path: Path) -> None:
-    for name in ("nets.py", "deep/more.py", "data.csv", ".env", "__pycache__/nets.pyc", ".hidden/secret.py"):
+    for name in (
+        "nets.py",
+        "deep/more.py",
+        "unused.py",
+        "data.csv",
+        ".env",
+        "__pycache__/nets.pyc",
+        ".hidden/secret.py",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x = 1\n")
-    from pipeline.own_code import sources
+    (tmp_path / "nets.py").write_text("from deep import more\n")
+    from pipeline.own_code import collect
 
-    job = load_job(write_job(tmp_path, code="."))
-    with staged(sources(job)) as cargo:
+    job = load_job(write_job(tmp_path, code=".", model={"kind": "nets:Net"}))
+    with staged(collect(job).files) as cargo:
         files = set(cargo.files())
         words = cargo.words()
         modes = {path: path.stat().st_mode & 0o777 for path in cargo.folder.parent.rglob("*")}
@@ -163,17 +172,18 @@ def test_the_cargo_is_the_package_the_entry_point_and_the_jobs_own_code_alone(tm
 
 def test_the_same_submission_has_the_same_key() -> None:
     job = build_job({"name": "j"}, "test")
-    key = key_of(job, storage="/a", name=None, max_steps=None)
+    key = key_of(job, storage="/a", name=None, max_steps=None, code={})
     assert key.startswith("j-")
     faster = build_job({"name": "j", "scale": {"workers": 2}}, "test")
-    assert key_of(faster, storage="/a", name=None, max_steps=None) == key
+    assert key_of(faster, storage="/a", name=None, max_steps=None, code={}) == key
     others = {
-        key_of(build_job({"name": "j", "seed": 2}, "test"), storage="/a", name=None, max_steps=None),
-        key_of(job, storage="/b", name=None, max_steps=None),
-        key_of(job, storage="/a", name="n", max_steps=None),
-        key_of(job, storage="/a", name=None, max_steps=3),
+        key_of(build_job({"name": "j", "seed": 2}, "test"), storage="/a", name=None, max_steps=None, code={}),
+        key_of(job, storage="/a", name=None, max_steps=None, code={"nets.py": "abc"}),
+        key_of(job, storage="/b", name=None, max_steps=None, code={}),
+        key_of(job, storage="/a", name="n", max_steps=None, code={}),
+        key_of(job, storage="/a", name=None, max_steps=3, code={}),
     }
-    assert len(others | {key}) == 5
+    assert len(others | {key}) == 6
     ids = [f"{key}-1", f"{key}-12", f"{key}-0", f"{key}-x", f"x{key}-2", "raysubmit_a"]
     assert numbered(key, ids) == {1: f"{key}-1", 12: f"{key}-12"}
 

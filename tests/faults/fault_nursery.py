@@ -66,7 +66,7 @@ class Nursery:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = self._folder = folder
         self._count = 0
         self._process = subprocess.Popen(
             [sys.executable, __file__],

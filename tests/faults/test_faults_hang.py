@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -61,6 +62,10 @@ class Stands(torch.nn.Module):
                 time.sleep(3600)
             except Exception:
                 pass
+
+    def waits_in_python(self):
+        while True:
+            time.sleep(0.01)
 
     def holds_pythons_lock(self):
         re.match("(a*)*b", "a" * 60)
@@ -137,6 +142,59 @@ def test_a_hang_is_noticed_told_with_its_line_and_the_same_command_goes_on(
     assert "resuming after step" in again.err
     assert evidence(run) == untouched
     print(f"\n{how}: the command took {took_s:.1f} s with a limit of {HANG_S} s")
+
+
+CALLER = """
+import sys, threading, time
+from pipeline import train
+from pipeline.errors import HungError
+
+def call():
+    try:
+        train("hang.yaml", storage=sys.argv[1], tell=lambda event: events.append(event["kind"]))
+    except HungError as error:
+        errors.append(type(error).__name__ + ": " + str(error))
+
+events, errors = [], []
+thread = threading.Thread(target=call, daemon=True)
+thread.start()
+while thread.is_alive() and "hang" not in events:
+    time.sleep(0.05)
+print("raised" if errors else "still hangs", *errors, flush=True)
+sys.stdin.read()
+print("the caller goes on", flush=True)
+"""
+
+
+@pytest.mark.parametrize(("how", "ends"), [("waits_in_python", "raised"), ("deadlock", "still hangs")])
+def test_a_callers_process_is_never_ended(
+    nursery: Nursery, untouched: object, tmp_path: Path, how: str, ends: str
+) -> None:
+    """The thread that hangs is not the main one, so no signal wakes it. Who cannot be woken lets others take over."""
+    folder = nursery.folder
+    beats = {"TRAINYARD_HEARTBEAT_S": "0.2"}
+    with subprocess.Popen(
+        [sys.executable, "-c", CALLER, str(tmp_path)],
+        cwd=folder,
+        env={**os.environ, **beats, "HANG": how, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as caller:
+        assert caller.stdout is not None
+        said = caller.stdout.readline()
+        assert said.startswith(ends), said + (caller.stderr.read() if caller.stderr and not said else "")
+        again = nursery.run(*ARGV, str(tmp_path), env=beats)
+        assert again.code == 0, again.err
+        out, err = caller.communicate()
+    assert (caller.returncode, out.splitlines()[-1]) == (0, "the caller goes on")
+    assert re.search(r"training stood still for \d+ s in hang_code\.py", said if ends == "raised" else err)
+    if ends == "raised":
+        assert said.startswith("raised HungError: ")
+        leave = [entry for entry in entries(only_run(tmp_path)) if entry["kind"] == "leave"]
+        assert [entry["error"]["type"] for entry in leave] == ["HungError"]
+    assert evidence(only_run(tmp_path)) == untouched
 
 
 def test_a_thread_that_holds_pythons_lock_is_ended_from_outside(

@@ -138,15 +138,16 @@ def test_own_code_runs_only_where_it_is_trusted(trained: Trained, tmp_path: Path
         "import json, sys, numpy as np; from pipeline import load\n"
         "model = load(sys.argv[1], trust=True)\n"
         "print(json.dumps([model.predict_proba(np.zeros((3, 2))).tolist(), list(model.classes), "
-        "sys.modules['nets'].__file__]))"
+        "sys.modules[type(model.model).__module__].__file__, 'nets' in sys.modules]))"
     )
     ran = subprocess.run(
         [sys.executable, "-c", script, run.url], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    answers, classes, place = json.loads(ran.stdout)
+    answers, classes, place, is_plain = json.loads(ran.stdout)
     assert classes == ["first", "second"]
     assert np.allclose(np.sum(answers, axis=1), 1)
     assert "trainyard-code-" in place  # the code of the run, not whatever lies about
+    assert not is_plain, "under a name of its own"
 
 
 def test_arrays_of_numbers_and_whole_number_labels(tmp_path: Path) -> None:
