@@ -3,7 +3,7 @@
 from pipeline.assembly.built import Built, build
 from pipeline.assembly.fitting import check_weights
 from pipeline.assembly.loaders import eval_loader, train_loader
-from pipeline.assembly.prepared import Prepared, Say, prepare, prepare_rows
+from pipeline.assembly.prepared import Prepared, Say, prepare, prepare_rows, stored_transforms
 
 __all__ = [
     "Built",
@@ -14,5 +14,6 @@ __all__ = [
     "eval_loader",
     "prepare",
     "prepare_rows",
+    "stored_transforms",
     "train_loader",
 ]

@@ -13,11 +13,13 @@ from pipeline.data.fitted import Fitted, check_layout, fit
 from pipeline.data.preprocess import fit_warnings
 from pipeline.data.sources import Arrays, Source, open_source
 from pipeline.data.split import Rows, make_splits, rows_by_part, split_warnings, stratified_sample
-from pipeline.errors import JobError
+from pipeline.errors import JobError, StorageError
 from pipeline.job import Job
 from pipeline.learn.plan import Plan
 from pipeline.learn.tally import check_best_is_gathered, too_large_to_gather
 from pipeline.own_code import make_importable
+from pipeline.record.checkpoint import find_checkpoint
+from pipeline.record.run import Run
 from pipeline.redaction import is_looked_up, looked_up
 from pipeline.starting import Start, find_start
 
@@ -36,6 +38,8 @@ class Prepared:
     plan: Plan
     start: Start | None = None
     """Weights from elsewhere to begin with."""
+    was_fitted: bool = False
+    """`fitted` comes from a checkpoint; what is to be said of the columns was said when it was made."""
 
     @property
     def evaluated(self) -> list[str]:
@@ -68,7 +72,8 @@ class Prepared:
     def warnings(self) -> list[str]:
         """What is allowed, but probably not meant."""
         found = [*self.source.warnings, *split_warnings(self.job, self.splits)]
-        found += fit_warnings(self.job, self.source, self.splits["train"].ids)
+        if not self.was_fitted:
+            found += fit_warnings(self.job, self.source, self.splits["train"].ids)
         best, processes, cores = self.job.best, self.job.data.loader.processes, devices.available_cpus()
         if best.patience is not None and best.metric.partition("/")[0] not in self.evaluated:
             found.append(f"best.patience has no effect: {best.metric} is not evaluated")
@@ -78,17 +83,39 @@ class Prepared:
         return found
 
 
+def stored_transforms(run: Run) -> Fitted | None:
+    """What the attempts of a run fitted, from its newest checkpoint; None before the first.
+
+    All checkpoints of a run hold the same: the first attempt fitted it, every later one took it over.
+
+    Raises
+    ------
+    DataError: written by another version.
+    """
+    try:
+        return Fitted.from_json(find_checkpoint(run, "last").preprocess())
+    except StorageError:  # none yet, or damaged: fitting the same rows again gives the same
+        return None
+
+
 Say = Callable[[str], None]
 """Takes a few words on what is going on, such as "decoding 1,200 of 50,000 pictures"."""
 
 
 def prepare(
-    job: Job, max_steps: int | None = None, *, storage_url: str | None = None, say: Say = lambda text: None
+    job: Job,
+    max_steps: int | None = None,
+    *,
+    storage_url: str | None = None,
+    fitted: Fitted | None = None,
+    say: Say = lambda text: None,
 ) -> Prepared:
     """Load and split the data, fit its preprocessing, lay out the plan, and find the weights to start from.
 
     Parameters
     ----------
+    fitted: what an earlier attempt of the run fitted on the same data. A resume takes it, for another version of NumPy
+        could give other statistics in their last bits.
     storage_url: folder in which `model.init_from` finds runs; without it the untrained weights stay what they are, for
         those who load others over them.
 
@@ -102,7 +129,8 @@ def prepare(
     if augment.is_wanted(job.data.augment):
         augment.check_images(job.data.augment, tuple(source.train.inputs.shape[1:]))
     splits = make_splits(job, source)
-    fitted = fit(job, source, splits)
+    was_fitted = fitted is not None
+    fitted = fitted or fit(job, source, splits)
     prepared = Prepared(
         job=job,
         source=source,
@@ -111,6 +139,7 @@ def prepare(
         fitted=fitted,
         plan=Plan(job, len(splits["train"]), max_steps),
         start=start,
+        was_fitted=was_fitted,
     )
     for split in prepared.evaluated:
         if split not in splits:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline import __version__, own_code
 from pipeline import device as devices
-from pipeline.assembly import Built, Prepared, build, eval_loader, prepare, train_loader
+from pipeline.assembly import Built, Prepared, build, eval_loader, prepare, stored_transforms, train_loader
 from pipeline.bookkeeping import Bookkeeper, Reporter
 from pipeline.context import Context
 from pipeline.errors import (
@@ -58,7 +58,9 @@ def _work(order: Order, context: Context, prepared: Prepared | None, run: Run) -
         context.tell({"kind": "phase", "text": text})
 
     own_code.make_importable(order.job, order.code_folder)
-    prepared = prepared or prepare(order.job, order.max_steps, storage_url=order.storage_url, say=say)
+    prepared = prepared or prepare(
+        order.job, order.max_steps, storage_url=order.storage_url, fitted=stored_transforms(run), say=say
+    )
     facts = run.facts()
     if facts["fingerprint"] != prepared.source.fingerprint:
         raise JobError(
