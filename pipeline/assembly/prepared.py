@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pipeline import device as devices
 from pipeline.data import augment
-from pipeline.data.fitted import Fitted, check_layout, fit
+from pipeline.data.fitted import Fitted, check_layout, coarse_columns, fit
 from pipeline.data.preprocess import fit_warnings
 from pipeline.data.sources import Arrays, Source, open_source
 from pipeline.data.split import Rows, make_splits, rows_by_part, split_warnings
@@ -90,8 +90,7 @@ def prepare(
     source = open_source(_with_url(job), say)
     if augment.is_wanted(job.data.augment):
         augment.check_images(job.data.augment, tuple(source.train.inputs.shape[1:]))
-    splits = make_splits(job, source)
-    fitted = fit(job, source, splits)
+    source, splits, fitted = _fitted(job, source)
     prepared = Prepared(
         job=job,
         source=source,
@@ -113,6 +112,25 @@ def prepare(
     return prepared
 
 
+def _fitted(job: Job, source: Source) -> tuple[Source, dict[str, Rows], Fitted]:
+    """Split the source and fit on its training rows: in float32 where that is enough for them, else in float64."""
+    splits = make_splits(job, source)
+    fitted = fit(job, source, splits)
+    coarse = coarse_columns(job, source, fitted)
+    if coarse and source.in_float64 is not None:
+        source = source.in_float64()
+        splits = make_splits(job, source)
+        fitted = fit(job, source, splits)
+        coarse = coarse_columns(job, source, fitted)
+    warnings = [
+        f"{name if name.startswith('number ') else f'column {name!r}'} has numbers of more digits than float64 holds, "
+        "and they matter beside the spread of its training rows: list it under data.keys if it is one, or subtract "
+        "a constant from it"
+        for name in coarse
+    ]
+    return replace(source, in_float64=None, warnings=(*source.warnings, *warnings)), splits, fitted
+
+
 def prepare_rows(job: Job, fitted: Fitted, name: str, say: Say = lambda text: None) -> Prepared:
     """All rows of the job's source as one split called `name`, under what was fitted before.
 
@@ -121,7 +139,7 @@ def prepare_rows(job: Job, fitted: Fitted, name: str, say: Say = lambda text: No
     InputError: data that cannot be loaded, or is of another layout than what was fitted.
     """
     make_importable(job)
-    source = open_source(_with_url(job), say)
+    source = open_source(_with_url(job), say, float64=fitted.preprocess.dtype == "float64" or None)
     check_layout(fitted, source)
     fitted.preprocess.check(source.train.inputs, source.schema)
     splits = {name: Rows("train", np.arange(len(source.train), dtype=np.int64))}

@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.preprocess import Preprocess, TablePreprocess, fit_preprocess, preprocess_from_json
+from pipeline.data.preprocess import (
+    Preprocess,
+    SamplePreprocess,
+    TablePreprocess,
+    fit_preprocess,
+    number_places,
+    preprocess_from_json,
+)
+from pipeline.data.rounding import too_coarse
 from pipeline.data.sources.arrays import Source
 from pipeline.data.split.rows import Rows
 from pipeline.data.stored import VERSION, reading
@@ -90,6 +98,24 @@ def check_layout(fitted: Fitted, source: Source) -> None:
                 where="--data",
                 fix="give data of the same shape",
             )
+
+
+def coarse_columns(job: Job, source: Source, fitted: Fitted) -> list[str]:
+    """Columns of the source's inputs that lost digits which matter beside the spread of their training rows.
+
+    None where inputs are learned from as they are: the arithmetic holds no more digits than it does.
+    """
+    preprocess, rounding = fitted.preprocess, source.rounding
+    if rounding is None or job.data.normalize == "none":
+        return []
+    if isinstance(preprocess, SamplePreprocess):
+        coarse = too_coarse(rounding, np.array(preprocess.std)) if preprocess.kind == "scaled" else np.array([])
+        return [f"number {place}" for place in np.flatnonzero(coarse)]
+    coarse = too_coarse(rounding[number_places(preprocess.schema)], np.array(preprocess.std))
+    names = [
+        column.name for column in preprocess.schema.columns if column.kind == "number" for _ in range(column.width)
+    ]
+    return list(dict.fromkeys(name for name, is_coarse in zip(names, coarse, strict=True) if is_coarse))
 
 
 def fit(job: Job, source: Source, splits: Mapping[str, Rows]) -> Fitted:

@@ -38,12 +38,16 @@ def raw_samples(data: Any, preprocess: Preprocess, job: Job) -> np.ndarray:
     DataError: columns, shapes or types that are others than in training; a picture that cannot be read.
     """
     if isinstance(preprocess, TablePreprocess):
-        return _rows(data, preprocess, np.float64 if job.train.precision == "fp64" else np.float32)
+        return _rows(data, preprocess, np.float64 if _is_wide(preprocess, job) else np.float32)
     if job.data.source == "image_folder" and isinstance(data, Sequence):
         return np.stack([_picture(one, job) for one in data]) if data else np.empty((0, *preprocess.sample_shape))
     if job.data.source == "parquet" and not isinstance(data, np.ndarray | torch.Tensor):
         return _single_column(to_arrow(data), preprocess, job)
     return _arrays(data, preprocess)
+
+
+def _is_wide(preprocess: TablePreprocess, job: Job) -> bool:
+    return preprocess.dtype == "float64" if preprocess.dtype else job.train.precision == "fp64"
 
 
 def _single_column(table: pa.Table, preprocess: SamplePreprocess, job: Job) -> np.ndarray:

@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.data.preprocess.columns import TablePreprocess
 from pipeline.data.preprocess.fitting import fit_table
 from pipeline.data.preprocess.leaks import fit_warnings
+from pipeline.data.preprocess.passes import number_places
 from pipeline.data.preprocess.samples import Prepare, SamplePreprocess, fit_samples
 from pipeline.data.sources.arrays import Source
 from pipeline.job import Job
@@ -25,6 +26,7 @@ __all__ = [
     "TablePreprocess",
     "fit_preprocess",
     "fit_warnings",
+    "number_places",
     "preprocess_from_json",
 ]
 
