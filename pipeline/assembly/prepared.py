@@ -13,6 +13,7 @@ from pipeline.data.fitted import Fitted, check_layout, coarse_columns, fit
 from pipeline.data.preprocess import fit_warnings
 from pipeline.data.sources import Arrays, Source, open_source
 from pipeline.data.split import Rows, make_splits, rows_by_part, split_warnings
+from pipeline.data.targets.fitting import label_warnings
 from pipeline.errors import JobError
 from pipeline.job import Job
 from pipeline.learn.plan import Plan
@@ -58,6 +59,7 @@ class Prepared:
         """What is allowed, but probably not meant."""
         found = [*self.source.warnings, *split_warnings(self.job, self.splits)]
         found += fit_warnings(self.job, self.source, self.splits["train"].ids)
+        found += label_warnings(self.fitted.labels)
         best, processes, cores = self.job.best, self.job.data.loader.processes, devices.available_cpus()
         if best.patience is not None and best.metric.partition("/")[0] not in self.evaluated:
             found.append(f"best.patience has no effect: {best.metric} is not evaluated")

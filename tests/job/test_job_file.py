@@ -170,6 +170,7 @@ def test_the_environment_is_filled_in(tmp_path: Path, monkeypatch: pytest.Monkey
         ("seed.split=7", "seed.split", 7),
         ("task=binary", "task.kind", "binary"),
         ("task.class_weights.1=2.5", "task.class_weights.1", 2.5),
+        ("task.class_weights.-1=2.5", "task.class_weights.-1", 2.5),
         ("data.normalize={mean: 0, std: 2}", "data.normalize.std", 2),
         ("train.compile=on", "train.compile", "on"),
         ("train.compile=true", "train.compile", "on"),
