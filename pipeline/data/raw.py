@@ -17,7 +17,7 @@ import torch
 from pipeline.data.pictures import BrokenPictureError, Form, TooSmallError, decode, quiet
 from pipeline.data.preprocess import Preprocess, SamplePreprocess, TablePreprocess
 from pipeline.data.sources.image_folder.files import Files
-from pipeline.data.tables.contents import content, raw_bytes
+from pipeline.data.tables.contents import content, null_inside, raw_bytes
 from pipeline.data.tables.encode import encode, to_arrow
 from pipeline.data.tables.schema import Column, Schema
 from pipeline.errors import DataError
@@ -68,7 +68,7 @@ def _single_column(table: pa.Table, preprocess: SamplePreprocess, job: Job) -> n
     if preprocess.dtype != "uint8":
         schema = Schema((Column(names[0], "number", width),))
         dtype = np.float64 if preprocess.dtype == "float64" else np.float32
-        return encode(table, schema, dtype=dtype, where=WHERE).reshape(-1, *shape)
+        return _finite(encode(table, schema, dtype=dtype, where=WHERE).reshape(-1, *shape))
     if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):  # as pandas and polars have it
         with suppress(pa.ArrowException):  # of other lengths: refused below
             column = column.cast(pa.binary(width))
@@ -77,6 +77,8 @@ def _single_column(table: pa.Table, preprocess: SamplePreprocess, job: Job) -> n
         raise DataError(
             f"the column {names[0]!r} does not hold {width} bytes a row", where=WHERE, fix="give what was trained on"
         )
+    if inside := sum(int(null_inside(chunk, width).sum()) for chunk in column.chunks):
+        raise DataError(f"{inside:,} rows of {names[0]!r} hold nulls", where=WHERE, fix="leave them out")
     parts = [raw_bytes(chunk, width) for chunk in column.chunks]
     return np.concatenate([np.empty((0, width), np.uint8), *parts]).reshape(-1, *shape)
 
@@ -84,7 +86,8 @@ def _single_column(table: pa.Table, preprocess: SamplePreprocess, job: Job) -> n
 def _rows(data: Any, preprocess: TablePreprocess, dtype: type[np.float32] | type[np.float64]) -> np.ndarray:
     schema = preprocess.schema
     if isinstance(data, np.ndarray | torch.Tensor) and not preprocess.categories:
-        rows = np.asarray(data, dtype)
+        with np.errstate(over="ignore"):  # found below
+            rows = np.asarray(data, dtype)
         if rows.ndim != 2 or rows.shape[1] != schema.width:
             names = ", ".join(column.name for column in schema.columns)
             raise DataError(
@@ -92,6 +95,7 @@ def _rows(data: Any, preprocess: TablePreprocess, dtype: type[np.float32] | type
                 where=WHERE,
                 fix=f"one row a sample, with these columns in this order: {names}",
             )
+        _finite(rows, but_nan=True)  # what is missing is filled in, as in training
     else:
         rows = encode(to_arrow(data), schema, dtype=dtype, where=WHERE)
     preprocess.check(rows)
@@ -116,7 +120,23 @@ def _arrays(data: Any, preprocess: SamplePreprocess) -> np.ndarray:
         )
     if samples.dtype.kind not in "biuf":
         raise DataError(f"holds {samples.dtype}, not numbers", where=WHERE, fix="encode it as numbers first")
-    return np.ascontiguousarray(samples, wanted_type)
+    with np.errstate(over="ignore"):  # found below
+        return _finite(np.ascontiguousarray(samples, wanted_type))
+
+
+def _finite(samples: np.ndarray, *, but_nan: bool = False) -> np.ndarray:
+    """The samples; DataError where they hold NaN or infinity, as training would have refused them."""
+    wrong = np.isinf(samples) if but_nan else ~np.isfinite(samples)
+    if wrong.any():
+        row, *place = (int(axis) for axis in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
+        rows = int(wrong.reshape(len(wrong), -1).any(1).sum())
+        raise DataError(
+            f"{samples[row, *place]} at row {row}, position {', '.join(map(str, place))} ({rows:,} of {len(wrong):,} "
+            "rows hold such values): the model was trained on finite numbers alone",
+            where=WHERE,
+            fix="fill them in, or leave these rows out",
+        )
+    return samples
 
 
 def _picture(one: Any, job: Job) -> np.ndarray:

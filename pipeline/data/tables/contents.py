@@ -151,6 +151,17 @@ def raw_bytes(array: pa.Array, width: int) -> np.ndarray:
     return np.frombuffer(buffer, np.uint8, len(array) * width, array.offset * width).reshape(-1, width)
 
 
+def null_inside(array: pa.Array, width: int) -> np.ndarray:
+    """Rows of fixed-size bytes or lists that have a value, but not in each of its places: bool (n,)."""
+    array = plain(array)
+    if not pa.types.is_fixed_size_list(array.type):
+        return np.zeros(len(array), bool)
+    values = array.values.slice(array.offset * width, len(array) * width)
+    nulls = values.is_null().to_numpy(zero_copy_only=False).reshape(-1, width).any(1)
+    inside: np.ndarray = nulls & array.is_valid().to_numpy(zero_copy_only=False)
+    return inside
+
+
 def plain(array: pa.Array) -> pa.Array:
     """The same values without the dress of an extension type or a dictionary."""
     while isinstance(array, (pa.ExtensionArray, pa.DictionaryArray)):

@@ -16,7 +16,7 @@ from pipeline.data.sources.arrays import SplitColumn
 from pipeline.data.sources.parquet.choosing import Choice
 from pipeline.data.sources.parquet.files import Files
 from pipeline.data.sources.parquet.values import as_times, label_values, split_values
-from pipeline.data.tables.contents import FloatType, as_texts, raw_bytes
+from pipeline.data.tables.contents import FloatType, as_texts, null_inside, raw_bytes
 from pipeline.data.tables.encode import Encoder
 from pipeline.data.tables.findings import Findings
 from pipeline.data.tables.schema import Column, Schema
@@ -28,6 +28,8 @@ MOST_LEVELS = 1_000_000
 COLUMNS_AT_ONCE = 128
 """Arrow holds 2 to 3 MB for each column that it reads; wide tables are read some columns at a time."""
 SAY_EVERY_S = 1.0
+
+NO_SUBSTITUTE = "remove these rows: a sample of one column has no substitute"
 
 Levels = dict[str, tuple[str, ...]]
 Say = Callable[[str], None]
@@ -206,14 +208,19 @@ class _Filler:
     def _fill_inputs(self, batch: pa.RecordBatch, out: np.ndarray, group: _Group, findings: Findings) -> None:
         """out: (rows of the batch, width of the group)."""
         choice = self._choice
-        if choice.shape:
-            name = choice.features[0].name
-            nulls = batch.column(name).is_null().to_numpy(zero_copy_only=False)
-            findings.note(name, "nulls", "remove these rows: a sample of one column has no substitute", nulls)
+        if not choice.shape:
+            group.encoder.write(batch, out, findings, self.rounding[group.places])
+            return
+        name = choice.features[0].name
+        array = batch.column(name)
+        nulls = array.is_null().to_numpy(zero_copy_only=False)
+        findings.note(name, "nulls", NO_SUBSTITUTE, nulls)
         if choice.raw_bytes:
-            out[:] = raw_bytes(batch.column(choice.features[0].name), choice.width)
+            findings.note(name, "nulls inside its lists", NO_SUBSTITUTE, null_inside(array, choice.width))
+            out[:] = raw_bytes(array, choice.width)
         else:
             group.encoder.write(batch, out, findings, self.rounding[group.places])
+            findings.note(name, "nulls (or NaN) inside its lists", NO_SUBSTITUTE, np.isnan(out).any(1) & ~nulls)
 
 
 @dataclass(frozen=True)
