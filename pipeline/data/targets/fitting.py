@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.data.sources.arrays import Source
 from pipeline.data.split.rows import Rows
-from pipeline.data.statistics import mean_and_std
+from pipeline.data.statistics import blocks, mean_and_std
 from pipeline.data.stored import VERSION, reading
 from pipeline.data.targets.classes import numbered_classes, text_classes
 from pipeline.data.targets.labels import WHERE, are_positive, some, whole_numbers
@@ -123,7 +123,9 @@ class Targets:
         order = np.argsort(values)
         places = np.minimum(np.searchsorted(values, labels, sorter=order), len(values) - 1)
         numbers: np.ndarray = order[places]
-        return np.where(values[numbers] == labels, numbers, -1)
+        known: np.ndarray = values[numbers] == labels
+        numbers[~known] = -1
+        return numbers
 
     def _labels(self) -> tuple[str, ...] | tuple[int, ...]:
         """What stands for each class in the data."""
@@ -145,7 +147,9 @@ class Targets:
     def named(self, numbers: np.ndarray) -> np.ndarray:
         """Classes (N,) by their numbers int64 (N,): their names; the labels, int64, where nothing else names them."""
         has_names = self.classes != tuple(map(str, self.values))
-        return np.array(self.classes)[numbers] if has_names else np.array(self.values, dtype=np.int64)[numbers]
+        labels: np.ndarray = np.array(self.classes) if has_names else np.array(self.values, dtype=np.int64)
+        named: np.ndarray = labels[numbers]
+        return named
 
     def unscaled(self, learned: np.ndarray) -> np.ndarray:
         """Values as the model gives them, float64 (N, T), in the unit of the targets."""
@@ -197,12 +201,13 @@ def fit_targets(job: Job, source: Source, splits: Mapping[str, Rows]) -> Targets
 
     Raises
     ------
-    DataError: targets that do not fit the task, in any split; only one class in training.
+    DataError: targets that do not fit the task, in any split; only one class, or one value, in training.
     """
     task, raw, train = job.task, source.train.targets, splits["train"].ids
     where = f"{job.data.url}: {', '.join(job.data.labels)}" if job.data.labels else WHERE
     if task.kind == "regression":
         _refuse_names(source.label_names, where)
+        _refuse_constant(job, raw.reshape(len(raw), -1), train, where)
         if not task.scale_targets:
             return Targets(task.kind)
         mean, std = mean_and_std(raw.reshape(len(raw), -1), train, per_channel=True)
@@ -236,6 +241,23 @@ def class_counts(targets: np.ndarray, classes: int) -> list[int]:
     """Rows of each class among prepared targets (n,)."""
     counts: list[int] = np.bincount(targets.astype(np.int64), minlength=classes).tolist()
     return counts
+
+
+def _refuse_constant(job: Job, raw: np.ndarray, train: np.ndarray, where: str) -> None:
+    """Raise DataError for a column of targets (N, T) that has one value in all training rows."""
+    varies = np.zeros(raw.shape[1], bool)
+    for block in blocks(raw, train):
+        varies |= (block != raw[train[0]]).any(0)
+    for place in np.flatnonzero(~varies)[:1]:
+        names = [repr(name) for name in job.data.labels] or [
+            f"column {number} (from 0)" for number in range(len(varies))
+        ]
+        raise DataError(
+            f"the target {f'{names[place]} ' if len(varies) > 1 else ''}is {raw[train[0], place]:g} in all "
+            f"{len(train):,} training rows: there is nothing to learn",
+            where=where,
+            fix="use data in which it varies" + (", or leave it out of data.label" if len(varies) > 1 else ""),
+        )
 
 
 def _refuse_names(label_names: tuple[str, ...], where: str) -> None:
