@@ -75,6 +75,7 @@ def build(
         len(fitted.means),
         class_counts=fitted.class_counts,
         means=fitted.means,
+        spreads=fitted.spreads,
         unit=Unit(labels.mean, labels.std) if labels.mean else None,
         number_of=labels.number_of,
     )

@@ -105,6 +105,8 @@ def prepare(
     for split in prepared.evaluated:
         if split not in splits:
             raise JobError(f"there is no {split} split to evaluate", where="evaluate.splits", fix="see data.splits")
+    if job.best.metric.partition("/")[2] not in (known := job.measured(fitted.outputs)):
+        raise JobError(f"{job.best.metric} is not measured", where="best.metric", fix=f"there are {', '.join(known)}")
     check_best_is_gathered(job, fitted.outputs, prepared.evaluated_rows)
     wanted = job.best.metric.partition("/")[0]
     if wanted in splits and wanted not in prepared.evaluated:

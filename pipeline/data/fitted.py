@@ -32,13 +32,15 @@ class Fitted:
 
     preprocess: of the samples. labels: of the targets.
     class_counts: rows of each class in training; empty for a regression.
-    means: the mean of each column of prepared targets in training; empty unless a regression.
+    means, spreads: the mean and standard deviation of each column of prepared targets in training; empty unless a
+        regression, and without spreads where an earlier version fitted.
     """
 
     preprocess: Preprocess
     labels: Targets
     class_counts: tuple[int, ...] = ()
     means: tuple[float, ...] = ()
+    spreads: tuple[float, ...] = ()
 
     @property
     def outputs(self) -> int:
@@ -53,6 +55,7 @@ class Fitted:
             "targets": self.labels.to_json(),
             "class_counts": list(self.class_counts),
             "means": list(self.means),
+            "spreads": list(self.spreads),
         }
 
     @classmethod
@@ -69,6 +72,7 @@ class Fitted:
                 Targets.from_json(values["targets"]),
                 tuple(int(count) for count in values["class_counts"]),
                 tuple(float(mean) for mean in values["means"]),
+                tuple(float(spread) for spread in values.get("spreads", ())),
             )
 
 
@@ -130,5 +134,6 @@ def fit(job: Job, source: Source, splits: Mapping[str, Rows]) -> Fitted:
     preprocess = fit_preprocess(job, source, rows)
     learned = labels.prepare(source.train.targets, source.label_names, np.float64, rows=rows)[rows]
     if labels.kind == "regression":
-        return Fitted(preprocess, labels, means=tuple(learned.mean(0, dtype=np.float64).tolist()))
+        means, spreads = (values.tolist() for values in (learned.mean(0), learned.std(0)))
+        return Fitted(preprocess, labels, means=tuple(means), spreads=tuple(spreads))
     return Fitted(preprocess, labels, class_counts=tuple(class_counts(learned, len(labels.classes))))

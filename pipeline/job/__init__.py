@@ -5,7 +5,7 @@ Every field stands with its default and its meaning. `job_file` turns YAML and o
 
 from pipeline.job.data import IMAGENET, Augment, Cache, Call, Data, Jitter, Loader, Missing, Normalization
 from pipeline.job.keeping import Best, Checkpoint, Evaluate
-from pipeline.job.metrics import METRICS, own_metric
+from pipeline.job.metrics import METRICS, TARGET_METRICS, own_metric
 from pipeline.job.model import Activation, Cnn, Conv, Mlp, Model, OwnModel, TorchvisionModel
 from pipeline.job.node import RESERVED_NAMES, Node, plain_name
 from pipeline.job.scale import IN_PLACE_WORKERS, Scale, WorkerRange
@@ -50,6 +50,7 @@ __all__ = [
     "Scale",
     "Seeds",
     "Splits",
+    "TARGET_METRICS",
     "Task",
     "TimeSplits",
     "TorchvisionModel",

@@ -34,8 +34,9 @@ class Task(Node):
     huber_delta: Annotated[float, Field(gt=0)] = 1.0
     """huber: where the loss goes over from squares to absolute values, in the unit that is learned."""
     scale_targets: bool = True
-    """regression: learn (target - mean) / std of the training rows. Metrics and predictions stay in the target's unit;
-    the loss is that of what is learned."""
+    """regression: learn (target - mean) / std of the training rows. Metrics and predictions stay in the target's unit
+    (of several targets, rmse and mae are in standard deviations beside those of each); the loss is that of what is
+    learned."""
 
     @field_validator("loss")
     @classmethod

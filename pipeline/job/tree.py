@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -11,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.job.data import Data
 from pipeline.job.following import Follower
 from pipeline.job.keeping import Best, Checkpoint, Evaluate
-from pipeline.job.metrics import METRICS, RESERVED_COLUMNS, own_metric
+from pipeline.job.metrics import METRICS, RESERVED_COLUMNS, TARGET_METRICS, own_metric, target_columns, target_names
 from pipeline.job.model import Mlp, Model
 from pipeline.job.node import Node, module_and_name, plain_name
 from pipeline.job.scale import Scale
@@ -19,6 +20,10 @@ from pipeline.job.training import Task, Train
 
 STREAMS = ("split", "init", "shuffle", "augment", "dropout", "data")
 """Names of the independent random streams of a run; `seed: {all: 1, split: 7}` sets one apart."""
+
+
+OF_A_TARGET = rf"({'|'.join(TARGET_METRICS)})_\d+"
+"""Columns of single targets that have no label."""
 
 
 class Seeds(Node):
@@ -98,12 +103,34 @@ class Job(Node):
     @model_validator(mode="after")
     def _best_is_measured(self) -> Self:
         column = self.best.metric.partition("/")[2]
-        known = [*METRICS[self.task.kind], *map(own_metric, self.metrics)]
+        known = self.measured()
+        if clash := next((name for name in known if known.count(name) > 1), None):
+            raise ValueError(
+                f"metrics: {clash} is what one of the labels is measured by; name the function differently"
+            )
+        if self.task.kind == "regression" and not self.data.labels and re.fullmatch(OF_A_TARGET, column):
+            return self  # whether there are so many targets is for the data to say
         if column not in known:
             raise ValueError(
                 f"best.metric: {self.best.metric} is not measured; {self.task.kind} has {', '.join(known)}"
             )
         return self
+
+    def target_names(self, count: int | None = None) -> tuple[str, ...]:
+        """What the columns of single targets of a regression end in, see `metrics.target_names`.
+
+        Parameters
+        ----------
+        count: of the targets; those of `data.label` by default.
+        """
+        if self.task.kind != "regression":
+            return ()
+        return target_names(self.data.labels, len(self.data.labels) if count is None else count)
+
+    def measured(self, targets: int | None = None) -> list[str]:
+        """What every evaluation measures, by column. targets: as `target_names` takes them."""
+        of_targets = target_columns(self.target_names(targets))
+        return [*METRICS[self.task.kind], *of_targets, *map(own_metric, self.metrics)]
 
     def resolved(self) -> dict[str, Any]:
         """The whole tree as plain YAML types, defaults included."""

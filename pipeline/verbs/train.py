@@ -168,7 +168,7 @@ class _Birth:
             "total_steps": plan.last_step,
             "steps_per_epoch": plan.steps_per_epoch,
             "cell_steps": plan.cell_steps,
-            "columns": Columns.of_job(job).to_json(),
+            "columns": Columns.of_job(job, self.prepared.fitted.outputs).to_json(),
         }
         is_new = run.birth(dump_job(job), facts)
         there = facts if is_new else run.facts()
