@@ -269,6 +269,13 @@ def test_a_wrong_override_is_an_error(tmp_path: Path, override: str, part: str) 
         ("name: a\ndata: {source: image_folder, url: x, keys: [a]}", ["data: keys goes with source: parquet"]),
         ("name: a\ndata: {source: parquet, url: x, label: y, resize: 3}", ["data: resize goes with source: image_"]),
         ("name: a\ndata: {splits: {by: time, column: t, val: 14x}}", ["data.splits: val must be a share below 1"]),
+        ("name: a\ndata: {splits: {val: 1.0}}", ["data.splits.val: 1.0 would be all of them: a share is below 1"]),
+        ("name: a\ndata: {splits: {test: 1.0}}", ["data.splits.test: 1.0 would be all of them"]),
+        ("name: a\ndata: {splits: {train: 1.0}}", ["data.splits.train: 1.0 would be all of them"]),
+        ("name: a\ndata: {splits: {by: group, column: g, val: 1.0}}", ["data.splits.val: 1.0 would be all of them"]),
+        ("name: a\ndata: {splits: {val: '0.2'}}", ["data.splits.val: must be a number, not '0.2'"]),
+        ("name: a\ndata: {splits: {val: 20%}}", ["data.splits.val: must be a number, not '20%'"]),
+        ("name: a\ndata: {splits: {by: time, column: t, val: '0.2'}}", ["data.splits: val must be a share below 1"]),
         ("name: a\ndata: {splits: {by: column, column: s, val: [train]}}", ["data.splits: 'train' cannot mean two"]),
         ("name: a\nevaluate: {splits: [test]}", ["evaluate.splits.0: must be 'train' or 'val'"]),
         ("name: a\nschema: 2", ["schema: must be 1, not 2"]),
@@ -370,7 +377,12 @@ jobs = st.fixed_dictionaries(
         "train": st.fixed_dictionaries({"phases": st.lists(phases, min_size=1, max_size=3), "clip_norm": finite}),
         "storage": plain_text | some_words,
         "scale": st.sampled_from([{"workers": 2}, {"workers": {"min": 1, "max": 4}}]),
-        "data": st.sampled_from([{"splits": {"by": "range", "train": [0, 5], "val": [5, 9]}}, {"splits": {"val": 0}}]),
+        "data": st.sampled_from([
+            {"splits": {"by": "range", "train": [0, 5], "val": [5, 9]}},
+            {"splits": {"val": 0}},
+            {"splits": {"val": 1, "test": 200}},
+            {"splits": {"by": "group", "column": "g", "val": 1}},
+        ]),
     },
 )  # fmt: skip
 
