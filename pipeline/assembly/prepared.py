@@ -49,6 +49,15 @@ class Prepared:
         limit = self.job.evaluate.limit
         return {split: len(self.splits[split].ids[:limit]) for split in self.evaluated}
 
+    def under(self, fitted: Fitted) -> Prepared:
+        """The same rows, prepared as a checkpoint's `fitted` says: its classes and scales, whatever this program fits.
+
+        Raises
+        ------
+        DataError: a label that was no class.
+        """
+        return replace(self, fitted=fitted, targets=_targets(self.job, self.source, self.splits, fitted))
+
     def arrays(self, split: str) -> Arrays:
         """The part in which a split lies, with prepared targets."""
         part = self.splits[split].part

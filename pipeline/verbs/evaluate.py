@@ -7,7 +7,7 @@ import glob
 import os
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline import loop
@@ -94,7 +94,7 @@ def evaluate(
     if data is not None:
         split, prepared = "data", prepare_rows(_on_other_data(job, data, fitted), fitted, "data", say)
     else:
-        prepared = replace(prepare(job, say=say), fitted=fitted)
+        prepared = prepare(job, say=say).under(fitted)
         _check_is_the_runs(found, prepared, split)
     built = build(prepared, to_train=False)
     built.trainee.flat.load(weights)

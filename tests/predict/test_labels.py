@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from pipeline import load, train
+from pipeline.assembly import prepare
 from pipeline.context import Tell
+from pipeline.data.fitted import Fitted
 from pipeline.errors import DataError, JobError
 from pipeline.job_file import build_job
 from pipeline.record.standing import Standing
@@ -72,6 +74,22 @@ def test_data_with_a_label_that_was_not_trained_is_refused(tmp_path: Path) -> No
     with pytest.raises(DataError, match=r"2018 at row 0 is no class that was trained \(100 of 100 rows\)") as refused:
         evaluate(run.url, data=str(tmp_path / "old.parquet"))
     assert "the classes are 2019, 2020, 2021" in refused.value.fix
+
+
+def test_classes_of_an_earlier_version_stay_what_they_were(tmp_path: Path) -> None:
+    """There, labels of 1 to 3 made four classes, and a checkpoint has an output for each."""
+    pd.DataFrame({"x": np.arange(60.0), "y": 1 + np.arange(60) % 3}).to_parquet(tmp_path / "t.parquet")
+    tree = {"source": "parquet", "url": str(tmp_path / "t.parquet"), "label": "y"}
+    prepared = prepare(build_job({"name": "t", "data": tree}, "test"))
+    stored = prepared.fitted.to_json()
+    targets = {**stored["targets"], "version": 2, "classes": ["0", "1", "2", "3"]}
+    del targets["values"]
+    before = prepared.under(
+        Fitted.from_json({**stored, "version": 2, "targets": targets, "class_counts": [0, 1, 1, 1]})
+    )
+    assert before.fitted.outputs == 4
+    assert before.targets["train"].tolist() == before.source.train.targets.tolist()
+    assert (prepared.targets["train"] + 1).tolist() == before.targets["train"].tolist()
 
 
 def test_which_of_two_numbers_is_positive_is_said(tmp_path: Path) -> None:
