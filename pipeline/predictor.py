@@ -69,12 +69,12 @@ class Predictor(nn.Module):
 
         Returns
         -------
-        Names of classes (N,), or their numbers where labels were numbers; or values in the label's unit, float64 (N,)
-        or (N, T). N is 1 for a single picture.
+        (N,) names of classes, or the labels themselves where those were whole numbers, int64; or values in the label's
+        unit, float64 (N,) or (N, T). N is 1 for a single picture.
 
         Raises
         ------
-        DataError: data that does not look like what it was trained on.
+        DataError: data that does not look like what it was trained on, NaN where training took none included.
 
         Warns
         -----
@@ -110,7 +110,16 @@ class Predictor(nn.Module):
         """Probabilities (N, C), or values in the label's unit (N, T); float64. report: the data is counted in it."""
         raw = raw_samples(data, self.fitted.preprocess, self.job, report or DataReport(self.fitted.preprocess))
         blocks = [self._scored(raw[first : first + BLOCK_ROWS]) for first in range(0, len(raw), BLOCK_ROWS)]
-        return np.concatenate(blocks) if blocks else np.empty((0, len(self.classes) or self.fitted.outputs))
+        scores = np.concatenate(blocks) if blocks else np.empty((0, len(self.classes) or self.fitted.outputs))
+        unknown = np.isnan(scores).any(1)
+        if self.classes and unknown.any():  # the largest of such is the first, which would be an answer like any other
+            raise DataError(
+                f"the model's outputs are not finite for {int(unknown.sum()):,} of {len(scores):,} rows, the first is "
+                f"row {int(np.argmax(unknown))}",
+                where="predict",
+                fix="see whether its values lie far outside those of training, or leave it out",
+            )
+        return scores
 
     def answers(self, scores: np.ndarray) -> np.ndarray:
         """What `predict` gives for these `scores`."""

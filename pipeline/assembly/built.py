@@ -12,7 +12,7 @@ from pipeline.assembly.prepared import Prepared
 from pipeline.data.loader import EvalLoader
 from pipeline.data.random import torch_seed
 from pipeline.data.sampler import share
-from pipeline.errors import JobError
+from pipeline.errors import InputError, JobError
 from pipeline.job import IN_PLACE_WORKERS, Job
 from pipeline.learn.losses import OwnLoss, check_loss
 from pipeline.learn.models import build_model
@@ -78,6 +78,7 @@ def _build(
     job, fitted = prepared.job, prepared.fitted
     preprocess, labels = fitted.preprocess, fitted.labels
     device = devices.choose(device_kind or job.scale.device, local_rank)
+    _check_device(device, prepared)
     way = way or choose_way(job, device, preprocess.code_sizes)
     devices.make_repeatable(device)
     torch.set_num_threads(_threads(job))
@@ -87,6 +88,7 @@ def _build(
         len(fitted.means),
         class_counts=fitted.class_counts,
         means=fitted.means,
+        spreads=fitted.spreads,
         unit=Unit(labels.mean, labels.std) if labels.mean else None,
         number_of=labels.number_of,
     )
@@ -113,6 +115,17 @@ def _build(
     if to_train:
         _try(prepared, trainee, world_size)
     return Built(trainee, device, way, tuple(misfits))
+
+
+def _check_device(device: torch.device, prepared: Prepared) -> None:
+    """Raise InputError for data that the device has no type for."""
+    is_wide = prepared.source.train.inputs.dtype == "float64" and prepared.job.train.precision != "fp64"
+    if device.type == "mps" and is_wide:
+        raise InputError(
+            "mps has no fp64, and float32 would lose digits of these inputs that matter",
+            where="scale.device",
+            fix="use cpu, or subtract a constant from the columns that are far from zero",
+        )
 
 
 def _try(prepared: Prepared, trainee: Trainee, world_size: int) -> None:

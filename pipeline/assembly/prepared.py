@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from pipeline import device as devices
 from pipeline.data import augment
-from pipeline.data.fitted import Fitted, check_layout, fit
+from pipeline.data.fitted import Fitted, check_layout, coarse_columns, fit
 from pipeline.data.preprocess import fit_warnings
 from pipeline.data.sources import Arrays, Source, open_source
 from pipeline.data.split import Rows, make_splits, rows_by_part, split_warnings, stratified_sample
+from pipeline.data.targets.fitting import label_warnings
 from pipeline.errors import JobError, StorageError
 from pipeline.job import Job
 from pipeline.learn.plan import Plan
@@ -75,6 +76,7 @@ class Prepared:
         found = [*self.source.warnings, *split_warnings(self.job, self.splits)]
         if not self.was_fitted:
             found += fit_warnings(self.job, self.source, self.splits["train"].ids)
+            found += label_warnings(self.fitted.labels)
         best, processes, cores = self.job.best, self.job.data.loader.processes, devices.available_cpus()
         if best.patience is not None and best.metric.partition("/")[0] not in self.evaluated:
             found.append(f"best.patience has no effect: {best.metric} is not evaluated")
@@ -132,7 +134,8 @@ def prepare(
     """
     code = code if code is not None else collect(job)
     with code.in_use():
-        source = source or open_source(job, say)
+        if source is None or (fitted is not None and source.in_float64 is not None and _holds_float64(fitted)):
+            source = open_source(job, say, float64=_holds_float64(fitted))
     if fingerprint is not None and source.fingerprint != fingerprint:
         raise JobError(
             "the data here is not the data of this run",
@@ -141,9 +144,11 @@ def prepare(
         )
     if augment.is_wanted(job.data.augment):
         augment.check_images(job.data.augment, tuple(source.train.inputs.shape[1:]))
-    splits = make_splits(job, source)
     was_fitted = fitted is not None
-    fitted = fitted or fit(job, source, splits)
+    if fitted is None:
+        source, splits, fitted = _fitted(job, source)
+    else:
+        splits = make_splits(job, source)
     prepared = Prepared(
         job=job,
         source=source,
@@ -158,6 +163,8 @@ def prepare(
     for split in prepared.evaluated:
         if split not in splits:
             raise JobError(f"there is no {split} split to evaluate", where="evaluate.splits", fix="see data.splits")
+    if job.best.metric.partition("/")[2] not in (known := job.measured(fitted.outputs)):
+        raise JobError(f"{job.best.metric} is not measured", where="best.metric", fix=f"there are {', '.join(known)}")
     check_best_is_gathered(job, fitted.outputs, prepared.evaluated_rows)
     wanted = job.best.metric.partition("/")[0]
     if wanted in splits and wanted not in prepared.evaluated:
@@ -165,6 +172,25 @@ def prepare(
             f"{job.best.metric} is not evaluated", where="best.metric", fix=f"add {wanted} to evaluate.splits"
         )
     return prepared
+
+
+def _fitted(job: Job, source: Source) -> tuple[Source, dict[str, Rows], Fitted]:
+    """Split the source and fit on its training rows: in float32 where that is enough for them, else in float64."""
+    splits = make_splits(job, source)
+    fitted = fit(job, source, splits)
+    coarse = coarse_columns(job, source, fitted)
+    if coarse and source.in_float64 is not None:
+        source = source.in_float64()
+        splits = make_splits(job, source)
+        fitted = fit(job, source, splits)
+        coarse = coarse_columns(job, source, fitted)
+    warnings = [
+        f"{name if name.startswith('number ') else f'column {name!r}'} has numbers of more digits than float64 holds, "
+        "and they matter beside the spread of its training rows: list it under data.keys if it is one, or subtract "
+        "a constant from it"
+        for name in coarse
+    ]
+    return replace(source, in_float64=None, warnings=(*source.warnings, *warnings)), splits, fitted
 
 
 def prepare_rows(
@@ -178,7 +204,7 @@ def prepare_rows(
     """
     code = code if code is not None else collect(job)
     with code.in_use():
-        source = open_source(job, say)
+        source = open_source(job, say, float64=_holds_float64(fitted))
     check_layout(fitted, source)
     fitted.preprocess.check(source.train.inputs, source.schema)
     splits = {name: Rows("train", np.arange(len(source.train), dtype=np.int64))}
@@ -191,6 +217,11 @@ def prepare_rows(
         plan=Plan(job, len(source.train)),
         code=code,
     )
+
+
+def _holds_float64(fitted: Fitted | None) -> bool | None:
+    """Whether rows have to be held in float64 because what was fitted was; None leaves it to the job."""
+    return True if fitted is not None and fitted.preprocess.dtype == "float64" else None
 
 
 def _targets(job: Job, source: Source, splits: dict[str, Rows], fitted: Fitted) -> dict[str, np.ndarray]:

@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.preprocess import Preprocess, TablePreprocess, fit_preprocess, preprocess_from_json
+from pipeline.data.preprocess import (
+    Preprocess,
+    SamplePreprocess,
+    TablePreprocess,
+    fit_preprocess,
+    number_places,
+    preprocess_from_json,
+)
+from pipeline.data.rounding import too_coarse
 from pipeline.data.sources.arrays import Source
 from pipeline.data.split.rows import Rows
 from pipeline.data.stored import VERSION, reading
@@ -24,13 +32,15 @@ class Fitted:
 
     preprocess: of the samples. labels: of the targets.
     class_counts: rows of each class in training; empty for a regression.
-    means: the mean of each column of prepared targets in training; empty unless a regression.
+    means, spreads: the mean and standard deviation of each column of prepared targets in training; empty unless a
+        regression, and without spreads where an earlier version fitted.
     """
 
     preprocess: Preprocess
     labels: Targets
     class_counts: tuple[int, ...] = ()
     means: tuple[float, ...] = ()
+    spreads: tuple[float, ...] = ()
 
     @property
     def outputs(self) -> int:
@@ -45,6 +55,7 @@ class Fitted:
             "targets": self.labels.to_json(),
             "class_counts": list(self.class_counts),
             "means": list(self.means),
+            "spreads": list(self.spreads),
         }
 
     @classmethod
@@ -61,6 +72,7 @@ class Fitted:
                 Targets.from_json(values["targets"]),
                 tuple(int(count) for count in values["class_counts"]),
                 tuple(float(mean) for mean in values["means"]),
+                tuple(float(spread) for spread in values.get("spreads", ())),
             )
 
 
@@ -100,6 +112,24 @@ def _layout(column: tuple[str, int] | None) -> str:
     return "holds text or levels" if kind == "category" else f"holds {width} numbers" if width > 1 else "holds numbers"
 
 
+def coarse_columns(job: Job, source: Source, fitted: Fitted) -> list[str]:
+    """Columns of the source's inputs that lost digits which matter beside the spread of their training rows.
+
+    None where inputs are learned from as they are: the arithmetic holds no more digits than it does.
+    """
+    preprocess, rounding = fitted.preprocess, source.rounding
+    if rounding is None or job.data.normalize == "none":
+        return []
+    if isinstance(preprocess, SamplePreprocess):
+        coarse = too_coarse(rounding, np.array(preprocess.std)) if preprocess.kind == "scaled" else np.array([])
+        return [f"number {place}" for place in np.flatnonzero(coarse)]
+    coarse = too_coarse(rounding[number_places(preprocess.schema)], np.array(preprocess.std))
+    names = [
+        column.name for column in preprocess.schema.columns if column.kind == "number" for _ in range(column.width)
+    ]
+    return list(dict.fromkeys(name for name, is_coarse in zip(names, coarse, strict=True) if is_coarse))
+
+
 def fit(job: Job, source: Source, splits: Mapping[str, Rows]) -> Fitted:
     """Fit what the job asks for on the training split; no other row changes the result.
 
@@ -112,5 +142,6 @@ def fit(job: Job, source: Source, splits: Mapping[str, Rows]) -> Fitted:
     preprocess = fit_preprocess(job, source, rows)
     learned = labels.prepare(source.train.targets, source.label_names, np.float64, rows=rows)[rows]
     if labels.kind == "regression":
-        return Fitted(preprocess, labels, means=tuple(learned.mean(0, dtype=np.float64).tolist()))
+        means, spreads = (values.tolist() for values in (learned.mean(0), learned.std(0)))
+        return Fitted(preprocess, labels, means=tuple(means), spreads=tuple(spreads))
     return Fitted(preprocess, labels, class_counts=tuple(class_counts(learned, len(labels.classes))))

@@ -18,7 +18,7 @@ import torch
 from pipeline.data.pictures import BrokenPictureError, Form, TooSmallError, decode, quiet
 from pipeline.data.preprocess import DataReport, Preprocess, SamplePreprocess, TablePreprocess
 from pipeline.data.sources.image_folder.files import Files
-from pipeline.data.tables.contents import NUMBERS, Content, content, plain, raw_bytes
+from pipeline.data.tables.contents import NUMBERS, Content, content, null_inside, plain, raw_bytes
 from pipeline.data.tables.encode import check_columns, encode, near, to_arrow
 from pipeline.data.tables.schema import Column, Schema
 from pipeline.errors import DataError, StorageError
@@ -40,7 +40,7 @@ def raw_samples(data: Any, preprocess: Preprocess, job: Job, report: DataReport)
     DataError: columns, shapes or types that are others than in training; a picture that cannot be read.
     """
     if isinstance(preprocess, TablePreprocess):
-        return _rows(data, preprocess, np.float64 if job.train.precision == "fp64" else np.float32, report)
+        return _rows(data, preprocess, np.float64 if _is_wide(preprocess, job) else np.float32, report)
     if job.data.source == "image_folder" and (_is_picture(data) or isinstance(data, Sequence)):
         shape, some = preprocess.sample_shape, [data] if _is_picture(data) else data
         return np.stack([_picture(one, job, shape) for one in some]) if some else np.empty((0, *shape), np.uint8)
@@ -123,6 +123,10 @@ def _sample_column(names: Iterable[str], preprocess: SamplePreprocess, job: Job,
     return found[0]
 
 
+def _is_wide(preprocess: TablePreprocess, job: Job) -> bool:
+    return preprocess.dtype == "float64" if preprocess.dtype else job.train.precision == "fp64"
+
+
 def _single_column(table: pa.Table, preprocess: SamplePreprocess, job: Job) -> np.ndarray:
     """Samples that are one column of bytes or of lists."""
     shape, width = preprocess.sample_shape, math.prod(preprocess.sample_shape)
@@ -133,7 +137,7 @@ def _single_column(table: pa.Table, preprocess: SamplePreprocess, job: Job) -> n
     if preprocess.dtype != "uint8":
         schema = Schema((Column(name, "number", width),))
         dtype = np.float64 if preprocess.dtype == "float64" else np.float32
-        return encode(table, schema, dtype=dtype, where=WHERE).reshape(-1, *shape)
+        return _finite(encode(table, schema, dtype=dtype, where=WHERE).reshape(-1, *shape))
     if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):  # as pandas and polars have it
         with suppress(pa.ArrowException):  # of other lengths: refused below
             column = column.cast(pa.binary(width))
@@ -142,6 +146,8 @@ def _single_column(table: pa.Table, preprocess: SamplePreprocess, job: Job) -> n
         raise DataError(
             f"the column {name!r} does not hold {width} bytes a row", where=WHERE, fix="give what was trained on"
         )
+    if inside := sum(int(null_inside(chunk, width).sum()) for chunk in column.chunks):
+        raise DataError(f"{inside:,} rows of {name!r} hold nulls", where=WHERE, fix="leave them out")
     parts = [raw_bytes(chunk, width) for chunk in column.chunks]
     return np.concatenate([np.empty((0, width), np.uint8), *parts]).reshape(-1, *shape)
 
@@ -151,7 +157,8 @@ def _rows(
 ) -> np.ndarray:
     schema, table = preprocess.schema, None
     if isinstance(data, np.ndarray | torch.Tensor) and not preprocess.categories:
-        rows = np.asarray(data, dtype)
+        with np.errstate(over="ignore"):  # found below
+            rows = np.asarray(data, dtype)
         if rows.ndim != 2 or rows.shape[1] != schema.width:
             names = ", ".join(column.name for column in schema.columns)
             raise DataError(
@@ -159,6 +166,7 @@ def _rows(
                 where=WHERE,
                 fix=f"one row a sample, with these columns in this order: {names}",
             )
+        _finite(rows, but_nan=True)  # what is missing is filled in, as in training
     else:
         table = to_arrow(data)
         rows = encode(table, schema, dtype=dtype, where=WHERE)
@@ -185,7 +193,23 @@ def _arrays(data: Any, preprocess: SamplePreprocess) -> np.ndarray:
         )
     if samples.dtype.kind not in "biuf":
         raise DataError(f"holds {samples.dtype}, not numbers", where=WHERE, fix="encode it as numbers first")
-    return np.ascontiguousarray(samples, wanted_type)
+    with np.errstate(over="ignore"):  # found below
+        return _finite(np.ascontiguousarray(samples, wanted_type))
+
+
+def _finite(samples: np.ndarray, *, but_nan: bool = False) -> np.ndarray:
+    """The samples; DataError where they hold NaN or infinity, as training would have refused them."""
+    wrong = np.isinf(samples) if but_nan else ~np.isfinite(samples)
+    if wrong.any():
+        row, *place = (int(axis) for axis in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
+        rows = int(wrong.reshape(len(wrong), -1).any(1).sum())
+        raise DataError(
+            f"{samples[row, *place]} at row {row}, position {', '.join(map(str, place))} ({rows:,} of {len(wrong):,} "
+            "rows hold such values): the model was trained on finite numbers alone",
+            where=WHERE,
+            fix="fill them in, or leave these rows out",
+        )
+    return samples
 
 
 def _is_picture(data: Any) -> bool:

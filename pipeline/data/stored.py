@@ -8,7 +8,10 @@ from typing import Any
 
 from pipeline.errors import DataError
 
-VERSION = 2
+VERSION = 3
+
+READABLE = (2, 3)
+"""Before 3, labels that were numbers had no values of their own, and rows of tables no type."""
 
 WHERE = "preprocess.json"
 
@@ -22,9 +25,9 @@ def reading(values: Any) -> Iterator[None]:
     DataError: written by another version; or a value inside is absent or of another type.
     """
     version = values.get("version") if isinstance(values, Mapping) else None
-    if version != VERSION:
+    if version not in READABLE:
         raise DataError(
-            f"version {version!r} of preprocessing; this program knows {VERSION}",
+            f"version {version!r} of preprocessing; this program knows {' and '.join(map(str, READABLE))}",
             where=WHERE,
             fix="use the version of Trainyard that wrote it",
         )
@@ -32,3 +35,10 @@ def reading(values: Any) -> Iterator[None]:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"damaged: {error!r}", where=WHERE, fix="take another checkpoint") from error
+
+
+def float_name(value: Any) -> str:
+    """A stored name of a type of tables' rows; ValueError if there is no such type."""
+    if value not in ("", "float32", "float64"):
+        raise ValueError(f"dtype {value!r}")
+    return str(value)

@@ -5,11 +5,11 @@ Every field stands with its default and its meaning. `job_file` turns YAML and o
 
 from pipeline.job.data import IMAGENET, Augment, Cache, Call, Data, Jitter, Loader, Missing, Normalization
 from pipeline.job.keeping import Best, Checkpoint, Evaluate
-from pipeline.job.metrics import METRICS, own_metric
+from pipeline.job.metrics import METRICS, TARGET_METRICS, own_metric
 from pipeline.job.model import Activation, Cnn, Conv, Mlp, Model, OwnModel, TorchvisionModel
 from pipeline.job.node import RESERVED_NAMES, Node, plain_name
 from pipeline.job.scale import IN_PLACE_WORKERS, Scale, WorkerRange
-from pipeline.job.splits import ColumnSplits, GroupSplits, RandomSplits, RangeSplits, Splits, TimeSplits
+from pipeline.job.splits import STORED, ColumnSplits, GroupSplits, RandomSplits, RangeSplits, Splits, TimeSplits
 from pipeline.job.training import REGRESSION_LOSSES, Group, Optimizer, Phase, Task, Train
 from pipeline.job.tree import NOT_IDENTITY, STREAMS, Job, Seeds, digest, identity
 
@@ -46,10 +46,12 @@ __all__ = [
     "RESERVED_NAMES",
     "RandomSplits",
     "RangeSplits",
+    "STORED",
     "STREAMS",
     "Scale",
     "Seeds",
     "Splits",
+    "TARGET_METRICS",
     "Task",
     "TimeSplits",
     "TorchvisionModel",

@@ -34,9 +34,11 @@ class Best(Node):
     """Which checkpoint counts as the best: the earliest of equals."""
 
     metric: str = "val/loss"
-    """`split/column` of the evaluations, such as val/loss, val/accuracy or val/auc, or a metric of your own."""
+    """`split/column` of the evaluations, such as val/loss, val/accuracy or val/auc, or a metric of your own. Of several
+    targets val/rmse and val/mae are means in standard deviations, and val/rmse_LABEL is that of one in its unit."""
     mode: Literal["min", "max"] = "min"
-    """Where not given: max for accuracy and its like, min for losses and errors. A metric of your own needs it."""
+    """Where not given: max for accuracy and its like, min for losses and errors. A metric of your own needs it, and so
+    does that of a single target."""
     patience: Positive | None = None
     """Stop after this many evaluations without a better one."""
 

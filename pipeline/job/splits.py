@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 
 from pipeline.job.node import Node, Range
 
 NAMES = ("train", "val", "test")
+
+STORED = "stored"
+"""Key of the context in which a job that was written out is read back: there, 1.0 is the 1 of the job file."""
+
+
+def _no_share_of_one(value: Any, info: ValidationInfo) -> Any:
+    if isinstance(value, float) and value == 1.0 and not (info.context or {}).get(STORED):
+        raise ValueError(
+            "1.0 would be all of them: a share is below 1, and a count is a whole number, such as 1 or 200"
+        )
+    return value
+
+
+NoShareOfOne = BeforeValidator(_no_share_of_one)
 
 
 class RandomSplits(Node):
     """Rows drawn at random: fractions of all rows (below 1) or counts."""
 
     by: Literal["random"] = "random"
-    val: Annotated[float, Field(ge=0)] = 0.2
+    val: Annotated[float, Field(ge=0), NoShareOfOne] = 0.2
     """Share or number of rows for validation; 0 for none."""
-    test: Annotated[float, Field(ge=0)] = 0
+    test: Annotated[float, Field(ge=0), NoShareOfOne] = 0
     """Share or number of rows for the test split; 0 leaves the source's own test set, if it has one."""
-    train: Annotated[float, Field(gt=0)] | None = None
+    train: Annotated[float, Field(gt=0), NoShareOfOne] | None = None
     """Share or number of rows for training; all that remain if not given."""
     stratify: bool = False
     """Draw from every class in proportion."""
@@ -57,9 +71,9 @@ class GroupSplits(Node):
     by: Literal["group"]
     column: str
     """Rows with the same value here stay together."""
-    val: Annotated[float, Field(ge=0)] = 0.2
+    val: Annotated[float, Field(ge=0), NoShareOfOne] = 0.2
     """Share of the rows (below 1), as near as whole groups come to it, or number of groups; 0 for none."""
-    test: Annotated[float, Field(ge=0)] = 0
+    test: Annotated[float, Field(ge=0), NoShareOfOne] = 0
     """Likewise."""
 
     @model_validator(mode="after")

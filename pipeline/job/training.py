@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, Strict, field_validator, model_validator
@@ -10,11 +11,12 @@ from pipeline.job.node import Node, Positive, Share, module_and_name
 
 
 def _number_if_it_is_one(label: Any) -> Any:
-    return int(label) if isinstance(label, str) and label.isdecimal() else label
+    is_number = isinstance(label, str) and re.fullmatch("0|-?[1-9][0-9]*", label)  # 007 is a text
+    return int(label) if is_number else label
 
 
 Label = Annotated[int | str, BeforeValidator(_number_if_it_is_one)]
-"""A class: its number or its name; the keys of JSON and of `--set` are text."""
+"""A class: its label, or its name; the keys of JSON and of `--set` are text."""
 
 
 class Task(Node):
@@ -23,16 +25,18 @@ class Task(Node):
     kind: Literal["multiclass", "binary", "regression"] = "multiclass"
     """multiclass: softmax cross-entropy. binary: one logit, BCE. regression: mean squared error."""
     positive: list[int | bool | str] | None = None
-    """binary: the labels that count as 1, such as [0, 1, 2] or [yes]; the others are 0."""
+    """binary: the labels that count as 1, such as [0, 1, 2] or [yes]; the others are 0. By default the later one of two
+    numbers: 1 of 0 and 1, and of -1 and 1."""
     class_weights: Literal["balanced"] | dict[Label, Annotated[float, Field(gt=0)]] | None = None
-    """Weight of each class in the loss; balanced: inversely to its rows in the training split."""
+    """Weight of each class in the loss, by its label; balanced: inversely to its rows in the training split."""
     loss: str | None = None
     """Another loss: regression has mse, mae and huber; or `module:function` of your own, (outputs, targets) -> (B,)."""
     huber_delta: Annotated[float, Field(gt=0)] = 1.0
     """huber: where the loss goes over from squares to absolute values, in the unit that is learned."""
     scale_targets: bool = True
-    """regression: learn (target - mean) / std of the training rows. Metrics and predictions stay in the target's unit;
-    the loss is that of what is learned."""
+    """regression: learn (target - mean) / std of the training rows. Metrics and predictions stay in the target's unit
+    (of several targets, rmse and mae are in standard deviations beside those of each); the loss is that of what is
+    learned."""
 
     @field_validator("loss")
     @classmethod

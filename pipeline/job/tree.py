@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -13,7 +14,16 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.job.data import Data
 from pipeline.job.following import Follower
 from pipeline.job.keeping import Best, Checkpoint, Evaluate
-from pipeline.job.metrics import HIGHER_IS_BETTER, LOWER_IS_BETTER, METRICS, RESERVED_COLUMNS, own_metric
+from pipeline.job.metrics import (
+    HIGHER_IS_BETTER,
+    LOWER_IS_BETTER,
+    METRICS,
+    RESERVED_COLUMNS,
+    TARGET_METRICS,
+    own_metric,
+    target_columns,
+    target_names,
+)
 from pipeline.job.model import Mlp, Model
 from pipeline.job.node import Node, did_you_mean, module_and_name, plain_name
 from pipeline.job.scale import Scale
@@ -21,6 +31,10 @@ from pipeline.job.training import Task, Train
 
 STREAMS = ("split", "init", "shuffle", "augment", "dropout", "data")
 """Names of the independent random streams of a run; `seed: {all: 1, split: 7}` sets one apart."""
+
+
+OF_A_TARGET = rf"({'|'.join(TARGET_METRICS)})_\d+"
+"""Columns of single targets that have no label."""
 
 
 class Seeds(Node):
@@ -102,7 +116,13 @@ class Job(Node):
     @model_validator(mode="after")
     def _best_is_measured(self) -> Self:
         split, _, column = self.best.metric.partition("/")
-        known = [*METRICS[self.task.kind], *map(own_metric, self.metrics)]
+        known = self.measured()
+        if clash := next((name for name in known if known.count(name) > 1), None):
+            raise ValueError(
+                f"metrics: {clash} is what one of the labels is measured by; name the function differently"
+            )
+        if self.task.kind == "regression" and not self.data.labels and re.fullmatch(OF_A_TARGET, column):
+            return self  # whether there are so many targets is for the data to say
         if column not in known:
             is_of_another_task = column in HIGHER_IS_BETTER + LOWER_IS_BETTER
             near = [] if is_of_another_task else [f"{split}/{name}" for name in known]
@@ -111,6 +131,22 @@ class Job(Node):
                 f"best.metric: {self.best.metric} is not measured{hint}; {self.task.kind} has {', '.join(known)}"
             )
         return self
+
+    def target_names(self, count: int | None = None) -> tuple[str, ...]:
+        """What the columns of single targets of a regression end in, see `metrics.target_names`.
+
+        Parameters
+        ----------
+        count: of the targets; those of `data.label` by default.
+        """
+        if self.task.kind != "regression":
+            return ()
+        return target_names(self.data.labels, len(self.data.labels) if count is None else count)
+
+    def measured(self, targets: int | None = None) -> list[str]:
+        """What every evaluation measures, by column. targets: as `target_names` takes them."""
+        of_targets = target_columns(self.target_names(targets))
+        return [*METRICS[self.task.kind], *of_targets, *map(own_metric, self.metrics)]
 
     def resolved(self) -> dict[str, Any]:
         """The whole tree as plain YAML types, defaults included."""

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.errors import JobError
-from pipeline.job import Job
+from pipeline.job import STORED, Job
 from pipeline.job_file.explaining import explain
 from pipeline.job_file.reading import apply, complete_tree, mapping, read_tree, with_paths_from
 from pipeline.job_file.yaml12 import Dumper, parse_yaml
@@ -84,13 +84,13 @@ def refuse_secrets(job: Job, where: str) -> None:
 
 def parse_job(text: str, where: str) -> Job:
     """A job from the text of a resolved job file, as stored with a run. No `base:`, no environment."""
-    return build_job(mapping(parse_yaml(text, where), where), where=where)
+    return build_job(mapping(parse_yaml(text, where), where), where=where, is_stored=True)
 
 
 def override_job(job: Job, overrides: Iterable[str]) -> Job:
     """The same job with `KEY=VALUE` overrides."""
     words = list(overrides)
-    return build_job(apply(job.resolved(), words), where="--set") if words else job
+    return build_job(apply(job.resolved(), words), where="--set", is_stored=True) if words else job
 
 
 def dump_job(job: Job) -> str:
@@ -98,15 +98,19 @@ def dump_job(job: Job) -> str:
     return yaml.dump(job.resolved(), Dumper=Dumper, sort_keys=False, default_flow_style=None, width=120)
 
 
-def build_job(tree: Mapping[str, Any], where: str) -> Job:
+def build_job(tree: Mapping[str, Any], where: str, *, is_stored: bool = False) -> Job:
     """Check a tree of plain values.
+
+    Parameters
+    ----------
+    is_stored: whether the tree is that of a job that was written out: counts are floats there.
 
     Raises
     ------
     JobError: every problem found, each with its key.
     """
     try:
-        return Job.model_validate(dict(tree))
+        return Job.model_validate(dict(tree), context={STORED: is_stored})
     except ValidationError as error:
         lines = explain(error, tree)
         what = lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems", *lines])

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from pipeline.job import TARGET_METRICS
 from pipeline.learn.task import Task
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
@@ -106,11 +107,16 @@ class _OfClasses:
 
 
 class _OfValues:
-    """regression. Errors are in the targets' unit; each is the mean over the columns of a target.
+    """regression.
 
-    loss: mean of what is learned. rmse, mae. r2: coefficient of determination, NaN for fewer than two rows or where a
-    column of the split is constant. baseline_rmse, baseline_mae: of always answering the mean of the training targets.
-    All as scikit-learn defines them, with multioutput="uniform_average".
+    loss: mean of what is learned. rmse, mae: errors in the target's unit. r2: coefficient of determination, NaN for
+    fewer than two rows or where the target is constant in the split. baseline_rmse, baseline_mae: of always answering
+    the mean of the training targets. All as scikit-learn defines them.
+
+    Of several targets, each of these but the loss stands there for each target, in its own unit: rmse_height. What has
+    no such ending has no unit either: rmse, mae and their baselines are means over the targets, each error first
+    divided by the standard deviation of that target in training, so that no unit outweighs another; r2 is the mean of
+    the targets' (scikit-learn's multioutput="uniform_average").
     """
 
     def __init__(self, task: Task) -> None:
@@ -120,6 +126,10 @@ class _OfValues:
         self._means = np.array(task.means or [0.0] * task.outputs)
         self._std = np.array(task.unit.std if task.unit is not None else [1.0] * task.outputs)
         self._zero = np.array(task.unit.mean if task.unit is not None else [0.0] * task.outputs)
+        self._names = task.target_names
+        # Scaled targets have a spread of 1, to rounding; of others, an earlier version did not store it.
+        spreads = np.array(task.spreads or [1.0] * task.outputs)
+        self._shared = self._std if task.outputs == 1 else 1 / np.where(spreads == 0, 1.0, spreads)
 
     def sums(self, outputs: Array, targets: Array, losses: Array, log_losses: Array) -> Array:
         targets = targets.reshape(outputs.shape).astype(np.float64)
@@ -136,15 +146,25 @@ class _OfValues:
         rows = samples or math.nan
         around_own_mean = squared_spread - spread**2 / rows
         # What remains of equal numbers by rounding is no spread.
-        varies = samples > 1 and bool((around_own_mean > 1e-12 * squared_spread).all())
-        baseline = self._std if self._has_baseline else self._std * math.nan
+        varies = (around_own_mean > 1e-12 * squared_spread) & (samples > 1)
+        known = 1.0 if self._has_baseline else math.nan
+        errors = {
+            "rmse": np.sqrt(squared / rows),
+            "mae": absolute / rows,
+            "baseline_rmse": np.sqrt(squared_spread / rows) * known,
+            "baseline_mae": absolute_spread / rows * known,
+        }
+        r2 = np.where(varies, 1 - squared / np.where(varies, around_own_mean, 1.0), math.nan)
+        single = {**{name: each * self._std for name, each in errors.items()}, "r2": r2}
+        together = {**{name: each * self._shared for name, each in errors.items()}, "r2": r2}
         return {
             "loss": _ratio(loss, samples),
-            "rmse": _mean(np.sqrt(squared / rows) * self._std),
-            "mae": _mean(absolute / rows * self._std),
-            "r2": _mean(1 - squared / around_own_mean) if varies else math.nan,
-            "baseline_rmse": _mean(np.sqrt(squared_spread / rows) * baseline),
-            "baseline_mae": _mean(absolute_spread / rows * baseline),
+            **{name: _mean(together[name]) for name in TARGET_METRICS},
+            **{
+                f"{name}_{target}": float(single[name][place])
+                for name in TARGET_METRICS
+                for place, target in enumerate(self._names)
+            },
             "samples": int(samples),
         }
 

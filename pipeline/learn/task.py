@@ -43,7 +43,9 @@ class Task:
     class_weights: (classes,), or None.
     majority: the most frequent class of the training split, the lowest of equals; None where that is not known.
     means: mean of the training split's targets as prepared, column by column; empty where that is not known.
+    spreads: their standard deviations, likewise.
     unit: regression: of the values that people see.
+    target_names: what the metrics of single targets end in; empty where they have none.
     """
 
     kind: str
@@ -54,6 +56,8 @@ class Task:
     means: tuple[float, ...] = ()
     unit: Unit | None = None
     metrics: tuple[OwnMetric, ...] = ()
+    spreads: tuple[float, ...] = ()
+    target_names: tuple[str, ...] = ()
 
     @property
     def classes(self) -> int:
@@ -115,6 +119,7 @@ def build_task(
     *,
     class_counts: Sequence[int] = (),
     means: Sequence[float] = (),
+    spreads: Sequence[float] = (),
     unit: Unit | None = None,
     number_of: Callable[[int | str], int] | None = None,
 ) -> Task:
@@ -126,7 +131,7 @@ def build_task(
     target_columns: numbers in one target (regression).
     class_counts: rows of each class in the training split, where known. For `class_weights: balanced`,
         n / (classes x rows of the class), as scikit-learn defines it.
-    means: mean of the training split's prepared targets, column by column, where known.
+    means, spreads: mean and standard deviation of the training split's prepared targets, column by column, where known.
     unit: of targets that are scaled.
     number_of: the number of a class that `class_weights` names; without it, only numbers are known.
 
@@ -144,6 +149,8 @@ def build_task(
         means=tuple(means),
         unit=unit,
         metrics=tuple(map(OwnMetric.named, job.metrics)),
+        spreads=tuple(spreads),
+        target_names=job.target_names(target_columns),
     )
     if task.class_weights is None:
         return built

@@ -44,10 +44,21 @@ def table_lines(metrics: Mapping[str, float], split: str) -> list[str]:
     width = max(map(len, shown), default=0)
     lines = []
     for name in shown:
-        column, text = BASELINES.get(name, ("", ""))
-        beside = f" ({text}: {number(values[column])})" if column in values else ""
+        column, text = _baseline(name)
+        notes = [f"{text}: {number(values[column])}"] if column in values else []
+        if name in BASELINES and any(other.startswith(f"baseline_{name}_") for other in values):
+            notes.insert(0, "in standard deviations")
+        beside = f" ({'; '.join(notes)})" if notes else ""
         lines.append(f"{name.ljust(width)}  {number(values[name])}{beside}")
     return lines
+
+
+def _baseline(name: str) -> tuple[str, str]:
+    """The column of what no learning would give, and what that is; of a single target, `rmse_height`, too."""
+    for metric, (column, text) in BASELINES.items():
+        if name == metric or name.startswith(f"{metric}_"):
+            return column + name.removeprefix(metric), text
+    return "", ""
 
 
 def no_better_words(metrics: Mapping[str, float], split: str) -> str:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import StorageError
-from pipeline.job import METRICS, Job, own_metric
+from pipeline.job import Job
 
 MAGIC = b"PAR1"
 MOST_BYTES, MOST_BYTES_A_ROW = 10_000_000, 4096
@@ -55,15 +55,17 @@ class Columns:
                 raise ValueError(f"the column {name!r} must have one type in both tables")
 
     @classmethod
-    def of_job(cls, job: Job) -> Columns:
-        """What the job's task and its user measure besides loss and accuracy, and for fp16 how the loss is scaled."""
+    def of_job(cls, job: Job, targets: int | None = None) -> Columns:
+        """What the job's task and its user measure besides loss and accuracy, and for fp16 how the loss is scaled.
+
+        Parameters
+        ----------
+        targets: of a regression, how many numbers it learns; those of `data.label` by default.
+        """
         usual = {name for name, _ in _EVALUATIONS}
-        names = [*METRICS[job.task.kind], *map(own_metric, job.metrics)]
+        names = [name for name in job.measured(targets) if name not in usual]
         steps = ("loss_scale", "skipped") if job.train.precision == "fp16" else ()
-        return cls(
-            steps=dict.fromkeys(steps, "float64"),
-            evaluations=dict.fromkeys((name for name in names if name not in usual), "float64"),
-        )
+        return cls(steps=dict.fromkeys(steps, "float64"), evaluations=dict.fromkeys(names, "float64"))
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> Columns:
@@ -79,6 +81,10 @@ class Columns:
         if not all(isinstance(one, dict) and set(map(str, one.values())) <= _TYPES.keys() for one in given):
             raise StorageError("columns of a type that no run has", where="job.yaml", fix="restore it")
         return cls(steps, evaluations)
+
+    def beyond(self, there: Columns) -> list[str]:
+        """Columns of evaluations that a run does not have which was born with others."""
+        return [name for name in self.evaluations if name not in there.evaluations]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a birth's `columns`."""

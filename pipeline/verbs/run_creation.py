@@ -108,7 +108,7 @@ class RunCreation:
             "total_steps": plan.last_step,
             "steps_per_epoch": plan.steps_per_epoch,
             "cell_steps": plan.cell_steps,
-            "columns": Columns.of_job(job).to_json(),
+            "columns": Columns.of_job(job, prepared.fitted.outputs).to_json(),
             "splits": splits_digest(splits),
             **({"code": code.digests} if code.files else {}),
         }

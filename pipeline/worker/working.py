@@ -25,6 +25,7 @@ from pipeline.loop import Bounds, Position, fit
 from pipeline.own_code import UserCode
 from pipeline.record.attempt import Attempt, claim
 from pipeline.record.checkpoint import Base
+from pipeline.record.columns import Columns
 from pipeline.record.decisions import first_facts
 from pipeline.record.entries import typed
 from pipeline.record.recorder import Recorder, complete
@@ -83,6 +84,12 @@ def _attempt(order: Order, context: Context, prepared: Prepared, run: Run) -> Po
         )
     if facts.get("start") != (prepared.start.digest if prepared.start is not None else None):
         raise JobError("the weights to start from are not those of this run", where=run.url, fix="see model.init_from")
+    if unlogged := Columns.of_job(order.job, prepared.fitted.outputs).beyond(Columns.from_facts(facts)):
+        raise JobError(
+            f"this run was begun by a version that did not measure {', '.join(unlogged)}",
+            where=run.url,
+            fix="use another --name, or end it with the version that began it",
+        )
     rank, world_size, local_rank = context.rank, context.world_size, context.local_rank
     way = str(first_facts(run.journal.read()).get("way", ""))
     built = build(prepared, way=way, rank=rank, world_size=world_size, local_rank=local_rank)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from pipeline import load
 from pipeline.job import METRICS
 from tests.cli.cli_calls import Trainyard, write_job
 
@@ -78,6 +80,33 @@ def test_a_regression_has_errors_and_no_accuracy(trainyard: Trainyard, tmp_path:
     words = trainyard("evaluate", found["run"]).out
     assert "val: 200 rows\n" in words
     assert "(always the mean: " in words
+
+
+def test_each_of_several_targets_is_measured_in_its_own_unit(trainyard: Trainyard, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=200)
+    frame = pd.DataFrame({"x": x, "temp (°C)": 15 + 8 * x, "hPa": 1013 + 4000 * rng.normal(size=200)})
+    frame.to_parquet(tmp_path / "t.parquet")
+    data = {"source": "parquet", "url": str(tmp_path / "t.parquet"), "label": ["temp (°C)", "hPa"]}
+    best = {"metric": "val/rmse_temp_C", "mode": "min"}
+    job = write_job(tmp_path, data=data, task="regression", model={"hidden": []}, best=best)
+    found = trainyard("train", job, "--json").json
+    rows = pd.read_parquet(Path(found["url"]) / "metrics/evals")
+    assert found["best"]["value"] == rows[rows["step"] > 0]["rmse_temp_C"].min()
+    model, held = load(found["url"]), pd.read_parquet(Path(found["url"]) / "splits.parquet")
+    val, train = (frame.iloc[held[held["split"] == split]["row"]] for split in ("val", "train"))
+    errors = model.predict(val) - val[["temp (°C)", "hPa"]].to_numpy()
+    rmse = np.sqrt((errors**2).mean(0))
+    measured = trainyard("evaluate", found["run"], "--json").json["metrics"]
+    assert [measured["val/rmse_temp_C"], measured["val/rmse_hPa"]] == pytest.approx(rmse.tolist(), rel=1e-5)
+    stds = train[["temp (°C)", "hPa"]].to_numpy().std(0)
+    assert measured["val/rmse"] == pytest.approx(float((rmse / stds).mean()), rel=1e-5)
+    assert "in standard deviations; always the mean" in trainyard("evaluate", found["run"]).out
+    for metric, options in (("val/rmse_0", {"data": data}), ("val/rmse_1", {})):
+        best["metric"] = metric
+        refused = trainyard("train", write_job(tmp_path, task="regression", best=best, **options))
+        assert refused.code == 2
+        assert f"{metric} is not measured" in refused.err
 
 
 def test_a_collapsed_model_is_told(trainyard: Trainyard, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def main(folder: str, cache: str, limit: int, epochs: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     began = time.monotonic()
     job = parquet_job(folder, label="churned", cache={"folder": cache, "in_memory_mb": 16})
-    source = open_parquet(job, lambda text: print(text, file=sys.stderr))
+    source = open_parquet(job, lambda text: print(text, file=sys.stderr), float64=False)
     opened = time.monotonic()
     rows = np.arange(len(source.train), dtype=np.int64)
     batches = GlobalBatches(len(rows), batch_size=256, seed=1, shuffle=True)

@@ -74,7 +74,9 @@ def test_args_are_passed(opens: Opens) -> None:
     ("inputs", "precision", "dtype"),
     [
         ("np.uint8", "fp64", "uint8"),
-        ("np.int64", "fp64", "float32"),
+        ("np.int64", "fp64", "float64"),
+        ("np.int64", "fp32", "float32"),
+        ("np.int16", "fp64", "float32"),
         ("bool", "fp32", "float32"),
         ("np.float16", "fp32", "float32"),
         ("np.float64", "fp32", "float32"),

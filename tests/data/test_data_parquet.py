@@ -10,11 +10,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from pipeline.assembly import prepare
+from pipeline.data.preprocess import DataReport
+from pipeline.data.raw import raw_samples
 from pipeline.data.tables.schema import Column
 from pipeline.errors import DataError
-from tests.data.parquet_jobs import opened, write
+from tests.data.parquet_jobs import opened, parquet_job, write
 
 NAN = math.nan
 
@@ -208,7 +212,6 @@ X, Y = [1.0, 2.0, 3.0, 4.0], [0, 1, 0, 1]
         ({"x": [{"a": 1}] * 4, "y": Y}, {}, "'x' holds neither numbers nor text"),
         ({"x": [b"a"] * 4, "y": Y}, {}, "'x' holds neither numbers nor text"),
         ({"x": [[[1]]] * 4, "y": Y}, {}, "'x' holds neither numbers nor text"),
-        ({"x": pa.nulls(4), "y": Y}, {}, "'x' holds nulls alone"),
         (
             {"x": [[1, 2], [3, 4], [5], [6]], "y": Y},
             {},
@@ -218,6 +221,21 @@ X, Y = [1.0, 2.0, 3.0, 4.0], [0, 1, 0, 1]
         ({"x": [1, 2.5, 3, 4], "y": Y}, {"categorical": ["x"]}, "'x' has numbers that are not whole in 1 of 4 rows"),
         ({"x": [[1, 2]] * 4, "y": Y}, {"categorical": ["x"]}, "'x' holds lists of numbers .*, not levels"),
         ({"x": pa.array([b"a", None] * 2, pa.binary(1)), "y": Y}, {}, "'x' has nulls in 2 of 4 rows, first in row 1"),
+        (
+            {"x": pa.array([[1, 2], [3, None], None, [None, 4]], pa.list_(pa.uint8(), 2)), "y": Y},
+            {},
+            "'x' has nulls in 1 of 4 rows, first in row 2",
+        ),
+        (
+            {"x": pa.array([[1, 2], [3, None], [5, 6], [None, 4]], pa.list_(pa.uint8(), 2)), "y": Y},
+            {"shape": [1, 2]},
+            "'x' has nulls inside its lists in 2 of 4 rows, first in row 1",
+        ),
+        (
+            {"x": pa.array([[1, 2], [3, 4], [5, NAN], [None, 4]], pa.list_(pa.float32(), 2)), "y": Y},
+            {"shape": [2]},
+            r"'x' has nulls \(or NaN\) inside its lists in 2 of 4 rows, first in row 2",
+        ),
         ({"x": X, "z": X, "y": Y}, {"shape": [2]}, "a shape needs a single feature"),
         (
             {"x": X, "s": ["a", None, "b", None], "y": Y},
@@ -240,6 +258,21 @@ def test_what_is_refused(tmp_path: Path, columns: dict[str, Any], options: dict[
     assert raised.value.where
     assert raised.value.fix
     assert raised.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "empty", [pa.nulls(20), pa.nulls(20, pa.string()), pa.nulls(20, pa.float64()), [NAN] * 20], ids=str
+)
+def test_a_column_without_any_value_is_warned_of(tmp_path: Path, empty: Any) -> None:
+    path = write(tmp_path / "t.parquet", {"x": [float(row) for row in range(20)], "none": empty, "y": [0, 1] * 10})
+    prepared = prepare(parquet_job(path))
+    (warning,) = [text for text in prepared.warnings if "'none'" in text]
+    assert "has no value in all training rows" in warning
+    preprocess = prepared.fitted.preprocess
+    raw = raw_samples(pq.read_table(path), preprocess, prepared.job, DataReport(preprocess))
+    np.testing.assert_array_equal(raw, prepared.source.train.inputs)
+    with pytest.raises(DataError, match="20 of 20 rows have no value in column 'none'"):
+        prepare(parquet_job(path, missing={"numeric": "fail", "categorical": "fail"}))
 
 
 def test_a_million_levels_are_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from typing import Any
@@ -15,6 +16,7 @@ from sklearn import metrics as sk
 
 from pipeline.errors import JobError, WorkError
 from pipeline.job import METRICS
+from pipeline.job.metrics import target_names
 from pipeline.job_file import build_job
 from pipeline.learn import tally as tally_module
 from pipeline.learn.tally import MOST_GATHERED, Tally, check_best_is_gathered, too_large_to_gather
@@ -126,20 +128,58 @@ def test_metrics_of_regression_are_scikit_learns_in_the_users_unit(
     values, truth = mean + std * learned, mean + std * goals
     unit = Unit((mean,) * columns, (std,) * columns)
     means = (truth + std).mean(0)  # of other rows than these
+    spreads = std * np.arange(1, columns + 1)  # of the training rows, which are others too
     if scaled:
-        task = make_task("regression", columns, unit=unit, means=((means - mean) / std).tolist())
-        found = evaluated(task, learned, goals)
+        options = {"means": ((means - mean) / std).tolist(), "spreads": (spreads / std).tolist()}
+        found = evaluated(make_task("regression", columns, unit=unit, **options), learned, goals)
     else:
-        task = make_task("regression", columns, means=means.tolist())
+        task = make_task("regression", columns, means=means.tolist(), spreads=spreads.tolist())
         found = evaluated(task, values, truth)
-    assert list(found) == [*METRICS["regression"], "samples"]
     always = np.broadcast_to(means, truth.shape)
-    assert found["rmse"] == near(sk.root_mean_squared_error(truth, values))
-    assert found["mae"] == near(sk.mean_absolute_error(truth, values))
-    assert found["r2"] == near(sk.r2_score(truth, values))
-    assert found["baseline_rmse"] == near(sk.root_mean_squared_error(truth, always))
-    assert found["baseline_mae"] == near(sk.mean_absolute_error(truth, always))
+    measures: dict[str, Any] = {
+        "rmse": (sk.root_mean_squared_error, values),
+        "mae": (sk.mean_absolute_error, values),
+        "r2": (sk.r2_score, values),
+        "baseline_rmse": (sk.root_mean_squared_error, always),
+        "baseline_mae": (sk.mean_absolute_error, always),
+    }
+    if columns == 1:
+        assert list(found) == [*METRICS["regression"], "samples"]
+        for name, (measure, answers) in measures.items():
+            assert found[name] == near(measure(truth, answers))
+    else:
+        single = [f"{name}_{place}" for name in measures for place in range(columns)]
+        assert list(found) == [*METRICS["regression"], *single, "samples"]
+        for name, (measure, answers) in measures.items():
+            each = [measure(truth[:, place], answers[:, place]) for place in range(columns)]
+            assert all(found[f"{name}_{place}"] == near(each[place]) for place in range(columns))
+            unit_free = np.array(each) if name == "r2" else np.array(each) / spreads
+            assert found[name] == near(float(unit_free.mean()))
     assert found["loss"] == near(float(((learned - goals) ** 2).mean() * (1 if scaled else std**2)))
+
+
+def test_no_unit_of_several_targets_outweighs_another() -> None:
+    """Degrees and hectopascals: each in its own; together in standard deviations of the training rows."""
+    job = build_job(
+        {
+            "name": "t",
+            "task": "regression",
+            "data": {"source": "parquet", "url": "x", "label": ["temp (°C)", "air_hPa"]},
+        },
+        "here",
+    )
+    task = build_task(job, 0, 2, means=[0.0, 0.0], spreads=[1.0, 1.0], unit=Unit((10.0, 1000.0), (8.0, 400.0)))
+    found = evaluated(task, np.array([[0.5, 0.0], [0.5, 0.0]]), np.zeros((2, 2)))
+    assert (found["rmse_temp_C"], found["rmse_air_hPa"]) == (4.0, 0.0)
+    assert (found["rmse"], found["mae"]) == (0.25, 0.25)
+    huge = dataclasses.replace(task, unit=Unit((10.0, 1000.0), (8.0, 4e9)))
+    assert evaluated(huge, np.array([[0.5, 0.0]]), np.zeros((1, 2)))["rmse"] == 0.25
+
+
+def test_names_of_targets_are_columns() -> None:
+    assert target_names(["a b", "a-b", "°", "x"], 4) == ("a_b", "a_b_1", "2", "x")
+    assert target_names([], 3) == ("0", "1", "2")
+    assert target_names(["x"], 1) == target_names([], 65) == ()
 
 
 def test_what_does_not_exist_is_nan() -> None:
@@ -157,7 +197,8 @@ def test_what_does_not_exist_is_nan() -> None:
 
 @pytest.mark.parametrize("kind", METRICS)
 def test_nothing_has_no_metrics_at_all(kind: str) -> None:
-    found = Tally(make_task(kind, class_counts=[1, 1, 1], means=[0.0] * 3), CPU).metrics(Alone())
+    task = make_task(kind, 1 if kind == "regression" else 3, class_counts=[1, 1, 1], means=[0.0])
+    found = Tally(task, CPU).metrics(Alone())
     assert list(found) == [*METRICS[kind], "samples"]
     counted = {"samples": 0, "correct": 0}
     assert all(value == counted[name] if name in counted else math.isnan(value) for name, value in found.items())

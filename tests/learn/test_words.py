@@ -34,6 +34,11 @@ def test_a_table_has_each_metric_of_a_split_beside_its_baseline() -> None:
     ]
     assert table_lines(VALUES, "val")[1:3] == ["rmse  3.1000 (always the mean: 7.0000)", "mae   2.5000"]
     assert table_lines(VALUES, "test") == []
+    several = {"val/rmse": 0.5, "val/baseline_rmse": 1.0, "val/rmse_temp_C": 4.0, "val/baseline_rmse_temp_C": 8.0}
+    assert table_lines(several, "val") == [
+        "rmse         0.5000 (in standard deviations; always the mean: 1.0000)",
+        "rmse_temp_C  4.0000 (always the mean: 8.0000)",
+    ]
 
 
 @pytest.mark.parametrize(("accuracy", "warns"), [(0.87, True), (0.88, True), (0.8801, False)])

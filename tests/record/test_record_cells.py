@@ -148,6 +148,8 @@ def test_a_column_has_one_type_in_both_tables() -> None:
         Columns(steps={"x": "int64"}, evaluations={"x": "float64"})
     assert Columns.from_facts({"columns": EXTRA.to_json()}) == EXTRA
     assert Columns.from_facts({}) == Columns()
+    born, now = Columns(evaluations={"rmse": "float64"}), Columns(evaluations={"rmse": "float64", "rmse_a": "float64"})
+    assert (now.beyond(born), born.beyond(now)) == (["rmse_a"], [])
 
 
 @pytest.mark.parametrize(

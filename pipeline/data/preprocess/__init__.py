@@ -15,6 +15,7 @@ import numpy as np
 from pipeline.data.preprocess.columns import TablePreprocess
 from pipeline.data.preprocess.fitting import fit_table
 from pipeline.data.preprocess.leaks import fit_warnings
+from pipeline.data.preprocess.passes import number_places
 from pipeline.data.preprocess.report import DataReport
 from pipeline.data.preprocess.samples import Prepare, SamplePreprocess, fit_samples
 from pipeline.data.sources.arrays import Source
@@ -28,6 +29,7 @@ __all__ = [
     "TablePreprocess",
     "fit_preprocess",
     "fit_warnings",
+    "number_places",
     "preprocess_from_json",
 ]
 

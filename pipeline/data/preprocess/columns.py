@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.data.preprocess.passes import category_places, number_places
 from pipeline.data.preprocess.samples import Prepare
 from pipeline.data.statistics import blocks
-from pipeline.data.stored import VERSION, reading
+from pipeline.data.stored import VERSION, float_name, reading
 from pipeline.data.tables.schema import Column, Kind, Schema
 from pipeline.errors import DataError
 
@@ -43,6 +43,9 @@ class TablePreprocess:
     fill, mean, std: for each number, in the order of the schema: what stands in for a missing one; (x - mean) / std.
     missing: for each categorical column, the code of a missing value.
     refused: kinds of column in which missing values are refused.
+    dtype: NumPy's name of the raw rows' type, which new rows are brought to as well: float64 where float32 would lose
+        digits that matter. Numbers are shifted and scaled in it before they become the arithmetic's. Empty where an
+        earlier version fitted: the arithmetic's.
     low, high: for each number, its smallest and its largest value in training; where it had none, what fills it.
     nulls: for each column, the share of training rows without a value.
         These three prepare nothing: new data is compared with them. They are empty in checkpoints that lack them.
@@ -55,6 +58,7 @@ class TablePreprocess:
     missing: tuple[int, ...]
     one_hot_up_to: int
     refused: tuple[Kind, ...] = ()
+    dtype: str = ""
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
     nulls: tuple[float, ...] = ()
@@ -160,17 +164,18 @@ class TablePreprocess:
 
     def _numbers(self, device: torch.device, dtype: torch.dtype) -> Prepare:
         fill, mean, std = (torch.tensor(values, dtype=torch.float64) for values in (self.fill, self.mean, self.std))
-        # Columns far from zero keep their digits only if the mean goes first; what it loses in `dtype` is made good.
-        shift = mean.to(dtype)
+        work = torch.float64 if self.dtype == "float64" else dtype
+        # Columns far from zero keep their digits only if the mean goes first; what it loses in `work` is made good.
+        shift = mean.to(work)
         offset, factor, filled = ((shift.double() - mean) / std, 1 / std, (fill - mean) / std)
-        shift, offset, factor, filled = (values.to(device, dtype) for values in (shift, offset, factor, filled))
+        shift, offset, factor, filled = (values.to(device, work) for values in (shift, offset, factor, filled))
         places = torch.from_numpy(number_places(self.schema)).to(device)
         alone = len(places) == self.schema.width
 
         def prepare(rows: Tensor) -> Tensor:
-            values = (rows if alone else rows.index_select(1, places)).to(dtype)
+            values = (rows if alone else rows.index_select(1, places)).to(work)
             scaled = torch.addcmul(offset, values - shift, factor)
-            return torch.where(scaled.isnan(), filled, scaled)
+            return torch.where(scaled.isnan(), filled, scaled).to(dtype)
 
         return prepare
 
@@ -218,6 +223,7 @@ class TablePreprocess:
             "kind": "table",
             "one_hot_up_to": self.one_hot_up_to,
             "refused": list(self.refused),
+            "dtype": self.dtype,
             "columns": columns,
         }
 
@@ -259,6 +265,7 @@ class TablePreprocess:
                 tuple(missing),
                 int(values["one_hot_up_to"]),
                 tuple(kind for kind in OTHERWISE if kind in values["refused"]),
+                float_name(values.get("dtype", "")),
                 low=tuple(numbers.get("low", ())),
                 high=tuple(numbers.get("high", ())),
                 nulls=tuple(nulls),

@@ -50,6 +50,7 @@ def fit_table(job: Job, arrays: Arrays, schema: Schema, rows: np.ndarray) -> Tab
         tuple(codes),
         job.data.one_hot_up_to,
         tuple(kind for kind, stand_in in wanted.items() if stand_in == "fail"),
+        arrays.inputs.dtype.name,
         low=tuple(np.where(seen.present > 0, seen.low, fill).tolist()),
         high=tuple(np.where(seen.present > 0, seen.high, fill).tolist()),
         nulls=_null_shares(schema, seen, len(rows)),

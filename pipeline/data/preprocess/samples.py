@@ -113,9 +113,10 @@ class SamplePreprocess:
             # One operation: 0 to 255 lose nothing by being scaled before the mean is taken off.
             factor, offset = ((values.to(device, dtype)) for values in (1 / (WHITE * std), -mean / std))
             return lambda raw: torch.addcmul(offset, raw.to(dtype), factor)
-        # Columns far from zero keep their digits only if the mean goes first.
-        mean, factor = mean.to(device, dtype), (1 / std).to(device, dtype)
-        return lambda raw: (raw.to(dtype) - mean).mul_(factor)
+        # Columns far from zero keep their digits only if the mean goes first, and float64 only until it has gone.
+        work = torch.float64 if self.dtype == "float64" else dtype
+        mean, factor = mean.to(device, work), (1 / std).to(device, work)
+        return lambda raw: (raw.to(work) - mean).mul_(factor).to(dtype)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `preprocess_from_json` gives the same object back."""

@@ -15,25 +15,26 @@ from pipeline.redaction import is_looked_up, looked_up
 __all__ = ["Arrays", "Source", "identify", "make_source", "open_source"]
 
 
-def open_source(job: Job, say: Callable[[str], None] = lambda text: None) -> Source:
+def open_source(job: Job, say: Callable[[str], None] = lambda text: None, *, float64: bool | None = None) -> Source:
     """Read, download or make the data that a job trains on. A `data.url` that stands in the environment is looked up.
 
     Parameters
     ----------
-    say: told of progress, at most once a second.
+    float64: whether numbers of more digits than float32 has become float64, else float32; by default only in fp64. Of
+        tables, whether all become so. (`Source.rounding` tells what float32 lost, `Source.in_float64` opens it anew.)
 
     Raises
     ------
     DataError: data that is absent and cannot be downloaded, damaged, or of a shape or type that cannot be used.
     """
     job = _with_url(job)
-    source = job.data.source
+    source, wide = job.data.source, job.train.precision == "fp64" if float64 is None else float64
     if isinstance(source, Call):
-        return open_call(source, keep_float64=job.train.precision == "fp64", say=say)
+        return open_call(source, float64=wide, say=say)
     if source == "parquet":
         from pipeline.data.sources.parquet import open_parquet  # it needs Arrow
 
-        return open_parquet(job, say)
+        return open_parquet(job, say, float64=wide)
     if source == "image_folder":
         from pipeline.data.sources.image_folder import open_image_folder  # it needs Arrow and Pillow
 

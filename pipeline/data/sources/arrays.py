@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,6 +54,9 @@ class Source:
         fitted on the training split, see `targets`.
     columns: by name, what the job's splits go by.
     warnings: what was passed over and should be known, such as broken pictures.
+    rounding: the largest error that conversion to the inputs' type made in each column or channel, float64 (C,), see
+        `rounding`; None where it made none.
+    in_float64: opens the same data with inputs in float64, where they are float32 and the data holds more digits.
     """
 
     train: Arrays
@@ -65,6 +68,8 @@ class Source:
     columns: Mapping[str, SplitColumn] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    rounding: np.ndarray | None = None
+    in_float64: Callable[[], Source] | None = None
 
     def part(self, name: str) -> Arrays:
         """The arrays of "train" or "test"."""

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.data.rounding import Numbers, largest_error, too_coarse
 from pipeline.data.sources.arrays import Arrays, Source, make_source
+from pipeline.data.statistics import BLOCK_VALUES
 from pipeline.errors import DataError
 from pipeline.job import Call
 from pipeline.own_code import called
 from pipeline.watchdog import unlimited
+
+if TYPE_CHECKING:
+    from pipeline.data.tables.contents import FloatType  # it needs Arrow
 
 RETURNS = (
     "return (inputs, targets), ((inputs, targets), (test_inputs, test_targets)), or a dict with train, test, classes"
@@ -20,13 +26,14 @@ RETURNS = (
 MOST_CHANNELS = 4
 
 
-def open_call(call: Call, *, keep_float64: bool, say: Callable[[str], None] = lambda text: None) -> Source:
+def open_call(call: Call, *, float64: bool, say: Callable[[str], None] = lambda text: None) -> Source:
     """Import and call the function, and bring what it returns into the form of a `Source`.
 
     It returns NumPy arrays or torch tensors, as `(inputs, targets)`, as two such pairs (training and test), or as
     `{"train": pair, "test": pair, "classes": names}` with the last two optional. The working directory is importable.
 
-    Inputs: uint8 stays uint8; any other number becomes float32, or stays float64 where `keep_float64`. One axis (N,)
+    Inputs: uint8 stays uint8; any other number becomes float32, or float64 where `float64` and float32 does not hold
+    all of its type. Targets that are floats stay float64 where float32 would lose digits that matter. One axis (N,)
     becomes (N, 1). Images of four axes have their channels last in NumPy arrays and second in tensors, as is usual for
     each, unless only one of the two axes is small enough (at most 4) to be the channels.
 
@@ -43,17 +50,35 @@ def open_call(call: Call, *, keep_float64: bool, say: Callable[[str], None] = la
     say(f"calling {call.call}")
     with unlimited():
         answer = called(call.call, call.args, where=where, error=DataError)
+    return _source(answer, where, float64)
+
+
+def _source(answer: Any, where: str, float64: bool) -> Source:
+    """What the function returned as a source. Its arrays are held on to for as long as `in_float64` is."""
     train, test, classes = _parts(answer, where)
     names = _names_of(train)
     test = _in_order(test, names, f"{where}, test inputs")
+    pairs = {
+        name: _pair(pair, f"{where}, {name}") for name, pair in (("train", train), ("test", test)) if pair is not None
+    }
+    types: list[FloatType] = [_float_type([pair[place] for pair in pairs.values()], float64) for place in (0, 1)]
+    if any(_needs_float64(targets) for _, targets in pairs.values()):
+        types[1] = np.float64
     parts = {
-        name: _arrays(pair, f"{where}, {name}", keep_float64)
-        for name, pair in (("train", train), ("test", test))
-        if pair is not None
+        name: Arrays(
+            _as_inputs(inputs, f"{where}, {name} inputs", types[0]),
+            _as_targets(targets, f"{where}, {name} targets", types[1]),
+        )
+        for name, (inputs, targets) in pairs.items()
     }
     if len(parts) == 2:
         _check_alike(parts["train"], parts["test"], where)
-    return make_source(parts["train"], parts.get("test"), classes, names)
+    source = make_source(parts["train"], parts.get("test"), classes, names)
+    errors = [_rounding(pairs[name][0], part.inputs) for name, part in parts.items()]
+    if not np.any(errors):
+        return source
+    in_float64 = None if float64 else lambda: _source(answer, where, float64=True)
+    return replace(source, rounding=np.max(errors, axis=0), in_float64=in_float64)
 
 
 def _parts(answer: Any, where: str) -> tuple[Any, Any, tuple[str, ...]]:
@@ -100,7 +125,8 @@ def _in_order(pair: Any, names: tuple[str, ...], where: str) -> Any:
     return (frame.select(list(names)) if hasattr(frame, "column_names") else frame[list(names)]), pair[1]
 
 
-def _arrays(pair: Any, where: str, keep_float64: bool) -> Arrays:
+def _pair(pair: Any, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs (N, F) or (N, H, W) or (N, C, ...), and targets, of the types that the function gave them."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise DataError(f"is {_described(pair)}, not a pair (inputs, targets)", where=where, fix=RETURNS)
     inputs, targets = (
@@ -114,9 +140,7 @@ def _arrays(pair: Any, where: str, keep_float64: bool) -> Arrays:
         raise DataError("no rows", where=where, fix="return at least one row")
     if inputs.ndim == 4:
         inputs = _channels_second(inputs, _is_tensor(pair[0]))
-    return Arrays(
-        _as_inputs(inputs, f"{where} inputs", keep_float64), _as_targets(targets, f"{where} targets", keep_float64)
-    )
+    return (inputs[:, None] if inputs.ndim == 1 else inputs), targets
 
 
 def _array(value: Any, where: str) -> np.ndarray:
@@ -141,16 +165,33 @@ def _is_tensor(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def _as_inputs(array: np.ndarray, where: str, keep_float64: bool) -> np.ndarray:
-    if array.dtype != np.uint8:
-        array = _as_float(array, where, keep_float64)
-    return np.ascontiguousarray(array[:, None] if array.ndim == 1 else array)
+def _float_type(arrays: Sequence[np.ndarray], float64: bool) -> FloatType:
+    """What the numbers of all parts become."""
+    return np.float64 if float64 and not all(np.can_cast(array.dtype, np.float32) for array in arrays) else np.float32
 
 
-def _as_targets(array: np.ndarray, where: str, keep_float64: bool) -> np.ndarray:
+def _needs_float64(targets: np.ndarray) -> bool:
+    """Whether float32 would lose digits of numbers to be learned that matter beside their spread."""
+    if targets.dtype.kind != "f" or np.can_cast(targets.dtype, np.float32):
+        return False
+    wide = targets.reshape(len(targets), -1).astype(np.float64)
+    if not np.isfinite(wide).all():
+        return False  # refused below
+    with np.errstate(over="ignore"):
+        errors = largest_error(wide, wide.astype(np.float32), "floats")
+    std, between = wide.std(0), np.subtract(*np.percentile(wide, [75, 25], axis=0))
+    spread = np.where(between > 0, np.minimum(std, between), std)  # a few rows far away are no reason to blur the rest
+    return bool(too_coarse(errors, spread).any())
+
+
+def _as_inputs(array: np.ndarray, where: str, dtype: FloatType) -> np.ndarray:
+    return np.ascontiguousarray(array if array.dtype == np.uint8 else _as_float(array, where, dtype))
+
+
+def _as_targets(array: np.ndarray, where: str, dtype: FloatType) -> np.ndarray:
     array = array[:, 0] if array.ndim == 2 and array.shape[1] == 1 and array.dtype.kind != "f" else array
     if array.dtype.kind == "f":
-        array = _as_float(array, where, keep_float64)
+        array = _as_float(array, where, dtype)
     elif array.dtype == np.uint64 and array.max() > np.iinfo(np.int64).max:
         raise DataError(f"holds {array.max()}, beyond int64", where=where, fix="number the classes from 0")
     else:
@@ -164,10 +205,9 @@ def _as_targets(array: np.ndarray, where: str, keep_float64: bool) -> np.ndarray
     return np.ascontiguousarray(array)
 
 
-def _as_float(array: np.ndarray, where: str, keep_float64: bool) -> np.ndarray:
-    wanted = np.float64 if keep_float64 and array.dtype == np.float64 else np.float32
+def _as_float(array: np.ndarray, where: str, dtype: FloatType) -> np.ndarray:
     with np.errstate(over="ignore"):
-        floats = array.astype(wanted, copy=False)
+        floats: np.ndarray = array.astype(dtype, copy=False)
     finite = np.isfinite(floats)
     if not finite.all():
         place = tuple(int(axis) for axis in np.unravel_index(int(np.argmin(finite)), finite.shape))
@@ -178,6 +218,25 @@ def _as_float(array: np.ndarray, where: str, keep_float64: bool) -> np.ndarray:
             fix="fill or drop them in the function",
         )
     return floats
+
+
+def _rounding(given: np.ndarray, stored: np.ndarray) -> np.ndarray:
+    """The largest error in each column or channel, float64 (C,); images (N, H, W) have one."""
+    channels = stored.shape[1] if stored.ndim != 3 else 1
+    largest = np.zeros(channels)
+    kind: Numbers = "integers" if given.dtype.kind in "iu" else "floats"
+    if given.dtype == stored.dtype or np.can_cast(given.dtype, np.float32):
+        return largest
+    rows = max(1, BLOCK_VALUES // max(1, stored[0].size))
+    for first in range(0, len(stored), rows):
+        wide, held = (
+            np.moveaxis(values[first : first + rows].reshape(-1, channels, stored[0].size // channels), 1, -1)
+            .reshape(-1, channels)
+            .astype(np.float64)
+            for values in (given, stored)
+        )
+        np.maximum(largest, largest_error(wide, held, kind), out=largest)
+    return largest
 
 
 def _channels_second(images: np.ndarray, are_tensors: bool) -> np.ndarray:

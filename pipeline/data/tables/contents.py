@@ -78,6 +78,28 @@ def both(one: Content, other: Content) -> Content | None:
     return None
 
 
+def value_type(kind: pa.DataType) -> pa.DataType:
+    """The type of single values: of a list, an extension type or a dictionary that of what it holds."""
+    while isinstance(kind, (pa.BaseExtensionType, pa.DictionaryType)) or pa.types.is_nested(kind):
+        if isinstance(kind, pa.BaseExtensionType):
+            kind = kind.storage_type
+        elif hasattr(kind, "value_type"):
+            kind = kind.value_type
+        else:
+            break
+    return kind
+
+
+def is_exact(kind: pa.DataType, dtype: np.dtype[Any] | FloatType) -> bool:
+    """Whether float32 or float64, whichever `dtype` is, holds every single value of an Arrow type."""
+    kind, types, size = value_type(kind), pa.types, np.dtype(dtype).itemsize
+    if types.is_integer(kind):
+        return bool(kind.bit_width <= 4 * size)
+    if types.is_floating(kind):
+        return bool(kind.bit_width <= 8 * size)
+    return not types.is_decimal(kind)
+
+
 def numbers(array: pa.Array, dtype: np.dtype[Any] | FloatType) -> np.ndarray:
     """A column of numbers or booleans as floats (n,), NaN where null."""
     array = plain(array)
@@ -127,6 +149,17 @@ def raw_bytes(array: pa.Array, width: int) -> np.ndarray:
         return np.frombuffer(array.buffers()[1], np.uint8, len(array), array.offset).reshape(-1, width)
     buffer = array.buffers()[1]
     return np.frombuffer(buffer, np.uint8, len(array) * width, array.offset * width).reshape(-1, width)
+
+
+def null_inside(array: pa.Array, width: int) -> np.ndarray:
+    """Rows of fixed-size bytes or lists that have a value, but not in each of its places: bool (n,)."""
+    array = plain(array)
+    if not pa.types.is_fixed_size_list(array.type):
+        return np.zeros(len(array), bool)
+    values = array.values.slice(array.offset * width, len(array) * width)
+    nulls = values.is_null().to_numpy(zero_copy_only=False).reshape(-1, width).any(1)
+    inside: np.ndarray = nulls & array.is_valid().to_numpy(zero_copy_only=False)
+    return inside
 
 
 def plain(array: pa.Array) -> pa.Array:

@@ -11,7 +11,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.data.tables.contents import NUMBERS, Content, FloatType, as_texts, content, numbers, plain, raw_bytes
+from pipeline.data.rounding import Numbers, largest_error
+from pipeline.data.tables.contents import (
+    NUMBERS,
+    Content,
+    FloatType,
+    as_texts,
+    content,
+    is_exact,
+    numbers,
+    plain,
+    raw_bytes,
+    value_type,
+)
 from pipeline.data.tables.findings import Findings
 from pipeline.data.tables.schema import Column, Schema
 from pipeline.errors import DataError
@@ -28,8 +40,14 @@ class Encoder:
         self._levels = {column.name: pa.array(column.levels, pa.string()) for column in schema.columns}
         self._numeric = {column.name for column in schema.columns if any(map(NUMERIC.fullmatch, column.levels))}
 
-    def write(self, batch: pa.RecordBatch, out: np.ndarray, findings: Findings) -> None:
+    def write(
+        self, batch: pa.RecordBatch, out: np.ndarray, findings: Findings, rounding: np.ndarray | None = None
+    ) -> None:
         """Fill `out`, float32 or float64 (n, width), from a batch of n rows; extra columns are of no account.
+
+        Parameters
+        ----------
+        rounding: float64 (width,), raised to the largest error that conversion to `out`'s type makes in each place.
 
         Raises
         ------
@@ -41,10 +59,17 @@ class Encoder:
                 out[:, offset] = self._positions(array, column, findings)
                 continue
             end = offset + column.width
+            is_measured = rounding is not None and not is_exact(array.type, out.dtype)
+            dtype = np.dtype(np.float64) if is_measured else out.dtype
             if column.width == 1 and content(array.type).kind in (*NUMBERS, "null"):
-                out[:, offset] = numbers(array, out.dtype)
+                values = numbers(array, dtype)[:, None]
             else:
-                out[:, offset:end] = _vectors(array, column, out.dtype, findings)
+                values = _vectors(array, column, dtype, findings)
+            with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is noted
+                out[:, offset:end] = values
+            if rounding is not None and is_measured:
+                errors = largest_error(values, out[:, offset:end], kind=_kind(array.type))
+                np.maximum(rounding[offset:end], errors, out=rounding[offset:end])
             findings.note(
                 column.name,
                 "infinite values",
@@ -172,6 +197,12 @@ def _check_kind(column: Column, found: Content, where: str) -> None:
     if not fine:
         wanted = "text" if column.kind == "category" else f"{column.width} numbers" if column.width > 1 else "numbers"
         raise DataError(f"the column {column.name!r} holds {found}; wanted: {wanted}", where=where, fix="cast it")
+
+
+def _kind(kind: pa.DataType) -> Numbers:
+    if is_exact(kind, np.float64):
+        return "floats"
+    return "integers" if pa.types.is_integer(value_type(kind)) else "decimals"
 
 
 def _vectors(array: pa.Array, column: Column, dtype: np.dtype[Any], findings: Findings) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,20 +13,29 @@ from pipeline.data.targets.labels import are_positive, some, whole_numbers
 from pipeline.errors import DataError
 from pipeline.job import Task
 
-MOST_UNNAMED_CLASSES = 10_000
-"""More classes than rows and than this are taken for numbers that are no labels."""
+FEW_CLASSES = 100
+"""More classes than this, and than half of the training rows, are taken for numbers or keys that are no labels."""
+
+MERGED = ("negative", "positive")
+"""Names of the two classes of a binary task where one of them stands for several labels."""
 
 
-def text_classes(source: Source, task: Task, splits: Mapping[str, Rows], where: str) -> tuple[str, ...]:
-    """Names of the classes where labels are text: those that occur in training, sorted.
+class Classes(NamedTuple):
+    """names: of each class. values: the label that means it, where labels are numbers; empty where they are text, or
+    where a class stands for several labels."""
+
+    names: tuple[str, ...]
+    values: tuple[int, ...] = ()
+
+
+def text_classes(source: Source, task: Task, splits: Mapping[str, Rows], where: str) -> Classes:
+    """The classes where labels are text: those that occur in training, sorted.
 
     Raises
     ------
     DataError: a label in another split that no training row has; or it is not said which count as positive.
     """
     names, labels = source.label_names, source.train.targets
-    found = np.bincount(labels[splits["train"].ids], minlength=len(names)) > 0
-    occurring = tuple(name for name, there in zip(names, found, strict=True) if there)
     if task.kind == "binary":
         if task.positive is None:
             raise DataError(
@@ -35,54 +45,102 @@ def text_classes(source: Source, task: Task, splits: Mapping[str, Rows], where: 
             )
         wanted = {str(label) for label in task.positive}
         _refuse_absent(wanted.isdisjoint(names), task, names)
-        return _pair([n for n in occurring if n in wanted], [n for n in occurring if n not in wanted])
-    for split, rows in splits.items():
-        unknown = labels[rows.ids[~found[labels[rows.ids]]]]
-        if len(unknown):
-            raise DataError(
-                f"the label {names[unknown[0]]!r} stands in {split}, but in no training row ({len(unknown):,} of "
-                f"{len(rows):,} rows of {split} have such labels)",
-                where=where,
-                fix="draw with data.splits.stratify: true, split otherwise, or drop these rows",
-            )
-    return occurring
+        found = np.bincount(labels[splits["train"].ids], minlength=len(names)) > 0
+        occurring = [name for name, there in zip(names, found, strict=True) if there]
+        pair = [[name for name in occurring if (name in wanted) == is_positive] for is_positive in (False, True)]
+        return Classes((pair[0][0], pair[1][0]) if len(pair[0]) == len(pair[1]) == 1 else MERGED)
+    occurring_numbers = _occurring(source, task, splits, where)
+    return Classes(tuple(names[number] for number in occurring_numbers))
 
 
-def _pair(positive: list[str], others: list[str]) -> tuple[str, str]:
-    return (others[0], positive[0]) if len(positive) == len(others) == 1 else ("negative", "positive")
-
-
-def numbered_classes(source: Source, task: Task, where: str) -> tuple[str, ...]:
-    """Names of the classes where labels are numbers: those that the source declares, else the numbers.
+def numbered_classes(source: Source, task: Task, splits: Mapping[str, Rows], where: str) -> Classes:
+    """The classes where labels are numbers: those that the source declares, else the numbers that occur in training,
+    ascending. Of two, the later one is the positive, unless `task.positive` says otherwise.
 
     Raises
     ------
-    DataError: labels beyond the classes that the source names, or far too many for its rows; no row of
-        `task.positive`.
+    DataError: labels beyond the classes that the source names; a label in another split that no training row has; far
+        too many of them; more than two for a binary task; no row of `task.positive`.
     """
-    if task.kind == "binary":
-        if task.positive is not None:
-            labels = whole_numbers(source.train.targets, task.kind, where)
-            _refuse_absent(not are_positive(labels, (), task.positive).any(), task, np.unique(labels))
-            return ("negative", "positive")
-        return source.classes if len(source.classes) == 2 else ("0", "1")
-    parts = [part.targets for part in (source.train, source.test) if part is not None]
-    highest = max(int(whole_numbers(targets, task.kind, where).max()) for targets in parts)
-    if source.classes:
+    if task.kind == "binary" and task.positive is not None:
+        return _split_in_two(source, task, task.positive, splits, where)
+    if source.classes and (task.kind == "multiclass" or len(source.classes) == 2):
+        highest = max(
+            int(whole_numbers(part.targets, task.kind, where).max())
+            for part in (source.train, source.test)
+            if part is not None
+        )
         if highest >= len(source.classes):
             raise DataError(
                 f"the label {highest}, but only {len(source.classes)} classes are named",
                 where=where,
                 fix="name them all, or number the classes from 0",
             )
-        return source.classes
-    if highest >= max(len(source.train), MOST_UNNAMED_CLASSES):
+        return Classes(source.classes, tuple(range(len(source.classes))))
+    values = _occurring(source, task, splits, where)
+    return Classes(tuple(map(str, values)), tuple(values))
+
+
+def _split_in_two(
+    source: Source, task: Task, positive: list[int | bool | str], splits: Mapping[str, Rows], where: str
+) -> Classes:
+    """Classes of which one is `positive`: they keep the labels' names where each is a single label."""
+    labels = whole_numbers(source.train.targets, task.kind, where)
+    chosen = are_positive(labels, (), positive)
+    _refuse_absent(not chosen.any(), task, np.unique(labels))
+    rows = splits["train"].ids
+    pair = [np.unique(labels[rows[chosen[rows] == is_positive]]).tolist() for is_positive in (False, True)]
+    if len(pair[0]) != 1 or len(pair[1]) != 1:
+        return Classes(MERGED)
+    values = (pair[0][0], pair[1][0])
+    declared = source.classes
+    names = [declared[value] if 0 <= value < len(declared) else str(value) for value in values]
+    return Classes((names[0], names[1]), values)
+
+
+def _occurring(source: Source, task: Task, splits: Mapping[str, Rows], where: str) -> list[int]:
+    """The labels of the training rows, ascending: numbers, or positions in `Source.label_names`.
+
+    Raises
+    ------
+    DataError: other labels in other splits; too many of them for what the task is.
+    """
+    names, rows = source.label_names, len(splits["train"])
+    parts = {
+        name: whole_numbers(source.part(split.part).targets, task.kind, where)[split.ids]
+        for name, split in splits.items()
+    }
+    found = np.unique(parts["train"])
+
+    def named(label: int) -> str:
+        return repr(names[label]) if names else str(label)
+
+    if task.kind == "binary" and len(found) > 2:
         raise DataError(
-            f"the label {highest} with {len(source.train):,} rows",
+            f"{len(found):,} different labels ({some(found)}), but binary learns two",
             where=where,
-            fix="number the classes 0, 1, 2, ... without gaps; for numbers that are no labels, task: regression",
+            fix=f"say which of them count as 1, for example task: {{kind: binary, positive: [{found[-1]}]}}; "
+            "or use task: multiclass",
         )
-    return tuple(str(label) for label in range(highest + 1))
+    if len(found) > max(FEW_CLASSES, rows // 2):
+        raise DataError(
+            f"{len(found):,} different labels in {rows:,} training rows, such as {named(found[-1])}: too many to be "
+            "classes",
+            where=where,
+            fix="name a column of classes in data.label" + ("" if names else "; for numbers, use task: regression"),
+        )
+    for name, labels in parts.items():
+        unknown = labels[~np.isin(labels, found)]
+        if len(unknown):
+            raise DataError(
+                f"the label {named(unknown[0])} stands in {name}, but in no training row ({len(unknown):,} of "
+                f"{len(labels):,} rows of {name} have such labels)",
+                where=where,
+                fix="draw with data.splits.stratify: true, split otherwise, or drop these rows"
+                + ("" if names else "; for numbers that are no labels, use task: regression"),
+            )
+    occurring: list[int] = found.tolist()
+    return occurring
 
 
 def _refuse_absent(absent: bool, task: Task, labels: tuple[str, ...] | np.ndarray) -> None:

@@ -11,10 +11,10 @@ import numpy as np
 
 from pipeline.data.sources.arrays import Source
 from pipeline.data.split.rows import Rows
-from pipeline.data.statistics import mean_and_std
+from pipeline.data.statistics import blocks, mean_and_std
 from pipeline.data.stored import VERSION, reading
 from pipeline.data.targets.classes import numbered_classes, text_classes
-from pipeline.data.targets.labels import WHERE, are_positive, refuse, some, whole_numbers
+from pipeline.data.targets.labels import WHERE, are_positive, some, whole_numbers
 from pipeline.errors import DataError, JobError
 from pipeline.job import Job
 
@@ -26,6 +26,8 @@ class Targets:
     kind: multiclass, binary or regression.
     classes: their names, in the order of their numbers; empty for regression.
     text: whether the labels are names.
+    values: the label that means each class, where labels are numbers; empty where they are text, and where a class
+        stands for several labels.
     positive: binary: the labels that count as 1; None where they are 0 and 1 already.
     mean, std: regression: (target - mean) / std is learned, one of each for each column; empty where targets are
         learned as they are.
@@ -37,6 +39,7 @@ class Targets:
     positive: tuple[int | str, ...] | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    values: tuple[int, ...] = ()
 
     def prepare(
         self,
@@ -57,7 +60,7 @@ class Targets:
         raw: int64 (N,), or floating (N,) or (N, T), as in `Arrays`.
         label_names: of this data, where its labels were found as text: `raw` holds positions in it.
         dtype: of binary and regression targets: the arithmetic's.
-        rows: positions of the rows that will be used, int64 (n,); all by default. In others, a name that no training
+        rows: positions of the rows that will be used, int64 (n,); all by default. In others, a label that no training
             row had is no error, and its number is -1.
         where: what the targets are called in an error.
 
@@ -77,25 +80,22 @@ class Targets:
             )
         if self.kind == "binary" and self.positive is not None:
             return are_positive(labels, label_names, self.positive).astype(dtype)
-        if label_names:
-            labels = self._by_name(labels, label_names, rows, where)
-            return labels if self.kind == "multiclass" else labels.astype(dtype)
-        if self.kind == "binary":
-            refuse(
-                labels,
-                (labels != 0) & (labels != 1),
-                "neither 0 nor 1",
-                "say which labels count as 1, for example task: {kind: binary, positive: [1]}",
-                where,
+        numbers = self._by_name(labels, label_names) if label_names else self._by_value(labels)
+        used = numbers if rows is None else numbers[rows]
+        unknown = used < 0
+        if unknown.any():
+            place = int(np.argmax(unknown))
+            row = place if rows is None else int(rows[place])
+            label = repr(label_names[labels[row]]) if label_names else labels[row]
+            raise DataError(
+                f"{label} at row {row} is no class that was trained ({int(unknown.sum()):,} of {len(used):,} rows)",
+                where=where,
+                fix=f"the classes are {some(self._labels())}",
             )
-            return labels.astype(dtype)
-        refuse(labels, labels < 0, "a negative label", "number the classes from 0", where)
-        count = len(self.classes)
-        refuse(labels, labels >= count, f"beyond the {count} classes", f"use labels of 0 to {count - 1}", where)
-        return labels
+        return numbers if self.kind == "multiclass" else numbers.astype(dtype)
 
     def number_of(self, label: int | str) -> int:
-        """The number of a class, given by its name or its number.
+        """The number of a class, given by its name or by the label that means it.
 
         Raises
         ------
@@ -103,33 +103,33 @@ class Targets:
         """
         if str(label) in self.classes:
             return self.classes.index(str(label))
-        if str(label).isdecimal() and int(label) < len(self.classes):
-            return int(label)
+        if label in self.values:
+            return self.values.index(int(label))
         near = difflib.get_close_matches(str(label), self.classes, n=1, cutoff=0.6)
         raise JobError(
             f"{label} is no class; there are {len(self.classes)}",
             where=f"task.class_weights.{label}",
-            fix=f"did you mean {near[0]}?" if near else f"use {some(self.classes)}, or 0 to {len(self.classes) - 1}",
+            fix=f"did you mean {near[0]}?" if near else f"use {some(self.classes)}",
         )
 
-    def _by_name(
-        self, labels: np.ndarray, label_names: tuple[str, ...], rows: np.ndarray | None, where: str
-    ) -> np.ndarray:
+    def _by_name(self, labels: np.ndarray, label_names: tuple[str, ...]) -> np.ndarray:
         known = {name: number for number, name in enumerate(self.classes)}
         by_position = np.array([known.get(name, -1) for name in label_names], dtype=np.int64)
         numbers: np.ndarray = by_position[labels]
-        used = numbers if rows is None else numbers[rows]
-        unknown = used < 0
-        if unknown.any():
-            place = int(np.argmax(unknown))
-            row = place if rows is None else int(rows[place])
-            raise DataError(
-                f"{label_names[labels[row]]!r} at row {row} is no class that was trained "
-                f"({int(unknown.sum()):,} of {len(used):,} rows)",
-                where=where,
-                fix=f"the classes are {some(self.classes)}",
-            )
         return numbers
+
+    def _by_value(self, labels: np.ndarray) -> np.ndarray:
+        values = np.array(self.values, dtype=np.int64)
+        order = np.argsort(values)
+        places = np.minimum(np.searchsorted(values, labels, sorter=order), len(values) - 1)
+        numbers: np.ndarray = order[places]
+        known: np.ndarray = values[numbers] == labels
+        numbers[~known] = -1
+        return numbers
+
+    def _labels(self) -> tuple[str, ...] | tuple[int, ...]:
+        """What stands for each class in the data."""
+        return self.values or self.classes
 
     def _scaled(self, raw: np.ndarray, dtype: type[np.float32] | type[np.float64], where: str) -> np.ndarray:
         columns = raw.reshape(len(raw), -1)
@@ -145,9 +145,11 @@ class Targets:
         return scaled
 
     def named(self, numbers: np.ndarray) -> np.ndarray:
-        """Classes (N,) by their numbers int64 (N,): their names; the numbers themselves where nothing names them."""
-        has_names = self.classes != tuple(map(str, range(len(self.classes))))
-        return np.array(self.classes)[numbers] if has_names or self.text else numbers
+        """Classes (N,) by their numbers int64 (N,): their names; the labels, int64, where nothing else names them."""
+        has_names = self.classes != tuple(map(str, self.values))
+        labels: np.ndarray = np.array(self.classes) if has_names else np.array(self.values, dtype=np.int64)
+        named: np.ndarray = labels[numbers]
+        return named
 
     def unscaled(self, learned: np.ndarray) -> np.ndarray:
         """Values as the model gives them, float64 (N, T), in the unit of the targets."""
@@ -160,6 +162,7 @@ class Targets:
             "kind": self.kind,
             "classes": list(self.classes),
             "text": self.text,
+            "values": list(self.values),
             "positive": None if self.positive is None else list(self.positive),
             "mean": list(self.mean),
             "std": list(self.std),
@@ -180,38 +183,39 @@ class Targets:
             if positive is not None and not all(isinstance(label, int | str) for label in positive):
                 raise ValueError(f"positive {positive!r}")
             mean, std = (tuple(float(value) for value in values[name]) for name in ("mean", "std"))
-            return cls(
-                kind,
-                tuple(map(str, values["classes"])),
-                bool(values["text"]),
-                None if positive is None else tuple(positive),
-                mean,
-                std,
-            )
+            classes, text = tuple(map(str, values["classes"])), bool(values["text"])
+            if values["version"] == VERSION:
+                labels = tuple(int(label) for label in values["values"])
+            else:  # labels were the numbers of their classes
+                labels = () if text or positive is not None else tuple(range(len(classes)))
+            if labels and (text or len(set(labels)) != len(classes)):
+                raise ValueError(f"{len(labels)} labels for {len(classes)} classes")
+            return cls(kind, classes, text, None if positive is None else tuple(positive), mean, std, labels)
 
 
 def fit_targets(job: Job, source: Source, splits: Mapping[str, Rows]) -> Targets:
     """Fit the classes, or the scale of what is to be regressed, on the training split.
 
     Classes of labels that are text: the names that occur in training, sorted. Of labels that are numbers: those that
-    the source declares, else 0 to the highest of the source.
+    the source declares, else the numbers that occur in training, ascending.
 
     Raises
     ------
-    DataError: targets that do not fit the task, in any split; only one class in training.
+    DataError: targets that do not fit the task, in any split; only one class, or one value, in training.
     """
     task, raw, train = job.task, source.train.targets, splits["train"].ids
     where = f"{job.data.url}: {', '.join(job.data.labels)}" if job.data.labels else WHERE
     if task.kind == "regression":
         _refuse_names(source.label_names, where)
+        _refuse_constant(job, raw.reshape(len(raw), -1), train, where)
         if not task.scale_targets:
             return Targets(task.kind)
         mean, std = mean_and_std(raw.reshape(len(raw), -1), train, per_channel=True)
         return Targets(task.kind, mean=tuple(mean.tolist()), std=tuple(np.where(std == 0, 1.0, std).tolist()))
     positive = None if task.positive is None else tuple(task.positive)
     text = bool(source.label_names)
-    classes = text_classes(source, task, splits, where) if text else numbered_classes(source, task, where)
-    fitted = Targets(task.kind, classes, text, positive)
+    classes, values = (text_classes if text else numbered_classes)(source, task, splits, where)
+    fitted = Targets(task.kind, classes, text, positive, values=values)
     learned = fitted.prepare(raw, source.label_names, rows=train, where=where)[train]
     if (learned == learned[0]).all():
         raise DataError(
@@ -222,10 +226,38 @@ def fit_targets(job: Job, source: Source, splits: Mapping[str, Rows]) -> Targets
     return fitted
 
 
+def label_warnings(labels: Targets) -> list[str]:
+    """What was decided about the labels without being asked for."""
+    if labels.kind != "binary" or labels.positive is not None or labels.values in ((), (0, 1)):
+        return []
+    negative, positive = labels.classes
+    return [
+        f"of the labels {negative} and {positive}, {positive} counts as positive; "
+        f"task: {{kind: binary, positive: [{negative}]}} says otherwise"
+    ]
+
+
 def class_counts(targets: np.ndarray, classes: int) -> list[int]:
     """Rows of each class among prepared targets (n,)."""
     counts: list[int] = np.bincount(targets.astype(np.int64), minlength=classes).tolist()
     return counts
+
+
+def _refuse_constant(job: Job, raw: np.ndarray, train: np.ndarray, where: str) -> None:
+    """Raise DataError for a column of targets (N, T) that has one value in all training rows."""
+    varies = np.zeros(raw.shape[1], bool)
+    for block in blocks(raw, train):
+        varies |= (block != raw[train[0]]).any(0)
+    for place in np.flatnonzero(~varies)[:1]:
+        names = [repr(name) for name in job.data.labels] or [
+            f"column {number} (from 0)" for number in range(len(varies))
+        ]
+        raise DataError(
+            f"the target {f'{names[place]} ' if len(varies) > 1 else ''}is {raw[train[0], place]:g} in all "
+            f"{len(train):,} training rows: there is nothing to learn",
+            where=where,
+            fix="use data in which it varies" + (", or leave it out of data.label" if len(varies) > 1 else ""),
+        )
 
 
 def _refuse_names(label_names: tuple[str, ...], where: str) -> None:

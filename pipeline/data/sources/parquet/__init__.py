@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,17 +27,17 @@ from pipeline.job import Job
 
 __all__ = ["open_parquet", "parquet_fingerprint"]
 
-FORMAT = 1
+FORMAT = 2
 """Of what lies in the cache. A change of the code that fills it takes the next number."""
 
 BESIDE_INPUTS = 1 << 20
 """Bytes of an entry for headers."""
 
 
-def open_parquet(job: Job, say: Callable[[str], None]) -> Source:
+def open_parquet(job: Job, say: Callable[[str], None], *, float64: bool) -> Source:
     """The job's columns of all rows of `data.url`: files in the order of their names, rows as stored.
 
-    Inputs are a matrix laid out by `Source.schema`, float32, or float64 in fp64. A single feature of fixed-size bytes
+    Inputs are a matrix laid out by `Source.schema`, float32 or float64. A single feature of fixed-size bytes
     gives uint8 samples of `data.shape` instead, and one of fixed-size lists floating ones where `data.shape` is given.
     Labels of text are positions in `Source.label_names`; whole numbers and booleans stay as they are; for regression,
     labels are float64 (N,), or (N, T) of T columns.
@@ -47,6 +48,7 @@ def open_parquet(job: Job, say: Callable[[str], None]) -> Source:
     Parameters
     ----------
     say: told of progress, at most once a second.
+    float64: whether inputs are float64.
 
     Raises
     ------
@@ -54,7 +56,7 @@ def open_parquet(job: Job, say: Callable[[str], None]) -> Source:
     """
     data = job.data
     assert data.url is not None, "a job with source: parquet has a url"
-    dtype = np.float64 if job.train.precision == "fp64" else np.float32
+    dtype = np.float64 if float64 else np.float32
     with Files(data.url, data.cache) as files:
         if not files.rows:
             raise DataError(
@@ -79,7 +81,10 @@ def open_parquet(job: Job, say: Callable[[str], None]) -> Source:
 
             entry = cached(data.cache, _key(fingerprint, choice, dtype), build, size=size + beside)
             decoded = Decoded.load(entry)
-        return _source(choice, decoded, fingerprint, files)
+        source = _source(choice, decoded, fingerprint, files)
+    if float64 or source.rounding is None:
+        return source
+    return replace(source, in_float64=lambda: open_parquet(job, say, float64=True))
 
 
 def parquet_fingerprint(job: Job, say: Callable[[str], None]) -> str:
@@ -105,7 +110,19 @@ def _source(choice: Choice, decoded: Decoded, fingerprint: str, files: Files) ->
         label_names=names[0] if names else (),
         columns=split_column(choice, decoded, files.url),
         warnings=files.warnings,
+        rounding=_rounding(choice, decoded.rounding),
     )
+
+
+def _rounding(choice: Choice, rounding: np.ndarray) -> np.ndarray | None:
+    """For each column of the inputs; of samples of further axes, for each channel."""
+    if not rounding.any():
+        return None
+    if len(choice.shape) < 2:
+        return rounding
+    channels = choice.shape[0] if len(choice.shape) > 2 else 1
+    largest: np.ndarray = rounding.reshape(channels, -1).max(1)
+    return largest
 
 
 def _check_shape(choice: Choice) -> None:

@@ -160,8 +160,8 @@ def _feature_names(job: Job, names: list[str], split: str | None) -> list[str]:
 
 def _feature(name: str, found: Content, is_levels: bool, files: Files) -> Feature:
     where = f"{files.files[0].where} ({files.row_counts[0]:,} rows)"
-    if found.kind == "null":
-        raise DataError(f"the column {name!r} holds nulls alone, in all files", where=where, fix="leave it out")
+    if found.kind == "null":  # text of which no file has any: it takes whatever new data holds, and is warned of
+        return Feature(name, "category", 1)
     if found.kind in ("time", "other"):
         raise DataError(f"the column {name!r} holds {found}", where=where, fix=CAST)
     if found.kind == "text" or (is_levels and found.kind in NUMBERS):

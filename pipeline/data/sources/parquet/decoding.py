@@ -17,7 +17,7 @@ from pipeline.data.sources.arrays import SplitColumn
 from pipeline.data.sources.parquet.choosing import Choice
 from pipeline.data.sources.parquet.files import Files
 from pipeline.data.sources.parquet.values import as_times, label_values, split_values
-from pipeline.data.tables.contents import FloatType, as_texts, raw_bytes
+from pipeline.data.tables.contents import FloatType, as_texts, null_inside, raw_bytes
 from pipeline.data.tables.encode import Encoder
 from pipeline.data.tables.findings import Findings
 from pipeline.data.tables.schema import Column, Schema
@@ -30,22 +30,27 @@ COLUMNS_AT_ONCE = 128
 """Arrow holds 2 to 3 MB for each column that it reads; wide tables are read some columns at a time."""
 SAY_EVERY_S = 1.0
 
+NO_SUBSTITUTE = "remove these rows: a sample of one column has no substitute"
+
 Levels = dict[str, tuple[str, ...]]
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """inputs, targets: as in `Arrays`. split: values of the splits' column. levels: of all columns of text, sorted."""
+    """inputs, targets: as in `Arrays`. split: values of the splits' column. levels: of all columns of text, sorted.
+    rounding: the largest error of the inputs in each place of a row, float64 (width,)."""
 
     inputs: np.ndarray
     targets: np.ndarray
     split: np.ndarray | None
     levels: Levels
+    rounding: np.ndarray
 
     def save(self, folder: Path) -> None:
         """What stands beside the inputs."""
         np.save(folder / "targets.npy", self.targets)
+        np.save(folder / "rounding.npy", self.rounding)
         if self.split is not None:
             np.save(folder / "split.npy", self.split)
         (folder / "levels.json").write_text(json.dumps(self.levels))
@@ -60,6 +65,7 @@ class Decoded:
             np.load(folder / "targets.npy"),
             np.load(folder / "split.npy") if (folder / "split.npy").exists() else None,
             {name: tuple(texts) for name, texts in levels.items()},
+            np.load(folder / "rounding.npy"),
         )
 
 
@@ -95,7 +101,7 @@ def decode(files: Files, choice: Choice, inputs: np.ndarray, done: Callable[[int
     for number in range(len(files.files)):
         filler.fill(number)
     pa.default_memory_pool().release_unused()  # it keeps what was freed, and training has a use for it
-    return Decoded(inputs, filler.targets, filler.split, levels)
+    return Decoded(inputs, filler.targets, filler.split, levels, filler.rounding)
 
 
 def schema_of(choice: Choice, levels: Levels) -> Schema | None:
@@ -165,6 +171,7 @@ class _Filler:
         labels, rows = len(choice.labels), files.rows
         self.targets = np.empty((rows, labels) if labels > 1 else rows, np.float64 if self._numbers else np.int64)
         self.split = np.empty(rows, np.float64 if self._split_numbers else np.int64) if choice.split else None
+        self.rounding = np.zeros(choice.width)
         self._rows = self._bytes = 0
 
     def fill(self, number: int) -> None:
@@ -179,7 +186,7 @@ class _Filler:
             for batch in self._files.batches(number, list(names), _batch_rows(row_bytes)):
                 end = first + batch.num_rows
                 rows = self._inputs[first:end]
-                self._fill_inputs(batch, rows.reshape(len(rows), -1)[:, group.places], group.encoder, findings)
+                self._fill_inputs(batch, rows.reshape(len(rows), -1)[:, group.places], group, findings)
                 if is_first:
                     self._fill_others(batch, slice(first, end), findings)
                 first = end
@@ -199,17 +206,22 @@ class _Filler:
             array, levels = batch.column(name), self._texts.get(name)
             self.split[rows] = split_values(array, name, levels, self._split_numbers, findings)
 
-    def _fill_inputs(self, batch: pa.RecordBatch, out: np.ndarray, encoder: Encoder, findings: Findings) -> None:
+    def _fill_inputs(self, batch: pa.RecordBatch, out: np.ndarray, group: _Group, findings: Findings) -> None:
         """out: (rows of the batch, width of the group)."""
         choice = self._choice
-        if choice.shape:
-            name = choice.features[0].name
-            nulls = batch.column(name).is_null().to_numpy(zero_copy_only=False)
-            findings.note(name, "nulls", "remove these rows: a sample of one column has no substitute", nulls)
+        if not choice.shape:
+            group.encoder.write(batch, out, findings, self.rounding[group.places])
+            return
+        name = choice.features[0].name
+        array = batch.column(name)
+        nulls = array.is_null().to_numpy(zero_copy_only=False)
+        findings.note(name, "nulls", NO_SUBSTITUTE, nulls)
         if choice.raw_bytes:
-            out[:] = raw_bytes(batch.column(choice.features[0].name), choice.width)
+            findings.note(name, "nulls inside its lists", NO_SUBSTITUTE, null_inside(array, choice.width))
+            out[:] = raw_bytes(array, choice.width)
         else:
-            encoder.write(batch, out, findings)
+            group.encoder.write(batch, out, findings, self.rounding[group.places])
+            findings.note(name, "nulls (or NaN) inside its lists", NO_SUBSTITUTE, np.isnan(out).any(1) & ~nulls)
 
 
 @dataclass(frozen=True)
