@@ -66,6 +66,7 @@ def test_fp16_skips_an_update_that_overflows() -> None:
     after = trainee.flat.weights() | trainee.state()
     assert float(after.pop("scale.factor")) == INITIAL_SCALE / 2
     assert int(after.pop("scale.good_steps")) == 0
+    assert int(after.pop("scale.skipped")) == 1
     assert float(after["optimizer.step"]) == 2
     for name in after:
         assert torch.equal(after[name], before[name]), name
