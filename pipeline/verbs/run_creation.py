@@ -28,6 +28,8 @@ class RunCreation:
     run: Run
     job: Job
     code: UserCode
+    name: str | None
+    """That the user chose."""
     fingerprint: str
     """Of the data."""
     start: str | None
@@ -65,7 +67,20 @@ class RunCreation:
         except ValueError as error:
             raise InputError(str(error), where="--name") from None
         run = Run(Storage.open(storage_url), run_name)
-        return cls(run, job, code, fingerprint, start, max_steps, allow_code_change, own)
+        return cls(run, job, code, name, fingerprint, start, max_steps, allow_code_change, own)
+
+    def of_data(self, fingerprint: str) -> RunCreation:
+        """The same for data of another fingerprint."""
+        return RunCreation.of(
+            self.job,
+            self.code,
+            fingerprint=fingerprint,
+            start=self.start,
+            name=self.name,
+            storage_url=self.run.open_url,
+            max_steps=self.max_steps,
+            allow_code_change=self.allow_code_change,
+        )
 
     def is_there(self) -> bool:
         """Whether the run exists, with this identity and this code."""

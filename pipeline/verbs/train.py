@@ -19,6 +19,7 @@ from pipeline.job_file import resolve_job
 from pipeline.own_code import UserCode, collect
 from pipeline.record.attempt import peek
 from pipeline.record.journal import Journal
+from pipeline.record.run import Run
 from pipeline.record.standing import Standing, standing
 from pipeline.record.watch import refuse_where_it_beats
 from pipeline.storage import handed
@@ -105,20 +106,32 @@ def _train(
         max_steps=max_steps,
         allow_code_change=allow_code_change,
     )
-    run = creation.run
     is_there = creation.is_there()
-    if is_there and creation.is_complete():
-        tell({"kind": "run", "run": run.name, "url": run.url, "text": "found"})
-        tell({"kind": "message", "text": "already finished: nothing to do"})
-        return standing(run)
-    if is_there and peek(run) == "busy":
-        raise BusyError("another process is writing this run", where=run.url, fix="`trainyard show` says how it stands")
+    if is_there and _is_done(creation, tell):
+        return standing(creation.run)
 
     from pipeline.device import leave_as_found
 
     with leave_as_found():
-        _train_run(creation, start, source, is_there, tell, address=address, verbose=verbose)
+        run = _train_run(creation, start, source, is_there, tell, address=address, verbose=verbose)
     return standing(run)
+
+
+def _is_done(creation: RunCreation, tell: Tell) -> bool:
+    """Whether the run, which is there, has ended and nothing is missing; then the user is told so.
+
+    Raises
+    ------
+    BusyError: another process is writing it.
+    """
+    run = creation.run
+    if creation.is_complete():
+        tell({"kind": "run", "run": run.name, "url": run.url, "text": "found"})
+        tell({"kind": "message", "text": "already finished: nothing to do"})
+        return True
+    if peek(run) == "busy":
+        raise BusyError("another process is writing this run", where=run.url, fix="`trainyard show` says how it stands")
+    return False
 
 
 def _train_run(
@@ -130,7 +143,7 @@ def _train_run(
     *,
     address: str | None,
     verbose: bool,
-) -> None:
+) -> Run:
     """Load the data, build the model, and train in this process or on workers.
 
     Parameters
@@ -142,16 +155,21 @@ def _train_run(
     from pipeline.followers.attached import AttachedFollowers
     from pipeline.worker import Order, say_for_the_dead, work
 
-    run, job, driver = creation.run, creation.job, uuid.uuid4().hex
+    job, driver = creation.job, uuid.uuid4().hex
     prepared = prepare(
         job,
         creation.max_steps,
         start=start,
         source=source,
-        fitted=stored_transforms(run) if is_there else None,
+        fitted=stored_transforms(creation.run) if is_there else None,
         say=lambda text: tell({"kind": "phase", "text": text}),
         code=creation.code,
     )
+    if prepared.source.fingerprint != creation.fingerprint:  # arrays of a function that had to be held in float64
+        creation = creation.of_data(prepared.source.fingerprint)
+        if creation.is_there() and _is_done(creation, tell):
+            return creation.run
+    run = creation.run
     here = job.scale.workers == IN_PLACE_WORKERS
     built = build(prepared, device_kind="" if here else "cpu")  # so that what cannot be built leaves nothing behind
     misfits = [f"not taken from {start.name}: {text}" for text in built.misfits] if start is not None else []
@@ -189,6 +207,7 @@ def _train_run(
             except TrainyardError as error:
                 say_for_the_dead(run, order, error)
                 raise
+    return run
 
 
 def _own_settings() -> AbstractContextManager[None]:
