@@ -23,7 +23,6 @@ from pipeline.errors import (
 from pipeline.loop import Bounds, Position, fit
 from pipeline.record.attempt import Attempt, claim
 from pipeline.record.checkpoint import Base
-from pipeline.record.decisions import first_facts
 from pipeline.record.entries import typed
 from pipeline.record.recorder import Recorder, complete
 from pipeline.record.run import Run
@@ -67,8 +66,7 @@ def _work(order: Order, context: Context, prepared: Prepared | None, run: Run) -
     if facts.get("start") != (prepared.start.digest if prepared.start is not None else None):
         raise JobError("the weights to start from are not those of this run", where=run.url, fix="see model.init_from")
     rank, world_size, local_rank = context.rank, context.world_size, context.local_rank
-    way = str(first_facts(run.journal.read()).get("way", ""))
-    built = build(prepared, way=way, rank=rank, world_size=world_size, local_rank=local_rank)
+    built = build(prepared, way=run.journal.state().way, rank=rank, world_size=world_size, local_rank=local_rank)
     if context.rank != 0:
         start: Start = context.broadcast(None)
         context.progress.attempt = start.attempt

@@ -14,6 +14,7 @@ import pyarrow.dataset as ds
 import pytest
 
 from pipeline.errors import BusyError, InputError, SupersededError
+from pipeline.record import decisions
 from pipeline.record.attempt import claim, peek
 from pipeline.record.entries import Claim, Leave
 from pipeline.record.heartbeat import read_beat
@@ -285,7 +286,8 @@ def test_an_entry_that_arrived_after_all_is_adopted(run: Run) -> None:
     late = Leave(**attempt.common(), status="failed", step=3)
     assert run.journal.append(late), "as if the reply had been lost, and storage away ever since"
     attempt.append(Leave(**attempt.common(), status="interrupted", step=4))
-    assert [entry.number for entry in attempt.entries] == [1, 2, 3]
+    assert run.journal.read()[2].before == decisions.fold(run.journal.read()[:2]), "what the next one carries"
+    assert attempt.state == decisions.fold(run.journal.read())
     other = claim(run, driver="d", facts={}, dead=1)
     with pytest.raises(SupersededError):
         attempt.append(Leave(**attempt.common(), status="interrupted", step=4))

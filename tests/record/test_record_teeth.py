@@ -14,7 +14,7 @@ from pipeline.record import decisions, saving
 from pipeline.record.attempt import Attempt, choose_base, take
 from pipeline.record.cells import Cell, Columns, EvaluationRow, StepBlock, encode
 from pipeline.record.checkpoint import Checkpoint, DamagedError
-from pipeline.record.entries import Claim, Commit, Entry
+from pipeline.record.entries import Claim, Commit, Entry, JournalState
 from pipeline.record.run import Run
 from pipeline.record.writer import EVALUATIONS, STEPS, Snapshot, Writer
 from pipeline.storage import faults
@@ -117,14 +117,14 @@ class DeletesTheBest(Writer):
 
 class DeletesWhatEndsKeep(Writer):
     def _retain(self, commit: Commit) -> None:
-        entries, self.attempt.entries = self.attempt.entries, []
+        state, self.attempt.state = self.attempt.state, JournalState()
         super()._retain(commit)
-        self.attempt.entries = entries
+        self.attempt.state = state
 
 
 class DeletesOfHigherAttempts(Writer):
     def _retain(self, commit: Commit) -> None:
-        spare = decisions.spared(commit.kept, self.attempt.entries)
+        spare = decisions.spared(commit.kept, self.attempt.state)
         for name in self._run.storage.list(saving.FOLDER):
             if name not in spare:
                 saving.delete_checkpoint(self._run.storage, name)
@@ -150,9 +150,9 @@ class IgnoresThatItIsSuperseded(Faithful):
     def writer(self, attempt: Attempt) -> Writer:
         def append(entry: Entry) -> None:
             while not attempt.run.journal.append(entry):
-                attempt.entries = list(attempt.run.journal.read())
-                entry = replace(entry, number=len(attempt.entries) + 1)
-            attempt.entries.append(entry)
+                attempt.state = attempt.run.journal.state()
+                entry = replace(entry, number=attempt.state.number + 1, before=attempt.state)
+            attempt.state = decisions.apply(attempt.state, entry)
 
         attempt.append = append  # type: ignore[method-assign]
         return super().writer(attempt)
@@ -160,7 +160,7 @@ class IgnoresThatItIsSuperseded(Faithful):
 
 class BaseBeforeTheClaim(Faithful):
     def claim(self, run: Run, template: Claim, dead: int | None) -> Attempt:
-        before = Attempt(run, 0, "", list(run.journal.read()))
+        before = Attempt(run, 0, "", run.journal.state())
         choose_base(before)
         attempt = take(run, template, dead)
         attempt.base, attempt.kept = before.base, before.kept
@@ -186,7 +186,7 @@ class BaseByListing(Faithful):
 class BaseUnchecked(Faithful):
     def claim(self, run: Run, template: Claim, dead: int | None) -> Attempt:
         attempt = take(run, template, dead)
-        commit = decisions.newest_commit(attempt.entries)
+        commit = attempt.state.commit
         if commit is not None:
             attempt.base, attempt.kept = Checkpoint(run, commit.checkpoint), commit.kept
         return attempt
