@@ -154,14 +154,18 @@ class RemoteBackend:
             self.fs.connect(refresh=True)
 
     def _excludes(self, path: str) -> bool:
-        """Create a random key twice; a store that lets the second pass does not exclude."""
+        """Create a random key twice; a store that lets the second pass does not exclude.
+
+        Nobody else creates this key, so a refusal of the first is one of the second, too: its reply was lost, and the
+        HTTP library sent it again by itself (aiohttp does with any PUT on a connection that it had used before).
+        """
         try:
             with self._request():
-                self._put(path, b"first", mode="create")
-                try:
-                    self._put(path, b"second", mode="create")
-                except FileExistsError:
-                    return True
+                for content in (b"first", b"second"):
+                    try:
+                        self._put(path, content, mode="create")
+                    except FileExistsError:
+                        return True
                 return False
         except (NotImplementedError, TypeError):  # the library cannot even ask for it
             return False

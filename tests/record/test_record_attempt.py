@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.dataset as ds
 import pytest
 
 from pipeline.errors import BusyError, InputError, SupersededError
 from pipeline.record import decisions
-from pipeline.record.attempt import claim, peek
+from pipeline.record.attempt import Attempt, claim, peek
 from pipeline.record.entries import Claim, Leave
 from pipeline.record.heartbeat import read_beat
 from pipeline.record.lock import ProcessLock, boot, is_held
 from pipeline.record.recorder import Recorder, complete
 from pipeline.record.run import Run
 from pipeline.record.watch import refuse_where_it_beats
+from pipeline.storage import Storage, remote
 from tests.record.record_parts import block, born, snapshot
 from tests.record.record_process import train
 
@@ -316,3 +320,66 @@ def test_killed_at_any_moment_the_next_one_ends_as_if_nothing_had_happened(run: 
     assert attempt.base.end
     assert attempt.ended_at == 1000
     complete(attempt)
+
+
+@pytest.fixture
+def lossy_s3_url(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The same store, through a server that does a conditional write and drops the connection instead of replying, the
+    first time that it gets one for a name: the HTTP library then sends it again by itself."""
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    assert server._server is not None
+    answer, lock, seen = server._server.app, threading.Lock(), set[str]()
+
+    def lose_replies(environ: dict[str, Any], start_response: Any) -> Any:
+        if not environ.get("HTTP_IF_NONE_MATCH"):
+            return answer(environ, start_response)
+        with lock:  # moto's own look and write are two
+            body = list(answer(environ, start_response))
+            is_first = environ["PATH_INFO"] not in seen
+            seen.add(environ["PATH_INFO"])
+        if is_first:
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+        return body
+
+    server._server.app = lose_replies
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setattr(remote, "_CONDITIONAL", {})
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield s3_url
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+    assert any("/.probe-" in path for path in seen)
+    assert any(path.endswith("job.yaml") for path in seen)
+
+
+def test_of_six_that_start_at_once_on_a_store_that_loses_replies_one_wins(lossy_s3_url: str) -> None:
+    said: list[str] = []
+    barrier = threading.Barrier(6)
+
+    def start(driver: str) -> None:
+        run = Run(Storage.open(lossy_s3_url), "run")
+        barrier.wait()
+        try:
+            run.exists()
+            births.append(run.birth("name: run\n", {"total_steps": 1000, "cell_steps": 100}))
+            held.append(claim(run, driver=driver, facts={}))
+            said.append(f"claimed {held[-1].number}")
+        except BaseException as error:
+            said.append(type(error).__name__)
+
+    births: list[bool] = []
+    held: list[Attempt] = []
+    threads = [threading.Thread(target=start, args=(str(number),)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for attempt in held:
+        attempt.close()
+    assert sorted(births) == [False] * 5 + [True]
+    assert sorted(said) == ["BusyError"] * 5 + ["claimed 1"]
