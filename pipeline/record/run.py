@@ -252,17 +252,9 @@ def open_run(run: str, storage_url: str) -> Run:
     return found
 
 
-def list_runs(storage: Storage) -> list[str]:
-    """Names of the runs in a folder, sorted."""
-    names = [name for name in storage.list() if _is_plain(name)]
-
-    def is_born(name: str) -> bool:
-        try:
-            return storage.exists(f"{name}/{JOB}")
-        except StorageError:
-            return True  # something that is not to be followed: who opens it is told
-
-    return [name for name, there in zip(names, storage.each(is_born, names), strict=True) if there]
+def folders_of_runs(storage: Storage) -> list[str]:
+    """Names in a folder that can be runs, sorted. A run is one of them that was born."""
+    return [name for name in storage.list() if _is_plain(name)]
 
 
 def _is_plain(name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
@@ -91,6 +92,10 @@ class World:
         else:
             self.store.put(file, content[:-1] if way == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
         self.store.damaged.add(name)
+
+    def spoil_the_view(self, number: int) -> None:
+        """Have `run.json` name another entry as the newest, which is where a search begins."""
+        self.store.put("/runs/run/run.json", json.dumps({"journal": number}).encode())
 
     def list_as_a_reader(self) -> None:
         """Remember what is listed now."""

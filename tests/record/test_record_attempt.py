@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -24,6 +25,9 @@ from pipeline.record.heartbeat import read_beat
 from pipeline.record.lock import ProcessLock, boot, is_held
 from pipeline.record.recorder import Recorder, complete
 from pipeline.record.run import Run
+from pipeline.record.soundness import damage
+from pipeline.record.standing import standing
+from pipeline.record.values import sealed, to_json, unsealed
 from pipeline.record.watch import refuse_where_it_beats
 from pipeline.storage import Storage, remote
 from tests.record.record_parts import block, born, snapshot
@@ -320,6 +324,35 @@ def test_killed_at_any_moment_the_next_one_ends_as_if_nothing_had_happened(run: 
     assert attempt.base.end
     assert attempt.ended_at == 1000
     complete(attempt)
+
+
+def test_a_run_of_the_version_before_is_gone_on_with(run: Run, start: Start) -> None:
+    """Its entries carry nothing of those before them: they are read once, and what is added carries it all."""
+    holder = start("train")
+    assert line(holder) == "claimed 1"
+    while line(holder) != "handed over 150":
+        pass
+    holder.kill()
+    holder.wait()
+    folder = run.storage.local_path
+    assert folder is not None
+    view = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({name: value for name, value in view.items() if name != "journal"}))
+    for path in sorted((folder / "journal").iterdir()):
+        tree = unsealed(json.loads(path.read_text()))
+        assert tree.pop("before") is not None
+        path.write_text(to_json(sealed(tree)))
+    old = len(list((folder / "journal").iterdir()))
+    shown = standing(run)
+    assert (shown.status, shown.attempts) == ("running", 1)
+    assert shown.step >= 100
+    train(claim(run, driver="me", facts={"host": "here"}))
+    entries = run.journal.read()
+    assert [entry.before is None for entry in entries] == [number < old for number in range(len(entries))]
+    for entry in entries[old:]:
+        assert entry.before == decisions.fold(entries[: entry.number - 1])
+    assert ds.dataset(folder / "metrics" / "steps").to_table()["step"].to_pylist() == list(range(1, 1001))
+    assert damage(Run(Storage.open(run.root_url), run.name)) == []
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from pipeline.record.attempt import Attempt, choose_base, take
 from pipeline.record.cells import Cell, Columns, EvaluationRow, StepBlock, encode
 from pipeline.record.checkpoint import Checkpoint, DamagedError
 from pipeline.record.entries import Claim, Commit, Entry, JournalState
+from pipeline.record.journal import Journal
 from pipeline.record.run import Run
 from pipeline.record.writer import EVALUATIONS, STEPS, Snapshot, Writer
 from pipeline.storage import faults
@@ -158,6 +159,44 @@ class IgnoresThatItIsSuperseded(Faithful):
         return super().writer(attempt)
 
 
+class TrustsTheHint(Journal):
+    """The number in `run.json` taken for the newest, with no look beyond it."""
+
+    searches = 0
+
+    def _find_newest(self) -> Entry | None:
+        self.searches += 1
+        assert self.searches < 20, "the number after it is taken again and again"
+        hint = self._hint()
+        return self.entry(hint) if hint > self._state.number else None if hint else super()._find_newest()
+
+
+class SearchesNoFurther(Faithful):
+    """A claimant that takes the entry which `run.json` names for the newest."""
+
+    def claim(self, run: Run, template: Claim, dead: int | None) -> Attempt:
+        run.journal = TrustsTheHint(run.storage, run.journal._hint)
+        return super().claim(run, template, dead)
+
+
+class CarriesWhatTheClaimDid(Faithful):
+    """Commits that leave out their attempt's own."""
+
+    def writer(self, attempt: Attempt) -> Writer:
+        append, before = attempt.append, attempt.state
+        attempt.append = lambda entry: append(replace(entry, before=before))  # type: ignore[method-assign]
+        return super().writer(attempt)
+
+
+class CarriesNoEnds(Faithful):
+    """What ends keep is left out of what entries carry."""
+
+    def claim(self, run: Run, template: Claim, dead: int | None) -> Attempt:
+        attempt = super().claim(run, template, dead)
+        attempt.state = replace(attempt.state, kept_by_ends=())
+        return attempt
+
+
 class BaseBeforeTheClaim(Faithful):
     def claim(self, run: Run, template: Claim, dead: int | None) -> Attempt:
         before = Attempt(run, 0, "", run.journal.state())
@@ -213,7 +252,7 @@ MUTANTS: dict[str, Faithful] = {
     kind.__name__: kind()
     for kind in (
         IgnoresThatItIsSuperseded, BaseBeforeTheClaim, BaseByListing, BaseUnchecked, EndsBelowTheHighestStep,
-        GoesBeyondTheEnd,
+        GoesBeyondTheEnd, SearchesNoFurther, CarriesWhatTheClaimDid, CarriesNoEnds,
     )
 }  # fmt: skip
 
