@@ -14,7 +14,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from pipeline.errors import StorageError
 from pipeline.record import decisions
@@ -263,6 +263,7 @@ entries_of_any_kind = (
 )
 
 
+@settings(deadline=None)
 @given(st.lists(entries_of_any_kind, max_size=5), entries_of_any_kind)
 def test_every_entry_can_be_read_back(others: list[Entry], entry: Entry) -> None:
     assert parse_entry(from_json(entry.to_json()), entry.number) == entry
