@@ -8,14 +8,11 @@ import sys
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.learn.words import no_better_words, number, short_words, table_lines
-from pipeline.record.standing import Standing
+from pipeline.record.standing import Listed, Standing
 from pipeline.redaction import printable
-
-if TYPE_CHECKING:
-    from pipeline.verbs.show import Listed
 
 ERASE = "\x1b[2K"
 """Clears the line that the cursor is in."""
@@ -251,8 +248,8 @@ def _table(rows: Sequence[Sequence[str]], columns: Sequence[int]) -> list[str]:
 
 
 def _labels(names: Collection[str]) -> dict[str, str]:
-    """For each path of a job's field its shortest end that means no other: `lr` for `train.phases.0.lr`, `optimizer` for
-    `train.optimizer.kind`."""
+    """For each path of a job's field its shortest end that means no other: `lr` for `train.phases.0.lr`, `optimizer`
+    for `train.optimizer.kind`."""
     short = {name: re.sub(r"\.(kind|by|all)$", "", name) for name in names}
     labels = {}
     for name, path in short.items():

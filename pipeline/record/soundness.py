@@ -41,7 +41,8 @@ def damage(run: Run) -> list[str]:
 
 
 def _journal(run: Run) -> Iterator[str]:
-    """What later entries say of a missing one is all that is used of it; but nobody else deletes entries."""
+    """An entry that was deleted. The run goes on without it, for later ones carry what it said; but Trainyard deletes
+    none. Only here are all their names listed, a request for each thousand on an object store."""
     number = run.journal.first_missing()
     if number is not None:
         yield f"journal/{number:08d}.json is missing, though later ones are there"

@@ -62,6 +62,24 @@ class Standing:
         return tree
 
 
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """One run of a listing."""
+
+    standing: Standing
+    job: str
+    """Name of its job."""
+    born: str
+    """When the run was made; UTC, ISO 8601."""
+    differs: Mapping[str, Any]
+    """What tells it apart from the other runs of its job in the same storage: fields of the job, such as
+    "train.phases.0.lr", and where they leave two runs alike the digests of the data."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: those of the standing, and its own."""
+        return {**self.standing.to_json(), "job": self.job, "born": self.born, "differs": dict(self.differs)}
+
+
 def standing(run: Run, now: float | None = None) -> Standing:
     """How a run stands.
 

@@ -13,7 +13,7 @@ from typing import Any
 from pipeline.errors import JobError, StorageError
 from pipeline.job_file import parse_yaml
 from pipeline.record.run import HEADER, JOB, Run, folders_of_runs
-from pipeline.record.standing import Standing, standing
+from pipeline.record.standing import Listed, Standing, standing
 from pipeline.record.values import digest_of
 from pipeline.storage import Storage
 from pipeline.verbs.places import find_run, storage_url
@@ -27,24 +27,6 @@ DEEPEST_SPLIT = 8
 """Levels of fields in fields that are told apart."""
 SHOWN_DIGITS = 8
 """Of a digest."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Listed:
-    """One run of a listing."""
-
-    standing: Standing
-    job: str
-    """Name of its job."""
-    born: str
-    """When the run was made; UTC, ISO 8601."""
-    differs: Mapping[str, Any]
-    """What tells it apart from the other runs of its job in the same storage: fields of the job, such as
-    "train.phases.0.lr", and where they leave two runs alike the digests of the data."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values: those of the standing, and its own."""
-        return {**self.standing.to_json(), "job": self.job, "born": self.born, "differs": dict(self.differs)}
 
 
 @dataclass(frozen=True)
@@ -71,7 +53,7 @@ def runs(storage: str | None = None) -> tuple[str, list[Listed], dict[str, str]]
         try:
             fields = _fields(run.job_yaml())
             job = NAME.search(run.job_yaml())
-            return _Seen(standing(run), run.born(), run.facts(), job[1] if job is not None else "", fields)
+            return _Seen(standing(run), run.born(), run.facts(), job[1].strip("'") if job is not None else "", fields)
         except FileNotFoundError:
             return None  # never born: some other folder
         except StorageError as error:
@@ -101,7 +83,6 @@ def show(run: str, storage: str | None = None) -> Standing:
 
 def _listed(seen: Sequence[_Seen]) -> list[Listed]:
     """From the oldest to the newest, with what differs between the runs of one job."""
-
     listed: list[Listed] = []
     for job, group in groupby(sorted(seen, key=lambda one: one.job), key=lambda one: one.job):
         same_job = list(group)

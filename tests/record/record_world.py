@@ -242,7 +242,7 @@ class World:
     def known(self) -> tuple[Entry, ...]:
         """The journal as it is now, each entry read: the truth that no search and no summary stands between."""
         if self.entries[0] != self.store.changes:
-            entries = []
+            entries: list[Entry] = []
             while (path := f"/runs/run/journal/{len(entries) + 1:08d}.json") in self.store.files:
                 entries.append(parse_entry(from_json(self.store.files[path]), len(entries) + 1))
             self.entries = (self.store.changes, tuple(entries))
