@@ -4,9 +4,11 @@ elsewhere, and the result."""
 from __future__ import annotations
 
 import itertools
+import json
+import re
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -21,13 +23,15 @@ from pipeline.learn.words import (
     short_words,
     table_lines,
 )
-from pipeline.record.standing import Standing
+from pipeline.record.standing import Listed, Standing
 from pipeline.redaction import printable
 
 ERASE = "\x1b[2K"
 """Clears the line that the cursor is in."""
 PHASE_S = 10.0
 """Off a terminal, seconds between two lines on what takes long before training, such as filling the cache."""
+LONGEST_VALUE = 24
+"""Characters of a job field's value in the list of runs."""
 DAMAGE_LINES = 5
 """Of what is damaged in a run's directory."""
 LINE_S = 1.0
@@ -328,17 +332,57 @@ def _utc(moment: str) -> str:
     return f"{moment[:16].replace('T', ' ')} UTC"
 
 
-def runs_lines(url: str, standings: Iterable[Standing]) -> list[str]:
-    """One line a run, in columns."""
-    rows = [("RUN", "STATUS", "SEEN", "STEP", "BEST", "LATEST")]
-    for standing in standings:
-        found = standing.to_json()
-        best = found.get("best")
-        best_words = f"{best['metric']} {number(best['value'])} @{best['step']}" if best else ""
-        step = f"{standing.reached}/{standing.total_steps}" if standing.total_steps else str(standing.reached)
-        latest = short_words(found.get("metrics") or {})
-        rows.append((standing.run, standing.status, ago(standing.seen_s), step, best_words, latest))
-    return _columns(rows) if len(rows) > 1 else [f"no runs in {url}"]
+def runs_lines(url: str, runs: Sequence[Listed], width: int | None = None) -> list[str]:
+    """One line a run, in columns.
+
+    Parameters
+    ----------
+    width: of the terminal, into which the lines are made to fit as far as that goes: first the columns go that `show`
+        has too, then what differs is cut. None: whole lines.
+    """
+    labels = _labels({name for run in runs for name in run.differs})
+    rows = [_HEADER]
+    for run in runs:
+        found = run.standing
+        best = f"{found.best.metric} {number(found.best.value)}" if found.best is not None else ""
+        step = f"{found.reached}/{found.total_steps}" if found.total_steps else str(found.reached)
+        differs = " ".join(f"{labels[name]}={_brief(value)}" for name, value in run.differs.items())
+        latest = short_words(found.to_json()["metrics"])
+        rows.append((found.run, found.status, ago(found.seen_s).removesuffix(" ago"), step, best, differs, latest))
+    if len(rows) == 1:
+        return [f"no runs in {url}"]
+    shown = [column for column, title in enumerate(_HEADER) if title != "DIFFERS" or labels]
+    for title in ("LATEST", "SEEN", "STEP"):
+        if width is not None and max(map(len, _table(rows, shown))) > width:
+            shown.remove(_HEADER.index(title))
+    lines = _table(rows, shown)
+    return lines if width is None else [line if len(line) <= width else f"{line[: width - 1]}…" for line in lines]
+
+
+_HEADER = ("RUN", "STATUS", "SEEN", "STEP", "BEST", "DIFFERS", "LATEST")
+
+
+def _table(rows: Sequence[Sequence[str]], columns: Sequence[int]) -> list[str]:
+    return _columns([[row[column] for column in columns] for row in rows])
+
+
+def _labels(names: Collection[str]) -> dict[str, str]:
+    """For each path of a job's field its shortest end that means no other: `lr` for `train.phases.0.lr`, `optimizer`
+    for `train.optimizer.kind`."""
+    short = {name: re.sub(r"\.(kind|by|all)$", "", name) for name in names}
+    labels = {}
+    for name, path in short.items():
+        parts = path.split(".")
+        ends = [".".join(parts[first:]) for first in reversed(range(len(parts))) if not parts[first].isdecimal()]
+        others = [f".{other}" for other in short.values() if other != path]
+        labels[name] = next((end for end in ends if not any(one.endswith(f".{end}") for one in others)), path)
+    return labels
+
+
+def _brief(value: Any) -> str:
+    """A field's value in a few characters."""
+    text = f"{value:.4g}" if isinstance(value, float) else json.dumps(value).strip('"')
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}…"
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:

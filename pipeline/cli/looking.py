@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from contextlib import redirect_stdout
 from typing import Annotated
@@ -13,16 +14,16 @@ from pipeline.cli.app import Json, Quiet, RunName, StorageUrl, app, print_result
 
 @app.command(epilog="Example: trainyard runs --storage s3://bucket/runs")
 def runs(storage: StorageUrl = None, as_json: Json = False) -> None:
-    """List the runs in storage, and how each stands."""
+    """List the runs in storage, oldest first: how each stands, and what tells it from the other runs of its job."""
     shown.update(json=as_json, verbose=False)
     from pipeline.verbs.show import runs as verb
 
     url, found, unreadable = verb(storage)
     from pipeline.terminal import runs_lines
 
-    lines = [*runs_lines(url, found), *(f"{name}: cannot be read: {why}" for name, why in unreadable.items())]
-    standings = [standing.to_json() for standing in found]
-    print_result({"storage": url, "runs": standings, "unreadable": unreadable}, lines, as_json)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    lines = [*runs_lines(url, found, width), *(f"{name}: cannot be read: {why}" for name, why in unreadable.items())]
+    print_result({"storage": url, "runs": [run.to_json() for run in found], "unreadable": unreadable}, lines, as_json)
 
 
 @app.command(epilog="Example: trainyard show mnist-mlp-1a2b3c4d")

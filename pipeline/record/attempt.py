@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pipeline.errors import BusyError, SupersededError
 from pipeline.record import decisions, lock, spool
 from pipeline.record.checkpoint import Base, Checkpoint, first_valid
-from pipeline.record.entries import Claim, Entry, Pair
+from pipeline.record.entries import Claim, Entry, JournalState, Pair
 from pipeline.record.heartbeat import Heartbeat, interval
 from pipeline.record.run import Run
 from pipeline.record.values import now
@@ -24,8 +24,8 @@ class Attempt:
     run: Run
     number: int
     nonce: str
-    entries: list[Entry]
-    """The journal up to this attempt's own last entry."""
+    state: JournalState
+    """What the journal amounts to, up to this attempt's own last entry."""
     base: Base | None = None
     """The checkpoint to go on from; None: begin at step 0."""
     kept: tuple[Pair, ...] = ()
@@ -37,24 +37,20 @@ class Attempt:
     commit first."""
     remark: str = ""
     """What to tell the user of it."""
+    previous_facts: Mapping[str, Any] = field(default_factory=dict)
+    """What the attempt before this one said of its surroundings; empty for the first."""
     heartbeat: Heartbeat | None = None
     lock: lock.ProcessLock | None = None
 
     @property
     def ended_at(self) -> int | None:
         """The step of an end that binds this attempt."""
-        return decisions.ended_at(self.entries)
+        return self.state.ended_at
 
     @property
     def highest_step(self) -> int:
         """The journal's highest committed step; no early stop below it."""
-        return decisions.highest_step(self.entries)
-
-    @property
-    def previous_facts(self) -> Mapping[str, Any]:
-        """What the attempt before this one said of its surroundings; empty for the first."""
-        claims = [entry for entry in self.entries if isinstance(entry, Claim)]
-        return claims[-2].facts if len(claims) > 1 else {}
+        return self.state.highest_step
 
     def append(self, entry: Entry) -> None:
         """Create this attempt's next entry.
@@ -64,7 +60,7 @@ class Attempt:
         SupersededError: another attempt took the number; from here on this one writes nothing.
         """
         while not self.run.journal.append(entry):
-            taken = self.run.journal.read()[entry.number - 1]
+            taken = self.run.journal.entry(entry.number)
             if taken.nonce != self.nonce:
                 raise SupersededError(
                     f"attempt {self.number} was taken for dead, and a later one has taken over",
@@ -72,13 +68,14 @@ class Attempt:
                     fix="nothing is lost; `trainyard show` says how the run stands",
                 )
             # An earlier entry of this attempt, given up when storage was away, did arrive.
-            self.entries.append(taken)
-            entry = replace(entry, number=entry.number + 1)
-        self.entries.append(entry)
+            self.state = decisions.apply(self.state, taken)
+            entry = replace(entry, number=entry.number + 1, before=self.state)
+        self.state = decisions.apply(self.state, entry)
 
     def common(self) -> dict[str, Any]:
         """What this attempt's next entry has in common with all others."""
-        return {"number": len(self.entries) + 1, "nonce": self.nonce, "time": now(), "attempt": self.number}
+        common = {"nonce": self.nonce, "time": now(), "attempt": self.number}
+        return {"number": self.state.number + 1, "before": self.state, **common}
 
     def beat(self, step: int, loss: float | None) -> None:
         """What the next heartbeat says. Costs nothing."""
@@ -90,7 +87,7 @@ class Attempt:
         if self.heartbeat is not None:
             self.heartbeat.stop()
         if self.lock is not None:
-            self.lock.release(remove=decisions.is_over(self.entries))
+            self.lock.release(remove=self.state.is_over)
 
 
 def claim(
@@ -138,6 +135,8 @@ def claim(
         attempt.heartbeat = Heartbeat(run.storage, attempt.number, interval_s)
         attempt.heartbeat.start()
         choose_base(attempt)
+        for previous in run.journal.claims(one.claim for one in attempt.state.attempts[-2:-1]):
+            attempt.previous_facts = previous.facts if previous is not None else {}
         found = spool.find(attempt)
         attempt.spooled, attempt.remark = found.checkpoint, found.remark
         attempt.beat(attempt.base.step if attempt.base is not None else 0, None)
@@ -160,17 +159,18 @@ def take(run: Run, template: Claim, dead: int | None = None, on_watch: Callable[
     BusyError: another process writes the run, or was quicker.
     """
     while True:
-        entries = run.journal.read()
-        last = decisions.last_claim(entries)
-        if last is not None and not decisions.is_over(entries) and not is_proven_dead(last, template.driver, dead):
+        state = run.journal.state()
+        last = state.claim
+        if last is not None and not state.is_over and not is_proven_dead(last, template.driver, dead):
             watch(run, last, template.interval_s, on_watch or (lambda _line: None))
         attempt = (last.attempt if last is not None else 0) + 1
-        own = replace(template, number=len(entries) + 1, time=now(), attempt=attempt)
+        run.journal.refuse_gap()
+        own = replace(template, number=state.number + 1, time=now(), attempt=attempt, before=state)
         if run.journal.append(own):
             if last is not None:
                 lock.forget(last)
-            return Attempt(run, attempt, own.nonce, [*entries, own])
-        winner = run.journal.read()[len(entries)]
+            return Attempt(run, attempt, own.nonce, decisions.apply(state, own))
+        winner = run.journal.entry(own.number)
         if isinstance(winner, Claim):
             raise busy(run, winner, "has just taken over this run")
         # A commit or leave of the older attempt took the number. It lives, or did until now: look again.
@@ -181,7 +181,7 @@ def choose_base(attempt: Attempt) -> None:
 
     Only ever after the claim: from then on no older attempt can commit, so no later one is overlooked.
     """
-    commit = decisions.newest_commit(attempt.entries)
+    commit = attempt.state.commit
     if commit is None:
         return
     attempt.base, attempt.damaged = first_valid(attempt.run, commit.kept)
@@ -196,12 +196,11 @@ def peek(run: Run, driver: str = "") -> Literal["free", "finished", "busy", "unp
     """
     if not run.exists():
         return "free"
-    entries = run.journal.read()
-    commit = decisions.newest_commit(entries)
-    if commit is not None and commit.end:
+    state = run.journal.state()
+    if state.commit is not None and state.commit.end:
         return "finished"
-    last = decisions.last_claim(entries)
-    if last is None or decisions.is_over(entries) or (driver and last.driver == driver):
+    last = state.claim
+    if last is None or state.is_over or (driver and last.driver == driver):
         return "free"
     held = lock.is_held(last)
     if held is False:

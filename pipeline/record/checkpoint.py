@@ -230,7 +230,7 @@ def find_checkpoint(run: Run, which: str) -> Checkpoint:
 
 
 def _name_of(run: Run, which: str) -> str:
-    commit = decisions.newest_commit(run.journal.read())
+    commit = run.journal.state().commit
     if commit is None:
         raise StorageError("it has no checkpoint yet", where=run.url, fix="wait for the first commit")
     if which == "last":

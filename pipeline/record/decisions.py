@@ -1,52 +1,70 @@
-"""Every decision about a run, as a function of its journal's entries: no storage, no clock."""
+"""Every decision about a run, as a function of what its journal's entries amount to: no storage, no clock."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from pipeline.record.entries import Claim, Commit, Entry, Leave, Pair
+from pipeline.record.entries import (
+    RECENT_ATTEMPTS,
+    WHERE,
+    AttemptSummary,
+    Claim,
+    Commit,
+    Entry,
+    JournalState,
+    Leave,
+    Pair,
+)
+
+EMPTY = JournalState()
 
 
-def last_claim(entries: Sequence[Entry]) -> Claim | None:
-    """The claim of the attempt whose turn it is."""
-    return next((entry for entry in reversed(entries) if isinstance(entry, Claim)), None)
-
-
-def first_facts(entries: Iterable[Entry]) -> Mapping[str, Any]:
-    """What the first attempt said of its surroundings; empty before it."""
-    return next((entry.facts for entry in entries if isinstance(entry, Claim)), {})
-
-
-def newest_commit(entries: Sequence[Entry]) -> Commit | None:
-    """The commit that a resume goes on from, if its checkpoint is sound."""
-    return next((entry for entry in reversed(entries) if isinstance(entry, Commit)), None)
-
-
-def ends(entries: Iterable[Entry]) -> list[Commit]:
-    """All commits that end the run."""
-    return [entry for entry in entries if isinstance(entry, Commit) and entry.end]
-
-
-def ended_at(entries: Sequence[Entry]) -> int | None:
-    """The step that binds every attempt as the last one, once there was an end."""
-    return next((entry.step for entry in ends(entries)), None)
-
-
-def highest_step(entries: Iterable[Entry]) -> int:
-    """The highest step ever committed; no early stop may come before it. 0 without a commit."""
-    return max((entry.step for entry in entries if isinstance(entry, Commit)), default=0)
-
-
-def is_over(entries: Sequence[Entry]) -> bool:
-    """Whether the last attempt has said itself that it does no more, by an end or a leave. True without any."""
-    claim = last_claim(entries)
-    return claim is None or any(
-        isinstance(entry, Leave) or (isinstance(entry, Commit) and entry.end)
-        for entry in entries[claim.number :]
-        if entry.attempt == claim.attempt
+def apply(state: JournalState, entry: Entry) -> JournalState:
+    """The state after an entry, from the state before it."""
+    state = replace(state, number=entry.number, updated=entry.time, leave=None)
+    if isinstance(entry, Claim):
+        where = {name: entry.facts[name] for name in WHERE if name in entry.facts}
+        state = replace(
+            state,
+            claim=replace(entry, facts=where, before=None),
+            attempts=(*state.attempts, AttemptSummary(claim=entry.number))[-RECENT_ATTEMPTS:],
+        )
+        if entry.number == 1:
+            state = replace(state, started=entry.time, way=str(entry.facts.get("way", "")))
+        return state
+    if isinstance(entry, Leave):
+        return replace(_with_outcome(state, outcome=entry.status), leave=replace(entry, before=None))
+    assert isinstance(entry, Commit)
+    previous = state.commit
+    if previous is not None and previous.attempt == entry.attempt:
+        state = replace(state, published_step=max(state.published_step, previous.step))
+    state = replace(
+        _with_outcome(state, committed=entry.step),
+        commit=replace(entry, before=None),
+        highest_step=max(state.highest_step, entry.step),
     )
+    if entry.end:
+        ended_at = entry.step if state.ended_at is None else state.ended_at
+        kept = tuple(sorted(spared(entry.kept, state)))
+        state = replace(_with_outcome(state, outcome="end"), ended_at=ended_at, kept_by_ends=kept)
+    return state
+
+
+def fold(entries: Iterable[Entry], state: JournalState = EMPTY) -> JournalState:
+    """The state after entries, one by one, from the state before them."""
+    for entry in entries:
+        state = apply(state, entry)
+    return state
+
+
+def _with_outcome(state: JournalState, **known: Any) -> JournalState:
+    """With what an entry tells of the attempt whose turn it is."""
+    if not state.attempts:  # a journal that begins with no claim is none of ours
+        return state
+    return replace(state, attempts=(*state.attempts[:-1], replace(state.attempts[-1], **known)))
 
 
 def kept_after(previous: Sequence[Pair], own: Pair, keep: int) -> tuple[Pair, ...]:
@@ -60,10 +78,9 @@ def remaining(kept: Sequence[Pair], base: str) -> tuple[Pair, ...]:
     return tuple(kept[names.index(base) :])
 
 
-def spared(kept: Iterable[Pair], entries: Iterable[Entry]) -> frozenset[str]:
+def spared(kept: Iterable[Pair], state: JournalState) -> frozenset[str]:
     """Directories that must stay: both of every pair in a commit's `kept` and in that of any end."""
-    pairs = [*kept, *(pair for end in ends(entries) for pair in end.kept)]
-    return frozenset(name for pair in pairs for name in pair if name is not None)
+    return frozenset([*(name for pair in kept for name in pair if name is not None), *state.kept_by_ends])
 
 
 def doomed(names: Iterable[str], *, attempt: int, step: int, spare: Collection[str]) -> list[str]:

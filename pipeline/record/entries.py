@@ -1,10 +1,10 @@
-"""What stands in a journal: claims, commits and leaves, as plain values."""
+"""What stands in a journal: claims, commits and leaves, as plain values; and what entries up to one amount to."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
@@ -18,6 +18,11 @@ Made = TypeVar("Made")
 
 Pair = tuple[str, str | None]
 """Names of a checkpoint and of the best one until then, where there is a best."""
+
+WHERE = ("host", "pid", "world_size", "device")
+"""Facts of a claim that say where an attempt runs; every later entry repeats them."""
+RECENT_ATTEMPTS = 10
+"""Attempts that have a line in every later entry and in `run.json`: the last ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +62,19 @@ class Entry:
     """UTC, ISO 8601; for people."""
     attempt: int
     """Number of the attempt: the count of claims up to its own."""
+    before: JournalState | None = None
+    """What all entries before this one amount to. None in entries of earlier versions: those before must be read."""
 
     def to_json(self) -> str:
         """The entry's file."""
-        return to_json(sealed({"kind": self.kind, **asdict(self)}), indent=1) + "\n"
+        tree = {"kind": self.kind, **asdict(self)}
+        before = tree.pop("before")
+        if before is not None:
+            for name in _ENTRIES_IN_STATE:
+                if before[name] is not None:
+                    del before[name]["before"]
+            tree["before"] = before
+        return to_json(sealed(tree), indent=1) + "\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +129,58 @@ class Leave(Entry):
     """The row whose loss was not finite, where that is why."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttemptSummary:
+    """How far an attempt came."""
+
+    claim: int
+    """Number of its claim in the journal."""
+    committed: int | None = None
+    """The last step that it committed."""
+    outcome: Literal["interrupted", "failed", "end"] | None = None
+    """None: it has not said that it is over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JournalState:
+    """What the entries up to one of them amount to: all that any decision about the run needs of them.
+
+    `decisions.apply` gives the state after an entry from the state before it; without entries it is the empty one.
+    """
+
+    number: int = 0
+    """Of the last of these entries; 0 without any."""
+    started: str = ""
+    """Time of the first claim."""
+    updated: str = ""
+    """Time of the last entry."""
+    way: str = ""
+    """How the first attempt runs a step, which binds all others."""
+    claim: Claim | None = None
+    """The last one: that of the attempt whose turn it is. Of its facts only those of `WHERE`."""
+    commit: Commit | None = None
+    """The newest one: a resume goes on from it, if its checkpoint is sound."""
+    leave: Leave | None = None
+    """The last entry, where that is a leave."""
+    highest_step: int = 0
+    """The highest step ever committed; no early stop may come before it."""
+    published_step: int = 0
+    """The step up to which all complete cells were published for certain: they follow a commit, and whoever wrote them
+    went on to another commit after that."""
+    ended_at: int | None = None
+    """The step that binds every attempt as the last one, once there was an end."""
+    kept_by_ends: tuple[str, ...] = ()
+    """Both checkpoints of every pair that an end keeps."""
+    attempts: tuple[AttemptSummary, ...] = ()
+    """The last `RECENT_ATTEMPTS`, oldest first."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last attempt has said itself that it does no more, by an end or a leave. True without any."""
+        return not self.attempts or self.attempts[-1].outcome is not None
+
+
+_ENTRIES_IN_STATE: dict[str, type[Entry]] = {"claim": Claim, "commit": Commit, "leave": Leave}
 _KINDS: dict[str, type[Entry]] = {kind.kind: kind for kind in (Claim, Commit, Leave)}
 
 
@@ -133,9 +199,14 @@ def parse_entry(tree: Any, number: int) -> Entry:
     values = unsealed(tree)
     if values.get("number") != number:
         raise ValueError("its number is not that of its name")
-    kind = _KINDS[values["kind"]]
-    known = {one.name for one in fields(kind)}
-    values = {key: value for key, value in values.items() if key in known}  # later versions may add some
+    entry = _parse(_KINDS[values["kind"]], values)
+    before = values.get("before")
+    return entry if before is None else replace(entry, before=_parse_state(before, number - 1))
+
+
+def _parse(kind: type[Entry], tree: Any) -> Entry:
+    """An entry without what stands before it."""
+    values = _known(kind, tree, without={"before"})
     if kind is Commit:
         values["best"] = parse_best(values["best"])
         values["metrics"] = numbers(values["metrics"])
@@ -153,6 +224,41 @@ def parse_entry(tree: Any, number: int) -> Entry:
     if isinstance(entry, Leave) and entry.error is not None and not isinstance(entry.error.get("message"), str):
         raise ValueError("an error without a message")
     return entry
+
+
+def _parse_state(tree: Any, number: int) -> JournalState:
+    """What the entries up to a number amount to, from its plain values."""
+    state = typed(JournalState, _known(JournalState, tree, without=_ENTRIES_IN_STATE))
+    entries: dict[str, Any] = {
+        name: _parse(kind, tree[name]) for name, kind in _ENTRIES_IN_STATE.items() if tree[name] is not None
+    }
+    state = replace(state, **entries, attempts=state.attempts[-RECENT_ATTEMPTS:])
+    if state.number != number:
+        raise ValueError(f"what stands before it ends at entry {state.number}")
+    claims = [one.claim for one in state.attempts]
+    if not number:
+        if entries or claims:
+            raise ValueError("something stands before the first entry")
+        return state
+    if state.claim is None or claims[-1:] != [state.claim.number]:
+        raise ValueError("the claim before it is missing")
+    if not all(1 <= one <= number for one in [*claims, *(entry.number for entry in entries.values())]):
+        raise ValueError("what stands before it names later entries")
+    if min(state.highest_step, state.published_step, state.ended_at or 0) < 0:
+        raise ValueError("a number below 0")
+    moment(state.started)
+    moment(state.updated)
+    for name in state.kept_by_ends:
+        plain_name(name)
+    return state
+
+
+def _known(kind: type, tree: Any, without: Collection[str]) -> dict[str, Any]:
+    """The values of a dataclass' fields: later versions may add some."""
+    if not isinstance(tree, dict):
+        raise ValueError("no mapping of names to values")
+    known = {one.name for one in fields(kind)} - set(without)
+    return {key: value for key, value in tree.items() if key in known}
 
 
 def typed(kind: type[Made], values: Mapping[str, Any]) -> Made:

@@ -26,6 +26,8 @@ STACKS = "stacks"
 STACKS_S = 10.0
 """How long storage may stay away when stacks are to be saved."""
 HEADER = "# trainyard: "
+HIGHEST_HINT = 10**9
+"""The length of a journal is only believed up to here."""
 
 
 class Run:
@@ -52,7 +54,7 @@ class Run:
         """Where all the runs lie, printable."""
         self.open_url = storage.open_url
         """The same for `Storage.open`; it may hold a password, so it is never printed."""
-        self.journal = Journal(self.storage)
+        self.journal = Journal(self.storage, self._number_in_view)
         self._text: str | None = None
         self._known: dict[str, Any] | None = None
 
@@ -68,7 +70,7 @@ class Run:
         """The same run, with a shorter limit for storage that is away."""
         run = copy(self)
         run.storage = self.storage.within(limit_s)
-        run.journal = Journal(run.storage)
+        run.journal = self.journal.on(run.storage)
         return run
 
     def birth(self, job_yaml: str, facts: dict[str, Any]) -> bool:
@@ -117,6 +119,14 @@ class Run:
         except (FileNotFoundError, ValueError):
             return {}
         return view if isinstance(view, dict) else {}
+
+    def _number_in_view(self) -> int:
+        """The journal's last entry when `run.json` was written; 0 where it does not say."""
+        try:
+            number = self.view().get("journal")
+        except StorageError:  # a link, say: who needs the view itself is told
+            return 0
+        return number if type(number) is int and 0 < number < HIGHEST_HINT else 0
 
     def has_result(self) -> bool:
         """Whether what follows from the end was written: `run.json` says finished, which is written last."""
@@ -262,17 +272,9 @@ def open_run(run: str, storage_url: str) -> Run:
     return found
 
 
-def list_runs(storage: Storage) -> list[str]:
-    """Names of the runs in a folder, sorted."""
-    names = [name for name in storage.list() if _is_plain(name)]
-
-    def is_born(name: str) -> bool:
-        try:
-            return storage.exists(f"{name}/{JOB}")
-        except StorageError:
-            return True  # something that is not to be followed: who opens it is told
-
-    return [name for name, there in zip(names, storage.each(is_born, names), strict=True) if there]
+def folders_of_runs(storage: Storage) -> list[str]:
+    """Names in a folder that can be runs, sorted. A run is one of them that was born."""
+    return [name for name in storage.list() if _is_plain(name)]
 
 
 def _is_plain(name: str) -> bool:

@@ -83,7 +83,6 @@ def save(
         here = _here(attempt.run)
     text = attempt.run.job_yaml()  # read before anything was trained, so this asks no storage
     here.storage.create(JOB, text.encode())
-    entries = here.journal.read()
     best = snapshot.best
     best_name = draft.name if best is not None and best.step == snapshot.step else None
     if best_draft is not None:
@@ -91,12 +90,15 @@ def save(
         saving.write_checkpoint(here.storage, *best_draft)
     saving.write_checkpoint(here.storage, *draft)
     common: dict[str, Any] = {"nonce": attempt.nonce, "time": now(), "attempt": attempt.number}
-    if not any(isinstance(entry, Claim) and entry.nonce == attempt.nonce for entry in entries):
-        here.journal.append(Claim(**common, number=len(entries) + 1))
+    state = here.journal.state()
+    if state.claim is None or state.claim.nonce != attempt.nonce:
+        here.journal.append(Claim(**common, number=state.number + 1, before=state))
+        state = here.journal.state()
     own: Pair = (draft.name, best_name)
     commit = Commit(
         **common,
-        number=len(here.journal.read()) + 1,
+        number=state.number + 1,
+        before=state,
         checkpoint=draft.name,
         step=snapshot.step,
         epoch=snapshot.epoch,

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from pipeline.record import decisions
-from pipeline.record.entries import BestSoFar, Claim, Commit, Entry, Leave
+from pipeline.record.entries import AttemptSummary, BestSoFar, Claim, JournalState
 from pipeline.record.heartbeat import INTERVALS_OF_SILENCE, Beat, read_beat
 from pipeline.record.run import VIEW, Run
 from pipeline.record.values import from_json, seconds_since, to_json
@@ -36,7 +35,7 @@ class Standing:
     error: Mapping[str, Any] | None
     """Why the last attempt left, where it failed: type and message."""
     heartbeat: Beat | None
-    """Of the last attempt: what is not committed yet shows here."""
+    """Of the last attempt, until it is over: what is not committed yet shows here."""
     started: str | None
     """Time of the first claim."""
     updated: str | None
@@ -69,6 +68,24 @@ class Standing:
         return tree
 
 
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """One run of a listing."""
+
+    standing: Standing
+    job: str
+    """Name of its job."""
+    born: str
+    """When the run was made; UTC, ISO 8601."""
+    differs: Mapping[str, Any]
+    """What tells it apart from the other runs of its job in the same storage: fields of the job, such as
+    "train.phases.0.lr", and where they leave two runs alike the digests of the data."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: those of the standing, and its own."""
+        return {**self.standing.to_json(), "job": self.job, "born": self.born, "differs": dict(self.differs)}
+
+
 def standing(run: Run, now: float | None = None) -> Standing:
     """How a run stands.
 
@@ -76,21 +93,18 @@ def standing(run: Run, now: float | None = None) -> Standing:
     ----------
     now: seconds since 1970 (default: this machine's clock). Heartbeats are older or younger by it: for display only.
     """
-    entries = run.journal.read()
-    claim = decisions.last_claim(entries)
-    beat = read_beat(run.storage, claim.attempt)[1] if claim is not None else None
+    state = run.journal.state()
+    claim = state.claim
+    beat = read_beat(run.storage, claim.attempt)[1] if claim is not None and not state.is_over else None
     clock = time.time() if now is None else now
-    signs = [entries[-1].time if entries else run.born(), *([beat.time] if beat is not None else [])]
+    signs = [state.updated or run.born(), *([beat.time] if beat is not None else [])]
     seen_s = max(0.0, min(seconds_since(sign, clock) for sign in signs))
-    return replace(stand(run, entries, beat, _status(run, entries, beat, clock)), seen_s=round(seen_s, 1))
+    return replace(stand(run, state, beat, _status(run, state, beat, clock)), seen_s=round(seen_s, 1))
 
 
-def stand(run: Run, entries: Sequence[Entry], beat: Beat | None, status: Status) -> Standing:
-    """The standing that these entries make."""
-    commit = decisions.newest_commit(entries)
-    claim = decisions.last_claim(entries)
-    left = last_leave(entries)
-    first = next((entry for entry in entries if isinstance(entry, Claim)), None)
+def stand(run: Run, state: JournalState, beat: Beat | None, status: Status) -> Standing:
+    """The standing that a journal makes."""
+    claim, commit, left = state.claim, state.commit, state.leave
     total_steps = run.facts().get("total_steps")
     return Standing(
         run=run.name,
@@ -104,8 +118,8 @@ def stand(run: Run, entries: Sequence[Entry], beat: Beat | None, status: Status)
         metrics=commit.metrics if commit is not None else {},
         error=left.error if left is not None else None,
         heartbeat=beat,
-        started=first.time if first is not None else None,
-        updated=entries[-1].time if entries else None,
+        started=state.started or None,
+        updated=state.updated or None,
         checkpoint=commit.checkpoint if commit is not None else None,
         stopped_early=commit is not None and commit.end and total_steps is not None and commit.step < total_steps,
         evaluations_since_best=commit.patience if commit is not None else None,
@@ -118,34 +132,28 @@ def _where(claim: Claim) -> dict[str, Any]:
     return {"since": claim.time, **{name: claim.facts.get(name) for name in ("host", "world_size", "device")}}
 
 
-def last_leave(entries: Sequence[Entry]) -> Leave | None:
-    """The leave of the last attempt, if it left."""
-    last = entries[-1] if entries else None
-    return last if isinstance(last, Leave) else None
+def write_view(run: Run, state: JournalState, status: Status) -> None:
+    """Write `run.json`: a view, rebuilt from the rest. A protocol takes one thing from it, the number of the journal's
+    last entry, and only to begin its search there."""
+    run.storage.replace(VIEW, view_file(run, state, status))
 
 
-def write_view(run: Run, entries: Sequence[Entry], status: Status) -> None:
-    """Write `run.json`: a view, rebuilt from the rest and never read by a protocol."""
-    run.storage.replace(VIEW, view_file(run, entries, status))
-
-
-def view_file(run: Run, entries: Sequence[Entry], status: Status) -> bytes:
-    """`run.json`, as a function of the journal: the standing, what was fixed at birth, one line for each attempt."""
-    tree = stand(run, entries, None, status).to_json()
+def view_file(run: Run, state: JournalState, status: Status) -> bytes:
+    """`run.json`, as a function of the journal: the standing, what was fixed at birth, one line for each of the last
+    attempts."""
+    tree = stand(run, state, None, status).to_json()
     del tree["heartbeat"], tree["seen_s"], tree["damaged"]
-    facts = run.facts()
-    tree |= {"birth": {"time": run.born(), **facts}, "history": [_life(claim, entries) for claim in _claims(entries)]}
+    birth = {"time": run.born(), **run.facts()}
+    tree |= {"journal": state.number, "birth": birth, "history": _history(run, state.attempts)}
     return (to_json(tree, indent=1) + "\n").encode()
 
 
-def _status(run: Run, entries: Sequence[Entry], beat: Beat | None, clock: float) -> Status:
-    left = last_leave(entries)
-    if left is not None:
-        return left.status
-    commit = decisions.newest_commit(entries)
-    if commit is not None and commit.end:
+def _status(run: Run, state: JournalState, beat: Beat | None, clock: float) -> Status:
+    if state.leave is not None:
+        return state.leave.status
+    if state.commit is not None and state.commit.end:
         return "finished"  # also while a later attempt writes what follows from the end
-    claim = decisions.last_claim(entries)
+    claim = state.claim
     if claim is None:
         return "running" if seconds_since(run.born(), clock) < STARTING_S else "interrupted"
     interval_s = beat.interval_s if beat is not None else claim.interval_s
@@ -153,20 +161,14 @@ def _status(run: Run, entries: Sequence[Entry], beat: Beat | None, clock: float)
     return "stalled" if age_s > INTERVALS_OF_SILENCE * interval_s else "running"
 
 
-def _claims(entries: Sequence[Entry]) -> list[Claim]:
-    return [entry for entry in entries if isinstance(entry, Claim)]
-
-
-def _life(claim: Claim, entries: Sequence[Entry]) -> dict[str, Any]:
-    """One attempt: where it ran and how far it came."""
-    own = [entry for entry in entries[claim.number :] if entry.attempt == claim.attempt]
-    steps = [entry.step for entry in own if isinstance(entry, Commit)]
-    over = own[-1] if own else None
-    outcome = over.status if isinstance(over, Leave) else "end" if isinstance(over, Commit) and over.end else None
-    return {
-        "attempt": claim.attempt,
-        "claimed": claim.time,
-        "committed": max(steps) if steps else None,
-        "outcome": outcome,
-        **claim.facts,
-    }
+def _history(run: Run, attempts: Sequence[AttemptSummary]) -> list[dict[str, Any]]:
+    """One line an attempt: where it ran and how far it came."""
+    return [
+        {
+            **({"attempt": claim.attempt, "claimed": claim.time} if claim is not None else {}),
+            "committed": one.committed,
+            "outcome": one.outcome,
+            **(claim.facts if claim is not None else {}),
+        }
+        for one, claim in zip(attempts, run.journal.claims(one.claim for one in attempts), strict=True)
+    ]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from pipeline.errors import BusyError
-from pipeline.record import decisions, lock
+from pipeline.record import lock
 from pipeline.record.entries import Claim
 from pipeline.record.heartbeat import INTERVALS_OF_SILENCE, read_beat
 from pipeline.record.run import Run
@@ -51,9 +51,9 @@ def refuse_where_it_beats(run: Run, driver: str) -> None:
     ------
     BusyError: there is one.
     """
-    entries = run.journal.read()
-    last = decisions.last_claim(entries)
-    if last is None or last.driver == driver or decisions.is_over(entries) or not beats(run, last):
+    state = run.journal.state()
+    last = state.claim
+    if last is None or last.driver == driver or state.is_over or not beats(run, last):
         return
     seen, began = read_beat(run.storage, last.attempt)[0], time.monotonic()
     while time.monotonic() - began < 1.5 * last.interval_s and lock.is_held(last) is not False:

@@ -58,7 +58,7 @@ class Writer:
             self.rows.load(base.rows(), base.first_cell, base.step)
             self.has_rows = self.attempt.spooled is None
             self._publish(base.step, end=base.end)
-        write_view(self._run, self.attempt.entries, "running")
+        write_view(self._run, self.attempt.state, "running")
         spooled = self.attempt.spooled
         if spooled is not None:
             self.rows.load(spooled.rows(), spooled.first_cell)
@@ -140,7 +140,7 @@ class Writer:
 
     def complete(self) -> None:
         """Do what is missing after an end: cells, result, retention, `run.json`. The base must be that end."""
-        commit = decisions.newest_commit(self.attempt.entries)
+        commit = self.attempt.state.commit
         base = self.attempt.base
         assert base is not None
         assert commit is not None
@@ -161,7 +161,7 @@ class Writer:
             row = self.rows.first_not_finite()
         leave = Leave(**self.attempt.common(), status=status, step=step, error=_error_facts(error), row=row)
         self.attempt.append(leave)
-        write_view(self._run, self.attempt.entries, status)
+        write_view(self._run, self.attempt.state, status)
 
     def _follow(self, commit: Commit) -> None:
         """What follows from a commit, in this order; each can be repeated."""
@@ -169,7 +169,7 @@ class Writer:
         if commit.end:
             self._run.storage.replace(RESULT, result_file(self._run.name, commit), sync=True)
         self._retain(commit)
-        write_view(self._run, self.attempt.entries, "finished" if commit.end else "running")
+        write_view(self._run, self.attempt.state, "finished" if commit.end else "running")
 
     def _publish(self, step: int, *, end: bool) -> None:
         """Write the cells that a commit at `step` completes. A reader that sees a cell's steps sees its evaluations."""
@@ -184,7 +184,7 @@ class Writer:
         storage.replace(f"{STEPS}/{cell.name}", encode(cell.steps), sync=True)
 
     def _retain(self, commit: Commit) -> None:
-        spare = decisions.spared(commit.kept, self.attempt.entries)
+        spare = decisions.spared(commit.kept, self.attempt.state)
         names = self._run.storage.list(saving.FOLDER)
         for name in decisions.doomed(names, attempt=self.attempt.number, step=commit.step, spare=spare):
             saving.delete_checkpoint(self._run.storage, name)

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 TEMPORARY = ".tmp"
 """Folder of unfinished files, never listed. Each run has its own, so that it may be a mount of its own."""
-REQUESTS_AT_ONCE = 16
+REQUESTS_AT_ONCE = 32
 PARTS_AT_ONCE = 4
 LAST_WORD_S = 1.0
 """How long giving an upload up may take; stores are set up to forget what is left."""

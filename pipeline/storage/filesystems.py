@@ -9,6 +9,8 @@ from pipeline.storage.faults import explain, longest_request_s, scrub
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 """Protocols of object stores, and the extra of this package that brings each."""
+CONNECTIONS = 32
+"""To an S3 server, at the most: the libraries' usual ten would be less than what is asked for at once."""
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
@@ -30,7 +32,12 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         options["use_listings_cache"] = False
     if protocol in ("s3", "s3a"):  # faults are repeated in one place only, see `faults`
         silent_s = longest_request_s()
-        options["config_kwargs"] = {"connect_timeout": 5, "read_timeout": silent_s, "retries": {"max_attempts": 0}}
+        options["config_kwargs"] = {
+            "connect_timeout": 5,
+            "read_timeout": silent_s,
+            "retries": {"max_attempts": 0},
+            "max_pool_connections": CONNECTIONS,
+        }
     try:
         fs, path = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:

@@ -33,7 +33,10 @@ class LocalBackend:
 
     def read(self, path: str) -> bytes:
         self._refuse_links(path)
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
+        except NotADirectoryError as error:  # below a file, as on an object store, nothing is
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
             raise StorageError("is no plain file", where=path, fix="remove it")

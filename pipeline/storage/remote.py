@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import secrets
 import threading
@@ -19,6 +20,8 @@ S3 = ("s3", "s3a")
 LOCAL = ("file", "local")
 PART_BYTES = 16 * 2**20
 """Of an upload in parts; files of up to two parts go in one request."""
+FIRST_READ_BYTES = 8 * 2**20
+"""Most files are shorter: entries, heartbeats, cells."""
 _NO_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist|ContainerNotFound")
 
 
@@ -91,7 +94,19 @@ class RemoteBackend:
 
     def read(self, path: str) -> bytes:
         with self._request():
-            return bytes(self.fs.cat_file(path))
+            beginning = self._beginning(path) if self.protocol in S3 else None
+            return beginning if beginning is not None else bytes(self.fs.cat_file(path))
+
+    def _beginning(self, path: str) -> bytes | None:
+        """A file of S3's that is no longer than `FIRST_READ_BYTES`, else None: in one request, where s3fs makes two (it
+        asks for the size first, so as to read large files in parallel)."""
+        try:
+            data = bytes(self.fs.cat_file(path, start=0, end=FIRST_READ_BYTES))
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return None  # an empty file has no such bytes; what else it may be shows when the whole is read
+        return data if len(data) < FIRST_READ_BYTES else None
 
     def replace(self, path: str, data: bytes, temporary: str, sync: bool) -> None:
         with self._request():
@@ -154,14 +169,18 @@ class RemoteBackend:
             self.fs.connect(refresh=True)
 
     def _excludes(self, path: str) -> bool:
-        """Create a random key twice; a store that lets the second pass does not exclude."""
+        """Create a random key twice; a store that lets the second pass does not exclude.
+
+        Nobody else creates this key, so a refusal of the first is one of the second, too: its reply was lost, and the
+        HTTP library sent it again by itself (aiohttp does with any PUT on a connection that it had used before).
+        """
         try:
             with self._request():
-                self._put(path, b"first", mode="create")
-                try:
-                    self._put(path, b"second", mode="create")
-                except FileExistsError:
-                    return True
+                for content in (b"first", b"second"):
+                    try:
+                        self._put(path, content, mode="create")
+                    except FileExistsError:
+                        return True
                 return False
         except (NotImplementedError, TypeError):  # the library cannot even ask for it
             return False

@@ -12,7 +12,6 @@ from pipeline.job_file import dump_job, parse_job
 from pipeline.own_code import UserCode, changed
 from pipeline.record.attempt import peek
 from pipeline.record.columns import Columns
-from pipeline.record.decisions import last_claim, newest_commit
 from pipeline.record.run import Run, splits_digest
 from pipeline.storage import Storage
 
@@ -145,14 +144,14 @@ class RunCreation:
         born_with = there.get("code") or {}
         if there["identity"] != digest(_with_code(self.identity, born_with)):
             self._refuse(there)
-        code = self.code
-        entries = self.run.journal.read()
-        claim, commit = last_claim(entries), newest_commit(entries)
-        facts = claim.facts if claim is not None else {"code": born_with}
+        code, journal = self.code, self.run.journal
+        state = journal.state()
+        last = next(iter(journal.claims(one.claim for one in state.attempts[-1:])), None)
+        facts = last.facts if last is not None else {"code": born_with}
         modules = code.installed()
         before = {path: sha for path, sha in facts.get("code", {}).items() if path not in modules}
         files = [*changed(before, code.digests), *code.edited(facts.get("code_not_stored", {}))]
-        is_finished = commit is not None and commit.end
+        is_finished = state.commit is not None and state.commit.end
         if files and (is_finished or not self.allow_code_change):
             going_on = "" if is_finished else "; --allow-code-change goes on with it all the same"
             raise InputError(

@@ -2,25 +2,67 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import groupby
+from typing import Any
 
-from pipeline.errors import StorageError
-from pipeline.record.run import Run, list_runs
-from pipeline.record.standing import Standing, standing
+from pipeline.errors import JobError, StorageError
+from pipeline.job_file import parse_yaml
+from pipeline.record.run import HEADER, JOB, Run, folders_of_runs
+from pipeline.record.standing import Listed, Standing, standing
+from pipeline.record.values import digest_of
 from pipeline.storage import Storage
 from pipeline.verbs.places import find_run, storage_url
 
+PLACES = ("name", "storage", "code", "schema")
+"""Fields of a job in which a difference tells nothing of what was trained."""
+DATA_FACTS = ("fingerprint", "start", "code")
+"""Facts of a birth that belong to a run's identity and stand in no field of the job."""
+NAME = re.compile(r"^name: *(.+)$", re.MULTILINE)
+DEEPEST_SPLIT = 8
+"""Levels of fields in fields that are told apart."""
+SHOWN_DIGITS = 8
+"""Of a digest."""
 
-def runs(storage: str | None = None) -> tuple[str, list[Standing], dict[str, str]]:
-    """The storage's URL, the standing of each run in it by name, and what is wrong with those that cannot be read."""
+
+@dataclass(frozen=True)
+class _Seen:
+    """What was read of one run."""
+
+    standing: Standing
+    born: str
+    facts: Mapping[str, Any]
+    job: str
+    fields: Mapping[str, str]
+    """Text of each field of its job."""
+
+
+def runs(storage: str | None = None) -> tuple[str, list[Listed], dict[str, str]]:
+    """The storage's URL, the runs in it from the oldest to the newest, and what is wrong with what cannot be read.
+
+    A run takes five requests, however long it is; several runs are read at the same time where storage is far away.
+    """
     root = Storage.open(storage_url(storage))
-    found, unreadable = [], {}
-    for name in list_runs(root):
+
+    def look(name: str) -> _Seen | str | None:
+        run = Run(root, name)
         try:
-            found.append(standing(Run(root, name)))
+            fields = _fields(run.job_yaml())
+            job = NAME.search(run.job_yaml())
+            return _Seen(standing(run), run.born(), run.facts(), job[1].strip("'") if job is not None else "", fields)
+        except FileNotFoundError:
+            return None  # never born: some other folder
         except StorageError as error:
-            unreadable[name] = f"{error.where}: {error.what}"
-    return root.url, found, unreadable
+            return f"{error.where}: {error.what}"
+
+    names = folders_of_runs(root)
+    looked = dict(zip(names, root.each(look, names), strict=True))
+    unreadable = {name: seen for name, seen in looked.items() if isinstance(seen, str)}
+    return root.url, _listed([seen for seen in looked.values() if isinstance(seen, _Seen)]), unreadable
 
 
 def show(run: str, storage: str | None = None) -> Standing:
@@ -37,3 +79,90 @@ def show(run: str, storage: str | None = None) -> Standing:
     from pipeline.record.soundness import damage  # pyarrow: half a second that `runs` does not need
 
     return replace(how, damaged=tuple(damage(found)))
+
+
+def _listed(seen: Sequence[_Seen]) -> list[Listed]:
+    """From the oldest to the newest, with what differs between the runs of one job."""
+    listed: list[Listed] = []
+    for job, group in groupby(sorted(seen, key=lambda one: one.job), key=lambda one: one.job):
+        same_job = list(group)
+        differences = _differences(same_job)
+        listed += [
+            Listed(standing=one.standing, job=job, born=one.born, differs=differs)
+            for one, differs in zip(same_job, differences, strict=True)
+        ]
+    return sorted(listed, key=lambda one: (one.born, one.standing.run))
+
+
+def _differences(same_job: Sequence[_Seen]) -> list[dict[str, Any]]:
+    """For each of the runs of one job, what is not the same in all of them."""
+    fields = _varying([one.fields for one in same_job])
+    values = _varying([_values(own) for own in fields])
+    flags = _varying([{"max_steps": one.facts.get("max_steps")} for one in same_job])
+    told = [{**own, **flag} for own, flag in zip(values, flags, strict=True)]
+    if len({repr(own) for own in told}) == len(told):
+        return told
+    digests = _varying([{name: _short(one.facts.get(name)) for name in DATA_FACTS} for one in same_job])
+    return [{**own, **digest} for own, digest in zip(told, digests, strict=True)]
+
+
+def _varying(trees: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each mapping, what is not the same in all; None for what it lacks."""
+    names = list(dict.fromkeys(name for tree in trees for name in tree))
+    varying = [name for name in names if len({repr(tree.get(name)) for tree in trees}) > 1]
+    return [{name: tree.get(name) for name in varying} for tree in trees]
+
+
+def _fields(job_yaml: str) -> dict[str, str]:
+    """The fields of a stored job by their path, such as "train.phases.0", and the text of each.
+
+    Equal text stands for equal values, so of many runs of one job little has to be parsed, which takes long. It counts
+    on no more than the lines that `dump_job` writes: text of another form is compared in larger parts.
+    """
+    text = job_yaml.partition("\n")[2] if job_yaml.startswith(HEADER) else job_yaml
+    return {path: own for path, own in _split(text, "", 0) if path.partition(".")[0] not in PLACES}
+
+
+def _split(text: str, path: str, depth: int) -> Iterator[tuple[str, str]]:
+    key, item = "", 0
+    for block in re.split(r"\n(?=\S)", textwrap.dedent(text).strip("\n")):
+        if block.startswith("- "):
+            name, own = f"{key}.{item}" if key else str(item), f"  {block[2:]}"
+            item += 1
+            is_mapping = re.match(r"  [\w-]+:[ \n]", own) is not None
+        else:
+            key, _, own = block.partition(":")
+            name, item = key, 0
+            is_mapping = own.startswith("\n")
+        name = f"{path}.{name}" if path else name
+        if is_mapping and depth < DEEPEST_SPLIT:
+            yield from _split(own, name, depth + 1)
+        elif own.strip():
+            yield name, own
+
+
+def _values(fields: Mapping[str, str]) -> dict[str, Any]:
+    """Fields with their values, such as "train.phases.0.lr"."""
+    return {name: value for path, text in fields.items() for name, value in _leaves(_value(text), path)}
+
+
+@lru_cache(maxsize=1000)
+def _value(text: str) -> Any:
+    try:
+        return parse_yaml(text.strip(), JOB)
+    except JobError:  # whoever uses the job is told
+        return text.strip()
+
+
+def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    if not items:
+        yield path, tree
+    for key, value in items:
+        yield from _leaves(value, f"{path}.{key}")
+
+
+def _short(fact: Any) -> Any:
+    """A digest as people compare them; that of a mapping of files to digests in place of it."""
+    digest = digest_of(fact) if isinstance(fact, dict) else fact
+    return digest[:SHOWN_DIGITS] if isinstance(digest, str) else digest

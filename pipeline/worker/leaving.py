@@ -9,11 +9,9 @@ from typing import Literal
 from pipeline.bookkeeping import Bookkeeper
 from pipeline.context import PeerLost
 from pipeline.errors import BusyError, Interrupted, StorageLostError, SupersededError, TrainyardError
-from pipeline.record import decisions
 from pipeline.record.attempt import claim
 from pipeline.record.recorder import LAST_WORD_S, Recorder
 from pipeline.record.run import Run
-from pipeline.record.standing import last_leave
 from pipeline.worker.order import Order
 
 
@@ -46,15 +44,15 @@ def say_for_the_dead(run: Run, order: Order, error: TrainyardError) -> None:
 
 
 def _say_for_the_dead(run: Run, order: Order, error: TrainyardError) -> None:
-    entries = run.journal.read()
-    last = decisions.last_claim(entries)
-    if last is None or last.driver != order.driver or decisions.ended_at(entries) is not None:
+    state = run.journal.state()
+    last, left = state.claim, state.leave
+    if last is None or last.driver != order.driver or state.ended_at is not None:
         return
     status: Literal["interrupted", "failed"] = "interrupted" if isinstance(error, Interrupted) else "failed"
-    left = last_leave(entries)
     if left is not None and left.status == status and (left.error or {}).get("type") in (None, type(error).__name__):
         return  # the workers have said so themselves
-    attempt = claim(run, driver=order.driver, facts=last.facts, dead=last.attempt)
+    whole = run.journal.claims([last.number])[0] or last
+    attempt = claim(run, driver=order.driver, facts=whole.facts, dead=last.attempt)
     try:
         recorder = Recorder(attempt, cell_steps=run.facts()["cell_steps"], keep=order.job.checkpoint.keep)
         recorder.leave(status, error, attempt.highest_step)

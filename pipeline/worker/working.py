@@ -26,7 +26,6 @@ from pipeline.own_code import UserCode
 from pipeline.record.attempt import Attempt, claim
 from pipeline.record.checkpoint import Base
 from pipeline.record.columns import Columns
-from pipeline.record.decisions import first_facts
 from pipeline.record.entries import typed
 from pipeline.record.recorder import Recorder, complete
 from pipeline.record.run import Run
@@ -91,8 +90,7 @@ def _attempt(order: Order, context: Context, prepared: Prepared, run: Run) -> Po
             fix="use another --name, or end it with the version that began it",
         )
     rank, world_size, local_rank = context.rank, context.world_size, context.local_rank
-    way = str(first_facts(run.journal.read()).get("way", ""))
-    built = build(prepared, way=way, rank=rank, world_size=world_size, local_rank=local_rank)
+    built = build(prepared, way=run.journal.state().way, rank=rank, world_size=world_size, local_rank=local_rank)
     if context.rank != 0:
         start: Start = context.broadcast(None)
         context.progress.attempt = start.attempt

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
 from pipeline.errors import WorkerLostError
+from pipeline.job import Job
+from pipeline.job_file import dump_job
 from pipeline.record.attempt import Attempt, claim
 from pipeline.record.heartbeat import read_beat
 from pipeline.record.recorder import Recorder
+from pipeline.record.run import Run
 from pipeline.record.standing import standing
+from pipeline.storage import Storage
 from pipeline.terminal import ago, result_lines, runs_lines
+from pipeline.verbs.show import runs
 from tests.cli.cli_calls import Trainyard
 from tests.faults.fault_evidence import wait_for
 from tests.record.record_parts import block, born, snapshot
@@ -80,9 +85,99 @@ def test_one_that_was_interrupted_is_listed_as_that(attempt: Attempt, trainyard:
     storage = attempt.run.root_url
     found = trainyard("runs", "--storage", storage, "--json").json["runs"][0]
     assert (found["status"], found["step"], found["where"]["host"]) == ("interrupted", 20, "node-7")
-    header, row = runs_lines(storage, [standing(attempt.run)])
+    header, row = trainyard("runs", "--storage", storage).out.splitlines()
     assert header.split() == ["RUN", "STATUS", "SEEN", "STEP", "BEST", "LATEST"]
-    assert re.fullmatch(r"run +interrupted +\d+ s ago +20/1000 .*", row)
+    assert re.fullmatch(r"run +interrupted +\d+ s +20/1000 .*", row)
+
+
+def tree(**changes: Any) -> dict[str, Any]:
+    """A job, as a job file has it."""
+    return {"name": "sweep", "data": {"source": "disc"}, "train": {"phases": [{"steps": 3, "lr": 0.5}]}, **changes}
+
+
+def make(storage: str, name: str, job: dict[str, Any], **facts: Any) -> None:
+    """A run of a job, born and no more."""
+    run = Run(Storage.open(storage), name)
+    assert run.birth(
+        dump_job(Job.model_validate(job)), {"total_steps": 3, "cell_steps": 3, "fingerprint": "f" * 64} | facts
+    )
+
+
+def rates(*lrs: float) -> dict[str, Any]:
+    return {"phases": [{"steps": 3, "lr": lr} for lr in lrs]}
+
+
+def call(args: dict[str, Any]) -> dict[str, Any]:
+    return {"data": {"source": {"call": "a:b", "args": args}}}
+
+
+def differing(storage: str) -> dict[str, Mapping[str, Any]]:
+    return {run.standing.run: run.differs for run in runs(storage)[1]}
+
+
+def test_runs_of_a_job_are_told_apart_by_what_differs(tmp_path: Path, trainyard: Trainyard) -> None:
+    storage = str(tmp_path)
+    make(storage, "sweep-b", tree())
+    make(storage, "sweep-a", tree(train=rates(0.1)), max_steps=2)
+    make(storage, "other-1", tree(name="other", seed=7))
+    assert list(differing(storage).values()) == [
+        {"train.phases.0.lr": 0.5, "max_steps": None},
+        {"train.phases.0.lr": 0.1, "max_steps": 2},
+        {},
+    ], "the oldest first; a job of one run has nothing to be told from"
+    listed = trainyard("runs", "--storage", storage, "--json").json["runs"]
+    assert [(run["run"], run["job"], run["differs"]) for run in listed] == [
+        ("sweep-b", "sweep", {"train.phases.0.lr": 0.5, "max_steps": None}),
+        ("sweep-a", "sweep", {"train.phases.0.lr": 0.1, "max_steps": 2}),
+        ("other-1", "other", {}),
+    ]
+    assert listed[0]["born"] < listed[1]["born"] < listed[2]["born"]
+    header, first, second, third = trainyard("runs", "--storage", storage).out.splitlines()
+    assert "DIFFERS" in header
+    assert "lr=0.5 max_steps=null" in first
+    assert "lr=0.1 max_steps=2" in second
+    assert "=" not in third
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ({}, {"seed": 2}, {"seed.all": 1}),
+        ({"model": {"hidden": [4, 8]}}, {"model": {"hidden": [4]}}, {"model.hidden.1": 8}),
+        ({"train": rates(1, 2)}, {"train": rates(1, 3)}, {"train.phases.1.lr": 2.0}),
+        ({"metrics": ["a:b"]}, {}, {"metrics.0": "a:b"}),
+        (call({"x: y": "1\n2", "on": "off"}), call({"x: y": "1\n3", "on": "off"}), {"data.source.args.x: y": "1\n2"}),
+        ({"storage": "./here"}, {"storage": "./there"}, {}),
+    ],
+)  # fmt: skip
+def test_what_differs_is_named_as_on_the_command_line(
+    tmp_path: Path, one: dict[str, Any], other: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    make(str(tmp_path), "one", tree(**one))
+    make(str(tmp_path), "two", tree(**other))
+    found = differing(str(tmp_path))
+    assert {name: found["one"][name] for name in expected} == expected
+    assert {name for name in found["one"] if found["one"][name] is not None} <= {*expected, "metrics"}
+
+
+def test_runs_of_one_job_on_other_data_are_told_apart_by_its_digest(tmp_path: Path) -> None:
+    make(str(tmp_path), "one", tree())
+    make(str(tmp_path), "two", tree(), fingerprint="0123456789ab")
+    assert differing(str(tmp_path)) == {"one": {"fingerprint": "ffffffff"}, "two": {"fingerprint": "01234567"}}
+
+
+def test_on_a_narrow_terminal_what_differs_stays(tmp_path: Path) -> None:
+    for number in range(3):
+        optimizer = {"kind": "sgd" if number else "adamw", "weight_decay": number / 7}
+        make(str(tmp_path), f"sweep-{number:08x}", tree(seed=number, train={**rates(0.5), "optimizer": optimizer}))
+    url, found, _ = runs(str(tmp_path))
+    header, first, second, _ = runs_lines(url, found, 80)
+    assert max(len(header), len(first), len(second)) <= 80
+    assert header.split() == ["RUN", "STATUS", "STEP", "BEST", "DIFFERS"], "the columns that `show` has too go first"
+    assert first.endswith("seed=0 optimizer=adamw weight_decay=0")
+    assert second.endswith("seed=1 optimizer=sgd weight_decay=0.1429")
+    assert all(len(row) <= 40 and row.startswith(("RUN", "sweep-")) for row in runs_lines(url, found, 40))
+    assert runs_lines(url, found)[0].split()[-1] == "LATEST", "in a file or a pipe all is there"
 
 
 def test_one_that_never_began(tmp_path: Path) -> None:

@@ -70,6 +70,10 @@ class Machine(RuleBasedStateMachine):
         file = data.draw(st.sampled_from(sorted(path for path in self.world.store.files if f"/{name}/" in path)))
         self.world.damage(name, file, way)
 
+    @rule(number=st.integers(0, 30))
+    def spoil_the_view(self, number: int) -> None:
+        self.world.spoil_the_view(number)
+
     @rule()
     def list_as_a_reader(self) -> None:
         self.world.list_as_a_reader()

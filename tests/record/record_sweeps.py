@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from pipeline.record import decisions
 from pipeline.record.entries import Commit
 from tests.record.record_lives import Faithful, Fate, Life
 from tests.record.record_world import World
@@ -108,7 +107,7 @@ def damage_the_newest(protocol: Faithful, older: int, newest: int, *, end: bool)
     on beyond it where it was the end."""
     with world_of(protocol) as world:
         first = world.begin((older, newest), wish=newest if end else None)
-        advance_until(world, first, lambda: decisions.highest_step(world.known()) == newest)
+        advance_until(world, first, lambda: world.state().highest_step == newest)
         if end:
             world.advance(first)
         first.kill(done=False, late=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
@@ -12,9 +13,9 @@ import pyarrow.parquet as pq
 from pipeline.record import decisions
 from pipeline.record.attempt import peek
 from pipeline.record.checkpoint import Checkpoint, DamagedError
-from pipeline.record.entries import Commit, Entry
-from pipeline.record.journal import Journal
+from pipeline.record.entries import Commit, Entry, JournalState, parse_entry
 from pipeline.record.standing import standing
+from pipeline.record.values import from_json
 from tests.record.record_lives import (
     CELL,
     EVERY,
@@ -59,6 +60,7 @@ class World:
         self.snapshots: list[list[str]] = []
         self.checked = 0
         self.entries: tuple[int, tuple[Entry, ...]] = (0, ())
+        self.told = 0
 
     # What may happen.
 
@@ -91,6 +93,10 @@ class World:
             self.store.put(file, content[:-1] if way == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
         self.store.damaged.add(name)
 
+    def spoil_the_view(self, number: int) -> None:
+        """Have `run.json` name another entry as the newest, which is where a search begins."""
+        self.store.put("/runs/run/run.json", json.dumps({"journal": number}).encode())
+
     def list_as_a_reader(self) -> None:
         """Remember what is listed now."""
         self.snapshots.append(self._listed("steps") + self._listed("evals"))
@@ -117,17 +123,17 @@ class World:
             self.land(-1)
         self.advance(self.begin({4, 7}))
         self.check()
-        entries = self.known()
-        end = decisions.ended_at(entries)
+        state = self.state()
+        end = state.ended_at
         assert end is not None
         assert [step for name in self._listed("steps") for step in self._table(name)["step"]] == list(range(1, end + 1))
         run = open_run(self.store)  # as another process sees it
         assert peek(run) == "finished"
         assert run.has_result()
         assert standing(run).status == "finished"
-        commit = decisions.ends(entries)[-1]
+        commit = self.ends()[-1]
         assert float(Checkpoint(run, commit.checkpoint).weights()["weight"]) == weight_at(end)
-        spare = decisions.spared(commit.kept, entries)
+        spare = {name for entry in self.ends() for pair in entry.kept for name in pair if name is not None}
         there = {path.split("/")[4] for path in self.store.files if "/checkpoints/" in path}
         assert there <= spare, "retention left what no entry keeps"
 
@@ -135,6 +141,7 @@ class World:
         if self.checked == self.store.changes:
             return
         self.nothing_in_the_journal_changes()
+        self.the_newest_entry_tells_of_all()
         self.the_log_holds_each_step_once_as_it_was()
         self.what_is_kept_is_there()
         self.the_end_binds()
@@ -150,8 +157,17 @@ class World:
             assert self.journal.setdefault(number, data) == data, "an entry changed"
         assert len(self.journal) == len(numbers), "an entry vanished"
 
+    def the_newest_entry_tells_of_all(self) -> None:
+        """Found by searching, and by what it carries: the same as reading every entry."""
+        assert open_run(self.store).journal.state() == self.state(), "the newest entry tells something else"
+        for entry in self.known():
+            if entry.number > self.told:
+                whole = decisions.fold(self.known()[: entry.number - 1])
+                assert entry.before == whole, f"entry {entry.number} carries something else"
+                self.told = entry.number
+
     def the_log_holds_each_step_once_as_it_was(self) -> None:
-        entries = self.known()
+        state = self.state()
         names = self._listed("steps")
         steps: list[int] = []
         for index, name in enumerate(names):
@@ -162,7 +178,7 @@ class World:
             own, whole = table["step"], list(range(index * CELL + 1, index * CELL + CELL + 1))
             assert own == whole[: len(own)], "a cell holds the wrong steps"
             if own != whole:
-                assert own[-1:] == [decisions.ended_at(entries)], "an incomplete cell before the end"
+                assert own[-1:] == [state.ended_at], "an incomplete cell before the end"
                 assert index == len(names) - 1
             assert len(own) >= self.shown.get(name, 0), "a cell lost rows"
             self.shown[name] = len(own)
@@ -174,12 +190,11 @@ class World:
             assert evaluations["step"] == expected, "an evaluation is missing, or stands twice"
             assert evaluations["loss"] == [evaluation_at(step) for step in expected]
         assert set(self.shown) <= set(names), "a listed file vanished"
-        assert len(steps) <= decisions.highest_step(entries), "a step shows that no commit covers"
+        assert len(steps) <= state.highest_step, "a step shows that no commit covers"
 
     def what_is_kept_is_there(self) -> None:
-        entries = self.known()
-        commit = decisions.newest_commit(entries)
-        for entry in [*([commit] if commit is not None else []), *decisions.ends(entries)]:
+        commits = [entry for entry in self.known() if isinstance(entry, Commit)]
+        for entry in [*commits[-1:], *self.ends()]:
             assert len(entry.kept) <= KEEP
             assert entry.kept[0][0] == entry.checkpoint
             for name in {name for pair in entry.kept for name in pair if name is not None} - self.store.damaged:
@@ -191,9 +206,8 @@ class World:
                     ) from error
 
     def the_end_binds(self) -> None:
-        entries = self.known()
-        steps = [entry.step for entry in entries if isinstance(entry, Commit)]
-        for end in decisions.ends(entries):
+        steps = [entry.step for entry in self.known() if isinstance(entry, Commit)]
+        for end in self.ends():
             assert max(steps) == end.step, "a commit beyond an end, or an end below a commit"
 
     def the_best_is_the_earliest_of_the_best(self) -> None:
@@ -217,6 +231,7 @@ class World:
         """Every state that a reader could meet counts, not only those between two rules."""
         if "/journal/" in request:
             self.nothing_in_the_journal_changes()
+            self.the_newest_entry_tells_of_all()
             self.the_end_binds()
             self.what_is_kept_is_there()
         if "/metrics/" in request:
@@ -225,13 +240,24 @@ class World:
             self.what_is_kept_is_there()
 
     def known(self) -> tuple[Entry, ...]:
-        """The journal as it is now."""
+        """The journal as it is now, each entry read: the truth that no search and no summary stands between."""
         if self.entries[0] != self.store.changes:
-            self.entries = (self.store.changes, Journal(self.run.storage).read())
+            entries: list[Entry] = []
+            while (path := f"/runs/run/journal/{len(entries) + 1:08d}.json") in self.store.files:
+                entries.append(parse_entry(from_json(self.store.files[path]), len(entries) + 1))
+            self.entries = (self.store.changes, tuple(entries))
         return self.entries[1]
 
+    def state(self) -> JournalState:
+        """What all entries amount to, one by one."""
+        return decisions.fold(self.known())
+
+    def ends(self) -> list[Commit]:
+        """All commits that end the run."""
+        return [entry for entry in self.known() if isinstance(entry, Commit) and entry.end]
+
     def _last_attempt(self) -> int | None:
-        claim = decisions.last_claim(self.known())
+        claim = self.state().claim
         return claim.attempt if claim is not None else None
 
     def checkpoints(self) -> list[str]:

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow.dataset as ds
 import pytest
 
 from pipeline.errors import BusyError, InputError, SupersededError
-from pipeline.record.attempt import claim, peek
+from pipeline.record import decisions
+from pipeline.record.attempt import Attempt, claim, peek
 from pipeline.record.entries import Claim, Leave
 from pipeline.record.heartbeat import Beat, read_beat
 from pipeline.record.lock import ProcessLock, boot, is_held
 from pipeline.record.recorder import Recorder, complete
 from pipeline.record.run import Run
+from pipeline.record.soundness import damage
+from pipeline.record.standing import standing
+from pipeline.record.values import sealed, to_json, unsealed
 from pipeline.record.watch import refuse_where_it_beats
+from pipeline.storage import Storage, remote
 from tests.faults.fault_evidence import wait_for
 from tests.record.record_parts import block, born, snapshot
 from tests.record.record_process import train
@@ -292,7 +301,8 @@ def test_an_entry_that_arrived_after_all_is_adopted(run: Run) -> None:
     late = Leave(**attempt.common(), status="failed", step=3)
     assert run.journal.append(late), "as if the reply had been lost, and storage away ever since"
     attempt.append(Leave(**attempt.common(), status="interrupted", step=4))
-    assert [entry.number for entry in attempt.entries] == [1, 2, 3]
+    assert run.journal.read()[2].before == decisions.fold(run.journal.read()[:2]), "what the next one carries"
+    assert attempt.state == decisions.fold(run.journal.read())
     other = claim(run, driver="d", facts={}, dead=1)
     with pytest.raises(SupersededError):
         attempt.append(Leave(**attempt.common(), status="interrupted", step=4))
@@ -321,3 +331,95 @@ def test_killed_at_any_moment_the_next_one_ends_as_if_nothing_had_happened(run: 
     assert attempt.base.end
     assert attempt.ended_at == 1000
     complete(attempt)
+
+
+def test_a_run_of_the_version_before_is_gone_on_with(run: Run, start: Start) -> None:
+    """Its entries carry nothing of those before them: they are read once, and what is added carries it all."""
+    holder = start("train")
+    assert line(holder) == "claimed 1"
+    while line(holder) != "handed over 150":
+        pass
+    holder.kill()
+    holder.wait()
+    folder = run.storage.local_path
+    assert folder is not None
+    view = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({name: value for name, value in view.items() if name != "journal"}))
+    for path in sorted((folder / "journal").iterdir()):
+        tree = unsealed(json.loads(path.read_text()))
+        assert tree.pop("before") is not None
+        path.write_text(to_json(sealed(tree)))
+    old = len(list((folder / "journal").iterdir()))
+    shown = standing(run)
+    assert (shown.status, shown.attempts) == ("running", 1)
+    assert shown.step >= 100
+    train(claim(run, driver="me", facts={"host": "here"}))
+    entries = run.journal.read()
+    assert [entry.before is None for entry in entries] == [number < old for number in range(len(entries))]
+    for entry in entries[old:]:
+        assert entry.before == decisions.fold(entries[: entry.number - 1])
+    assert ds.dataset(folder / "metrics" / "steps").to_table()["step"].to_pylist() == list(range(1, 1001))
+    assert damage(Run(Storage.open(run.root_url), run.name)) == []
+
+
+@pytest.fixture
+def lossy_s3_url(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The same store, through a server that does a conditional write and drops the connection instead of replying, the
+    first time that it gets one for a name: the HTTP library then sends it again by itself."""
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    assert server._server is not None
+    answer, lock, seen = server._server.app, threading.Lock(), set[str]()
+
+    def lose_replies(environ: dict[str, Any], start_response: Any) -> Any:
+        if not environ.get("HTTP_IF_NONE_MATCH"):
+            return answer(environ, start_response)
+        with lock:  # moto's own look and write are two
+            body = list(answer(environ, start_response))
+            is_first = environ["PATH_INFO"] not in seen
+            seen.add(environ["PATH_INFO"])
+        if is_first:
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+        return body
+
+    server._server.app = lose_replies
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setattr(remote, "_CONDITIONAL", {})
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield s3_url
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+    assert any("/.probe-" in path for path in seen)
+    assert any(path.endswith("job.yaml") for path in seen)
+
+
+def test_of_six_that_start_at_once_on_a_store_that_loses_replies_one_wins(lossy_s3_url: str) -> None:
+    said: list[str] = []
+    barrier = threading.Barrier(6)
+
+    def start(driver: str) -> None:
+        run = Run(Storage.open(lossy_s3_url), "run")
+        barrier.wait()
+        try:
+            run.exists()
+            births.append(run.birth("name: run\n", {"total_steps": 1000, "cell_steps": 100}))
+            held.append(claim(run, driver=driver, facts={}))
+            said.append(f"claimed {held[-1].number}")
+        except BaseException as error:
+            said.append(type(error).__name__)
+
+    births: list[bool] = []
+    held: list[Attempt] = []
+    threads = [threading.Thread(target=start, args=(str(number),)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for attempt in held:
+        attempt.close()
+    assert sorted(births) == [False] * 5 + [True]
+    assert sorted(said) == ["BusyError"] * 5 + ["claimed 1"]

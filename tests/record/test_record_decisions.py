@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import hypothesis.strategies as st
-from hypothesis import given
+from hypothesis import given, settings
 
 from pipeline.record import decisions
-from pipeline.record.entries import Claim, Commit, Entry, Leave, Pair
+from pipeline.record.entries import RECENT_ATTEMPTS, Claim, Commit, Entry, Leave, Pair
 
 
 def claim(number: int, attempt: int) -> Claim:
@@ -33,23 +35,74 @@ def leave(number: int, attempt: int) -> Leave:
 
 
 def test_an_attempt_is_over_when_it_says_so_itself() -> None:
-    assert decisions.is_over([])
+    def is_over(*entries: Entry) -> bool:
+        return decisions.fold(entries).is_over
+
+    assert is_over()
     open_run: list[Entry] = [claim(1, 1), commit(2, 1, 10)]
-    assert not decisions.is_over(open_run)
-    assert decisions.is_over([*open_run, leave(3, 1)])
-    assert decisions.is_over([*open_run, commit(3, 1, 20, end=True)])
-    assert not decisions.is_over([*open_run, leave(3, 1), claim(4, 2)])
-    assert not decisions.is_over([*open_run, commit(3, 1, 20, end=True), claim(4, 2)])
+    assert not is_over(*open_run)
+    assert is_over(*open_run, leave(3, 1))
+    assert is_over(*open_run, commit(3, 1, 20, end=True))
+    assert not is_over(*open_run, leave(3, 1), claim(4, 2))
+    assert not is_over(*open_run, commit(3, 1, 20, end=True), claim(4, 2))
 
 
 def test_the_end_binds_those_who_come_later() -> None:
     entries: list[Entry] = [claim(1, 1), commit(2, 1, 10), commit(3, 1, 20, end=True), claim(4, 2)]
-    assert decisions.ended_at(entries[:2]) is None
-    assert decisions.ended_at(entries) == 20
-    newest = decisions.newest_commit([*entries, commit(5, 2, 15)])
-    assert newest is not None
-    assert newest.step == 15, "newest by the journal, not by step"
-    assert decisions.highest_step([*entries, commit(5, 2, 15)]) == 20
+    assert decisions.fold(entries[:2]).ended_at is None
+    assert decisions.fold(entries).ended_at == 20
+    later = decisions.fold([*entries, commit(5, 2, 15)])
+    assert later.commit is not None
+    assert later.commit.step == 15, "newest by the journal, not by step"
+    assert later.highest_step == 20
+
+
+@st.composite
+def journals(draw: st.DrawFn) -> list[Entry]:
+    """Attempts one after the other, each with commits and perhaps a leave."""
+    entries: list[Entry] = []
+    for attempt in range(1, 1 + draw(st.integers(0, RECENT_ATTEMPTS + 3))):
+        entries.append(claim(len(entries) + 1, attempt))
+        for step in sorted(draw(st.sets(st.integers(1, 40), max_size=4))):
+            kept = tuple((decisions.checkpoint_name(step - back, attempt), None) for back in range(2))
+            end = draw(st.integers(0, 9)) == 0
+            entries.append(commit(len(entries) + 1, attempt, step, end=end, kept=kept))
+        if draw(st.booleans()):
+            entries.append(leave(len(entries) + 1, attempt))
+    return entries
+
+
+@settings(deadline=None)
+@given(journals(), st.data())
+def test_a_state_is_what_all_entries_say(entries: list[Entry], data: st.DataObject) -> None:
+    """Entry by entry, against looking through them all."""
+    state = decisions.fold(entries)
+    claims = [entry for entry in entries if isinstance(entry, Claim)]
+    commits = [entry for entry in entries if isinstance(entry, Commit)]
+    ends = [entry for entry in commits if entry.end]
+    assert state.number == len(entries)
+    assert state.claim == (claims[-1] if claims else None)
+    assert state.commit == (commits[-1] if commits else None)
+    assert state.leave == (entries[-1] if entries and isinstance(entries[-1], Leave) else None)
+    assert state.highest_step == max((entry.step for entry in commits), default=0)
+    assert state.ended_at == (ends[0].step if ends else None)
+    assert set(state.kept_by_ends) == {name for end in ends for pair in end.kept for name in pair if name is not None}
+    pairs = [(one, after) for one, after in pairwise(commits) if one.attempt == after.attempt]
+    assert state.published_step == max((one.step for one, _ in pairs), default=0)
+    assert [one.claim for one in state.attempts] == [entry.number for entry in claims][-RECENT_ATTEMPTS:]
+    for one in state.attempts:
+        own = [entry for entry in entries[one.claim :] if entry.attempt == entries[one.claim - 1].attempt]
+        steps = [entry.step for entry in own if isinstance(entry, Commit)]
+        says = [entry.status if isinstance(entry, Leave) else "end" for entry in own if is_last(entry)]
+        assert one.committed == (max(steps) if steps else None)
+        assert one.outcome == (says[-1] if says else None)
+    number = data.draw(st.integers(0, len(entries)))
+    assert decisions.fold(entries[number:], decisions.fold(entries[:number])) == state
+
+
+def is_last(entry: Entry) -> bool:
+    """Whether an attempt says by it that it does no more."""
+    return isinstance(entry, Leave) or (isinstance(entry, Commit) and entry.end)
 
 
 names = st.builds(decisions.checkpoint_name, st.integers(0, 10**10), st.integers(1, 20000))
@@ -94,4 +147,5 @@ def test_never_doomed(there: set[str], spare: set[str], attempt: int, step: int)
 
 def test_both_of_every_pair_are_spared_and_those_of_ends() -> None:
     end = commit(2, 1, 20, end=True, kept=(("a", "b"), ("c", None)))
-    assert decisions.spared([("d", "a")], [claim(1, 1), end, claim(3, 2)]) == {"a", "b", "c", "d"}
+    state = decisions.fold([claim(1, 1), end, claim(3, 2)])
+    assert decisions.spared([("d", "a")], state) == {"a", "b", "c", "d"}

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import math
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC
 from pathlib import Path
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from pipeline.errors import StorageError
+from pipeline.record import decisions
+from pipeline.record.attempt import take
 from pipeline.record.decisions import checkpoint_name
 from pipeline.record.entries import BestSoFar, Claim, Commit, Entry, Leave, parse_entry
 from pipeline.record.journal import Journal
+from pipeline.record.run import Run
 from pipeline.record.values import from_json, sealed, to_json, unsealed
 from pipeline.storage import Storage
+from tests.record.record_lives import Requests, Store
 from tests.record.record_parts import born
 
 WRITER = """
@@ -63,6 +72,88 @@ def test_an_entry_that_was_deleted_is_missed(tmp_path: Path, gone: int) -> None:
     with pytest.raises(StorageError, match="is missing, though") as caught:
         Journal(Storage.open(str(tmp_path))).read()
     assert caught.value.where.endswith(f"{gone:08d}.json")
+
+
+class Counting(Requests):
+    """A store in memory that counts what is asked of it."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.asked: list[str] = []
+
+    def _ask(self, effect: Callable[[], Any], *, writes: bool, what: str) -> Any:
+        self.asked.append(what)
+        return super()._ask(effect, writes=writes, what=what)
+
+
+def numbered(count: int) -> tuple[Storage, Counting]:
+    """A run's folder with so many entries, of which only the last is readable."""
+    store, state = Store(), replace(decisions.fold([claim(1)]), number=count - 1)
+    for number in range(1, count + 1):
+        last = claim(number) if count == 1 else replace(claim(number), before=state)
+        store.put(f"/runs/run/journal/{number:08d}.json", last.to_json().encode() if number == count else b"")
+    backend = Counting(store)
+    return Storage(backend, "/runs/run", "test://runs/run"), backend
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 8, 9, 31, 32, 33, 1000, 20_000])
+def test_the_newest_is_found_in_few_requests_whatever_the_hint(count: int) -> None:
+    storage, backend = numbered(count)
+    for hint in {0, 1, count // 2, count - 1, count, count + 1, 2 * count, 10 * count + 7}:
+        backend.asked.clear()
+        assert Journal(storage, lambda hint=hint: hint).state().number == count  # type: ignore[misc]
+        assert len(backend.asked) <= 2 * math.log2(max(count, hint) + 1) + 4, hint
+        if hint == count:
+            assert len(backend.asked) == 2
+
+
+def test_what_was_found_before_is_where_the_next_search_begins() -> None:
+    storage, backend = numbered(1000)
+    journal = Journal(storage)
+    state = journal.state()
+    backend.asked.clear()
+    assert journal.state() == state
+    assert backend.asked == ["read /runs/run/journal/00001001.json"]
+    assert Journal(storage).append(replace(claim(1001, "b"), before=state))
+    assert journal.state().number == 1001
+
+
+def test_a_view_that_names_no_number_is_no_hint(tmp_path: Path) -> None:
+    run = born(str(tmp_path))
+    for number in (1, 2, 3):
+        run.journal.append(replace(claim(number), before=run.journal.state()))
+    for hint in ("1", True, None, -1, 2.0, 10**30, [3]):
+        run.storage.replace("run.json", json.dumps({"journal": hint}).encode())
+        assert Run(Storage.open(str(tmp_path)), "run").journal.state().number == 3
+    (tmp_path / "run" / "run.json").unlink()
+    (tmp_path / "run" / "run.json").symlink_to(tmp_path / "elsewhere")
+    assert Run(Storage.open(str(tmp_path)), "run").journal.state().number == 3
+
+
+def test_entries_of_earlier_versions_are_read_whole(tmp_path: Path) -> None:
+    """They carry nothing of those before them; what is added to them does."""
+    storage = Storage.open(str(tmp_path))
+    first = Journal(storage)
+    for entry in (claim(1), commit(2, 10), commit(3, 20)):
+        assert first.append(entry)
+    state = Journal(storage).state()
+    assert state == first.state() == decisions.fold([claim(1), commit(2, 10), commit(3, 20)])
+    second = Journal(storage)
+    assert second.state() == state
+    assert first.append(replace(claim(4), attempt=2, before=state))
+    assert first.append(commit(5, 30)), "an earlier version goes on with it"
+    assert second.state() == decisions.fold(second.read())
+    assert second.state().highest_step == 30
+
+
+def test_a_journal_that_an_end_was_lost_from_is_refused_before_it_is_gone_on_with(tmp_path: Path) -> None:
+    run = born(str(tmp_path))
+    for number in range(1, 6):
+        run.journal.append(replace(claim(number), before=run.journal.state()))
+    (tmp_path / "run" / "journal" / "00000003.json").unlink()
+    with pytest.raises(StorageError, match="is missing, though"):
+        take(Run(Storage.open(str(tmp_path)), "run"), claim(0), dead=1)
+    assert not (tmp_path / "run" / "journal" / "00000003.json").exists()
 
 
 def test_a_number_is_taken_once(tmp_path: Path) -> None:
@@ -128,6 +219,12 @@ def test_a_driver_finds_its_own_attempt(tmp_path: Path) -> None:
     assert journal.highest_step() == 0
 
 
+def commit(number: int, step: int) -> Commit:
+    name = checkpoint_name(step, 1)
+    common = {"number": number, "nonce": "a", "time": "2026-11-21T08:00:00+00:00", "attempt": 1}
+    return Commit(**common, checkpoint=name, step=step, epoch=1, end=False, kept=((name, None),))  # type: ignore[arg-type]
+
+
 words = st.text(max_size=8)
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | words,
@@ -166,9 +263,46 @@ entries_of_any_kind = (
 )
 
 
-@given(entries_of_any_kind)
-def test_every_entry_can_be_read_back(entry: Entry) -> None:
+@settings(deadline=None)
+@given(st.lists(entries_of_any_kind, max_size=5), entries_of_any_kind)
+def test_every_entry_can_be_read_back(others: list[Entry], entry: Entry) -> None:
     assert parse_entry(from_json(entry.to_json()), entry.number) == entry
+    first = Claim(number=1, nonce="a", time=entry.time, attempt=1, facts={"host": "h"})
+    before = decisions.fold([first, *(replace(other, number=number) for number, other in enumerate(others, 2))])
+    own = replace(entry, number=before.number + 1, before=before)
+    assert parse_entry(from_json(own.to_json()), own.number) == own
+
+
+STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "another number": lambda tree: tree.update(number=7),
+    "no claim": lambda tree: tree.update(claim=None),
+    "another claim": lambda tree: tree["attempts"][-1].update(claim=2),
+    "a claim to come": lambda tree: (tree["attempts"][-1].update(claim=9), tree["claim"].update(number=9)),
+    "no attempts": lambda tree: tree.update(attempts=[]),
+    "attempts of text": lambda tree: tree.update(attempts=["1"]),
+    "below 0": lambda tree: tree.update(highest_step=-1),
+    "no time": lambda tree: tree.update(started="yesterday"),
+    "a way out": lambda tree: tree.update(kept_by_ends=["../../x"]),
+    "a way out of a commit": lambda tree: tree["commit"].update(kept=[["/etc", None]]),
+    "no commit": lambda tree: tree.pop("commit"),
+    "a commit of text": lambda tree: tree.update(commit="x"),
+    "an interval": lambda tree: tree["claim"].update(interval_s=1e300),
+    "text": lambda tree: tree.update(highest_step="1"),
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_what_an_entry_carries_is_checked(tmp_path: Path, kind: str) -> None:
+    run = born(str(tmp_path))
+    for entry in (claim(1), commit(2, 10), commit(3, 20)):
+        run.journal.append(replace(entry, before=run.journal.state()))
+    path = tmp_path / "run" / "journal" / "00000003.json"
+    tree = unsealed(from_json(path.read_text()))
+    STATES[kind](tree["before"])
+    path.write_text(to_json(sealed(tree)))
+    with pytest.raises(StorageError, match="not a journal entry") as caught:
+        Run(Storage.open(str(tmp_path)), "run").journal.state()
+    assert caught.value.where.endswith("00000003.json")
 
 
 def test_an_entry_that_was_altered_is_found_out() -> None:

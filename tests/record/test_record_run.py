@@ -12,8 +12,9 @@ import pytest
 
 from pipeline.errors import InputError, StorageError
 from pipeline.record.reads import count_reads, record_read
-from pipeline.record.run import Run, list_runs, open_run, run_and_checkpoint
+from pipeline.record.run import Run, open_run, run_and_checkpoint
 from pipeline.storage import Storage
+from pipeline.verbs.show import runs
 from tests.record.record_parts import born
 
 FACTS = {"identity": "ab12", "total_steps": 10, "max_steps": None, "nested": {"columns": ["x"]}}
@@ -50,20 +51,26 @@ def test_names_that_are_no_runs(tmp_path: Path, name: str) -> None:
         Run(Storage.open(str(tmp_path)), name)
 
 
+def listed(url: str) -> list[str]:
+    _, found, unreadable = runs(url)
+    assert not unreadable
+    return [one.standing.run for one in found]
+
+
 def test_runs_are_listed_by_their_birth(tmp_path: Path) -> None:
-    assert list_runs(Storage.open(str(tmp_path / "none"))) == []
+    assert listed(str(tmp_path / "none")) == []
     for name in ("b", "a"):
         born(str(tmp_path), name)
     for other in ("models/mnist", "ticks", "unborn/journal", ".hidden"):
         (tmp_path / other).mkdir(parents=True)
     (tmp_path / "models" / "job.yaml").write_text("")
     (tmp_path / "note.txt").write_text("")
-    assert list_runs(Storage.open(str(tmp_path))) == ["a", "b"]
+    assert listed(str(tmp_path)) == ["b", "a"], "the newest last"
 
 
 def test_runs_on_s3(s3_url: str) -> None:
     run = born(s3_url, "mnist-1")
-    assert list_runs(Storage.open(s3_url)) == ["mnist-1"]
+    assert listed(s3_url) == ["mnist-1"]
     assert not run.birth("", {})
     assert run.url == f"{s3_url}/mnist-1"
     assert run.root_url == s3_url
@@ -119,8 +126,7 @@ def test_reads_of_the_test_split_are_counted(tmp_path: Path) -> None:
 def test_looking_at_runs_needs_neither_torch_nor_pyarrow() -> None:
     code = """
 import sys
-from pipeline.record.run import Run, list_runs
-from pipeline.record.standing import standing
+from pipeline.verbs.show import runs
 from pipeline.record.attempt import peek
 print(sorted({"torch", "pyarrow", "numpy", "fsspec", "ray", "safetensors"} & set(sys.modules)))
 """

@@ -14,7 +14,8 @@ from pipeline.record import decisions, saving
 from pipeline.record.attempt import Attempt, choose_base, take
 from pipeline.record.cells import Cell, Columns, EvaluationRow, StepBlock, encode
 from pipeline.record.checkpoint import Checkpoint, DamagedError
-from pipeline.record.entries import Claim, Commit, Entry
+from pipeline.record.entries import Claim, Commit, Entry, JournalState
+from pipeline.record.journal import Journal
 from pipeline.record.run import Run
 from pipeline.record.writer import EVALUATIONS, STEPS, Snapshot, Writer
 from pipeline.storage import faults
@@ -117,14 +118,14 @@ class DeletesTheBest(Writer):
 
 class DeletesWhatEndsKeep(Writer):
     def _retain(self, commit: Commit) -> None:
-        entries, self.attempt.entries = self.attempt.entries, []
+        state, self.attempt.state = self.attempt.state, JournalState()
         super()._retain(commit)
-        self.attempt.entries = entries
+        self.attempt.state = state
 
 
 class DeletesOfHigherAttempts(Writer):
     def _retain(self, commit: Commit) -> None:
-        spare = decisions.spared(commit.kept, self.attempt.entries)
+        spare = decisions.spared(commit.kept, self.attempt.state)
         for name in self._run.storage.list(saving.FOLDER):
             if name not in spare:
                 saving.delete_checkpoint(self._run.storage, name)
@@ -150,17 +151,55 @@ class IgnoresThatItIsSuperseded(Faithful):
     def writer(self, attempt: Attempt) -> Writer:
         def append(entry: Entry) -> None:
             while not attempt.run.journal.append(entry):
-                attempt.entries = list(attempt.run.journal.read())
-                entry = replace(entry, number=len(attempt.entries) + 1)
-            attempt.entries.append(entry)
+                attempt.state = attempt.run.journal.state()
+                entry = replace(entry, number=attempt.state.number + 1, before=attempt.state)
+            attempt.state = decisions.apply(attempt.state, entry)
 
         attempt.append = append  # type: ignore[method-assign]
         return super().writer(attempt)
 
 
+class TrustsTheHint(Journal):
+    """The number in `run.json` taken for the newest, with no look beyond it."""
+
+    searches = 0
+
+    def _find_newest(self) -> Entry | None:
+        self.searches += 1
+        assert self.searches < 20, "the number after it is taken again and again"
+        hint = self._hint()
+        return self.entry(hint) if hint > self._state.number else None if hint else super()._find_newest()
+
+
+class SearchesNoFurther(Faithful):
+    """A claimant that takes the entry which `run.json` names for the newest."""
+
+    def claim(self, run: Run, template: Claim, dead: int | None) -> Attempt:
+        run.journal = TrustsTheHint(run.storage, run.journal._hint)
+        return super().claim(run, template, dead)
+
+
+class CarriesWhatTheClaimDid(Faithful):
+    """Commits that leave out their attempt's own."""
+
+    def writer(self, attempt: Attempt) -> Writer:
+        append, before = attempt.append, attempt.state
+        attempt.append = lambda entry: append(replace(entry, before=before))  # type: ignore[method-assign]
+        return super().writer(attempt)
+
+
+class CarriesNoEnds(Faithful):
+    """What ends keep is left out of what entries carry."""
+
+    def claim(self, run: Run, template: Claim, dead: int | None) -> Attempt:
+        attempt = super().claim(run, template, dead)
+        attempt.state = replace(attempt.state, kept_by_ends=())
+        return attempt
+
+
 class BaseBeforeTheClaim(Faithful):
     def claim(self, run: Run, template: Claim, dead: int | None) -> Attempt:
-        before = Attempt(run, 0, "", list(run.journal.read()))
+        before = Attempt(run, 0, "", run.journal.state())
         choose_base(before)
         attempt = take(run, template, dead)
         attempt.base, attempt.kept = before.base, before.kept
@@ -186,7 +225,7 @@ class BaseByListing(Faithful):
 class BaseUnchecked(Faithful):
     def claim(self, run: Run, template: Claim, dead: int | None) -> Attempt:
         attempt = take(run, template, dead)
-        commit = decisions.newest_commit(attempt.entries)
+        commit = attempt.state.commit
         if commit is not None:
             attempt.base, attempt.kept = Checkpoint(run, commit.checkpoint), commit.kept
         return attempt
@@ -213,7 +252,7 @@ MUTANTS: dict[str, Faithful] = {
     kind.__name__: kind()
     for kind in (
         IgnoresThatItIsSuperseded, BaseBeforeTheClaim, BaseByListing, BaseUnchecked, EndsBelowTheHighestStep,
-        GoesBeyondTheEnd,
+        GoesBeyondTheEnd, SearchesNoFurther, CarriesWhatTheClaimDid, CarriesNoEnds,
     )
 }  # fmt: skip
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StorageError
-from pipeline.storage import Storage
+from pipeline.storage import Storage, remote
 from pipeline.testing import faults
 
 
@@ -53,6 +53,19 @@ def test_what_is_absent_is_not_found(storage: Storage) -> None:
     assert not storage.exists("run/none")
     storage.delete("run/none")
     storage.delete_folder("run/none")
+
+
+def test_files_around_the_size_that_is_asked_for_first(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_READ_BYTES", 1000)
+    for size in (0, 1, 999, 1000, 1001, 3000):
+        storage.replace(f"run/{size}", bytes(size))
+        assert storage.read(f"run/{size}") == bytes(size)
+
+
+def test_nothing_is_below_a_file(storage: Storage) -> None:
+    storage.replace("run/file", b"")
+    with pytest.raises(FileNotFoundError):
+        storage.read("run/file/below")
 
 
 def test_create_is_won_once(storage: Storage) -> None:

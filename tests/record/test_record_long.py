@@ -1,0 +1,114 @@
+"""A run of twenty thousand commits costs what a short one does: to resume, to show, to list, to load."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from pipeline.record.attempt import claim
+from pipeline.record.checkpoint import find_checkpoint
+from pipeline.record.recorder import Recorder
+from pipeline.record.run import Run
+from pipeline.record.soundness import damage
+from pipeline.record.standing import standing
+from pipeline.storage import Storage
+from pipeline.storage.remote import RemoteBackend
+from pipeline.verbs.show import runs
+from tests.record.record_parts import CELL, block, born, snapshot
+
+ENTRIES = 20_000
+A_FEW_TENS = 60
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """A run of so many entries: a claim, a commit and a leave as they are, and between them what nobody reads."""
+    root = f"memory://{uuid.uuid4().hex}/runs"
+    run = born(root)
+    attempt = claim(run, driver="d", facts={"host": "node-7", "way": "eager"})
+    assert isinstance(run.storage.backend, RemoteBackend)
+    for number in range(2, ENTRIES - 1):
+        run.storage.backend.fs.pipe_file(f"{run.storage._root}/journal/{number:08d}.json", b"not to be read")
+    attempt.state = replace(attempt.state, number=ENTRIES - 2)
+    recorder = Recorder(attempt, cell_steps=CELL, keep=2)
+    recorder.steps(block(1, 20))
+    recorder.commit(snapshot(20, best=20))
+    recorder.leave("interrupted", None, 20)
+    recorder.close()
+    attempt.close()
+    yield root
+    files = run.storage.backend.fs.store  # its own removal of a folder looks through all of them for each
+    for path in [path for path in files if path.startswith(run.storage._root)]:
+        del files[path]
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is asked of storage from here on."""
+    asked: list[str] = []
+
+    def counted(name: str) -> Callable[..., Any]:
+        method = getattr(RemoteBackend, name)
+
+        def ask(self: RemoteBackend, path: str, *words: Any) -> Any:
+            asked.append(f"{name} {path}")
+            return method(self, path, *words)
+
+        return ask
+
+    for name in ("read", "replace", "create", "list", "exists", "delete", "delete_folder"):
+        monkeypatch.setattr(RemoteBackend, name, counted(name))
+    return asked
+
+
+@pytest.fixture(params=["with run.json", "without"])
+def run(request: pytest.FixtureRequest, url: str) -> Iterator[Run]:
+    """It as another process sees it, with and without what says where the journal ends."""
+    storage = Storage.open(url).at("run")
+    view = storage.read("run.json")
+    if request.param == "without":
+        storage.delete("run.json")
+    yield Run(Storage.open(url), "run")
+    storage.replace("run.json", view)
+
+
+def test_it_is_shown(run: Run, requests: list[str]) -> None:
+    found = standing(run)
+    assert (found.status, found.step, found.attempts, found.where["host"]) == ("interrupted", 20, 1, "node-7")
+    assert len(requests) <= A_FEW_TENS
+    assert damage(run) == []
+    assert len(requests) <= A_FEW_TENS
+
+
+def test_it_is_listed(run: Run, url: str, requests: list[str]) -> None:
+    _, (found,), unreadable = runs(url)
+    assert (found.standing.step, unreadable) == (20, {})
+    assert len(requests) <= A_FEW_TENS
+
+
+def test_its_checkpoint_is_found(run: Run, requests: list[str]) -> None:
+    assert find_checkpoint(run, "best").step == 20
+    assert len(requests) <= A_FEW_TENS
+
+
+def test_it_is_gone_on_with(url: str, requests: list[str]) -> None:
+    """And tells the next what the one before it did."""
+    run = Run(Storage.open(url), "run")
+    attempt = claim(run, driver="e", facts={"host": "node-8"})
+    assert attempt.base is not None
+    assert (attempt.base.step, attempt.highest_step, attempt.state.way) == (20, 20, "eager")
+    assert attempt.previous_facts["host"] == "node-7"
+    recorder = Recorder(attempt, cell_steps=CELL, keep=2)
+    recorder.leave("interrupted", None, 20)
+    recorder.close()
+    attempt.close()
+    assert len([one for one in requests if "heartbeats" not in one]) <= A_FEW_TENS
+    assert run.journal.state().number == ENTRIES + 2
+    assert [(line["host"], line["committed"], line["outcome"]) for line in run.view()["history"]] == [
+        ("node-7", 20, "interrupted"),
+        ("node-8", None, "interrupted"),
+    ]
