@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pipeline.errors import NotFiniteError, StorageError, StorageLostError, TrainyardError
 from pipeline.record import spool
 from pipeline.record.attempt import Attempt
-from pipeline.record.cells import Columns, EvaluationRow, StepBlock
+from pipeline.record.cells import CellLayout, Columns, EvaluationRow, StepBlock
 from pipeline.record.writer import Snapshot, Writer
 from pipeline.watchdog import waits_for
 
@@ -39,15 +39,15 @@ class Recorder:
     Parameters
     ----------
     attempt: this process' claim on the run.
-    cell_steps: steps of a cell of the metric log, as fixed at the run's birth.
     keep: pairs of a checkpoint and its best that stay.
     columns: what is logged besides the usual; default: what the run's birth recorded.
     """
 
-    def __init__(self, attempt: Attempt, *, cell_steps: int, keep: int, columns: Columns | None = None) -> None:
-        chosen = columns if columns is not None else Columns.from_facts(attempt.run.facts())
+    def __init__(self, attempt: Attempt, *, keep: int, columns: Columns | None = None) -> None:
+        facts = attempt.run.facts()
+        layout, chosen = CellLayout.from_facts(facts), columns if columns is not None else Columns.from_facts(facts)
         self._attempt = attempt
-        self._writer = Writer(attempt, cell_steps=cell_steps, keep=keep, columns=chosen)
+        self._writer = Writer(attempt, layout=layout, keep=keep, columns=chosen)
         self._blocks: list[StepBlock] = []
         self._evaluations: list[EvaluationRow] = []
         self._waiting = 0
@@ -213,7 +213,8 @@ def complete(attempt: Attempt, keep: int = 1) -> None:
     it. `keep`: pairs that stay, where that end was saved on this machine only and is committed now."""
     facts: dict[str, Any] = attempt.run.facts()
     try:
-        writer = Writer(attempt, cell_steps=facts["cell_steps"], keep=keep, columns=Columns.from_facts(facts))
+        layout, columns = CellLayout.from_facts(facts), Columns.from_facts(facts)
+        writer = Writer(attempt, layout=layout, keep=keep, columns=columns)
         if attempt.spooled is not None:
             writer.begin()
         else:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pipeline.errors import NotFiniteError, TrainyardError
 from pipeline.record import decisions, saving, spool
 from pipeline.record.attempt import Attempt
-from pipeline.record.cells import Cell, Columns, EvaluationRow, Rows, StepBlock, encode
+from pipeline.record.cells import Cell, CellLayout, Columns, EvaluationRow, Rows, StepBlock, encode
 from pipeline.record.drafts import Drafter, json_file, with_best_of
 from pipeline.record.entries import BestSoFar, Commit, Leave, Pair
 from pipeline.record.run import RESULT, Run
@@ -29,13 +29,13 @@ class Writer:
 
     Parameters
     ----------
-    cell_steps: steps of a cell, as fixed at the run's birth.
+    layout: of the run's cells, as fixed at its birth.
     keep: pairs of a checkpoint and its best that stay.
     """
 
-    def __init__(self, attempt: Attempt, *, cell_steps: int, keep: int, columns: Columns) -> None:
+    def __init__(self, attempt: Attempt, *, layout: CellLayout, keep: int, columns: Columns) -> None:
         self.attempt = attempt
-        self.rows = Rows(attempt.run.name, attempt.number, cell_steps, columns)
+        self.rows = Rows(attempt.run.name, attempt.number, layout, columns)
         self._drafter = Drafter(attempt.run.name, attempt.number, self.rows)
         self._keep = keep
         self._best = attempt.base.best if attempt.base is not None else None

@@ -23,8 +23,12 @@ def runs(storage: str | None = None) -> tuple[str, list[Standing], dict[str, str
     return root.url, found, unreadable
 
 
-def show(run: str, storage: str | None = None) -> Standing:
+def show(run: str, storage: str | None = None, *, verify: bool = False) -> Standing:
     """The standing of one run, and what of its directory is missing or damaged.
+
+    Parameters
+    ----------
+    verify: read every file of the metric log and of the kept checkpoints; else the cost is the same at any length.
 
     Raises
     ------
@@ -36,4 +40,4 @@ def show(run: str, storage: str | None = None) -> Standing:
         return how
     from pipeline.record.soundness import damage  # pyarrow: half a second that `runs` does not need
 
-    return replace(how, damaged=tuple(damage(found)))
+    return replace(how, damaged=tuple(damage(found, every_file=verify)))

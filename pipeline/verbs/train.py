@@ -17,6 +17,7 @@ from pipeline.errors import BusyError, InputError, TrainyardError
 from pipeline.followers.attached import AttachedFollowers
 from pipeline.job import IN_PLACE_WORKERS, Job, digest, identity, plain_name
 from pipeline.job_file import dump_job, load_job, parse_job, refuse_secrets
+from pipeline.learn.plan import FIRST_CELL_STEPS
 from pipeline.own_code import packed, sources
 from pipeline.record.attempt import peek
 from pipeline.record.columns import Columns
@@ -168,6 +169,7 @@ class _Birth:
             "total_steps": plan.last_step,
             "steps_per_epoch": plan.steps_per_epoch,
             "cell_steps": plan.cell_steps,
+            "first_cell_steps": FIRST_CELL_STEPS,
             "columns": Columns.of_job(job).to_json(),
         }
         is_new = run.birth(dump_job(job), facts)

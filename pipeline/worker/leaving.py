@@ -56,7 +56,7 @@ def _say_for_the_dead(run: Run, order: Order, error: TrainyardError) -> None:
         return  # the workers have said so themselves
     attempt = claim(run, driver=order.driver, facts=last.facts, dead=last.attempt)
     try:
-        recorder = Recorder(attempt, cell_steps=run.facts()["cell_steps"], keep=order.job.checkpoint.keep)
+        recorder = Recorder(attempt, keep=order.job.checkpoint.keep)
         recorder.leave(status, error, attempt.highest_step)
         recorder.close()
     finally:

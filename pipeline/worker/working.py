@@ -79,16 +79,14 @@ def _work(order: Order, context: Context, prepared: Prepared | None, run: Run) -
         start = context.broadcast(_start(attempt, prepared.job.checkpoint.keep))
         if start.is_over:
             return start.position
-        return _lead(prepared, built, context, start, attempt, facts["cell_steps"])
+        return _lead(prepared, built, context, start, attempt)
     finally:
         attempt.close()
 
 
-def _lead(
-    prepared: Prepared, built: Built, context: Context, start: Start, attempt: Attempt, cell_steps: int
-) -> Position:
+def _lead(prepared: Prepared, built: Built, context: Context, start: Start, attempt: Attempt) -> Position:
     """Rank 0's part: train, keep the record, and see it through."""
-    recorder = Recorder(attempt, cell_steps=cell_steps, keep=prepared.job.checkpoint.keep)
+    recorder = Recorder(attempt, keep=prepared.job.checkpoint.keep)
     bookkeeper = Bookkeeper(context, built.trainee, prepared.plan, recorder, attempt, prepared.fitted.to_json())
     try:
         with leaving_word(recorder, bookkeeper):

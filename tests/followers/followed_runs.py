@@ -15,7 +15,7 @@ from pathlib import Path
 from pipeline.record.attempt import claim
 from pipeline.record.recorder import Recorder
 from pipeline.record.run import Run
-from tests.record.record_parts import CELL, block, born, evaluation, snapshot
+from tests.record.record_parts import block, born, evaluation, snapshot
 
 
 class Trained:
@@ -25,7 +25,7 @@ class Trained:
         self.run: Run = born(url)
         self.step = 0
         self._attempt = claim(self.run, driver="d", facts={})
-        self._recorder = Recorder(self._attempt, cell_steps=CELL, keep=2)
+        self._recorder = Recorder(self._attempt, keep=2)
         self._recorder.evaluation(evaluation(0, loss=0.7))
 
     def to(self, step: int, *, end: bool = False) -> Trained:

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.errors import BusyError
 from pipeline.record.attempt import Attempt, choose_base, take
-from pipeline.record.cells import Columns
+from pipeline.record.cells import CellLayout, Columns
 from pipeline.record.checkpoint import BestSoFar, DamagedError
 from pipeline.record.entries import Claim
 from pipeline.record.run import Run
@@ -21,7 +21,8 @@ from pipeline.record.writer import Snapshot, Writer
 from pipeline.storage import Storage
 
 TOTAL = 10
-CELL = 3
+CELLS = CellLayout(1, 3)
+"""The log's cells end at steps 1, 2, 4, 7 and 10."""
 KEEP = 2
 EVERY = 2
 """Steps between two evaluations."""
@@ -325,7 +326,7 @@ class Faithful:
         return attempt
 
     def writer(self, attempt: Attempt) -> Writer:
-        return Writer(attempt, cell_steps=CELL, keep=KEEP, columns=Columns())
+        return Writer(attempt, layout=CELLS, keep=KEEP, columns=Columns())
 
     def bound(self, attempt: Attempt) -> int | None:
         return attempt.ended_at

@@ -16,7 +16,7 @@ from pipeline.record.entries import Commit, Entry
 from pipeline.record.journal import Journal
 from pipeline.record.standing import standing
 from tests.record.record_lives import (
-    CELL,
+    CELLS,
     EVERY,
     KEEP,
     TOTAL,
@@ -51,7 +51,7 @@ class World:
         self.protocol = protocol
         self.store = Store()
         self.run = open_run(self.store)
-        self.run.birth("name: run\n", {"total_steps": TOTAL, "cell_steps": CELL})
+        self.run.birth("name: run\n", {"total_steps": TOTAL, "first_cell_steps": CELLS.first, "cell_steps": CELLS.most})
         self.lives: list[Life] = []
         self.journal: dict[int, bytes] = {}
         self.shown: dict[str, int] = {}
@@ -159,7 +159,7 @@ class World:
             table = self._table(name)
             steps += table["step"]
             assert [loss_at(step) for step in table["step"]] == table["loss"], "a row is not what training computed"
-            own, whole = table["step"], list(range(index * CELL + 1, index * CELL + CELL + 1))
+            own, whole = table["step"], list(range(CELLS.first_step(index), CELLS.last_step(index) + 1))
             assert own == whole[: len(own)], "a cell holds the wrong steps"
             if own != whole:
                 assert own[-1:] == [decisions.ended_at(entries)], "an incomplete cell before the end"

@@ -12,13 +12,13 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from pipeline.record import decisions, saving
 from pipeline.record.attempt import Attempt, choose_base, take
-from pipeline.record.cells import Cell, Columns, EvaluationRow, StepBlock, encode
+from pipeline.record.cells import Cell, CellLayout, Columns, EvaluationRow, StepBlock, encode
 from pipeline.record.checkpoint import Checkpoint, DamagedError
 from pipeline.record.entries import Claim, Commit, Entry
 from pipeline.record.run import Run
 from pipeline.record.writer import EVALUATIONS, STEPS, Snapshot, Writer
 from pipeline.storage import faults
-from tests.record.record_lives import CELL, KEEP, Faithful
+from tests.record.record_lives import CELLS, KEEP, Faithful
 from tests.record.record_machine import Machine
 from tests.record.record_sweeps import sweep
 
@@ -29,7 +29,7 @@ class Mutant(Faithful):
     writer_type: type[Writer]
 
     def writer(self, attempt: Attempt) -> Writer:
-        return self.writer_type(attempt, cell_steps=CELL, keep=KEEP, columns=Columns())
+        return self.writer_type(attempt, layout=CELLS, keep=KEEP, columns=Columns())
 
 
 def _with_writer(writer: type[Writer]) -> Faithful:
@@ -48,6 +48,14 @@ class StepsBeforeEvaluations(Writer):
     def _write_cell(self, cell: Cell) -> None:
         self._run.storage.replace(f"{STEPS}/{cell.name}", encode(cell.steps))
         self._run.storage.replace(f"{EVALUATIONS}/{cell.name}", encode(cell.evaluations))
+
+
+class CellsOfOneSize(Writer):
+    """As an attempt that goes by something else than the run's birth."""
+
+    def __init__(self, attempt: Attempt, *, layout: CellLayout, keep: int, columns: Columns) -> None:
+        size = layout.first if attempt.number == 1 else layout.most
+        super().__init__(attempt, layout=CellLayout(size, size), keep=keep, columns=columns)
 
 
 class CellsDescending(Writer):
@@ -100,7 +108,7 @@ class RowsSinceTheLastCommitOnly(Writer):
     def commit(self, snapshot: Snapshot, blocks: Sequence[StepBlock], evaluations: Sequence[EvaluationRow]) -> None:
         super().commit(snapshot, blocks, evaluations)
         if not snapshot.end:
-            self.rows.first_cell = -(-snapshot.step // CELL)
+            self.rows.first_cell = CELLS.complete(snapshot.step)
             self.rows.steps = self.rows.steps.slice(0, 0)
             self.rows.evaluations = self.rows.evaluations.slice(0, 0)
 
@@ -205,8 +213,8 @@ class GoesBeyondTheEnd(Faithful):
 MUTANTS: dict[str, Faithful] = {
     kind.__name__: _with_writer(kind)
     for kind in (
-        CellsBeforeTheCommit, StepsBeforeEvaluations, CellsDescending, IncompleteCells, BaseNotPublished,
-        CommitBeforeItsFiles, RowsSinceTheLastCommitOnly, DeletesTheOtherKept, DeletesTheBest, DeletesWhatEndsKeep,
+        CellsBeforeTheCommit, StepsBeforeEvaluations, CellsOfOneSize, CellsDescending, IncompleteCells,
+        BaseNotPublished, CommitBeforeItsFiles, RowsSinceTheLastCommitOnly, DeletesTheOtherKept, DeletesTheBest, DeletesWhatEndsKeep,
         DeletesOfHigherAttempts, DeletesBeforeTheCommit, NeverDeletes, NoResult,
     )
 } | {

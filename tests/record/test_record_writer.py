@@ -12,7 +12,7 @@ import torch
 
 from pipeline.errors import NotFiniteError, StorageError, SupersededError
 from pipeline.record.attempt import Attempt
-from pipeline.record.cells import Columns
+from pipeline.record.cells import CellLayout, Columns
 from pipeline.record.checkpoint import DamagedError, find_checkpoint
 from pipeline.record.recorder import complete
 from pipeline.record.run import Run
@@ -23,7 +23,7 @@ from tests.record.record_values import CELL_STEPS, attempt_on, block, evaluation
 
 
 def writer_of(attempt: Attempt, keep: int = 2) -> Writer:
-    writer = Writer(attempt, cell_steps=CELL_STEPS, keep=keep, columns=Columns())
+    writer = Writer(attempt, layout=CellLayout(CELL_STEPS, CELL_STEPS), keep=keep, columns=Columns())
     writer.begin()
     return writer
 
@@ -150,7 +150,7 @@ def test_a_loss_that_is_not_finite_is_never_committed(tmp_path: Path) -> None:
         writer.commit(snapshot(8), [bad], [])
     assert "step-000000004-a0001" in str(raised.value)
     with pytest.raises(NotFiniteError, match=r"0\.weight"):
-        Writer(attempt, cell_steps=CELL_STEPS, keep=1, columns=Columns()).commit(
+        Writer(attempt, layout=CellLayout(CELL_STEPS, CELL_STEPS), keep=1, columns=Columns()).commit(
             snapshot(4, weight=float("nan")), [block(1, 4)], []
         )
     writer.leave("failed", raised.value, 7)
