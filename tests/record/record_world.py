@@ -7,11 +7,13 @@ from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.record import decisions
+from pipeline.record import decisions, live
 from pipeline.record.attempt import peek
 from pipeline.record.checkpoint import Checkpoint, DamagedError
+from pipeline.record.columns import Columns
 from pipeline.record.entries import Commit, Entry
 from pipeline.record.journal import Journal
 from pipeline.record.standing import standing
@@ -57,6 +59,8 @@ class World:
         self.shown: dict[str, int] = {}
         self.tables: dict[bytes, dict[str, list[Any]]] = {}
         self.snapshots: list[list[str]] = []
+        self.live_rows: live.LiveRows | None = None
+        self.live_files: dict[str, Life] = {}
         self.checked = 0
         self.entries: tuple[int, tuple[Entry, ...]] = (0, ())
 
@@ -74,6 +78,8 @@ class World:
             if life.over:
                 break
             asked = life.what if life.writes else ""
+            if "/live/" in asked and asked.startswith("replace"):
+                assert self.live_files.setdefault(asked, life) is life, "two attempts write one file of live rows"
             life.go_on()
             self._look_after(asked)
 
@@ -130,6 +136,7 @@ class World:
         spare = decisions.spared(commit.kept, entries)
         there = {path.split("/")[4] for path in self.store.files if "/checkpoints/" in path}
         assert there <= spare, "retention left what no entry keeps"
+        assert not any("/live/" in path for path in self.store.files), "live rows of a run that is over"
 
     def check(self) -> None:
         if self.checked == self.store.changes:
@@ -176,6 +183,22 @@ class World:
         assert set(self.shown) <= set(names), "a listed file vanished"
         assert len(steps) <= decisions.highest_step(entries), "a step shows that no commit covers"
 
+    def live_rows_go_on_where_the_cells_end(self) -> None:
+        """Whoever reads the live rows, then the cells, misses none: now, and with those read one request ago."""
+        before, self.live_rows = self.live_rows, live.read(self.run, Columns())
+        held = sum(len(self._table(name)["step"]) for name in self._listed("steps"))
+        for rows in (before, self.live_rows):
+            if rows is None:
+                continue
+            steps = rows.steps.filter(pc.field("step") > held).to_pydict()
+            assert steps["step"] == list(range(held + 1, held + 1 + len(steps["step"]))), "a gap before the live rows"
+            assert steps["loss"] == [loss_at(step) for step in steps["step"]]
+            evaluations = rows.evaluations.filter(pc.field("step") > (held or -1)).to_pydict()
+            first = held + 1 if held else 0
+            expected = [step for step in range(first, max([held, *evaluations["step"]]) + 1) if step % EVERY == 0]
+            assert evaluations["step"] == (expected if evaluations["step"] else []), "a gap before live evaluations"
+            assert evaluations["loss"] == [evaluation_at(step) for step in evaluations["step"]]
+
     def what_is_kept_is_there(self) -> None:
         entries = self.known()
         commit = decisions.newest_commit(entries)
@@ -221,6 +244,8 @@ class World:
             self.what_is_kept_is_there()
         if "/metrics/" in request:
             self.the_log_holds_each_step_once_as_it_was()
+        if "/metrics/steps/" in request or "/live/" in request:
+            self.live_rows_go_on_where_the_cells_end()
         if request.startswith("delete"):
             self.what_is_kept_is_there()
 

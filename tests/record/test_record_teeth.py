@@ -12,9 +12,10 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from pipeline.record import decisions, saving
 from pipeline.record.attempt import Attempt, choose_base, take
-from pipeline.record.cells import Cell, CellLayout, Columns, EvaluationRow, StepBlock, encode
+from pipeline.record.cells import Cell, CellLayout, Columns, EvaluationRow, Rows, StepBlock, encode
 from pipeline.record.checkpoint import Checkpoint, DamagedError
 from pipeline.record.entries import Claim, Commit, Entry
+from pipeline.record.live import LiveWriter
 from pipeline.record.run import Run
 from pipeline.record.writer import EVALUATIONS, STEPS, Snapshot, Writer
 from pipeline.storage import faults
@@ -51,11 +52,10 @@ class StepsBeforeEvaluations(Writer):
 
 
 class CellsOfOneSize(Writer):
-    """As an attempt that goes by something else than the run's birth."""
+    """As an earlier version would, which knows no others."""
 
     def __init__(self, attempt: Attempt, *, layout: CellLayout, keep: int, columns: Columns) -> None:
-        size = layout.first if attempt.number == 1 else layout.most
-        super().__init__(attempt, layout=CellLayout(size, size), keep=keep, columns=columns)
+        super().__init__(attempt, layout=CellLayout(layout.most, layout.most), keep=keep, columns=columns)
 
 
 class CellsDescending(Writer):
@@ -200,6 +200,40 @@ class BaseUnchecked(Faithful):
         return attempt
 
 
+class LiveRowsInOneFile(Faithful):
+    """Whichever attempt writes them."""
+
+    def live_writer(self, attempt: Attempt) -> LiveWriter:
+        return LiveWriter(attempt.run, 1, CELLS, Columns())
+
+
+class LiveRowsDroppedBeforeTheirCells(Faithful):
+    """As soon as they fill a cell."""
+
+    def live_writer(self, attempt: Attempt) -> LiveWriter:
+        class Hasty(LiveWriter):
+            def steps(self, rows: StepBlock) -> None:
+                super().steps(rows)
+                self._first_step = CELLS.first_step(CELLS.complete(int(rows["step"][-1])))
+
+        return Hasty(attempt.run, attempt.number, CELLS, Columns())
+
+
+class LiveRowsWithoutThoseOfTheBase(Faithful):
+    def live_writer(self, attempt: Attempt) -> LiveWriter:
+        class Forgetful(LiveWriter):
+            def begin(self, rows: Rows) -> None:
+                super().begin(rows)
+                self._rows.steps = rows.steps.slice(0, 0)
+
+        return Forgetful(attempt.run, attempt.number, CELLS, Columns())
+
+
+class LiveRowsStay(Faithful):
+    def remove_live_rows(self, run: Run) -> None:
+        return
+
+
 class EndsBelowTheHighestStep(Faithful):
     def floor(self, attempt: Attempt) -> int:
         return 0
@@ -214,14 +248,15 @@ MUTANTS: dict[str, Faithful] = {
     kind.__name__: _with_writer(kind)
     for kind in (
         CellsBeforeTheCommit, StepsBeforeEvaluations, CellsOfOneSize, CellsDescending, IncompleteCells,
-        BaseNotPublished, CommitBeforeItsFiles, RowsSinceTheLastCommitOnly, DeletesTheOtherKept, DeletesTheBest, DeletesWhatEndsKeep,
-        DeletesOfHigherAttempts, DeletesBeforeTheCommit, NeverDeletes, NoResult,
+        BaseNotPublished, CommitBeforeItsFiles, RowsSinceTheLastCommitOnly, DeletesTheOtherKept, DeletesTheBest,
+        DeletesWhatEndsKeep, DeletesOfHigherAttempts, DeletesBeforeTheCommit, NeverDeletes, NoResult,
     )
 } | {
     kind.__name__: kind()
     for kind in (
         IgnoresThatItIsSuperseded, BaseBeforeTheClaim, BaseByListing, BaseUnchecked, EndsBelowTheHighestStep,
-        GoesBeyondTheEnd,
+        GoesBeyondTheEnd, LiveRowsInOneFile, LiveRowsDroppedBeforeTheirCells, LiveRowsWithoutThoseOfTheBase,
+        LiveRowsStay,
     )
 }  # fmt: skip
 
