@@ -54,7 +54,9 @@ class Writer:
         earlier attempt saved on this machine becomes the first commit."""
         base = self.attempt.base
         if base is not None:
-            self.rows.load(base.rows(), base.first_cell, base.step)
+            with self.attempt.reading_base():
+                rows = base.rows()
+            self.rows.load(rows, base.first_cell, base.step)
             self.has_rows = self.attempt.spooled is None
             self._publish(base.step, end=base.end)
         write_view(self._run, self.attempt.entries, "running")
@@ -144,7 +146,9 @@ class Writer:
         assert commit is not None
         assert base.end
         assert commit.checkpoint == base.name
-        self.rows.load(base.rows(), base.first_cell, base.step)
+        with self.attempt.reading_base():
+            rows = base.rows()
+        self.rows.load(rows, base.first_cell, base.step)
         self._follow(commit)
 
     def leave(self, status: Literal["interrupted", "failed"], error: BaseException | None, step: int) -> None:

@@ -152,7 +152,8 @@ def _start(attempt: Attempt, keep: int) -> Start:
     if base.end:
         complete(attempt, keep)
         return Start(position, bounds, is_over=True)
-    return Start(position, bounds, base.weights(), base.state(), attempt=attempt.number)
+    with attempt.reading_base():
+        return Start(position, bounds, base.weights(), base.state(), attempt=attempt.number)
 
 
 def _position(base: Base) -> Position:

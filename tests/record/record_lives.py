@@ -278,9 +278,10 @@ def train(life: Life, run: Run, protocol: Faithful) -> None:
         evaluations.append(_evaluation(0))
         live.evaluation(evaluations[-1])
     else:
-        step, weight = base.step, float(base.weights()["weight"])
+        with attempt.reading_base():
+            step, weight, state = base.step, float(base.weights()["weight"]), base.state()
         assert weight == weight_at(step), "the base is not what training left at its step"
-        assert base.state() == {"weight": weight}
+        assert state == {"weight": weight}
         assert base.position == {"step": step}
         if base.best is not None:
             best = (base.best.step, base.best.value)
