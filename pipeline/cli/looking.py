@@ -27,13 +27,20 @@ def runs(storage: StorageUrl = None, as_json: Json = False) -> None:
 
 
 @app.command(epilog="Example: trainyard show mnist-mlp-1a2b3c4d")
-def show(run: RunName, storage: StorageUrl = None, as_json: Json = False) -> None:
+def show(
+    run: RunName,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every file of the metric log and of the checkpoints for damage.")
+    ] = False,
+    storage: StorageUrl = None,
+    as_json: Json = False,
+) -> None:
     """How a run stands, from storage alone: running, stalled, interrupted, failed or finished."""
     shown.update(json=as_json, verbose=False)
     from pipeline.terminal import result_lines
     from pipeline.verbs.show import show as verb
 
-    found = verb(run, storage)
+    found = verb(run, storage, verify=verify)
     print_result(found.to_json(), result_lines(found), as_json)
 
 

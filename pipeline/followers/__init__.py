@@ -1,16 +1,16 @@
 """Followers: TensorBoard and MLflow, fed from a run's metric log in storage, never from the training itself.
 
 A follower reads whole cells and knows by itself which of them it has told already, so that it can stop at any moment,
-start again anywhere, and catch up after an outage or with a run that is long over.
+start again anywhere, and catch up after an outage or with a run that is long over. The live rows, which no cell holds
+yet, it shows apart from these.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from pipeline.followers.log import MetricLog
+from pipeline.followers.log import Look, MetricLog
 from pipeline.job.following import Follower as Name
-from pipeline.record.standing import Status
 
 __all__ = ["Follower", "MetricLog", "Name", "make"]
 
@@ -22,8 +22,8 @@ class Follower(Protocol):
     where: str
     """Printable: what to point the other tool at."""
 
-    def catch_up(self, log: MetricLog, status: Status) -> int:
-        """Tell what was not told yet; how many cells that were.
+    def catch_up(self, log: MetricLog, look: Look) -> int:
+        """Tell what was not told yet of what is there; how many cells that were.
 
         Raises
         ------

@@ -1,10 +1,10 @@
-"""The metric log as followers read it: whole cells, row by row, as names and numbers."""
+"""The metric log as followers read it: whole cells, then the live rows after them, as names and numbers."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import WorkError
+from pipeline.record import live
+from pipeline.record.cells import CellLayout, Columns
 from pipeline.record.run import Run
+from pipeline.record.standing import Status
 from pipeline.record.writer import EVALUATIONS, STEPS
 
 STORAGE_LIMIT_S = 10.0
@@ -36,6 +39,30 @@ class Row:
     """What is finite of its metrics, by column."""
 
 
+@dataclass(frozen=True)
+class LiveRows:
+    """What comes after the last cell, as it looks now: a resume may take it back."""
+
+    cell: int
+    """The cell that will hold the first of these rows."""
+    attempt: int
+    """Number of the attempt that shows them; 0 for none."""
+    first_step: int
+    """At which they begin, or would."""
+    rows: list[Row]
+    """Some of them where they are many: evaluations, then steps, each in order."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is there of a run at one moment."""
+
+    status: Status
+    cells: list[int]
+    """Indices of the cells, ascending. A cell that is listed is whole, and so are all below it."""
+    live: LiveRows
+
+
 class MetricLog:
     """The metric log of a run.
 
@@ -47,8 +74,21 @@ class MetricLog:
     def __init__(self, run: Run) -> None:
         self.run = run.within(STORAGE_LIMIT_S)
 
-    def cells(self) -> list[int]:
-        """Indices of the cells that are there, ascending. A cell that is listed is whole, and so are all below it."""
+    def look(self, status: Status) -> Look:
+        """What is there now, of a run that stands like this."""
+        facts = self.run.facts()
+        layout = CellLayout.from_facts(facts)
+        found = live.read(self.run, Columns.from_facts(facts)) if status != "finished" else None  # before the cells
+        cells = self._cells()
+        cell = cells[-1] + 1 if cells else 0
+        first = layout.first_step(cell) if cell else 0
+        rows: list[Row] = []
+        if found is not None:
+            both = [*_evaluation_rows(_plain(found.evaluations)), *_step_rows(_plain(found.steps))]
+            rows = [row for row in both if row.step >= first]
+        return Look(status, cells, LiveRows(cell, found.attempt if found is not None else 0, first, rows))
+
+    def _cells(self) -> list[int]:
         names = self.run.storage.list(STEPS)
         return sorted(int(name[:-8]) for name in names if name.endswith(".parquet") and name[:-8].isdigit())
 
@@ -65,7 +105,7 @@ class MetricLog:
     def _table(self, path: str) -> pa.Table:
         try:
             table: pa.Table = pq.read_table(io.BytesIO(self.run.storage.read(path)))
-            return table.cast(pa.schema([(one.name, _plain(one.type)) for one in table.schema]))
+            return _plain(table)
         except (pa.ArrowException, OSError) as error:
             first = str(error).partition("\n")[0]
             raise WorkError(
@@ -73,9 +113,18 @@ class MetricLog:
             ) from None
 
 
-def _plain(kind: pa.DataType) -> pa.DataType:
+def by_split(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows of each split, in order; the training steps last."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.split, []).append(row)
+    return {split: found[split] for split in sorted(found, key=lambda split: (split == TRAIN_STEPS, split))}
+
+
+def _plain(table: pa.Table) -> pa.Table:
     """Times as whole microseconds: no need of a time zone database."""
-    return pa.int64() if pa.types.is_timestamp(kind) else kind
+    kinds = [(one.name, pa.int64() if pa.types.is_timestamp(one.type) else one.type) for one in table.schema]
+    return table.cast(pa.schema(kinds))
 
 
 def _step_rows(table: pa.Table) -> Iterator[Row]:

@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError, WorkError
-from pipeline.followers.log import TRAIN_STEPS, MetricLog, Row
+from pipeline.followers.log import TRAIN_STEPS, LiveRows, Look, MetricLog, Row
 from pipeline.job.following import Follower
 from pipeline.job_file import parse_job
 from pipeline.record.run import JOB
-from pipeline.record.standing import Status
 from pipeline.redaction import scrub
 from pipeline.storage.faults import explain
 
@@ -25,6 +24,8 @@ TAG = "trainyard.id"
 """Tells which of MLflow's runs is this one: a digest of its birth, so the same wherever it is looked at from."""
 POSITION = "trainyard.position"
 """Tag: `cell/metrics`, all cells below and so many metrics of this one are there. It travels with the last of them."""
+LIVE = "live/"
+"""How metrics of live rows begin: what MLflow was told stays, and a resume may take these back."""
 BATCH = 1000
 """Metrics a request, MLflow's limit."""
 PARAMS = 100
@@ -53,7 +54,10 @@ _NOT_ALLOWED = ("UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED")
 
 class ToMlflow:
     """Sends parameters, metrics and the outcome to the server that MLFLOW_TRACKING_URI names, into the experiment of
-    MLFLOW_EXPERIMENT_NAME, or else of the job's name."""
+    MLFLOW_EXPERIMENT_NAME, or else of the job's name.
+
+    Live rows go there as metrics of their own, `live/loss` and `live/val/loss`, and stay when the exact ones have come.
+    """
 
     name: Follower = "mlflow"
 
@@ -81,18 +85,22 @@ class ToMlflow:
         self._run_id = ""
         self._status = ""
         self._cell = self._sent = 0
+        self._live_attempt = 0
+        self._live_sent: dict[str, int] = {}
+        """By split: the last step."""
 
-    def catch_up(self, log: MetricLog, status: Status) -> int:
+    def catch_up(self, log: MetricLog, look: Look) -> int:
         """See `Follower`. Timestamps and steps are the log's: what is sent twice, after a lost reply, is the same."""
         with self._explained():
             if not self._run_id:
                 self._find(log)
             caught = 0
-            for cell in log.cells():
+            for cell in look.cells:
                 if cell >= self._cell:
                     self._send(cell, log.rows(cell))
                     caught += 1
-            self._tell(STATUSES[status])
+            self._send_live(look.live)
+            self._tell(STATUSES[look.status])
             return caught
 
     def _find(self, log: MetricLog) -> None:
@@ -128,6 +136,15 @@ class ToMlflow:
             self._sent = first + len(batch)
         self._cell, self._sent = cell + 1, 0
 
+    def _send_live(self, live: LiveRows) -> None:
+        if live.attempt != self._live_attempt:
+            self._live_attempt, self._live_sent = live.attempt, {}
+        new = [row for row in live.rows if row.step > self._live_sent.get(row.split, -1)]
+        metrics = list(_metrics(new, LIVE))
+        for first in range(0, len(metrics), BATCH):
+            self._client.log_batch(self._run_id, metrics=metrics[first : first + BATCH])
+        self._live_sent |= {row.split: row.step for row in new}
+
     def _tell(self, status: str) -> None:
         if status == self._status:
             return
@@ -158,12 +175,12 @@ def _reason(error: BaseException) -> str:
     return explain(error)
 
 
-def _metrics(rows: list[Row]) -> Iterator[Metric]:
+def _metrics(rows: list[Row], before: str = "") -> Iterator[Metric]:
     """Each value once: `loss` of a training step, `val/loss` of an evaluation."""
     from mlflow.entities import Metric
 
     for row in rows:
-        prefix = "" if row.split == TRAIN_STEPS else f"{row.split}/"
+        prefix = before + ("" if row.split == TRAIN_STEPS else f"{row.split}/")
         for name, value in row.values.items():
             yield Metric(prefix + name, value, int(row.time * 1000), row.step)
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from time import monotonic
 
-from pipeline.followers.log import TRAIN_STEPS, MetricLog, Row
+from pipeline.followers.log import TRAIN_STEPS, LiveRows, Look, MetricLog, Row, by_split
 from pipeline.job.following import Follower
-from pipeline.record.standing import Status
 
 FOLDER = "tensorboard"
+LIVE = "live-"
+"""How folders of live rows begin."""
+LIVE_SHARE = 100
+"""Live rows of one cell are shown anew after a hundredth of the time since they began, so that they are few files."""
 
 
 class ToTensorBoard:
@@ -18,6 +22,10 @@ class ToTensorBoard:
     A file is a function of its cell and never changes, and TensorBoard reads the files of a folder by name, so in the
     order of their steps. Each split is a run of its own in TensorBoard: their curves share a chart. The file of the
     training steps is written last: what is there tells what was done.
+
+    Live rows are in runs of their own too, `<run>/tensorboard/live-<cell>/<split>`, until that cell is there: then the
+    folder is removed. TensorBoard never looks again at what it has read and stops at a file that was removed before it
+    had read on, so each file in it holds what is new, and none is removed alone.
     """
 
     name: Follower = "tensorboard"
@@ -25,26 +33,58 @@ class ToTensorBoard:
     def __init__(self, log: MetricLog) -> None:
         self._storage = log.run.storage.at(FOLDER)
         self.where = self._storage.url
+        self._live_folder: str | None = ""
+        self._live_attempt = self._live_files = 0
+        self._live_shown: dict[str, int] = {}
+        """By split: the last step."""
+        self._live_since = self._live_due = 0.0
 
-    def catch_up(self, log: MetricLog, status: Status) -> int:
+    def catch_up(self, log: MetricLog, look: Look) -> int:
         """See `Follower`."""
         done = set(self._storage.list(TRAIN_STEPS))
-        missing = [cell for cell in log.cells() if _file(cell) not in done]
+        missing = [cell for cell in look.cells if _file(cell) not in done]
         for cell in missing:
-            rows = log.rows(cell)
-            for split in [*sorted({row.split for row in rows} - {TRAIN_STEPS}), TRAIN_STEPS]:
-                data = events(row for row in rows if row.split == split)
-                self._storage.replace(f"{split}/{_file(cell)}", data)
+            for split, rows in by_split(log.rows(cell)).items():
+                self._storage.replace(f"{split}/{_file(cell)}", events(rows))
+        self._show_live(look.live, is_over=look.status == "finished", is_running=look.status == "running")
         return len(missing)
 
+    def _show_live(self, live: LiveRows, *, is_over: bool, is_running: bool) -> None:
+        folder, now = None if is_over else f"{LIVE}{live.cell:06d}", monotonic()
+        if folder != self._live_folder:
+            for name in self._storage.list():
+                if name.startswith(LIVE) and name != folder:
+                    self._storage.delete_folder(name)
+            there = [self._storage.list(f"{folder}/{split}") for split in self._storage.list(folder)] if folder else []
+            self._live_files = max(map(len, there), default=0)
+            self._live_folder, self._live_attempt = folder, 0
+            self._live_since = self._live_due = now
+        if not live.rows or (is_running and live.attempt == self._live_attempt and now < self._live_due):
+            return
+        begins = live.attempt != self._live_attempt
+        if begins:
+            self._live_shown = {}
+        for split, rows in by_split(live.rows).items():
+            new = [row for row in rows if row.step > self._live_shown.get(split, -1)]
+            if new:
+                data = events(new, begin_at=live.first_step if begins else None)
+                self._storage.replace(f"{folder}/{split}/{_file(self._live_files)}", data)
+                self._live_shown[split] = new[-1].step
+        self._live_files += 1
+        self._live_attempt = live.attempt
+        self._live_due = now + (now - self._live_since) / LIVE_SHARE
 
-def _file(cell: int) -> str:
-    return f"events.out.tfevents.{cell:06d}"
+
+def _file(number: int) -> str:
+    return f"events.out.tfevents.{number:06d}"
 
 
-def events(rows: Iterable[Row]) -> bytes:
-    """An event file: its version, then one event a row with all of the row's values. About 6 us a value."""
-    from tensorboardX.proto.event_pb2 import Event
+def events(rows: Iterable[Row], *, begin_at: int | None = None) -> bytes:
+    """An event file: its version, then one event a row with all of the row's values. About 6 us a value.
+
+    begin_at: forget all from this step on that files before it said.
+    """
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.proto.summary_pb2 import Summary
     from tensorboardX.record_writer import masked_crc32c
 
@@ -56,6 +96,9 @@ def events(rows: Iterable[Row]) -> bytes:
 
     given = list(rows)
     records = [record(Event(wall_time=given[0].time if given else 0.0, file_version="brain.Event:2"))]
+    if begin_at is not None:
+        session = SessionLog(status=SessionLog.START)
+        records.append(record(Event(wall_time=given[0].time, step=begin_at, session_log=session)))
     for row in given:
         values = [Summary.Value(tag=name, simple_value=value) for name, value in row.values.items()]
         records.append(record(Event(wall_time=row.time, step=row.step, summary=Summary(value=values))))

@@ -9,9 +9,10 @@ from functools import cached_property
 
 from pipeline.job import Job, Phase
 
+FIRST_CELL_STEPS = 10
 MIN_CELL_STEPS = 100
 MAX_CELLS = 128
-"""A run's metric log has about so many files at most."""
+"""A run's metric log has about so many files at most: this, and a few small ones at its start."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Plan:
 
     @property
     def cell_steps(self) -> int:
-        """Steps whose rows share a file of the metric log."""
+        """Steps whose rows share a file of the metric log, once its cells have grown to their full size."""
         return max(MIN_CELL_STEPS, -(-self.phase_ends[-1] // MAX_CELLS))
 
     def phase_steps(self, phase: Phase) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pipeline.errors import BusyError, SupersededError
 from pipeline.record import decisions, lock, spool
-from pipeline.record.checkpoint import Base, Checkpoint, first_valid
+from pipeline.record.checkpoint import Base, Checkpoint, DamagedError, first_valid
 from pipeline.record.entries import Claim, Entry, JournalState, Pair
 from pipeline.record.heartbeat import Heartbeat, interval
 from pipeline.record.run import Run
@@ -62,15 +63,35 @@ class Attempt:
         while not self.run.journal.append(entry):
             taken = self.run.journal.entry(entry.number)
             if taken.nonce != self.nonce:
-                raise SupersededError(
-                    f"attempt {self.number} was taken for dead, and a later one has taken over",
-                    where=self.run.url,
-                    fix="nothing is lost; `trainyard show` says how the run stands",
-                )
+                raise self._superseded()
             # An earlier entry of this attempt, given up when storage was away, did arrive.
             self.state = decisions.apply(self.state, taken)
             entry = replace(entry, number=entry.number + 1, before=self.state)
         self.state = decisions.apply(self.state, entry)
+
+    @contextmanager
+    def reading_base(self) -> Iterator[None]:
+        """While entered, the base is read. One that vanishes may have been deleted by a later attempt.
+
+        Raises
+        ------
+        SupersededError: so it is.
+        DamagedError: it is damaged.
+        """
+        try:
+            yield
+        except DamagedError:
+            last = self.run.journal.state().claim
+            if last is not None and last.attempt > self.number:
+                raise self._superseded() from None
+            raise
+
+    def _superseded(self) -> SupersededError:
+        return SupersededError(
+            f"attempt {self.number} was taken for dead, and a later one has taken over",
+            where=self.run.url,
+            fix="nothing is lost; `trainyard show` says how the run stands",
+        )
 
     def common(self) -> dict[str, Any]:
         """What this attempt's next entry has in common with all others."""

@@ -1,4 +1,4 @@
-"""The metric log: rows as Parquet tables, cut into cells of a fixed number of steps."""
+"""The metric log: rows as Parquet tables, cut into cells, which are stretches of steps that a run's birth fixed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 from pipeline.errors import StorageError
 from pipeline.record.columns import Columns, decode, encode
 
-__all__ = ["Cell", "Columns", "EvaluationRow", "Rows", "StepBlock", "encode"]
+__all__ = ["Cell", "CellLayout", "Columns", "EvaluationRow", "Rows", "StepBlock", "encode"]
 
 MOST_ROWS = 10_000_000
 """Rows that a checkpoint can hold; commits are made long before."""
@@ -24,6 +24,68 @@ StepBlock = Mapping[str, np.ndarray[Any, Any]]
 """Consecutive steps: one array a column, `time` in seconds since 1970. A missing column, or NaN in one of whole
 numbers, is null."""
 EvaluationRow = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CellLayout:
+    """Which steps share a file of the metric log.
+
+    The first cell has `first` steps; each further one has as many as all before it together, and never more than
+    `most`. So a run's first rows lie in a cell soon, and a long run still has few cells. Where `first` is `most`, all
+    cells have the same size, as those of earlier versions.
+
+    Raises
+    ------
+    ValueError: not 1 <= first <= most.
+    """
+
+    first: int
+    most: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.first <= self.most:
+            raise ValueError(f"cells of {self.first} to {self.most} steps")
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> CellLayout:
+        """The one that a run's birth recorded as `first_cell_steps` (absent in runs of earlier versions) and
+        `cell_steps`.
+
+        Raises
+        ------
+        StorageError: it recorded none that can be.
+        """
+        most = facts["cell_steps"]
+        try:
+            return cls(facts.get("first_cell_steps", most), most)
+        except ValueError as error:
+            raise StorageError(str(error), where="job.yaml", fix="restore it") from None
+
+    @property
+    def _growing(self) -> int:
+        """The last cell that is as long as all before it together."""
+        return (self.most // self.first).bit_length()
+
+    def last_step(self, cell: int) -> int:
+        """The last step of a cell."""
+        growing = self._growing
+        return (self.first << min(cell, growing)) + max(0, cell - growing) * self.most
+
+    def first_step(self, cell: int) -> int:
+        """The first step of a cell, from 1 (step 0, which only has evaluations, belongs to cell 0)."""
+        return self.last_step(cell - 1) + 1 if cell else 1
+
+    def cell_of(self, step: int) -> int:
+        """The cell of a step."""
+        growing = self._growing
+        beyond = step - (self.first << growing)
+        if beyond > 0:
+            return growing - (-beyond // self.most)
+        return (-(-max(step, 1) // self.first) - 1).bit_length()
+
+    def complete(self, step: int) -> int:
+        """How many cells have all their steps once training is at `step`."""
+        return self.cell_of(step + 1)
 
 
 @dataclass(frozen=True)
@@ -46,13 +108,13 @@ class Rows:
     Parameters
     ----------
     run, attempt: values of those columns, for the rows that are added.
-    cell_steps: steps of a cell, fixed at the run's birth.
+    layout: of the run's cells, fixed at its birth.
     """
 
-    def __init__(self, run: str, attempt: int, cell_steps: int, columns: Columns) -> None:
+    def __init__(self, run: str, attempt: int, layout: CellLayout, columns: Columns) -> None:
         self._run = run
         self._attempt = attempt
-        self._cell_steps = cell_steps
+        self._layout = layout
         self._step_schema = columns.step_schema()
         self._evaluation_schema = columns.evaluation_schema()
         self.first_cell = 0
@@ -77,7 +139,7 @@ class Rows:
             table.filter(pa.array(~is_step)).select(self._evaluation_schema.names).cast(self._evaluation_schema)
         )
         self.first_cell = first_cell
-        last = first_cell * self._cell_steps + len(self.steps)
+        last = self.first_step - 1 + len(self.steps)
         try:
             self.check(last)
         except (ValueError, OverflowError) as error:
@@ -88,6 +150,11 @@ class Rows:
                 where="rows.parquet of the checkpoint",
                 fix="use another --name",
             )
+
+    @property
+    def first_step(self) -> int:
+        """The first step that is not in a complete cell in storage."""
+        return self._layout.first_step(self.first_cell)
 
     def add(self, blocks: Sequence[StepBlock], evaluations: Sequence[EvaluationRow]) -> None:
         """Take further rows.
@@ -112,7 +179,7 @@ class Rows:
         ------
         ValueError: otherwise.
         """
-        first = self.first_cell * self._cell_steps + 1
+        first = self.first_step
         steps = self.steps["step"].to_numpy()
         if not np.array_equal(steps, np.arange(first, step + 1)):
             raise ValueError(f"a commit at step {step} needs every row from step {first} on, once and in order")
@@ -133,24 +200,25 @@ class Rows:
 
     def cells(self, step: int, *, end: bool) -> Iterator[Cell]:
         """Cells that a commit at `step` completes, ascending; at the end the incomplete last one too."""
-        count = max(1, -(-step // self._cell_steps)) if end else step // self._cell_steps
+        layout, offset = self._layout, self.first_step
+        count = layout.cell_of(step) + 1 if end else layout.complete(step)
         at = self.evaluations["step"].to_numpy()
         for index in range(self.first_cell, count):
-            first = index * self._cell_steps + 1
-            begin, stop = np.searchsorted(at, [first if index else 0, first + self._cell_steps])
-            offset = first - self.first_cell * self._cell_steps - 1
+            first, last = layout.first_step(index), layout.last_step(index)
+            begin, stop = np.searchsorted(at, [first if index else 0, last + 1])
             yield Cell(
                 index,
-                self.steps.slice(offset, self._cell_steps),
+                self.steps.slice(first - offset, last - first + 1),
                 self.evaluations.slice(int(begin), int(stop - begin)),
             )
 
     def drop(self, step: int) -> None:
         """Forget the complete cells up to `step`: they are in storage."""
-        first_cell = max(self.first_cell, step // self._cell_steps)
-        offset = (first_cell - self.first_cell) * self._cell_steps
+        first_cell = max(self.first_cell, self._layout.complete(step))
+        first = self._layout.first_step(first_cell)
+        offset = first - self.first_step
         at = self.evaluations["step"].to_numpy()
-        begin = int(np.searchsorted(at, first_cell * self._cell_steps + 1)) if first_cell else 0
+        begin = int(np.searchsorted(at, first)) if first_cell else 0
         # Copies, for a slice would hold on to all the rows that it was cut from.
         self.steps = _copied(self.steps.slice(offset))
         self.evaluations = _copied(self.evaluations.slice(begin))

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from pipeline.errors import NotFiniteError, StorageError, StorageLostError, TrainyardError
-from pipeline.record import spool
+from pipeline.record import live, spool
 from pipeline.record.attempt import Attempt
-from pipeline.record.cells import Columns, EvaluationRow, StepBlock
+from pipeline.record.cells import CellLayout, Columns, EvaluationRow, StepBlock
+from pipeline.record.heartbeat import interval
 from pipeline.record.writer import Snapshot, Writer
 from pipeline.watchdog import waits_for
 
@@ -18,6 +19,8 @@ __all__ = ["Recorder", "Snapshot", "complete"]
 
 REST = 100
 """After a commit, so many times its cost pass before the next that may wait: bookkeeping costs under 1 %."""
+LIVE_REST = 20
+"""After the live rows were replaced, so many times what that took pass before they are again."""
 LAST_WORD_S = 1.0
 """How long a leave waits for storage that was lost already."""
 MOST_ROWS = 200_000
@@ -36,18 +39,24 @@ class Recorder:
     `spool`), `must_commit` asks for one of the present, and `commit` saves that in its place and raises the error,
     which says where it lies.
 
+    Between commits it replaces the live rows (see `live`): twice in a heartbeat's interval, once where storage is far.
+    Commits stay as rare as the job wants them, also at the start.
+
     Parameters
     ----------
     attempt: this process' claim on the run.
-    cell_steps: steps of a cell of the metric log, as fixed at the run's birth.
     keep: pairs of a checkpoint and its best that stay.
     columns: what is logged besides the usual; default: what the run's birth recorded.
     """
 
-    def __init__(self, attempt: Attempt, *, cell_steps: int, keep: int, columns: Columns | None = None) -> None:
-        chosen = columns if columns is not None else Columns.from_facts(attempt.run.facts())
+    def __init__(self, attempt: Attempt, *, keep: int, columns: Columns | None = None) -> None:
+        facts = attempt.run.facts()
+        layout, chosen = CellLayout.from_facts(facts), columns if columns is not None else Columns.from_facts(facts)
         self._attempt = attempt
-        self._writer = Writer(attempt, cell_steps=cell_steps, keep=keep, columns=chosen)
+        self._writer = Writer(attempt, layout=layout, keep=keep, columns=chosen)
+        self._live = live.LiveWriter(attempt.run, attempt.number, layout, chosen)
+        self._live_s = interval() / (1 if attempt.run.storage.backend.far else 2)
+        self._live_due = time.monotonic() + self._live_s
         self._blocks: list[StepBlock] = []
         self._evaluations: list[EvaluationRow] = []
         self._waiting = 0
@@ -61,17 +70,19 @@ class Recorder:
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="trainyard-recorder", daemon=True)
         self._thread.start()
-        self._hand_over(lambda: self._unless_lost(self._writer.begin))
+        self._hand_over(self._begin)
 
     def steps(self, rows: StepBlock) -> None:
         """A block of consecutive steps, one array a column: epoch, step, loss, correct, lr, samples, seconds, time
         (seconds since 1970), and the run's own columns. The recorder keeps the arrays."""
         self._blocks.append(rows)
+        self._live.steps(rows)
         self._waiting += len(rows["step"])
 
     def evaluation(self, row: EvaluationRow) -> None:
         """One evaluation of one split, at the step of the last row of steps."""
         self._evaluations.append(row)
+        self._live.evaluation(row)
 
     def may_commit(self, *, is_late: bool = False) -> bool:
         """Whether a commit now keeps bookkeeping under its share: none is under way, and the last one's cost has long
@@ -99,6 +110,10 @@ class Recorder:
         def work() -> None:
             began = time.monotonic()
             self._unless_lost(lambda: self._writer.commit(snapshot, blocks, evaluations))
+            if snapshot.end:
+                self._live.close()
+            else:
+                self._live.drop(self._writer.rows)
             ended = time.monotonic()
             self.commit_s = ended - began
             self._rest_until = ended + REST * self.commit_s
@@ -134,6 +149,8 @@ class Recorder:
         def work() -> None:
             self._writer.rows.add(blocks, evaluations)  # for the row that was not finite
             self._writer.leave(status, error, step)
+            if self._live.has_new_rows:  # they tell how it came to this
+                self._live.write()
 
         self._error = None
         self._hand_over(work)
@@ -168,6 +185,10 @@ class Recorder:
         if self._error is not None:
             raise self._error
 
+    def _begin(self) -> None:
+        self._unless_lost(self._writer.begin)
+        self._live.begin(self._writer.rows)
+
     def _unless_lost(self, job: Callable[[], None]) -> None:
         """What the writer does; where storage is lost, its last snapshot is saved on this machine."""
         try:
@@ -197,18 +218,24 @@ class Recorder:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while self._job is None and not self._closed:
-                    self._changed.wait()
-                if self._job is None:
-                    return
+                self._changed.wait_for(lambda: self._job or self._closed, max(0.0, self._live_due - time.monotonic()))
                 job = self._job
+                if job is None and self._closed:
+                    return
             try:
-                job()
+                (job or self._write_live)()
             except BaseException as error:  # handed to the training thread, whatever it is
                 self._error = error
-            with self._changed:
-                self._job = None
-                self._changed.notify_all()
+            if job is not None:
+                with self._changed:
+                    self._job = None
+                    self._changed.notify_all()
+
+    def _write_live(self) -> None:
+        began = time.monotonic()
+        self._live.write()
+        ended = time.monotonic()
+        self._live_due = ended + max(self._live_s, LIVE_REST * (ended - began))
 
 
 def complete(attempt: Attempt, keep: int = 1) -> None:
@@ -216,10 +243,12 @@ def complete(attempt: Attempt, keep: int = 1) -> None:
     it. `keep`: pairs that stay, where that end was saved on this machine only and is committed now."""
     facts: dict[str, Any] = attempt.run.facts()
     try:
-        writer = Writer(attempt, cell_steps=facts["cell_steps"], keep=keep, columns=Columns.from_facts(facts))
+        layout, columns = CellLayout.from_facts(facts), Columns.from_facts(facts)
+        writer = Writer(attempt, layout=layout, keep=keep, columns=columns)
         if attempt.spooled is not None:
             writer.begin()
         else:
             writer.complete()
+        live.remove(attempt.run)
     finally:
         attempt.close()

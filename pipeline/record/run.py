@@ -227,6 +227,7 @@ _FACTS: dict[str, tuple[type, ...]] = {
     "total_steps": (int, type(None)),
     "steps_per_epoch": (int,),
     "cell_steps": (int,),
+    "first_cell_steps": (int,),
     "columns": (dict,),
 }
 """Types of the facts that every run has; others may stand beside them."""

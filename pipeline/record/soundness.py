@@ -5,14 +5,16 @@ A resume checks the checkpoint that it goes on from, byte for byte, and writes a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
 
 from pipeline.errors import StorageError
+from pipeline.record.cells import CellLayout
 from pipeline.record.checkpoint import Checkpoint, DamagedError
 from pipeline.record.columns import Columns, decode
-from pipeline.record.entries import JournalState
+from pipeline.record.entries import Commit, JournalState
 from pipeline.record.run import RESULT, VIEW, Run
 from pipeline.record.saving import FOLDER, MANIFEST
 from pipeline.record.standing import view_file
@@ -20,24 +22,35 @@ from pipeline.record.values import from_json
 from pipeline.record.writer import EVALUATIONS, STEPS, result_file
 
 REPAIR = "the same train command writes it again"
+MOST_CELLS = 10_000
+"""A run has fewer than 200, unless somebody has altered what it says of itself."""
 MOST_ROWS_A_STEP = 100
 """Rows of evaluations in a cell are at most so many times its steps: one for each split that is evaluated."""
 
 
-def damage(run: Run) -> list[str]:
-    """What is missing or damaged, one line each; the files of checkpoints are looked for, and only a resume reads them.
+def damage(run: Run, *, every_file: bool = False) -> list[str]:
+    """What is missing or damaged, one line each.
 
-    The cells are read whole, a few bytes a step: nothing less would find a flipped bit.
+    Files of the metric log and of checkpoints are looked for by name, and the log's last cell is read, so the cost does
+    not grow with the run.
+
+    Parameters
+    ----------
+    every_file: read all cells and all kept checkpoints too, for nothing less would find a flipped bit.
 
     Raises
     ------
     StorageError: the journal or `job.yaml` itself cannot be used.
     """
     state = run.journal.state()
-    found = [*_journal(run), *_cells(run, state), *_checkpoints(run, state), *_end(run, state)]
+    found = [*_journal(run), *_end(run, state)]
+    if state.commit is not None:
+        checkpoints, damaged = _checkpoints(run, state.commit, every_file)
+        published = max((one.first_cell for one in checkpoints), default=0)
+        found = [*_cells(run, state, published, every_file), *damaged, *found]
     if not found or run.journal.state().number == state.number:
         return found
-    return damage(run)  # it went on meanwhile: what was deleted had its time
+    return damage(run, every_file=every_file)  # it went on meanwhile: what was deleted had its time
 
 
 def _journal(run: Run) -> Iterator[str]:
@@ -48,51 +61,71 @@ def _journal(run: Run) -> Iterator[str]:
         yield f"journal/{number:08d}.json is missing, though later ones are there"
 
 
-def _cells(run: Run, state: JournalState) -> list[str]:
-    facts = run.facts()
-    size = int(facts["cell_steps"])
-    last, is_over = state.published_step, False
-    commit = state.commit
-    if commit is not None and commit.end and run.view().get("status") == "finished":  # written after its cells
-        last, is_over = commit.step, True
-    count = max(1, -(-last // size)) if is_over else last // size
-    columns = Columns.from_facts(facts)
-    schemas = {EVALUATIONS: columns.evaluation_schema(), STEPS: columns.step_schema()}
+def _cells(run: Run, state: JournalState, published: int, every_file: bool) -> list[str]:
+    """Cells of the log that are missing or damaged.
 
-    def look(cell: tuple[str, int]) -> str:
-        table, index = cell
+    Parameters
+    ----------
+    published: cells that were there for certain when the newest checkpoint was made.
+    """
+    facts, commit = run.facts(), state.commit
+    assert commit is not None
+    layout, columns = CellLayout.from_facts(facts), Columns.from_facts(facts)
+    schemas = {STEPS: columns.step_schema(), EVALUATIONS: columns.evaluation_schema()}
+    there = {table: set(run.storage.list(table)) for table in schemas}  # a cell's steps are written last
+    numbers = [int(name[:-8]) for name in there[STEPS] if re.fullmatch(r"[0-9]{6,9}\.parquet", name)]
+    count = max([published, layout.complete(state.published_step), *(number + 1 for number in numbers)])
+    if commit.end and run.view().get("status") == "finished":  # written after its cells
+        count = layout.cell_of(commit.step) + 1
+    count = min(count, MOST_CELLS)
+
+    def look(cell: tuple[int, str]) -> str:
+        index, table = cell
         path = f"{table}/{index:06d}.parquet"
-        first = index * size + 1
-        end = min(first + size - 1, last)
+        first, end = layout.first_step(index), layout.last_step(index)
+        if commit.end:
+            end = min(end, commit.step)
         try:
-            rows = decode(run.storage.read(path), schemas[table], MOST_ROWS_A_STEP * (size + 1), path)
+            rows = decode(run.storage.read(path), schemas[table], MOST_ROWS_A_STEP * (layout.most + 1), path)
         except FileNotFoundError:
             return f"{path} is missing"
         except StorageError as error:
             return f"{path} is damaged ({error.what})"
         steps = rows["step"].to_numpy()
         if table == STEPS:
-            is_right = np.array_equal(steps, np.arange(first, end + 1))
+            is_right = len(steps) == end - first + 1 and np.array_equal(steps, np.arange(first, end + 1))
         else:
             is_right = bool(np.all((steps >= (first if index else 0)) & (steps <= end)))
         return "" if is_right else f"{path} is damaged (its steps are not {first} to {end})"
 
-    looked = run.storage.each(look, [(table, index) for index in range(count) for table in schemas])
-    return [line for line in looked if line]
+    named = [(index, table) for index in range(count) for table in (EVALUATIONS, STEPS)]
+    missing = {(index, table) for index, table in named if f"{index:06d}.parquet" not in there[table]}
+    read = [cell for cell in named if cell not in missing and (every_file or cell[0] == count - 1)]
+    lines = dict(zip(read, run.storage.each(look, read), strict=True))
+    lines |= {(index, table): f"{table}/{index:06d}.parquet is missing" for index, table in missing}
+    return [lines[cell] for cell in named if lines.get(cell)]
 
 
-def _checkpoints(run: Run, state: JournalState) -> Iterator[str]:
-    commit = state.commit
-    names = {name for pair in commit.kept for name in pair if name is not None} if commit is not None else set()
-    for name in sorted(names):
+def _checkpoints(run: Run, commit: Commit, every_file: bool) -> tuple[list[Checkpoint], list[str]]:
+    """The kept checkpoints that have a manifest, newest first, and a line for each fault of any of them."""
+    checkpoints, lines = [], []
+    for name in dict.fromkeys(name for pair in commit.kept for name in pair if name is not None):
         folder = f"{FOLDER}/{name}"
         try:
             checkpoint = Checkpoint(run, name)
         except DamagedError as error:
-            yield f"{folder}/{MANIFEST}: {error.what}"
+            lines.append(f"{folder}/{MANIFEST}: {error.what}")
             continue
+        checkpoints.append(checkpoint)
         there = set(run.storage.list(folder))
-        yield from (f"{folder}/{file} is missing" for file in checkpoint.files if file not in there)
+        missing = [file for file in checkpoint.files if file not in there]
+        lines += [f"{folder}/{file} is missing" for file in missing]
+        if every_file and not missing:
+            try:
+                checkpoint.verify()
+            except DamagedError as error:
+                lines.append(f"{folder}: {error.what}")
+    return checkpoints, lines
 
 
 def _end(run: Run, state: JournalState) -> Iterator[str]:

@@ -11,7 +11,7 @@ from pipeline.errors import NotFiniteError, TrainyardError
 from pipeline.learn.words import divergence_advice
 from pipeline.record import decisions, saving, spool
 from pipeline.record.attempt import Attempt
-from pipeline.record.cells import Cell, Columns, EvaluationRow, Rows, StepBlock, encode
+from pipeline.record.cells import Cell, CellLayout, Columns, EvaluationRow, Rows, StepBlock, encode
 from pipeline.record.drafts import Drafter, json_file, with_best_of
 from pipeline.record.entries import BestSoFar, Commit, Leave, Pair
 from pipeline.record.run import RESULT, Run
@@ -30,13 +30,13 @@ class Writer:
 
     Parameters
     ----------
-    cell_steps: steps of a cell, as fixed at the run's birth.
+    layout: of the run's cells, as fixed at its birth.
     keep: pairs of a checkpoint and its best that stay.
     """
 
-    def __init__(self, attempt: Attempt, *, cell_steps: int, keep: int, columns: Columns) -> None:
+    def __init__(self, attempt: Attempt, *, layout: CellLayout, keep: int, columns: Columns) -> None:
         self.attempt = attempt
-        self.rows = Rows(attempt.run.name, attempt.number, cell_steps, columns)
+        self.rows = Rows(attempt.run.name, attempt.number, layout, columns)
         self._drafter = Drafter(attempt.run.name, attempt.number, self.rows)
         self._keep = keep
         self._best = attempt.base.best if attempt.base is not None else None
@@ -55,7 +55,9 @@ class Writer:
         earlier attempt saved on this machine becomes the first commit."""
         base = self.attempt.base
         if base is not None:
-            self.rows.load(base.rows(), base.first_cell, base.step)
+            with self.attempt.reading_base():
+                rows = base.rows()
+            self.rows.load(rows, base.first_cell, base.step)
             self.has_rows = self.attempt.spooled is None
             self._publish(base.step, end=base.end)
         write_view(self._run, self.attempt.state, "running")
@@ -146,7 +148,9 @@ class Writer:
         assert commit is not None
         assert base.end
         assert commit.checkpoint == base.name
-        self.rows.load(base.rows(), base.first_cell, base.step)
+        with self.attempt.reading_base():
+            rows = base.rows()
+        self.rows.load(rows, base.first_cell, base.step)
         self._follow(commit)
 
     def leave(self, status: Literal["interrupted", "failed"], error: BaseException | None, step: int) -> None:

@@ -185,7 +185,7 @@ class _Told:
         try:
             self._follower = self._follower or make(self.name, log)
             self.where = self._follower.where
-            self.cells += self._follower.catch_up(log, status)
+            self.cells += self._follower.catch_up(log, log.look(status))
         except InputError as error:
             if not self.lenient:
                 raise

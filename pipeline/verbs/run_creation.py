@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import InputError
 from pipeline.job import Job, digest, identity, plain_name
 from pipeline.job_file import dump_job, parse_job
+from pipeline.learn.plan import FIRST_CELL_STEPS
 from pipeline.own_code import UserCode, changed
 from pipeline.record.attempt import peek
 from pipeline.record.columns import Columns
@@ -122,6 +123,7 @@ class RunCreation:
             "total_steps": plan.last_step,
             "steps_per_epoch": plan.steps_per_epoch,
             "cell_steps": plan.cell_steps,
+            "first_cell_steps": FIRST_CELL_STEPS,
             "columns": Columns.of_job(job, prepared.fitted.outputs).to_json(),
             "splits": splits_digest(splits),
             **({"code": code.digests} if code.files else {}),

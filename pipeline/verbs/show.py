@@ -65,8 +65,12 @@ def runs(storage: str | None = None) -> tuple[str, list[Listed], dict[str, str]]
     return root.url, _listed([seen for seen in looked.values() if isinstance(seen, _Seen)]), unreadable
 
 
-def show(run: str, storage: str | None = None) -> Standing:
+def show(run: str, storage: str | None = None, *, verify: bool = False) -> Standing:
     """The standing of one run, and what of its directory is missing or damaged.
+
+    Parameters
+    ----------
+    verify: read every file of the metric log and of the kept checkpoints; else the cost is the same at any length.
 
     Raises
     ------
@@ -78,7 +82,7 @@ def show(run: str, storage: str | None = None) -> Standing:
         return how
     from pipeline.record.soundness import damage  # pyarrow: half a second that `runs` does not need
 
-    return replace(how, damaged=tuple(damage(found)))
+    return replace(how, damaged=tuple(damage(found, every_file=verify)))
 
 
 def _listed(seen: Sequence[_Seen]) -> list[Listed]:

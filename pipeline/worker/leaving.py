@@ -54,7 +54,7 @@ def _say_for_the_dead(run: Run, order: Order, error: TrainyardError) -> None:
     whole = run.journal.claims([last.number])[0] or last
     attempt = claim(run, driver=order.driver, facts=whole.facts, dead=last.attempt)
     try:
-        recorder = Recorder(attempt, cell_steps=run.facts()["cell_steps"], keep=order.job.checkpoint.keep)
+        recorder = Recorder(attempt, keep=order.job.checkpoint.keep)
         recorder.leave(status, error, attempt.highest_step)
         recorder.close()
     finally:

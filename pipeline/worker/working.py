@@ -103,16 +103,14 @@ def _attempt(order: Order, context: Context, prepared: Prepared, run: Run) -> Po
         start = context.broadcast(_start(attempt, prepared.job.checkpoint.keep))
         if start.is_over:
             return start.position
-        return _lead(prepared, built, context, start, attempt, facts["cell_steps"])
+        return _lead(prepared, built, context, start, attempt)
     finally:
         attempt.close()
 
 
-def _lead(
-    prepared: Prepared, built: Built, context: Context, start: Start, attempt: Attempt, cell_steps: int
-) -> Position:
+def _lead(prepared: Prepared, built: Built, context: Context, start: Start, attempt: Attempt) -> Position:
     """Rank 0's part: train, keep the record, and see it through."""
-    recorder = Recorder(attempt, cell_steps=cell_steps, keep=prepared.job.checkpoint.keep)
+    recorder = Recorder(attempt, keep=prepared.job.checkpoint.keep)
     bookkeeper = Bookkeeper(context, built.trainee, prepared.plan, recorder, attempt, prepared.fitted.to_json())
     try:
         with leaving_word(recorder, bookkeeper):
@@ -203,7 +201,8 @@ def _start(attempt: Attempt, keep: int) -> Start:
     if base.end:
         complete(attempt, keep)
         return Start(position, bounds, is_over=True)
-    return Start(position, bounds, base.weights(), base.state(), attempt=attempt.number)
+    with attempt.reading_base():
+        return Start(position, bounds, base.weights(), base.state(), attempt=attempt.number)
 
 
 def _position(base: Base) -> Position:

@@ -33,7 +33,7 @@ def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Attempt
     """An attempt at step 57, of which 20 steps are saved."""
     monkeypatch.setenv("TRAINYARD_HEARTBEAT_S", "0.05")
     attempt = claim(born(str(tmp_path / "runs")), driver="d", facts=FACTS)
-    recorder = Recorder(attempt, cell_steps=100, keep=2)
+    recorder = Recorder(attempt, keep=2)
     recorder.steps(block(1, 20))
     recorder.commit(snapshot(20, best=20))
     recorder.finish()
@@ -52,7 +52,7 @@ def lines(attempt: Attempt, later_s: float = 0) -> list[str]:
 
 
 def leave(attempt: Attempt, status: Literal["interrupted", "failed"], error: Exception | None) -> None:
-    recorder = Recorder(attempt, cell_steps=100, keep=2)
+    recorder = Recorder(attempt, keep=2)
     recorder.leave(status, error, 57)
     recorder.close()
 

@@ -44,6 +44,7 @@ def test_every_reader_sees_every_step_once(trainyard: Trainyard, tmp_path: Path)
     steps, evals = run / "metrics/steps", run / "metrics/evals"
     assert pd.read_parquet(steps).sort_values("step")["step"].tolist() == list(range(1, 25))
     assert ds.dataset(steps).to_table().num_rows == 24
+    assert [len(pd.read_parquet(path)) for path in sorted(steps.iterdir())] == [10, 10, 4], "small files first"
     assert pl.read_parquet(steps / "*.parquet")["samples"].sum() == 3 * 800
     rows = duckdb.connect().execute(f"select step, split, loss from '{evals}/*.parquet' order by step").fetchall()
     assert [(step, split) for step, split, _ in rows] == [(0, "val"), (8, "val"), (16, "val"), (24, "val")]

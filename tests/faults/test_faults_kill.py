@@ -200,7 +200,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def nursery(folder: Path) -> Iterator[Nursery]:
-    nursery = Nursery(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRAINYARD_HEARTBEAT_S", "0.1")  # so that live rows are written too
+        nursery = Nursery(folder)
     yield nursery
     nursery.close()
 

@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.record import live
 from pipeline.record.attempt import claim
+from pipeline.record.columns import Columns
 from pipeline.record.recorder import Recorder
 from pipeline.record.run import Run
-from tests.record.record_parts import CELL, block, born, evaluation, snapshot
+from tests.faults.fault_evidence import wait_for
+from tests.record.record_parts import block, born, evaluation, snapshot
 
 
 class Trained:
@@ -25,7 +28,7 @@ class Trained:
         self.run: Run = born(url)
         self.step = 0
         self._attempt = claim(self.run, driver="d", facts={})
-        self._recorder = Recorder(self._attempt, cell_steps=CELL, keep=2)
+        self._recorder = Recorder(self._attempt, keep=2)
         self._recorder.evaluation(evaluation(0, loss=0.7))
 
     def to(self, step: int, *, end: bool = False) -> Trained:
@@ -38,6 +41,35 @@ class Trained:
         if end:
             self.close()
         return self
+
+    def on(self, step: int) -> Trained:
+        """Train on without a commit, until the live rows show it. (`often` makes that soon.)"""
+        self._recorder.steps(block(self.step + 1, step))
+        self._recorder.evaluation(evaluation(step, loss=1 / step))
+        self.step = step
+        self.wait_for_live_rows()
+        return self
+
+    def resumed(self) -> Trained:
+        """Another attempt, after this one was killed."""
+        self.close()
+        again = Trained.__new__(Trained)
+        again.run = self.run
+        again._attempt = claim(self.run, driver="d", facts={}, dead=self._attempt.number)
+        again._recorder = Recorder(again._attempt, keep=2)
+        again.step = again._attempt.base.step if again._attempt.base is not None else 0
+        again.wait_for_live_rows()
+        return again
+
+    def wait_for_live_rows(self) -> None:
+        """Until the live rows show what this attempt did last."""
+
+        def shown() -> bool:
+            rows = live.read(self.run, Columns())
+            last = rows.steps["step"][-1].as_py() if rows is not None and len(rows.steps) else 0
+            return rows is not None and (rows.attempt, last) == (self._attempt.number, self.step)
+
+        wait_for(shown, 60, "live rows")
 
     def close(self) -> None:
         """Let go of the run."""

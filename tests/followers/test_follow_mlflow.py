@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import WorkError
-from pipeline.followers.to_mlflow import POSITION, flat
+from pipeline.followers import MetricLog
+from pipeline.followers.to_mlflow import POSITION, ToMlflow, flat
 from pipeline.verbs.follow import follow
 from tests.faults.fault_evidence import wait_for
 from tests.followers.followed_runs import Trained, free_port, mlflow_server
@@ -26,6 +27,7 @@ def test_each_value_once_with_the_jobs_parameters_and_the_runs_outcome(
 ) -> None:
     """Into MLflow's own store without a server before it."""
     url, store = str(tmp_path / "runs"), f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("TRAINYARD_HEARTBEAT_S", "0.05")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     trained = Trained(url).to(250)
     assert follow("run", to=["mlflow"], storage=url, once=True).cells == {"mlflow": 2}
@@ -36,6 +38,13 @@ def test_each_value_once_with_the_jobs_parameters_and_the_runs_outcome(
     assert run.data.params["train.phases.0.lr"] == "0.5"
     assert run.data.tags["trainyard.url"] == trained.run.url
 
+    trained.on(280)
+    for _ in range(2):
+        follow("run", to=["mlflow"], storage=url, once=True)
+        assert steps_of(client, "loss") == list(range(1, 201)), "what is exact stays apart"
+        assert steps_of(client, "live/loss") == list(range(201, 281)), "each once, though it was sent twice"
+        assert steps_of(client, "live/val/loss") == [250, 280]
+
     trained.to(320, end=True)
     follow("run", to=["mlflow"], storage=url)
     client.set_tag(run.info.run_id, POSITION, "1/100")  # as after a kill, or a reply that was lost
@@ -43,7 +52,7 @@ def test_each_value_once_with_the_jobs_parameters_and_the_runs_outcome(
     assert only_run(client).info.status == "FINISHED"
     assert steps_of(client, "loss") == list(range(1, 321))
     history = client.get_metric_history(run.info.run_id, "val/loss")
-    moments = [(step, 1_800_000_000_000 + 1000 * step) for step in (0, 250, 320)]
+    moments = [(step, 1_800_000_000_000 + 1000 * step) for step in (0, 250, 280, 320)]
     assert [(one.step, one.timestamp) for one in history] == moments
 
 
@@ -76,6 +85,30 @@ def test_a_server_that_is_away_is_one_warning_and_knows_all_when_it_is_back(
         follow("run", to=["mlflow"], storage=url, once=True)
     assert raised.value.exit_code == 1
     assert SECRET not in str(raised.value)
+
+
+def test_live_rows_are_sent_as_they_come_and_again_where_a_resume_took_them_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, store = str(tmp_path / "runs"), f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("TRAINYARD_HEARTBEAT_S", "0.05")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    trained = Trained(url).on(20)
+    log = MetricLog(trained.run)
+    follower, client = ToMlflow(log), mlflow.MlflowClient(store)
+    assert follower.catch_up(log, log.look("running")) == 0
+    assert steps_of(client, "live/loss") == list(range(1, 21))
+    trained.on(30)
+    follower.catch_up(log, log.look("running"))
+    assert steps_of(client, "live/loss") == list(range(1, 31))
+    again = trained.resumed()  # from step 0, for there was no commit
+    again.on(25)
+    follower.catch_up(log, log.look("running"))
+    assert sorted(set(steps_of(client, "live/loss"))) == list(range(1, 31))
+    assert steps_of(client, "live/val/loss").count(25) == 1
+    again.to(30, end=True)
+    follower.catch_up(log, log.look("finished"))
+    assert steps_of(client, "loss") == list(range(1, 31))
 
 
 def only_run(client: Any) -> Any:

@@ -14,7 +14,8 @@ from torch.optim import lr_scheduler
 
 from pipeline.job import Job
 from pipeline.job_file import build_job
-from pipeline.learn.plan import MAX_CELLS, MIN_CELL_STEPS, Plan
+from pipeline.learn.plan import FIRST_CELL_STEPS, MAX_CELLS, MIN_CELL_STEPS, Plan
+from pipeline.record.cells import CellLayout
 
 
 def plan(rows: int = 10, max_steps: int | None = None, **train: Any) -> Plan:
@@ -137,8 +138,8 @@ def test_epochs_are_counted_whatever_the_batch(rows: int, batch: int | str, epoc
 @given(steps=st.integers(1, 10**7))
 def test_a_metric_log_has_a_bounded_number_of_cells(steps: int) -> None:
     ours = plan(phases=[{"steps": steps, "lr": 1}])
-    assert ours.cell_steps >= MIN_CELL_STEPS
-    assert -(-steps // ours.cell_steps) <= MAX_CELLS
+    assert ours.cell_steps >= MIN_CELL_STEPS > FIRST_CELL_STEPS
+    assert CellLayout(FIRST_CELL_STEPS, ours.cell_steps).cell_of(steps) <= MAX_CELLS + 20
 
 
 @pytest.mark.parametrize("when", [{"every_steps": 3}, {"every_epochs": 2}, {}, {"every_steps": 100}])

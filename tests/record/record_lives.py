@@ -13,18 +13,23 @@ import torch
 
 from pipeline.errors import BusyError
 from pipeline.record.attempt import Attempt, choose_base, take
-from pipeline.record.cells import Columns
+from pipeline.record.cells import CellLayout, Columns
 from pipeline.record.checkpoint import BestSoFar, DamagedError
 from pipeline.record.entries import Claim
+from pipeline.record.live import LiveWriter
+from pipeline.record.live import remove as remove_live_rows
 from pipeline.record.run import Run
 from pipeline.record.writer import Snapshot, Writer
 from pipeline.storage import Storage
 
 TOTAL = 10
-CELL = 3
+CELLS = CellLayout(1, 3)
+"""The log's cells end at steps 1, 2, 4, 7 and 10."""
 KEEP = 2
 EVERY = 2
 """Steps between two evaluations."""
+SHOWN = 3
+"""Steps between two writes of the live rows."""
 
 Files = dict[str, bytes]
 Fate = Literal["done", "refused", "unanswered", "late"]
@@ -257,22 +262,26 @@ def train(life: Life, run: Run, protocol: Faithful) -> None:
     """An attempt as the worker does it: claim, restore, fit, commit, end."""
     template = Claim(number=0, nonce=life.nonce, time="", attempt=0, driver="driver", interval_s=1e-6)
     attempt = protocol.claim(run, template, life.believes)
-    writer = protocol.writer(attempt)
+    writer, live = protocol.writer(attempt), protocol.live_writer(attempt)
     base = attempt.base
     if base is not None and base.end:
         writer.complete()
+        protocol.remove_live_rows(run)
         return
     writer.begin()
+    live.begin(writer.rows)
     step, weight = 0, weight_at(0)
     best: tuple[int, float] | None = None
     best_weight: float | None = None
     blocks, evaluations = [], []
     if base is None:
         evaluations.append(_evaluation(0))
+        live.evaluation(evaluations[-1])
     else:
-        step, weight = base.step, float(base.weights()["weight"])
+        with attempt.reading_base():
+            step, weight, state = base.step, float(base.weights()["weight"]), base.state()
         assert weight == weight_at(step), "the base is not what training left at its step"
-        assert base.state() == {"weight": weight}
+        assert state == {"weight": weight}
         assert base.position == {"step": step}
         if base.best is not None:
             best = (base.best.step, base.best.value)
@@ -280,8 +289,10 @@ def train(life: Life, run: Run, protocol: Faithful) -> None:
         step += 1
         weight = math.fmod(weight * 3.7 + step * 0.123, 1.0)
         blocks.append(_block(step, 1.0 + weight))
+        live.steps(blocks[-1])
         if step % EVERY == 0:
             evaluations.append(_evaluation(step))
+            live.evaluation(evaluations[-1])
             if best is None or evaluation_at(step) < best[1]:
                 best, best_weight = (step, evaluation_at(step)), weight
         bound = protocol.bound(attempt)
@@ -303,8 +314,12 @@ def train(life: Life, run: Run, protocol: Faithful) -> None:
             )
             writer.commit(snapshot, blocks, evaluations)
             blocks, evaluations, best_weight = [], [], None
+            live.drop(writer.rows)
         if end:
+            protocol.remove_live_rows(run)
             return
+        if step % SHOWN == 0:
+            live.write()
 
 
 def _block(step: int, loss: float) -> dict[str, np.ndarray[Any, Any]]:
@@ -325,7 +340,13 @@ class Faithful:
         return attempt
 
     def writer(self, attempt: Attempt) -> Writer:
-        return Writer(attempt, cell_steps=CELL, keep=KEEP, columns=Columns())
+        return Writer(attempt, layout=CELLS, keep=KEEP, columns=Columns())
+
+    def live_writer(self, attempt: Attempt) -> LiveWriter:
+        return LiveWriter(attempt.run, attempt.number, CELLS, Columns())
+
+    def remove_live_rows(self, run: Run) -> None:
+        remove_live_rows(run)
 
     def bound(self, attempt: Attempt) -> int | None:
         return attempt.ended_at

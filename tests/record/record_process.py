@@ -11,12 +11,12 @@ from pipeline.record.attempt import Attempt, claim
 from pipeline.record.recorder import Recorder
 from pipeline.record.run import Run
 from pipeline.storage import Storage
-from tests.record.record_parts import CELL, block, evaluation, snapshot
+from tests.record.record_parts import block, evaluation, snapshot
 
 
 def train(attempt: Attempt) -> None:
     """An attempt to its end, that commits as fast as it can."""
-    recorder = Recorder(attempt, cell_steps=CELL, keep=2)
+    recorder = Recorder(attempt, keep=2)
     step = attempt.base.step if attempt.base is not None else 0
     if step == 0:
         recorder.evaluation(evaluation(0))

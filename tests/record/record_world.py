@@ -8,16 +8,18 @@ from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.record import decisions
+from pipeline.record import decisions, live
 from pipeline.record.attempt import peek
 from pipeline.record.checkpoint import Checkpoint, DamagedError
+from pipeline.record.columns import Columns
 from pipeline.record.entries import Commit, Entry, JournalState, parse_entry
 from pipeline.record.standing import standing
 from pipeline.record.values import from_json
 from tests.record.record_lives import (
-    CELL,
+    CELLS,
     EVERY,
     KEEP,
     TOTAL,
@@ -52,12 +54,14 @@ class World:
         self.protocol = protocol
         self.store = Store()
         self.run = open_run(self.store)
-        self.run.birth("name: run\n", {"total_steps": TOTAL, "cell_steps": CELL})
+        self.run.birth("name: run\n", {"total_steps": TOTAL, "first_cell_steps": CELLS.first, "cell_steps": CELLS.most})
         self.lives: list[Life] = []
         self.journal: dict[int, bytes] = {}
         self.shown: dict[str, int] = {}
         self.tables: dict[bytes, dict[str, list[Any]]] = {}
         self.snapshots: list[list[str]] = []
+        self.live_rows: live.LiveRows | None = None
+        self.live_files: dict[str, Life] = {}
         self.checked = 0
         self.entries: tuple[int, tuple[Entry, ...]] = (0, ())
         self.told = 0
@@ -76,6 +80,8 @@ class World:
             if life.over:
                 break
             asked = life.what if life.writes else ""
+            if "/live/" in asked and asked.startswith("replace"):
+                assert self.live_files.setdefault(asked, life) is life, "two attempts write one file of live rows"
             life.go_on()
             self._look_after(asked)
 
@@ -136,6 +142,7 @@ class World:
         spare = {name for entry in self.ends() for pair in entry.kept for name in pair if name is not None}
         there = {path.split("/")[4] for path in self.store.files if "/checkpoints/" in path}
         assert there <= spare, "retention left what no entry keeps"
+        assert not any("/live/" in path for path in self.store.files), "live rows of a run that is over"
 
     def check(self) -> None:
         if self.checked == self.store.changes:
@@ -175,7 +182,7 @@ class World:
             table = self._table(name)
             steps += table["step"]
             assert [loss_at(step) for step in table["step"]] == table["loss"], "a row is not what training computed"
-            own, whole = table["step"], list(range(index * CELL + 1, index * CELL + CELL + 1))
+            own, whole = table["step"], list(range(CELLS.first_step(index), CELLS.last_step(index) + 1))
             assert own == whole[: len(own)], "a cell holds the wrong steps"
             if own != whole:
                 assert own[-1:] == [state.ended_at], "an incomplete cell before the end"
@@ -191,6 +198,22 @@ class World:
             assert evaluations["loss"] == [evaluation_at(step) for step in expected]
         assert set(self.shown) <= set(names), "a listed file vanished"
         assert len(steps) <= state.highest_step, "a step shows that no commit covers"
+
+    def live_rows_go_on_where_the_cells_end(self) -> None:
+        """Whoever reads the live rows, then the cells, misses none: now, and with those read one request ago."""
+        before, self.live_rows = self.live_rows, live.read(self.run, Columns())
+        held = sum(len(self._table(name)["step"]) for name in self._listed("steps"))
+        for rows in (before, self.live_rows):
+            if rows is None:
+                continue
+            steps = rows.steps.filter(pc.field("step") > held).to_pydict()
+            assert steps["step"] == list(range(held + 1, held + 1 + len(steps["step"]))), "a gap before the live rows"
+            assert steps["loss"] == [loss_at(step) for step in steps["step"]]
+            evaluations = rows.evaluations.filter(pc.field("step") > (held or -1)).to_pydict()
+            first = held + 1 if held else 0
+            expected = [step for step in range(first, max([held, *evaluations["step"]]) + 1) if step % EVERY == 0]
+            assert evaluations["step"] == (expected if evaluations["step"] else []), "a gap before live evaluations"
+            assert evaluations["loss"] == [evaluation_at(step) for step in evaluations["step"]]
 
     def what_is_kept_is_there(self) -> None:
         commits = [entry for entry in self.known() if isinstance(entry, Commit)]
@@ -236,6 +259,8 @@ class World:
             self.what_is_kept_is_there()
         if "/metrics/" in request:
             self.the_log_holds_each_step_once_as_it_was()
+        if "/metrics/steps/" in request or "/live/" in request:
+            self.live_rows_go_on_where_the_cells_end()
         if request.startswith("delete"):
             self.what_is_kept_is_there()
 

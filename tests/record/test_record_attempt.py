@@ -143,7 +143,7 @@ def test_a_stopped_process_is_watched_then_followed_and_finds_itself_superseded(
     output, _ = holder.communicate(timeout=200)
     assert output.splitlines()[-1].startswith("SupersededError 3 attempt 1 was taken for dead")
     assert holder.returncode == 3
-    recorder = Recorder(attempt, cell_steps=100, keep=2)
+    recorder = Recorder(attempt, keep=2)
     recorder.steps(block(attempt.base.step + 1, 1000))
     recorder.commit(snapshot(1000, best=25, end=True))
     recorder.finish()

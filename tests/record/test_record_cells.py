@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 
+from pipeline.errors import StorageError
 from pipeline.job import METRICS
 from pipeline.job_file import build_job
-from pipeline.record.cells import Columns, Rows, encode
+from pipeline.record.cells import CellLayout, Columns, Rows, encode
 from tests.record.record_parts import block, evaluation
 
 EXTRA = Columns(steps={"grad_norm": "float64", "clipped": "bool"}, evaluations={"f1": "float64", "note": "string"})
@@ -34,7 +35,7 @@ def ask(query: str) -> list[Any]:
 
 
 def rows_of(columns: Columns = EXTRA) -> Rows:
-    return Rows("mnist-1", 2, 100, columns)
+    return Rows("mnist-1", 2, CellLayout(100, 100), columns)
 
 
 @pytest.fixture
@@ -174,16 +175,16 @@ def test_a_commit_needs_every_row_once(blocks: list[tuple[int, int]], evaluation
 @settings(max_examples=60, deadline=None)
 @given(
     saves=st.sets(st.integers(1, 60), min_size=1),
-    cell=st.integers(1, 25),
+    cells=st.tuples(st.integers(1, 25), st.integers(1, 25)).map(sorted).map(lambda sizes: CellLayout(*sizes)),
     resumes=st.sets(st.integers(1, 60)),
     evaluated=st.sets(st.integers(0, 60)),
 )
 def test_cells_are_a_function_of_the_steps_alone(
-    saves: set[int], cell: int, resumes: set[int], evaluated: set[int]
+    saves: set[int], cells: CellLayout, resumes: set[int], evaluated: set[int]
 ) -> None:
     """However commits fall, and wherever an attempt goes on from a checkpoint's rows."""
     published: dict[int, tuple[list[int], list[int]]] = {}
-    rows = Rows("run", 1, cell, Columns())
+    rows = Rows("run", 1, cells, Columns())
     before, last = 0, max(saves)
     for step in sorted(saves):
         expected = sorted(at for at in evaluated if before < at <= step or (at == 0 and before == 0))
@@ -193,25 +194,43 @@ def test_cells_are_a_function_of_the_steps_alone(
         for one in rows.cells(step, end=step == last):
             published[one.index] = (one.steps["step"].to_pylist(), one.evaluations["step"].to_pylist())
         if step in resumes:
-            rows = Rows("run", 2, cell, Columns())
+            rows = Rows("run", 2, cells, Columns())
             rows.load(data, first)
             again = {one.index: one.steps["step"].to_pylist() for one in rows.cells(step, end=step == last)}
             assert again == {index: published[index][0] for index in again}
         rows.drop(step)
         before = step
-    assert sorted(published) == list(range(math.ceil(last / cell)))
+    assert sorted(published) == list(range(cells.cell_of(last) + 1))
     for index, (steps, evaluations) in published.items():
-        first = index * cell + 1
-        assert steps == list(range(first, min(first + cell - 1, last) + 1))
-        assert evaluations == [
-            at for at in sorted(evaluated) if at <= last and max(0, math.ceil(at / cell) - 1) == index
-        ]
+        assert steps == list(range(cells.first_step(index), min(cells.last_step(index), last) + 1))
+        assert evaluations == [at for at in sorted(evaluated) if at <= last and cells.cell_of(at) == index]
+
+
+@given(first=st.integers(1, 60), more=st.integers(0, 500))
+def test_cells_follow_each_other_and_double_up_to_their_full_size(first: int, more: int) -> None:
+    cells = CellLayout(first, first + more)
+    end = 0
+    for index in range(40):
+        size = first if index == 0 else min(end, first + more)
+        assert (cells.first_step(index), cells.last_step(index)) == (end + 1, end + size)
+        end += size
+        assert {cells.cell_of(step) for step in range(end - size + 1, end + 1)} == {index}
+        assert (cells.complete(end - 1), cells.complete(end)) == (index, index + 1)
+    assert cells.cell_of(0) == cells.complete(0) == 0
+
+
+def test_a_run_of_an_earlier_version_has_cells_of_one_size() -> None:
+    cells = CellLayout.from_facts({"cell_steps": 7})
+    assert [cells.last_step(index) for index in range(5)] == [7, 14, 21, 28, 35]
+    assert CellLayout.from_facts({"cell_steps": 7, "first_cell_steps": 2}) == CellLayout(2, 7)
+    with pytest.raises(StorageError, match="8 to 7"):
+        CellLayout.from_facts({"cell_steps": 7, "first_cell_steps": 8})
 
 
 def test_rows_keep_the_attempt_that_computed_them() -> None:
-    first = Rows("run", 1, 100, EXTRA)
+    first = Rows("run", 1, CellLayout(100, 100), EXTRA)
     first.add([block(1, 50)], [evaluation(50, note="a")])
-    second = Rows("run", 2, 100, EXTRA)
+    second = Rows("run", 2, CellLayout(100, 100), EXTRA)
     second.load(first.pack(), 0)
     second.add([block(51, 60)], [evaluation(60)])
     assert second.steps["attempt"].to_pylist() == [1] * 50 + [2] * 10

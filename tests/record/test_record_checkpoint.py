@@ -131,7 +131,7 @@ def test_state_that_would_need_code_to_load_is_refused(value: object) -> None:
 def trained(tmp_path: Path) -> tuple[Run, Attempt]:
     run = born(str(tmp_path))
     attempt = claim(run, driver="d", facts={})
-    recorder = Recorder(attempt, cell_steps=100, keep=2)
+    recorder = Recorder(attempt, keep=2)
     for last, best in ((10, 10), (20, 10), (30, 25), (40, 25)):
         recorder.steps(block(last - 9, last))
         extra = {"best_weights": {"0.weight": torch.full((3, 4), 25.0)}} if last == 30 else {}

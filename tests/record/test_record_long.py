@@ -18,7 +18,7 @@ from pipeline.record.standing import standing
 from pipeline.storage import Storage
 from pipeline.storage.remote import RemoteBackend
 from pipeline.verbs.show import runs
-from tests.record.record_parts import CELL, block, born, snapshot
+from tests.record.record_parts import block, born, snapshot
 
 ENTRIES = 20_000
 A_FEW_TENS = 60
@@ -34,7 +34,7 @@ def url() -> Iterator[str]:
     for number in range(2, ENTRIES - 1):
         run.storage.backend.fs.pipe_file(f"{run.storage._root}/journal/{number:08d}.json", b"not to be read")
     attempt.state = replace(attempt.state, number=ENTRIES - 2)
-    recorder = Recorder(attempt, cell_steps=CELL, keep=2)
+    recorder = Recorder(attempt, keep=2)
     recorder.steps(block(1, 20))
     recorder.commit(snapshot(20, best=20))
     recorder.leave("interrupted", None, 20)
@@ -102,7 +102,7 @@ def test_it_is_gone_on_with(url: str, requests: list[str]) -> None:
     assert attempt.base is not None
     assert (attempt.base.step, attempt.highest_step, attempt.state.way) == (20, 20, "eager")
     assert attempt.previous_facts["host"] == "node-7"
-    recorder = Recorder(attempt, cell_steps=CELL, keep=2)
+    recorder = Recorder(attempt, keep=2)
     recorder.leave("interrupted", None, 20)
     recorder.close()
     attempt.close()

@@ -33,7 +33,7 @@ def run(tmp_path: Path) -> Run:
 
 def begin(run: Run, *, keep: int = 2, dead: int | None = None) -> tuple[Attempt, Recorder]:
     attempt = claim(run, driver="d", facts={}, dead=dead)
-    return attempt, Recorder(attempt, cell_steps=100, keep=keep)
+    return attempt, Recorder(attempt, keep=keep)
 
 
 def stop(attempt: Attempt, recorder: Recorder) -> None:
@@ -143,9 +143,8 @@ def test_a_commit_rests_in_proportion_to_its_cost(gate: Gate, gated_run: Run) ->
     stop(attempt, recorder)
 
 
-def test_many_rows_make_a_commit_necessary(run: Run) -> None:
-    attempt = claim(run, driver="d", facts={})
-    recorder = Recorder(attempt, cell_steps=100_000, keep=2)
+def test_many_rows_make_a_commit_necessary(tmp_path: Path) -> None:
+    attempt, recorder = begin(born(str(tmp_path), cell_steps=100_000))
     recorder.finish()  # what it begins with
     recorder.steps(block(1, MOST_ROWS - 1))
     assert not recorder.must_commit()

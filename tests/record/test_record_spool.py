@@ -20,7 +20,7 @@ from pipeline.record.recorder import Recorder, complete
 from pipeline.record.run import Run
 from pipeline.storage import Storage
 from pipeline.storage.local import LocalBackend
-from tests.record.record_parts import CELL, block, born, evaluation, snapshot
+from tests.record.record_parts import block, born, evaluation, snapshot
 
 KEEP = 2
 
@@ -72,7 +72,7 @@ def run_on(road: Road, tmp_path: Path) -> Run:
 
 def begin(run: Run, dead: int | None = None) -> tuple[Attempt, Recorder]:
     attempt = claim(run, driver="d", facts={}, dead=dead)
-    recorder = Recorder(attempt, cell_steps=CELL, keep=KEEP)
+    recorder = Recorder(attempt, keep=KEEP)
     recorder.finish()
     return attempt, recorder
 
@@ -245,7 +245,7 @@ def test_storage_lost_again_while_it_is_taken_up(tmp_path: Path, folder: Path) -
     lost_at(run, road)
     attempt = claim(run, driver="d", facts={}, dead=1)
     road.cut = lambda path: "checkpoints" in path
-    recorder = Recorder(attempt, cell_steps=CELL, keep=KEEP)
+    recorder = Recorder(attempt, keep=KEEP)
     recorder.steps(block(171, 180))
     with pytest.raises(StorageLostError, match="step 180 is saved in"):
         recorder.commit(snapshot(180, best=140))

@@ -48,7 +48,7 @@ def test_a_claim_without_a_heartbeat_yet(run: Run) -> None:
 @pytest.mark.parametrize("status", ["interrupted", "failed"])
 def test_a_leave_says_why(run: Run, status: str) -> None:
     attempt = claim(run, driver="d", facts={})
-    recorder = Recorder(attempt, cell_steps=100, keep=2)
+    recorder = Recorder(attempt, keep=2)
     error = WorkerLostError("worker 1 died") if status == "failed" else None
     recorder.leave(status, error, 0)  # type: ignore[arg-type]
     recorder.close()
@@ -64,7 +64,7 @@ def test_a_leave_says_why(run: Run, status: str) -> None:
 
 def test_one_shape_for_show_and_run_json(run: Run) -> None:
     attempt = claim(run, driver="d", facts={"host": "h", "torch": "2.15"})
-    recorder = Recorder(attempt, cell_steps=100, keep=2)
+    recorder = Recorder(attempt, keep=2)
     recorder.steps(block(1, 20))
     recorder.commit(snapshot(20, best=20))
     recorder.finish()

@@ -12,14 +12,15 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from pipeline.record import decisions, saving
 from pipeline.record.attempt import Attempt, choose_base, take
-from pipeline.record.cells import Cell, Columns, EvaluationRow, StepBlock, encode
+from pipeline.record.cells import Cell, CellLayout, Columns, EvaluationRow, Rows, StepBlock, encode
 from pipeline.record.checkpoint import Checkpoint, DamagedError
 from pipeline.record.entries import Claim, Commit, Entry, JournalState
 from pipeline.record.journal import Journal
+from pipeline.record.live import LiveWriter
 from pipeline.record.run import Run
 from pipeline.record.writer import EVALUATIONS, STEPS, Snapshot, Writer
 from pipeline.storage import faults
-from tests.record.record_lives import CELL, KEEP, Faithful
+from tests.record.record_lives import CELLS, KEEP, Faithful
 from tests.record.record_machine import Machine
 from tests.record.record_sweeps import sweep
 
@@ -30,7 +31,7 @@ class Mutant(Faithful):
     writer_type: type[Writer]
 
     def writer(self, attempt: Attempt) -> Writer:
-        return self.writer_type(attempt, cell_steps=CELL, keep=KEEP, columns=Columns())
+        return self.writer_type(attempt, layout=CELLS, keep=KEEP, columns=Columns())
 
 
 def _with_writer(writer: type[Writer]) -> Faithful:
@@ -49,6 +50,13 @@ class StepsBeforeEvaluations(Writer):
     def _write_cell(self, cell: Cell) -> None:
         self._run.storage.replace(f"{STEPS}/{cell.name}", encode(cell.steps))
         self._run.storage.replace(f"{EVALUATIONS}/{cell.name}", encode(cell.evaluations))
+
+
+class CellsOfOneSize(Writer):
+    """As an earlier version would, which knows no others."""
+
+    def __init__(self, attempt: Attempt, *, layout: CellLayout, keep: int, columns: Columns) -> None:
+        super().__init__(attempt, layout=CellLayout(layout.most, layout.most), keep=keep, columns=columns)
 
 
 class CellsDescending(Writer):
@@ -101,7 +109,7 @@ class RowsSinceTheLastCommitOnly(Writer):
     def commit(self, snapshot: Snapshot, blocks: Sequence[StepBlock], evaluations: Sequence[EvaluationRow]) -> None:
         super().commit(snapshot, blocks, evaluations)
         if not snapshot.end:
-            self.rows.first_cell = -(-snapshot.step // CELL)
+            self.rows.first_cell = CELLS.complete(snapshot.step)
             self.rows.steps = self.rows.steps.slice(0, 0)
             self.rows.evaluations = self.rows.evaluations.slice(0, 0)
 
@@ -231,6 +239,40 @@ class BaseUnchecked(Faithful):
         return attempt
 
 
+class LiveRowsInOneFile(Faithful):
+    """Whichever attempt writes them."""
+
+    def live_writer(self, attempt: Attempt) -> LiveWriter:
+        return LiveWriter(attempt.run, 1, CELLS, Columns())
+
+
+class LiveRowsDroppedBeforeTheirCells(Faithful):
+    """As soon as they fill a cell."""
+
+    def live_writer(self, attempt: Attempt) -> LiveWriter:
+        class Hasty(LiveWriter):
+            def steps(self, rows: StepBlock) -> None:
+                super().steps(rows)
+                self._first_step = CELLS.first_step(CELLS.complete(int(rows["step"][-1])))
+
+        return Hasty(attempt.run, attempt.number, CELLS, Columns())
+
+
+class LiveRowsWithoutThoseOfTheBase(Faithful):
+    def live_writer(self, attempt: Attempt) -> LiveWriter:
+        class Forgetful(LiveWriter):
+            def begin(self, rows: Rows) -> None:
+                super().begin(rows)
+                self._rows.steps = rows.steps.slice(0, 0)
+
+        return Forgetful(attempt.run, attempt.number, CELLS, Columns())
+
+
+class LiveRowsStay(Faithful):
+    def remove_live_rows(self, run: Run) -> None:
+        return
+
+
 class EndsBelowTheHighestStep(Faithful):
     def floor(self, attempt: Attempt) -> int:
         return 0
@@ -244,15 +286,16 @@ class GoesBeyondTheEnd(Faithful):
 MUTANTS: dict[str, Faithful] = {
     kind.__name__: _with_writer(kind)
     for kind in (
-        CellsBeforeTheCommit, StepsBeforeEvaluations, CellsDescending, IncompleteCells, BaseNotPublished,
-        CommitBeforeItsFiles, RowsSinceTheLastCommitOnly, DeletesTheOtherKept, DeletesTheBest, DeletesWhatEndsKeep,
-        DeletesOfHigherAttempts, DeletesBeforeTheCommit, NeverDeletes, NoResult,
+        CellsBeforeTheCommit, StepsBeforeEvaluations, CellsOfOneSize, CellsDescending, IncompleteCells,
+        BaseNotPublished, CommitBeforeItsFiles, RowsSinceTheLastCommitOnly, DeletesTheOtherKept, DeletesTheBest,
+        DeletesWhatEndsKeep, DeletesOfHigherAttempts, DeletesBeforeTheCommit, NeverDeletes, NoResult,
     )
 } | {
     kind.__name__: kind()
     for kind in (
         IgnoresThatItIsSuperseded, BaseBeforeTheClaim, BaseByListing, BaseUnchecked, EndsBelowTheHighestStep,
-        GoesBeyondTheEnd, SearchesNoFurther, CarriesWhatTheClaimDid, CarriesNoEnds,
+        GoesBeyondTheEnd, SearchesNoFurther, CarriesWhatTheClaimDid, CarriesNoEnds, LiveRowsInOneFile,
+        LiveRowsDroppedBeforeTheirCells, LiveRowsWithoutThoseOfTheBase, LiveRowsStay,
     )
 }  # fmt: skip
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from pipeline.errors import NotFiniteError, StorageError, SupersededError
-from pipeline.record.attempt import Attempt
-from pipeline.record.cells import Columns
+from pipeline.record.attempt import Attempt, claim
+from pipeline.record.cells import CellLayout, Columns
 from pipeline.record.checkpoint import DamagedError, find_checkpoint
 from pipeline.record.recorder import complete
 from pipeline.record.run import Run
@@ -23,7 +23,7 @@ from tests.record.record_values import CELL_STEPS, attempt_on, block, evaluation
 
 
 def writer_of(attempt: Attempt, keep: int = 2) -> Writer:
-    writer = Writer(attempt, cell_steps=CELL_STEPS, keep=keep, columns=Columns())
+    writer = Writer(attempt, layout=CellLayout(CELL_STEPS, CELL_STEPS), keep=keep, columns=Columns())
     writer.begin()
     return writer
 
@@ -150,7 +150,7 @@ def test_a_loss_that_is_not_finite_is_never_committed(tmp_path: Path) -> None:
         writer.commit(snapshot(8), [bad], [])
     assert "init_from: run@last begins it at the last checkpoint, of step 4" in str(raised.value)
     with pytest.raises(NotFiniteError, match=r"0\.weight"):
-        Writer(attempt, cell_steps=CELL_STEPS, keep=1, columns=Columns()).commit(
+        Writer(attempt, layout=CellLayout(CELL_STEPS, CELL_STEPS), keep=1, columns=Columns()).commit(
             snapshot(4, weight=float("nan")), [block(1, 4)], []
         )
     writer.leave("failed", raised.value, 7)
@@ -177,3 +177,20 @@ def test_what_follows_from_an_end_is_made_good(tmp_path: Path) -> None:
     assert (tmp_path / "run/result.json").read_bytes() == result
     assert (tmp_path / "run/metrics/steps/000001.parquet").read_bytes() == cell
     assert standing(run).status == "finished"
+
+
+def test_who_was_overtaken_before_it_read_its_base_is_told_that_and_not_of_damage(tmp_path: Path) -> None:
+    run = new_run(str(tmp_path))
+    first = attempt_on(run)
+    train(writer_of(first), 1, 4, 4)
+    slow = claim(run, driver="driver", facts={}, dead=1)
+    newest = claim(run, driver="driver", facts={}, dead=2)
+    train(writer_of(newest, keep=1), 5, 12, 4)
+    assert slow.base is not None
+    assert "step-000000004-a0001" not in run.storage.list("checkpoints")
+    with pytest.raises(SupersededError, match="attempt 2 was taken for dead"), slow.reading_base():
+        slow.base.weights()
+    with pytest.raises(SupersededError):
+        writer_of(slow)
+    for attempt in (first, slow, newest):
+        attempt.close()

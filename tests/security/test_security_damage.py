@@ -1,5 +1,5 @@
 """Damage at rest: any file of a run, spoiled in any way. A resume ends as if nothing had happened, or says what is
-wrong; what cannot be had back is named by `show`."""
+wrong; what cannot be had back is named by `show --verify`."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def check_spoiled(made: Made, folder: Path, which: str, choice: float, how: tupl
             assert refused.where, told
             assert "Traceback" not in str(refused), told
             return "refused"
-        found = show(source.name, str(storage)).damaged
+        found = show(source.name, str(storage), verify=True).damaged
         expected = evidence(made.finished)
         try:
             ended: dict[str, Any] = evidence(run)

@@ -243,7 +243,7 @@ def test_cells(trainyard: Trainyard, made: Made, spoil: Spoil, kind: str) -> Non
     cell = run / "metrics" / "steps" / "000001.parquet"
     cell.write_bytes({"empty": b"", "many rows": many_rows(), "cut": cell.read_bytes()[:-20]}[kind])
     assert check(trainyard, made, run).keys() == {"predict"}
-    shown = trainyard("show", run.name)
+    shown = trainyard("show", run.name, "--verify")
     assert "damaged   metrics/steps/000001.parquet" in shown.out
 
 

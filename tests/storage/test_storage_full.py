@@ -18,7 +18,7 @@ from pipeline.record.entries import Commit
 from pipeline.record.recorder import Recorder
 from pipeline.record.run import Run
 from pipeline.storage import Storage
-from tests.record.record_parts import CELL, block, born, snapshot
+from tests.record.record_parts import block, born, snapshot
 
 DISK_BYTES = 1_000_000
 
@@ -71,7 +71,7 @@ def test_a_run_on_a_full_disk_is_saved_elsewhere_and_goes_on_when_there_is_room(
     monkeypatch.setenv("TRAINYARD_SPOOL", str(tmp_path / "spool"))
     run = born(str(disk / "runs"))
     attempt = claim(run, driver="d", facts={})
-    recorder = Recorder(attempt, cell_steps=CELL, keep=2)
+    recorder = Recorder(attempt, keep=2)
     recorder.steps(block(1, 120))
     recorder.commit(snapshot(120))
     recorder.finish()
@@ -90,7 +90,7 @@ def test_a_run_on_a_full_disk_is_saved_elsewhere_and_goes_on_when_there_is_room(
     run = Run(Storage.open(str(disk / "runs")), "run")
     attempt = claim(run, driver="d", facts={}, dead=1)
     assert attempt.spooled is not None
-    recorder = Recorder(attempt, cell_steps=CELL, keep=2)
+    recorder = Recorder(attempt, keep=2)
     recorder.steps(block(151, 200))
     recorder.commit(snapshot(200, end=True))
     recorder.finish()

@@ -1,0 +1,109 @@
+"""What `show` looks for in a run's directory, and what that costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from pipeline.record.attempt import claim
+from pipeline.record.recorder import Recorder
+from pipeline.record.run import Run
+from pipeline.record.soundness import damage
+from pipeline.storage import Storage
+from pipeline.storage.local import LocalBackend
+from pipeline.verbs.show import show
+from tests.record.record_parts import block, born, evaluation, snapshot
+
+MIDDLE, LAST = "metrics/steps/000003.parquet", "metrics/evals/000005.parquet"
+
+
+@pytest.fixture(scope="module", params=["end", "more to come"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """580 steps in cells to step 50, 100, 200, ..., 500, and where it is over in one more for the rest."""
+    is_over = request.param == "end"
+    run = born(str(tmp_path_factory.mktemp("runs")), first_cell_steps=50, cell_steps=100)
+    attempt = claim(run, driver="d", facts={})
+    recorder = Recorder(attempt, keep=2)
+    recorder.steps(block(1, 300))
+    recorder.evaluation(evaluation(300))
+    recorder.commit(snapshot(300, best=300))
+    recorder.steps(block(301, 580))
+    recorder.commit(snapshot(580, best=300, end=is_over))
+    recorder.finish()
+    recorder.close()
+    attempt.close()
+    return run
+
+
+@pytest.mark.parametrize("name", [MIDDLE, LAST])
+@pytest.mark.parametrize("how", ["missing", "altered"])
+def test_a_missing_file_is_always_named_and_an_altered_one_when_every_file_is_read(
+    trained: Run, name: str, how: str
+) -> None:
+    path = Path(trained.url) / name
+    data = path.read_bytes()
+    assert damage(trained) == damage(trained, every_file=True) == []
+    try:
+        if how == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(data[:-9] + bytes([data[-9] ^ 4]) + data[-8:])
+        assert [line.split()[0] for line in show(trained.url, verify=True).damaged] == [name]
+        quick = [line.split()[0] for line in show(trained.url).damaged]
+        is_over = trained.has_result()
+        assert quick == ([name] if how == "missing" or (name == LAST and not is_over) else [])
+    finally:
+        path.write_bytes(data)
+
+
+def test_a_kept_checkpoint_that_was_altered_is_named_when_every_file_is_read(trained: Run) -> None:
+    path = Path(trained.url) / "checkpoints/step-000000300-a0001/model.safetensors"
+    data = path.read_bytes()
+    try:
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        assert damage(trained) == []
+        (line,) = damage(trained, every_file=True)
+        assert "step-000000300-a0001" in line
+        assert "model.safetensors was altered" in line
+    finally:
+        path.write_bytes(data)
+
+
+class Counted(LocalBackend):
+    """Files, and how often the metric log was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: Counter[str] = Counter()
+
+    def read(self, path: str) -> bytes:
+        if "/metrics/" in path:
+            self.asked["read"] += 1
+        return super().read(path)
+
+    def list(self, path: str) -> list[str]:
+        if "/metrics/" in path:
+            self.asked["list"] += 1
+        return super().list(path)
+
+    def exists(self, path: str) -> bool:
+        if "/metrics/" in path:
+            self.asked["exists"] += 1
+        return super().exists(path)
+
+
+@pytest.mark.parametrize("cells", [1, 60])
+def test_what_show_reads_of_the_log_is_the_same_at_any_length(tmp_path: Path, cells: int) -> None:
+    run = born(str(tmp_path), cell_steps=10)
+    attempt = claim(run, driver="d", facts={})
+    recorder = Recorder(attempt, keep=2)
+    recorder.steps(block(1, 10 * cells))
+    recorder.commit(snapshot(10 * cells))
+    recorder.finish()
+    recorder.close()
+    attempt.close()
+    assert len(run.storage.list("metrics/steps")) == cells
+    backend = Counted()
+    assert damage(Run(Storage(backend, str(tmp_path), str(tmp_path)), "run")) == []
+    assert backend.asked == {"read": 2, "list": 2}
