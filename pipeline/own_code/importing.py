@@ -257,6 +257,8 @@ def collect(job: Job) -> UserCode:
 def collect_named(names: Sequence[str], code_folder: str | None = None) -> UserCode:
     """The same for some `module:name`."""
     modules = sorted({name.partition(":")[0] for name in names})
+    if not modules:
+        return NO_CODE
     for name in names:
         top = name.partition(":")[0].partition(".")[0]
         if top == OURS.name:
@@ -321,6 +323,8 @@ def _arrive(
     files: Mapping[str, bytes], paths: Mapping[str, str], roots: Sequence[str], modules: Sequence[str], name: str
 ) -> UserCode:
     """Code that came from another process, perhaps on another machine."""
+    if name == NO_CODE.name:
+        return NO_CODE
     if name in _registered:
         return _registered[name]
     if all(Path(paths[path]).is_file() and Path(paths[path]).read_bytes() == files[path] for path in files):
@@ -344,3 +348,7 @@ def _digest(*parts: bytes | str) -> str:
 
 def _digest_of(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+NO_CODE = UserCode({}, {}, [])
+"""Of a job that names no modules."""

@@ -27,6 +27,8 @@ REQUEST_BYTES = 8 * 2**20
 so many bytes that it carries."""
 SLOW_DOWN_PAUSE_S = 1.0
 """The first pause after a store said that it gets too many requests."""
+_pauses = random.Random()
+"""Of our own: the module's belongs to whoever calls us."""
 
 _LIBRARIES = (
     "botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "adlfs", "azure", "requests", "urllib3", "asyncssh",
@@ -102,7 +104,7 @@ class Patience:
                 self.contacted = True
                 self.answers += limit_s is None
                 return result
-            time.sleep(min(pause * random.uniform(0.5, 1.0), left))  # at random: who failed together should part
+            time.sleep(min(pause * _pauses.uniform(0.5, 1.0), left))  # at random: who failed together should part
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
     def _raise_if_lasting(self, error: Exception) -> None:

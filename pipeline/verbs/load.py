@@ -58,7 +58,7 @@ def trust_code(run: Run, job: Job, names: list[str], trust: bool) -> own_code.Us
     InputError: they are not trusted.
     """
     if not names:
-        return own_code.UserCode({}, {}, [])
+        return own_code.NO_CODE
     if not trust:
         raise InputError(
             f"this job would import {', '.join(names)}",

@@ -46,7 +46,7 @@ def train(
     """Run a job to its end, or resume the run that it already has.
 
     It leaves the calling process as it found it: torch's threads, flags, default type and random generators, the import
-    path, signal handlers and environment. Of these, only the device counts for the result.
+    path, signal handlers and environment.
 
     Parameters
     ----------

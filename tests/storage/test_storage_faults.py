@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 import socket
 import threading
 import time
@@ -317,3 +318,15 @@ def test_a_real_store_that_goes_away_and_comes_back(
         storage.within(1.0).replace("c", b"")
     cut_off_s3(False)
     assert storage.list() == ["a", "b"]
+
+
+def test_pauses_leave_the_callers_random_generator_alone() -> None:
+    answers = iter([ConnectionResetError("away"), None])
+
+    def answer() -> None:
+        if error := next(answers):
+            raise error
+
+    before = random.getstate()
+    Patience("here").call(answer)
+    assert random.getstate() == before
