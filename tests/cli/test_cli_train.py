@@ -241,7 +241,7 @@ def test_a_run_in_fp16_of_an_earlier_version_goes_on(
     trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     of_job = Columns.of_job
-    monkeypatch.setattr(Columns, "of_job", lambda job: replace(of_job(job), steps={}))
+    monkeypatch.setattr(Columns, "of_job", lambda *of: replace(of_job(*of), steps={}))
     found = trainyard("train", write_job(tmp_path, train={**SMALL["train"], "precision": "fp16"}), "--json").json
     assert (found["status"], found["skipped_updates"]) == ("finished", 0)
     assert "loss_scale" not in pd.read_parquet(Path(found["url"]) / "metrics/steps")

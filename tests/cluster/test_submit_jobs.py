@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -249,10 +249,12 @@ def test_a_submission_that_loses_rays_processes_goes_on_by_itself_and_says_so_in
     storage = tmp_path / "runs"
     job = write(tmp_path, pause_s=0.1, name="lost", train={"batch_size": 100, "phases": [{"epochs": 5, "lr": 0.3}]})
 
+    others = ours("ray::JobSupervisor")  # of jobs before, which may still be ending
+
     def kill_each() -> None:
-        kill("ray::JobSupervisor")
+        kill("ray::JobSupervisor", but=others)
         wait_for(lambda: commits(storage) > 0, 240, "a checkpoint")
-        kill("ray::JobSupervisor")
+        kill("ray::JobSupervisor", but=others)
 
     killer = threading.Thread(target=kill_each)
     killer.start()
@@ -273,10 +275,10 @@ def test_a_submission_that_loses_rays_processes_goes_on_by_itself_and_says_so_in
     assert evidence(run) == evidence(Path(untouched.url))
 
 
-def kill(word: str) -> None:
-    """Kill a process of these clusters by a word of its command line, as soon as there is one."""
-    wait_for(lambda: bool(ours(word)), 240, f"a process of {word}")
-    for pid in ours(word):
+def kill(word: str, but: Collection[int] = ()) -> None:
+    """Kill a process of these clusters by a word of its command line, as soon as there is one besides some others."""
+    wait_for(lambda: bool(set(ours(word)) - set(but)), 240, f"a process of {word}")
+    for pid in set(ours(word)) - set(but):
         os.kill(pid, signal.SIGKILL)
 
 

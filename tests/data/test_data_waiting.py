@@ -18,7 +18,7 @@ HANG_S = 1.5
 WATCHED = f"""
 import sys, time
 from pathlib import Path
-from pipeline.context import Alone
+from pipeline.context import Alone, own_process
 from pipeline.errors import HungError
 from pipeline.watchdog import Limits, Stacks, Watchdog, note_progress
 
@@ -48,7 +48,7 @@ from pipeline.data.sources import open_source
 from pipeline.job_file import build_job
 
 sys.path.append(str(Path.cwd()))
-with watched():
+with own_process(), watched():
     open_source(build_job({"name": "t", "data": {"source": {"call": "slow_code:" + sys.argv[1]}}}, "test"))
 print("loaded")
 """

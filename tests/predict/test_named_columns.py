@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-
 import numpy as np
 import pandas as pd
 import polars as pl
@@ -33,7 +30,7 @@ def array():
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Predictor]]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Predictor]:
     """Trained on a frame, and on the array of the same numbers."""
     folder = tmp_path_factory.mktemp("frames")
     (folder / f"{MODULE}.py").write_text(BODY)
@@ -46,9 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Predi
             "train": {"phases": [{"epochs": 1, "lr": 0.5}]},
         }
         found[name] = load(train(build_job(tree, "test"), storage=str(folder / "runs")).url, trust=True)
-    yield found
-    sys.modules.pop(MODULE, None)
-    sys.path.remove(str(folder))
+    return found
 
 
 NEW = pd.DataFrame({"size": [4.0, 6.0, 5.5], "age": [-1.0, 0.0, 1.0], "rooms": [1, 2, 3]})
