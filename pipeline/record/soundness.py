@@ -19,6 +19,7 @@ from pipeline.record.run import RESULT, VIEW, Run
 from pipeline.record.saving import FOLDER, MANIFEST
 from pipeline.record.standing import view_file
 from pipeline.record.values import from_json
+from pipeline.record.watch import beats
 from pipeline.record.writer import EVALUATIONS, STEPS, result_file
 
 REPAIR = "the same train command writes it again"
@@ -43,7 +44,9 @@ def damage(run: Run, *, every_file: bool = False) -> list[str]:
     StorageError: the journal or `job.yaml` itself cannot be used.
     """
     state = run.journal.state()
-    found = [*_journal(run), *_end(run, state)]
+    # Once an end is committed, a later attempt may be writing what follows from it.
+    is_settled = state.is_over or state.claim is None or not beats(run, state.claim)
+    found = [*_journal(run), *(_end(run, state) if is_settled else ())]
     if state.commit is not None:
         checkpoints, damaged = _checkpoints(run, state.commit, every_file)
         published = max((one.first_cell for one in checkpoints), default=0)
@@ -131,7 +134,7 @@ def _checkpoints(run: Run, commit: Commit, every_file: bool) -> tuple[list[Check
 def _end(run: Run, state: JournalState) -> Iterator[str]:
     """What is written at the end, as a function of the journal alone."""
     commit = state.commit
-    if commit is None or not commit.end or not state.is_over:
+    if commit is None or not commit.end:
         return
     try:
         if run.storage.read(RESULT) != result_file(run.name, commit):

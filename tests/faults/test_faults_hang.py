@@ -186,9 +186,7 @@ def test_a_callers_process_is_never_ended(
         said = caller.stdout.readline()
         assert said.startswith(ends), said + (caller.stderr.read() if caller.stderr and not said else "")
         tries = iter(lambda: nursery.run(*ARGV, str(tmp_path), env=beats), None)
-        again = next(
-            one for one in tries if one.code != 3
-        )  # not now, until its heartbeat is as old as that of the dead
+        again = next(one for one in tries if one.code != 3)  # "not now" while its heartbeat is young
         assert again.code == 0, again.err
         out, err = caller.communicate()
     assert (caller.returncode, out.splitlines()[-1]) == (0, "the caller goes on")

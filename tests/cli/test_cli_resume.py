@@ -1,0 +1,152 @@
+"""What a command does that finds its run: as little as is left to do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from pipeline import train
+from pipeline.assembly import prepared
+from pipeline.data import fitted as fitting
+from pipeline.errors import InputError
+from tests.cli.cli_calls import Trainyard
+from tests.faults.fault_evidence import evidence
+
+WATCHING = """
+import sys
+sys.argv[0] = "trainyard"
+from pipeline.cli import main
+try:
+    main()
+except SystemExit as ended:
+    print(ended.code, sorted({"torch", "torchvision", "ray"} & set(sys.modules)))
+"""
+FUNCTION = """
+from pathlib import Path
+
+import numpy as np
+
+def data(name):
+    with Path("calls.txt").open("a") as file:
+        file.write("called\\n")
+    draw = np.random.default_rng(0)
+    return draw.normal(size=(60, 2)).astype(np.float32), draw.integers(0, 2, 60)
+"""
+
+
+def write(folder: Path, **data: Any) -> str:
+    tree = {
+        "name": "small",
+        "data": {**data, "splits": {"by": "random", "val": 0.2}},
+        "model": {"kind": "mlp", "hidden": [4]},
+        "train": {"batch_size": 16, "phases": [{"epochs": 6, "lr": 0.1}]},
+        "task": "binary",
+        "checkpoint": {"every_epochs": 1, "keep": 2},
+    }
+    (folder / "job.yaml").write_text(yaml.safe_dump(tree))
+    return str(folder / "job.yaml")
+
+
+def write_table(folder: Path, name: str = "t.parquet") -> Path:
+    draw = np.random.default_rng(1)
+    x = draw.normal(5, 3, 200)
+    pd.DataFrame({"x": x, "z": draw.integers(0, 9, 200), "y": x > 5}).to_parquet(folder / name)
+    return folder / name
+
+
+@pytest.mark.parametrize("source", ["disc", "parquet", "call", "named"])
+def test_nothing_to_do_is_found_without_torch(trainyard: Trainyard, tmp_path: Path, source: str) -> None:
+    """And a function that makes the data is called once by each command."""
+    (tmp_path / "makes.py").write_text(FUNCTION)
+    sources: dict[str, dict[str, Any]] = {
+        "disc": {"source": "disc"},
+        "parquet": {"source": "parquet", "url": str(write_table(tmp_path)), "label": "y"},
+        "call": {"source": {"call": "makes:data", "args": {"name": "a"}}},
+        "named": {"source": "disc"},
+    }
+    name = ["--name", "mine"] if source == "named" else []
+    job = write(tmp_path, **sources[source])
+    first = trainyard("train", job, *name)
+    assert first.code == 0, first.err
+    again = subprocess.run(
+        [sys.executable, "-c", WATCHING, "train", job, *name],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert "nothing to do" in again.stderr, again.stderr
+    assert again.stdout.splitlines()[-1] == "0 []"
+    if source == "call":
+        assert len((tmp_path / "calls.txt").read_text().splitlines()) == 2
+
+
+def test_what_is_missing_of_a_finished_run_is_made_again(trainyard: Trainyard, tmp_path: Path) -> None:
+    job = write(tmp_path, source="parquet", url=str(write_table(tmp_path)), label="y")
+    run = Path(trainyard("train", job, "--json").json["url"])
+    before = evidence(run)
+    for path in ("splits.parquet", "result.json", "run.json"):
+        (run / path).write_bytes(b"damaged")
+        again = trainyard("train", job)
+        assert again.code == 0, again.err
+        assert "nothing to do" not in again.err
+        assert evidence(run) == before
+        assert "nothing to do" in trainyard("train", job).err
+
+
+def interrupted(job: str, storage: Path, epoch: int) -> str:
+    """A run that was stopped after an epoch, by its name."""
+
+    class StoppedError(Exception):
+        pass
+
+    names: list[str] = []
+
+    def tell(event: Mapping[str, Any]) -> None:
+        if event["kind"] == "run":
+            names.append(event["run"])
+        if event["kind"] == "evaluation" and event["epoch"] == epoch:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        train(job, storage=str(storage), tell=tell)
+    return names[0]
+
+
+def test_a_resume_takes_what_was_fitted_instead_of_fitting_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For another version of a library could fit something else."""
+    job = write(tmp_path, source="parquet", url=str(write_table(tmp_path)), label="y")
+    untouched = train(job, storage=str(tmp_path / "untouched"))
+    name = interrupted(job, tmp_path / "runs", 4)
+
+    def fit(*of: Any) -> Any:
+        raise AssertionError("fitted again")
+
+    monkeypatch.setattr(fitting, "fit", fit)
+    monkeypatch.setattr(prepared, "fit", fit)
+    resumed = train(job, storage=str(tmp_path / "runs"))
+    assert (resumed.run, resumed.status, resumed.attempts) == (name, "finished", 2)
+    assert evidence(tmp_path / "runs" / name) == evidence(tmp_path / "untouched" / name)
+    assert untouched.run == name
+
+
+def test_other_data_under_the_name_of_a_run_is_refused_before_it_is_loaded_as_that_runs(tmp_path: Path) -> None:
+    write_table(tmp_path)
+    job = write(tmp_path, source="parquet", url=str(tmp_path / "t.parquet"), label="y")
+    train(job, name="mine", storage=str(tmp_path / "runs"))
+    frame = pd.read_parquet(tmp_path / "t.parquet")
+    frame.assign(x=frame.x + 1).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(InputError, match="another job:\n    fingerprint: "):
+        train(job, name="mine", storage=str(tmp_path / "runs"))
