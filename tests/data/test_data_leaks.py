@@ -142,3 +142,12 @@ def test_arrays_have_no_columns() -> None:
     job = build_job({"name": "t"}, "test")
     source = Source(Arrays(np.zeros((30, 2), np.float32), np.arange(30) % 2), None, (), "f")
     assert fit_warnings(job, source, np.arange(30)) == []
+
+
+def test_a_table_that_is_sorted_by_its_label_hides_no_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaks, "MOST_ROWS", 1_000)
+    labels = np.sort(np.random.default_rng(0).integers(0, 2, 10 * ROWS))
+    found = warned(
+        columns(number("leak", labels.astype(float)), number("noise", noise(2, len(labels)))), labels, "binary"
+    )
+    assert found == {"leak leaks"}

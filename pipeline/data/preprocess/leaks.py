@@ -12,7 +12,11 @@ from pipeline.job import Job
 
 MOST_ROWS = 100_000
 MOST_VALUES = 1 << 20
-"""Of the training rows, so many of the first are looked at for leaks, or fewer where they are wide."""
+"""Of the training rows, so many are looked at for leaks, or fewer where they are wide."""
+
+STRETCHES = 100
+"""In so many stretches of rows, evenly spread: a table may be sorted by its label. (Single rows would each be a page to
+read where the table lies on disk.)"""
 
 FEWEST_ROWS = 20
 """With less, a column can tell the label by accident."""
@@ -44,7 +48,7 @@ def fit_warnings(job: Job, source: Source, rows: np.ndarray) -> list[str]:
     if source.schema is None:
         return []
     part = source.train
-    few = rows[: max(min(MOST_ROWS, MOST_VALUES // max(source.schema.width, 1)), SCREENED_ROWS)]
+    few = _spread(rows, max(min(MOST_ROWS, MOST_VALUES // max(source.schema.width, 1)), SCREENED_ROWS))
     inputs, targets = part.inputs[few], part.targets[few]
     told = [
         f"column {name!r} has {what} in all training rows: it tells nothing"
@@ -61,11 +65,20 @@ def fit_warnings(job: Job, source: Source, rows: np.ndarray) -> list[str]:
     return told
 
 
+def _spread(rows: np.ndarray, count: int) -> np.ndarray:
+    """About `count` rows, at most, in stretches that are evenly spread over all of them."""
+    if len(rows) <= count:
+        return rows
+    length = count // STRETCHES
+    starts = np.linspace(0, len(rows) - length, STRETCHES).astype(np.int64)
+    return rows[(starts[:, None] + np.arange(length)).reshape(-1)]
+
+
 def _constant(part: Arrays, schema: Schema, rows: np.ndarray, few: np.ndarray) -> list[tuple[str, str]]:
-    """Columns without two values, and what they have. Only what is so in the first rows is looked for in the rest."""
+    """Columns without two values, and what they have. Only what is so in a few rows is looked for in all."""
     first = few[0]
     alike = ((few == first) | (np.isnan(few) & np.isnan(first))).all(0)
-    for block in blocks(part.inputs, rows[len(few) :]):
+    for block in blocks(part.inputs, rows if len(few) < len(rows) else rows[:0]):
         if not alike.any():
             break
         alike &= ((block == first) | (np.isnan(block) & np.isnan(first))).all(0)
