@@ -5,14 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import InputError, StorageError
+from pipeline.record.attempt import take
+from pipeline.record.entries import Claim, Leave
 from pipeline.record.reads import count_reads, record_read
 from pipeline.record.run import Run, open_run, run_and_checkpoint
+from pipeline.record.standing import write_view
 from pipeline.storage import Storage
 from pipeline.verbs.show import runs
 from tests.record.record_parts import born
@@ -74,6 +78,32 @@ def test_runs_on_s3(s3_url: str) -> None:
     assert not run.birth("", {})
     assert run.url == f"{s3_url}/mnist-1"
     assert run.root_url == s3_url
+
+
+def test_runs_on_s3_are_read_side_by_side_and_in_few_requests(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    for number in range(8):
+        run = born(s3_url, f"run-{number}")
+        attempt = take(run, Claim(number=0, nonce="a", time="", attempt=0))
+        for _ in range(3):
+            attempt.append(Leave(**attempt.common(), status="failed", step=0))
+        write_view(run, attempt.state, "failed")
+    call, under_way, asked = s3fs.S3FileSystem._call_s3, 0, list[int]()
+
+    async def counted(self: Any, *words: Any, **options: Any) -> Any:
+        nonlocal under_way
+        under_way += 1
+        asked.append(under_way)
+        try:
+            return await call(self, *words, **options)
+        finally:
+            under_way -= 1
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", counted)
+    assert listed(s3_url) == [f"run-{number}" for number in range(8)]
+    assert len(asked) <= 1 + 8 * 4, "a listing; job.yaml, run.json, the newest entry, none after it"
+    assert max(asked) > 1
 
 
 def test_splits_are_a_parquet_file(tmp_path: Path) -> None:

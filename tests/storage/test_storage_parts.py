@@ -92,3 +92,22 @@ def test_what_is_given_up_is_taken_back(s3_url: str, calls: list[tuple[str, int]
     assert ("abort_multipart_upload", 0) in calls
     assert open_uploads(s3_url) == []
     assert storage.read("large") == old
+
+
+def test_a_small_file_is_read_in_one_request(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is not there, too: most of what a run is told by are small files, and the end of a journal is one that
+    is absent."""
+    asked: list[str] = []
+    call = s3fs.S3FileSystem._call_s3
+
+    async def counted(self: Any, method: str, *words: Any, **options: Any) -> Any:
+        asked.append(method)
+        return await call(self, method, *words, **options)
+
+    storage = Storage.open(s3_url)
+    storage.replace("a", b"1")
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", counted)
+    assert storage.read("a") == b"1"
+    with pytest.raises(FileNotFoundError):
+        storage.read("b")
+    assert asked == ["get_object", "get_object"]
