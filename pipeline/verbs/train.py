@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # they import torch, which takes longer than to find that the
     from pipeline.starting import Start
     from pipeline.worker import Order
 
+NOTHING_TO_DO = "already finished: nothing to do"
+
 
 def train(
     job: Job | Mapping[str, Any] | str | Path,
@@ -127,7 +129,7 @@ def _is_done(creation: RunCreation, tell: Tell) -> bool:
     run = creation.run
     if creation.is_complete():
         tell({"kind": "run", "run": run.name, "url": run.url, "text": "found"})
-        tell({"kind": "message", "text": "already finished: nothing to do"})
+        tell({"kind": "message", "text": NOTHING_TO_DO})
         return True
     if peek(run) == "busy":
         raise BusyError("another process is writing this run", where=run.url, fix="`trainyard show` says how it stands")
@@ -153,6 +155,7 @@ def _train_run(
     """
     from pipeline.assembly import build, prepare, stored_transforms
     from pipeline.followers.attached import AttachedFollowers
+    from pipeline.record.soundness import has_end
     from pipeline.worker import Order, say_for_the_dead, work
 
     job, driver = creation.job, uuid.uuid4().hex
@@ -188,6 +191,9 @@ def _train_run(
     with StopSignals() as signals, AttachedFollowers(run, job.follow, tell) as followers:
         if here or is_over:
             creation.find_or_create(prepared, tell)
+            if is_over and has_end(run):  # only its splits or code were missing, or an earlier version made it
+                tell({"kind": "message", "text": NOTHING_TO_DO})
+                return run
             followers.start()
             order = replace(order, code_changes=creation.code_changes)
             work(order, Alone(tell, signals), prepared)

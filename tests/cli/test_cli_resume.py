@@ -18,6 +18,7 @@ from pipeline import train
 from pipeline.assembly import prepared
 from pipeline.data import fitted as fitting
 from pipeline.errors import InputError
+from pipeline.record.run import Run
 from tests.cli.cli_calls import Trainyard
 from tests.faults.fault_evidence import evidence
 
@@ -96,12 +97,31 @@ def test_what_is_missing_of_a_finished_run_is_made_again(trainyard: Trainyard, t
     run = Path(trainyard("train", job, "--json").json["url"])
     before = evidence(run)
     for path in ("splits.parquet", "result.json", "run.json"):
-        (run / path).write_bytes(b"damaged")
-        again = trainyard("train", job)
-        assert again.code == 0, again.err
-        assert "nothing to do" not in again.err
-        assert evidence(run) == before
-        assert "nothing to do" in trainyard("train", job).err
+        whole = (run / path).read_bytes()
+        for damage in (b"damaged", whole[:-1]):
+            (run / path).write_bytes(damage)
+            again = trainyard("train", job)
+            assert again.code == 0, again.err
+            assert (run / path).read_bytes() != damage
+            assert evidence(run) == before
+            assert "nothing to do" in trainyard("train", job).err
+
+
+def test_a_finished_run_of_an_earlier_version_has_nothing_to_do_either(
+    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It recorded no digest of its splits."""
+    job = write(tmp_path, source="disc")
+    birth = Run.birth
+
+    def older(run: Run, job_yaml: str, facts: dict[str, Any]) -> bool:
+        return birth(run, job_yaml, {name: value for name, value in facts.items() if name != "splits"})
+
+    monkeypatch.setattr(Run, "birth", older)
+    assert trainyard("train", job).code == 0
+    again = trainyard("train", job, "--json")
+    assert "nothing to do" in again.err
+    assert again.json["attempts"] == 1
 
 
 def interrupted(job: str, storage: Path, epoch: int) -> str:

@@ -71,7 +71,8 @@ def _spread(rows: np.ndarray, count: int) -> np.ndarray:
         return rows
     length = count // STRETCHES
     starts = np.linspace(0, len(rows) - length, STRETCHES).astype(np.int64)
-    return rows[(starts[:, None] + np.arange(length)).reshape(-1)]
+    spread: np.ndarray = rows[(starts[:, None] + np.arange(length)).reshape(-1)]
+    return spread
 
 
 def _constant(part: Arrays, schema: Schema, rows: np.ndarray, few: np.ndarray) -> list[tuple[str, str]]:
