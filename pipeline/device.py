@@ -106,11 +106,7 @@ def leave_as_found() -> Iterator[None]:
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         stack.callback(_restore_generators, *_generators())
-        stack.callback(
-            torch.use_deterministic_algorithms,
-            torch.are_deterministic_algorithms_enabled(),
-            warn_only=torch.is_deterministic_algorithms_warn_only_enabled(),
-        )
+        stack.callback(_restore_determinism, *_determinism())
         stack.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
         for holder, name in _cudnn_precisions():
             stack.callback(setattr, holder, name, getattr(holder, name))
@@ -120,6 +116,16 @@ def leave_as_found() -> Iterator[None]:
             stack.callback(os.environ.pop, CUBLAS_VARIABLE, None)
         stack.enter_context(default_settings())
         yield
+
+
+def _determinism() -> tuple[bool, bool]:
+    """Whether algorithms are deterministic, and whether others only warn."""
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _restore_determinism(mode: bool, warn_only: bool) -> None:
+    if _determinism() != (mode, warn_only):  # setting them imports torch's compiler, which takes a second
+        torch.use_deterministic_algorithms(mode, warn_only=warn_only)
 
 
 def _matmul_precision() -> str | tuple[str, str]:

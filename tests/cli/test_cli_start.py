@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -495,3 +497,22 @@ def test_pretrained_weights_from_a_file(trainyard: Trainyard, tmp_path: Path, mo
     missing = trainyard("train", job, "--set", "model.weights=gone.pth")
     assert missing.code == 2
     assert "neither a file nor weights of shufflenet_v2_x0_5" in missing.err
+
+
+def test_a_run_on_the_cpu_does_without_torchs_compiler(tmp_path: Path) -> None:
+    """Its import takes longer than many a training."""
+    program = (
+        "import sys; from pipeline import train;"
+        "train({'name': 'a', 'data': {'source': 'disc'}, 'scale': {'device': 'cpu'}}, storage='runs', max_steps=3);"
+        "print(sorted({'torch._dynamo', 'torch._inductor', 'torchvision', 'ray'} & set(sys.modules)))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=100,
+    )
+    assert found.stdout.splitlines()[-1] == "[]"
