@@ -277,7 +277,7 @@ def _signs(lock: IO[Any]) -> Callable[[], None]:
         nonlocal shown
         if time.monotonic() - shown >= SIGN_S:
             shown = time.monotonic()
-            with suppress(OSError):  # closed: the last sign of a thread that saw it from outside
+            with suppress(OSError, ValueError):  # closed: the last sign of a thread that saw it from outside
                 os.utime(lock.fileno())
 
     return sign

@@ -66,8 +66,9 @@ def named(where: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
+        reason = f" ({explain(error)})" if "://" in where else ""  # a store's own words: it may be the bucket
         raise DataError(
-            f"is not there ({explain(error)})", where=where, fix="check the URL, and the bucket where it has one"
+            f"is not there{reason}", where=where, fix="check the URL, and the bucket where it has one"
         ) from None
     except StorageError as error:
         raise DataError(error.what, where=where, fix=error.fix) from None
