@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.job import Data
+from pipeline.job import ImageFolderDataConfig
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,7 +42,7 @@ class Form:
     crop: Size | None = None
 
     @classmethod
-    def of(cls, data: Data) -> Form:
+    def of(cls, data: ImageFolderDataConfig) -> Form:
         """What a job asks for.
 
         Raises

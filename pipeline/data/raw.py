@@ -22,7 +22,7 @@ from pipeline.data.tables.contents import NUMBERS, Content, content, null_inside
 from pipeline.data.tables.encode import check_columns, encode, near, to_arrow
 from pipeline.data.tables.schema import Column, Schema
 from pipeline.errors import DataError, StorageError
-from pipeline.job import Job
+from pipeline.job import ImageFolderDataConfig, Job, ParquetDataConfig
 
 WHERE = "predict"
 
@@ -41,11 +41,11 @@ def raw_samples(data: Any, preprocess: Preprocess, job: Job, report: DataReport)
     """
     if isinstance(preprocess, TablePreprocess):
         return _rows(data, preprocess, np.float64 if _is_wide(preprocess, job) else np.float32, report)
-    if job.data.source == "image_folder" and (_is_picture(data) or isinstance(data, Sequence)):
+    if isinstance(job.data, ImageFolderDataConfig) and (_is_picture(data) or isinstance(data, Sequence)):
         shape, some = preprocess.sample_shape, [data] if _is_picture(data) else data
-        return np.stack([_picture(one, job, shape) for one in some]) if some else np.empty((0, *shape), np.uint8)
-    if job.data.source == "parquet" and not isinstance(data, np.ndarray | torch.Tensor):
-        return _single_column(to_arrow(data), preprocess, job)
+        return np.stack([_picture(one, job.data, shape) for one in some]) if some else np.empty((0, *shape), np.uint8)
+    if isinstance(job.data, ParquetDataConfig) and not isinstance(data, np.ndarray | torch.Tensor):
+        return _single_column(to_arrow(data), preprocess, job.data)
     if preprocess.names and _is_frame(data):
         data = _named_columns(to_arrow(data), preprocess.names)
     samples = _arrays(data, preprocess)
@@ -105,14 +105,15 @@ def input_columns(
     if isinstance(preprocess, TablePreprocess):
         check_columns(preprocess.schema, contents, rows, where)
         return [column.name for column in preprocess.schema.columns]
-    return [_sample_column(contents, preprocess, job, where)]
+    assert isinstance(job.data, ParquetDataConfig), "a job with source: parquet"
+    return [_sample_column(contents, preprocess, job.data, where)]
 
 
-def _sample_column(names: Iterable[str], preprocess: SamplePreprocess, job: Job, where: str) -> str:
+def _sample_column(names: Iterable[str], preprocess: SamplePreprocess, data: ParquetDataConfig, where: str) -> str:
     """The column of bytes or lists that holds samples, found as in training."""
-    apart = {*job.data.labels, *job.data.keys, job.data.splits_column}
+    apart = {*data.labels, *data.keys, data.splits_column}
     free = [name for name in names if name not in apart]
-    found = [name for name in free if any(fnmatchcase(name, pattern) for pattern in job.data.features)]
+    found = [name for name in free if any(fnmatchcase(name, pattern) for pattern in data.features)]
     if len(found) != 1:
         width = math.prod(preprocess.sample_shape)
         raise DataError(
@@ -127,10 +128,10 @@ def _is_wide(preprocess: TablePreprocess, job: Job) -> bool:
     return preprocess.dtype == "float64" if preprocess.dtype else job.train.precision == "fp64"
 
 
-def _single_column(table: pa.Table, preprocess: SamplePreprocess, job: Job) -> np.ndarray:
+def _single_column(table: pa.Table, preprocess: SamplePreprocess, data: ParquetDataConfig) -> np.ndarray:
     """Samples that are one column of bytes or of lists."""
     shape, width = preprocess.sample_shape, math.prod(preprocess.sample_shape)
-    name = _sample_column(table.schema.names, preprocess, job, WHERE)
+    name = _sample_column(table.schema.names, preprocess, data, WHERE)
     column = table.column(name)
     if column.null_count:
         raise DataError(f"{column.null_count:,} rows of {name!r} are null", where=WHERE, fix="leave them out")
@@ -217,12 +218,12 @@ def _is_picture(data: Any) -> bool:
     return isinstance(data, str | Path | bytes) or (hasattr(data, "save") and hasattr(data, "getbands"))
 
 
-def _picture(one: Any, job: Job, shape: Sequence[int]) -> np.ndarray:
+def _picture(one: Any, data: ImageFolderDataConfig, shape: Sequence[int]) -> np.ndarray:
     """A path, URL, file's content or Pillow image as training saw pictures: uint8 `shape`."""
     name = str(one) if isinstance(one, str | Path) else type(one).__name__
     try:
         with quiet():
-            return picture(_content(one), name, job, shape)
+            return picture(_content(one), name, data, shape)
     except FileNotFoundError:
         raise DataError("there is no such file", where=name) from None
     except BrokenPictureError as error:
@@ -231,7 +232,7 @@ def _picture(one: Any, job: Job, shape: Sequence[int]) -> np.ndarray:
         raise DataError(error.what, where=name, fix=error.fix) from None
 
 
-def picture(content: bytes, name: str, job: Job, shape: Sequence[int]) -> np.ndarray:
+def picture(content: bytes, name: str, data: ImageFolderDataConfig, shape: Sequence[int]) -> np.ndarray:
     """The picture in a file's content as training saw pictures: uint8 `shape`, which is (C, H, W).
 
     Raises
@@ -239,7 +240,7 @@ def picture(content: bytes, name: str, job: Job, shape: Sequence[int]) -> np.nda
     BrokenPictureError: it cannot be decoded.
     DataError: it is of another size.
     """
-    form = Form.of(job.data)
+    form = Form.of(data)
     try:
         pixels = decode(content, form)
     except TooSmallError as error:

@@ -3,7 +3,26 @@
 Every field stands with its default and its meaning. `job_file` turns YAML and overrides into this tree and back.
 """
 
-from pipeline.job.data import IMAGENET, Augment, Cache, Call, Data, Jitter, Loader, Missing, Normalization
+from pipeline.job.data import (
+    IMAGENET,
+    SOURCES,
+    Augment,
+    BaseDataConfig,
+    Cache,
+    Call,
+    DataConfig,
+    DiscDataConfig,
+    FileDataConfig,
+    ImageFolderDataConfig,
+    Jitter,
+    Loader,
+    Missing,
+    NamedDataConfig,
+    Normalization,
+    ParquetDataConfig,
+    UserFunctionDataConfig,
+    sources_with,
+)
 from pipeline.job.keeping import Best, Checkpoint, Evaluate
 from pipeline.job.metrics import METRICS, TARGET_METRICS, own_metric
 from pipeline.job.model import Activation, Cnn, Conv, Mlp, Model, OwnModel, TorchvisionModel
@@ -16,6 +35,7 @@ from pipeline.job.tree import NOT_IDENTITY, STREAMS, Job, Seeds, digest, identit
 __all__ = [
     "Activation",
     "Augment",
+    "BaseDataConfig",
     "Best",
     "Cache",
     "Call",
@@ -23,12 +43,15 @@ __all__ = [
     "Cnn",
     "ColumnSplits",
     "Conv",
-    "Data",
+    "DataConfig",
+    "DiscDataConfig",
     "Evaluate",
+    "FileDataConfig",
     "Group",
     "GroupSplits",
     "IMAGENET",
     "IN_PLACE_WORKERS",
+    "ImageFolderDataConfig",
     "Jitter",
     "Job",
     "Loader",
@@ -37,15 +60,18 @@ __all__ = [
     "Mlp",
     "Model",
     "NOT_IDENTITY",
+    "NamedDataConfig",
     "Node",
     "Normalization",
     "Optimizer",
     "OwnModel",
+    "ParquetDataConfig",
     "Phase",
     "REGRESSION_LOSSES",
     "RESERVED_NAMES",
     "RandomSplits",
     "RangeSplits",
+    "SOURCES",
     "STORED",
     "STREAMS",
     "Scale",
@@ -56,9 +82,11 @@ __all__ = [
     "TimeSplits",
     "TorchvisionModel",
     "Train",
+    "UserFunctionDataConfig",
     "WorkerRange",
     "digest",
     "identity",
     "own_metric",
     "plain_name",
+    "sources_with",
 ]

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, Strict, field_validator, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Strict,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from pipeline.job.node import Node, Positive, Share, module_and_name
 from pipeline.job.splits import RandomSplits, RangeSplits, Splits
@@ -91,93 +102,205 @@ class Loader(Node):
 Size = Positive | Annotated[tuple[Positive, Positive], Strict(False)]
 """Pixels: one number for both sides, or [height, width]."""
 
-NAMED = ("mnist", "fashion_mnist", "cifar10", "cifar100", "disc")
-"""Sources that need no `url`."""
 
-ONLY_WITH = {
-    "parquet": ("features", "keys", "categorical", "missing", "one_hot_up_to", "shape"),
-    "image_folder": ("path", "resize", "crop", "mode", "on_error", "skip_up_to"),
-}
-"""Keys of `data` that go with one source alone."""
+class BaseDataConfig(Node):
+    """What to train on: the keys of every source."""
 
-
-class Data(Node):
-    """What to train on."""
-
-    source: Literal["mnist", "fashion_mnist", "cifar10", "cifar100", "disc", "parquet", "image_folder"] | Call = "mnist"
-    """A named source, tables, pictures, or `{call: module:function, args: {}}`."""
-    root: str = "~/.cache/trainyard"
-    """Where named sources are downloaded to, or already are. A relative path starts as `url` does."""
-    url: str | None = None
-    """parquet: a file, a glob or a partitioned folder; image_folder: a folder with one folder for each class, or a
-    Parquet file of paths and labels. Any fsspec URL, or a path: one in a job file starts from the folder of that file,
-    one in `--set` or from Python from the working directory."""
-    label: str | Annotated[list[str], Field(min_length=1)] | None = None
-    """parquet: the column to learn, or several numbers for a regression. image_folder: the column of labels."""
-    features: Annotated[list[str], Field(min_length=1)] = ["*"]
-    """Columns to learn from: names or patterns such as num_*; all but label, keys and the splits' column by default."""
-    keys: list[str] = []
-    """Columns that identify a row: never learnt from, kept beside predictions."""
-    categorical: list[str] = []
-    """Names or patterns of numeric columns that are levels, not amounts. Text is so anyway."""
-    missing: Missing = Missing()
-    one_hot_up_to: Annotated[int, Field(ge=0)] = 16
-    """A categorical column of up to so many levels becomes one input a level. One of more comes as one whole number
-    behind the others, for which `kind: mlp` learns an embedding."""
-    shape: Annotated[list[Positive], Field(min_length=1)] | None = None
-    """Shape of a sample where the only feature is a fixed-size column, such as [1, 28, 28]."""
-    path: str = "path"
-    """image_folder with a Parquet file: the column of paths, relative to the file's folder or whole."""
-    resize: Size | None = None
-    """image_folder: one number scales the shorter side to it; [height, width] scales both. Needed unless all pictures
-    have one size."""
-    crop: Size | None = None
-    """image_folder: cut this much out of the middle, after resizing."""
-    mode: Literal["rgb", "grey"] = "rgb"
-    """image_folder: channels of the decoded pictures."""
-    on_error: Literal["fail", "skip"] = "fail"
-    """image_folder: what a broken picture does."""
-    skip_up_to: Share = 0.01
-    """image_folder: with on_error: skip, the share of broken pictures from which on it is an error all the same."""
+    source: str | Call
     normalize: Literal["auto", "unit", "scalar", "standard", "imagenet", "none"] | Normalization = "auto"
-    """unit: uint8 images to [0, 1]. scalar: one mean and deviation; standard: per channel or column. Or fixed ones.
-    auto: unit for uint8 images, standard for columns."""
+    """How inputs are scaled. unit: uint8 images to [0, 1]. scalar: one mean and one standard deviation of all training
+    values. standard: those of each channel or column. imagenet: those that torchvision's pretrained weights expect.
+    none: not at all. {mean: 0.5, std: 0.25}: these numbers. auto: unit for uint8 images, standard for columns."""
     splits: Splits = RandomSplits()
-    """by: random, range, group, time or column."""
+    """Which rows train, validate and test; by: random, range, group, time or column."""
     shuffle: bool = True
-    """A new order of the training rows each epoch."""
+    """Draw a new order of the training rows in each epoch."""
     augment: Augment = Augment()
+    """Random changes to training images."""
     loader: Loader = Loader()
+    """How batches are fetched."""
     cache: Cache = Cache()
+    """Where decoded data is kept on this machine's disk between runs."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_unset_keys_of_other_sources(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {key: value for key, value in values.items() if key in cls.model_fields or not _is_unset(key, value)}
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _name_all_sources(cls, value: Any) -> Any:
+        if isinstance(value, dict | Call) or (isinstance(value, str) and value in SOURCES):
+            return value
+        *names, last = [repr(name) for name in SOURCES]
+        raise PydanticCustomError("literal_error", "unknown source", {"expected": f"{', '.join(names)} or {last}"})
 
     @field_validator("splits", mode="before")
     @classmethod
-    def _random_unless_said(cls, value: Any) -> Any:
+    def _random_unless_given(cls, value: Any) -> Any:
         return {"by": "random", **value} if isinstance(value, dict) else value
 
-    @model_validator(mode="after")
-    def _keys_fit_the_source(self) -> Self:
-        has_url = isinstance(self.source, str) and self.source in ONLY_WITH
-        if has_url != (self.url is not None):
-            raise ValueError("url goes with source: parquet or image_folder, and they need one")
-        if self.source == "parquet" and self.label is None:
-            raise ValueError("source: parquet needs label, the column to learn")
-        if self.label is not None and not has_url:
-            raise ValueError("label goes with source: parquet or image_folder")
-        if self.source == "image_folder" and isinstance(self.label, list):
-            raise ValueError("source: image_folder takes one label")
-        for source, names in ONLY_WITH.items():
-            for name in names if self.source != source else ():
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} goes with source: {source}")
-        return self
+    @model_serializer(mode="wrap")
+    def _own_keys_before_common_ones(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        return {key: values[key] for key in sorted(values, key=lambda key: key in COMMON_KEYS)}
 
     @property
     def splits_column(self) -> str | None:
-        """The column that splits go by, which no pattern of `features` means."""
+        """The column that splits go by, which no pattern of `features` matches."""
         return None if isinstance(self.splits, RandomSplits | RangeSplits) else self.splits.column
 
     @property
     def labels(self) -> list[str]:
-        """The label columns."""
+        """The label columns; empty for a source without columns."""
+        return []
+
+
+COMMON_KEYS = frozenset(BaseDataConfig.model_fields) - {"source"}
+
+
+class NamedDataConfig(BaseDataConfig):
+    """A public dataset, downloaded at its first use."""
+
+    source: Literal["mnist", "fashion_mnist", "cifar10", "cifar100"] = "mnist"
+    """The name of the dataset."""
+    root: str = "~/.cache/trainyard"
+    """Folder to which the dataset is downloaded, or in which its files already are. The other sources ignore this key,
+    so that a `base:` can set it for jobs of any source."""
+
+
+class DiscDataConfig(BaseDataConfig):
+    """Generated points of the plane, labeled 1 inside a disc around the origin and 0 outside."""
+
+    source: Literal["disc"]
+    """The name of the generator; the seed is `seed.data`."""
+
+
+class UserFunctionDataConfig(BaseDataConfig):
+    """Arrays or tensors that a function of your own returns."""
+
+    source: Call
+    """The function, as `{call: module:function, args: {}}`."""
+
+
+class FileDataConfig(BaseDataConfig):
+    """Files at a URL."""
+
+    url: str
+    label: str | list[str] | None
+
+    @property
+    def labels(self) -> list[str]:
         return [] if self.label is None else [self.label] if isinstance(self.label, str) else self.label
+
+
+class ParquetDataConfig(FileDataConfig):
+    """Columns of Parquet files."""
+
+    source: Literal["parquet"]
+    """Parquet files."""
+    url: str
+    """A file, a glob or a partitioned folder: any fsspec URL, or a path."""
+    label: str | Annotated[list[str], Field(min_length=1)]
+    """The column to learn; for a regression of several targets, a list of columns of numbers."""
+    features: Annotated[list[str], Field(min_length=1)] = ["*"]
+    """Columns to learn from: names, or patterns such as num_*. The default is all columns but label, keys and the
+    splits' column."""
+    keys: list[str] = []
+    """Columns that identify a row. The model never learns from them; predictions carry them."""
+    categorical: list[str] = []
+    """Names or patterns of numeric columns that hold categories rather than amounts. Columns of text always do."""
+    missing: Missing = Missing()
+    """What replaces missing values."""
+    one_hot_up_to: Annotated[int, Field(ge=0)] = 16
+    """A categorical column of up to this many levels becomes one input per level. One of more levels becomes a single
+    whole number behind the other inputs, for which `kind: mlp` learns an embedding."""
+    shape: Annotated[list[Positive], Field(min_length=1)] | None = None
+    """Shape of a sample where the only feature is a column of fixed-size bytes or lists, such as [1, 28, 28]."""
+
+
+class ImageFolderDataConfig(FileDataConfig):
+    """Image files: a folder for each class, or a Parquet file of paths and labels."""
+
+    source: Literal["image_folder"]
+    """Image files."""
+    url: str
+    """A folder with one folder for each class, or a Parquet file of paths and labels: any fsspec URL, or a path."""
+    label: str | None = None
+    """With a Parquet file: the column of labels. A folder has none, since the folders in it are the classes."""
+    path: str = "path"
+    """With a Parquet file: the column of paths, relative to the file's folder or absolute."""
+    resize: Size | None = None
+    """Pixels: one number scales the shorter side to it; [height, width] scales both sides. Needed unless all images
+    have the same size."""
+    crop: Size | None = None
+    """Pixels: cut this much out of the center, after resizing; one number for both sides, or [height, width]."""
+    mode: Literal["rgb", "grey"] = "rgb"
+    """Channels of the decoded images: rgb for three, grey for one."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What to do about an image that cannot be decoded: fail, or skip it with a warning."""
+    skip_up_to: Share = 0.01
+    """With on_error: skip, the largest share of images that may be skipped; more are an error."""
+
+    @field_validator("label", mode="before")
+    @classmethod
+    def _one_label(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            raise ValueError("source: image_folder takes one label")
+        return value
+
+
+SOURCES: dict[str, type[BaseDataConfig]] = {
+    **dict.fromkeys(("mnist", "fashion_mnist", "cifar10", "cifar100"), NamedDataConfig),
+    "disc": DiscDataConfig,
+    "parquet": ParquetDataConfig,
+    "image_folder": ImageFolderDataConfig,
+}
+"""The configuration class of each source that has a name."""
+
+
+def sources_with(key: str) -> list[str]:
+    """The sources that `key` goes with; empty for a key of all sources or of none."""
+    return (
+        [] if key in COMMON_KEYS | {"source"} else [name for name, kind in SOURCES.items() if key in kind.model_fields]
+    )
+
+
+def _is_unset(key: str, value: Any) -> bool:
+    """Whether a key of another source has its default, as in a job that was written out before keys were divided by
+    source, and in one whose source is overridden. (No other source reads `root`, so any value of it is ignored.)"""
+    if key == "root":
+        return True
+    for kind in SOURCES.values():
+        field = kind.model_fields.get(key)
+        default = None if field is None or field.is_required() else field.get_default()
+        if field is not None and (value == default or (isinstance(default, Node) and _equals(default, value))):
+            return True
+    return False
+
+
+def _equals(default: Node, value: Any) -> bool:
+    try:
+        return type(default).model_validate(value) == default
+    except ValidationError:
+        return False
+
+
+def _branch_of_data(value: Any) -> str:
+    """The class that a mapping describes, so that its errors are those of that class alone."""
+    source = value.get("source", "mnist") if isinstance(value, dict) else getattr(value, "source", "mnist")
+    if isinstance(source, dict | Call):
+        return "UserFunctionDataConfig"
+    return SOURCES.get(source, NamedDataConfig).__name__ if isinstance(source, str) else "NamedDataConfig"
+
+
+DataConfig = Annotated[
+    Annotated[NamedDataConfig, Tag("NamedDataConfig")]
+    | Annotated[DiscDataConfig, Tag("DiscDataConfig")]
+    | Annotated[ParquetDataConfig, Tag("ParquetDataConfig")]
+    | Annotated[ImageFolderDataConfig, Tag("ImageFolderDataConfig")]
+    | Annotated[UserFunctionDataConfig, Tag("UserFunctionDataConfig")],
+    Discriminator(_branch_of_data),
+]

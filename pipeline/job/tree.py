@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.job.data import Data
+from pipeline.job.data import DataConfig, NamedDataConfig
 from pipeline.job.following import Follower
 from pipeline.job.keeping import Best, Checkpoint, Evaluate
 from pipeline.job.metrics import (
@@ -69,7 +69,7 @@ class Job(Node):
     name: str
     """Letters, digits, '.', '_' and '-'; the first part of the run's name."""
     seed: Seeds = Seeds()
-    data: Data = Data()
+    data: DataConfig = NamedDataConfig()
     model: Model = Mlp()
     task: Task = Task()
     train: Train = Train()
@@ -163,6 +163,25 @@ START = ("init_from", "weights")
 NOT_IDENTITY_OF_DATA = ("root", "url", "loader", "cache")
 """Likewise, of its `data`."""
 
+IDENTITY_OF_OTHER_SOURCES: dict[str, Any] = {
+    "label": None,
+    "features": ["*"],
+    "keys": [],
+    "categorical": [],
+    "missing": {"numeric": "median", "categorical": "own_level"},
+    "one_hot_up_to": 16,
+    "shape": None,
+    "path": "path",
+    "resize": None,
+    "crop": None,
+    "mode": "rgb",
+    "on_error": "fail",
+    "skip_up_to": 0.01,
+}
+"""What the identity holds for the keys of `data` that go with another source. Jobs of every source once had all these
+keys, and a run is found again by the digest. Never change or extend this: keys of later sources count for those alone.
+"""
+
 
 def identity(
     job: Job,
@@ -185,6 +204,7 @@ def identity(
     """
     tree = {key: value for key, value in job.resolved().items() if key not in NOT_IDENTITY}
     tree["data"] = {key: value for key, value in tree["data"].items() if key not in NOT_IDENTITY_OF_DATA}
+    tree["data"] = {**IDENTITY_OF_OTHER_SOURCES, **tree["data"]}
     if start is not None:  # it says what the weights are; where they lie is no more part of it than the data's folder
         tree["model"] |= {key: "a file" for key in START if os.path.isabs(tree["model"].get(key) or "")}
     if job.evaluate.limit is not None:  # runs of an earlier version took the first rows, and must not go on with others

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.job import Job
+from pipeline.job import SOURCES, Job, sources_with
 from pipeline.job.node import did_you_mean, nearest
 
 _SHAPE_ERRORS = ("model_type", "dict_type", "model_attributes_type")
@@ -29,11 +29,20 @@ _WORDS = {
 }
 
 
+_NEEDED = {
+    ("data", "url"): "the file or folder of the data",
+    ("data", "label"): "the column to learn",
+}
+"""Keys without a default that only some sources have."""
+
+
 def explain(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
     """One line for each key that has a problem, by the name that the user wrote."""
     found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for problem in error.errors():
         found.setdefault(_written(problem, tree), []).append(problem)
+    if ("data", "source") in found:  # it names no source, so nothing can be concluded about the keys of one
+        found = {path: problems for path, problems in found.items() if not _other_sources(problems[0])}
     misspelt = {_meant(path, problem) for path, problems in found.items() for problem in problems}
     # Where a union fails, each branch complains; the branch that got furthest is what the user meant.
     return [
@@ -45,8 +54,14 @@ def explain(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
 
 def _meant(path: tuple[Any, ...], problem: Mapping[str, Any]) -> tuple[Any, ...] | None:
     """The known key that an unknown one stands for: no news that it is missing."""
-    is_unknown = problem["type"] == "extra_forbidden"
+    is_unknown = problem["type"] == "extra_forbidden" and not _other_sources(problem)
     return (*path[:-1], nearest(str(path[-1]), _known_keys(problem["loc"][:-1]))) if is_unknown else None
+
+
+def _other_sources(problem: Mapping[str, Any]) -> list[str]:
+    """Of a key of `data` that its source does not have: the sources that have it."""
+    is_unknown = problem["type"] == "extra_forbidden" and problem["loc"][0] == "data" and len(problem["loc"]) == 3
+    return sources_with(str(problem["loc"][-1])) if is_unknown else []
 
 
 def _written(problem: Mapping[str, Any], tree: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -69,9 +84,15 @@ def _written(problem: Mapping[str, Any], tree: Mapping[str, Any]) -> tuple[Any, 
 def _line(path: tuple[Any, ...], problems: list[Mapping[str, Any]]) -> str:
     key = ".".join(str(part) for part in path)
     for problem in problems:
+        if others := _other_sources(problem):
+            return f"data: {path[-1]} goes with source: {' or '.join(others)}"
         if problem["type"] == "extra_forbidden":
             known = _known_keys(problem["loc"][:-1])
-            return f"{key}: unknown key{did_you_mean(str(path[-1]), known)}; known here: {', '.join(known)}"
+            hint = did_you_mean(str(path[-1]), known) or did_you_mean(str(path[-1]), _keys_of_all_sources(problem))
+            return f"{key}: unknown key{hint}; known here: {', '.join(known)}"
+        if problem["type"] == "missing" and path in _NEEDED:
+            source = next(name for name, kind in SOURCES.items() if kind.__name__ == problem["loc"][1])
+            return f"data: source: {source} needs {path[-1]}, {_NEEDED[path]}"
         if problem["type"] == "missing":
             return f"{key}: missing"
         if problem["type"] == "union_tag_invalid":
@@ -110,6 +131,11 @@ def _known_keys(place: tuple[Any, ...]) -> list[str]:
             kinds = named or [found for annotation in inner for found in _models_in(annotation)]
     keys = {field.alias or name for kind in kinds for name, field in kind.model_fields.items()}
     return sorted(keys | ({"base"} if not place else set()))
+
+
+def _keys_of_all_sources(problem: Mapping[str, Any]) -> list[str]:
+    is_of_data = problem["loc"][0] == "data" and len(problem["loc"]) == 3
+    return [key for kind in SOURCES.values() for key in kind.model_fields] if is_of_data else []
 
 
 def _tags(kind: type[BaseModel]) -> tuple[Any, ...]:

@@ -28,7 +28,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from pipeline.errors import InputError, JobError
-from pipeline.job import Call, Job, OwnModel
+from pipeline.job import Job, OwnModel, UserFunctionDataConfig
 from pipeline.own_code.dependencies import OURS, Dependencies, installed_file, is_installed
 from pipeline.own_code.storing import pack, unpack
 
@@ -232,7 +232,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
 def named_in(job: Job) -> list[str]:
     """All `module:name` that a job would import, sorted."""
     names = [job.model.kind] if isinstance(job.model, OwnModel) else []
-    names += [job.data.source.call] if isinstance(job.data.source, Call) else []
+    names += [job.data.source.call] if isinstance(job.data, UserFunctionDataConfig) else []
     names += [job.task.loss] if job.task.loss is not None and ":" in job.task.loss else []
     return sorted({*names, *job.metrics})
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import WorkError
-from pipeline.job import Job
+from pipeline.job import FileDataConfig, Job
 from pipeline.job_file import dump_job, resolve_job
 from pipeline.own_code import collect
 from pipeline.verbs.places import storage_url
@@ -93,7 +93,7 @@ def check(
     job = resolve_job(job, set)
     job = job.model_copy(update={"storage": storage_url(storage, job.storage)})
     if not (batch or overfit):
-        if job.data.url is not None:
+        if isinstance(job.data, FileDataConfig):
             from pipeline.data.sources.presence import check_present
 
             check_present(job)

@@ -17,7 +17,7 @@ from pipeline.data.fitted import Fitted
 from pipeline.data.preprocess import DataReport
 from pipeline.device import leave_as_found
 from pipeline.errors import InputError
-from pipeline.job import Job, RandomSplits, digest, identity
+from pipeline.job import FileDataConfig, Job, ParquetDataConfig, RandomSplits, digest, identity
 from pipeline.job_file import override_job, parse_job
 from pipeline.learn.words import no_better_words, table_lines
 from pipeline.own_code import UserCode, named_in
@@ -128,16 +128,16 @@ def evaluate(
 def _on_other_data(job: Job, url: str, fitted: Fitted) -> Job:
     """The job on all rows of a URL. What it learns from is what was learned from; keys and a column for splits are not
     asked of the new data."""
-    if job.data.url is None:
+    if not isinstance(job.data, FileDataConfig):
         raise InputError(
             f"this run was trained on {job.data.source}, which has no URL", where=f"--data {url}", fix="use --split"
         )
     update: dict[str, Any] = {"url": whole_url(url), "splits": RandomSplits()}
-    if fitted.preprocess.schema is not None:
+    if isinstance(job.data, ParquetDataConfig) and fitted.preprocess.schema is not None:
         names = [column.name for column in fitted.preprocess.schema.columns]
         update |= {"features": [glob.escape(name) for name in names], "keys": []}
         update |= {"categorical": [name for name in job.data.categorical if fnmatch.filter(names, name)]}
-    elif job.data.source == "parquet" and job.data.splits_column is not None:
+    elif isinstance(job.data, ParquetDataConfig) and job.data.splits_column is not None:
         update |= {"keys": [*job.data.keys, job.data.splits_column]}  # else it would count as a second feature
     return job.model_copy(update={"data": job.data.model_copy(update=update)})
 
@@ -150,8 +150,10 @@ def _check_place(job: Job, stored: Job, where: str) -> None:
     ------
     InputError: such a URL, that no override replaces.
     """
+    if not isinstance(job.data, FileDataConfig):
+        return
     url = job.data.url
-    if url is None or url != stored.data.url:
+    if not isinstance(stored.data, FileDataConfig) or url != stored.data.url:
         return
     protocol, separator, _ = url.partition("://")
     if "::" in url or (separator and protocol not in (*EXTRAS, *PLAIN_PROTOCOLS)):

@@ -26,7 +26,7 @@ from pipeline.data.sources.parquet.files import Files
 from pipeline.data.sources.parquet.finding import MAGIC
 from pipeline.data.tables.encode import near
 from pipeline.errors import DataError, InputError, StorageError, TrainyardError
-from pipeline.job import Cache
+from pipeline.job import Cache, ImageFolderDataConfig, ParquetDataConfig
 from pipeline.predictor import Predictor
 from pipeline.redaction import scrub
 from pipeline.storage import Storage
@@ -141,15 +141,15 @@ def _open(
     predictor: Predictor, url: str, output: str, tell: Callable[[str], None], stack: ExitStack
 ) -> _Tables | _Pictures:
     """The input, looked at. stack: what ends its reading."""
-    source = predictor.job.data.source
-    if source == "parquet":
+    data = predictor.job.data
+    if isinstance(data, ParquetDataConfig):
         files = Files(url, Cache())
         _check_apart(url, [file.path for file in files.files], output)
-        return _Tables(predictor, stack.enter_context(files), tell)
-    if source == "image_folder":
-        return _Pictures(predictor, url)
+        return _Tables(predictor, data, stack.enter_context(files), tell)
+    if isinstance(data, ImageFolderDataConfig):
+        return _Pictures(predictor, data, url)
     raise InputError(
-        f"this model was trained on {source}, which is neither tables nor pictures",
+        f"this model was trained on {data.source}, which is neither tables nor pictures",
         where=f"--input {url}",
         fix="in Python: load(RUN).predict(array)",
     )
@@ -158,11 +158,13 @@ def _open(
 class _Tables:
     """Rows of Parquet files, with their keys. All that footers tell is checked when it is made."""
 
-    def __init__(self, predictor: Predictor, files: Files, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self, predictor: Predictor, data: ParquetDataConfig, files: Files, tell: Callable[[str], None]
+    ) -> None:
         self.skipped: list[str] = []
         self._files = files
         self._inputs = _input_columns(predictor, files)
-        self._keys = _key_types(predictor.job.data.keys, files, tell)
+        self._keys = _key_types(data.keys, files, tell)
         _check_casts(files, self._keys)
         taken = set(_answers(predictor, np.empty((0, len(predictor.classes) or predictor.fitted.outputs))))
         self._names = [_free_name(key, {*taken, *self._keys} - {key}, taken, tell) for key in self._keys]
@@ -273,9 +275,9 @@ def _free_name(key: str, others: set[str], taken: set[str], tell: Callable[[str]
 class _Pictures:
     """Pictures by path."""
 
-    def __init__(self, predictor: Predictor, url: str) -> None:
+    def __init__(self, predictor: Predictor, data: ImageFolderDataConfig, url: str) -> None:
         self.skipped: list[str] = []
-        self._job, self._shape = predictor.job, predictor.fitted.preprocess.output_shape
+        self._data, self._shape = data, predictor.fitted.preprocess.output_shape
         self._where = f"--input {scrub(url)}"
         self._files, self._paths = _find_pictures(url, self._where)
 
@@ -302,11 +304,11 @@ class _Pictures:
         """A picture, or why there is none where the job skips such."""
         name = f"{self._files.printable}/{path}"
         try:
-            return picture(self._files.read(path), name, self._job, self._shape)
+            return picture(self._files.read(path), name, self._data, self._shape)
         except FileNotFoundError:
             raise DataError("is gone", where=name, fix="leave the input as it is") from None
         except BrokenPictureError as error:
-            if self._job.data.on_error == "skip":
+            if self._data.on_error == "skip":
                 return str(error)
             raise DataError(
                 f"cannot be used as a picture: {error}",

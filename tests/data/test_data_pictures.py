@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from pipeline.data.pictures import BrokenPictureError, Form, TooSmallError, decode, endings, quiet
 from pipeline.errors import DataError
-from pipeline.job import Data
+from pipeline.job import ImageFolderDataConfig
 
 NOISE = np.random.default_rng(0).integers(0, 256, (12, 9, 4), dtype=np.uint8)
 
@@ -136,7 +136,7 @@ def test_what_fixes_a_size() -> None:
 def test_crops_that_do_not_fit() -> None:
     with pytest.raises(TooSmallError, match="12 x 9 pixels"):
         decode(saved(rgb()), Form(crop=(12, 10)))
-    data = Data.model_validate({"source": "image_folder", "url": "x", "resize": [8, 20], "crop": 10})
+    data = ImageFolderDataConfig.model_validate({"source": "image_folder", "url": "x", "resize": [8, 20], "crop": 10})
     with pytest.raises(DataError, match=r"data\.crop"):
         Form.of(data)
 

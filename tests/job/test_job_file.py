@@ -156,7 +156,7 @@ def test_the_environment_is_filled_in(tmp_path: Path, monkeypatch: pytest.Monkey
 def places(job: Job) -> dict[str, Any]:
     """The fields that may hold a local path, as they are resolved."""
     tree = job.resolved()
-    found = {f"data.{key}": tree["data"][key] for key in ("url", "root")}
+    found = {f"data.{key}": tree["data"][key] for key in ("url", "root") if key in tree["data"]}
     found |= {f"model.{key}": tree["model"][key] for key in ("init_from", "weights") if key in tree["model"]}
     return {**found, "cache": tree["data"]["cache"]["folder"], "storage": tree["storage"]}
 
@@ -177,7 +177,6 @@ def test_a_path_in_a_file_starts_from_the_file_and_a_typed_one_from_the_working_
     shared = tmp_path / "jobs/shared"
     in_file = {
         "data.url": f"{shared}/rows/*.parquet",
-        "data.root": f"{tmp_path}/raw",
         "model.init_from": None,
         "model.weights": f"{shared}/net.pth",
         "cache": f"{shared}/cache",
@@ -189,13 +188,16 @@ def test_a_path_in_a_file_starts_from_the_file_and_a_typed_one_from_the_working_
     typed = ("data.url=rows.parquet", "data.cache={folder: ../cache}", "model={kind: mlp, init_from: runs/a@best}")
     assert places(load_job("../jobs/job.yaml", typed)) == {
         "data.url": f"{tmp_path}/here/rows.parquet",
-        "data.root": f"{tmp_path}/raw",
         "model.init_from": f"{tmp_path}/here/runs/a@best",
         "cache": f"{tmp_path}/cache",
         "storage": "runs",
     }
+    (tmp_path / "jobs/shared/named.yaml").write_text("name: base\ndata: {root: raw}\n")
+    (tmp_path / "jobs/named.yaml").write_text("base: shared/named.yaml\n")
+    assert places(load_job("../jobs/named.yaml"))["data.root"] == f"{shared}/raw"
+    assert places(load_job("../jobs/named.yaml", ["data.root=../raw"]))["data.root"] == f"{tmp_path}/raw"
     of_python = resolve_job(build_job({"name": "p", "data": {"root": "raw"}}, "here"))
-    assert of_python.data.root == f"{tmp_path}/here/raw"
+    assert places(of_python)["data.root"] == f"{tmp_path}/here/raw"
 
 
 @pytest.mark.parametrize("url", ["s3://b/x", "file:///x/y", "env:PLACE", "simplecache::s3://b/x", "/x/y", "memory://x"])
@@ -205,12 +207,12 @@ def test_what_is_whole_or_is_no_path_stays_as_it_is(tmp_path: Path, url: str) ->
         read = job(f"name: a\n{data}\nmodel: {{kind: mlp, init_from: '{start}'}}", tmp_path)
         assert places(read) == {
             "data.url": url,
-            "data.root": "~/raw",
             "model.init_from": start,
             "cache": "~/.cache/trainyard/data",
             "storage": "./runs",
         }
         assert resolve_job(read) == read
+    assert places(job("name: a\ndata: {root: ~/raw}", tmp_path))["data.root"] == "~/raw"
     weights = job(f"name: a\n{data}\nmodel: {{kind: 'torchvision:resnet18', weights: DEFAULT}}", tmp_path)
     assert places(weights)["model.weights"] == "DEFAULT"
 
@@ -339,8 +341,21 @@ def test_a_wrong_override_is_an_error(tmp_path: Path, override: str, part: str) 
         ("name: a\ntask: {loss: mae}", ["task: loss: mae goes with kind: regression"]),
         ("name: a\ntask: {kind: regression, loss: mea}", ["task.loss: 'mea' is not of the form module:name"]),
         ("name: a\ndata: {url: x}", ["data: url goes with source: parquet or image_folder"]),
-        ("name: a\ndata: {source: parquet, label: y}", ["data: url goes with"]),
-        ("name: a\ndata: {source: parquet, url: x}", ["data: source: parquet needs label"]),
+        ("name: a\ndata: {source: parquet, label: y}", ["data: source: parquet needs url, the file or folder of"]),
+        ("name: a\ndata: {source: parquet, url: x}", ["data: source: parquet needs label, the column to learn"]),
+        ("name: a\ndata: {source: parquet}", ["data: source: parquet needs url", "data: source: parquet needs label"]),
+        ("name: a\ndata: {source: parquet, url: x, lable: y}", ["data.lable: unknown key (did you mean 'label'?)"]),
+        ("name: a\ndata: {fetures: [y]}", ["data.fetures: unknown key (did you mean 'features'?); known here: augment, "
+                                           "cache, loader, normalize, root, shuffle, source, splits"]),
+        ("name: a\ndata: {source: parqet, url: x, label: y, keys: [z]}", ["data.source: must be 'mnist', 'fash"]),
+        ("name: a\ndata: {source: {cal: 'm:f'}}", ["data.source.cal: unknown key (did you mean 'call'?)"]),
+        ("name: a\ndata: {source: {call: 'm:f'}, keys: [a], loader: {processes: -1}, resize: 3}", [
+            "data: keys goes with source: parquet", "data: resize goes with source: image_folder",
+            "data.loader.processes: must be greater than or equal to 0"]),
+        ("name: a\ndata: {source: image_folder, url: x, label: [a]}", ["data.label: source: image_folder takes one"]),
+        ("name: a\ndata: {source: disc, missing: {numeric: mean}}", ["data: missing goes with source: parquet"]),
+        ("name: a\ndata: {source: [x]}", ["data.source: must be 'mnist'"]),
+        ("name: a\ndata: 3", ["data: must be a mapping of keys to values, not 3"]),
         ("name: a\ndata: {label: x}", ["data: label goes with"]),
         ("name: a\ndata: {source: image_folder, url: x, keys: [a]}", ["data: keys goes with source: parquet"]),
         ("name: a\ndata: {source: parquet, url: x, label: y, resize: 3}", ["data: resize goes with source: image_"]),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from pipeline.job import Job, digest, identity
+from pipeline.job import FileDataConfig, Job, digest, identity
 
 
 def key_of(job: Job, *, storage: str, name: str | None, max_steps: int | None, code: Mapping[str, str]) -> str:
     """`<job name>-<8 digits>` of what determines the run, as far as it is known without the data itself."""
     tree = identity(job, fingerprint="", max_steps=max_steps, code=code)
-    tree |= {"storage": storage, "name": name, "url": job.data.url}
+    tree |= {"storage": storage, "name": name, "url": job.data.url if isinstance(job.data, FileDataConfig) else None}
     return f"{job.name}-{digest(tree)[:8]}"
 
 

@@ -10,7 +10,7 @@ from pipeline.data.preprocess.samples import WHERE, given_normalization
 from pipeline.data.sources.arrays import Arrays
 from pipeline.data.tables.schema import Column, Kind, Schema
 from pipeline.errors import DataError
-from pipeline.job import Job, Missing, Normalization
+from pipeline.job import Job, Missing, Normalization, ParquetDataConfig
 
 
 def fit_table(job: Job, arrays: Arrays, schema: Schema, rows: np.ndarray) -> TablePreprocess:
@@ -27,6 +27,7 @@ def fit_table(job: Job, arrays: Arrays, schema: Schema, rows: np.ndarray) -> Tab
     ------
     DataError: a normalisation that does not fit a table; with `missing: fail`, a missing value anywhere.
     """
+    assert isinstance(job.data, ParquetDataConfig), "only tables have a schema"
     missing = job.data.missing
     seen = look(arrays.inputs, rows, schema, medians=missing.numeric == "median")
     fill = _fill(missing, seen)

@@ -9,7 +9,14 @@ from pipeline.data.sources.call import open_call
 from pipeline.data.sources.cifar import open_cifar
 from pipeline.data.sources.disc import open_disc
 from pipeline.data.sources.idx import open_idx
-from pipeline.job import Call, Job
+from pipeline.job import (
+    DiscDataConfig,
+    FileDataConfig,
+    ImageFolderDataConfig,
+    Job,
+    ParquetDataConfig,
+    UserFunctionDataConfig,
+)
 from pipeline.redaction import is_looked_up, looked_up
 
 __all__ = ["Arrays", "Source", "identify", "make_source", "open_source"]
@@ -28,22 +35,22 @@ def open_source(job: Job, say: Callable[[str], None] = lambda text: None, *, flo
     DataError: data that is absent and cannot be downloaded, damaged, or of a shape or type that cannot be used.
     """
     job = _with_url(job)
-    source, wide = job.data.source, job.train.precision == "fp64" if float64 is None else float64
-    if isinstance(source, Call):
-        return open_call(source, float64=wide, say=say)
-    if source == "parquet":
+    data, wide = job.data, job.train.precision == "fp64" if float64 is None else float64
+    if isinstance(data, UserFunctionDataConfig):
+        return open_call(data.source, float64=wide, say=say)
+    if isinstance(data, ParquetDataConfig):
         from pipeline.data.sources.parquet import open_parquet  # it needs Arrow
 
         return open_parquet(job, say, float64=wide)
-    if source == "image_folder":
+    if isinstance(data, ImageFolderDataConfig):
         from pipeline.data.sources.image_folder import open_image_folder  # it needs Arrow and Pillow
 
         return open_image_folder(job, say)
-    if source == "disc":
+    if isinstance(data, DiscDataConfig):
         return open_disc(job.seed.of("data"))
-    if source == "cifar10" or source == "cifar100":
-        return open_cifar(source, job.data.root)
-    return open_idx(source, job.data.root)
+    if data.source == "cifar10" or data.source == "cifar100":
+        return open_cifar(data.source, data.root)
+    return open_idx(data.source, data.root)
 
 
 def identify(job: Job, say: Callable[[str], None] = lambda text: None) -> tuple[str, Source | None]:
@@ -61,11 +68,11 @@ def identify(job: Job, say: Callable[[str], None] = lambda text: None) -> tuple[
     DataError: as `open_source`.
     """
     job = _with_url(job)
-    if job.data.source == "parquet":
+    if isinstance(job.data, ParquetDataConfig):
         from pipeline.data.sources.parquet import parquet_fingerprint
 
         return parquet_fingerprint(job, say), None
-    if job.data.source == "image_folder":
+    if isinstance(job.data, ImageFolderDataConfig):
         from pipeline.data.sources.image_folder import image_folder_fingerprint
 
         return image_folder_fingerprint(job, say), None
@@ -75,7 +82,7 @@ def identify(job: Job, say: Callable[[str], None] = lambda text: None) -> tuple[
 
 def _with_url(job: Job) -> Job:
     """The job with a `data.url` that stands in the environment looked up: to be opened, and never written."""
-    if job.data.url is None or not is_looked_up(job.data.url):
+    if not isinstance(job.data, FileDataConfig) or not is_looked_up(job.data.url):
         return job
     url = looked_up(job.data.url, "data.url")
     return job.model_copy(update={"data": job.data.model_copy(update={"url": url})})

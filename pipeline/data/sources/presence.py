@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from pipeline.errors import DataError
-from pipeline.job import Job
+from pipeline.job import FileDataConfig, Job, ParquetDataConfig
 from pipeline.redaction import looked_up
 from pipeline.storage.faults import Patience, scrub
 from pipeline.storage.filesystems import open_filesystem
@@ -28,10 +28,10 @@ def check_present(job: Job) -> None:
     ------
     DataError: there is no such data, or it is of another kind. StorageError: a URL that cannot be used.
     """
-    if job.data.url is None:
+    if not isinstance(job.data, FileDataConfig):
         return
     url = looked_up(job.data.url, "data.url")
-    if job.data.source == "parquet" or url.endswith(".parquet"):
+    if isinstance(job.data, ParquetDataConfig) or url.endswith(".parquet"):
         from pipeline.data.sources.parquet.files import check_files  # it needs Arrow
 
         check_files(url)

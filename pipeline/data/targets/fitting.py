@@ -16,7 +16,7 @@ from pipeline.data.stored import VERSION, reading
 from pipeline.data.targets.classes import numbered_classes, text_classes
 from pipeline.data.targets.labels import WHERE, are_positive, some, whole_numbers
 from pipeline.errors import DataError, JobError
-from pipeline.job import Job
+from pipeline.job import FileDataConfig, Job
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,8 @@ def fit_targets(job: Job, source: Source, splits: Mapping[str, Rows]) -> Targets
     DataError: targets that do not fit the task, in any split; only one class, or one value, in training.
     """
     task, raw, train = job.task, source.train.targets, splits["train"].ids
-    where = f"{job.data.url}: {', '.join(job.data.labels)}" if job.data.labels else WHERE
+    data = job.data
+    where = f"{data.url}: {', '.join(data.labels)}" if isinstance(data, FileDataConfig) and data.labels else WHERE
     if task.kind == "regression":
         _refuse_names(source.label_names, where)
         _refuse_constant(job, raw.reshape(len(raw), -1), train, where)

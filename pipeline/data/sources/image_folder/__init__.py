@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.data.sources.arrays import Arrays, Source, SplitColumn
 from pipeline.data.sources.image_folder.decoding import decoded
 from pipeline.data.sources.image_folder.listing import Identified, Listing, Say, check_present, listed
-from pipeline.job import Job
+from pipeline.job import ImageFolderDataConfig, Job
 
 __all__ = ["image_folder_fingerprint", "open_image_folder"]
 
@@ -32,6 +32,7 @@ def open_image_folder(job: Job, say: Say) -> Source:
     DataError: no pictures, broken ones, ones of different sizes, or labels that cannot be used.
     StorageError: a URL that cannot be used, or not be read.
     """
+    assert isinstance(job.data, ImageFolderDataConfig), "a job with source: image_folder"
     listing = _present(job)
     identified = Identified(listing, job.data.cache, say)
     pictures, rows, warnings = decoded(listing, identified, job.data, say)
@@ -61,7 +62,7 @@ def image_folder_fingerprint(job: Job, say: Say) -> str:
     ------
     DataError, StorageError: as `open_image_folder`.
     """
-    if job.data.on_error == "skip":
+    if isinstance(job.data, ImageFolderDataConfig) and job.data.on_error == "skip":
         return open_image_folder(job, say).fingerprint
     return Identified(_present(job), job.data.cache, say).fingerprint
 

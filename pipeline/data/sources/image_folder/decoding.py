@@ -18,7 +18,7 @@ from pipeline.data.sources.image_folder.decoder import Decoder, Pictures
 from pipeline.data.sources.image_folder.files import in_threads
 from pipeline.data.sources.image_folder.listing import Identified, Listing, Progress, Say
 from pipeline.errors import DataError
-from pipeline.job import Data
+from pipeline.job import ImageFolderDataConfig
 from pipeline.watchdog import note_progress
 
 if TYPE_CHECKING:  # imported where processes decode: who asks for the fingerprint alone needs none of it
@@ -38,7 +38,7 @@ Broken = dict[int, str]
 
 
 def decoded(
-    listing: Listing, identified: Identified, data: Data, say: Say
+    listing: Listing, identified: Identified, data: ImageFolderDataConfig, say: Say
 ) -> tuple[np.ndarray | Pictures, np.ndarray, tuple[str, ...]]:
     """The pictures, uint8 (n, C, H, W); their rows in the listing, int64 (n,); and warnings of what was left out.
 
@@ -76,7 +76,7 @@ def decoded(
 class _Run:
     """One pass over all pictures."""
 
-    def __init__(self, decoder: Decoder, data: Data, say: Say) -> None:
+    def __init__(self, decoder: Decoder, data: ImageFolderDataConfig, say: Say) -> None:
         self._decoder, self._data, self._say = decoder, data, say
         self._count = len(decoder.listing.paths)
 

@@ -21,7 +21,7 @@ from pipeline.data.sources.digests import DataFile, Digests, evenly_spaced
 from pipeline.data.sources.image_folder.files import Facts, Files, in_threads
 from pipeline.data.sources.image_folder.table import labels, path_values, splits
 from pipeline.errors import DataError
-from pipeline.job import Cache, Data, Job, TimeSplits
+from pipeline.job import Cache, ImageFolderDataConfig, Job, TimeSplits
 
 Say = Callable[[str], None]
 
@@ -57,15 +57,15 @@ def listed(job: Job) -> Listing:
     DataError: no pictures, pictures without a class, or a table that does not fit. StorageError: a URL that cannot be
         used, or not be read.
     """
-    url = job.data.url
-    assert url is not None, "the job's schema asks for it"
-    return _in_table(job, url) if url.endswith(".parquet") else _in_folders(job, url)
+    assert isinstance(job.data, ImageFolderDataConfig), "a job with source: image_folder"
+    return _in_table(job, job.data) if job.data.url.endswith(".parquet") else _in_folders(job, job.data)
 
 
-def _in_folders(job: Job, url: str) -> Listing:
+def _in_folders(job: Job, data: ImageFolderDataConfig) -> Listing:
     """Folders directly below are the classes, by name; pictures may lie at any depth in them, sorted by path."""
+    url = data.url
     where = f"data.url: {url}"
-    _check_job(job.data, where)
+    _check_job(data, where)
     if job.task.kind == "regression":
         raise DataError(
             "a folder of classes has no numbers to learn",
@@ -109,7 +109,7 @@ def _columns(facts: Iterable[Facts]) -> tuple[np.ndarray, tuple[str, ...]]:
     return np.array(sizes, dtype=np.int64), checksums
 
 
-def _check_job(data: Data, where: str) -> None:
+def _check_job(data: ImageFolderDataConfig, where: str) -> None:
     """Refuse what a folder cannot give."""
     if data.label is not None:
         raise DataError(
@@ -125,11 +125,11 @@ def _check_job(data: Data, where: str) -> None:
         )
 
 
-def _in_table(job: Job, url: str) -> Listing:
+def _in_table(job: Job, data: ImageFolderDataConfig) -> Listing:
     """Rows as stored. Paths are relative to the folder in which the table lies, or whole URLs."""
     import pyarrow.parquet as pq
 
-    data = job.data
+    url = data.url
     if not isinstance(data.label, str):
         raise DataError("a table of pictures needs label, the column to learn", where="data.label", fix="name it")
     folder, _, name = url.rpartition("/")

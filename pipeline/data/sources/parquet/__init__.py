@@ -23,7 +23,7 @@ from pipeline.data.sources.parquet.decoding import (
 )
 from pipeline.data.sources.parquet.files import Files
 from pipeline.errors import DataError
-from pipeline.job import Job
+from pipeline.job import Job, ParquetDataConfig
 
 __all__ = ["open_parquet", "parquet_fingerprint"]
 
@@ -55,7 +55,7 @@ def open_parquet(job: Job, say: Callable[[str], None], *, float64: bool) -> Sour
     DataError: files, columns or values that cannot be used, with file, column, row and count.
     """
     data = job.data
-    assert data.url is not None, "a job with source: parquet has a url"
+    assert isinstance(data, ParquetDataConfig), "a job with source: parquet"
     dtype = np.float64 if float64 else np.float32
     with Files(data.url, data.cache) as files:
         if not files.rows:
@@ -94,7 +94,7 @@ def parquet_fingerprint(job: Job, say: Callable[[str], None]) -> str:
     ------
     DataError: files that cannot be read.
     """
-    assert job.data.url is not None, "a job with source: parquet has a url"
+    assert isinstance(job.data, ParquetDataConfig), "a job with source: parquet"
     with Files(job.data.url, job.data.cache, footers=False) as files:
         return files.fingerprint(say)
 

@@ -14,7 +14,7 @@ from pipeline.data.tables.contents import NUMBERS, Content, both
 from pipeline.data.tables.encode import near
 from pipeline.data.tables.schema import Kind
 from pipeline.errors import DataError
-from pipeline.job import Job, TimeSplits
+from pipeline.job import Job, ParquetDataConfig, TimeSplits
 
 PANDAS_INDEX = "__index_level_*__"
 """How pandas stores the numbers of rows that were left over by a filter; no pattern means them."""
@@ -63,6 +63,7 @@ def choose(files: Files, job: Job) -> Choice:
         features; a pattern without a match.
     """
     data, columns = job.data, _Columns(files)
+    assert isinstance(data, ParquetDataConfig), "a job with source: parquet"
     split = data.splits_column
     for name, where in [
         *((label, "data.label") for label in data.labels),
@@ -70,10 +71,10 @@ def choose(files: Files, job: Job) -> Choice:
         *([(split, "data.splits.column")] if split is not None else []),
     ]:
         columns.must_have(name, where)
-    names = _feature_names(job, columns.names, split)
+    names = _feature_names(data, columns.names, split)
     holds = {name: columns.content(name) for name in names}
     levels = _matched(data.categorical, columns.names, "data.categorical")
-    shape, raw = _shape(job, holds)
+    shape, raw = _shape(data.shape, holds)
     return Choice(
         features=tuple(_feature(name, found, name in levels, files) for name, found in holds.items()),
         labels=tuple((name, _label(name, columns.content(name), job, files.url)) for name in data.labels),
@@ -135,9 +136,8 @@ def _matched(patterns: Iterable[str], names: list[str], where: str) -> set[str]:
     return matched
 
 
-def _feature_names(job: Job, names: list[str], split: str | None) -> list[str]:
+def _feature_names(data: ParquetDataConfig, names: list[str], split: str | None) -> list[str]:
     """Columns to learn from, in the files' order."""
-    data = job.data
     for name in data.features:
         if name in data.labels:
             raise DataError(
@@ -183,11 +183,11 @@ def _length(name: str, files: Files) -> int:
     raise DataError(f"the column {name!r} has no list to take a length from", where=files.url, fix=CAST)
 
 
-def _shape(job: Job, holds: dict[str, Content]) -> tuple[tuple[int, ...], bool]:
+def _shape(shape: list[int] | None, holds: dict[str, Content]) -> tuple[tuple[int, ...], bool]:
     """Shape of a sample that is one column, else (); and whether it is bytes."""
     only = next(iter(holds.values())) if len(holds) == 1 else None
     raw = only is not None and only.kind == "bytes"
-    if job.data.shape is None:
+    if shape is None:
         return ((only.width,) if raw and only is not None else ()), raw
     if only is None or only.kind not in ("bytes", "vector"):
         raise DataError(
@@ -195,7 +195,7 @@ def _shape(job: Job, holds: dict[str, Content]) -> tuple[tuple[int, ...], bool]:
             where="data.shape",
             fix=f"features here: {', '.join(holds)}",
         )
-    return tuple(job.data.shape), raw
+    return tuple(shape), raw
 
 
 def _label(name: str, found: Content, job: Job, url: str) -> Content:
