@@ -22,12 +22,14 @@ from pipeline.job.splits import RandomSplits, RangeSplits, Splits
 
 
 class Call(Node):
-    """A function of your own that returns the data."""
+    """A function of your own that returns the data. It may take as long as it likes: `scale.hang_s` does not apply."""
 
     call: str
-    """`module:function`; returns arrays, see `pipeline.data.sources`."""
+    """`module:function`. It returns NumPy arrays or tensors: `(inputs, targets)`; two such pairs, for training and
+    test; or `{"train": pair, "test": pair, "classes": names}`, of which the last two may be left out. Inputs may be a
+    data frame of numbers."""
     args: dict[str, Any] = {}
-    """Keyword arguments of the function."""
+    """Keyword arguments of the function. A text `env:NAME` becomes the value of that environment variable."""
 
     @field_validator("call")
     @classmethod
@@ -36,10 +38,12 @@ class Call(Node):
 
 
 class Normalization(Node):
-    """Fixed numbers: (x - mean) / std, per channel or one for all, in the units of [0, 1] images or raw columns."""
+    """Inputs become (x - mean) / std with these numbers, in the unit of images scaled to [0, 1] or of raw columns."""
 
     mean: float | list[float]
+    """What is subtracted: one number for all, or one per channel or column."""
     std: float | list[float]
+    """What is divided by: one number for all, or one per channel or column."""
 
 
 IMAGENET = Normalization(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
@@ -47,56 +51,63 @@ IMAGENET = Normalization(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 
 
 class Jitter(Node):
-    """Random changes of colour: each factor is drawn from [1 - value, 1 + value]."""
+    """Random changes of color: each factor is drawn from [1 - value, 1 + value]; 0 changes nothing."""
 
     brightness: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How far the factor on all values may be from 1."""
     contrast: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How far the factor on each value's distance from the image's mean gray may be from 1."""
     saturation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How far the factor on each value's distance from its pixel's gray may be from 1."""
 
 
 class Augment(Node):
-    """Random changes to training images, drawn anew for every sample of every step, made on the device."""
+    """Random changes to training images, drawn anew for every sample of every step and made on the device."""
 
     crop: Annotated[int, Field(ge=0)] = 0
-    """Pad by this many pixels of zero, then cut a random window of the original size."""
+    """Pixels: pad each side with this many zeros, then cut out a random window of the original size."""
     flip: bool = False
-    """Mirror left to right, half of the time."""
+    """Mirror left to right with probability 0.5."""
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Turn by up to so many degrees either way."""
+    """Rotate by up to this many degrees either way."""
     jitter: Jitter = Jitter()
+    """Random changes of color."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
-    """Mix each image and its label with another of the global batch; the share is drawn from Beta(mixup, mixup)
-    (Zhang et al. 2018, arXiv:1710.09412)."""
+    """Mix each image and its label with another of the global batch, with a share drawn from Beta(mixup, mixup)
+    (Zhang et al. 2018, arXiv:1710.09412); 0 for none."""
 
 
 class Missing(Node):
-    """What stands in for a null (or NaN) in a feature."""
+    """What replaces a null (or NaN) in a feature."""
 
     numeric: Literal["median", "mean", "fail"] | float = "median"
-    """median or mean of the training rows, a number, or fail."""
+    """In columns of numbers: the median or mean of the training rows, or a fixed number; fail makes it an error."""
     categorical: str = "own_level"
-    """own_level: being missing is a level of its own; fail; or the level that it counts as."""
+    """In categorical columns: own_level gives missing values a level of their own; fail makes them an error; any other
+    text is the level that they count as."""
 
 
 class Cache(Node):
-    """Where data that is too large for memory, and decoded pictures, are kept between runs. Changes speed alone."""
+    """Where tables and decoded images that are too large for memory are kept between runs. Changes speed, never
+    results."""
 
     folder: str = "~/.cache/trainyard/data"
+    """Folder on a disk of this machine."""
     max_gb: Annotated[float, Field(gt=0)] = 50.0
-    """What was not used for longest is deleted beyond this many 10^9 bytes."""
+    """Size of the folder, in units of 10^9 bytes; beyond it, what was not used for longest is deleted."""
     in_memory_mb: Annotated[float, Field(ge=0)] = 256.0
-    """Data of up to this many 10^6 bytes is held in memory instead."""
+    """Data of up to this size, in units of 10^6 bytes, is held in memory instead."""
 
 
 class Loader(Node):
     """How batches are fetched. Changes speed, never results."""
 
     processes: Annotated[int, Field(ge=0)] = 0
-    """Loader processes a worker; 0 fetches in the worker itself, which is fastest for data in memory."""
+    """Loader processes per worker; 0 fetches in the worker itself, which is fastest for data in memory."""
     pin_memory: Literal["auto"] | bool = "auto"
-    """Page-locked batches for faster copies to a GPU; auto: where there is one."""
+    """Put batches into page-locked memory for faster copies to a GPU; auto: where there is one."""
     eval_batch_size: Positive = 1024
-    """Rows an evaluation takes at once."""
+    """Rows per batch of an evaluation."""
 
 
 Size = Positive | Annotated[tuple[Positive, Positive], Strict(False)]

@@ -15,13 +15,15 @@ class Evaluate(Node):
     """When to evaluate, and on what. There is always one evaluation before step 1 and one at the end."""
 
     every_epochs: Positive | None = None
-    """The default is every epoch."""
+    """Evaluate each time this many epochs have passed. Without it and every_steps: after each epoch."""
     every_steps: Positive | None = None
+    """Evaluate each time this many steps have passed, instead of every_epochs."""
     splits: Annotated[list[Literal["train", "val"]], Field(min_length=1)] | None = None
-    """Default: val where there is one, else train. Never test: `trainyard evaluate --split test` reads that."""
+    """The splits to evaluate on. null: val where there is one, else train. Never test: `trainyard evaluate --split
+    test` reads that."""
     limit: Positive | None = None
     """At most this many rows of each split: a random sample, stratified by class (for a regression, by the first
-    target), drawn once for the whole run. `trainyard evaluate` always takes all rows."""
+    target), drawn once for the whole run. null: all rows, as `trainyard evaluate` always takes."""
 
     @model_validator(mode="after")
     def _one_interval(self) -> Self:
@@ -31,16 +33,17 @@ class Evaluate(Node):
 
 
 class Best(Node):
-    """Which checkpoint counts as the best: the earliest of equals."""
+    """Which checkpoint counts as the best; of equal ones, the earliest."""
 
     metric: str = "val/loss"
-    """`split/column` of the evaluations, such as val/loss, val/accuracy or val/auc, or a metric of your own. Of several
-    targets val/rmse and val/mae are means in standard deviations, and val/rmse_LABEL is that of one in its unit."""
+    """`split/column` of the evaluations, such as val/loss, val/accuracy or val/auc, or a metric of your own. With
+    several targets, val/rmse and val/mae are means in standard deviations, and val/rmse_LABEL is that of one target in
+    its own unit."""
     mode: Literal["min", "max"] = "min"
-    """Where not given: max for accuracy and its like, min for losses and errors. A metric of your own needs it, and so
-    does that of a single target."""
+    """Whether the smallest or the largest value is the best. Where not given: max for accuracy, auc and the like, min
+    for losses and errors. Needed for a metric of your own and for that of a single target."""
     patience: Positive | None = None
-    """Stop after this many evaluations without a better one."""
+    """Stop the run after this many evaluations in a row without a better one; null: never."""
 
     @model_validator(mode="before")
     @classmethod
@@ -68,16 +71,18 @@ class Best(Node):
 
 
 class Checkpoint(Node):
-    """When to save, and how much to keep. Whatever a kill interrupts goes on from here."""
+    """When to save, and how much to keep. A run that was interrupted resumes from its newest checkpoint."""
 
     every_epochs: Positive | None = None
-    """The default is every epoch."""
+    """Save each time this many epochs have passed. Without it and every_steps: after each epoch."""
     every_steps: Positive | None = None
+    """Save each time this many steps have passed, instead of every_epochs."""
     every_minutes: Annotated[float, Field(gt=0)] | None = 10
-    """Save before this much training is unsaved: an upper bound on what a kill can lose, as far as storage is fast
-    enough. Without it, or before it, a due checkpoint may wait until the last one's cost is 1 % of the time since."""
+    """Minutes of training after which a checkpoint is saved in any case: an upper bound on what a kill can lose, as far
+    as storage is fast enough. Until then (with null, always) a checkpoint that is due may wait until the time that the
+    last one took is 1 % of the time since."""
     keep: Positive = 3
-    """The last so many, each with the best until then."""
+    """Keep this many of the newest checkpoints, and for each of them the best one up to it."""
 
     @model_validator(mode="after")
     def _one_interval(self) -> Self:

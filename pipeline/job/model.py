@@ -12,33 +12,37 @@ Activation = Literal["relu", "tanh", "sigmoid", "gelu", "silu", "leaky_relu", "e
 
 
 class Start(Node):
-    """How the weights begin, and which of them stay."""
+    """Initial weights, and which of them are not trained."""
 
     init_from: str | None = None
-    """A run to start from: its name under the storage, its URL, or its path (with a slash in it; relative to the job
-    file), with @best (default), @last or @STEP behind it."""
+    """A run whose weights to start from: its name under the storage, its URL, or its path (with a slash in it; relative
+    to the job file), followed by @best (the default), @last or @STEP. null: weights drawn at random."""
     strict: bool = True
-    """With init_from: false takes the tensors that fit and leaves the others as they are."""
+    """With init_from: true asks that all tensors fit; false loads those that do and leaves the others as they are."""
     freeze: Literal["backbone"] | list[str] = []
-    """Parameters that are not trained, by name or pattern such as layer1.*; backbone: all but the last layer."""
+    """Parameters that are not trained, by name or pattern such as layer1.*; backbone: all but those of the last
+    layer."""
 
 
 class Mlp(Start):
     """Fully connected layers. Tensors are named as in `nn.Sequential(Linear, ReLU, ...)`."""
 
     kind: Literal["mlp"] = "mlp"
+    """A multilayer perceptron."""
     hidden: Annotated[list[Positive], Field(max_length=1000)] | Literal["doubling"] = [32]
-    """Widths of the hidden layers; [] is logistic regression; doubling: each layer twice as wide as the one before."""
+    """Widths of the hidden layers; [] is logistic (or linear) regression; doubling: each layer is twice as wide as the
+    one before."""
     layers: Annotated[int, Field(ge=1, le=64)] | None = None
     """With `hidden: doubling`: the number of linear layers, the last one included."""
     activation: Activation = "relu"
+    """The activation function after each hidden layer."""
     dropout: Share = 0.0
-    """Share of hidden values set to zero while training."""
+    """Share of hidden values that are set to zero during training."""
     batch_norm: bool = False
-    """Batch normalisation before each activation."""
+    """Batch normalization before each activation."""
     embedding_width: Positive | Literal["auto"] = "auto"
-    """Numbers that stand for one level of a categorical column that is not one-hot; auto: min(50, 1.6 x levels^0.56)
-    (fastai's rule)."""
+    """Width of the embedding of a categorical column that is not one-hot; auto: min(50, 1.6 x levels^0.56) (fastai's
+    rule)."""
 
     @model_validator(mode="after")
     def _layers_with_doubling(self) -> Self:
@@ -51,35 +55,43 @@ class Conv(Node):
     """One convolution, its activation and its pooling."""
 
     channels: Positive
+    """Output channels."""
     kernel: Positive = 3
+    """Side of the square kernel, in pixels."""
     padding: Annotated[int, Field(ge=0)] = 0
+    """Pixels of zeros added on each side."""
     pool: Positive = 2
-    """Max-pooling window and stride; 1 for none."""
+    """Window and stride of the max-pooling, in pixels; 1 for none."""
 
 
 class Cnn(Start):
     """Convolutions, then fully connected layers."""
 
     kind: Literal["cnn"]
+    """A convolutional network."""
     conv: Annotated[list[Conv], Field(min_length=1)] = [
         Conv(channels=6, kernel=5),
         Conv(channels=12, kernel=5),
     ]
+    """The convolutions, in order."""
     hidden: list[Positive] = [120, 60]
     """Widths of the fully connected layers between the convolutions and the output."""
     activation: Activation = "relu"
+    """The activation function after each convolution and each hidden layer."""
     dropout: Share = 0.0
+    """Share of the hidden layers' values that are set to zero during training."""
     batch_norm: bool = False
+    """Batch normalization before each activation."""
 
 
 class TorchvisionModel(Start):
-    """A model of torchvision's, its last layer replaced to fit: `{kind: torchvision:resnet18, weights: DEFAULT}`."""
+    """A model of torchvision with its last layer replaced to fit: `{kind: torchvision:resnet18, weights: DEFAULT}`."""
 
     kind: str
-    """torchvision:NAME, one of `torchvision.models.list_models(module=torchvision.models)`."""
+    """torchvision:NAME, with a name from `torchvision.models.list_models(module=torchvision.models)`."""
     weights: str | None = None
-    """DEFAULT or another of torchvision's pretrained weights, or a file of them, relative to the job file; from scratch
-    if not given."""
+    """DEFAULT or another name of torchvision's pretrained weights, or a file of them, relative to the job file. null:
+    weights drawn at random."""
     args: dict[str, Any] = {}
     """Further keyword arguments of the model, such as dropout."""
 
@@ -88,9 +100,9 @@ class OwnModel(Start):
     """A module of your own: `{kind: mypkg.nets:Net, args: {width: 8}}`."""
 
     kind: str
-    """`module:Class` of an nn.Module; called with a batch of inputs, returns one row of outputs a sample."""
+    """`module:Class` of an nn.Module. Called with a batch of inputs, it returns one row of outputs per sample."""
     args: dict[str, Any] = {}
-    """Keyword arguments of the class."""
+    """Keyword arguments of the class. A text `env:NAME` becomes the value of that environment variable."""
 
     @field_validator("kind")
     @classmethod

@@ -30,12 +30,13 @@ class RandomSplits(Node):
     """Rows drawn at random: fractions of all rows (below 1) or counts."""
 
     by: Literal["random"] = "random"
+    """At random, by `seed.split`."""
     val: Annotated[float, Field(ge=0), NoShareOfOne] = 0.2
-    """Share or number of rows for validation; 0 for none."""
+    """Share (below 1) or number of rows for validation; 0 for none."""
     test: Annotated[float, Field(ge=0), NoShareOfOne] = 0
-    """Share or number of rows for the test split; 0 leaves the source's own test set, if it has one."""
+    """Share (below 1) or number of rows for the test split; 0 leaves the source's own test set, if it has one."""
     train: Annotated[float, Field(gt=0), NoShareOfOne] | None = None
-    """Share or number of rows for training; all that remain if not given."""
+    """Share (below 1) or number of rows for training; null: all that remain."""
     stratify: bool = False
     """Draw from every class in proportion."""
 
@@ -52,9 +53,13 @@ class RangeSplits(Node):
     """Rows by position: `{by: range, train: [0, 1024], val: [1024, 2048]}`, the end excluded."""
 
     by: Literal["range"]
+    """By position."""
     train: Range
+    """[first, end] of the rows for training, counted from 0; the end is excluded."""
     val: Range | None = None
+    """[first, end] of the rows for validation; null for none."""
     test: Range | None = None
+    """[first, end] of the rows of the test split; null leaves the source's own test set, if it has one."""
 
     @model_validator(mode="after")
     def _are_ranges(self) -> Self:
@@ -66,15 +71,17 @@ class RangeSplits(Node):
 
 
 class GroupSplits(Node):
-    """Whole groups drawn at random, so that no group stands on two sides: `{by: group, column: user, val: 0.2}`."""
+    """Whole groups drawn at random, so that no group is in two splits: `{by: group, column: user, val: 0.2}`."""
 
     by: Literal["group"]
+    """By groups of rows, drawn by `seed.split`."""
     column: str
-    """Rows with the same value here stay together."""
+    """The column that names the group: rows with the same value stay together."""
     val: Annotated[float, Field(ge=0), NoShareOfOne] = 0.2
-    """Share of the rows (below 1), as near as whole groups come to it, or number of groups; 0 for none."""
+    """Share of the rows (below 1), as near as whole groups come to it, or number of groups, for validation; 0 for
+    none."""
     test: Annotated[float, Field(ge=0), NoShareOfOne] = 0
-    """Likewise."""
+    """The same for the test split."""
 
     @model_validator(mode="after")
     def _counts_are_whole(self) -> Self:
@@ -93,12 +100,14 @@ class TimeSplits(Node):
     """The newest rows are held out, the test split after the validation split: `{by: time, column: day, val: 14d}`."""
 
     by: Literal["time"]
+    """By time."""
     column: str
-    """A timestamp, date or number. Rows of one instant stay together."""
+    """A column of timestamps, dates or numbers. Rows with the same value stay together."""
     val: Window = 0.2
-    """Share of the rows (below 1), or the length of the window, such as 14d; 0 for none."""
+    """Share of the rows (below 1) for validation, or the length of the window: 14d, 12h, 30m, 90s or 2w; in a column of
+    numbers, a number of 1 or more; 0 for none."""
     test: Window = 0
-    """Likewise."""
+    """The same for the test split."""
 
     @model_validator(mode="after")
     def _are_windows(self) -> Self:
@@ -112,14 +121,18 @@ class TimeSplits(Node):
 
 
 class ColumnSplits(Node):
-    """The data says it itself: `{by: column, column: split}`."""
+    """A column of the data names the split of each row: `{by: column, column: split}`."""
 
     by: Literal["column"]
+    """By a column of the data."""
     column: str
+    """The column that names the split."""
     train: list[str] = ["train"]
     """Values of the column, as text, that mean the training split."""
     val: list[str] = ["val", "validation"]
+    """Values that mean the validation split."""
     test: list[str] = ["test"]
+    """Values that mean the test split."""
 
     @model_validator(mode="after")
     def _values_are_apart(self) -> Self:

@@ -20,23 +20,26 @@ Label = Annotated[int | str, BeforeValidator(_number_if_it_is_one)]
 
 
 class Task(Node):
-    """What is learned: the loss, and what counts as correct."""
+    """What is learned: the loss, and what counts as correct. `task: binary` is short for `task: {kind: binary}`."""
 
     kind: Literal["multiclass", "binary", "regression"] = "multiclass"
-    """multiclass: softmax cross-entropy. binary: one logit, BCE. regression: mean squared error."""
+    """multiclass: softmax cross-entropy. binary: one logit and binary cross-entropy. regression: mean squared error."""
     positive: list[int | bool | str] | None = None
     """binary: the labels that count as 1, such as [0, 1, 2] or [yes]; the others are 0. By default the later one of two
     numbers: 1 of 0 and 1, and of -1 and 1."""
     class_weights: Literal["balanced"] | dict[Label, Annotated[float, Field(gt=0)]] | None = None
-    """Weight of each class in the loss, by its label; balanced: inversely to its rows in the training split."""
+    """Weight of each class in the loss, by its label, such as {0: 1, 1: 5}; balanced: inversely proportional to its
+    rows in the training split; null: all the same."""
     loss: str | None = None
-    """Another loss: regression has mse, mae and huber; or `module:function` of your own, (outputs, targets) -> (B,)."""
+    """Another loss than the default of the kind. regression: mse, mae or huber. Any kind: `module:function` of your
+    own, which takes outputs and targets of a batch of B rows and returns B losses."""
     huber_delta: Annotated[float, Field(gt=0)] = 1.0
-    """huber: where the loss goes over from squares to absolute values, in the unit that is learned."""
+    """With loss: huber, the error at which the loss changes from squares to absolute values, in the unit that is
+    learned (with scale_targets, standard deviations)."""
     scale_targets: bool = True
     """regression: learn (target - mean) / std of the training rows. Metrics and predictions stay in the target's unit
-    (of several targets, rmse and mae are in standard deviations beside those of each); the loss is that of what is
-    learned."""
+    (with several targets, rmse and mae are in standard deviations, beside those of each target); the loss is that
+    of what is learned."""
 
     @field_validator("loss")
     @classmethod
@@ -58,29 +61,31 @@ REGRESSION_LOSSES = ("mse", "mae", "huber")
 
 
 class Group(Node):
-    """Parameters with a rate of their own: `{match: "layer4.*", lr_factor: 0.1}`."""
+    """Parameters with a learning rate of their own: `{match: "layer4.*", lr_factor: 0.1}`."""
 
     match: str
-    """Name of parameters, or a pattern; the first group that matches counts."""
+    """Name of a parameter, or a pattern; the first group that matches applies."""
     lr_factor: Annotated[float, Field(ge=0)] = 1.0
-    """Times the phase's learning rate."""
+    """Factor on the phase's learning rate."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
-    """Instead of the optimizer's."""
+    """Weight decay of these parameters; null: that of the optimizer."""
 
 
 class Optimizer(Node):
-    """The update rule; the learning rate stands in the phases."""
+    """The update rule. The learning rate is part of the phases."""
 
     kind: Literal["sgd", "adam", "adamw"] = "sgd"
+    """The update rule, as in `torch.optim`."""
     momentum: Share = 0.0
-    """sgd only."""
+    """Momentum; sgd only."""
     nesterov: bool = False
-    """sgd only; needs momentum."""
+    """Nesterov momentum; sgd only, and needs momentum."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay: an L2 penalty in sgd and adam, decoupled from the gradient in adamw."""
     betas: Annotated[tuple[Share, Share], Strict(False)] = (0.9, 0.999)
-    """adam and adamw only."""
+    """Decay rates of the running means of the gradient and of its square; adam and adamw only."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """adam and adamw only."""
+    """Added to the denominator of the update; adam and adamw only."""
     groups: list[Group] = []
     """Parameters that learn at another rate than the rest."""
 
@@ -97,20 +102,23 @@ class Phase(Node):
     """A stretch of epochs or steps with its own learning rate."""
 
     epochs: Positive | None = None
+    """Length in epochs. A phase has either epochs or steps."""
     steps: Positive | None = None
+    """Length in steps (updates of the weights)."""
     lr: Annotated[float, Field(gt=0)]
     """Learning rate; with a schedule, its highest value."""
     schedule: Literal["constant", "step", "cosine", "one_cycle"] = "constant"
-    """How the rate moves within the phase. step: times `factor` every `every_epochs`; cosine: down to 0;
-    one_cycle: up from lr/25 over the first 30 % and down to lr/250,000 (the rate's part of Smith's 1cycle)."""
+    """How the learning rate changes within the phase. step: times `factor` every `every_epochs`. cosine: down to 0.
+    one_cycle: up from lr/25 over the first 30 % of the steps, then down to lr/250,000 (the learning rate of Smith's
+    1cycle)."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Linear rise from 0 at the phase's start."""
+    """Steps at the start of the phase over which the learning rate rises linearly from 0."""
     every_epochs: Positive = 1
-    """With schedule: step."""
+    """With schedule: step, the epochs between two changes."""
     factor: Annotated[float, Field(gt=0)] = 0.1
-    """With schedule: step."""
+    """With schedule: step, the factor on the learning rate at each change."""
     optimizer_state: Literal["keep", "reset"] = "keep"
-    """Whether momentum and moments go over from the phase before."""
+    """Whether the optimizer's momentum and moments carry over from the phase before, or start from zero."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -123,17 +131,19 @@ class Train(Node):
     """The training loop."""
 
     batch_size: Positive | Literal["all"] = 100
-    """Rows of one update, over all workers together; all: the whole training split."""
+    """Rows per step, over all workers together; all: the whole training split."""
     micro_batch: Positive | None = None
-    """Accumulate gradients in pieces of this many rows on each worker, to save memory."""
+    """Accumulate gradients over pieces of this many rows on each worker, to save memory; null: all rows at once."""
     optimizer: Optimizer = Optimizer()
+    """The update rule."""
     phases: Annotated[list[Phase], Field(min_length=1)] = [Phase(epochs=5, lr=0.5), Phase(epochs=5, lr=0.1)]
+    """Stretches of training, in order, each with its own length and learning rate."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
-    """Scale the whole gradient down to this norm where it is larger."""
+    """Scale the whole gradient down to this L2 norm where its norm is larger; null: never."""
     precision: Literal["fp64", "fp32", "bf16", "fp16"] = "fp32"
-    """Type of the arithmetic; bf16 and fp16 keep fp32 weights, fp16 scales the loss."""
+    """Floating-point type of the computation. bf16 and fp16 keep the weights in fp32; fp16 scales the loss."""
     compile: Literal["auto", "off", "on"] = "auto"
-    """Compile the step with torch.compile; auto decides by the job and the device."""
+    """Compile the training step with torch.compile; auto decides by the job and the device."""
 
     @field_validator("compile", mode="before")
     @classmethod

@@ -38,22 +38,23 @@ OF_A_TARGET = rf"({'|'.join(TARGET_METRICS)})_\d+"
 
 
 class Seeds(Node):
-    """`seed: 1`, or `seed: {all: 1, split: 7}` to set single streams apart."""
+    """Seeds of the random streams: `seed: 1` for all of them, or `seed: {all: 1, split: 7}` to set single ones apart. A
+    stream without a seed of its own has that of `all`."""
 
     all: Annotated[int, Field(ge=0)] = 1
-    """The seed of every stream that is not named."""
+    """The seed of every stream that has none of its own."""
     split: Annotated[int, Field(ge=0)] | None = None
     """Which rows are in which split, and which of them `evaluate.limit` takes."""
     init: Annotated[int, Field(ge=0)] | None = None
-    """The untrained weights."""
+    """The weights that are drawn at random."""
     shuffle: Annotated[int, Field(ge=0)] | None = None
     """The order of rows in each epoch."""
     augment: Annotated[int, Field(ge=0)] | None = None
-    """Crops and flips."""
+    """What `data.augment` draws."""
     dropout: Annotated[int, Field(ge=0)] | None = None
-    """What the model itself draws."""
+    """What the model itself draws, such as dropout."""
     data: Annotated[int, Field(ge=0)] | None = None
-    """What a generated source draws."""
+    """What a generated source draws: `source: disc`."""
 
     def of(self, stream: str) -> int:
         """The seed of one of `STREAMS`."""
@@ -67,27 +68,38 @@ class Job(Node):
     schema_version: Literal[1] = Field(default=1, alias="schema")
     """Version of this format."""
     name: str
-    """Letters, digits, '.', '_' and '-'; the first part of the run's name."""
+    """The first part of the run's name: letters, digits, '.', '_' and '-'."""
     seed: Seeds = Seeds()
+    """Seeds of the random streams: one number for all, or a mapping."""
     data: DataConfig = NamedDataConfig()
+    """What to train on."""
     model: Model = Mlp()
+    """What is trained."""
     task: Task = Task()
+    """What is learned: one of the kinds, or a mapping."""
     train: Train = Train()
+    """The training loop."""
     metrics: list[str] = []
-    """Metrics of your own besides the task's: `module:function`, (outputs, targets) of a whole split -> number."""
+    """Metrics of your own besides those of the task: `module:function`. The function takes the outputs and targets of a
+    whole split and returns a number."""
     code: str | None = None
-    """Folder of your own modules. The working directory's are found too. What the job imports of them is stored with
-    the run; with other code it is another run. As every path in a job file but `storage`, a relative one starts from
-    the folder of the file that it stands in (also of a `base:`); one in `--set`, or given from Python, from the working
-    directory."""
+    """Folder of your own modules; those in the working directory are found too. What the job imports of them is stored
+    with the run, and other code makes another run."""
     evaluate: Evaluate = Evaluate()
+    """When to evaluate, and on what."""
     best: Best = Best()
+    """Which checkpoint counts as the best."""
     checkpoint: Checkpoint = Checkpoint()
+    """When to save, and how much to keep."""
     follow: list[Follower] = []
-    """Who else is fed from the metric log while the run goes on. Never blocks or fails a run."""
+    """Experiment trackers that get the metrics while the run goes on; they never block or fail it. tensorboard: event
+    files in the run's folder. mlflow: the server that MLFLOW_TRACKING_URI names, and the experiment of
+    MLFLOW_EXPERIMENT_NAME, or else one called like the job."""
     scale: Scale = Scale()
+    """Where the work runs."""
     storage: str = "./runs"
-    """Where runs go: any fsspec URL, or a folder, relative to the working directory."""
+    """Where run directories are written: a folder, relative to the working directory, or any fsspec URL, or
+    env:NAME."""
 
     @field_validator("name")
     @classmethod
