@@ -78,7 +78,7 @@ class Job(Node):
     task: Task = Task()
     """What is learned: one of the kinds, or a mapping."""
     train: Train = Train()
-    """The training loop."""
+    """How it is learned: batches, the update rule and the learning rates."""
     metrics: list[str] = []
     """Metrics of your own besides those of the task: `module:function`. The function takes the outputs and targets of a
     whole split and returns a number."""
