@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from pipeline.errors import JobError, StorageError
+from pipeline.job import SOURCES, UserFunctionDataConfig
 from pipeline.job_file import parse_yaml
 from pipeline.record.run import HEADER, JOB, Run, folders_of_runs
 from pipeline.record.standing import Listed, Standing, standing
@@ -124,7 +125,10 @@ def _fields(job_yaml: str) -> dict[str, str]:
     on no more than the lines that `dump_job` writes: text of another form is compared in larger parts.
     """
     text = job_yaml.partition("\n")[2] if job_yaml.startswith(HEADER) else job_yaml
-    return {path: own for path, own in _split(text, "", 0) if path.partition(".")[0] not in PLACES}
+    fields = {path: own for path, own in _split(text, "", 0) if path.partition(".")[0] not in PLACES}
+    # Jobs of earlier versions have the keys of every source, and would differ from all others in them.
+    keys = SOURCES.get(fields.get("data.source", "").strip(), UserFunctionDataConfig).model_fields
+    return {path: own for path, own in fields.items() if not path.startswith("data.") or path.split(".")[1] in keys}
 
 
 def _split(text: str, path: str, depth: int) -> Iterator[tuple[str, str]]:
@@ -145,9 +149,10 @@ def _split(text: str, path: str, depth: int) -> Iterator[tuple[str, str]]:
             yield name, own
 
 
-def _values(fields: Mapping[str, str]) -> dict[str, Any]:
-    """Fields with their values, such as "train.phases.0.lr"."""
-    return {name: value for path, text in fields.items() for name, value in _leaves(_value(text), path)}
+def _values(fields: Mapping[str, str | None]) -> dict[str, Any]:
+    """Fields with their values, such as "train.phases.0.lr"; without those that the job lacks."""
+    present = {path: text for path, text in fields.items() if text is not None}
+    return {name: value for path, text in present.items() for name, value in _leaves(_value(text), path)}
 
 
 @lru_cache(maxsize=1000)

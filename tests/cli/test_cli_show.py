@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import yaml
 
 from pipeline.errors import WorkerLostError
 from pipeline.job import Job
 from pipeline.job_file import dump_job
+from pipeline.job_file.yaml12 import Dumper
 from pipeline.record.attempt import Attempt, claim
 from pipeline.record.heartbeat import read_beat
 from pipeline.record.recorder import Recorder
@@ -158,6 +160,29 @@ def test_what_differs_is_named_as_on_the_command_line(
     found = differing(str(tmp_path))
     assert {name: found["one"][name] for name in expected} == expected
     assert {name for name in found["one"] if found["one"][name] is not None} <= {*expected, "metrics"}
+
+
+@pytest.mark.parametrize("data", [{"source": "disc"}, {"source": {"call": "a:b"}}])
+def test_keys_of_other_sources_in_a_job_of_an_earlier_version_are_no_difference(
+    tmp_path: Path, data: dict[str, Any]
+) -> None:
+    job = Job.model_validate(tree(data=data)).resolved()
+    of_others = {"root": "~/raw", "url": None, "features": ["*"], "missing": {"numeric": "median"}, "mode": "rgb"}
+    earlier = {**job, "seed": {**job["seed"], "all": 2}, "data": {**job["data"], **of_others}}
+    make(str(tmp_path), "one", tree(data=data))
+    run = Run(Storage.open(str(tmp_path)), "two")
+    text = yaml.dump(earlier, Dumper=Dumper, sort_keys=False, default_flow_style=None, width=120)
+    assert run.birth(text, {"total_steps": 3, "cell_steps": 3, "fingerprint": "f" * 64})
+    assert differing(str(tmp_path)) == {"one": {"seed.all": 1}, "two": {"seed.all": 2}}
+
+
+def test_runs_of_one_job_with_other_models_and_sources_are_told_apart(tmp_path: Path) -> None:
+    make(str(tmp_path), "one", tree())
+    make(str(tmp_path), "two", tree(model={"kind": "cnn"}, data={"source": "mnist"}))
+    found = differing(str(tmp_path))
+    assert (found["one"]["model.kind"], found["two"]["model.kind"]) == ("mlp", "cnn")
+    assert (found["one"]["data.source"], found["two"]["data.source"]) == ("disc", "mnist")
+    assert (found["one"]["data.root"], found["two"]["data.root"]) == (None, "~/.cache/trainyard")
 
 
 def test_runs_of_one_job_on_other_data_are_told_apart_by_its_digest(tmp_path: Path) -> None:
