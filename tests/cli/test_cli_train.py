@@ -21,7 +21,7 @@ from pipeline.record.columns import Columns
 from tests.cli.cli_calls import SMALL, Trainyard, write_job
 
 
-def test_a_run_leaves_what_the_readme_says(trainyard: Trainyard, tmp_path: Path) -> None:
+def test_a_run_leaves_the_documented_files(trainyard: Trainyard, tmp_path: Path) -> None:
     ended = trainyard("train", write_job(tmp_path), "--json")
     assert ended.code == 0, ended.err
     found = ended.json
