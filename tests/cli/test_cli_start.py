@@ -242,7 +242,7 @@ def test_a_fine_tuning_run_that_is_stopped_ends_as_one_that_was_not(
         for run in (whole, ended)
     ]
     assert (files[0] / "model.safetensors").read_bytes() == (files[1] / "model.safetensors").read_bytes()
-    states = [torch.load(file / "state.pt", weights_only=True) for file in files]
+    states = [load_file(file / "state.safetensors") for file in files]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert whole["metrics"] == ended["metrics"]

@@ -52,7 +52,7 @@ def snapshot(step: int, *, best: int | None = None, **values: Any) -> Snapshot:
     plain: dict[str, Any] = {
         "epoch": 1,
         "weights": weights,
-        "state": {"momentum": [torch.full((3, 4), 0.5)], "step": step},
+        "state": {"optimizer.momentum": torch.full((12,), 0.5), "optimizer.step": torch.tensor(step)},
         "position": {"step": step},
         "metrics": {"val/loss": 0.5},
         "preprocess": {"mean": 0.1307},
