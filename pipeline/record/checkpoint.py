@@ -17,8 +17,6 @@ from pipeline.record.values import from_json
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Base", "BestSoFar", "Checkpoint", "DamagedError", "find_checkpoint"]
-
 
 class DamagedError(StorageError):
     """A checkpoint that is missing, incomplete or altered."""

@@ -34,6 +34,7 @@ from pipeline.starting import Start, digest_of, take
 from pipeline.storage import Storage
 from tests.cli.cli_calls import SMALL, Trainyard, write_job
 from tests.learn.trainees import make_job
+from tests.record.record_parts import read_entries
 
 SHORT = {**SMALL["train"], "phases": [{"epochs": 1, "lr": 0.1}]}
 
@@ -421,7 +422,7 @@ def as_before_code_counted(new: Path) -> str:
     shutil.copytree(new, new.with_name(older.name))
     (new.with_name(older.name) / "job.yaml").unlink()
     assert older.birth(run.job_yaml().partition("\n")[2], {**facts, "identity": digest(plain)})
-    for entry in run.journal.read():
+    for entry in read_entries(run.journal):
         if isinstance(entry, Claim):
             code = {**entry.facts["code"], "own_edit_unused.py": "a", "code.zip": "b"}
             text = replace(entry, facts={**entry.facts, "code": code}).to_json()

@@ -14,8 +14,8 @@ import torch
 from pipeline.errors import BusyError
 from pipeline.record.attempt import Attempt, choose_base, take
 from pipeline.record.cells import CellLayout, Columns
-from pipeline.record.checkpoint import BestSoFar, DamagedError
-from pipeline.record.entries import Claim
+from pipeline.record.checkpoint import DamagedError
+from pipeline.record.entries import BestSoFar, Claim
 from pipeline.record.live import LiveWriter
 from pipeline.record.live import remove as remove_live_rows
 from pipeline.record.run import Run

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.record.checkpoint import BestSoFar
+from pipeline.record.entries import BestSoFar, Entry
+from pipeline.record.journal import Journal
 from pipeline.record.recorder import Snapshot
 from pipeline.record.run import Run
 from pipeline.storage import Storage
@@ -37,6 +38,13 @@ def block(first: int, last: int, **columns: Any) -> dict[str, np.ndarray[Any, An
         "time": 1.8e9 + steps * 1e-4,
     }
     return rows | {name: np.full(len(steps), value) for name, value in columns.items()}
+
+
+def read_entries(journal: Journal) -> tuple[Entry, ...]:
+    """All entries, up to the first absent number; as for a claim, none may be missing before that."""
+    number = journal.state().number
+    journal.refuse_gap()
+    return tuple(journal.entry(one) for one in range(1, number + 1))
 
 
 def evaluation(step: int, **values: Any) -> dict[str, Any]:
