@@ -168,7 +168,7 @@ def claim(
             attempt.close()
         elif own_lock is not None:
             # Only who was refused for certain has no claim that needs the proof.
-            own_lock.release(remove=isinstance(error, BusyError))
+            own_lock.release(remove=isinstance(error, BusyError) or type(error) is InputError)
         raise
     return attempt
 

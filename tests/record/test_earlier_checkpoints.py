@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,13 @@ def run_of_earlier_version(storage: Path, *, end: bool = False) -> Run:
     return Run(Storage.open(str(storage)), "run")
 
 
-def test_an_interrupted_run_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_an_interrupted_run_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = run_of_earlier_version(tmp_path)
+    locks = tmp_path / "locks"
+    locks.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(locks))
     before = contents(tmp_path)
     for refused in (lambda: claim(run, driver="e", facts={}), lambda: refuse_pickled_state(run)):
         with pytest.raises(InputError, match=r"begun by an earlier version.*step 20 stores.*state\.pt") as caught:
@@ -48,7 +54,7 @@ def test_an_interrupted_run_is_refused_before_anything_is_written(tmp_path: Path
         assert caught.value.where.endswith("run/checkpoints/step-000000020-a0001")
         assert "the version that began it" in caught.value.fix
         assert "model.init_from: run@last" in caught.value.fix
-    assert contents(tmp_path) == before
+    assert contents(tmp_path) == before, "no lock is left behind either"
 
 
 def test_what_does_not_resume_it_reads_it(tmp_path: Path) -> None:
