@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,14 +125,14 @@ class Trainee:
             )
         return outputs
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Tensor]:
         """Copies of all that training goes on from besides the weights: tensors on the CPU."""
         state = {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state.items()}
         if self._scale is not None:
             state |= {f"scale.{name}": tensor for name, tensor in self._scale.state.items()}
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 
-    def load(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+    def load(self, weights: dict[str, Tensor], state: dict[str, Tensor]) -> None:
         """Go on from what `flat.weights()` and `state()` gave.
 
         Raises
@@ -150,5 +149,5 @@ class Trainee:
             raise JobError(what, where="train.optimizer", fix="use another --name") from None
 
 
-def _of(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+def _of(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

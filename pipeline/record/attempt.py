@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from pipeline.errors import BusyError, SupersededError
+from pipeline.errors import BusyError, InputError, SupersededError
 from pipeline.record import decisions, lock, spool
-from pipeline.record.checkpoint import Base, Checkpoint, DamagedError, first_valid
+from pipeline.record.checkpoint import Base, Checkpoint, DamagedError, first_valid, has_pickled_state
 from pipeline.record.entries import Claim, Entry, JournalState, Pair
 from pipeline.record.heartbeat import Heartbeat, interval
 from pipeline.record.run import Run
@@ -131,6 +131,7 @@ def claim(
     Raises
     ------
     BusyError: another process writes the run, or was quicker.
+    InputError: an earlier version wrote its checkpoints (see `refuse_pickled_state`).
     """
     nonce = secrets.token_hex(16)
     interval_s = interval()
@@ -158,7 +159,7 @@ def claim(
         choose_base(attempt)
         for previous in run.journal.claims(one.claim for one in attempt.state.attempts[-2:-1]):
             attempt.previous_facts = previous.facts if previous is not None else {}
-        found = spool.find(attempt)
+        found = spool.find(run, attempt.base, attempt.state)
         attempt.spooled, attempt.remark = found.checkpoint, found.remark
         attempt.beat(attempt.base.step if attempt.base is not None else 0, None)
         run.storage.sweep()
@@ -167,7 +168,7 @@ def claim(
             attempt.close()
         elif own_lock is not None:
             # Only who was refused for certain has no claim that needs the proof.
-            own_lock.release(remove=isinstance(error, BusyError))
+            own_lock.release(remove=isinstance(error, BusyError) or type(error) is InputError)
         raise
     return attempt
 
@@ -178,12 +179,14 @@ def take(run: Run, template: Claim, dead: int | None = None, on_watch: Callable[
     Raises
     ------
     BusyError: another process writes the run, or was quicker.
+    InputError: an earlier version wrote its checkpoints (see `refuse_pickled_state`).
     """
     while True:
         state = run.journal.state()
         last = state.claim
         if last is not None and not state.is_over and not is_proven_dead(last, template.driver, dead):
             watch(run, last, template.interval_s, on_watch or (lambda _line: None))
+        refuse_pickled_state(run, state)  # of a later commit the append below fails, and this is asked again
         attempt = (last.attempt if last is not None else 0) + 1
         run.journal.refuse_gap()
         own = replace(template, number=state.number + 1, time=now(), attempt=attempt, before=state)
@@ -207,6 +210,37 @@ def choose_base(attempt: Attempt) -> None:
         return
     attempt.base, attempt.damaged = first_valid(attempt.run, commit.kept)
     attempt.kept = decisions.remaining(commit.kept, attempt.base.name) if attempt.base is not None else ()
+
+
+def refuse_pickled_state(run: Run, state: JournalState | None = None) -> None:
+    """Refuse to resume from a checkpoint of an earlier version, whose optimizer state is a pickle. Nothing is written.
+
+    A finished run needs no state: what is missing of its results is still completed.
+
+    Parameters
+    ----------
+    state: what the run's journal amounts to; read if not given.
+
+    Raises
+    ------
+    InputError: training would go on from such a checkpoint.
+    """
+    state = state if state is not None else run.journal.state()
+    kept = state.commit.kept if state.commit is not None else ()
+    if not (has_pickled_state(run, kept) or spool.has_pickled_state(run)):
+        return
+    base, _ = first_valid(run, kept)
+    found = base if base is not None else spool.find(run, None, state).checkpoint
+    if found is None or not found.has_pickled_state or (base is not None and base.end):
+        return
+    weights_of = run.name if base is not None else found.run_url
+    raise InputError(
+        "this run was begun by an earlier version of Trainyard, and this version cannot resume its checkpoints "
+        f"(step {found.step} stores its optimizer state as state.pt)",
+        where=found.url,
+        fix="finish it with the version that began it, or start a new run from its weights with model.init_from: "
+        f"{weights_of}@last",
+    )
 
 
 def peek(run: Run, driver: str = "") -> Literal["free", "finished", "busy", "unproven"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import StorageError
@@ -10,13 +11,11 @@ from pipeline.record import decisions
 from pipeline.record.entries import BestSoFar, Pair
 from pipeline.record.manifest import Manifest, parse_manifest
 from pipeline.record.run import Run
-from pipeline.record.saving import FOLDER, MANIFEST, PREPROCESS, ROWS, STATE, WEIGHTS
+from pipeline.record.saving import FOLDER, MANIFEST, PICKLED_STATE, PREPROCESS, ROWS, STATE, WEIGHTS
 from pipeline.record.values import from_json
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = ["Base", "BestSoFar", "Checkpoint", "DamagedError", "find_checkpoint"]
 
 
 class DamagedError(StorageError):
@@ -38,6 +37,8 @@ class Checkpoint:
 
     def __init__(self, run: Run, name: str) -> None:
         self.name = name
+        self.run_url = run.url
+        """Where the run lies that holds it, printable."""
         self._storage = run.storage.at(f"{FOLDER}/{name}")
         self._manifest = self._read_manifest()
 
@@ -90,6 +91,11 @@ class Checkpoint:
         return self._manifest.first_cell
 
     @property
+    def has_pickled_state(self) -> bool:
+        """Whether an earlier version wrote it, with a `state.pt` that this version cannot resume from."""
+        return PICKLED_STATE in self._manifest.files and STATE not in self._manifest.files
+
+    @property
     def files(self) -> list[str]:
         """Names of its files, the manifest left out."""
         return list(self._manifest.files)
@@ -101,26 +107,24 @@ class Checkpoint:
         ------
         DamagedError: not what Trainyard writes.
         """
-        from pipeline.record.loading import decode_weights
+        return self._tensors(WEIGHTS)
 
-        try:
-            return decode_weights(self.read(WEIGHTS))
-        except ValueError as error:
-            raise self._damaged(f"{WEIGHTS} is not what Trainyard writes ({error})") from None
-
-    def state(self) -> dict[str, Any]:
-        """What else training needs to go on; read without running any code of the file's.
+    def state(self) -> dict[str, Tensor]:
+        """What else training needs to go on: tensors by name, on the CPU.
 
         Raises
         ------
         DamagedError: not what Trainyard writes.
         """
-        from pipeline.record.loading import decode_state
+        return self._tensors(STATE)
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        from pipeline.record.loading import decode_tensors
 
         try:
-            return decode_state(self.read(STATE))
+            return decode_tensors(self.read(name))
         except ValueError as error:
-            raise self._damaged(f"{STATE} is not what Trainyard writes ({error})") from None
+            raise self._damaged(f"{name} is not what Trainyard writes ({error})") from None
 
     def preprocess(self) -> dict[str, Any]:
         """What turns raw data into the model's input, as plain values."""
@@ -196,6 +200,15 @@ def first_valid(run: Run, kept: tuple[Pair, ...]) -> tuple[Checkpoint | None, li
         if all(sound[name] is not None for name in names):
             return sound[names[0]], _damaged(sound)
     return None, _damaged(sound)
+
+
+def has_pickled_state(run: Run, kept: tuple[Pair, ...]) -> bool:
+    """Whether the newest checkpoint that has a sound manifest was written by an earlier version. One run holds no
+    checkpoints of both, since none of the earlier is resumed."""
+    for name, _ in kept:
+        with suppress(DamagedError):
+            return Checkpoint(run, name).has_pickled_state
+    return False
 
 
 def _damaged(looked_at: dict[str, Checkpoint | None]) -> list[str]:

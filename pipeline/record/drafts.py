@@ -38,8 +38,8 @@ class Drafter:
     def draft(self, snapshot: Snapshot, best: BestSoFar | None, name: str) -> Draft:
         """The checkpoint that a resume goes on from."""
         files = {
-            saving.WEIGHTS: saving.encode_weights(snapshot.weights),
-            saving.STATE: saving.encode_state(snapshot.state),
+            saving.WEIGHTS: saving.encode_tensors(snapshot.weights),
+            saving.STATE: saving.encode_tensors(snapshot.state),
             saving.ROWS: self._rows.pack(),
             saving.PREPROCESS: json_file(snapshot.preprocess),
         }
@@ -49,7 +49,7 @@ class Drafter:
         """That of the best so far, which was handed over with a later snapshot."""
         assert snapshot.best_weights is not None
         files = {
-            saving.WEIGHTS: saving.encode_weights(snapshot.best_weights),
+            saving.WEIGHTS: saving.encode_tensors(snapshot.best_weights),
             saving.PREPROCESS: json_file(snapshot.preprocess),
         }
         metrics = {**best.metrics, best.metric: best.value}

@@ -71,12 +71,6 @@ class Journal:
             self._state = decisions.apply(newest.before or JournalState(), newest)
         return self._state
 
-    def read(self) -> tuple[Entry, ...]:
-        """All entries, up to the first absent number: a request each."""
-        number = self.state().number
-        self.refuse_gap()
-        return self._read_up_to(number)
-
     def entry(self, number: int) -> Entry:
         """An entry that is known to be there."""
         data = self._bytes(number)

@@ -22,8 +22,3 @@ def record_read(run: Run, facts: Mapping[str, Any]) -> int:
     while not run.storage.create(f"{FOLDER}/{number:08d}.json", text.encode()):
         number += 1
     return number
-
-
-def count_reads(run: Run) -> int:
-    """How often the test split was read."""
-    return len(run.storage.list(FOLDER))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,9 @@ if TYPE_CHECKING:
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
-STATE = "state.pt"
+STATE = "state.safetensors"
+PICKLED_STATE = "state.pt"
+"""What earlier versions wrote instead of `state.safetensors`: a pickle, which is never read."""
 ROWS = "rows.parquet"
 PREPROCESS = "preprocess.json"
 FORMAT = 1
@@ -55,40 +56,16 @@ def delete_checkpoint(storage: Storage, name: str) -> None:
     storage.delete_folder(f"{FOLDER}/{name}")
 
 
-def encode_weights(weights: Mapping[str, Tensor]) -> bytes:
-    """`model.safetensors`: the same tensors give the same bytes."""
+def encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    """A safetensors file, which keeps dtype, shape and bits of each tensor: the same tensors give the same bytes."""
     from safetensors.torch import save
 
     seen: set[int] = set()
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
+    stored: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
         own = tensor.detach().cpu().contiguous()
         if own.untyped_storage().data_ptr() in seen:  # tied or cut from one piece: the format wants its own memory
             own = own.clone()
         seen.add(own.untyped_storage().data_ptr())
-        tensors[name] = own
-    return save(tensors)
-
-
-def encode_state(state: Mapping[str, Any]) -> bytes:
-    """`state.pt`, which loads with weights_only=True; TypeError for a value that would not."""
-    import torch
-
-    _check_plain(state, "state")
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
-def _check_plain(value: Any, where: str) -> None:
-    import torch
-
-    if isinstance(value, (dict, Mapping)):
-        for key, item in value.items():
-            _check_plain(key, f"a key of {where}")
-            _check_plain(item, f"{where}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            _check_plain(item, f"{where}[{index}]")
-    elif value is not None and type(value) not in (torch.Tensor, int, float, bool, str, bytes):
-        raise TypeError(f"{where} is a {type(value).__name__}: only tensors and plain values can be stored")
+        stored[name] = own
+    return save(stored)

@@ -18,8 +18,8 @@ class Snapshot:
     step: int
     epoch: int
     weights: dict[str, Tensor]
-    state: dict[str, Any]
-    """Tensors and plain values."""
+    state: dict[str, Tensor]
+    """What else training resumes from, such as the optimizer's momentum."""
     position: dict[str, Any]
     """Plain values for the worker that goes on from here."""
     metrics: dict[str, float]

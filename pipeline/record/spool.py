@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import StorageError, StorageLostError, TrainyardError
 from pipeline.record import saving
 from pipeline.record.checkpoint import Checkpoint, DamagedError
-from pipeline.record.entries import BestSoFar, Claim, Commit, Pair
+from pipeline.record.entries import BestSoFar, Claim, Commit, JournalState, Pair
 from pipeline.record.run import JOB, Run
 from pipeline.record.snapshot import Snapshot
 from pipeline.record.values import from_json, now, to_json
 from pipeline.storage import Storage
 
 if TYPE_CHECKING:
-    from pipeline.record.attempt import Attempt
     from pipeline.record.drafts import Draft
 
 Lost = StorageLostError | StorageError
@@ -56,7 +55,14 @@ def spool_folder() -> Path:
 
 
 def save(
-    attempt: Attempt, snapshot: Snapshot, draft: Draft, best_draft: Draft | None, after: Sequence[str | None]
+    run: Run,
+    snapshot: Snapshot,
+    draft: Draft,
+    best_draft: Draft | None,
+    after: Sequence[str | None],
+    *,
+    nonce: str,
+    attempt: int,
 ) -> Path:
     """Save a snapshot on this machine, in place of what was saved for this run before.
 
@@ -65,6 +71,7 @@ def save(
     draft: its checkpoint.
     best_draft: that of the best so far, where its weights lie in no committed checkpoint and are not these.
     after: the checkpoints of which one is the newest commit's, if nobody else has written since; None for no commit.
+    nonce, attempt: of the attempt that saves it.
 
     Returns
     -------
@@ -74,14 +81,14 @@ def save(
     ------
     TrainyardError, OSError: this machine has no room or no folder for it.
     """
-    here = _here(attempt.run)
+    here = _here(run)
     place = here.storage.local_path
     assert place is not None
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if here.exists() and not _is_of(here, attempt.run):
+    if here.exists() and not _is_of(here, run):
         shutil.rmtree(place)
-        here = _here(attempt.run)
-    text = attempt.run.job_yaml()  # read before anything was trained, so this asks no storage
+        here = _here(run)
+    text = run.job_yaml()  # read before anything was trained, so this asks no storage
     here.storage.create(JOB, text.encode())
     best = snapshot.best
     best_name = draft.name if best is not None and best.step == snapshot.step else None
@@ -89,9 +96,9 @@ def save(
         best_name = best_draft.name
         saving.write_checkpoint(here.storage, *best_draft)
     saving.write_checkpoint(here.storage, *draft)
-    common: dict[str, Any] = {"nonce": attempt.nonce, "time": now(), "attempt": attempt.number}
+    common: dict[str, Any] = {"nonce": nonce, "time": now(), "attempt": attempt}
     state = here.journal.state()
-    if state.claim is None or state.claim.nonce != attempt.nonce:
+    if state.claim is None or state.claim.nonce != nonce:
         here.journal.append(Claim(**common, number=state.number + 1, before=state))
         state = here.journal.state()
     own: Pair = (draft.name, best_name)
@@ -109,7 +116,7 @@ def save(
         patience=snapshot.patience,
     )
     here.journal.append(commit)
-    tree = {"url": attempt.run.url, "checkpoint": draft.name, "best": best_name, "after": list(after)}
+    tree = {"url": run.url, "checkpoint": draft.name, "best": best_name, "after": list(after)}
     here.storage.replace(FACTS, to_json(tree, indent=1).encode(), sync=True)
     for old in here.storage.list(saving.FOLDER):
         if old not in own:
@@ -117,25 +124,31 @@ def save(
     return place
 
 
-def find(attempt: Attempt) -> Found:
+def find(run: Run, base: Checkpoint | None, state: JournalState) -> Found:
     """What an earlier attempt on this machine saved here, if this one may go on from it: if it was built on the very
-    checkpoint that this attempt is based on, and is further than all that was ever committed."""
-    here = _here(attempt.run)
+    checkpoint that this attempt is based on, and is further than all that was ever committed.
+
+    Parameters
+    ----------
+    base: the committed checkpoint to go on from.
+    state: what the run's journal amounts to.
+    """
+    here = _here(run)
     place = here.storage.local_path
     if place is None or not (place / FACTS).is_file():
         return Found()
     ignored = f"{place} holds what an earlier attempt saved when storage was lost; it is not used: "
     try:
         tree = from_json(here.storage.read(FACTS))
-        if not _is_of(here, attempt.run):
+        if not _is_of(here, run):
             return Found(None, f"{ignored}it belongs to another run of this name")
         checkpoint = Checkpoint(here, tree["checkpoint"])
-        if attempt.base is not None and attempt.base.step == checkpoint.step:  # and only the removal is missing
-            forget(attempt.run)
+        if base is not None and base.step == checkpoint.step:  # and only the removal is missing
+            forget(run)
             return Found()
-        if (attempt.base.name if attempt.base is not None else None) not in tree["after"]:
+        if (base.name if base is not None else None) not in tree["after"]:
             return Found(None, f"{ignored}the run went on from elsewhere since")
-        if checkpoint.step <= attempt.highest_step or attempt.ended_at is not None:
+        if checkpoint.step <= state.highest_step or state.ended_at is not None:
             return Found(None, f"{ignored}the run came further since")
         checkpoint.verify()
     except (DamagedError, ValueError, KeyError, TypeError) as error:
@@ -143,10 +156,22 @@ def find(attempt: Attempt) -> Found:
     return Found(checkpoint, f"going on from step {checkpoint.step}, saved in {place} when storage was lost")
 
 
-def snapshot_of(attempt: Attempt, checkpoint: Checkpoint) -> Snapshot:
+def has_pickled_state(run: Run) -> bool:
+    """Whether an earlier version saved a checkpoint of this run on this machine."""
+    here = _here(run)
+    place = here.storage.local_path
+    if place is None or not (place / FACTS).is_file():
+        return False
+    try:
+        return Checkpoint(here, from_json(here.storage.read(FACTS))["checkpoint"]).has_pickled_state
+    except (StorageError, ValueError, KeyError, TypeError):
+        return False
+
+
+def snapshot_of(run: Run, checkpoint: Checkpoint) -> Snapshot:
     """What was saved, as a snapshot to commit."""
     best = checkpoint.best
-    held = best is not None and best.step != checkpoint.step and _holds(attempt.run, best)
+    held = best is not None and best.step != checkpoint.step and _holds(run, best)
     return Snapshot(
         step=checkpoint.step,
         epoch=checkpoint.epoch,
@@ -155,7 +180,7 @@ def snapshot_of(attempt: Attempt, checkpoint: Checkpoint) -> Snapshot:
         position=checkpoint.position,
         metrics=checkpoint.metrics,
         best=best,
-        best_weights=Checkpoint(_here(attempt.run), best.checkpoint).weights() if best is not None and held else None,
+        best_weights=Checkpoint(_here(run), best.checkpoint).weights() if best is not None and held else None,
         preprocess=checkpoint.preprocess(),
         end=checkpoint.end,
         patience=checkpoint.patience,

@@ -65,7 +65,7 @@ class Writer:
         if spooled is not None:
             self.rows.load(spooled.rows(), spooled.first_cell)
             self.has_rows = True
-            self.commit(spool.snapshot_of(self.attempt, spooled), [], [])
+            self.commit(spool.snapshot_of(self._run, spooled), [], [])
             spool.forget(self._run)
 
     def commit(self, snapshot: Snapshot, blocks: Sequence[StepBlock], evaluations: Sequence[EvaluationRow]) -> None:
@@ -136,9 +136,8 @@ class Writer:
         after = [self._last_good]
         if failed is not None:  # of an entry whose reply is missing nobody knows whether it arrived
             after.append(decisions.checkpoint_name(failed.step, self.attempt.number))
-        return spool.save(
-            self.attempt, snapshot, self._drafter.draft(snapshot, best, name), apart, after
-        ), snapshot.step
+        draft, nonce, attempt = self._drafter.draft(snapshot, best, name), self.attempt.nonce, self.attempt.number
+        return spool.save(self._run, snapshot, draft, apart, after, nonce=nonce, attempt=attempt), snapshot.step
 
     def complete(self) -> None:
         """Do what is missing after an end: cells, result, retention, `run.json`. The base must be that end."""

@@ -1,6 +1,5 @@
 """One door to storage: a folder of any fsspec file system, with atomic replace and exclusive create."""
 
-from pipeline.storage.backend import Backend
 from pipeline.storage.door import Storage
 
-__all__ = ["Backend", "Storage"]
+__all__ = ["Storage"]

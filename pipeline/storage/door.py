@@ -38,15 +38,13 @@ class Storage:
     StorageLostError: storage stayed away for longer than the limit.
     """
 
-    def __init__(
-        self, backend: Backend, root: str, url: str, *, patience: Patience | None = None, open_url: str = ""
-    ) -> None:
+    def __init__(self, backend: Backend, root: str, url: str, *, open_url: str = "") -> None:
         self.backend = backend
         self.url = scrub(url)
         self._root = root.rstrip("/")
         self._top = self._root
         self._temporary = f"{self._root}/{TEMPORARY}"
-        self._patience = patience or Patience(self.url)
+        self._patience = Patience(self.url)
         self._limit_s: float | None = None
         self._open_url = open_url
 

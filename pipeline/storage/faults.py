@@ -53,12 +53,11 @@ class Patience:
     Parameters
     ----------
     where: printable URL, for messages.
-    limit_s: seconds from the first fault until StorageLostError.
     """
 
-    def __init__(self, where: str, limit_s: float | None = None) -> None:
+    def __init__(self, where: str) -> None:
         self.where = where
-        self.limit_s = limit_s if limit_s is not None else usual_limit_s()
+        self.limit_s = usual_limit_s()
         self.contacted = False
         self.answers = 0
         """Calls that ended well under the usual limit."""

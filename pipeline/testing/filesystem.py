@@ -32,26 +32,24 @@ class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]
     store: protocol of the store beneath: s3, memory, file (whose writes are atomic here, as in `pipeline.storage`), or
         another one that fsspec knows.
     faults: settings in words, see `Faults.parse`; by URL those of TRAINYARD_FAULTS.
-    dice: in place of `faults`, dice of one's own.
     """
 
     protocol = "faulty"
     cachable = True
 
-    def __init__(self, store: str = "", faults: str = "", dice: Dice | None = None, **options: Any) -> None:
+    def __init__(self, store: str = "", faults: str = "", **options: Any) -> None:
         super().__init__(**options)
         if not store or store == self.protocol:
             raise StorageError("the URL names no store", where="faulty://", fix="use faulty://s3/bucket/folder")
         self.store_protocol = store
         self.fs: Any = _AtomicFiles() if store in ("file", "local") else open_filesystem(f"{store}://")[0]
-        self._own_dice = dice
         self._faults = faults
         dice_of(faults)  # so that settings which cannot be read are told now
 
     @property
     def dice(self) -> Dice:
         """What says which request fails. fsspec keeps file systems for long; `faults` may have begun anew since."""
-        return self._own_dice if self._own_dice is not None else dice_of(self._faults)
+        return dice_of(self._faults)
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
@@ -127,12 +125,6 @@ class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         self._ask("write", lambda: self.fs.makedirs(path, exist_ok=exist_ok))
-
-    def rmdir(self, path: str) -> None:
-        self._ask("delete", lambda: self.fs.rmdir(path))
-
-    def cp_file(self, path1: str, path2: str, **options: Any) -> None:
-        self._ask("write", lambda: self.fs.cp_file(path1, path2, **options))
 
     def open(self, path: str, mode: str = "rb", **options: Any) -> Any:
         group: Group = "read" if "r" in mode else "write"

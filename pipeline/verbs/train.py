@@ -17,7 +17,7 @@ from pipeline.errors import BusyError, InputError, TrainyardError
 from pipeline.job import IN_PLACE_WORKERS, Job
 from pipeline.job_file import resolve_job
 from pipeline.own_code import UserCode, collect
-from pipeline.record.attempt import peek
+from pipeline.record.attempt import peek, refuse_pickled_state
 from pipeline.record.journal import Journal
 from pipeline.record.run import Run
 from pipeline.record.standing import Standing, standing
@@ -125,6 +125,7 @@ def _is_done(creation: RunCreation, tell: Tell) -> bool:
     Raises
     ------
     BusyError: another process is writing it.
+    InputError: it was interrupted, and its checkpoints are of an earlier version that this one cannot resume.
     """
     run = creation.run
     if creation.is_complete():
@@ -133,6 +134,7 @@ def _is_done(creation: RunCreation, tell: Tell) -> bool:
         return True
     if peek(run) == "busy":
         raise BusyError("another process is writing this run", where=run.url, fix="`trainyard show` says how it stands")
+    refuse_pickled_state(run)
     return False
 
 

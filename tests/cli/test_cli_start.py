@@ -34,6 +34,7 @@ from pipeline.starting import Start, digest_of, take
 from pipeline.storage import Storage
 from tests.cli.cli_calls import SMALL, Trainyard, write_job
 from tests.learn.trainees import make_job
+from tests.record.record_parts import read_entries
 
 SHORT = {**SMALL["train"], "phases": [{"epochs": 1, "lr": 0.1}]}
 
@@ -242,7 +243,7 @@ def test_a_fine_tuning_run_that_is_stopped_ends_as_one_that_was_not(
         for run in (whole, ended)
     ]
     assert (files[0] / "model.safetensors").read_bytes() == (files[1] / "model.safetensors").read_bytes()
-    states = [torch.load(file / "state.pt", weights_only=True) for file in files]
+    states = [load_file(file / "state.safetensors") for file in files]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert whole["metrics"] == ended["metrics"]
@@ -421,7 +422,7 @@ def as_before_code_counted(new: Path) -> str:
     shutil.copytree(new, new.with_name(older.name))
     (new.with_name(older.name) / "job.yaml").unlink()
     assert older.birth(run.job_yaml().partition("\n")[2], {**facts, "identity": digest(plain)})
-    for entry in run.journal.read():
+    for entry in read_entries(run.journal):
         if isinstance(entry, Claim):
             code = {**entry.facts["code"], "own_edit_unused.py": "a", "code.zip": "b"}
             text = replace(entry, facts={**entry.facts, "code": code}).to_json()

@@ -1,4 +1,4 @@
-"""What a run leaves behind, as outsiders see it: read with pyarrow, safetensors and torch, never with our own code."""
+"""What a run leaves behind, as outsiders see it: read with pyarrow and safetensors, never with our own code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset
-import torch
+from safetensors.torch import load_file
 
 OF_THE_ATTEMPT = ["attempt", "seconds", "time"]
 """Columns that tell who computed a row, and when."""
@@ -29,7 +29,7 @@ def evidence(run: Path) -> dict[str, Any]:
     """All that must be the same whatever happened on the way."""
     result = json.loads((run / "result.json").read_text())
     last, chosen = (run / "checkpoints" / result[name] for name in ("last", "chosen"))
-    state = torch.load(last / "state.pt", weights_only=True)
+    state = load_file(last / "state.safetensors")
     return {
         "last": _sha256(last / "model.safetensors"),
         "chosen": _sha256(chosen / "model.safetensors"),

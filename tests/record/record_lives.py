@@ -14,8 +14,8 @@ import torch
 from pipeline.errors import BusyError
 from pipeline.record.attempt import Attempt, choose_base, take
 from pipeline.record.cells import CellLayout, Columns
-from pipeline.record.checkpoint import BestSoFar, DamagedError
-from pipeline.record.entries import Claim
+from pipeline.record.checkpoint import DamagedError
+from pipeline.record.entries import BestSoFar, Claim
 from pipeline.record.live import LiveWriter
 from pipeline.record.live import remove as remove_live_rows
 from pipeline.record.run import Run
@@ -279,9 +279,9 @@ def train(life: Life, run: Run, protocol: Faithful) -> None:
         live.evaluation(evaluations[-1])
     else:
         with attempt.reading_base():
-            step, weight, state = base.step, float(base.weights()["weight"]), base.state()
+            step, weight, state = base.step, float(base.weights()["weight"]), base.state()["weight"]
         assert weight == weight_at(step), "the base is not what training left at its step"
-        assert state == {"weight": weight}
+        assert float(state) == weight
         assert base.position == {"step": step}
         if base.best is not None:
             best = (base.best.step, base.best.value)
@@ -305,7 +305,7 @@ def train(life: Life, run: Run, protocol: Faithful) -> None:
                 step=step,
                 epoch=1,
                 weights={"weight": torch.tensor(weight, dtype=torch.float64)},
-                state={"weight": weight},
+                state={"weight": torch.tensor(weight, dtype=torch.float64)},
                 position={"step": step},
                 metrics={"val/loss": evaluation_at(step - step % EVERY)},
                 best=so_far,

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.record.checkpoint import BestSoFar
+from pipeline.record.entries import BestSoFar, Entry
+from pipeline.record.journal import Journal
 from pipeline.record.recorder import Snapshot
 from pipeline.record.run import Run
 from pipeline.storage import Storage
@@ -39,6 +40,13 @@ def block(first: int, last: int, **columns: Any) -> dict[str, np.ndarray[Any, An
     return rows | {name: np.full(len(steps), value) for name, value in columns.items()}
 
 
+def read_entries(journal: Journal) -> tuple[Entry, ...]:
+    """All entries, up to the first absent number; as for a claim, none may be missing before that."""
+    number = journal.state().number
+    journal.refuse_gap()
+    return tuple(journal.entry(one) for one in range(1, number + 1))
+
+
 def evaluation(step: int, **values: Any) -> dict[str, Any]:
     """A row of one evaluation."""
     row = {"epoch": 1, "step": step, "split": "val", "loss": 0.5, "accuracy": 0.9, "correct": 90, "samples": 100}
@@ -52,7 +60,7 @@ def snapshot(step: int, *, best: int | None = None, **values: Any) -> Snapshot:
     plain: dict[str, Any] = {
         "epoch": 1,
         "weights": weights,
-        "state": {"momentum": [torch.full((3, 4), 0.5)], "step": step},
+        "state": {"optimizer.momentum": torch.full((12,), 0.5), "optimizer.step": torch.tensor(step)},
         "position": {"step": step},
         "metrics": {"val/loss": 0.5},
         "preprocess": {"mean": 0.1307},

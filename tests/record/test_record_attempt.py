@@ -31,7 +31,7 @@ from pipeline.record.values import sealed, to_json, unsealed
 from pipeline.record.watch import refuse_where_it_beats
 from pipeline.storage import Storage, remote
 from tests.faults.fault_evidence import wait_for
-from tests.record.record_parts import block, born, snapshot
+from tests.record.record_parts import block, born, read_entries, snapshot
 from tests.record.record_process import train
 
 SCRIPT = Path(__file__).with_name("record_process.py")
@@ -106,7 +106,7 @@ def test_a_living_process_keeps_its_run(run: Run, start: Start) -> None:
         claim(run, driver="me", facts={}, on_watch=watched.append)
     assert watched == [], "no watching where a lock and a young heart are proof"
     assert caught.value.exit_code == 3
-    assert len(run.journal.read()) == 1
+    assert len(read_entries(run.journal)) == 1
 
 
 def test_a_killed_process_is_followed_at_once(run: Run, start: Start) -> None:
@@ -119,7 +119,7 @@ def test_a_killed_process_is_followed_at_once(run: Run, start: Start) -> None:
     attempt = claim(run, driver="me", facts={}, on_watch=watched.append)
     assert attempt.number == 2
     assert not watched
-    first = run.journal.read()[0]
+    first = read_entries(run.journal)[0]
     assert isinstance(first, Claim)
     assert not Path(first.lock).exists(), "the proof is no longer needed"
     attempt.close()
@@ -192,13 +192,13 @@ def test_who_leaves_during_the_watch_is_followed(run: Run, start: Start, tmp_pat
     assert line(holder) == "claimed 1"
     holder.kill()
     holder.wait()
-    first = run.journal.read()[0]
+    first = read_entries(run.journal)[0]
 
     def leaves(_line: str) -> None:
         run.journal.append(Leave(number=2, nonce=first.nonce, time=first.time, attempt=1, status="interrupted", step=0))
 
     attempt = claim(run, driver="me", facts={}, on_watch=leaves)
-    assert [entry.kind for entry in run.journal.read()] == ["claim", "leave", "claim"]
+    assert [entry.kind for entry in read_entries(run.journal)] == ["claim", "leave", "claim"]
     assert attempt.number == 2
     attempt.close()
 
@@ -284,7 +284,7 @@ def test_an_interval_that_is_none(run: Run, monkeypatch: pytest.MonkeyPatch, tex
     monkeypatch.setenv("TRAINYARD_HEARTBEAT_S", text)
     with pytest.raises(InputError, match="number of seconds"):
         claim(run, driver="d", facts={})
-    assert run.journal.read() == ()
+    assert read_entries(run.journal) == ()
 
 
 def test_unfinished_files_of_the_dead_are_swept_away(run: Run) -> None:
@@ -301,8 +301,10 @@ def test_an_entry_that_arrived_after_all_is_adopted(run: Run) -> None:
     late = Leave(**attempt.common(), status="failed", step=3)
     assert run.journal.append(late), "as if the reply had been lost, and storage away ever since"
     attempt.append(Leave(**attempt.common(), status="interrupted", step=4))
-    assert run.journal.read()[2].before == decisions.fold(run.journal.read()[:2]), "what the next one carries"
-    assert attempt.state == decisions.fold(run.journal.read())
+    assert read_entries(run.journal)[2].before == decisions.fold(read_entries(run.journal)[:2]), (
+        "what the next one carries"
+    )
+    assert attempt.state == decisions.fold(read_entries(run.journal))
     other = claim(run, driver="d", facts={}, dead=1)
     with pytest.raises(SupersededError):
         attempt.append(Leave(**attempt.common(), status="interrupted", step=4))
@@ -354,7 +356,7 @@ def test_a_run_of_the_version_before_is_gone_on_with(run: Run, start: Start) -> 
     assert (shown.status, shown.attempts) == ("running", 1)
     assert shown.step >= 100
     train(claim(run, driver="me", facts={"host": "here"}))
-    entries = run.journal.read()
+    entries = read_entries(run.journal)
     assert [entry.before is None for entry in entries] == [number < old for number in range(len(entries))]
     for entry in entries[old:]:
         assert entry.before == decisions.fold(entries[: entry.number - 1])

@@ -26,7 +26,7 @@ from pipeline.record.run import Run
 from pipeline.record.values import from_json, sealed, to_json, unsealed
 from pipeline.storage import Storage
 from tests.record.record_lives import Requests, Store
-from tests.record.record_parts import born
+from tests.record.record_parts import born, read_entries
 
 WRITER = """
 import sys
@@ -37,8 +37,7 @@ storage, own, count = Storage.open(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 journal, won = Journal(storage), []
 print("ready", flush=True)
 sys.stdin.readline()
-while len(journal.read()) < count:
-    number = len(journal.read()) + 1
+while (number := journal.state().number + 1) <= count:
     if journal.append(Leave(number=number, nonce=own, time="2026-11-21T08:00Z", attempt=1, status="failed", step=0)):
         won.append(number)
 print(*won)
@@ -53,14 +52,14 @@ def claim(number: int, nonce: str = "a") -> Claim:
 def test_entries_are_read_up_to_the_first_absent_number(tmp_path: Path) -> None:
     storage = Storage.open(str(tmp_path))
     journal = Journal(storage)
-    assert journal.read() == ()
+    assert read_entries(journal) == ()
     assert journal.append(claim(1))
     assert journal.append(claim(2))
-    assert Journal(storage).read() == journal.read() == (claim(1), claim(2))
+    assert read_entries(Journal(storage)) == read_entries(journal) == (claim(1), claim(2))
     (tmp_path / "journal" / "note.txt").write_text("")
-    assert Journal(storage).read() == (claim(1), claim(2))
+    assert read_entries(Journal(storage)) == (claim(1), claim(2))
     assert journal.append(claim(3))
-    assert len(journal.read()) == 3
+    assert len(read_entries(journal)) == 3
 
 
 @pytest.mark.parametrize("gone", [1, 2])
@@ -70,7 +69,7 @@ def test_an_entry_that_was_deleted_is_missed(tmp_path: Path, gone: int) -> None:
         journal.append(claim(number))
     (tmp_path / "journal" / f"{gone:08d}.json").unlink()
     with pytest.raises(StorageError, match="is missing, though") as caught:
-        Journal(Storage.open(str(tmp_path))).read()
+        read_entries(Journal(Storage.open(str(tmp_path))))
     assert caught.value.where.endswith(f"{gone:08d}.json")
 
 
@@ -142,7 +141,7 @@ def test_entries_of_earlier_versions_are_read_whole(tmp_path: Path) -> None:
     assert second.state() == state
     assert first.append(replace(claim(4), attempt=2, before=state))
     assert first.append(commit(5, 30)), "an earlier version goes on with it"
-    assert second.state() == decisions.fold(second.read())
+    assert second.state() == decisions.fold(read_entries(second))
     assert second.state().highest_step == 30
 
 
@@ -161,7 +160,7 @@ def test_a_number_is_taken_once(tmp_path: Path) -> None:
     assert first.append(claim(1, "a"))
     assert not second.append(claim(1, "b"))
     assert second.append(claim(1, "a")), "a repeated request is no loss"
-    assert second.read() == (claim(1, "a"),)
+    assert read_entries(second) == (claim(1, "a"),)
 
 
 def test_processes_that_race_leave_one_journal_without_gaps(tmp_path: Path) -> None:
@@ -183,7 +182,7 @@ def test_processes_that_race_leave_one_journal_without_gaps(tmp_path: Path) -> N
         racer.stdin.write("go\n")
         racer.stdin.flush()
     won = [[int(word) for word in racer.communicate(timeout=60)[0].split()] for racer in racers]
-    entries = Journal(Storage.open(str(tmp_path))).read()
+    entries = read_entries(Journal(Storage.open(str(tmp_path))))
     assert [entry.number for entry in entries] == list(range(1, len(entries) + 1))
     assert sorted(won[0] + won[1]) == [entry.number for entry in entries]
     for own, numbers in zip("ab", won, strict=True):
@@ -195,7 +194,7 @@ def test_on_s3_too(s3_url: str) -> None:
     journal = Journal(storage)
     for number in range(1, 25):
         assert journal.append(claim(number))
-    assert [entry.number for entry in Journal(storage).read()] == list(range(1, 25))
+    assert [entry.number for entry in read_entries(Journal(storage))] == list(range(1, 25))
     assert not Journal(storage).append(claim(24, "b"))
 
 
@@ -206,7 +205,7 @@ def test_an_entry_that_nobody_wrote_is_told(tmp_path: Path, text: str) -> None:
     run = born(str(tmp_path))
     run.storage.replace("journal/00000001.json", text.encode())
     with pytest.raises(StorageError, match="not a journal entry") as caught:
-        run.journal.read()
+        read_entries(run.journal)
     assert caught.value.where.endswith("journal/00000001.json")
 
 

@@ -23,7 +23,7 @@ from pipeline.record.run import Run
 from pipeline.record.standing import standing
 from pipeline.storage import Storage
 from pipeline.storage.local import LocalBackend
-from tests.record.record_parts import block, born, evaluation, snapshot
+from tests.record.record_parts import block, born, evaluation, read_entries, snapshot
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_a_run_from_birth_to_end(run: Run) -> None:
     assert result["metrics"] == {"val/loss": 0.5}
     assert run.view()["status"] == "finished"
     assert peek(run) == "finished"
-    end = run.journal.read()[-1]
+    end = read_entries(run.journal)[-1]
     assert isinstance(end, Commit)
     assert end.kept == (("step-000000250-a0001",) * 2, ("step-000000150-a0001",) * 2)
     assert end.patience == 0
@@ -201,7 +201,7 @@ def test_a_loss_that_is_not_finite_is_never_committed(run: Run, loss: float) -> 
     assert "model.init_from: run@last begins it at the last checkpoint, of step 10" in caught.value.fix
     recorder.leave("failed", caught.value, 20)
     stop(attempt, recorder)
-    last = Journal(run.storage).read()[-1]  # as another process reads it
+    last = read_entries(Journal(run.storage))[-1]  # as another process reads it
     assert isinstance(last, Leave)
     assert last.row is not None
     assert (last.row["step"], last.row["loss"]) == (15, str(loss))
@@ -217,7 +217,7 @@ def test_the_bad_row_stands_in_the_leave_though_the_loop_found_it(run: Run) -> N
     recorder.steps(bad)
     recorder.leave("failed", NotFiniteError("the loss is nan"), 5)
     stop(attempt, recorder)
-    last = run.journal.read()[-1]
+    last = read_entries(run.journal)[-1]
     assert isinstance(last, Leave)
     assert last.row is not None
     assert last.row["step"] == 3
@@ -293,7 +293,7 @@ def test_who_was_overtaken_commits_nothing_more(run: Run) -> None:
         recorder.finish()
     recorder.leave("failed", RuntimeError("x"), 20)
     stop(attempt, recorder)
-    assert [entry.kind for entry in run.journal.read()] == ["claim", "commit", "claim"]
+    assert [entry.kind for entry in read_entries(run.journal)] == ["claim", "commit", "claim"]
     their_recorder.steps(block(11, 20))
     their_recorder.commit(snapshot(20, end=True))
     their_recorder.finish()
@@ -330,7 +330,7 @@ def test_completing_an_end_does_only_what_is_missing(run: Run) -> None:
     assert steps_in(run) == list(range(1, 151))
     assert run.has_result()
     assert standing(run).status == "finished"
-    assert len(run.journal.read()) == 3, "a claim, and no second end"
+    assert len(read_entries(run.journal)) == 3, "a claim, and no second end"
 
 
 def test_columns_of_the_run_come_from_its_birth(tmp_path: Path) -> None:

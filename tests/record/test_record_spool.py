@@ -20,7 +20,7 @@ from pipeline.record.recorder import Recorder, complete
 from pipeline.record.run import Run
 from pipeline.storage import Storage
 from pipeline.storage.local import LocalBackend
-from tests.record.record_parts import block, born, evaluation, snapshot
+from tests.record.record_parts import block, born, evaluation, read_entries, snapshot
 
 KEEP = 2
 
@@ -113,7 +113,7 @@ def rows_of(run: Run) -> list[int]:
 
 
 def committed(run: Run) -> list[tuple[int, int]]:
-    return [(entry.attempt, entry.step) for entry in run.journal.read() if isinstance(entry, Commit)]
+    return [(entry.attempt, entry.step) for entry in read_entries(run.journal) if isinstance(entry, Commit)]
 
 
 def test_what_was_trained_is_saved_and_named_and_the_next_attempt_commits_it(tmp_path: Path, folder: Path) -> None:
@@ -159,7 +159,7 @@ def test_an_end_that_was_saved_here_ends_the_run(tmp_path: Path, folder: Path) -
     assert committed(run) == [(1, 120), (2, 170)]
     assert run.has_result()
     assert rows_of(run) == list(range(1, 171))
-    last = run.journal.read()[-1]
+    last = read_entries(run.journal)[-1]
     assert isinstance(last, Commit)
     assert run.storage.list("checkpoints") == sorted(name for pair in last.kept for name in pair if name is not None)
 
@@ -320,6 +320,6 @@ def test_the_true_journal_knows_nothing_of_it(tmp_path: Path, folder: Path) -> N
     road = Road()
     run = run_on(road, tmp_path)
     lost_at(run, road)
-    kinds = [type(entry) for entry in run.journal.read()]
+    kinds = [type(entry) for entry in read_entries(run.journal)]
     assert kinds == [Claim, Commit]
     assert all("170" not in name for name in run.storage.list("checkpoints"))

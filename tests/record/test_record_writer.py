@@ -58,7 +58,9 @@ def test_cells_hold_complete_stretches_and_the_end_the_rest(tmp_path: Path) -> N
     attempt.close()
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "rows.parquet", "preprocess.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "state.safetensors", "rows.parquet", "preprocess.json", "manifest.json"]
+)
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_next_kept(tmp_path: Path, name: str, damage: str) -> None:
     run = new_run(str(tmp_path))

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import struct
 import sys
@@ -29,6 +30,7 @@ from pipeline import load
 from pipeline.errors import InputError
 from pipeline.record.columns import Columns
 from tests.cli.cli_calls import Trainyard
+from tests.record.earlier_checkpoints import put_state
 from tests.security.spoiling import Made, checkpoints, newest_commit, put_file, put_job, reseal, rewrite_job, some
 
 Spoil = Callable[[str], Path]
@@ -37,16 +39,6 @@ Change = Callable[[dict[str, Any]], Any]
 MEMORY = 1 << 30
 """Bytes that a command may take beyond what this process has: no bomb fits in."""
 SECONDS = 60
-
-
-class Canary:
-    """A file that exists once anything hostile has run."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.fixture
@@ -104,60 +96,6 @@ def check(trainyard: Trainyard, made: Made, run: Path, *names: str) -> dict[str,
     return said
 
 
-# ------------------------------------------------------------------------------------------------------- pickles
-
-
-def zipped_state(pickled: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
-    """A file as torch.save makes them, around any pickle."""
-    plain = io.BytesIO()
-    torch.save({"a": torch.zeros(4)}, plain)
-    source, target = zipfile.ZipFile(plain), io.BytesIO()
-    with zipfile.ZipFile(target, "w", compression) as archive:
-        for entry in source.infolist():
-            is_pickle = entry.filename.endswith("data.pkl")
-            archive.writestr(entry.filename, pickled if is_pickle else source.read(entry.filename))
-    return target.getvalue()
-
-
-class Huge:
-    """10 GB from a few bytes, by a name that torch itself allows."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return bytearray, (10**10,)
-
-
-@pytest.mark.parametrize(
-    "kind",
-    some(
-        ["pickle", "zip", "old", "huge", "deflated", "no state", "other shapes", "other values"], "zip", "huge", "old"
-    ),
-)
-def test_state_files(trainyard: Trainyard, made: Made, spoil: Spoil, canary: Path, kind: str) -> None:
-    def saved(value: Any) -> bytes:
-        buffer = io.BytesIO()
-        torch.save(value, buffer)
-        return buffer.getvalue()
-
-    content = {
-        "pickle": lambda: pickle.dumps({"optimizer.momentum": Canary(canary)}, 2),
-        "zip": lambda: zipped_state(pickle.dumps({"optimizer.momentum": Canary(canary)}, 2)),
-        "old": lambda: (
-            pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps(Canary(canary), 2)
-        ),
-        "huge": lambda: zipped_state(pickle.dumps({"optimizer.momentum": Huge()}, 2)),
-        "deflated": lambda: zipped_state(b"\x80\x02U" + bytes(10**8), zipfile.ZIP_DEFLATED),
-        "no state": lambda: saved([1, 2]),
-        "other shapes": lambda: saved({"optimizer.momentum": torch.zeros(1).expand(10**12)}),
-        "other values": lambda: saved({"optimizer.momentum": "none"}),
-    }[kind]()
-    run = spoil("interrupted")
-    put_file(run, "state.pt", content)
-    said = check(trainyard, made, run, "show", "resume")
-    assert said.keys() == {"resume"}
-    if kind in ("zip", "huge", "deflated"):  # refused by what it says, before anything is unpacked
-        assert "it names" in said["resume"] or "it is compressed" in said["resume"]
-
-
 # --------------------------------------------------------------------------------------------------- safetensors
 
 
@@ -166,17 +104,44 @@ def header(tree: Any, body: bytes = b"") -> bytes:
     return struct.pack("<Q", len(text)) + text + body
 
 
+def pickled(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def broken(name: str) -> dict[str, bytes]:
+    """What is no safetensors file, or describes tensors that it cannot hold. Its header names a tensor `name`."""
+    whole = save({name: torch.zeros(4)})
+    return {
+        "empty": b"",
+        "header": struct.pack("<Q", 2**62) + b"{}",
+        "header cut": struct.pack("<Q", 10**8) + b"{" * 1000,
+        "cut": whole[:-1],
+        "longer": whole + b"x",
+        "shape": header({name: {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}, bytes(4)),
+        "size": header({name: {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}, bytes(4)),
+        "type": header({name: {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
+        "overlapping": header(
+            {one: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for one in (name, "another")}, bytes(4)
+        ),
+        "list": header([]),
+        "deep": b"[" * 100_000,
+        "zip": pickled({name: torch.zeros(4)}),
+    }
+
+
 WEIGHTS = {
-    "empty": b"",
-    "header": struct.pack("<Q", 2**62) + b"{}",
-    "header cut": struct.pack("<Q", 10**8) + b"{" * 1000,
-    "shape": header({"w": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}, bytes(4)),
-    "size": header({"w": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}, bytes(4)),
-    "type": header({"w": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
-    "list": header([]),
-    "deep": b"[" * 100_000,
+    **broken("0.weight"),
     "a tensor of it": save({"0.weight": torch.zeros(6, 2)}),
     "no numbers": save({"0.weight": torch.zeros(0, 2**30)}),
+}
+STATES = {
+    **broken("optimizer.momentum"),
+    "no state": save({}),
+    "other names": save({"momentum": torch.zeros(4)}),
+    "other shape": save({"optimizer.momentum": torch.zeros(1, 7)}),
+    "no numbers": save({"optimizer.momentum": torch.zeros(0, 2**30)}),
 }
 
 
@@ -186,6 +151,65 @@ def test_weight_files(trainyard: Trainyard, made: Made, spoil: Spoil, kind: str)
     put_file(run, "model.safetensors", WEIGHTS[kind])
     said = check(trainyard, made, run)
     assert said.keys() == {"evaluate", "predict", "resume", "init_from"}
+
+
+@pytest.mark.parametrize("kind", some(STATES, "header", "size", "zip", "other shape"))
+def test_state_files(trainyard: Trainyard, made: Made, spoil: Spoil, kind: str) -> None:
+    run = spoil("interrupted")
+    put_file(run, "state.safetensors", STATES[kind])
+    said = check(trainyard, made, run, "show", "resume")
+    assert said.keys() == {"resume"}
+    if kind in broken(""):
+        assert "state.safetensors is not what Trainyard writes" in said["resume"]
+    else:
+        assert "of another optimizer" in said["resume"]
+
+
+# ------------------------------------------------------------------------------------------------------- pickles
+
+
+class Canary:
+    """A file that exists once anything hostile has run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "zip"])
+def test_no_pickle_is_read(
+    trainyard: Trainyard,
+    made: Made,
+    spoil: Spoil,
+    canary: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    """Neither in place of the state, nor as what an earlier version wrote, nor beside the files of the manifest."""
+    content = {"pickle": pickle.dumps(Canary(canary), 2), "zip": pickled({"optimizer.momentum": Canary(canary)})}[kind]
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a pickle is read")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    run = spoil("interrupted")
+    put_file(run, "state.safetensors", content)
+    assert "state.safetensors is not what" in check(trainyard, made, run, "show", "resume")["resume"]
+    shutil.rmtree(run)
+    run = spoil("interrupted")
+    for folder in checkpoints(run):
+        if (folder / "state.safetensors").exists():
+            put_state(folder, content)
+    said = check(trainyard, made, run)
+    assert said.keys() == {"predict", "resume"}, "no table is there to predict from"
+    assert "begun by an earlier version" in said["resume"]
+    shutil.rmtree(run)
+    run = spoil("interrupted")
+    for folder in checkpoints(run):
+        (folder / "state.pt").write_bytes(content)
+    assert check(trainyard, made, run).keys() == {"predict"}
 
 
 # ------------------------------------------------------------------------------------------------------- Parquet
@@ -387,7 +411,7 @@ HOSTILE_MANIFESTS: dict[str, Change] = {
     "size": lambda tree: tree["files"]["model.safetensors"].update(size="x"),
     "files": lambda tree: tree.update(files=[]),
     "no files": lambda tree: tree.update(files={}),
-    "no state": lambda tree: tree["files"].pop("state.pt", None),
+    "no state": lambda tree: tree["files"].pop("state.safetensors", None),
     "position": lambda tree: tree.update(position={"step": 1, "x": 2}),
     "another position": lambda tree: tree["position"].update(step=10**9),
     "cell": lambda tree: tree.update(first_cell=10**12),

@@ -18,7 +18,7 @@ from pipeline.record.entries import Commit
 from pipeline.record.recorder import Recorder
 from pipeline.record.run import Run
 from pipeline.storage import Storage
-from tests.record.record_parts import block, born, snapshot
+from tests.record.record_parts import block, born, read_entries, snapshot
 
 DISK_BYTES = 1_000_000
 
@@ -96,7 +96,7 @@ def test_a_run_on_a_full_disk_is_saved_elsewhere_and_goes_on_when_there_is_room(
     recorder.finish()
     recorder.close()
     attempt.close()
-    assert [entry.step for entry in run.journal.read() if isinstance(entry, Commit)] == [120, 150, 200]
+    assert [entry.step for entry in read_entries(run.journal) if isinstance(entry, Commit)] == [120, 150, 200]
 
 
 def test_a_quota_that_is_used_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -276,10 +276,8 @@ def test_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["TRAINYARD_FAULTS"] == "seed=5"
 
 
-def test_dice_of_ones_own() -> None:
-    dice = Dice(Faults(at={1: "error"}))
-    fs = FaultyFileSystem(store="memory", dice=dice)
-    with pytest.raises(ConnectionResetError) as caught:
-        fs.pipe_file(f"/{uuid.uuid4().hex}", b"")
+def test_a_file_system_of_ones_own() -> None:
+    with faults("error@1 seed=7") as dice, pytest.raises(ConnectionResetError) as caught:
+        FaultyFileSystem(store="memory", faults="error@1 seed=7").pipe_file(f"/{uuid.uuid4().hex}", b"")
     assert caught.value.errno == errno.ECONNRESET
     assert dice.requests == 1
