@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.pictures import BrokenPictureError, endings, quiet
+from pipeline.data.pictures import BrokenPictureError, is_image_path, quiet
 from pipeline.data.preprocess import DataReport
 from pipeline.data.raw import input_columns, picture
 from pipeline.data.sources.digests import reading_threads
@@ -334,7 +334,7 @@ def _find_pictures(url: str, where: str) -> tuple[FileReader, list[str]]:
         raise InputError("there is no such file or folder", where=where, fix=fix) from None
     if FileReader(url).kind() == "file":
         return files, list(found)
-    pictures = [name for name in found if Path(name).suffix.lower() in endings()]
+    pictures = [name for name in found if is_image_path(name)]
     if not pictures:
         raise InputError(f"no pictures among {len(found):,} files", where=where, fix=f"{fix}, such as .png and .jpg")
     return files, pictures

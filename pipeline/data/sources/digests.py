@@ -307,9 +307,7 @@ def take_stamps(files: Iterable[DataFile], access: Access) -> list[Stamp | None]
     return stamps
 
 
-def hash_file(
-    path: str, moved: Callable[[int], None] = lambda count: None
-) -> tuple[os.stat_result, os.stat_result, str]:
+def hash_file(path: str, moved: Callable[[int], None]) -> tuple[os.stat_result, os.stat_result, str]:
     """The status of a file of this machine before and after reading it, and the SHA-256 of its content in hex."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(PIECE))
     with io.FileIO(path) as file:

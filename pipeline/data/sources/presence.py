@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
-
 from pipeline.errors import DataError
 from pipeline.job import Job
 from pipeline.redaction import looked_up, scrub
@@ -46,10 +44,10 @@ def _check_folder(url: str) -> None:
     classes = [name for name, is_folder in files.list_directory("", IGNORED_IMAGE_PREFIXES) if is_folder]
     if not classes:
         raise DataError("holds no folders, and so no classes", where=where, fix=CLASSES)
-    from pipeline.data.pictures import endings  # it needs Pillow
+    from pipeline.data.pictures import is_image_path  # it needs Pillow
 
     for folder in classes[:LOOKED_INTO]:
         inside = files.list_directory(folder, IGNORED_IMAGE_PREFIXES)
-        if any(is_folder or PurePosixPath(name).suffix.lower() in endings() for name, is_folder in inside):
+        if any(is_folder or is_image_path(name) for name, is_folder in inside):
             return
     raise DataError(f"no pictures in the folders {', '.join(classes[:LOOKED_INTO])}", where=where, fix=CLASSES)

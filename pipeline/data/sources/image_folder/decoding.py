@@ -14,9 +14,9 @@ import PIL
 
 from pipeline.data.cache import cached, fits
 from pipeline.data.pictures import BrokenPictureError, Form, quiet
-from pipeline.data.sources.digests import reading_threads
+from pipeline.data.sources.digests import Say, reading_threads
 from pipeline.data.sources.image_folder.decoder import Decoder, Pictures
-from pipeline.data.sources.image_folder.listing import Identified, Listing, Progress, Say
+from pipeline.data.sources.image_folder.listing import Identified, Listing, Progress
 from pipeline.errors import DataError
 from pipeline.job import Data
 from pipeline.storage.read_files import map_in_threads

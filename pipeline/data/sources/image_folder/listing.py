@@ -15,15 +15,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.pictures import endings
+from pipeline.data.pictures import is_image_path
 from pipeline.data.sources.arrays import SplitColumn
-from pipeline.data.sources.digests import DataFile, Digests, evenly_spaced, reading_threads
+from pipeline.data.sources.digests import DataFile, Digests, Say, evenly_spaced, reading_threads
 from pipeline.data.sources.image_folder.table import labels, path_values, splits
 from pipeline.errors import DataError
 from pipeline.job import Cache, Data, Job, TimeSplits
 from pipeline.storage.read_files import IGNORED_IMAGE_PREFIXES, MISSING, FileInfo, FileReader, map_in_threads
-
-Say = Callable[[str], None]
 
 PARTS = frozenset({"train", "training", "val", "valid", "validation", "test"})
 """Folders of these names alone are splits and no classes."""
@@ -65,7 +63,7 @@ def listed(job: Job) -> Listing:
 def _in_folders(job: Job, url: str) -> Listing:
     """Folders directly below are the classes, by name; pictures may lie at any depth in them, sorted by path."""
     where = f"data.url: {url}"
-    _check_job(job.data, where)
+    _check_job(job.data)
     if job.task.kind == "regression":
         raise DataError(
             "a folder of classes has no numbers to learn",
@@ -74,7 +72,7 @@ def _in_folders(job: Job, url: str) -> Listing:
         )
     files = FileReader(url)
     found = _list_folder(files)
-    pictures = {path: facts for path, facts in found.items() if _ending(path) in endings()}
+    pictures = {path: facts for path, facts in found.items() if is_image_path(path)}
     if not pictures:
         others = Counter(_ending(path) or "none" for path in found)
         told = ", ".join(f"{ending} ({count:,})" for ending, count in others.most_common(5))
@@ -118,7 +116,7 @@ def _columns(facts: Iterable[FileInfo]) -> tuple[np.ndarray, tuple[str, ...]]:
     return np.array(sizes, dtype=np.int64), checksums
 
 
-def _check_job(data: Data, where: str) -> None:
+def _check_job(data: Data) -> None:
     """Refuse what a folder cannot give."""
     if data.label is not None:
         raise DataError(

@@ -120,7 +120,7 @@ class Files:
             self,
             url=self._asked,
             cache=self._cache,
-            threads=digests.reading_threads(not self._is_local),
+            threads=digests.reading_threads(self._reader.is_remote),
             say=say,
             stamps=self._stamps,
         )
