@@ -204,6 +204,7 @@ class FileReader:
         return self._filesystems[process]
 
 
+@waits_for("storage")
 def find_files(
     url: str, ignored: Sequence[str] = IGNORED_PREFIXES, *, expand_folders: bool = True
 ) -> tuple[FileReader, dict[str, FileInfo]]:
@@ -221,16 +222,20 @@ def find_files(
     StorageError: an unusable URL, or no permission.
     """
     fs, path = open_filesystem(url)
-    kind = FileReader(url).kind()
-    if kind == "folder":
-        reader = FileReader(url)
-        return reader, reader.list_files(ignored)
     wildcard = WILDCARD.search(path)
-    if kind == "file":
+    reader = FileReader(url)
+    fs.invalidate_cache()
+    try:
+        info = reader.retry(lambda: fs.info(path))
+    except FileNotFoundError:
+        if wildcard is None:
+            raise  # with the store's own words: it may be the bucket
+    else:
+        if info["type"] == "directory":
+            return reader, reader.list_files(ignored)
         reader = _reader_below(url, len(url), path.rpartition("/")[0])
-        return reader, reader._relative({path: reader.retry(lambda: _file_info(fs.info(path)))}, ())
-    if wildcard is None:
-        raise FileNotFoundError(path)
+        return reader, reader._relative({path: _file_info(info)}, ())
+    assert wildcard is not None
     in_url = WILDCARD.search(url)
     assert in_url is not None, "paths are parts of their URLs"
     reader = _reader_below(url, in_url.start(), path[: wildcard.start()].rpartition("/")[0])
