@@ -147,20 +147,10 @@ def scratch(cache: Cache, size: int) -> Iterator[Path]:
     ------
     DataError: as in `cached`.
     """
-    folder = Path(cache.folder).expanduser().absolute()
-    temporary = folder / f"{BUILDING}{secrets.token_hex(8)}"
-    with _named(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        while (lock := _locked(temporary)) is None:
-            pass
-    with lock:
-        try:
-            with _named(folder):
-                _reserve(cache, folder, size, lock)
-            yield temporary
-        finally:
-            with suppress(OSError):
-                _remove(temporary)
+    with _locked_temporary(cache, secrets.token_hex(8)) as (temporary, lock):
+        with _named(temporary.parent):
+            _reserve(cache, temporary.parent, size, lock)
+        yield temporary
 
 
 @contextmanager
@@ -171,15 +161,22 @@ def exclusive(cache: Cache, key: str) -> Iterator[None]:
     ------
     DataError: the folder cannot be written or is full.
     """
+    with _locked_temporary(cache, key) as (_, lock), on_progress(_signs(lock)):
+        yield
+
+
+@contextmanager
+def _locked_temporary(cache: Cache, name: str) -> Iterator[tuple[Path, IO[str]]]:
+    """The path of a temporary folder, which nobody else uses, and its lock. What is written there is removed."""
     folder = Path(cache.folder).expanduser().absolute()
-    temporary = folder / f"{BUILDING}{key}"
+    temporary = folder / f"{BUILDING}{name}"
     with _named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         while (lock := _locked(temporary)) is None:
             pass
-    with lock, on_progress(_signs(lock)):
+    with lock:
         try:
-            yield
+            yield temporary, lock
         finally:
             with suppress(OSError):
                 _remove(temporary)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -80,6 +81,11 @@ def endings() -> frozenset[str]:
     from PIL import Image
 
     return frozenset(end for end, kind in Image.registered_extensions().items() if kind in _formats())
+
+
+def is_image_path(path: str) -> bool:
+    """Whether a file may be an image by its extension."""
+    return PurePosixPath(path).suffix.lower() in endings()
 
 
 def decode(content: bytes, form: Form) -> np.ndarray:

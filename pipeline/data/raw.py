@@ -17,12 +17,12 @@ import torch
 
 from pipeline.data.pictures import BrokenPictureError, Form, TooSmallError, decode, quiet
 from pipeline.data.preprocess import DataReport, Preprocess, SamplePreprocess, TablePreprocess
-from pipeline.data.sources.image_folder.files import Files
 from pipeline.data.tables.contents import NUMBERS, Content, content, null_inside, plain, raw_bytes
 from pipeline.data.tables.encode import check_columns, encode, near, to_arrow
 from pipeline.data.tables.schema import Column, Schema
 from pipeline.errors import DataError, StorageError
 from pipeline.job import ImageFolderDataConfig, Job, ParquetDataConfig
+from pipeline.storage.read_files import FileReader
 
 WHERE = "predict"
 
@@ -258,7 +258,7 @@ def picture(content: bytes, name: str, data: ImageFolderDataConfig, shape: Seque
 def _content(one: Any) -> bytes:
     if isinstance(one, str | Path):
         folder, _, file = str(one).rpartition("/")
-        return Files(folder or ("." if not str(one).startswith("/") else "/")).read(file)
+        return FileReader(folder or ("." if not str(one).startswith("/") else "/")).read(file)
     if isinstance(one, bytes):
         return one
     if not hasattr(one, "save"):

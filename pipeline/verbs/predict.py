@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import posixpath
 import re
 import tempfile
 import uuid
@@ -17,13 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.pictures import BrokenPictureError, endings, quiet
+from pipeline.data.pictures import BrokenPictureError, is_image_path, quiet
 from pipeline.data.preprocess import DataReport
 from pipeline.data.raw import input_columns, picture
-from pipeline.data.sources.image_folder.files import Files as PictureFiles
-from pipeline.data.sources.image_folder.files import in_threads
+from pipeline.data.sources.digests import reading_threads
 from pipeline.data.sources.parquet.files import Files
-from pipeline.data.sources.parquet.finding import MAGIC
 from pipeline.data.tables.encode import near
 from pipeline.errors import DataError, InputError, StorageError, TrainyardError
 from pipeline.job import Cache, ImageFolderDataConfig, ParquetDataConfig
@@ -32,6 +29,14 @@ from pipeline.redaction import scrub
 from pipeline.storage import Storage
 from pipeline.storage.faults import Patience
 from pipeline.storage.filesystems import open_filesystem
+from pipeline.storage.read_files import (
+    IGNORED_IMAGE_PREFIXES,
+    WILDCARD,
+    FileReader,
+    find_files,
+    is_local,
+    map_in_threads,
+)
 from pipeline.verbs.load import load
 
 BATCH_ROWS = 16_384
@@ -144,7 +149,7 @@ def _open(
     data = predictor.job.data
     if isinstance(data, ParquetDataConfig):
         files = Files(url, Cache())
-        _check_apart(url, [file.path for file in files.files], output)
+        _check_apart(url, files.paths, output)
         return _Tables(predictor, data, stack.enter_context(files), tell)
     if isinstance(data, ImageFolderDataConfig):
         return _Pictures(predictor, data, url)
@@ -287,7 +292,7 @@ class _Pictures:
         for first in range(0, len(self._paths), BATCH_PICTURES):
             paths = self._paths[first : first + BATCH_PICTURES]
             with quiet():
-                found = list(in_threads(self._decoded, paths, self._files.threads))
+                found = list(map_in_threads(self._decoded, paths, reading_threads(self._files.is_remote)))
             whole = {path: pixels for path, pixels in zip(paths, found, strict=True) if isinstance(pixels, np.ndarray)}
             reason = reason or next((text for text in found if isinstance(text, str)), "")
             self.skipped += [path for path in paths if path not in whole]
@@ -317,38 +322,24 @@ class _Pictures:
             ) from None
 
 
-def _find_pictures(url: str, where: str) -> tuple[PictureFiles, list[str]]:
+def _find_pictures(url: str, where: str) -> tuple[FileReader, list[str]]:
     """A folder, and the pictures below it that a URL means: one, what a glob matches, or all.
 
     Raises
     ------
     InputError: there are none.
     """
-    fs, path = open_filesystem(url)
-    patience = Patience(scrub(url))
-    base = url.rstrip("/") or "/"
-    if match := MAGIC.search(url):
-        base = url[: match.start()].rpartition("/")[0] or ("/" if url.startswith("/") else ".")
-        root = open_filesystem(base)[1]
-        matches = patience.call(lambda: fs.glob(path, detail=True))
-        found = sorted(
-            posixpath.relpath(name, root or ".") for name, about in matches.items() if about["type"] == "file"
-        )
-    elif patience.call(lambda: fs.isfile(path)):
-        folder, _, name = url.rpartition("/")
-        return PictureFiles(folder or ("/" if url.startswith("/") else ".")), [name]
-    elif not patience.call(lambda: fs.exists(path)):
-        raise InputError("there is no such file or folder", where=where, fix="a picture, or a glob or folder of them")
-    else:
-        found = list(PictureFiles(base).list())
-    pictures = [name for name in found if Path(name).suffix.lower() in endings()]
+    fix = "a picture, or a glob or folder of them"
+    try:
+        files, found = find_files(url, IGNORED_IMAGE_PREFIXES, expand_folders=False)
+    except FileNotFoundError:
+        raise InputError("there is no such file or folder", where=where, fix=fix) from None
+    if FileReader(url).kind() == "file":
+        return files, list(found)
+    pictures = [name for name in found if is_image_path(name)]
     if not pictures:
-        raise InputError(
-            f"no pictures among {len(found):,} files",
-            where=where,
-            fix="a picture, or a glob or folder of them, such as .png and .jpg",
-        )
-    return PictureFiles(base), pictures
+        raise InputError(f"no pictures among {len(found):,} files", where=where, fix=f"{fix}, such as .png and .jpg")
+    return files, pictures
 
 
 def _answers(predictor: Predictor, scores: np.ndarray) -> dict[str, np.ndarray]:
@@ -381,14 +372,13 @@ def _check_apart(url: str, paths: Iterable[str], output: str) -> None:
     (fs, source), (out_fs, target) = open_filesystem(url), open_filesystem(output)
     if type(fs) is not type(out_fs):
         return
-    is_local = "file" in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
-    resolve = os.path.realpath if is_local else str
+    resolve = os.path.realpath if is_local(fs) else str
     target, files = resolve(target), {resolve(path) for path in paths}
     folders = [target[:place] for place, letter in enumerate(target) if letter == "/" and place] + [target]
     problem = ""
     if target in files:
         problem = "is a file of the input, which it would replace"
-    elif match := MAGIC.search(source):
+    elif match := WILDCARD.search(source):
         from fsspec.utils import glob_translate
 
         base, _, rest = source[: match.start()].rpartition("/")

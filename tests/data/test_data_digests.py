@@ -21,6 +21,7 @@ from pipeline.data.sources.parquet.files import Files
 from pipeline.errors import DataError
 from pipeline.job import Job
 from pipeline.job_file import build_job
+from pipeline.storage.read_files import store_checksum
 from pipeline.watchdog import on_progress
 from tests.data.parquet_jobs import parquet_job
 from tests.data.picture_files import CLASSES, content_of, picture_job
@@ -157,7 +158,7 @@ def test_evenly_spaced_blocks_lie_within_a_file_and_reach_both_ends(size: int) -
     ],
 )
 def test_what_stores_say_of_content(info: dict[str, Any], checksum: str) -> None:
-    assert digests.store_checksum(info) == checksum
+    assert store_checksum(info) == checksum
 
 
 def bitmap(number: int) -> bytes:

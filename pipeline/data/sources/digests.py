@@ -62,10 +62,6 @@ REQUESTS_AT_ONCE = 16
 
 SAY_EVERY_S = 1.0
 
-CHECKSUMS = ("md5Hash", "generation", "ETag", "etag", "blob_id", "CRC")
-"""What listings of fsspec's stores call a checksum or version of the content: Google Cloud Storage (the first two),
-S3 and HTTP, Azure, Hugging Face, zip archives."""
-
 Stamp = bytes
 """A digest of device, inode, size, modification time and change time of a file."""
 
@@ -78,7 +74,7 @@ class DataFile:
 
     where: for messages, behind what is said of the data set. size: bytes, as listed.
     local: its path, where it is a file of this machine; else empty.
-    checksum: what its store says of the content, see `store_checksum`; else empty.
+    checksum: what its store says of the content, see `storage.read_files.store_checksum`; else empty.
     """
 
     where: str
@@ -101,18 +97,6 @@ class Access(Protocol):
 
     def checksums(self) -> list[str]:
         """What the stores say now of every file, as in `DataFile`."""
-
-
-def store_checksum(info: Mapping[str, Any]) -> str:
-    """The checksum or version of a file's content by the listing of its store; empty where it tells none.
-
-    A weak ETag (`W/...`) is none: files that differ may share it.
-    """
-    for name in CHECKSUMS:
-        value = str(info.get(name) or "").strip('"')
-        if value and not value.startswith("W/"):
-            return f"{name}:{value}"
-    return ""
 
 
 def evenly_spaced(size: int) -> list[tuple[int, int]]:
@@ -323,9 +307,7 @@ def take_stamps(files: Iterable[DataFile], access: Access) -> list[Stamp | None]
     return stamps
 
 
-def hash_file(
-    path: str, moved: Callable[[int], None] = lambda count: None
-) -> tuple[os.stat_result, os.stat_result, str]:
+def hash_file(path: str, moved: Callable[[int], None]) -> tuple[os.stat_result, os.stat_result, str]:
     """The status of a file of this machine before and after reading it, and the SHA-256 of its content in hex."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(PIECE))
     with io.FileIO(path) as file:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import PurePosixPath
-from typing import Any
-
 from pipeline.errors import DataError
 from pipeline.job import FileDataConfig, Job, ParquetDataConfig
-from pipeline.redaction import looked_up
-from pipeline.storage.faults import Patience, scrub
-from pipeline.storage.filesystems import open_filesystem
+from pipeline.redaction import looked_up, scrub
+from pipeline.storage.read_files import IGNORED_IMAGE_PREFIXES, FileReader
 
 LOOKED_INTO = 16
 """Folders of classes in which pictures are looked for."""
@@ -40,30 +35,19 @@ def check_present(job: Job) -> None:
 
 
 def _check_folder(url: str) -> None:
-    where, patience = f"data.url: {scrub(url)}", Patience(scrub(url))
-    fs, root = open_filesystem(url)
-    if patience.call(lambda: fs.isfile(root)):
+    files, where = FileReader(url), f"data.url: {scrub(url)}"
+    kind = files.kind()
+    if kind == "file":
         raise DataError("is a file", where=where, fix=CLASSES)
-    if not patience.call(lambda: fs.exists(root)):
+    if kind == "missing":
         raise DataError("there is no such folder", where=where, fix="check the URL")
-    classes = [name for name, is_folder in patience.call(partial(_entries, fs, root)) if is_folder]
+    classes = [name for name, is_folder in files.list_directory("", IGNORED_IMAGE_PREFIXES) if is_folder]
     if not classes:
         raise DataError("holds no folders, and so no classes", where=where, fix=CLASSES)
-    from pipeline.data.pictures import endings  # it needs Pillow
+    from pipeline.data.pictures import is_image_path  # it needs Pillow
 
     for folder in classes[:LOOKED_INTO]:
-        inside = patience.call(partial(_entries, fs, folder))
-        if any(is_folder or PurePosixPath(name).suffix.lower() in endings() for name, is_folder in inside):
+        inside = files.list_directory(folder, IGNORED_IMAGE_PREFIXES)
+        if any(is_folder or is_image_path(name) for name, is_folder in inside):
             return
-    named = ", ".join(PurePosixPath(folder).name for folder in classes[:LOOKED_INTO])
-    raise DataError(f"no pictures in the folders {named}", where=where, fix=CLASSES)
-
-
-def _entries(fs: Any, folder: str) -> list[tuple[str, bool]]:
-    """Paths of what lies in a folder, sorted, and whether each is a folder; without what begins with a dot."""
-    found = []
-    for entry in sorted(fs.ls(folder, detail=True), key=lambda entry: str(entry["name"])):
-        name = str(entry["name"]).rstrip("/")
-        if name.strip("/") != folder.strip("/") and not PurePosixPath(name).name.startswith("."):
-            found.append((name, entry["type"] == "directory" or (bool(entry.get("islink")) and fs.isdir(name))))
-    return found
+    raise DataError(f"no pictures in the folders {', '.join(classes[:LOOKED_INTO])}", where=where, fix=CLASSES)

@@ -11,7 +11,7 @@ from pipeline.data.sources.arrays import Source
 from pipeline.data.split.drawn import proportional, random_rows, stratified_sample
 from pipeline.data.split.groups import group_rows
 from pipeline.data.split.ranges import range_rows
-from pipeline.data.split.rows import NAMES, Part, Rows, rows_by_part, splits_from_table, splits_table
+from pipeline.data.split.rows import NAMES, Part, Rows, rows_by_part, splits_table
 from pipeline.data.split.times import time_rows
 from pipeline.data.split.told import told_rows
 from pipeline.errors import DataError
@@ -25,7 +25,6 @@ __all__ = [
     "proportional",
     "rows_by_part",
     "split_warnings",
-    "splits_from_table",
     "splits_table",
     "stratified_sample",
 ]

@@ -55,15 +55,3 @@ def splits_table(splits: dict[str, Rows]) -> pa.Table:
         "row": pa.array(np.concatenate(ids), pa.int64()),
     }
     return pa.table(columns)
-
-
-def splits_from_table(table: pa.Table) -> dict[str, Rows]:
-    """What `splits_table` stored."""
-    names, parts = (table.column(name).combine_chunks().dictionary_encode() for name in ("split", "part"))
-    ids = table.column("row").to_numpy()
-    found: dict[str, Rows] = {}
-    for number, name in enumerate(names.dictionary.to_pylist()):
-        mine = names.indices.to_numpy() == number
-        part = parts[int(np.argmax(mine))].as_py()
-        found[name] = Rows(part, np.ascontiguousarray(ids[mine], dtype=np.int64))
-    return found

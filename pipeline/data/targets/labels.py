@@ -12,6 +12,9 @@ from pipeline.job import Task
 
 WHERE = "targets"
 
+MOST_NAMED = 10
+"""Labels that a message names."""
+
 
 def whole_numbers(targets: np.ndarray, kind: str, where: str = WHERE) -> np.ndarray:
     """Labels as int64 (N,), for a task of this kind.
@@ -59,6 +62,6 @@ def refuse(values: np.ndarray, wrong: np.ndarray, what: str, fix: str, where: st
         )
 
 
-def some(values: Sequence[object] | np.ndarray, most: int = 10) -> str:
+def some(values: Sequence[object] | np.ndarray) -> str:
     """The first of them, in words."""
-    return ", ".join(map(str, values[:most])) + (", ..." if len(values) > most else "")
+    return ", ".join(map(str, values[:MOST_NAMED])) + (", ..." if len(values) > MOST_NAMED else "")

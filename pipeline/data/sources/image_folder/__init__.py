@@ -8,8 +8,9 @@ from typing import cast
 import numpy as np
 
 from pipeline.data.sources.arrays import Arrays, Source, SplitColumn
+from pipeline.data.sources.digests import Say
 from pipeline.data.sources.image_folder.decoding import decoded
-from pipeline.data.sources.image_folder.listing import Identified, Listing, Say, check_present, listed
+from pipeline.data.sources.image_folder.listing import Identified, Listing, check_present, listed
 from pipeline.job import ImageFolderDataConfig, Job
 
 __all__ = ["image_folder_fingerprint", "open_image_folder"]

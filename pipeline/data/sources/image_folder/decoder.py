@@ -7,10 +7,10 @@ import sys
 import numpy as np
 
 from pipeline.data.pictures import BrokenPictureError, Form, TooSmallError, decode, quiet
-from pipeline.data.sources.digests import changed
-from pipeline.data.sources.image_folder.files import in_threads
+from pipeline.data.sources.digests import changed, reading_threads
 from pipeline.data.sources.image_folder.listing import Identified, Listing
 from pipeline.errors import DataError, WorkError
+from pipeline.storage.read_files import map_in_threads
 
 
 class Decoder:
@@ -102,10 +102,10 @@ class Pictures:
         WorkError: a broken picture.
         """
         files, wanted = self._decoder.listing.files, self._rows[rows]
-        threads = files.threads if files.is_far or not _is_in_loader_process() else 1
+        threads = reading_threads(files.is_remote) if files.is_remote or not _is_in_loader_process() else 1
         decoded = np.empty((len(wanted), *self.shape[1:]), dtype=np.uint8)
         with quiet():
-            for place, picture in enumerate(in_threads(self._decoded, wanted.tolist(), threads)):
+            for place, picture in enumerate(map_in_threads(self._decoded, wanted.tolist(), threads)):
                 decoded[place] = picture
         return decoded
 

@@ -14,11 +14,12 @@ import PIL
 
 from pipeline.data.cache import cached, fits
 from pipeline.data.pictures import BrokenPictureError, Form, quiet
+from pipeline.data.sources.digests import Say, reading_threads
 from pipeline.data.sources.image_folder.decoder import Decoder, Pictures
-from pipeline.data.sources.image_folder.files import in_threads
-from pipeline.data.sources.image_folder.listing import Identified, Listing, Progress, Say
+from pipeline.data.sources.image_folder.listing import Identified, Listing, Progress
 from pipeline.errors import DataError
 from pipeline.job import ImageFolderDataConfig
+from pipeline.storage.read_files import map_in_threads
 from pipeline.watchdog import note_progress
 
 if TYPE_CHECKING:  # imported where processes decode: who asks for the fingerprint alone needs none of it
@@ -143,7 +144,8 @@ class _Run:
         processes = self._data.loader.processes
         with quiet():
             if not processes:
-                yield from in_threads(self._result, range(self._count), self._decoder.listing.files.threads)
+                threads = reading_threads(self._decoder.listing.files.is_remote)
+                yield from map_in_threads(self._result, range(self._count), threads)
                 return
             from pipeline.data.processes import made
 
@@ -157,7 +159,7 @@ class _Run:
         import torch
 
         files = self._decoder.listing.files
-        results = in_threads(self._result, rows, files.threads if files.is_far else 1)
+        results = map_in_threads(self._result, rows, reading_threads(True) if files.is_remote else 1)
         return [result if isinstance(result, str) else torch.from_numpy(result) for result in results]
 
     def _result(self, row: int) -> np.ndarray | str:

@@ -15,15 +15,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.pictures import endings
+from pipeline.data.pictures import is_image_path
 from pipeline.data.sources.arrays import SplitColumn
-from pipeline.data.sources.digests import DataFile, Digests, evenly_spaced
-from pipeline.data.sources.image_folder.files import Facts, Files, in_threads
+from pipeline.data.sources.digests import DataFile, Digests, Say, evenly_spaced, reading_threads
 from pipeline.data.sources.image_folder.table import labels, path_values, splits
 from pipeline.errors import DataError
 from pipeline.job import Cache, ImageFolderDataConfig, Job, TimeSplits
-
-Say = Callable[[str], None]
+from pipeline.storage.read_files import IGNORED_IMAGE_PREFIXES, MISSING, FileInfo, FileReader, map_in_threads
 
 PARTS = frozenset({"train", "training", "val", "valid", "validation", "test"})
 """Folders of these names alone are splits and no classes."""
@@ -34,12 +32,12 @@ class Listing:
     """The pictures of a source, in the order of its rows.
 
     paths: relative to the folder, or whole URLs. sizes: bytes of each file, int64 (N,).
-    checksums: what the store says of the content of each, see `digests.store_checksum`.
+    checksums: what the store says of the content of each, see `storage.read_files.store_checksum`.
     targets: int64 (N,), or float64 (N,) for numbers. columns: what the job's splits go by.
     is_folder: whether the files were found by listing a folder.
     """
 
-    files: Files
+    files: FileReader
     paths: tuple[str, ...]
     sizes: np.ndarray
     checksums: tuple[str, ...]
@@ -65,16 +63,16 @@ def _in_folders(job: Job, data: ImageFolderDataConfig) -> Listing:
     """Folders directly below are the classes, by name; pictures may lie at any depth in them, sorted by path."""
     url = data.url
     where = f"data.url: {url}"
-    _check_job(data, where)
+    _check_job(data)
     if job.task.kind == "regression":
         raise DataError(
             "a folder of classes has no numbers to learn",
             where="task",
             fix="point data.url at a Parquet file of paths and numbers",
         )
-    files = Files(url)
-    found = files.list()
-    pictures = {path: facts for path, facts in found.items() if _ending(path) in endings()}
+    files = FileReader(url)
+    found = _list_folder(files)
+    pictures = {path: facts for path, facts in found.items() if is_image_path(path)}
     if not pictures:
         others = Counter(_ending(path) or "none" for path in found)
         told = ", ".join(f"{ending} ({count:,})" for ending, count in others.most_common(5))
@@ -103,13 +101,22 @@ def _in_folders(job: Job, data: ImageFolderDataConfig) -> Listing:
     return Listing(files, tuple(pictures), *_columns(pictures.values()), targets, label_names=classes)
 
 
-def _columns(facts: Iterable[Facts]) -> tuple[np.ndarray, tuple[str, ...]]:
+def _list_folder(files: FileReader) -> dict[str, FileInfo]:
+    try:
+        return files.list_files(IGNORED_IMAGE_PREFIXES)
+    except FileNotFoundError:
+        raise DataError(
+            "no such folder or bucket, or it is empty", where=f"data.url: {files.printable}", fix="check the URL"
+        ) from None
+
+
+def _columns(facts: Iterable[FileInfo]) -> tuple[np.ndarray, tuple[str, ...]]:
     """Sizes and checksums."""
     sizes, checksums = zip(*facts, strict=True)
     return np.array(sizes, dtype=np.int64), checksums
 
 
-def _check_job(data: ImageFolderDataConfig, where: str) -> None:
+def _check_job(data: ImageFolderDataConfig) -> None:
     """Refuse what a folder cannot give."""
     if data.label is not None:
         raise DataError(
@@ -133,7 +140,7 @@ def _in_table(job: Job, data: ImageFolderDataConfig) -> Listing:
     if not isinstance(data.label, str):
         raise DataError("a table of pictures needs label, the column to learn", where="data.label", fix="name it")
     folder, _, name = url.rpartition("/")
-    files = Files(folder or ".")
+    files = FileReader(folder or ".")
     where = f"data.url: {files.printable}/{name}"
     column = getattr(data.splits, "column", None)
     try:
@@ -154,7 +161,7 @@ def _in_table(job: Job, data: ImageFolderDataConfig) -> Listing:
     columns = {}
     if column is not None:
         columns[column] = splits(table, column, isinstance(data.splits, TimeSplits), where)
-    known = _columns(in_threads(files.facts, paths, files.threads))
+    known = _columns(map_in_threads(files.stat, paths, reading_threads(files.is_remote)))
     return Listing(files, paths, *known, targets, label_names=names, columns=columns, is_folder=False)
 
 
@@ -185,13 +192,13 @@ class Identified:
         files, access = listing.files, _Access(listing)
         digests = Digests(
             [
-                DataFile(path, int(size), files.local(path), checksum)
+                DataFile(path, int(size), files.local_path(path), checksum)
                 for path, size, checksum in zip(listing.paths, listing.sizes, listing.checksums, strict=True)
             ],
             access,
             url=files.url,
             cache=cache,
-            threads=files.threads,
+            threads=reading_threads(files.is_remote),
             say=say,
             where=f"data.url: {files.printable}, ",
         )
@@ -237,13 +244,13 @@ class _Access:
 
     def attempt(self, number: int, action: Callable[[], Any]) -> Any:
         with self._present(number):
-            return self._listing.files.attempt(action)
+            return self._listing.files.retry(action)
 
     def read(self, number: int, first: int, end: int) -> bytes:
         files, path = self._listing.files, self._listing.paths[number]
         with self._present(number):
             is_all = (first, end) == (0, self._listing.sizes[number])
-            return files.read(path) if is_all else files.part(path, first, end)
+            return files.read(path) if is_all else files.read_range(path, first, end)
 
     def sample(self, number: int) -> list[tuple[int, int]]:
         return evenly_spaced(int(self._listing.sizes[number]))
@@ -251,9 +258,9 @@ class _Access:
     def checksums(self) -> list[str]:
         files, paths = self._listing.files, self._listing.paths
         if self._listing.is_folder:
-            now = files.list()
-            return [now.get(path, (-1, ""))[1] for path in paths]
-        return [checksum for _, checksum in in_threads(files.facts, paths, files.threads)]
+            now = _list_folder(files)
+            return [now.get(path, MISSING).checksum for path in paths]
+        return [info.checksum for info in map_in_threads(files.stat, paths, reading_threads(files.is_remote))]
 
     @contextmanager
     def _present(self, number: int) -> Iterator[None]:

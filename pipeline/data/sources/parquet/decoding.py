@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from pipeline.data.cache import Entry
 from pipeline.data.sources.arrays import SplitColumn
+from pipeline.data.sources.digests import Say
 from pipeline.data.sources.parquet.choosing import Choice
 from pipeline.data.sources.parquet.files import Files
 from pipeline.data.sources.parquet.values import as_times, label_values, split_values
@@ -33,7 +34,6 @@ SAY_EVERY_S = 1.0
 NO_SUBSTITUTE = "remove these rows: a sample of one column has no substitute"
 
 Levels = dict[str, tuple[str, ...]]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -18,11 +18,13 @@ import pyarrow.parquet as pq
 from pipeline.data.cache import growing, scratch
 from pipeline.data.sources import digests
 from pipeline.data.sources.digests import DataFile, Digests, Say, Stamp
-from pipeline.data.sources.parquet.finding import File, find_files, named
+from pipeline.data.sources.parquet.finding import File, find_parquet
 from pipeline.data.tables.contents import Content, content
 from pipeline.errors import DataError
 from pipeline.job import Cache
+from pipeline.redaction import scrub
 from pipeline.storage.faults import explain
+from pipeline.storage.read_files import as_data_errors
 from pipeline.watchdog import note_progress
 
 SAMPLED_CHUNKS = 256
@@ -58,13 +60,13 @@ class Files:
     """
 
     def __init__(self, url: str, cache: Cache, *, footers: bool = True) -> None:
-        self._place, self.files = find_files(url)
-        self._asked, self.url = url, self._place.url
+        self._reader, self.files = find_parquet(url)
+        self._asked, self.url = url, scrub(url)
+        self._is_local = self._reader.is_local
         self._cache = cache
         self._has_footers = footers
         self._data_files = [
-            DataFile(file.where, file.size, file.path if self._place.is_local else "", file.checksum)
-            for file in self.files
+            DataFile(file.where, file.size, self._reader.local_path(file.name), file.checksum) for file in self.files
         ]
         self._stamps: list[Stamp | None] = []
         self._digests: Digests | None = None
@@ -79,7 +81,7 @@ class Files:
         try:
             self._stamps = digests.take_stamps(self._data_files, self)
             for file in self.files if self._has_footers else ():
-                if not self._place.is_local and self._size <= digests.HASHED_WHOLE:
+                if not self._is_local and self._size <= digests.HASHED_WHOLE:
                     self._source(file)  # all of it is needed anyway
                 metadata = self._metadata(file)
                 with _readable(file):
@@ -94,6 +96,11 @@ class Files:
     def __exit__(self, *_: object) -> None:
         self._fetched.clear()
         self._stack.close()
+
+    @property
+    def paths(self) -> list[str]:
+        """The paths of the files in their file system."""
+        return [self._reader.full_path(file.name) for file in self.files]
 
     @property
     def rows(self) -> int:
@@ -113,7 +120,7 @@ class Files:
             self,
             url=self._asked,
             cache=self._cache,
-            threads=digests.reading_threads(not self._place.is_local),
+            threads=digests.reading_threads(self._reader.is_remote),
             say=say,
             stamps=self._stamps,
         )
@@ -158,7 +165,7 @@ class Files:
 
     def checksums(self) -> list[str]:
         """As in `digests.Access`."""
-        now = {file.name: file.checksum for file in find_files(self._asked)[1]}
+        now = {file.name: file.checksum for file in find_parquet(self._asked)[1]}
         return [now.get(file.name, "") for file in self.files]
 
     def contents(self, number: int) -> dict[str, Content]:
@@ -234,22 +241,22 @@ class Files:
 
     def _source(self, file: File) -> Any:
         """What Arrow reads the file from."""
-        if self._place.is_local:
-            return file.path
+        if self._is_local:
+            return self._reader.local_path(file.name)
         if file.name not in self._fetched:
             self._fetched[file.name] = self._fetch(file)
         fetched = self._fetched[file.name]
         return str(fetched) if isinstance(fetched, Path) else fetched
 
     def _fetch(self, file: File) -> Path | pa.Buffer:
-        fs = self._place.fs
         if self._size <= self._cache.in_memory_mb * 10**6:
-            return pa.py_buffer(self._place.ask(lambda: fs.cat_file(file.path), file.where))
+            with as_data_errors(file.where):
+                return pa.py_buffer(self._reader.read(file.name))
         if self._folder is None:
             self._folder = self._stack.enter_context(scratch(self._cache, self._size))
         target = self._folder / str(len(self._fetched))
-        with growing(self._folder):
-            self._place.ask(lambda: fs.get_file(file.path, str(target)), file.where)
+        with growing(self._folder), as_data_errors(file.where):
+            self._reader.download(file.name, str(target))
         return target
 
     def _metadata(self, file: File) -> Any:
@@ -276,10 +283,10 @@ class Files:
         return self._range(file, 0, min(file.size, 512))
 
     def _range(self, file: File, first: int, end: int) -> bytes:
-        fs, is_all = self._place.fs, (first, end) == (0, file.size)
-        if not self._place.is_local and file.name not in self._fetched:
-            asked = {} if is_all else {"start": first, "end": end}  # some servers send no parts
-            return bytes(self._place.ask(lambda: fs.cat_file(file.path, **asked), file.where))
+        is_all = (first, end) == (0, file.size)
+        if not self._is_local and file.name not in self._fetched:
+            with as_data_errors(file.where):
+                return self._reader.read(file.name) if is_all else self._reader.read_range(file.name, first, end)
         with self._opened(file) as stream:
             stream.seek(first)
             return stream.read(end - first)
@@ -296,13 +303,11 @@ def check_files(url: str) -> None:
     ------
     DataError: an unusable URL, no permission, no files, or one that is no Parquet.
     """
-    place, files = find_files(url)
+    reader, files = find_parquet(url)
     for file in files[:LOOKED_AT]:
         with _readable(file):
-            begin, end = (
-                bytes(place.ask(partial(place.fs.cat_file, file.path, start=first, end=last), file.where))
-                for first, last in ((0, min(file.size, 512)), (max(file.size - len(MAGIC), 0), file.size))
-            )
+            begin = reader.read_range(file.name, 0, min(file.size, 512))
+            end = reader.read_range(file.name, max(file.size - len(MAGIC), 0), file.size)
         if end != MAGIC or not begin.startswith(MAGIC):
             raise _foreign(file, begin)
 
@@ -311,7 +316,7 @@ def check_files(url: str) -> None:
 def _readable(file: File) -> Iterator[None]:
     """Arrow's and the system's errors as errors of a file; a lack of memory is none."""
     try:
-        with named(file.where):
+        with as_data_errors(file.where):
             yield
     except PermissionError as error:
         raise DataError("no permission to read it", where=file.where, fix="check its rights") from error
