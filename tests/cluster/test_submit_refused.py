@@ -141,7 +141,7 @@ def test_versions_that_do_not_go_together() -> None:
         preflight._go_together(cluster, {"python": python, "installed": there})
 
 
-def test_the_cargo_is_the_package_the_entry_point_and_the_jobs_own_code_alone(tmp_path: Path) -> None:
+def test_the_cargo_is_the_package_and_the_jobs_own_code_alone(tmp_path: Path) -> None:
     for name in (
         "nets.py",
         "deep/more.py",
@@ -162,7 +162,7 @@ def test_the_cargo_is_the_package_the_entry_point_and_the_jobs_own_code_alone(tm
         words = cargo.words()
         modes = {path: path.stat().st_mode & 0o777 for path in cargo.folder.parent.rglob("*")}
     own = {name for name in files if not name.startswith("pipeline/")}
-    assert own == {"jobs/entry_point.py", "trainyard_code/nets.py", "trainyard_code/deep/more.py"}
+    assert own == {"trainyard_code/nets.py", "trainyard_code/deep/more.py"}
     assert "pipeline/cli/on_cluster.py" in files
     assert all(name.endswith(".py") for name in files)
     assert "kB: the package, the job, 2 files of its code" in words
