@@ -158,6 +158,16 @@ def test_a_stored_job_imports_nothing_without_trust(trainyard: Trainyard, tmp_pa
     assert trainyard("evaluate", run, "--trust").code == 0
 
 
+@pytest.mark.parametrize("words", [("train", "--trust"), ("check", "--trust"), ("check", "--quiet"), ("check", "-q")])
+def test_an_option_that_a_command_has_no_use_for_is_refused(
+    trainyard: Trainyard, tmp_path: Path, words: tuple[str, str]
+) -> None:
+    command, option = words
+    ended = trainyard(command, write_job(tmp_path), option)
+    assert (ended.code, ended.out) == (2, "")
+    assert f"No such option: {option}" in ended.err
+
+
 def test_the_python_api_is_the_same_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     from pipeline import train
