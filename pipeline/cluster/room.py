@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.context import StopSignals, Tell
+from pipeline.cpus import available_cpus
 from pipeline.errors import InputError, Interrupted, WorkerLostError
 from pipeline.job import Scale, WorkerRange
 
@@ -131,7 +131,7 @@ class Room:
 
 def warn_of_few_cores(cpus: int, tell: Tell) -> None:
     """Say so where the workers of a cluster of this machine's own ask for more than it has."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cpus()
     if cpus > cores:
         text = f"the workers ask for {cpus} CPUs, and this machine has {cores}: they share them"
         tell({"kind": "warning", "text": text})

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.device import available_cpus
+from pipeline.cpus import available_cpus
 from tests.cli.cli_calls import Trainyard, write_job
 
 REPOSITORY = Path(__file__).parents[2]
