@@ -147,7 +147,7 @@ def connect(address: str | None, token_file: str | None = None, *, verbose: bool
     if not verbose:
         silence_jobs_client()
     make = jobs_client_class((CONNECT_S, ANSWER_S))
-    with _errors_for_people(url), _named(url):
+    with _errors_for_people(url), _named():
         try:
             return Cluster(make(url), url)  # where it asks for no token it gets none
         except AuthenticationError:
@@ -163,7 +163,7 @@ def connect(address: str | None, token_file: str | None = None, *, verbose: bool
 
 
 @contextmanager
-def _named(url: str) -> Iterator[None]:
+def _named() -> Iterator[None]:
     """Ray's client takes these variables before the address that it is given; ours takes the flag first."""
     before = {name: os.environ.pop(name, None) for name in ADDRESS_VARIABLES}
     try:
