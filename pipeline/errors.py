@@ -129,8 +129,8 @@ class SupersededError(BusyError):
 class Interrupted(TrainyardError):
     """Stopped by a signal after saving; the same command resumes."""
 
-    def __init__(self, what: str, *, signal_number: int = signal.SIGINT, where: str = "", fix: str = "") -> None:
-        super().__init__(what, where=where, fix=fix)
+    def __init__(self, what: str, *, signal_number: int = signal.SIGINT, fix: str = "") -> None:
+        super().__init__(what, fix=fix)
         self.signal_number = int(signal_number)
 
     @property

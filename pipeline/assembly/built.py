@@ -9,6 +9,7 @@ from torch import nn
 
 from pipeline import device as devices
 from pipeline.assembly.prepared import Prepared
+from pipeline.cpus import available_cpus
 from pipeline.data.loader import EvalLoader
 from pipeline.data.random import torch_seed
 from pipeline.data.sampler import share
@@ -97,7 +98,7 @@ def _build(
     if device.type == "cpu" and job.scale.threads == "auto" and job.scale.workers == IN_PLACE_WORKERS:
         rows = min(prepared.plan.batch_size, job.train.micro_batch or prepared.plan.batch_size)
         work = rows * multiply_adds(model, preprocess.output_shape)
-        torch.set_num_threads(max(_threads(job), threads_for(work, devices.available_cpus())))
+        torch.set_num_threads(max(_threads(job), threads_for(work, available_cpus())))
     dtype = devices.Arithmetic.of(job.train.precision, device).dtype
     model.to(dtype)  # before it takes weights over: those of another fp64 run stay what they are
     misfits = take(model, prepared.start, strict=job.model.strict) if prepared.start is not None else []

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pipeline import device as devices
+from pipeline.cpus import available_cpus
 from pipeline.data import augment
 from pipeline.data.fitted import Fitted, check_layout, coarse_columns, fit
 from pipeline.data.preprocess import fit_warnings
@@ -77,7 +77,7 @@ class Prepared:
         if not self.was_fitted:
             found += fit_warnings(self.job, self.source, self.splits["train"].ids)
             found += label_warnings(self.fitted.labels)
-        best, processes, cores = self.job.best, self.job.data.loader.processes, devices.available_cpus()
+        best, processes, cores = self.job.best, self.job.data.loader.processes, available_cpus()
         if best.patience is not None and best.metric.partition("/")[0] not in self.evaluated:
             found.append(f"best.patience has no effect: {best.metric} is not evaluated")
         found += too_large_to_gather(self.job, self.fitted.outputs, self.evaluated_rows).values()

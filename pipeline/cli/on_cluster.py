@@ -1,4 +1,8 @@
-"""What `jobs/entry_point.py` runs on a cluster: `train` with what came in the letter, in plain lines and records."""
+"""The entry point of a submitted job on its cluster: `train` with what was sent, in plain lines and records.
+
+Runs there as `python -m pipeline.cli.on_cluster NAME`, where NAME names what came with the job
+(pipeline/cluster/jobs/letter.py). Exit codes are those of `trainyard train`.
+"""
 
 from __future__ import annotations
 
@@ -64,3 +68,7 @@ def _train(letter_name: str) -> dict[str, Any]:
         )
     print("\n".join(result_lines(outcome)), flush=True)
     return outcome.to_json()
+
+
+if __name__ == "__main__":
+    main()

@@ -41,7 +41,6 @@ def train(
     max_steps: MaxSteps = None,
     allow_code_change: AllowCodeChange = False,
     storage: StorageUrl = None,
-    trust: Trust = False,
     as_json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -79,9 +78,7 @@ def check(
         bool, typer.Option("--overfit", help="Drive one batch to zero loss, or say that it cannot.")
     ] = False,
     storage: StorageUrl = None,
-    trust: Trust = False,
     as_json: Json = False,
-    quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Validate a job file, look whether its data is there, and print it as resolved, every default spelled out."""

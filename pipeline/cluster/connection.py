@@ -14,22 +14,17 @@ from typing import Any
 
 from pipeline.cluster.failure import head
 from pipeline.cluster.joining import joining
-from pipeline.cluster.loopback import on_loopback
+from pipeline.cluster.ray_internals import (
+    RAY_ENVIRONMENT,
+    WORKER_HEALTH_CHECK_VARIABLE,
+    draining_nodes,
+    listen_on_loopback,
+    without_raylet_lines,
+)
 from pipeline.cluster.room import most_and_least, warn_of_few_cores
 from pipeline.context import Tell, caught_signals
 from pipeline.errors import InputError
 from pipeline.job import Scale
-
-RAY_ENVIRONMENT = {
-    # Of a cluster started here. Ray's default, 15, leaves the processor to whatever else runs on the machine.
-    "RAY_worker_niceness": "0",
-    # The controller's poll: report() and the end of a run wait for it.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # Costs start-up time and is not used: the driver itself looks for nodes that are being drained.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # Silences a warning about workers without GPUs.
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
 
 HEAD_POLL_S = 1.0
 """Seconds between two questions to the cluster's head."""
@@ -39,7 +34,7 @@ HEAD_SILENT_S = 30.0
 """After so long without an answer from the head the cluster is taken for lost; Ray ends the process after 60."""
 
 
-SET_LATER = ("RAY_AUTH_MODE", "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S")
+SET_LATER = ("RAY_AUTH_MODE", WORKER_HEALTH_CHECK_VARIABLE)
 """What is set for Ray while it is connected."""
 
 
@@ -86,7 +81,7 @@ def _connected(address: str | None, scale: Scale, tell: Tell, verbose: bool) -> 
         if address is None:
             cpus = math.ceil(most_and_least(scale)[0] * scale.cpus_per_worker)  # Ray starts a process for each at once
             warn_of_few_cores(cpus, tell)
-            with on_loopback(), _deaf_to_hangup():
+            with listen_on_loopback(), _deaf_to_hangup():
                 ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
         else:
             with joining(address, verbose=verbose):
@@ -99,7 +94,7 @@ def _connected(address: str | None, scale: Scale, tell: Tell, verbose: bool) -> 
         for number, handler in handlers.items():
             signal.signal(number, handler)
     try:
-        with nullcontext() if verbose else _without_raylets_lines():
+        with nullcontext() if verbose else without_raylet_lines():
             yield ray
     finally:
         _leave(ray)
@@ -171,22 +166,4 @@ class HeadWatch:
 
 def draining() -> Mapping[str, int]:
     """The nodes that are being drained, and when they will be gone (milliseconds since 1970, 0: not known)."""
-    from ray._private.state import state
-
-    return dict(state.get_draining_nodes())
-
-
-@contextmanager
-def _without_raylets_lines() -> Iterator[None]:
-    """Ray writes a raylet's complaint about each lost worker to standard output, whatever `log_to_driver` says."""
-    from ray._private import worker
-
-    before = getattr(worker, "print_to_stdstream", None)
-    if before is None:  # another version of Ray
-        yield
-        return
-    worker.print_to_stdstream = lambda *_args, **_named: None
-    try:
-        yield
-    finally:
-        worker.print_to_stdstream = before
+    return draining_nodes()

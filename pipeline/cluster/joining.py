@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pipeline.cluster.jobs.tokens import find_token
+from pipeline.cluster.ray_internals import reload_settings
 from pipeline.errors import InputError
 
 REFUSED = "InvalidAuthToken"
@@ -28,7 +29,7 @@ def joining(address: str, *, verbose: bool) -> Iterator[None]:
     token = find_token(None)
     if token is not None and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
-        _let_ray_look_again()
+        reload_settings()
     with tempfile.TemporaryFile() as kept:
         try:
             with _errors_to(kept.fileno()):
@@ -63,12 +64,3 @@ def _errors_to(file: int) -> Iterator[None]:
     finally:
         os.dup2(before, 2)
         os.close(before)
-
-
-def _let_ray_look_again() -> None:
-    """Ray reads its settings when it is imported."""
-    from ray import _raylet
-
-    settings = getattr(_raylet, "Config", None)
-    if settings is not None and hasattr(settings, "initialize"):  # else another version of Ray
-        settings.initialize("")

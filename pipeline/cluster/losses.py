@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipeline.cluster.failure import WorkerFailed, WorkerHung, head
+from pipeline.cluster.ray_internals import unwrap_user_exception
 from pipeline.errors import Interrupted, OutOfMemoryError, RepeatedFailureError, TrainyardError, WorkerLostError
 
 AGAIN = "the same command goes on from the last checkpoint"
@@ -126,7 +127,7 @@ def _failures(error: BaseException) -> dict[int, BaseException]:
     for one in _inside(error):
         failures = getattr(one, "worker_failures", None)
         if failures:
-            return {rank: getattr(failure, "_base_exc", failure) for rank, failure in sorted(failures.items())}
+            return {rank: unwrap_user_exception(failure) or failure for rank, failure in sorted(failures.items())}
     return {}
 
 
@@ -134,8 +135,8 @@ def _inside(error: BaseException, depth: int = 0) -> Iterator[BaseException]:
     """An error, and those that Ray wrapped around each other in it."""
     yield error
     inner: list[Any] = list(getattr(error, "worker_failures", {}).values())
-    names = ("_base_exc", "cause", "controller_failure", "health_check_failure", "__cause__")
-    inner += [getattr(error, name, None) for name in names]
+    names = ("cause", "controller_failure", "health_check_failure", "__cause__")
+    inner += [unwrap_user_exception(error), *(getattr(error, name, None) for name in names)]
     for one in inner if depth < 8 else ():
         if isinstance(one, BaseException):
             yield from _inside(one, depth + 1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.cluster.ray_internals import available_resources_per_node, max_cluster_resources
 from pipeline.context import StopSignals, Tell
+from pipeline.cpus import available_cpus
 from pipeline.errors import InputError, Interrupted, WorkerLostError
 from pipeline.job import Scale, WorkerRange
 
@@ -131,7 +132,7 @@ class Room:
 
 def warn_of_few_cores(cpus: int, tell: Tell) -> None:
     """Say so where the workers of a cluster of this machine's own ask for more than it has."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cpus()
     if cpus > cores:
         text = f"the workers ask for {cpus} CPUs, and this machine has {cores}: they share them"
         tell({"kind": "warning", "text": text})
@@ -144,17 +145,14 @@ def look_at(ray: Any, *, draining: Callable[[], Mapping[str, int]]) -> Seen:
     ----------
     draining: ids of the nodes that are being drained.
     """
-    from ray._private.state import state
-
-    known: Any = state
     leaving = draining()
     nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
     staying = [node for node in nodes if node not in leaving]
-    free = known.available_resources_per_node()
+    free = available_resources_per_node()
     return Seen(
         total=tuple(nodes[node] for node in staying),
         free=tuple(free.get(node, {}) for node in staying),
-        possible=known.get_max_resources_from_cluster_config(),
+        possible=max_cluster_resources(),
     )
 
 

@@ -58,7 +58,6 @@ def follow(
     once: bool = False,
     driven: threading.Event | None = None,
     tell: Tell = lambda event: None,
-    pause_s: float = PAUSE_S,
 ) -> Followed:
     """Tell followers what they do not know yet of a run, until it is over or as it is now.
 
@@ -87,11 +86,11 @@ def follow(
     seen = _Seen(found)
     looks: Iterator[Status]
     if driven is not None:
-        looks = _while_driven(seen, driven, pause_s)
+        looks = _while_driven(seen, driven)
     elif once:
         looks = iter([seen.status()])
     else:
-        looks = _until_over(seen, watched, tell, pause_s)
+        looks = _until_over(seen, watched, tell)
     for status in looks:
         for one in watched:
             one.catch_up(log, status)
@@ -116,7 +115,7 @@ def _names(words: Sequence[str]) -> list[Name]:
     return list(dict.fromkeys(cast("Sequence[Name]", words)))
 
 
-def _while_driven(seen: _Seen, driven: threading.Event, pause_s: float) -> Iterator[Status]:
+def _while_driven(seen: _Seen, driven: threading.Event) -> Iterator[Status]:
     """How the run stands, look by look; the last one after the driver is gone, whose run is over by that."""
     while True:
         is_last = driven.is_set()
@@ -124,10 +123,10 @@ def _while_driven(seen: _Seen, driven: threading.Event, pause_s: float) -> Itera
         yield "interrupted" if is_last and status in ("running", "stalled") else status
         if is_last:
             return
-        driven.wait(pause_s)
+        driven.wait(PAUSE_S)
 
 
-def _until_over(seen: _Seen, watched: Sequence[_Told], tell: Tell, pause_s: float) -> Iterator[Status]:
+def _until_over(seen: _Seen, watched: Sequence[_Told], tell: Tell) -> Iterator[Status]:
     """How the run stands, look by look, until it is over and all is told, or was tried for long enough."""
     over_since: float | None = None
     before: Status = "running"
@@ -142,7 +141,7 @@ def _until_over(seen: _Seen, watched: Sequence[_Told], tell: Tell, pause_s: floa
             is_told = seen.is_over and all(one.fault is None for one in watched)
             if is_told or time.monotonic() - over_since > PATIENCE_S:
                 return
-        time.sleep(pause_s)
+        time.sleep(PAUSE_S)
 
 
 class _Seen:

@@ -14,7 +14,7 @@ from pipeline.cluster.jobs.following import Progress, follow, look
 from pipeline.cluster.jobs.identity import key_of, numbered
 from pipeline.cluster.jobs.letter import Letter
 from pipeline.cluster.jobs.preflight import Clearance, clear
-from pipeline.cluster.jobs.shipping import CODE_FOLDER, ENTRY_POINT, staged
+from pipeline.cluster.jobs.shipping import CODE_FOLDER, ENTRYPOINT_MODULE, staged
 from pipeline.errors import InputError
 from pipeline.job import Job, plain_name
 from pipeline.job_file import dump_job, resolve_job
@@ -125,7 +125,7 @@ def _start_or_attach(
             posted = cluster.post(letter.sealed())
             if cluster.submit(
                 job_id,
-                f"exec '{clearance.python}' {ENTRY_POINT} {posted}",
+                f"exec '{clearance.python}' -m {ENTRYPOINT_MODULE} {posted}",
                 runtime_env={**cargo.runtime_env(), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}},
                 metadata={"trainyard_job": job.name, "trainyard_run": letter.name or ""},
             ):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.device import available_cpus
+from pipeline.cpus import available_cpus
 from tests.cli.cli_calls import Trainyard, write_job
 
 REPOSITORY = Path(__file__).parents[2]
@@ -156,6 +156,16 @@ def test_a_stored_job_imports_nothing_without_trust(trainyard: Trainyard, tmp_pa
     assert "own_data_module:load" in refused.err
     assert "--trust" in refused.err
     assert trainyard("evaluate", run, "--trust").code == 0
+
+
+@pytest.mark.parametrize("words", [("train", "--trust"), ("check", "--trust"), ("check", "--quiet"), ("check", "-q")])
+def test_an_option_that_a_command_has_no_use_for_is_refused(
+    trainyard: Trainyard, tmp_path: Path, words: tuple[str, str]
+) -> None:
+    command, option = words
+    ended = trainyard(command, write_job(tmp_path), option)
+    assert (ended.code, ended.out) == (2, "")
+    assert f"No such option: {option}" in ended.err
 
 
 def test_the_python_api_is_the_same_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -292,7 +292,7 @@ def test_fp16_does_not_hide_a_run_that_learns_nothing(
 def test_threads_go_by_the_model(
     trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], threads: int
 ) -> None:
-    monkeypatch.setattr("pipeline.device.available_cpus", lambda: 4)
+    monkeypatch.setattr("pipeline.assembly.built.available_cpus", lambda: 4)
     before = torch.get_num_threads()
     run = Path(trainyard("train", write_job(tmp_path, **changes), "--max-steps", "1", "--json").json["url"])
     torch.set_num_threads(before)

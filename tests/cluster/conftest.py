@@ -16,7 +16,7 @@ CPUS = 3
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Any]:
     """Ray, connected to a cluster of this machine with `CPUS` processors."""
-    from pipeline.cluster.connection import RAY_ENVIRONMENT
+    from pipeline.cluster.ray_internals import RAY_ENVIRONMENT
 
     environment = {**RAY_ENVIRONMENT, "RAY_metrics_report_interval_ms": "300"}
     before = {name: os.environ.get(name) for name in environment}

@@ -16,7 +16,7 @@ __all__ = ["example_data", "trained"]  # fixtures
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, and those of what it imports
 
-SAME_WITHIN = {"table": 0.05, "regression": 0.05, "pictures": 0.5, "finetune": 0.1, "own_model/job": 0.05}
+SAME_WITHIN = {"table": 0.05, "regression": 0.05, "pictures": 0.5, "finetune": 0.1, "examples/own_model/job": 0.05}
 """Of the validation loss, relative: rounding, and what each rank draws for dropout and batch statistics."""
 
 

@@ -21,6 +21,7 @@ import yaml
 from pipeline import train
 from pipeline.cluster.jobs.client import connect
 from pipeline.cluster.jobs.following import follow
+from pipeline.cluster.jobs.shipping import ENTRYPOINT_MODULE
 from tests.cli.conftest import Ended, trainyard
 from tests.cluster.jobs_cluster import TOKEN, JobsCluster, Wire, another_node, command_lines, started
 from tests.faults.fault_evidence import check_at_rest, entries, evidence, wait_for
@@ -216,7 +217,7 @@ def test_the_entry_point_is_killed_and_the_same_submit_resumes_to_the_bit(
     sent = trainyard("submit", job, *there, "--storage", str(storage), "--no-wait", "--quiet")
     first = sent.out.strip()
     wait_for(lambda: commits(storage) >= 2, 180, "checkpoints")
-    (entry,) = [pid for pid, line in command_lines().items() if "jobs/entry_point.py" in line and is_ours(pid)]
+    (entry,) = [pid for pid, line in command_lines().items() if ENTRYPOINT_MODULE in line and is_ours(pid)]
     os.kill(entry, signal.SIGKILL)
     wait_for(lambda: trainyard("status", first, *there, "--json").json["status"] == "failed", 60, "Ray to see it")
     ended = trainyard("logs", first, *there, "--follow")
@@ -227,7 +228,7 @@ def test_the_entry_point_is_killed_and_the_same_submit_resumes_to_the_bit(
     def kill_again() -> None:
         before = commits(storage)
         wait_for(lambda: commits(storage) > before, 240, "another checkpoint")
-        kill("jobs/entry_point.py")
+        kill(ENTRYPOINT_MODULE)
 
     killer = threading.Thread(target=kill_again)
     killer.start()

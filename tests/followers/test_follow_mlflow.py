@@ -63,7 +63,8 @@ def test_a_server_that_is_away_is_one_warning_and_knows_all_when_it_is_back(
     port, url = free_port(), str(tmp_path / "runs")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:{SECRET}@127.0.0.1:{port}")
     trained, gone, seen = Trained(url).to(250), threading.Event(), list[Mapping[str, Any]]()
-    known = {"to": ["mlflow"], "storage": url, "driven": gone, "tell": seen.append, "pause_s": 0.2}
+    known = {"to": ["mlflow"], "storage": url, "driven": gone, "tell": seen.append}
+    monkeypatch.setattr("pipeline.verbs.follow.PAUSE_S", 0.2)
     follower = threading.Thread(target=follow, args=["run"], kwargs=known)
     follower.start()
     wait_for(lambda: "the run goes on" in str(seen), 60, "a warning")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline import cpus
 from pipeline import device as devices
 from pipeline.errors import InputError
 
@@ -53,7 +54,7 @@ def test_facts_are_plain_values() -> None:
     facts = devices.facts(torch.device("cpu"))
     assert json.loads(json.dumps(facts)) == facts
     assert {"device", "cpu_capability", "threads", "torch"} <= set(facts)
-    assert devices.available_cpus() >= 1
+    assert cpus.available_cpus() >= 1
 
 
 @pytest.mark.parametrize(
@@ -65,5 +66,5 @@ def test_a_containers_limit_counts_as_its_cores(tmp_path: Path, limits: dict[str
     (tmp_path / "own").write_text("0::/a/b\n")
     for group, limit in limits.items():
         (tmp_path / "groups" / group / "cpu.max").write_text(f"{limit}\n")
-    assert devices._cpu_limit(tmp_path / "groups", tmp_path / "own") == cores
-    assert devices._cpu_limit(tmp_path / "groups", tmp_path / "none") == math.inf
+    assert cpus._cpu_limit(tmp_path / "groups", tmp_path / "own") == cores
+    assert cpus._cpu_limit(tmp_path / "groups", tmp_path / "none") == math.inf

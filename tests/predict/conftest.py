@@ -20,19 +20,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "regression": {"data.url": "{data}/houses.parquet", "train.phases.0.epochs": 4},
     "pictures": {"data.url": "{data}/shapes", **SHORT},
     "finetune": {"data.url": "{data}/shapes", "model.weights": "{data}/resnet18.pth", "train.phases.0.epochs": 1},
-    "own_model/job": SHORT,
+    "examples/own_model/job": SHORT,
 }
 """What makes each shipped job small, and lets it run without a network."""
 
 
 @pytest.fixture(scope="session")
 def example_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `jobs/example_data.py` makes, smaller; and weights of a ResNet-18 as torchvision saves them."""
+    """What `jobs/examples/example_data.py` makes, smaller; and weights of a ResNet-18 as torchvision saves them."""
     import torch
     from torchvision.models import resnet18
 
     folder = tmp_path_factory.mktemp("examples")
-    make = runpy.run_path(str(REPOSITORY / "jobs" / "example_data.py"))
+    make = runpy.run_path(str(REPOSITORY / "jobs" / "examples" / "example_data.py"))
     make["churn"](folder, 1200)
     make["houses"](folder, 800)
     make["shapes"](folder, 30)

@@ -33,7 +33,7 @@ def rows_of(run: Standing, split: str) -> np.ndarray:
     return rows
 
 
-@pytest.mark.parametrize("job", ["table", "regression", "pictures", "finetune", "own_model/job"])
+@pytest.mark.parametrize("job", ["table", "regression", "pictures", "finetune", "examples/own_model/job"])
 def test_each_shipped_job_learns_and_is_measured(trained: Trained, job: str) -> None:
     run = trained(job)
     assert run.status == "finished"
@@ -131,7 +131,7 @@ def test_it_is_a_module_like_any_other(trained: Trained, example_data: Path) -> 
 
 
 def test_own_code_runs_only_where_it_is_trusted(trained: Trained, tmp_path: Path) -> None:
-    run = trained("own_model/job")
+    run = trained("examples/own_model/job")
     with pytest.raises(InputError, match="trust"):
         load(run.url)
     script = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -10,8 +9,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pipeline.cluster.jobs.letter import new_name
 from pipeline.cluster.jobs.tokens import WAYS, find_token
+from pipeline.cluster.ray_internals import (
+    NODES_PATH,
+    jobs_client_class,
+    new_package_name,
+    node_interpreter,
+    package_path,
+    request,
+    server_ray_version,
+    silence_jobs_client,
+)
 from pipeline.errors import ClusterError, InputError
 from pipeline.storage.faults import scrub
 
@@ -42,21 +50,21 @@ class Cluster:
     def __init__(self, client: Any, url: str) -> None:
         self._client = client
         self.url = url
-        self.ray_version: str = client._server_ray_version or ""
+        self.ray_version: str = server_ray_version(client)
 
     def nodes(self) -> list[Node]:
         """The nodes that are alive."""
-        tree = self._request("GET", "/nodes?view=summary").json()
+        tree = self._request("GET", NODES_PATH).json()
         return [
-            Node(node["raylet"]["nodeId"], bool(node["raylet"].get("isHeadNode")), _interpreter(node))
+            Node(node["raylet"]["nodeId"], bool(node["raylet"].get("isHeadNode")), node_interpreter(node))
             for node in tree["data"]["summary"]
             if node.get("raylet", {}).get("state") == "ALIVE"
         ]
 
     def post(self, sealed: bytes) -> str:
         """Put a letter into the head's memory; the name to take it out by."""
-        name = new_name()
-        self._request("PUT", f"/api/packages/gcs/{name}", data=sealed)
+        name = new_package_name()
+        self._request("PUT", package_path(name), data=sealed)
         return name
 
     def submit(
@@ -101,7 +109,7 @@ class Cluster:
         return bool(self._ask(lambda: self._client.stop_job(job_id)))
 
     def _request(self, method: str, path: str, **body: Any) -> Any:
-        reply: Any = self._ask(lambda: self._client._do_request(method, path, **body))
+        reply: Any = self._ask(lambda: request(self._client, method, path, **body))
         if reply.status_code != 200:
             raise ClusterError(
                 f"the cluster answered {reply.status_code} to {path.partition('?')[0]}: {scrub(reply.text)[:200]}",
@@ -136,8 +144,10 @@ def connect(address: str | None, token_file: str | None = None, *, verbose: bool
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from ray.exceptions import AuthenticationError
-    make = _client_class(verbose)
-    with _errors_for_people(url), _named(url):
+    if not verbose:
+        silence_jobs_client()
+    make = jobs_client_class((CONNECT_S, ANSWER_S))
+    with _errors_for_people(url), _named():
         try:
             return Cluster(make(url), url)  # where it asks for no token it gets none
         except AuthenticationError:
@@ -152,28 +162,8 @@ def connect(address: str | None, token_file: str | None = None, *, verbose: bool
             ) from None
 
 
-def _client_class(verbose: bool) -> Any:
-    from ray.job_submission import JobSubmissionClient
-
-    if not verbose:
-        for module in (
-            "dashboard.modules.dashboard_sdk",
-            "dashboard.modules.job.sdk",
-            "_private.runtime_env.packaging",
-        ):
-            logging.getLogger(f"ray.{module}").setLevel(logging.ERROR)
-
-    class Client(JobSubmissionClient):  # type: ignore[misc, unused-ignore]
-        """Ray's, which would wait for ever for a head that was cut off."""
-
-        def _do_request(self, method: str, endpoint: str, **named: Any) -> Any:
-            return super()._do_request(method, endpoint, **{"timeout": (CONNECT_S, ANSWER_S), **named})
-
-    return Client
-
-
 @contextmanager
-def _named(url: str) -> Iterator[None]:
+def _named() -> Iterator[None]:
     """Ray's client takes these variables before the address that it is given; ours takes the flag first."""
     before = {name: os.environ.pop(name, None) for name in ADDRESS_VARIABLES}
     try:
@@ -207,12 +197,3 @@ def _reason(error: Exception) -> str:
     """The line that says it: the last of a traceback that the server sends, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return scrub(lines[-1] if "Traceback" in lines[0] else lines[0])[:300]
-
-
-def _interpreter(node: Mapping[str, Any]) -> str:
-    """PATH's python may lack ray: the one that the raylet starts its workers with has it."""
-    for word in node.get("cmdline") or []:
-        option, _, value = str(word).partition("=")
-        if option == "--python_worker_command":
-            return value.split(" ")[0].strip("'\"")
-    return ""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from io import StringIO
 from pathlib import Path
+
+from dotenv.parser import parse_stream  # what `dotenv_values` reads with; it alone has the numbers of the lines
 
 from pipeline.errors import InputError
 
@@ -18,7 +21,9 @@ def environment_of(names: Iterable[str], files: Iterable[str]) -> dict[str, str]
     Parameters
     ----------
     names: variables of this process' environment.
-    files: with a KEY=VALUE on each line; `#` begins a comment line, one pair of quotes around a value is taken off.
+    files: with a KEY=VALUE on each line, as python-dotenv reads them: `export` before a name, quotes around a value (in
+        double quotes with escapes such as \\n), comments from `#` on, at the end of a value without quotes too. `$NAME`
+        and `${NAME}` are not replaced: a value is sent as it was written.
 
     Raises
     ------
@@ -47,15 +52,13 @@ def _file(file: str) -> dict[str, str]:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise InputError(f"cannot be read: {reason}", where=f"--env-file {file}", fix="name a file") from None
     found = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip().removeprefix("export ").strip()
-        if not line or line.startswith("#"):
+    for binding in parse_stream(StringIO(text)):
+        if binding.key is None and not binding.error:  # a comment, or blank lines at the end
             continue
-        name, equals, value = line.partition("=")
-        if not equals or not NAME.fullmatch(name.strip()):
+        if binding.value is None or not NAME.fullmatch(binding.key or ""):
+            statement = binding.original.string
+            blank = statement[: len(statement) - len(statement.lstrip())]
+            number = binding.original.line + blank.count("\n")
             raise InputError("a line that is no KEY=VALUE", where=f"--env-file {file}, line {number}", fix="repair it")
-        value = value.strip()
-        if len(value) >= 2 and value[0] == value[-1] and value[0] in "'\"":
-            value = value[1:-1]
-        found[name.strip()] = value
+        found[binding.key or ""] = binding.value
     return found

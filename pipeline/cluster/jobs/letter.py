@@ -8,13 +8,11 @@ nobody can guess; the entry point takes it out.
 from __future__ import annotations
 
 import json
-import os
-import re
-import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pipeline.cluster.ray_internals import is_package_name, take_package
 from pipeline.errors import WorkError
 
 FORMAT = 1
@@ -42,11 +40,6 @@ class Letter:
         return json.dumps({"trainyard letter": FORMAT, **asdict(self)}).encode()
 
 
-def new_name() -> str:
-    """A name for a letter: it must look like that of a package, for Ray to take it."""
-    return f"_ray_pkg_{secrets.token_hex(16)}.zip"
-
-
 def take_out(name: str) -> Letter:
     """On the cluster: read a letter and destroy it.
 
@@ -54,17 +47,11 @@ def take_out(name: str) -> Letter:
     ------
     WorkError: it is not there (any more).
     """
-    from ray import _raylet
-
-    if not re.fullmatch(r"_ray_pkg_[0-9a-f]{32}\.zip", name):
+    if not is_package_name(name):
         raise WorkError(f"{name!r} is no letter", where="the entry point", fix="`trainyard submit` writes them")
-    key = f"gcs://{name}".encode()
-    raylet: Any = _raylet  # of no annotations
-    client = raylet.GcsClient(address=os.environ["RAY_ADDRESS"])
-    content = client.internal_kv_get(key, None)
+    content = take_package(name)
     if content is None:
         raise WorkError("what was sent with the job is not there any more", where=name, fix="submit it again")
-    client.internal_kv_del(key, False, None)
     tree = json.loads(content)
     if tree.pop("trainyard letter", None) != FORMAT:
         raise WorkError("the job was sent by another version of Trainyard", where=name, fix="submit it again")

@@ -1,4 +1,4 @@
-"""What is sent to a cluster: the package, the entry point and the job's own code. Nothing else."""
+"""What is sent to a cluster: the package and the job's own code. Nothing else."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pipeline.errors import InputError
 from pipeline.own_code.dependencies import OURS
 
-ENTRY_POINT = "jobs/entry_point.py"
+ENTRYPOINT_MODULE = "pipeline.cli.on_cluster"
+"""What a cluster runs for `trainyard submit`, with `python -m`; a part of the package, so that it is sent with it."""
 CODE_FOLDER = "trainyard_code"
 """Where the job's own code lies in what is sent; the resolved job names it so."""
 
@@ -23,7 +23,7 @@ class Cargo:
     package: Path
     """The package alone. The same for every job, so that a cluster gets it once."""
     folder: Path
-    """What a job's processes start in: the entry point, and the job's own code."""
+    """What a job's processes start in: the job's own code; empty where it has none."""
 
     def runtime_env(self) -> dict[str, object]:
         """For Ray, which sends each folder once for all jobs that have the same."""
@@ -50,26 +50,17 @@ class Cargo:
 def staged(code: Mapping[str, bytes]) -> Iterator[Cargo]:
     """A cargo in temporary folders.
 
+    Of the package its Python files alone are taken, from wherever it was imported: a checkout, or an installed wheel.
+
     Parameters
     ----------
     code: the Python files of the job's own, by their paths below an import path.
-
-    Raises
-    ------
-    InputError: the entry point is not beside the package.
     """
-    entry_point = OURS.parent / ENTRY_POINT
-    if not entry_point.is_file():
-        raise InputError(
-            "no such file, and it is what a cluster runs",
-            where=str(entry_point),
-            fix="install Trainyard from its checkout: pip install -e .",
-        )
     with TemporaryDirectory(prefix="trainyard-cargo-") as temporary:
         package, folder = Path(temporary, OURS.name), Path(temporary, "job")
         for file in sorted(OURS.rglob("*.py")):
             _put(package / file.relative_to(OURS), file.read_bytes())
-        _put(folder / ENTRY_POINT, entry_point.read_bytes())
+        folder.mkdir()
         for path, content in code.items():
             _put(folder / CODE_FOLDER / path, content)
         yield Cargo(package, folder)

@@ -30,6 +30,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pipeline.cpus import available_cpus
 from pipeline.data.cache import exclusive
 from pipeline.errors import DataError
 from pipeline.job import Cache
@@ -108,11 +109,11 @@ def evenly_spaced(size: int) -> list[tuple[int, int]]:
 
 
 def reading_threads(is_far: bool) -> int:
-    """How many threads are worth while to read and hash; as `device.available_cpus`, without torch.
+    """How many threads are worth while to read and hash.
 
     is_far: whether a read takes a request over the network.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cpus()
     return max(REQUESTS_AT_ONCE, cores) if is_far else cores
 
 

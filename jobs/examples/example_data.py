@@ -1,7 +1,7 @@
 """Make the data of the example jobs: nothing is downloaded.
 
-    python jobs/example_data.py            # all three, into ~/.cache/trainyard/examples
-    python jobs/example_data.py churn --to data
+    python jobs/examples/example_data.py            # all three, into ~/.cache/trainyard/examples
+    python jobs/examples/example_data.py churn --to data
 
 churn.parquet    5,000 customers, who leaves? (table.yaml)
 houses.parquet   4,000 houses, at what price? (regression.yaml)

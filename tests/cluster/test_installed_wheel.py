@@ -1,0 +1,98 @@
+"""What a wheel holds, and `submit` from one: the package is sent from site-packages as from a checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline import __version__
+from tests.cluster.jobs_cluster import TOKEN, JobsCluster
+from tests.faults.fault_evidence import entries
+
+REPOSITORY = Path(__file__).parents[2]
+MARKED_VERSION = f"{__version__}+wheel"
+"""Tells the installed package from the checkout's, which the cluster's environment has too."""
+JOB: dict[str, Any] = {
+    "name": "from-a-wheel",
+    "data": {"source": "disc", "normalize": "scalar", "splits": {"val": 0.2}},
+    "model": {"kind": "mlp", "hidden": [8]},
+    "train": {"batch_size": 100, "phases": [{"epochs": 1, "lr": 0.3}]},
+}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel, built from a copy of the sources without a network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    shutil.copytree(REPOSITORY / "pipeline", folder / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(REPOSITORY / name, folder / name)
+    init = folder / "pipeline" / "__init__.py"
+    init.write_text(init.read_text().replace(f'"{__version__}"', f'"{MARKED_VERSION}"'))
+    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder / "dist"), str(folder))
+    (built,) = (folder / "dist").glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def site_packages(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder into which the wheel is installed, with a module of somebody else's beside it."""
+    folder = tmp_path_factory.mktemp("site-packages")
+    pip("install", "--no-deps", "--no-index", "--no-compile", "--target", str(folder), str(wheel))
+    (folder / "somebody_elses.py").write_text("")
+    return folder
+
+
+def pip(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def run_installed(site_packages: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python ARGUMENT...` in another folder, with the installed package."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"PYTHONPATH": str(site_packages), "RAY_AUTH_TOKEN": TOKEN}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+def test_a_wheel_holds_every_module_and_the_marker_of_its_types(wheel: Path) -> None:
+    modules = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "pipeline").rglob("*.py")}
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert names == modules | {"pipeline/py.typed"}
+
+
+def test_what_is_sent_from_an_installed_wheel_is_the_package_alone(site_packages: Path, tmp_path: Path) -> None:
+    program = (
+        "import json; from pipeline.cluster.jobs.shipping import staged\n"
+        "with staged({'nets.py': b''}) as cargo: print(json.dumps(sorted(cargo.files())))"
+    )
+    done = run_installed(site_packages, tmp_path, "-c", program)
+    assert done.returncode == 0, done.stderr
+    modules = {path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "pipeline").rglob("*.py")}
+    assert set(json.loads(done.stdout)) == modules | {"trainyard_code/nets.py"}
+
+
+def test_submit_from_an_installed_wheel_runs_its_package_on_the_cluster(
+    site_packages: Path, jobs_cluster: JobsCluster, tmp_path: Path
+) -> None:
+    """In the entry point itself: no start of workers."""
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(JOB))
+    submit = ("-m", "pipeline", "submit", "job.yaml", "--address", jobs_cluster.url, "--json")
+    done = run_installed(site_packages, tmp_path, *submit, "--storage", str(tmp_path / "runs"))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["status"] == "finished"
+    (run,) = (path.parent for path in (tmp_path / "runs").glob("*/job.yaml"))
+    assert MARKED_VERSION in json.dumps(entries(run))
