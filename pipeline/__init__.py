@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pipeline.version import __version__
+
 if TYPE_CHECKING:
     from pipeline.verbs.load import load
     from pipeline.verbs.train import train
 
-__all__ = ["load", "train"]
-__version__ = "0.1.0"
+__all__ = ["__version__", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from pipeline import __version__
+from pipeline.version import __version__
 from pipeline.context import own_process
 from pipeline.errors import InputError, TrainyardError
 from pipeline.redaction import printable, scrubbed

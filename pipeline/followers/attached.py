@@ -12,7 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import pipeline
 from pipeline.job.following import Follower
 from pipeline.record.run import Run
 
@@ -44,7 +43,7 @@ class AttachedFollowers:
         """Begin, where there is somebody to tell and it has not begun yet. The run must have been born."""
         if self._process is not None or not self._to:
             return
-        root = str(Path(pipeline.__file__).parent.parent)
+        root = str(Path(__file__).parents[2])
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         words = ["follow", self._run.name, "--storage", self._run.root_url, "--attached"]
         try:
