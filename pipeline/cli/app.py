@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from pipeline.version import __version__
 from pipeline.context import own_process
 from pipeline.errors import InputError, TrainyardError
 from pipeline.redaction import printable, scrubbed
 from pipeline.streams import guarded
+from pipeline.version import __version__
 
 if TYPE_CHECKING:
     from pipeline.terminal import Progress
