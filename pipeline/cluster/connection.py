@@ -16,8 +16,9 @@ from pipeline.cluster.failure import head
 from pipeline.cluster.joining import joining
 from pipeline.cluster.loopback import on_loopback
 from pipeline.cluster.room import most_and_least, warn_of_few_cores
-from pipeline.context import Tell, caught_signals
+from pipeline.context import caught_signals
 from pipeline.errors import InputError
+from pipeline.events import EventHandler
 from pipeline.job import Scale
 
 RAY_ENVIRONMENT = {
@@ -59,7 +60,7 @@ def _ray_environment() -> Iterator[None]:
 
 
 @contextmanager
-def connected(address: str | None, scale: Scale, tell: Tell, verbose: bool) -> Iterator[Any]:
+def connected(address: str | None, scale: Scale, tell: EventHandler, verbose: bool) -> Iterator[Any]:
     """Ray, connected: to `address`, to the cluster this process already has, or to a new one of this machine's.
 
     Raises
@@ -71,7 +72,7 @@ def connected(address: str | None, scale: Scale, tell: Tell, verbose: bool) -> I
 
 
 @contextmanager
-def _connected(address: str | None, scale: Scale, tell: Tell, verbose: bool) -> Iterator[Any]:
+def _connected(address: str | None, scale: Scale, tell: EventHandler, verbose: bool) -> Iterator[Any]:
     address = address or os.environ.get("RAY_ADDRESS") or None
     _refuse_url(address)
     with warnings.catch_warnings():
