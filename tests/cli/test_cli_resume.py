@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from pipeline import train
 from pipeline.assembly import prepared
 from pipeline.data import fitted as fitting
 from pipeline.errors import InputError
+from pipeline.events import EvaluationLogged, Event, RunOpened
 from pipeline.record.run import Run
 from tests.cli.cli_calls import Trainyard
 from tests.faults.fault_evidence import evidence
@@ -132,14 +132,14 @@ def interrupted(job: str, storage: Path, epoch: int) -> str:
 
     names: list[str] = []
 
-    def tell(event: Mapping[str, Any]) -> None:
-        if event["kind"] == "run":
-            names.append(event["run"])
-        if event["kind"] == "evaluation" and event["epoch"] == epoch:
+    def on_event(event: Event) -> None:
+        if isinstance(event, RunOpened):
+            names.append(event.run)
+        if isinstance(event, EvaluationLogged) and event.epoch == epoch:
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        train(job, storage=str(storage), tell=tell)
+        train(job, storage=str(storage), on_event=on_event)
     return names[0]
 
 
