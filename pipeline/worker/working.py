@@ -87,12 +87,13 @@ def run_worker(
         context.progress.attempt = start.attempt
         if start.is_over:
             return start.position
-        reporter, recorder, not_stored = Reporter(context), None, prepared.code.not_stored()
+        reporter, recorder, not_stored = Reporter(context), None, dict[str, str]()
         if attempt is not None:
             recorder = Recorder(attempt, keep=order.job.checkpoint.keep)
             stack.callback(recorder.close)
             reporter = Bookkeeper(context, trainee, plan, recorder, attempt, prepared.fitted.to_json())
             stack.enter_context(leaving_word(recorder, reporter))
+            not_stored = prepared.code.not_stored()
 
         # Restore.
         if start.weights is not None:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from pipeline import train
-from pipeline.assembly import prepared
+from pipeline.assembly import built, prepared
 from pipeline.data import fitted as fitting
 from pipeline.errors import InputError
 from pipeline.events import EvaluationLogged, Event, RunOpened
@@ -141,6 +141,25 @@ def interrupted(job: str, storage: Path, epoch: int) -> str:
     with pytest.raises(StoppedError):
         train(job, storage=str(storage), on_event=on_event)
     return names[0]
+
+
+def test_a_run_in_this_process_builds_its_model_once_an_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model that shows that the job can be built is the one that is trained."""
+    made: list[object] = []
+
+    def build_and_count(*of: Any) -> Any:
+        made.append(build_model(*of))
+        return made[-1]
+
+    build_model = built.build_model
+    monkeypatch.setattr(built, "build_model", build_and_count)
+    job = write(tmp_path, source="parquet", url=str(write_table(tmp_path)), label="y")
+    interrupted(job, tmp_path / "runs", 4)
+    assert len(made) == 1
+    assert train(job, storage=str(tmp_path / "runs")).attempts == 2
+    assert len(made) == 2
 
 
 def test_a_resume_takes_what_was_fitted_instead_of_fitting_it_again(
