@@ -18,6 +18,7 @@ from pipeline.assembly import built, prepared
 from pipeline.data import fitted as fitting
 from pipeline.errors import InputError
 from pipeline.events import EvaluationLogged, Event, RunOpened
+from pipeline.learn.models import build_model
 from pipeline.record.run import Run
 from tests.cli.cli_calls import Trainyard
 from tests.faults.fault_evidence import evidence
@@ -153,7 +154,6 @@ def test_a_run_in_this_process_builds_its_model_once_an_attempt(
         made.append(build_model(*of))
         return made[-1]
 
-    build_model = built.build_model
     monkeypatch.setattr(built, "build_model", build_and_count)
     job = write(tmp_path, source="parquet", url=str(write_table(tmp_path)), label="y")
     interrupted(job, tmp_path / "runs", 4)
