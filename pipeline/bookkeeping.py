@@ -8,8 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.context import Context
+from pipeline.context import WorkerContext
 from pipeline.errors import NotFiniteError
+from pipeline.events import (
+    CheckpointCommitted,
+    EarlyStopped,
+    EvaluationLogged,
+    StepReached,
+    StepsLogged,
+    WarningMessage,
+)
 from pipeline.learn.plan import Plan
 from pipeline.learn.step_log import Rows
 from pipeline.learn.trainee import Trainee
@@ -27,13 +35,13 @@ WITHOUT_GAIN = 3
 class Reporter:
     """Every rank's part of the bookkeeping: report to the cluster."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: WorkerContext) -> None:
         self._context = context
 
     def steps(self, rows: Rows) -> None:
         """Rank 0 writes them down, and looks whether they are finite: another that failed first would have rank 0
         killed before it could say why. The others only show how far they are."""
-        self._context.tell({"kind": "steps", "step": int(rows["step"][-1])})
+        self._context.emit(StepReached(int(rows["step"][-1])))
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
         """Rank 0 writes it down."""
@@ -53,7 +61,7 @@ class Bookkeeper(Reporter):
 
     def __init__(
         self,
-        context: Context,
+        context: WorkerContext,
         trainee: Trainee,
         plan: Plan,
         recorder: Recorder,
@@ -87,17 +95,16 @@ class Bookkeeper(Reporter):
         check_finite(rows, self._advice(), self._trainee.flat.not_finite_gradients)
         self._recorder.check()
         seconds, samples = float(rows["seconds"].sum()), int(rows["samples"].sum())
-        self._context.tell(
-            {
-                "kind": "steps",
-                "step": self.step,
-                "epoch": int(rows["epoch"][-1]),
-                "loss": loss,
-                "lr": float(rows["lr"][-1]),
-                "samples": samples,
-                "samples_per_s": samples / seconds if seconds else 0.0,
-                "skipped": int(rows["skipped"][-1]) if "skipped" in rows else None,
-            }
+        self._context.emit(
+            StepsLogged(
+                step=self.step,
+                epoch=int(rows["epoch"][-1]),
+                loss=loss,
+                lr=float(rows["lr"][-1]),
+                samples=samples,
+                samples_per_s=samples / seconds if seconds else 0.0,
+                skipped_updates=int(rows["skipped"][-1]) if "skipped" in rows else None,
+            )
         )
 
     def evaluation(self, row: Mapping[str, Any]) -> None:
@@ -109,26 +116,24 @@ class Bookkeeper(Reporter):
             self._best_weights = self._trainee.flat.weights()
         self._best = self._best_so_far(position)
         no_gain = self._best.no_gain if self._best is not None else ""
-        metrics = dict(position.metrics or {})
-        self._context.tell(
-            {
-                "kind": "evaluation",
-                "step": position.step,
-                "epoch": self._plan.epoch(position.step),
-                "ends_epoch": self._plan.ends_epoch(position.step),
-                "number": self._plan.evaluation(position.step),
-                "phase": self._plan.phase(position.step),
-                "metrics": metrics,
-                "best_metric": self._plan.job.best.metric,
-                "is_best": is_best,
-                "no_gain": bool(no_gain),
-            }
+        self._context.emit(
+            EvaluationLogged(
+                step=position.step,
+                epoch=self._plan.epoch(position.step),
+                ends_epoch=self._plan.ends_epoch(position.step),
+                number=self._plan.evaluation(position.step),
+                phase=self._plan.phase(position.step),
+                metrics=dict(position.metrics or {}),
+                best_metric=self._plan.job.best.metric,
+                is_best=is_best,
+                no_gain=bool(no_gain),
+            )
         )
         self._without_gain += 1 if no_gain else 0
         if no_gain and self._without_gain == WITHOUT_GAIN:
             lr = self._plan.lr(position.step)
             text = f"{no_gain}: the learning rate, {lr:g} now, may be too high"
-            self._context.tell({"kind": "warning", "text": text})
+            self._context.emit(WarningMessage(text))
         super().evaluated(position)
 
     def wants(self, step: int, due: bool) -> bool:
@@ -162,18 +167,17 @@ class Bookkeeper(Reporter):
             )
             raise NotFiniteError(what, where=f"step {step}", fix=FP16_ADVICE)
         if end and step < self._plan.last_step:
-            self._context.tell(
-                {
-                    "kind": "early_stop",
-                    "step": step,
-                    "last_step": self._plan.last_step,
-                    "evaluations": position.evaluations_since_best,
-                    "metric": self._plan.job.best.metric,
-                }
+            self._context.emit(
+                EarlyStopped(
+                    step=step,
+                    last_step=self._plan.last_step,
+                    evaluations_since_best=position.evaluations_since_best,
+                    metric=self._plan.job.best.metric,
+                )
             )
         self._recorder.commit(
             snapshot,
-            done=lambda seconds: self._context.tell({"kind": "commit", "step": step, "seconds": seconds}),
+            done=lambda write_s: self._context.emit(CheckpointCommitted(step, write_s)),
         )
         self._best_weights, self._due, self._saved = None, False, time.monotonic()
         self._saved_best, self._saved_step = best, step

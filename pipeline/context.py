@@ -1,71 +1,111 @@
-"""What a worker knows of its surroundings, as one small object; here that of a run in this process."""
+"""The interface between a worker and its environment, and its implementation for a run in this process."""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
 from pipeline.errors import HungError, Interrupted
-from pipeline.watchdog import Progress, Pulse
+from pipeline.events import Event, EventHandler, HangReported, ignore_event
 
 if TYPE_CHECKING:  # a client of a cluster needs this module, and not torch
     from torch import Tensor
 
-Value = TypeVar("Value")
+T = TypeVar("T")
 
-Tell = Callable[[Mapping[str, Any]], None]
-"""Takes one event for the user: `kind` (phase, message, warning, run, start, steps, evaluation, early_stop, commit) and
-plain values. Threads of the run's own may call it too."""
+Awaited = Literal["", "workers", "storage", "cache"]
+"""What a thread waits for that is no fault of its own; empty: nothing such. cache: another process that prepares the
+same data."""
 
 
-class PeerLost(Exception):
+class PeerFailure(Exception):
     """Another worker is gone: on this one the consequence of an error, never its cause."""
 
 
-class Context(Protocol):
-    """One worker's place among the others.
+class ProgressCounter:
+    """Counts steps, blocks of an evaluation and phases of preparing: where the count stays, nothing moves."""
 
-    What needs the other ranks raises PeerLost where one of them is gone.
+    def __init__(self) -> None:
+        self.count = 0
+        self.attempt = 0
+        """The number of the attempt; 0 until it is set."""
+        self.give_up: Callable[[], None] = lambda: None
+        """Lets others take the run over, where this thread hangs in a process that goes on."""
+
+    def each(self, items: Iterable[T]) -> Iterable[T]:
+        """`items`, counted when one is asked for and when it is there. Can be iterated as often as `items`."""
+        return _CountedIterable(items, self)
+
+
+class _CountedIterable(Generic[T]):
+    def __init__(self, items: Iterable[T], progress: ProgressCounter) -> None:
+        self._items = items
+        self._progress = progress
+
+    def __iter__(self) -> Iterator[T]:
+        progress = self._progress
+        for item in self._items:
+            progress.count += 1
+            yield item
+            progress.count += 1
+
+
+@dataclass(frozen=True)
+class WorkerHeartbeat:
+    """One rank's report that its process is alive, and how its training thread is doing."""
+
+    idle_s: float
+    """Seconds since its last progress, by its own clock."""
+    awaits: Awaited
+    last_seen_s: float = 0.0
+    """Seconds since this report arrived, by the clock of whoever passes it on."""
+
+
+class WorkerContext(Protocol):
+    """What a worker needs of its environment: its rank, collectives, and the way to the driver and the cluster.
+
+    Collectives raise PeerFailure where another rank is gone.
     """
 
     rank: int
     world_size: int
     local_rank: int
-    alone: bool
-    """This is the user's own process: nobody starts it again, and its standard error is theirs."""
+    is_local: bool
+    """This is the user's own process: nobody restarts it, and its standard error is theirs."""
     owns_process: bool
     """The process does nothing else, so that it may be ended where the run hangs."""
-    progress: Progress
+    progress: ProgressCounter
     """What the training thread has done: see `pipeline.watchdog`."""
 
-    def reduce(self, vector: Tensor) -> None:
-        """Sum over the ranks, in place."""
+    def all_reduce(self, vector: Tensor) -> None:
+        """Sum over the ranks, in place. Any shape and floating dtype, the same on all ranks."""
 
-    def broadcast(self, value: Value | None) -> Value:
-        """What rank 0 gives, on every rank; any picklable value."""
+    def broadcast(self, value: T | None) -> T:
+        """The value that rank 0 gives, on every rank; any picklable value."""
 
     def stop_signal(self) -> int:
         """The signal that asks this rank to stop, or 0."""
 
-    def tell(self, event: Mapping[str, Any]) -> None:
+    def emit(self, event: Event) -> None:
         """Hand an event to whoever watches the run. Never blocks."""
 
     def report(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
-        """Tell the cluster of an evaluation, or of the end: called by all ranks at the same step."""
+        """Report an evaluation, or the end, to the cluster: called by all ranks at the same step."""
 
-    def pulse(self, own: Pulse) -> Mapping[int, Pulse] | None:
-        """Leave a sign of life, and see the latest of each rank; None where they cannot be had. Takes seconds at the
-        most."""
+    def heartbeat(self, own: WorkerHeartbeat) -> Mapping[int, WorkerHeartbeat] | None:
+        """Send this rank's heartbeat and return the latest of each rank; None where they cannot be had. Takes seconds
+        at most."""
 
-    def interrupt(self, error: HungError) -> bool:
+    def raise_in_main_thread(self, error: HungError) -> bool:
         """Raise an error in the training thread, whatever it waits for; False where that is impossible."""
 
-    def last_word(self, error: HungError) -> None:
-        """Say why this process is about to be ended. Takes seconds at the most."""
+    def report_hang(self, error: HungError) -> None:
+        """Report why this process is about to be ended. Takes seconds at most."""
 
 
 _process = {"is_ours": False}
@@ -115,7 +155,7 @@ class StopSignals:
         if kind is KeyboardInterrupt:
             raise Interrupted("ended at once", fix="the same command goes on from the last checkpoint")
 
-    def interrupt(self, error: Exception) -> bool:
+    def raise_in_main_thread(self, error: Exception) -> bool:
         """For another thread: raise an error in the main thread, as Ctrl-C would; False where no signal is caught."""
         main = threading.main_thread().ident
         if not self._before or main is None:
@@ -133,38 +173,41 @@ class StopSignals:
         self.received = as_sigterm(number)
 
 
-class Alone:
-    """A world of one, in this process."""
+class SingleProcessContext:
+    """A world of one rank, in this process."""
 
     rank = 0
     world_size = 1
     local_rank = 0
-    alone = True
+    is_local = True
 
-    def __init__(self, tell: Tell, signals: StopSignals | None = None) -> None:
-        self.tell = tell
+    def __init__(self, on_event: EventHandler = ignore_event, signals: StopSignals | None = None) -> None:
         self.owns_process = _process["is_ours"]
-        self.progress = Progress()
+        self.progress = ProgressCounter()
+        self._on_event = on_event
         self._signals = signals
 
-    def reduce(self, vector: Tensor) -> None:
+    def all_reduce(self, vector: Tensor) -> None:
         """Nothing to sum with."""
 
-    def broadcast(self, value: Value | None) -> Value:
+    def broadcast(self, value: T | None) -> T:
         assert value is not None
         return value
 
     def stop_signal(self) -> int:
         return self._signals.received if self._signals is not None else 0
 
-    def report(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
-        """No cluster to tell."""
+    def emit(self, event: Event) -> None:
+        self._on_event(event)
 
-    def pulse(self, own: Pulse) -> Mapping[int, Pulse] | None:
+    def report(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
+        """No cluster to report to."""
+
+    def heartbeat(self, own: WorkerHeartbeat) -> Mapping[int, WorkerHeartbeat] | None:
         return {}
 
-    def interrupt(self, error: HungError) -> bool:
-        return self._signals is not None and self._signals.interrupt(error)
+    def raise_in_main_thread(self, error: HungError) -> bool:
+        return self._signals is not None and self._signals.raise_in_main_thread(error)
 
-    def last_word(self, error: HungError) -> None:
-        self.tell({"kind": "hang", "text": str(error)})
+    def report_hang(self, error: HungError) -> None:
+        self.emit(HangReported(str(error)))

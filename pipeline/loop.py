@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.context import WorkerContext
 from pipeline.errors import JobError, NotFiniteError, WorkError
 from pipeline.learn.plan import Plan
 from pipeline.learn.scaling import MIN_SCALE
@@ -34,19 +35,6 @@ class Batch(Protocol):
     def inputs(self) -> Tensor: ...
     @property
     def targets(self) -> Tensor: ...
-
-
-class Surroundings(Protocol):
-    """What the loop needs to know of where it runs."""
-
-    rank: int
-    world_size: int
-
-    def reduce(self, vector: Tensor) -> None:
-        """Sum over the ranks, in place."""
-
-    def stop_signal(self) -> int:
-        """The signal that asks this rank to stop, or 0."""
 
 
 class Recorder(Protocol):
@@ -134,7 +122,7 @@ def fit(
     batches: Iterable[Batch],
     splits: Mapping[str, Iterable[tuple[Tensor, Tensor]]],
     recorder: Recorder,
-    around: Surroundings,
+    context: WorkerContext,
     position: Position,
     bounds: Bounds,
 ) -> tuple[Position, int]:
@@ -153,9 +141,9 @@ def fit(
     ------
     NotFiniteError: a loss that is NaN or infinite, or gradients that are so again and again.
     """
-    log, votes = StepLog(trainee.flat.sums, recorder.steps, trainee.scale_state), _Votes(trainee, around)
+    log, votes = StepLog(trainee.flat.sums, recorder.steps, trainee.scale_state), _Votes(trainee, context)
     if position.step == 0:
-        position = _evaluate_all(trainee, plan, splits, recorder, around, position, 0)
+        position = _evaluate_all(trainee, plan, splits, recorder, context, position, 0)
         log.resume_clock()
     for batch in batches:
         step = batch.step
@@ -169,7 +157,7 @@ def fit(
         evaluates = plan.evaluates_after(step) or step == bounds.ended_at
         if evaluates:
             log.flush()
-            position = _evaluate_all(trainee, plan, splits, recorder, around, position, step)
+            position = _evaluate_all(trainee, plan, splits, recorder, context, position, step)
         ends = evaluates and bounds.ends(position, plan)
         if ends or stop_signal or recorder.wants(step, plan.saves_after(step)):
             log.flush()
@@ -184,7 +172,7 @@ def fit(
     raise AssertionError("the batches ended before the run did")
 
 
-def evaluate(trainee: Trainee, blocks: Iterable[tuple[Tensor, Tensor]], around: Surroundings) -> dict[str, float]:
+def evaluate(trainee: Trainee, blocks: Iterable[tuple[Tensor, Tensor]], context: WorkerContext) -> dict[str, float]:
     """Exact metrics of the model as it is: every row of the split once, over all ranks.
 
     Returns
@@ -199,7 +187,7 @@ def evaluate(trainee: Trainee, blocks: Iterable[tuple[Tensor, Tensor]], around: 
     for inputs, targets in blocks:
         with torch.inference_mode():
             tally.add(trainee.outputs(inputs), targets)
-    return tally.metrics(around)
+    return tally.metrics(context)
 
 
 def _evaluate_all(
@@ -207,7 +195,7 @@ def _evaluate_all(
     plan: Plan,
     splits: Mapping[str, Iterable[tuple[Tensor, Tensor]]],
     recorder: Recorder,
-    around: Surroundings,
+    context: WorkerContext,
     position: Position,
     step: int,
 ) -> Position:
@@ -215,7 +203,7 @@ def _evaluate_all(
     for split, blocks in splits.items():
         start = time.perf_counter()
         try:
-            result = evaluate(trainee, blocks, around)
+            result = evaluate(trainee, blocks, context)
         except WorkError as error:
             if step > 0 or type(error) is not WorkError:
                 raise
@@ -231,21 +219,21 @@ def _evaluate_all(
 class _Votes:
     """The one sum of a step, and with it the ranks' agreement to stop: all learn the same signal at the same step."""
 
-    def __init__(self, trainee: Trainee, around: Surroundings) -> None:
+    def __init__(self, trainee: Trainee, context: WorkerContext) -> None:
         self._flat = trainee.flat
-        self._around = around
+        self._context = context
         self._on_cuda = trainee.device.type == "cuda"
         self._under_way: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
     @waits_for("workers")
     def sum_over_ranks(self) -> int:
         """Sum the exchange vector over all ranks; returns the signal to stop, or 0."""
-        signal_here = self._around.stop_signal()
-        if self._around.world_size == 1:
+        signal_here = self._context.stop_signal()
+        if self._context.world_size == 1:
             return signal_here
         if signal_here:
             self._flat.stop.fill_(SIGTERM_UNIT if signal_here == signal.SIGTERM else 1.0)
-        self._around.reduce(self._flat.exchange)
+        self._context.all_reduce(self._flat.exchange)
         stop = self._lagged() if self._on_cuda else float(self._flat.stop)
         return 0 if stop == 0 else int(signal.SIGTERM if stop >= SIGTERM_UNIT else signal.SIGINT)
 

@@ -13,6 +13,18 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.errors import NotFiniteError
+from pipeline.events import (
+    EarlyStopped,
+    EvaluationLogged,
+    Event,
+    HangReported,
+    Message,
+    PhaseStarted,
+    RunOpened,
+    StepsLogged,
+    TrainingStarted,
+    WarningMessage,
+)
 from pipeline.learn.words import (
     NUMBER_WIDTH,
     divergence_advice,
@@ -43,7 +55,7 @@ SILENT_S = 600.0
 
 
 class Progress:
-    """Shows events on standard error, see `pipeline.context.Tell`."""
+    """Shows events on standard error, see `pipeline.events`."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
@@ -54,7 +66,7 @@ class Progress:
         self._last_step = 0
         self._last_line = 0.0
         self._phase_shown = 0
-        self._held_back: Mapping[str, Any] | None = None
+        self._held_back: EvaluationLogged | None = None
         """The latest evaluation, where it has no line."""
         self._best_held_back: int | None = None
         """Step of the best evaluation, where it is later than the last line."""
@@ -71,34 +83,35 @@ class Progress:
         if self._in_phase:
             print(ERASE, end="", file=sys.stderr, flush=True)
 
-    def show(self, event: Mapping[str, Any]) -> None:
-        kind = event["kind"]
-        if kind == "warning":
-            self._line(f"warning: {event['text']}")
-        elif kind == "hang":  # the last word of this process: nothing will close the bar
-            self.__exit__(None, None, None)
-            self._bar = None
-            self._line(f"error: {event['text']}")
-        elif self._quiet:
-            return
-        elif kind == "phase":
-            self._phase(f"{event['text']} ...")
-        elif kind == "message":
-            self._line(str(event["text"]))
-        elif kind == "run":
-            self._line(f"run {event['run']} ({event['text']}) in {event['url']}")
-        elif kind == "start":
-            verb = "training" if event["step"] == 0 else f"resuming after step {event['step']},"
-            self._line(f"{verb} to step {event['last_step']} on {event['workers']}")
-            self._start(event)
-        elif kind == "steps" and self._bar is not None:
-            self._bar.steps(event)
-        elif kind == "evaluation":
-            self._evaluation(event)
-        elif kind == "early_stop":
-            self._release()
-            words = early_stop_words(event["evaluations"], event["metric"])
-            self._line(f"early stop at step {event['step']} of {event['last_step']}: {words}")
+    def show(self, event: Event) -> None:
+        match event:
+            case WarningMessage():
+                self._line(f"warning: {event.text}")
+            case HangReported():  # the last event of this process: nothing will close the bar
+                self.__exit__(None, None, None)
+                self._bar = None
+                self._line(f"error: {event.text}")
+            case _ if self._quiet:
+                return
+            case StepsLogged():
+                if self._bar is not None:
+                    self._bar.steps(event)
+            case PhaseStarted():
+                self._phase(f"{event.text} ...")
+            case Message():
+                self._line(event.text)
+            case RunOpened():
+                self._line(f"run {event.run} ({'new run' if event.is_new else 'found'}) in {event.url}")
+            case TrainingStarted():
+                verb = "training" if event.step == 0 else f"resuming after step {event.step},"
+                self._line(f"{verb} to step {event.last_step} on {event.workers}")
+                self._start(event)
+            case EvaluationLogged():
+                self._evaluation(event)
+            case EarlyStopped():
+                self._release()
+                words = early_stop_words(event.evaluations_since_best, event.metric)
+                self._line(f"early stop at step {event.step} of {event.last_step}: {words}")
 
     def _phase(self, text: str) -> None:
         if self._live:  # until the next line, which takes its place
@@ -108,34 +121,34 @@ class Progress:
             self._last_phase = time.monotonic()
             self._line(text)
 
-    def _start(self, event: Mapping[str, Any]) -> None:
-        is_first, evaluations = self._stride == 0, int(event["evaluations"])
-        self._last_step, self._stride = event["last_step"], _stride(evaluations)
+    def _start(self, event: TrainingStarted) -> None:
+        is_first, evaluations = self._stride == 0, event.num_evaluations
+        self._last_step, self._stride = event.last_step, _stride(evaluations)
         if self._stride > 1 and is_first:
             self._line(f"of {evaluations:,} evaluations 1 in {self._stride} is shown here; the metric log has them all")
         if self._bar is not None:
-            self._bar.move(event["step"])
+            self._bar.move(event.step)
         elif self._live:
-            self._bar = _Bar(event["step"], event["last_step"])
+            self._bar = _Bar(event.step, event.last_step)
 
-    def _evaluation(self, event: Mapping[str, Any]) -> None:
+    def _evaluation(self, event: EvaluationLogged) -> None:
         if self._bar is not None:
             self._bar.evaluation(event)
-        if event["is_best"]:
-            self._best_held_back = event["step"]
+        if event.is_best:
+            self._best_held_back = event.step
         self._held_back = event
         if self._has_line(event):
             self._release()
 
-    def _has_line(self, event: Mapping[str, Any]) -> bool:
+    def _has_line(self, event: EvaluationLogged) -> bool:
         """Whether an evaluation has a line of its own: the first and the last of an attempt and the
         first of a phase always."""
         now = time.monotonic()
-        if event["step"] in (0, self._last_step) or event["phase"] != self._phase_shown:
+        if event.step in (0, self._last_step) or event.phase != self._phase_shown:
             return True
-        if self._live and not event["ends_epoch"] and now - self._last_line < LINE_S:
+        if self._live and not event.ends_epoch and now - self._last_line < LINE_S:
             return False
-        return event["number"] % max(1, self._stride) == 0 or now - self._last_line > SILENT_S
+        return event.number % max(1, self._stride) == 0 or now - self._last_line > SILENT_S
 
     def _release(self) -> None:
         """Write the line of the latest evaluation, where it was held back."""
@@ -143,8 +156,8 @@ class Progress:
         if event is None:
             return
         self._held_back = self._best_held_back = None
-        self._last_line, self._phase_shown = time.monotonic(), event["phase"]
-        note = f"  best at step {best}" if best is not None and best != event["step"] and not event["no_gain"] else ""
+        self._last_line, self._phase_shown = time.monotonic(), event.phase
+        note = f"  best at step {best}" if best is not None and best != event.step and not event.no_gain else ""
         self._line(evaluation_line(event) + note)
 
     def _line(self, text: str) -> None:
@@ -204,14 +217,14 @@ class _Bar:
         """Begin at another step: the time until then says nothing of the time left."""
         self._progress.reset(self._task, completed=step)
 
-    def steps(self, event: Mapping[str, Any]) -> None:
-        self._loss = [_field("loss", event["loss"])]
-        self._rate = [f"{rate(event['samples_per_s']):>5s} samples/s"]
-        self._update(event["step"])
+    def steps(self, event: StepsLogged) -> None:
+        self._loss = [_field("loss", event.loss)]
+        self._rate = [f"{rate(event.samples_per_s):>5s} samples/s"]
+        self._update(event.step)
 
-    def evaluation(self, event: Mapping[str, Any]) -> None:
-        self._metrics = [_field(*one) for one in short_fields(event["metrics"], event["best_metric"])]
-        self._update(event["step"])
+    def evaluation(self, event: EvaluationLogged) -> None:
+        self._metrics = [_field(*one) for one in short_fields(event.metrics, event.best_metric)]
+        self._update(event.step)
 
     def _update(self, step: int) -> None:
         width = self._progress.console.width - self._left
@@ -240,11 +253,11 @@ def fitting(fields: Sequence[str], width: int) -> str:
     return text[: max(width, 0)]
 
 
-def evaluation_line(event: Mapping[str, Any]) -> str:
+def evaluation_line(event: EvaluationLogged) -> str:
     """`epoch 3  step 1440  val loss 0.1432  accuracy 0.9571  best`"""
-    best = "  no better than before training" if event["no_gain"] else "  best" if event["is_best"] else ""
-    words = short_words(event["metrics"], event["best_metric"])
-    return f"epoch {event['epoch']:<3d} step {event['step']:<6d} {words}{best}"
+    best = "  no better than before training" if event.no_gain else "  best" if event.is_best else ""
+    words = short_words(event.metrics, event.best_metric)
+    return f"epoch {event.epoch:<3d} step {event.step:<6d} {words}{best}"
 
 
 def early_stop_words(evaluations: int, metric: str) -> str:

@@ -161,13 +161,17 @@ def _finite(tree: Any) -> Any:
 
 def phases(progress: Progress) -> Callable[[str], None]:
     """Takes what a verb says of its long phases."""
-    return lambda text: progress.show({"kind": "phase", "text": text})
+    from pipeline.events import PhaseStarted
+
+    return lambda text: progress.show(PhaseStarted(text))
 
 
 def warn(progress: Progress, texts: Iterable[str]) -> None:
     """Print warnings on standard error; --quiet does not silence them."""
+    from pipeline.events import WarningMessage
+
     for text in texts:
-        progress.show({"kind": "warning", "text": text})
+        progress.show(WarningMessage(text))
 
 
 def with_workers(overrides: list[str] | None, workers: str | None) -> list[str]:

@@ -70,12 +70,12 @@ def follow(
     if attached:
         from pipeline.followers.attached import driver_gone, tell_driver
 
-        tell = tell_driver(sys.stdout)
+        on_event = tell_driver(sys.stdout)
         with redirect_stdout(sys.stderr):  # only events go to the driver, whatever a tracker's library prints
-            verb(run, to=to or [], storage=storage, driven=driver_gone(), tell=tell)
+            verb(run, to=to or [], storage=storage, driven=driver_gone(), on_event=on_event)
         return
     from pipeline.terminal import Progress
 
     with Progress(quiet=quiet) as progress:
-        found = verb(run, to=to or [], storage=storage, once=once, tell=progress.show)
+        found = verb(run, to=to or [], storage=storage, once=once, on_event=progress.show)
     print_result(found.to_json(), found.lines(), as_json)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from pipeline.context import own_process
@@ -42,6 +41,7 @@ def main() -> NoReturn:
 def _train(letter_name: str) -> dict[str, Any]:
     from pipeline.cluster.jobs.letter import take_out
     from pipeline.cluster.jobs.records import record_line
+    from pipeline.events import Event, RunOpened
     from pipeline.job_file import parse_job
     from pipeline.storage import handed
     from pipeline.terminal import Progress, result_lines
@@ -51,9 +51,9 @@ def _train(letter_name: str) -> dict[str, Any]:
     handed.take(letter.environment)
     with Progress(quiet=False) as progress:
 
-        def tell(event: Mapping[str, Any]) -> None:
-            if event["kind"] == "run":
-                print(record_line("run", {"run": event["run"], "url": event["url"]}), flush=True)
+        def on_event(event: Event) -> None:
+            if isinstance(event, RunOpened):
+                print(record_line("run", {"run": event.run, "url": event.url}), flush=True)
             progress.show(event)
 
         outcome = train(
@@ -63,7 +63,7 @@ def _train(letter_name: str) -> dict[str, Any]:
             address=os.environ["RAY_ADDRESS"],
             max_steps=letter.max_steps,
             allow_code_change=letter.allow_code_change,
-            tell=tell,
+            on_event=on_event,
             verbose=letter.verbose,
         )
     print("\n".join(result_lines(outcome)), flush=True)

@@ -47,10 +47,11 @@ def train(
 ) -> None:
     """Run a job. The same command again resumes an interrupted run, and does nothing for a finished one."""
     shown.update(json=as_json, verbose=verbose, kept=True)
+    from pipeline.events import PhaseStarted
     from pipeline.terminal import Progress, result_lines
 
     with Progress(quiet=quiet) as progress:
-        progress.show({"kind": "phase", "text": "loading"})
+        progress.show(PhaseStarted("loading"))
         from pipeline.verbs.train import train as verb
 
         outcome = verb(
@@ -61,7 +62,7 @@ def train(
             address=address,
             max_steps=max_steps,
             allow_code_change=allow_code_change,
-            tell=progress.show,
+            on_event=progress.show,
             verbose=verbose,
         )
     print_result(outcome.to_json(), result_lines(outcome), as_json)

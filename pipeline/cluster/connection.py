@@ -22,8 +22,9 @@ from pipeline.cluster.ray_internals import (
     without_raylet_lines,
 )
 from pipeline.cluster.room import most_and_least, warn_of_few_cores
-from pipeline.context import Tell, caught_signals
+from pipeline.context import caught_signals
 from pipeline.errors import InputError
+from pipeline.events import EventHandler
 from pipeline.job import Scale
 
 HEAD_POLL_S = 1.0
@@ -54,7 +55,7 @@ def _ray_environment() -> Iterator[None]:
 
 
 @contextmanager
-def connected(address: str | None, scale: Scale, tell: Tell, verbose: bool) -> Iterator[Any]:
+def connected(address: str | None, scale: Scale, tell: EventHandler, verbose: bool) -> Iterator[Any]:
     """Ray, connected: to `address`, to the cluster this process already has, or to a new one of this machine's.
 
     Raises
@@ -66,7 +67,7 @@ def connected(address: str | None, scale: Scale, tell: Tell, verbose: bool) -> I
 
 
 @contextmanager
-def _connected(address: str | None, scale: Scale, tell: Tell, verbose: bool) -> Iterator[Any]:
+def _connected(address: str | None, scale: Scale, tell: EventHandler, verbose: bool) -> Iterator[Any]:
     address = address or os.environ.get("RAY_ADDRESS") or None
     _refuse_url(address)
     with warnings.catch_warnings():

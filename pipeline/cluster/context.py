@@ -11,13 +11,14 @@ from typing import Any
 from pipeline.cluster import signals
 from pipeline.cluster.failure import WorkerFailed
 from pipeline.cluster.gauges import Gauges
-from pipeline.context import PeerLost, Value
+from pipeline.context import PeerFailure, ProgressCounter, T, WorkerHeartbeat
 from pipeline.errors import HungError, Interrupted, TrainyardError
+from pipeline.events import Event, HangReported
 from pipeline.redaction import redact
 from pipeline.storage import handed
 from pipeline.watchdog import PULSE_S as SIGN_S
-from pipeline.watchdog import Progress, Pulse, waits_for
-from pipeline.worker import Order, work
+from pipeline.watchdog import waits_for
+from pipeline.worker import Order, run_worker
 
 PULSE_S = 0.25
 """Seconds between two deliveries of events to the driver."""
@@ -30,11 +31,11 @@ def _peers_needed() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # what gloo and NCCL raise
-        raise PeerLost(f"a sum over all workers failed: {error}") from error
+        raise PeerFailure(f"a sum over all workers failed: {error}") from error
 
 
-class RayContext:
-    """One Ray Train worker's place among the others. Every method named in `Context` works as stated there."""
+class RayTrainContext:
+    """One Ray Train worker's place among the others. Every method of `WorkerContext` does what is stated there."""
 
     def __init__(self, desk: Any, run_name: str) -> None:
         import ray
@@ -44,9 +45,9 @@ class RayContext:
         self.rank: int = here.get_world_rank()
         self.world_size: int = here.get_world_size()
         self.local_rank: int = here.get_local_rank()
-        self.alone = False
+        self.is_local = False
         self.owns_process = True
-        self.progress = Progress()
+        self.progress = ProgressCounter()
         self._desk = desk
         self._gauges = Gauges(run_name, self.rank)
         self._courier = _Courier(desk) if self.rank == 0 else None
@@ -54,14 +55,14 @@ class RayContext:
         desk.join.remote(self.rank, ray.get_runtime_context().get_node_id())
 
     @waits_for("workers")
-    def reduce(self, vector: Any) -> None:
+    def all_reduce(self, vector: Any) -> None:
         import torch.distributed as dist
 
         with _peers_needed():
             dist.all_reduce(vector)
 
     @waits_for("workers")
-    def broadcast(self, value: Value | None) -> Value:
+    def broadcast(self, value: T | None) -> T:
         import torch.distributed as dist
 
         box = [value]
@@ -73,7 +74,7 @@ class RayContext:
     def stop_signal(self) -> int:
         return signals.received() or (self._courier.stop_signal if self._courier is not None else 0)
 
-    def tell(self, event: Mapping[str, Any]) -> None:
+    def emit(self, event: Event) -> None:
         self._gauges.set(event)
         if self._courier is not None:
             self._courier.send(event)
@@ -88,25 +89,25 @@ class RayContext:
             self._reported = time.monotonic()
             ray.train.report(dict(metrics))
 
-    def pulse(self, own: Pulse) -> Mapping[int, Pulse] | None:
+    def heartbeat(self, own: WorkerHeartbeat) -> Mapping[int, WorkerHeartbeat] | None:
         import ray
 
         try:
-            heard = ray.get(self._desk.pulse.remote(self.rank, own.still_s, own.awaits), timeout=SIGN_S)
+            heard = ray.get(self._desk.pulse.remote(self.rank, own.idle_s, own.awaits), timeout=SIGN_S)
         except ray.exceptions.RayError:
             return None
-        return {rank: Pulse(*values) for rank, values in heard.items()}
+        return {rank: WorkerHeartbeat(*values) for rank, values in heard.items()}
 
-    def interrupt(self, error: HungError) -> bool:
+    def raise_in_main_thread(self, error: HungError) -> bool:
         return False  # a thread that is not the main one; and the driver starts again anyway
 
-    def last_word(self, error: HungError) -> None:
+    def report_hang(self, error: HungError) -> None:
         import ray
 
         with suppress(ray.exceptions.RayError):
-            ray.get(self._desk.deliver.remote([{"kind": "hang", "text": error.what}]), timeout=SIGN_S)
+            ray.get(self._desk.deliver.remote([HangReported(error.what)]), timeout=SIGN_S)
 
-    def __enter__(self) -> RayContext:
+    def __enter__(self) -> RayTrainContext:
         return self
 
     def __exit__(self, *what: Any) -> None:
@@ -121,15 +122,15 @@ class _Courier:
     def __init__(self, desk: Any) -> None:
         self.stop_signal = 0
         self._desk = desk
-        self._events: list[Mapping[str, Any]] = []
+        self._events: list[Event] = []
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trainyard-courier", daemon=True)
         self._thread.start()
 
-    def send(self, event: Mapping[str, Any]) -> None:
+    def send(self, event: Event) -> None:
         with self._lock:
-            self._events.append(dict(event))
+            self._events.append(event)
 
     def close(self) -> None:
         self._closing.set()
@@ -163,9 +164,9 @@ def train_function(config: dict[str, Any]) -> dict[str, Any]:
     """
     order: Order = config["order"]
     handed.take(order.environment)
-    with RayContext(config["desk"], order.run_name) as context:
+    with RayTrainContext(config["desk"], order.run_name) as context:
         try:
-            position = work(order, context)
+            position = run_worker(order, context)
         except Interrupted as interrupted:
             return {"interrupted": interrupted}
         except TrainyardError as error:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.events import Event
 
 
 class Desk:
     """Events one way, the signal to stop the other."""
 
     def __init__(self) -> None:
-        self._events: list[Mapping[str, Any]] = []
+        self._events: list[Event] = []
         self._signal = 0
         self._nodes: dict[int, str] = {}
         self._pulses: dict[int, tuple[float, str, float]] = {}
@@ -30,12 +32,12 @@ class Desk:
         self._pulses[rank] = still_s, awaits, now
         return {one: (still, waits, now - came) for one, (still, waits, came) in self._pulses.items()}
 
-    def deliver(self, events: list[Mapping[str, Any]]) -> int:
+    def deliver(self, events: list[Event]) -> int:
         """A worker's new events; returns the signal that the driver was asked to stop by, or 0."""
         self._events.extend(events)
         return self._signal
 
-    def take(self) -> list[Mapping[str, Any]]:
+    def take(self) -> list[Event]:
         """For the driver: the events since it last asked."""
         events, self._events = self._events, []
         return events

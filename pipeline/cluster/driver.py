@@ -9,7 +9,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -21,11 +22,12 @@ from pipeline.cluster.inbox import Inbox
 from pipeline.cluster.losses import AGAIN, Losses, first_line
 from pipeline.cluster.reach import check_storage
 from pipeline.cluster.room import Room, look_at
-from pipeline.context import StopSignals, Tell
+from pipeline.context import StopSignals
 from pipeline.errors import ClusterError, Interrupted, TrainyardError, WorkerLostError
+from pipeline.events import Event, EventHandler, HangReported, WarningMessage
 from pipeline.job import Scale
 from pipeline.record.journal import Journal
-from pipeline.worker import Order, limits
+from pipeline.worker import Order, hang_limits
 
 IDLE_CALLBACKS = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 """Of Ray Train's own."""
@@ -38,7 +40,7 @@ Ready = Callable[[], tuple[Order, Journal]]
 def train_on_workers(
     ready: Ready,
     scale: Scale,
-    tell: Tell,
+    on_event: EventHandler,
     signals: StopSignals,
     *,
     storage_url: str,
@@ -62,7 +64,7 @@ def train_on_workers(
     """
     begun: tuple[Order, Journal, Losses] | None = None
     while True:
-        with connected(address, scale, tell, verbose) as ray:
+        with connected(address, scale, on_event, verbose) as ray:
             room = Room(lambda: look_at(ray, draining=draining), scale)
             if begun is None:
                 try:
@@ -73,53 +75,110 @@ def train_on_workers(
                     raise ClusterError(first_line(error), where=address or "Ray", fix=fix) from error
                 order, journal = ready()
                 begun = order, journal, Losses(order.run_name, scale.retries, journal.highest_step)
-            if _is_done(ray, room, begun, scale, tell, signals):
+            if _run_attempts(ray, room, begun, scale, on_event, signals):
                 return
 
 
-def _is_done(
-    ray: Any, room: Room, begun: tuple[Order, Journal, Losses], scale: Scale, tell: Tell, signals: StopSignals
+def _run_attempts(
+    ray: Any,
+    room: Room,
+    begun: tuple[Order, Journal, Losses],
+    scale: Scale,
+    on_event: EventHandler,
+    signals: StopSignals,
 ) -> bool:
-    """Attempts until the run is done, or until only a new connection helps (False)."""
+    """Run attempts until the run is done (True), or until only a new connection helps (False)."""
+    from ray.train import TrainingFailedError
+
     order, journal, losses = begun
     while True:
         dead = journal.latest_attempt_of(order.driver)
         try:
-            workers = room.wait(signals, tell, after_loss=losses.any)
-            _run_once(ray, replace(order, dead_attempt=dead), workers, room.per_worker, scale, tell, signals)
+            workers = room.wait(signals, on_event, after_loss=losses.any)
+            _run_attempt(ray, replace(order, dead_attempt=dead), workers, room.per_worker, scale, on_event, signals)
             return True
         except Interrupted as interrupted:
             if signals.received:
                 raise
             losses.take_notice()
-            tell({"kind": "warning", "text": f"{interrupted.what}; starting again"})
+            on_event(WarningMessage(f"{interrupted.what}; starting again"))
         except TrainyardError:
             raise
-        except Exception as error:  # whatever form Ray gives to a loss
-            is_workers = isinstance(error, (ray.train.TrainingFailedError, WorkerHung))
+        except Exception as error:  # whatever form Ray gives to a worker failure
+            is_workers = isinstance(error, (TrainingFailedError, WorkerHung))
             if not is_workers:
                 _check_head(order.run_name)
             losses.take(error, signals.received)
-            tell({"kind": "warning", "text": losses.words(error)})
+            on_event(WarningMessage(losses.words(error)))
             if not is_workers:
                 # Ray Train recovers nothing from the loss of its own controller, which leaves resources taken until
                 # this driver's connection ends.
                 return False
 
 
-def _run_once(
-    cluster: Any,
+def _run_attempt(
+    ray: Any,
     order: Order,
     workers: int,
     resources: dict[str, float],
     scale: Scale,
-    tell: Tell,
+    on_event: EventHandler,
     signals: StopSignals,
 ) -> None:
-    """One attempt: one fresh Ray run, in a thread of its own so that this one can carry events and signals."""
+    """Run one attempt as a fresh Ray Train run.
+
+    Raises
+    ------
+    WorkerHung: a worker made no progress and ended itself.
+    Interrupted: the workers agreed to stop, and the run is saved.
+    Exception: what else ended the attempt, as Ray gives it.
+    """
+    hang_reports: list[str] = []
+
+    def handle(event: Event) -> None:
+        if isinstance(event, HangReported):
+            hang_reports.append(event.text)
+        else:
+            on_event(event)
+
+    desk, own_files = _start_desk(ray), tempfile.mkdtemp(prefix="trainyard-ray-")
+    try:
+        fit = _FitThread(_make_trainer(order, desk, workers, resources, scale, own_files))
+        fit.start()
+        with closing(HeadWatch()) as watch:
+            _carry_until_done(ray, fit, desk, watch, Inbox(ray, desk, handle), order.run_name, on_event, signals)
+    finally:
+        ray.kill(desk)
+        shutil.rmtree(own_files, ignore_errors=True)
+    if fit.error is not None:
+        if hang_reports:
+            raise WorkerHung(hang_reports[0]) from fit.error
+        raise fit.error
+    if "interrupted" in fit.returned:
+        raise fit.returned["interrupted"]
+
+
+def _start_desk(ray: Any) -> Any:
+    """The actor between this driver and rank 0, on the driver's node: it must not be lost with a worker's."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0)(Desk).options(scheduling_strategy=here).remote()
+
+
+def _make_trainer(
+    order: Order, desk: Any, workers: int, resources: dict[str, float], scale: Scale, own_files: str
+) -> Any:
+    """Ray Train's trainer of one attempt. It restarts nothing by itself: which failures are worth another attempt is
+    decided here (`Losses`).
+
+    Parameters
+    ----------
+    resources: of each worker, such as {"CPU": 1}.
+    own_files: an empty folder for what Ray Train writes.
+    """
     import ray.train
     import ray.train.torch
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from pipeline.cluster.backend import WorkerConfig
 
@@ -133,19 +192,16 @@ def _run_once(
         def _create_default_callbacks(self) -> list[Any]:
             return [one for one in super()._create_default_callbacks() if type(one).__name__ not in IDLE_CALLBACKS]
 
-    on_gpu = "GPU" in resources
-    here = NodeAffinitySchedulingStrategy(cluster.get_runtime_context().get_node_id(), soft=False)
-    desk = cluster.remote(num_cpus=0)(Desk).options(scheduling_strategy=here).remote()
-    own_files = tempfile.mkdtemp(prefix="trainyard-ray-")
-    allowed = limits(scale.hang_s) if scale.hang_s is not None else None
-    sum_s = allowed.last_net_s if allowed is not None else LONGEST_SUM_S
+    limits = hang_limits(scale.hang_s) if scale.hang_s is not None else None
+    collective_timeout_s = limits.last_net_s if limits is not None else LONGEST_SUM_S
     # Read by the controller, which starts with this: a worker without another that could notice that it is stopped.
-    unanswered_s = allowed.unanswered_s if allowed is not None else LONGEST_SUM_S
+    unanswered_s = limits.unanswered_s if limits is not None else LONGEST_SUM_S
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(unanswered_s)
-    trainer = Trainer(
+    on_gpu = "GPU" in resources
+    return Trainer(
         train_function,
         train_loop_config={"order": order, "desk": desk},
-        torch_config=WorkerConfig(backend="nccl" if on_gpu else "gloo", timeout_s=int(sum_s)),
+        torch_config=WorkerConfig(backend="nccl" if on_gpu else "gloo", timeout_s=int(collective_timeout_s)),
         scaling_config=train.ScalingConfig(num_workers=workers, use_gpu=on_gpu, resources_per_worker=resources),
         run_config=train.RunConfig(
             name=f"{order.run_name}-{uuid.uuid4().hex[:8]}",
@@ -153,48 +209,53 @@ def _run_once(
             failure_config=train.FailureConfig(max_failures=0, controller_failure_limit=0),
         ),
     )
-    outcome: dict[str, Any] = {}
-    hung: list[str] = []
 
-    def hear(event: Mapping[str, Any]) -> None:
-        if event["kind"] == "hang":
-            hung.append(event["text"])
-        else:
-            tell(event)
 
-    def fit() -> None:
+class _FitThread(threading.Thread):
+    """Runs `trainer.fit()`, which blocks, so that the main thread can carry events and signals meanwhile."""
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(name="trainyard-fit", daemon=True)
+        self.error: BaseException | None = None
+        self.returned: dict[str, Any] = {}
+        """What rank 0's `train_function` returned."""
+        self._trainer = trainer
+
+    def run(self) -> None:
         try:
-            outcome["result"] = trainer.fit()
+            self.returned = self._trainer.fit().return_value or {}
         except BaseException as error:  # carried to the waiting thread, which raises it
-            outcome["error"] = error
+            self.error = error
 
-    thread = threading.Thread(target=fit, name="trainyard-fit", daemon=True)
-    thread.start()
-    watch, inbox = HeadWatch(), Inbox(cluster, desk, hear)
-    told = 0
-    try:
-        while thread.is_alive():
-            thread.join(PULSE_S)
-            wanted = signals.received or (told or _notice(cluster, desk, watch, tell))
-            if wanted != told:
-                told = wanted
-                desk.stop.remote(told)
-            inbox.pass_on()
-            if watch.silent_s > HEAD_SILENT_S:
-                raise _head_lost(order.run_name)
-        for _ in range(2):  # an answer that is under way, and what came since
-            inbox.pass_on(wait_s=5)
-    finally:
-        watch.close()
-        cluster.kill(desk)
-        shutil.rmtree(own_files, ignore_errors=True)
-    if "error" in outcome:
-        if hung:
-            raise WorkerHung(hung[0]) from outcome["error"]
-        raise outcome["error"]
-    returned = outcome["result"].return_value or {}
-    if "interrupted" in returned:
-        raise returned["interrupted"]
+
+def _carry_until_done(
+    ray: Any,
+    fit: _FitThread,
+    desk: Any,
+    watch: HeadWatch,
+    inbox: Inbox,
+    run_name: str,
+    on_event: EventHandler,
+    signals: StopSignals,
+) -> None:
+    """Pass events from the workers on, and signals to stop to them, until `fit` is over.
+
+    Raises
+    ------
+    WorkerLostError: the head of the cluster does not answer.
+    """
+    sent = 0
+    while fit.is_alive():
+        fit.join(PULSE_S)
+        number = signals.received or (sent or _preemption_signal(ray, desk, watch, on_event))
+        if number != sent:
+            sent = number
+            desk.stop.remote(sent)
+        inbox.pass_on()
+        if watch.silent_s > HEAD_SILENT_S:
+            raise _head_lost(run_name)
+    for _ in range(2):  # an answer that is under way, and what came since
+        inbox.pass_on(wait_s=5)
 
 
 def _check_head(run_name: str) -> None:
@@ -220,7 +281,7 @@ def _head_lost(run_name: str) -> WorkerLostError:
     )
 
 
-def _notice(ray: Any, desk: Any, watch: HeadWatch, tell: Tell) -> int:
+def _preemption_signal(ray: Any, desk: Any, watch: HeadWatch, on_event: EventHandler) -> int:
     """SIGTERM where a node of ours is being drained: the workers are to save and leave before it goes. Else 0."""
     if not watch.draining:
         return 0
@@ -233,5 +294,5 @@ def _notice(ray: Any, desk: Any, watch: HeadWatch, tell: Tell) -> int:
         return 0
     known = [gone / 1000 - time.time() for gone in leaving.values() if gone]  # the cluster's clock, for people only
     until = f" within {max(0.0, min(known)):.0f} s" if known else ""
-    tell({"kind": "warning", "text": f"{len(leaving)} of the workers' nodes will be gone{until}: saving"})
+    on_event(WarningMessage(f"{len(leaving)} of the workers' nodes will be gone{until}: saving"))
     return signal.SIGTERM

@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from typing import Any
 
-from pipeline.context import PeerLost
+from pipeline.context import PeerFailure
 from pipeline.redaction import scrub
 
 
@@ -34,7 +34,7 @@ class WorkerFailed(Exception):
         """An error as it was met on a worker."""
         step = getattr(error, "step", None)
         trace = scrub("".join(traceback.format_exception(error)))  # Ray writes down what is raised
-        return cls(rank, step, scrub(head(error)), trace, isinstance(error, PeerLost))
+        return cls(rank, step, scrub(head(error)), trace, isinstance(error, PeerFailure))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return WorkerFailed, (self.rank, self.step, self.line, self.trace, self.is_consequence)

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
-from typing import Any
+
+from pipeline.events import (
+    CheckpointCommitted,
+    EvaluationLogged,
+    Event,
+    StepReached,
+    StepsLogged,
+    TrainingStarted,
+)
 
 GAUGES = {
     "trainyard_loss": "Loss: of the latest step (split train_steps) or of an evaluation",
@@ -48,30 +55,31 @@ class Gauges:
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._pulse, name="trainyard-gauges", daemon=True)
 
-    def set(self, event: Mapping[str, Any]) -> None:
-        """Show what an event says; most kinds say nothing to a gauge."""
-        kind = event["kind"]
-        if kind == "steps":
-            self._set("step", event["step"], "train_steps")
-            if self._rank == 0:
-                self._set("loss", event["loss"], "train_steps")
-                self._set("epoch", event["epoch"], "train_steps")
-                self._set("learning_rate", event["lr"], "train_steps")
-                self._set("samples_per_second", event["samples_per_s"], "train_steps")
-                self._counters["trainyard_samples"].inc(event["samples"], self._labels)
-        elif kind == "evaluation":
-            for metric, value in event["metrics"].items():
-                split, _, name = metric.partition("/")
-                if name in ("loss", "accuracy"):
-                    self._set(name, value, split)
-        elif kind == "commit":
-            self._saved = time.monotonic()
-            self._set("upload_seconds", event["seconds"])
-            self._counters["trainyard_commits"].inc(1, self._labels)
-        elif kind == "start" and self._rank == 0:
-            self._saved = time.monotonic()
-            self._set("restarts", event["attempt"] - 1)
-            self._thread.start()
+    def set(self, event: Event) -> None:
+        """Set the gauges that an event has values for; most events have none."""
+        match event:
+            case StepReached():
+                self._set("step", event.step, "train_steps")
+            case StepsLogged():
+                self._set("step", event.step, "train_steps")
+                self._set("loss", event.loss, "train_steps")
+                self._set("epoch", event.epoch, "train_steps")
+                self._set("learning_rate", event.lr, "train_steps")
+                self._set("samples_per_second", event.samples_per_s, "train_steps")
+                self._counters["trainyard_samples"].inc(event.samples, self._labels)
+            case EvaluationLogged():
+                for metric, value in event.metrics.items():
+                    split, _, name = metric.partition("/")
+                    if name in ("loss", "accuracy"):
+                        self._set(name, value, split)
+            case CheckpointCommitted():
+                self._saved = time.monotonic()
+                self._set("upload_seconds", event.write_s)
+                self._counters["trainyard_commits"].inc(1, self._labels)
+            case TrainingStarted() if self._rank == 0:
+                self._saved = time.monotonic()
+                self._set("restarts", event.attempt - 1)
+                self._thread.start()
 
     def close(self) -> None:
         """Let the age be."""

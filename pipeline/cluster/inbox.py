@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.context import Tell
+from pipeline.events import EventHandler
 
 
 class Inbox:
     """The events that wait on the desk. One question at a time, kept until it is answered: none is lost to a driver or
     a desk that is slow."""
 
-    def __init__(self, ray: Any, desk: Any, tell: Tell) -> None:
+    def __init__(self, ray: Any, desk: Any, on_event: EventHandler) -> None:
         self._ray = ray
         self._desk = desk
-        self._tell = tell
+        self._on_event = on_event
         self._asked: Any = None
 
     def pass_on(self, wait_s: float = 0.0) -> None:
-        """Tell what there is; where the answer takes longer, next time."""
+        """Handle the events that there are; where the answer takes longer, next time."""
         self._asked = self._asked or self._desk.take.remote()
         try:
             if not self._ray.wait([self._asked], timeout=wait_s)[0]:
@@ -28,4 +28,4 @@ class Inbox:
             self._asked = None  # progress is for the eye: fit() itself says what is wrong
             return
         for event in events:
-            self._tell(event)
+            self._on_event(event)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.cluster.ray_internals import available_resources_per_node, max_cluster_resources
-from pipeline.context import StopSignals, Tell
+from pipeline.context import StopSignals
 from pipeline.cpus import available_cpus
 from pipeline.errors import InputError, Interrupted, WorkerLostError
+from pipeline.events import EventHandler, Message, WarningMessage
 from pipeline.job import Scale, WorkerRange
 
 POLL_S = 1.0
@@ -83,7 +84,7 @@ class Room:
                 fix="ask for fewer workers or a smaller scale.cpus_per_worker",
             )
 
-    def wait(self, signals: StopSignals, tell: Tell, *, after_loss: bool) -> int:
+    def wait(self, signals: StopSignals, tell: EventHandler, *, after_loss: bool) -> int:
         """How many workers to start: as many as are wanted, once there is room for them.
 
         At the first start a busy cluster is waited for without a limit, and a range takes what is free. After a loss
@@ -121,21 +122,20 @@ class Room:
                 said = time.monotonic()
                 limit = f" for up to {self.wait_s:.0f} s" if after_loss else ""
                 tell(
-                    {
-                        "kind": "message",
-                        "text": f"waiting{limit} for room for {self._most} workers of {words(self.per_worker)} each:"
-                        f" {words(added(seen.free))} free of {words(added(seen.total))}",
-                    }
+                    Message(
+                        f"waiting{limit} for room for {self._most} workers of {words(self.per_worker)} each:"
+                        f" {words(added(seen.free))} free of {words(added(seen.total))}"
+                    )
                 )
             time.sleep(POLL_S)
 
 
-def warn_of_few_cores(cpus: int, tell: Tell) -> None:
+def warn_of_few_cores(cpus: int, tell: EventHandler) -> None:
     """Say so where the workers of a cluster of this machine's own ask for more than it has."""
     cores = available_cpus()
     if cpus > cores:
         text = f"the workers ask for {cpus} CPUs, and this machine has {cores}: they share them"
-        tell({"kind": "warning", "text": text})
+        tell(WarningMessage(text))
 
 
 def look_at(ray: Any, *, draining: Callable[[], Mapping[str, int]]) -> Seen:

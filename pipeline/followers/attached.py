@@ -7,16 +7,14 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO
 
+from pipeline.events import Event, EventHandler, Message, PhaseStarted, WarningMessage
 from pipeline.job.following import Follower
 from pipeline.record.run import Run
-
-if TYPE_CHECKING:
-    from pipeline.context import Tell  # which imports torch
 
 LAST_S = 30.0
 """After the run, seconds that its followers may take to tell the rest; `trainyard follow` tells what is missing."""
@@ -31,10 +29,10 @@ class AttachedFollowers:
     it tells the rest and ends. Nothing that happens to it is more than a warning.
     """
 
-    def __init__(self, run: Run, to: Sequence[Follower], tell: Tell) -> None:
+    def __init__(self, run: Run, to: Sequence[Follower], on_event: EventHandler) -> None:
         self._run = run
         self._to = tuple(dict.fromkeys(to))
-        self._tell = tell
+        self._on_event = on_event
         self._process: subprocess.Popen[str] | None = None
         self._readers: list[threading.Thread] = []
         self._errors: list[str] = []
@@ -74,7 +72,7 @@ class AttachedFollowers:
         self._process.stdin.close()
         code = self._ended_within(SOON_S)
         if code is None:
-            self._tell({"kind": "phase", "text": f"telling {' and '.join(self._to)} the rest"})
+            self._on_event(PhaseStarted(f"telling {' and '.join(self._to)} the rest"))
             code = self._ended_within(LAST_S - SOON_S)
         if code is None:
             self._process.kill()
@@ -94,12 +92,12 @@ class AttachedFollowers:
 
     def _warn(self, why: str) -> None:
         text = f"{' and '.join(self._to)}: {why}; `trainyard follow {self._run.name}` tells the rest"
-        self._tell({"kind": "warning", "text": text})
+        self._on_event(WarningMessage(text))
 
     def _pass_on(self, lines: IO[str]) -> None:
         with lines:
             for line in lines:
-                self._tell(json.loads(line))
+                self._on_event(_decode_event(line))
 
     def _keep_errors(self, lines: IO[str]) -> None:
         with lines:
@@ -120,11 +118,18 @@ def driver_gone() -> threading.Event:
     return gone
 
 
-def tell_driver(stream: IO[str]) -> Tell:
+def tell_driver(stream: IO[str]) -> EventHandler:
     """For that process: hands events to its driver, who may be dead."""
 
-    def tell(event: Mapping[str, Any]) -> None:
+    def on_event(event: Event) -> None:
+        assert isinstance(event, Message | WarningMessage)
+        kind = "warning" if isinstance(event, WarningMessage) else "message"
         with suppress(BrokenPipeError):
-            print(json.dumps(event), file=stream, flush=True)
+            print(json.dumps({"kind": kind, "text": event.text}), file=stream, flush=True)
 
-    return tell
+    return on_event
+
+
+def _decode_event(line: str) -> Event:
+    event = json.loads(line)
+    return WarningMessage(event["text"]) if event["kind"] == "warning" else Message(event["text"])

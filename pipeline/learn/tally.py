@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.context import WorkerContext
 from pipeline.errors import JobError
 from pipeline.job import Job, own_metric
 from pipeline.learn.losses import binary_cross_entropy, cross_entropy
@@ -25,15 +25,6 @@ MOST_GATHERED = 2**24
 
 FOLDED = 2**20
 """So many outputs wait on the device before they are summed."""
-
-
-class Ranks(Protocol):
-    """See `loop.Surroundings`."""
-
-    rank: int
-    world_size: int
-
-    def reduce(self, vector: Tensor) -> None: ...
 
 
 class Tally:
@@ -68,7 +59,7 @@ class Tally:
         if self._numbers >= FOLDED:
             self._fold()
 
-    def metrics(self, around: Ranks) -> dict[str, float]:
+    def metrics(self, context: WorkerContext) -> dict[str, float]:
         """The metrics of the whole split: the task's, the user's own, and `samples`. All ranks take part.
 
         Raises
@@ -77,7 +68,7 @@ class Tally:
         """
         self._fold()
         sums = np.sum(self._sums, axis=0) if self._sums else self._metrics.sums(*_no_rows(self._task))
-        rows = self._of_all_ranks(sums, around) if around.world_size > 1 else self._own_rows()
+        rows = self._of_all_ranks(sums, context) if context.world_size > 1 else self._own_rows()
         found = self._metrics.of_sums(sums)
         own = {metric.column: math.nan for metric in self._task.metrics}
         if rows is not None and len(rows):
@@ -86,8 +77,8 @@ class Tally:
             own |= self._own_metrics(outputs, targets)
         samples = found.pop("samples")
         found |= own
-        if around.world_size > 1:
-            found = dict(zip(found, self._of_rank_0(list(found.values()), around), strict=True))
+        if context.world_size > 1:
+            found = dict(zip(found, self._of_rank_0(list(found.values()), context), strict=True))
         return {**found, "samples": samples}
 
     def _own_metrics(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
@@ -118,14 +109,14 @@ class Tally:
             return None
         return np.concatenate(self._kept) if self._kept else None
 
-    def _of_all_ranks(self, sums: np.ndarray, around: Ranks) -> np.ndarray | None:
+    def _of_all_ranks(self, sums: np.ndarray, context: WorkerContext) -> np.ndarray | None:
         """Sum the sums over all ranks, in place, and gather their rows: (N, K + T), or None.
 
         Each rank writes its rows at their place among zeros, and the ranks sum: exact, and the only exchange needed.
         """
-        counts = torch.zeros(around.world_size, dtype=torch.float64, device=self._summed_on)
-        counts[around.rank] = self._rows
-        around.reduce(counts)
+        counts = torch.zeros(context.world_size, dtype=torch.float64, device=self._summed_on)
+        counts[context.rank] = self._rows
+        context.all_reduce(counts)
         ends = [int(end) for end in counts.cumsum(0).tolist()]
         width = row_numbers(self._task.kind, self._task.outputs)
         gathers = bool(self._task.classes or self._task.metrics) and ends[-1] * width <= MOST_GATHERED
@@ -133,18 +124,18 @@ class Tally:
         vector[: len(sums)] = sums
         rows = vector[len(sums) :].reshape(-1, width)
         if gathers and self._kept:
-            rows[ends[around.rank] - self._rows : ends[around.rank]] = np.concatenate(self._kept)
+            rows[ends[context.rank] - self._rows : ends[context.rank]] = np.concatenate(self._kept)
         shared = torch.from_numpy(vector).to(self._summed_on)
-        around.reduce(shared)
+        context.all_reduce(shared)
         vector[:] = shared.cpu().numpy()
         sums[:] = vector[: len(sums)]
         return rows if gathers else None
 
-    def _of_rank_0(self, values: list[float], around: Ranks) -> list[float]:
+    def _of_rank_0(self, values: list[float], context: WorkerContext) -> list[float]:
         """What rank 0 found counts on all: a function of the user's may draw at random, and all must end alike."""
-        shared = torch.tensor(values if around.rank == 0 else [0.0] * len(values), dtype=torch.float64)
+        shared = torch.tensor(values if context.rank == 0 else [0.0] * len(values), dtype=torch.float64)
         shared = shared.to(self._summed_on)
-        around.reduce(shared)
+        context.all_reduce(shared)
         return [float(value) for value in shared.tolist()]
 
 

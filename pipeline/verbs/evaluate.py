@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline import loop
 from pipeline.assembly import Say, build, check_weights, eval_loader, prepare, prepare_rows
-from pipeline.context import Alone
+from pipeline.context import SingleProcessContext
 from pipeline.data.fitted import Fitted
 from pipeline.data.preprocess import DataReport
 from pipeline.device import leave_as_found
@@ -116,8 +116,7 @@ def evaluate(
     if split == "test":
         facts = {"checkpoint": saved.name, "step": saved.step, "host": socket.gethostname(), "pid": os.getpid()}
         record_read(found, facts)
-    alone = Alone(lambda event: None)
-    result = loop.evaluate(built.trainee, eval_loader(prepared, built, split), alone)
+    result = loop.evaluate(built.trainee, eval_loader(prepared, built, split), SingleProcessContext())
     metrics = {f"{split}/{name}": value for name, value in result.items()}
     report = DataReport(fitted.preprocess)
     rows = prepared.splits[split]

@@ -6,18 +6,16 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import Any, cast, get_args
 
 from pipeline.errors import InputError, TrainyardError, WorkError
+from pipeline.events import EventHandler, Message, WarningMessage, ignore_event
 from pipeline.followers import Follower, MetricLog, Name, make
 from pipeline.followers.log import STORAGE_LIMIT_S
 from pipeline.job_file import parse_job
 from pipeline.record.run import JOB, Run
 from pipeline.record.standing import Status, standing
 from pipeline.verbs.places import find_run
-
-if TYPE_CHECKING:
-    from pipeline.context import Tell  # which imports torch
 
 PAUSE_S = 5.0
 """Between two looks at the metric log."""
@@ -57,7 +55,7 @@ def follow(
     storage: str | None = None,
     once: bool = False,
     driven: threading.Event | None = None,
-    tell: Tell = lambda event: None,
+    on_event: EventHandler = ignore_event,
 ) -> Followed:
     """Tell followers what they do not know yet of a run, until it is over or as it is now.
 
@@ -82,7 +80,7 @@ def follow(
             where=found.url,
             fix="say --to tensorboard or --to mlflow, or follow: in the job",
         )
-    watched = [_Told(name, log, tell, lenient=driven is not None, tries_again=not once) for name in names]
+    watched = [_Told(name, log, on_event, lenient=driven is not None, tries_again=not once) for name in names]
     seen = _Seen(found)
     looks: Iterator[Status]
     if driven is not None:
@@ -90,7 +88,7 @@ def follow(
     elif once:
         looks = iter([seen.status()])
     else:
-        looks = _until_over(seen, watched, tell)
+        looks = _until_over(seen, watched, on_event)
     for status in looks:
         for one in watched:
             one.catch_up(log, status)
@@ -98,12 +96,7 @@ def follow(
         if one.fault is not None and driven is None:
             raise one.fault
         if one.fault is not None and not one.is_hopeless:
-            tell(
-                {
-                    "kind": "warning",
-                    "text": f"{one.name} does not know all; `trainyard follow {found.name}` tells the rest",
-                }
-            )
+            on_event(WarningMessage(f"{one.name} does not know all; `trainyard follow {found.name}` tells the rest"))
     cells: dict[str, int] = {one.name: one.cells for one in watched}
     return Followed(found.name, found.url, status, cells, {one.name: one.where for one in watched})
 
@@ -126,14 +119,14 @@ def _while_driven(seen: _Seen, driven: threading.Event) -> Iterator[Status]:
         driven.wait(PAUSE_S)
 
 
-def _until_over(seen: _Seen, watched: Sequence[_Told], tell: Tell) -> Iterator[Status]:
+def _until_over(seen: _Seen, watched: Sequence[_Told], on_event: EventHandler) -> Iterator[Status]:
     """How the run stands, look by look, until it is over and all is told, or was tried for long enough."""
     over_since: float | None = None
     before: Status = "running"
     while True:
         status = seen.status()
         if status == "stalled" != before:
-            tell({"kind": "message", "text": "no sign of life from the run; waiting for it to go on"})
+            on_event(Message("no sign of life from the run; waiting for it to go on"))
         before = status
         yield status
         if seen.is_over or status == "finished":  # whoever wrote its end may have died before the last cells
@@ -168,7 +161,7 @@ class _Told:
 
     name: Name
     log: MetricLog
-    tell: Tell
+    on_event: EventHandler
     lenient: bool
     """Whether even what is hopeless is only a warning."""
     tries_again: bool
@@ -189,20 +182,20 @@ class _Told:
             if not self.lenient:
                 raise
             self.fault, self.is_hopeless = error, True
-            self._say("warning", f"{_one_line(error)}; the run goes on without it. {error.fix}".rstrip())
+            self._emit(WarningMessage, f"{_one_line(error)}; the run goes on without it. {error.fix}".rstrip())
         except WorkError as error:
             if self.fault is None and self.lenient:
-                self._say("warning", f"{_one_line(error)}; the run goes on, and what is missing is told later")
+                self._emit(WarningMessage, f"{_one_line(error)}; the run goes on, and what is missing is told later")
             elif self.fault is None and self.tries_again:
-                self._say("message", f"{_one_line(error)}; trying again")
+                self._emit(Message, f"{_one_line(error)}; trying again")
             self.fault = error
         else:
             if self.fault is not None:
-                self._say("message", "back, and all is told")
+                self._emit(Message, "back, and all is told")
             self.fault = None
 
-    def _say(self, kind: str, text: str) -> None:
-        self.tell({"kind": kind, "text": f"{self.name}: {text}"})
+    def _emit(self, kind: type[Message] | type[WarningMessage], text: str) -> None:
+        self.on_event(kind(f"{self.name}: {text}"))
 
 
 def _one_line(error: TrainyardError) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError
+from pipeline.events import EventHandler, Message, RunOpened
 from pipeline.job import Job, digest, identity, plain_name
 from pipeline.job_file import dump_job, parse_job
 from pipeline.learn.plan import FIRST_CELL_STEPS
@@ -18,7 +19,6 @@ from pipeline.storage import Storage
 
 if TYPE_CHECKING:  # who finds that nothing is left to do needs neither torch nor the data
     from pipeline.assembly import Prepared
-    from pipeline.context import Tell
 
 
 @dataclass
@@ -104,7 +104,7 @@ class RunCreation:
             and (not self.code.files or run.has_code())
         )
 
-    def find_or_create(self, prepared: Prepared, tell: Tell) -> None:
+    def find_or_create(self, prepared: Prepared, on_event: EventHandler) -> None:
         """Have the run there, all that belongs to its creation included.
 
         Raises
@@ -130,7 +130,7 @@ class RunCreation:
         }
         is_new = run.birth(dump_job(job), facts)
         if is_new:
-            self._tell_of_older(tell)
+            self._tell_of_older(on_event)
         else:
             self._check(run.facts())
         if is_new or not run.has_splits(splits):  # a kill right after the creation, or damage
@@ -139,7 +139,7 @@ class RunCreation:
             run.write_code(code.archive)
         if not self.announced:
             self.announced = True
-            tell({"kind": "run", "run": run.name, "url": run.url, "text": "new run" if is_new else "found"})
+            on_event(RunOpened(run.name, run.url, is_new))
 
     def _check(self, there: dict[str, Any]) -> None:
         """Whether the run that is there is one of this job, and of the code that its last attempt ran."""
@@ -163,7 +163,7 @@ class RunCreation:
             )
         self.code_changes = tuple(files)
 
-    def _tell_of_older(self, tell: Tell) -> None:
+    def _tell_of_older(self, on_event: EventHandler) -> None:
         """Versions before did not count the code: say so where the same job has such a run."""
         if not self.code.files:
             return
@@ -173,7 +173,7 @@ class RunCreation:
                 f"{older.name} is a run of this job by an earlier version, which did not tell edits of the code apart; "
                 f"it is left as it is, and --name {older.name} goes on with it"
             )
-            tell({"kind": "message", "text": text})
+            on_event(Message(text))
 
     def _refuse(self, there: dict[str, Any]) -> None:
         stored = parse_job(self.run.job_yaml(), f"{self.run.url}/job.yaml")

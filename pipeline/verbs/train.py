@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.context import Alone, StopSignals, Tell
+from pipeline.context import SingleProcessContext, StopSignals
 from pipeline.data.sources import Source, identify
 from pipeline.errors import BusyError, InputError, TrainyardError
+from pipeline.events import EventHandler, Message, PhaseStarted, RunOpened, WarningMessage, ignore_event
 from pipeline.job import IN_PLACE_WORKERS, Job
 from pipeline.job_file import resolve_job
-from pipeline.own_code import UserCode, collect
+from pipeline.own_code import collect
 from pipeline.record.attempt import peek, refuse_pickled_state
 from pipeline.record.journal import Journal
 from pipeline.record.run import Run
@@ -27,6 +28,8 @@ from pipeline.verbs.places import storage_url
 from pipeline.verbs.run_creation import RunCreation
 
 if TYPE_CHECKING:  # they import torch, which takes longer than to find that there is nothing to do
+    from pipeline.assembly import Prepared
+    from pipeline.followers.attached import AttachedFollowers
     from pipeline.starting import Start
     from pipeline.worker import Order
 
@@ -42,7 +45,7 @@ def train(
     address: str | None = None,
     max_steps: int | None = None,
     allow_code_change: bool = False,
-    tell: Tell = lambda event: None,
+    on_event: EventHandler = ignore_event,
     verbose: bool = False,
 ) -> Standing:
     """Run a job to its end, or resume the run that it already has.
@@ -60,7 +63,7 @@ def train(
     max_steps: stop after so many steps.
     allow_code_change: go on with the run of this `name` although the user's own code was edited since; which files is
         recorded in the run.
-    tell: takes events as they happen, see `pipeline.context`.
+    on_event: takes events as they happen, see `pipeline.events`.
 
     Returns
     -------
@@ -79,48 +82,33 @@ def train(
     job = resolve_job(job, _words(set) if isinstance(set, Mapping) else set)
     code = collect(job)
     with code.in_use(), _own_settings():
-        return _train(job, code, name, storage, address, max_steps, allow_code_change, tell, verbose)
+        # The identity of job, code and data says which run it is, before any data is decoded or torch is imported:
+        # there may be nothing to do, or nothing to do now.
+        root = storage_url(storage, job.storage)
+        start = _initial_weights(job, root)
+        fingerprint, source = identify(job, lambda text: on_event(PhaseStarted(text)))
+        creation = RunCreation.of(
+            job,
+            code,
+            fingerprint=fingerprint,
+            start=start.digest if start is not None else None,
+            name=name,
+            storage_url=root,
+            max_steps=max_steps,
+            allow_code_change=allow_code_change,
+        )
+        exists = creation.is_there()
+        if exists and _is_complete(creation, on_event):
+            return standing(creation.run)
+        from pipeline.device import leave_as_found
+
+        with leave_as_found():
+            run = _train_run(creation, start, source, exists, on_event, address=address, verbose=verbose)
+        return standing(run)
 
 
-def _train(
-    job: Job,
-    code: UserCode,
-    name: str | None,
-    storage: str | None,
-    address: str | None,
-    max_steps: int | None,
-    allow_code_change: bool,
-    tell: Tell,
-    verbose: bool,
-) -> Standing:
-    """Find the run by the identity of job, code and data, before any data is decoded or torch is imported: there may be
-    nothing to do, or nothing to do now."""
-    root = storage_url(storage, job.storage)
-    start = _weights_to_start_from(job, root)
-    fingerprint, source = identify(job, lambda text: tell({"kind": "phase", "text": text}))
-    creation = RunCreation.of(
-        job,
-        code,
-        fingerprint=fingerprint,
-        start=start.digest if start is not None else None,
-        name=name,
-        storage_url=root,
-        max_steps=max_steps,
-        allow_code_change=allow_code_change,
-    )
-    is_there = creation.is_there()
-    if is_there and _is_done(creation, tell):
-        return standing(creation.run)
-
-    from pipeline.device import leave_as_found
-
-    with leave_as_found():
-        run = _train_run(creation, start, source, is_there, tell, address=address, verbose=verbose)
-    return standing(run)
-
-
-def _is_done(creation: RunCreation, tell: Tell) -> bool:
-    """Whether the run, which is there, has ended and nothing is missing; then the user is told so.
+def _is_complete(creation: RunCreation, on_event: EventHandler) -> bool:
+    """Whether the run, which exists, has ended and nothing is missing; then the user is told so.
 
     Raises
     ------
@@ -129,8 +117,8 @@ def _is_done(creation: RunCreation, tell: Tell) -> bool:
     """
     run = creation.run
     if creation.is_complete():
-        tell({"kind": "run", "run": run.name, "url": run.url, "text": "found"})
-        tell({"kind": "message", "text": NOTHING_TO_DO})
+        on_event(RunOpened(run.name, run.url, is_new=False))
+        on_event(Message(NOTHING_TO_DO))
         return True
     if peek(run) == "busy":
         raise BusyError("another process is writing this run", where=run.url, fix="`trainyard show` says how it stands")
@@ -142,8 +130,8 @@ def _train_run(
     creation: RunCreation,
     start: Start | None,
     source: Source | None,
-    is_there: bool,
-    tell: Tell,
+    exists: bool,
+    on_event: EventHandler,
     *,
     address: str | None,
     verbose: bool,
@@ -153,12 +141,12 @@ def _train_run(
     Parameters
     ----------
     source: the opened data, where its fingerprint took opening it.
-    is_there: whether the run exists, so that what it fitted is taken over.
+    exists: whether the run exists, so that its fitted transforms are taken over.
     """
     from pipeline.assembly import build, prepare, stored_transforms
     from pipeline.followers.attached import AttachedFollowers
     from pipeline.record.soundness import has_end
-    from pipeline.worker import Order, say_for_the_dead, work
+    from pipeline.worker import Order, run_worker
 
     job, driver = creation.job, uuid.uuid4().hex
     prepared = prepare(
@@ -166,20 +154,21 @@ def _train_run(
         creation.max_steps,
         start=start,
         source=source,
-        fitted=stored_transforms(creation.run) if is_there else None,
-        say=lambda text: tell({"kind": "phase", "text": text}),
+        fitted=stored_transforms(creation.run) if exists else None,
+        say=lambda text: on_event(PhaseStarted(text)),
         code=creation.code,
     )
     if prepared.source.fingerprint != creation.fingerprint:  # arrays of a function that had to be held in float64
         creation = creation.of_data(prepared.source.fingerprint)
-        if creation.is_there() and _is_done(creation, tell):
+        if creation.is_there() and _is_complete(creation, on_event):
             return creation.run
     run = creation.run
-    here = job.scale.workers == IN_PLACE_WORKERS
-    built = build(prepared, device_kind="" if here else "cpu")  # so that what cannot be built leaves nothing behind
+    in_process = job.scale.workers == IN_PLACE_WORKERS
+    # Before the run is created, so that a job that cannot be built leaves nothing behind. Workers build their own.
+    built = build(prepared, device_kind="" if in_process else "cpu")
     misfits = [f"not taken from {start.name}: {text}" for text in built.misfits] if start is not None else []
     for text in (*prepared.warnings, *misfits):
-        tell({"kind": "warning", "text": text})
+        on_event(WarningMessage(text))
     order = Order(
         job=job,
         storage_url=run.open_url,
@@ -190,32 +179,51 @@ def _train_run(
         environment=handed.handed(),
     )
     is_over = peek(run, driver) == "finished"
-    with StopSignals() as signals, AttachedFollowers(run, job.follow, tell) as followers:
-        if here or is_over:
-            creation.find_or_create(prepared, tell)
-            if is_over and has_end(run):  # only its splits or code were missing, or an earlier version made it
-                tell({"kind": "message", "text": NOTHING_TO_DO})
-                return run
-            followers.start()
-            order = replace(order, code_changes=creation.code_changes)
-            work(order, Alone(tell, signals), prepared)
-        else:
-            from pipeline.cluster.driver import train_on_workers
-
-            def ready() -> tuple[Order, Journal]:
-                creation.find_or_create(prepared, tell)
-                refuse_where_it_beats(run, driver)  # before workers are started, or waited for
-                followers.start()
-                return replace(order, code_changes=creation.code_changes), run.journal
-
-            try:
-                train_on_workers(
-                    ready, job.scale, tell, signals, storage_url=run.open_url, address=address, verbose=verbose
-                )
-            except TrainyardError as error:
-                say_for_the_dead(run, order, error)
-                raise
+    with StopSignals() as signals, AttachedFollowers(run, job.follow, on_event) as followers:
+        if not in_process and not is_over:
+            _train_on_cluster(order, creation, prepared, followers, on_event, signals, address, verbose)
+            return run
+        creation.find_or_create(prepared, on_event)
+        if is_over and has_end(run):  # only its splits or code were missing, or an earlier version made it
+            on_event(Message(NOTHING_TO_DO))
+            return run
+        followers.start()
+        order = replace(order, code_changes=creation.code_changes)
+        context = SingleProcessContext(on_event, signals)
+        run_worker(order, context, prepared=prepared, built=built if in_process else None)
     return run
+
+
+def _train_on_cluster(
+    order: Order,
+    creation: RunCreation,
+    prepared: Prepared,
+    followers: AttachedFollowers,
+    on_event: EventHandler,
+    signals: StopSignals,
+    address: str | None,
+    verbose: bool,
+) -> None:
+    """Have Ray Train workers train the run, and record why where they could not do so themselves."""
+    from pipeline.cluster.driver import train_on_workers
+    from pipeline.worker import say_for_the_dead
+
+    run = creation.run
+
+    def create_run() -> tuple[Order, Journal]:
+        creation.find_or_create(prepared, on_event)
+        refuse_where_it_beats(run, order.driver)  # before workers are started, or waited for
+        followers.start()
+        return replace(order, code_changes=creation.code_changes), run.journal
+
+    scale = order.job.scale
+    try:
+        train_on_workers(
+            create_run, scale, on_event, signals, storage_url=run.open_url, address=address, verbose=verbose
+        )
+    except TrainyardError as error:
+        say_for_the_dead(run, order, error)
+        raise
 
 
 def _own_settings() -> AbstractContextManager[None]:
@@ -228,7 +236,7 @@ def _own_settings() -> AbstractContextManager[None]:
     return leave_as_found()
 
 
-def _weights_to_start_from(job: Job, storage_url: str) -> Start | None:
+def _initial_weights(job: Job, storage_url: str) -> Start | None:
     if job.model.init_from is None and getattr(job.model, "weights", None) is None:
         return None
     from pipeline.starting import find_start  # it imports torch

@@ -4,16 +4,14 @@ Nothing else ends a deadlock, a call that never returns or storage that never an
 Ray and to the operating system.
 """
 
-from pipeline.watchdog.progress import Progress, note_progress, on_progress, unlimited, waits_for
+from pipeline.watchdog.progress import note_progress, on_progress, unlimited, waits_for
 from pipeline.watchdog.stacks import Stacks
-from pipeline.watchdog.verdict import Limits, Pulse
+from pipeline.watchdog.verdict import Limits
 from pipeline.watchdog.watching import PULSE_S, Watchdog
 
 __all__ = [
     "PULSE_S",
     "Limits",
-    "Progress",
-    "Pulse",
     "Stacks",
     "Watchdog",
     "note_progress",

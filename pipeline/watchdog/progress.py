@@ -2,52 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from types import CodeType, FrameType
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, TypeVar
 
-T = TypeVar("T")
+from pipeline.context import Awaited
+
 F = TypeVar("F", bound=Callable[..., Any])
-
-Awaited = Literal["", "workers", "storage", "cache"]
-"""What a thread waits for that is no fault of its own; empty: nothing such. cache: another process that prepares the
-same data."""
 
 Suspend = Callable[[], AbstractContextManager[None]]
 
 _WAITS: dict[CodeType, Awaited] = {}
 _LISTENERS: ContextVar[tuple[Callable[[], None], ...]] = ContextVar("listeners", default=())
 _SUSPEND: ContextVar[Suspend] = ContextVar("suspend", default=nullcontext)
-
-
-class Progress:
-    """Counts steps, blocks of an evaluation and phases of preparing: where the count stays, nothing moves."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.attempt = 0
-        """The number of the attempt; 0 until it is known."""
-        self.give_up: Callable[[], None] = lambda: None
-        """Lets others take the run over, where this thread hangs in a process that goes on."""
-
-    def each(self, items: Iterable[T]) -> Iterable[T]:
-        """`items`, counted when one is asked for and when it is there. Can be iterated as often as `items`."""
-        return _Counted(items, self)
-
-
-class _Counted(Generic[T]):
-    def __init__(self, items: Iterable[T], progress: Progress) -> None:
-        self._items = items
-        self._progress = progress
-
-    def __iter__(self) -> Iterator[T]:
-        progress = self._progress
-        for item in self._items:
-            progress.count += 1
-            yield item
-            progress.count += 1
 
 
 def note_progress() -> None:

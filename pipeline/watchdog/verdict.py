@@ -5,18 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.watchdog.progress import Awaited
-
-
-@dataclass(frozen=True)
-class Pulse:
-    """One rank's sign of life."""
-
-    still_s: float
-    """Since its last progress, by its own clock."""
-    awaits: Awaited
-    silent_s: float = 0.0
-    """Since this sign came, by the clock of whoever passes it on."""
+from pipeline.context import WorkerHeartbeat
 
 
 @dataclass(frozen=True)
@@ -61,7 +50,9 @@ class Limits:
         return 2 * (self.hang_s + self.storage_s) + self.grace_s
 
 
-def verdict(rank: int, own: Pulse, heard: Mapping[int, Pulse] | None, world_size: int, limits: Limits) -> str | None:
+def verdict(
+    rank: int, own: WorkerHeartbeat, heard: Mapping[int, WorkerHeartbeat] | None, world_size: int, limits: Limits
+) -> str | None:
     """What is wrong, as a sentence about the worker at fault without the place; None: nothing, or not yet.
 
     Parameters
@@ -69,19 +60,19 @@ def verdict(rank: int, own: Pulse, heard: Mapping[int, Pulse] | None, world_size
     heard: the latest sign of each rank that ever gave one; None: they cannot be had.
     """
     if own.awaits == "":
-        return f"stood still for {own.still_s:.0f} s" if own.still_s > limits.hang_s else None
+        return f"stood still for {own.idle_s:.0f} s" if own.idle_s > limits.hang_s else None
     if own.awaits == "storage":
-        late = own.still_s > limits.storage_s
-        return f"waited {own.still_s:.0f} s for storage that does not answer" if late else None
-    if own.still_s <= limits.hang_s + limits.grace_s:
+        late = own.idle_s > limits.storage_s
+        return f"waited {own.idle_s:.0f} s for storage that does not answer" if late else None
+    if own.idle_s <= limits.hang_s + limits.grace_s:
         return None
     if own.awaits == "cache":
-        return f"waited {own.still_s:.0f} s for another process that prepares the same data and makes no progress"
-    waited = f"waited {own.still_s:.0f} s for"
+        return f"waited {own.idle_s:.0f} s for another process that prepares the same data and makes no progress"
+    waited = f"waited {own.idle_s:.0f} s for"
     if heard is None:
         return f"{waited} the others"
     others = {other: heard.get(other) for other in range(world_size) if other != rank}
-    silent = [other for other, pulse in others.items() if pulse is None or pulse.silent_s > limits.hang_s]
+    silent = [other for other, pulse in others.items() if pulse is None or pulse.last_seen_s > limits.hang_s]
     if silent:
         numbers = ", ".join(map(str, silent))
         gives = "which gives" if len(silent) == 1 else "which give"

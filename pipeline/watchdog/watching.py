@@ -9,37 +9,23 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType, TracebackType
-from typing import Any, Protocol
+from typing import Any
 
+from pipeline.context import Awaited, WorkerContext, WorkerHeartbeat
 from pipeline.errors import HungError
-from pipeline.watchdog.progress import Awaited, Progress, awaited, on_progress, suspended_by
+from pipeline.events import WarningMessage
+from pipeline.watchdog.progress import awaited, on_progress, suspended_by
 from pipeline.watchdog.stacks import Stacks
-from pipeline.watchdog.verdict import Limits, Pulse, verdict
+from pipeline.watchdog.verdict import Limits, verdict
 
 PULSE_S = 5.0
 """What a pulse takes at the most."""
 STANDARD_ERROR = 2
 LAST_WORD_S = 30.0
 """The same for saving stacks and saying why."""
-
-
-class Around(Protocol):
-    """What a watchdog needs to know of its surroundings: see `pipeline.context.Context`."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    alone: bool
-    owns_process: bool
-    progress: Progress
-
-    def tell(self, event: Mapping[str, Any]) -> None: ...
-    def pulse(self, own: Pulse) -> Mapping[int, Pulse] | None: ...
-    def interrupt(self, error: HungError) -> bool: ...
-    def last_word(self, error: HungError) -> None: ...
 
 
 class Watchdog:
@@ -60,9 +46,9 @@ class Watchdog:
     """
 
     def __init__(
-        self, around: Around, limits: Limits, stacks: Stacks, *, where: str, answers: Callable[[], int]
+        self, context: WorkerContext, limits: Limits, stacks: Stacks, *, where: str, answers: Callable[[], int]
     ) -> None:
-        self._around = around
+        self._context = context
         self._limits = limits
         self._stacks = stacks
         self._where = where
@@ -85,7 +71,7 @@ class Watchdog:
         self._entered.enter_context(suspended_by(self._suspended))
         self._arm()
         self._thread.start()
-        if self._around.local_rank == 0:
+        if self._context.local_rank == 0:
             threading.Thread(target=self._tell_leftovers, name="trainyard-leftovers", daemon=True).start()
         return self
 
@@ -115,8 +101,8 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        limits, around = self._limits, self._around
-        most_s = 2 * limits.poll_s + (PULSE_S if around.world_size > 1 else 0.0)
+        limits, context = self._limits, self._context
+        most_s = 2 * limits.poll_s + (PULSE_S if context.world_size > 1 else 0.0)
         seen: tuple[object, ...] = ()
         still_s, then = 0.0, time.monotonic()
         while not self._over.wait(limits.poll_s):
@@ -125,12 +111,12 @@ class Watchdog:
             still_s += min(now - then, most_s)  # more passed while this process was stopped as a whole
             then = now
             awaits, call = awaited(sys._current_frames().get(self._watched))
-            sees = (around.progress.count, call, self._answers() if awaits == "storage" else 0)
+            sees = (context.progress.count, call, self._answers() if awaits == "storage" else 0)
             if sees != seen or self._is_suspended:
                 seen, still_s = sees, 0.0
-            own = Pulse(still_s, awaits)
-            heard = around.pulse(own) if around.world_size > 1 else {}
-            what = verdict(around.rank, own, heard, around.world_size, limits)
+            own = WorkerHeartbeat(still_s, awaits)
+            heard = context.heartbeat(own) if context.world_size > 1 else {}
+            what = verdict(context.rank, own, heard, context.world_size, limits)
             if what is not None:
                 self._end(what, awaits)
                 return
@@ -140,17 +126,17 @@ class Watchdog:
         with self._lock:
             if self._over.is_set() or self._is_suspended:
                 return
-            attempt = self._around.progress.attempt
+            attempt = self._context.progress.attempt
             if attempt and self._stacks.attempt != attempt:
                 self._stacks.of_attempt(attempt)
             # A worker's standard error is nobody's; who comes next tells of what is in the file.
-            file = STANDARD_ERROR if self._around.alone else self._stacks.target
-            exits = self._around.owns_process
+            file = STANDARD_ERROR if self._context.is_local else self._stacks.target
+            exits = self._context.owns_process
             faulthandler.dump_traceback_later(self._limits.deaf_s + more_s, exit=exits, file=file)
 
     def _end(self, what: str, awaits: Awaited) -> None:
         setting = "TRAINYARD_STORAGE_LIMIT_S" if awaits == "storage" else "scale.hang_s"
-        who = "training" if self._around.alone else f"worker {self._around.rank}"
+        who = "training" if self._context.is_local else f"worker {self._context.rank}"
         with self._lock:
             if self._over.is_set():  # it moved at the last moment
                 return
@@ -163,15 +149,15 @@ class Watchdog:
             where=self._where,
             fix=f"the same command goes on from the last checkpoint; {setting} sets the limit",
         )
-        if self._around.interrupt(error) or self._interrupt(error):
+        if self._context.raise_in_main_thread(error) or self._interrupt(error):
             self._over.wait(self._limits.leave_s)
         if self._over.is_set():
             return
-        self._around.last_word(error)
-        if self._around.owns_process:
+        self._context.report_hang(error)
+        if self._context.owns_process:
             os._exit(error.exit_code)
         print(f"trainyard: {error}", file=sys.stderr)  # the thread may never come to raise it
-        self._around.progress.give_up()
+        self._context.progress.give_up()
 
     def _interrupt(self, error: HungError) -> bool:
         """Raise an error in the watched thread, once it runs Python code; only in a process that is not ours, since
@@ -185,13 +171,13 @@ class Watchdog:
 
         Hung.__name__ = HungError.__name__
         with self._lock:
-            if self._around.owns_process or self._over.is_set():
+            if self._context.owns_process or self._over.is_set():
                 return False
             self._error, self._raised = error, Hung
             return _raise_in(self._watched, Hung)
 
     def _count(self) -> None:
-        self._around.progress.count += 1
+        self._context.progress.count += 1
 
     @contextmanager
     def _suspended(self) -> Iterator[None]:
@@ -216,7 +202,7 @@ class Watchdog:
     def _tell_leftovers(self) -> None:
         for url, place in self._stacks.bring_leftovers():
             text = f"an earlier process stood still in {place or 'an unknown place'} and was ended; stacks in {url}"
-            self._around.tell({"kind": "warning", "text": text})
+            self._context.emit(WarningMessage(text))
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> bool:

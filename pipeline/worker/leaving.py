@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import Literal
 
 from pipeline.bookkeeping import Bookkeeper
-from pipeline.context import PeerLost
+from pipeline.context import PeerFailure
 from pipeline.errors import BusyError, Interrupted, StorageLostError, SupersededError, TrainyardError
 from pipeline.record.attempt import claim
 from pipeline.record.recorder import LAST_WORD_S, Recorder
@@ -25,7 +25,7 @@ def leaving_word(recorder: Recorder, bookkeeper: Bookkeeper) -> Iterator[None]:
     except Interrupted:
         recorder.leave("interrupted", None, bookkeeper.step)
         raise
-    except PeerLost as error:  # the driver starts again, or says why not
+    except PeerFailure as error:  # the driver starts again, or says why not
         recorder.leave("interrupted", error, bookkeeper.step)
         raise
     except Exception as error:

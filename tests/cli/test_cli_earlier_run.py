@@ -31,7 +31,7 @@ def interrupted(job: str, tmp_path: Path) -> Path:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted):
-        train(job, name="cut", storage=str(tmp_path / "runs"), tell=stop)
+        train(job, name="cut", storage=str(tmp_path / "runs"), on_event=stop)
     pickle_states(tmp_path / "runs/cut")
     return tmp_path / "runs/cut"
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pipeline.cpus import available_cpus
+from pipeline.events import EvaluationLogged, Event, RunOpened, TrainingStarted
 from tests.cli.cli_calls import Trainyard, write_job
 
 REPOSITORY = Path(__file__).parents[2]
@@ -172,13 +171,13 @@ def test_the_python_api_is_the_same_verb(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     from pipeline import train
 
-    events: list[Mapping[str, Any]] = []
+    events: list[Event] = []
     settings = {"train.batch_size": 200, "train.clip_norm": None, "data.shuffle": False, "data.root": "5"}
-    run = train(write_job(tmp_path), set=settings, max_steps=4, tell=events.append)
+    run = train(write_job(tmp_path), set=settings, max_steps=4, on_event=events.append)
     assert run.status == "finished"
     assert run.step == 4
     assert Path(run.url).is_dir()
-    assert {"run", "start", "evaluation"} <= {event["kind"] for event in events}
+    assert {RunOpened, TrainingStarted, EvaluationLogged} <= {type(event) for event in events}
     assert json.loads((Path(run.url) / "run.json").read_text())["status"] == "finished"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,11 @@ import pytest
 import yaml
 
 from pipeline import train
-from pipeline.assembly import prepared
+from pipeline.assembly import built, prepared
 from pipeline.data import fitted as fitting
 from pipeline.errors import InputError
+from pipeline.events import EvaluationLogged, Event, RunOpened
+from pipeline.learn.models import build_model
 from pipeline.record.run import Run
 from tests.cli.cli_calls import Trainyard
 from tests.faults.fault_evidence import evidence
@@ -132,15 +133,33 @@ def interrupted(job: str, storage: Path, epoch: int) -> str:
 
     names: list[str] = []
 
-    def tell(event: Mapping[str, Any]) -> None:
-        if event["kind"] == "run":
-            names.append(event["run"])
-        if event["kind"] == "evaluation" and event["epoch"] == epoch:
+    def on_event(event: Event) -> None:
+        if isinstance(event, RunOpened):
+            names.append(event.run)
+        if isinstance(event, EvaluationLogged) and event.epoch == epoch:
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        train(job, storage=str(storage), tell=tell)
+        train(job, storage=str(storage), on_event=on_event)
     return names[0]
+
+
+def test_a_run_in_this_process_builds_its_model_once_an_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model that shows that the job can be built is the one that is trained."""
+    made: list[object] = []
+
+    def build_and_count(*of: Any) -> Any:
+        made.append(build_model(*of))
+        return made[-1]
+
+    monkeypatch.setattr(built, "build_model", build_and_count)
+    job = write(tmp_path, source="parquet", url=str(write_table(tmp_path)), label="y")
+    interrupted(job, tmp_path / "runs", 4)
+    assert len(made) == 1
+    assert train(job, storage=str(tmp_path / "runs")).attempts == 2
+    assert len(made) == 2
 
 
 def test_a_resume_takes_what_was_fitted_instead_of_fitting_it_again(

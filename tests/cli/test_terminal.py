@@ -8,11 +8,20 @@ import pty
 import re
 import sys
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from pipeline import terminal
+from pipeline.events import (
+    EarlyStopped,
+    EvaluationLogged,
+    Message,
+    PhaseStarted,
+    StepsLogged,
+    TrainingStarted,
+)
 from pipeline.learn.words import rate
 from pipeline.terminal import Progress
 
@@ -20,8 +29,8 @@ from pipeline.terminal import Progress
 def shown(capsys: pytest.CaptureFixture[str], quiet: bool = False) -> str:
     with Progress(quiet=quiet) as progress:
         for text in ("caching 9.2 of 10.9 GB", "caching 10.9 of 10.9 GB"):
-            progress.show({"kind": "phase", "text": text})
-        progress.show({"kind": "message", "text": "done"})
+            progress.show(PhaseStarted(text))
+        progress.show(Message("done"))
     return capsys.readouterr().err
 
 
@@ -44,15 +53,14 @@ def test_elsewhere_only_what_takes_long_is_said(
     assert shown(capsys).splitlines() == ["caching 9.2 of 10.9 GB ...", "caching 10.9 of 10.9 GB ...", "done"]
 
 
-START: dict[str, Any] = {"kind": "start", "step": 0, "last_step": 3000, "evaluations": 3000, "workers": "cpu"}
+START = TrainingStarted(step=0, last_step=3000, num_evaluations=3000, workers="cpu")
 
 
-def evaluation(number: int, **changes: Any) -> dict[str, Any]:
+def evaluation(number: int, **changes: Any) -> EvaluationLogged:
     """Of a regression, an evaluation a step."""
     metrics = {"val/loss": 1.5 * number, "val/rmse": 12345.678 / (number + 1), "val/mae": 1.0, "val/r2": -1 / 3}
-    event = {"kind": "evaluation", "step": number, "epoch": number, "number": number, "metrics": metrics}
-    event |= {"best_metric": "val/rmse", "is_best": False, "no_gain": False, "phase": 1, "ends_epoch": True}
-    return event | changes
+    values: dict[str, Any] = {"is_best": False, "no_gain": False, "phase": 1, "ends_epoch": True, **changes}
+    return EvaluationLogged(step=number, epoch=number, number=number, metrics=metrics, best_metric="val/rmse", **values)
 
 
 def epochs(said: str) -> list[int]:
@@ -65,7 +73,7 @@ def test_of_thousands_of_evaluations_some_have_lines(capsys: pytest.CaptureFixtu
         for number in range(2991):
             best, phase = number in (70, 1234, 2985), 1 if number < 2107 else 2
             progress.show(evaluation(number, is_best=best, phase=phase))
-        progress.show({"kind": "early_stop", "step": 2990, "last_step": 3000, "evaluations": 5, "metric": "val/rmse"})
+        progress.show(EarlyStopped(step=2990, last_step=3000, evaluations_since_best=5, metric="val/rmse"))
     said = capsys.readouterr().err
     assert "of 3,000 evaluations 1 in 50 is shown here" in said
     assert epochs(said) == sorted([*range(0, 2951, 50), 2107, 2990])
@@ -74,7 +82,7 @@ def test_of_thousands_of_evaluations_some_have_lines(capsys: pytest.CaptureFixtu
     assert lines["1250"].endswith("best at step 1234")
     assert said.splitlines()[-1].startswith("early stop at step 2990 of 3000")
     with Progress(quiet=False) as progress:  # one that is interrupted, and of which every evaluation is shown
-        progress.show({**START, "evaluations": 100})
+        progress.show(replace(START, num_evaluations=100))
         for number in range(8):
             progress.show(evaluation(number))
     assert epochs(capsys.readouterr().err) == list(range(8))
@@ -84,7 +92,7 @@ def test_an_interrupted_run_shows_its_last_evaluation_and_one_in_a_long_while(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Progress(quiet=False) as progress:
-        progress.show({**START, "step": 20})
+        progress.show(replace(START, step=20))
         for number in range(21, 26):
             monkeypatch.setattr(terminal, "SILENT_S", -1.0 if number == 23 else 600.0)
             progress.show(evaluation(number))
@@ -109,11 +117,11 @@ def test_the_live_line_fits_and_holds_still(columns: int, fields: int, monkeypat
     reader = threading.Thread(target=read)
     reader.start()
     with Progress(quiet=False) as progress:
-        progress.show({**START, "step": 2000})
+        progress.show(replace(START, step=2000))
         progress.show(evaluation(2000))
         for step in range(2000, 3001, 100):
-            steps = {"step": step, "loss": 10.0 ** (step % 700 / 100 - 3), "samples_per_s": 3.0 ** (step / 200)}
-            progress.show({"kind": "steps", **steps})
+            loss, rate_now = 10.0 ** (step % 700 / 100 - 3), 3.0 ** (step / 200)
+            progress.show(StepsLogged(step=step, epoch=1, loss=loss, lr=0.1, samples=100, samples_per_s=rate_now))
             progress.show(evaluation(step))
             assert progress._bar is not None
             progress._bar._progress.refresh()

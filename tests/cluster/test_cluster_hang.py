@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.events import Event, EventHandler, StepsLogged, TrainingStarted, WarningMessage, ignore_event
 from pipeline.record.standing import Standing
 from pipeline.verbs.train import train
 from tests.cluster.ray_processes import processes_of
@@ -80,17 +80,17 @@ class Told:
     """What a driver said, and when."""
 
     def __init__(self) -> None:
-        self.events: list[tuple[float, Mapping[str, Any]]] = []
+        self.events: list[tuple[float, Event]] = []
 
-    def __call__(self, event: Mapping[str, Any]) -> None:
+    def __call__(self, event: Event) -> None:
         self.events.append((time.monotonic(), event))
 
     @property
     def warnings(self) -> list[str]:
-        return [str(event["text"]) for _, event in self.events if event["kind"] == "warning"]
+        return [event.text for _, event in self.events if isinstance(event, WarningMessage)]
 
-    def when(self, kind: str, count: int) -> float:
-        return [moment for moment, event in self.events if event["kind"] == kind][count]
+    def when(self, kind: type[Event], count: int) -> float:
+        return [moment for moment, event in self.events if isinstance(event, kind)][count]
 
 
 @pytest.fixture
@@ -102,9 +102,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def train_here(folder: Path, told: Callable[[Mapping[str, Any]], None] = lambda _: None, **more: Any) -> Standing:
+def train_here(folder: Path, told: EventHandler = ignore_event, **more: Any) -> Standing:
     settings = {f"scale.{name}": value for name, value in more.items()}
-    return train("job.yaml", set=settings, storage=str(folder / f"runs-{more.get('workers', 2)}"), tell=told)
+    return train("job.yaml", set=settings, storage=str(folder / f"runs-{more.get('workers', 2)}"), on_event=told)
 
 
 def check_recovered(folder: Path, outcome: Standing) -> None:
@@ -119,8 +119,8 @@ def check_recovered(folder: Path, outcome: Standing) -> None:
 
 
 def times(told: Told, hung: float) -> str:
-    noticed, trains = told.when("warning", 0) - hung, told.when("steps", -1) - hung
-    again = told.when("start", 1) - hung
+    noticed, trains = told.when(WarningMessage, 0) - hung, told.when(StepsLogged, -1) - hung
+    again = told.when(TrainingStarted, 1) - hung
     return f"noticed after {noticed:.1f} s, training again after {again:.1f} s (done after {trains:.1f} s)"
 
 
@@ -142,7 +142,7 @@ def test_the_worker_that_hangs_is_named_and_the_run_goes_on(cluster: Any, folder
     assert "in forward" in stacks.read_text()
     assert [path.name for path in stacks.parent.iterdir()] == [stacks.name]
     check_recovered(folder, outcome)
-    noticed = told.when("warning", 0) - hung_at(folder)
+    noticed = told.when(WarningMessage, 0) - hung_at(folder)
     assert HANG_S < noticed < HANG_S + 60
     print(f"\na deadlock in rank 1: {times(told, hung_at(folder))}, with a limit of {HANG_S:.0f} s")
 

@@ -13,7 +13,7 @@ from ray.train import WorkerGroupError
 
 from pipeline.cluster.failure import WorkerFailed
 from pipeline.cluster.losses import Losses, first_line
-from pipeline.context import PeerLost
+from pipeline.context import PeerFailure
 from pipeline.errors import (
     Interrupted,
     NotFiniteError,
@@ -51,7 +51,7 @@ def test_a_failure_crosses_processes_whatever_the_error_was() -> None:
 
 
 def test_the_failing_rank_is_named_and_not_those_that_it_took_along() -> None:
-    consequence = WorkerFailed.of(PeerLost("a sum failed"), 0)
+    consequence = WorkerFailed.of(PeerFailure("a sum failed"), 0)
     assert first_line(group(r0=consequence, r1=failed())) == "worker 1 failed at step 7: ValueError: no such luck"
     assert first_line(group(r0=consequence, r1=GONE)).startswith("worker 1 was lost (")
     assert first_line(group(r0=consequence)) == "a worker was lost"
@@ -111,7 +111,7 @@ def test_a_dead_controller_is_tried_again_as_often_as_the_job_allows() -> None:
 def test_what_a_worker_says_itself_is_passed_on() -> None:
     said = NotFiniteError("the loss is nan")
     with pytest.raises(NotFiniteError, match="nan"):
-        Losses("run", 3, lambda: 0).take(group(r0=WorkerFailed.of(PeerLost(), 0), r1=said), 0)
+        Losses("run", 3, lambda: 0).take(group(r0=WorkerFailed.of(PeerFailure(), 0), r1=said), 0)
 
 
 def test_a_signal_goes_before_a_new_start() -> None:
@@ -124,7 +124,7 @@ def test_the_same_error_at_the_same_step_twice_is_a_bug_and_shown_whole() -> Non
     losses = Losses("run", 5, iter([0, 3, 6, 9, 12]).__next__)  # checkpoints are made in between
     losses.take(group(r1=failed()), 0)
     with pytest.raises(RepeatedFailureError) as raised:
-        losses.take(group(r0=WorkerFailed.of(PeerLost(), 0), r1=failed()), 0)
+        losses.take(group(r0=WorkerFailed.of(PeerFailure(), 0), r1=failed()), 0)
     text = str(raised.value)
     assert "worker 1 failed at step 7: ValueError: no such luck, twice" in text
     assert text.index("ValueError") < text.index("the same command")

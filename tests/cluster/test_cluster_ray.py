@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,16 @@ import pytest
 
 from pipeline.cluster.gauges import COUNTERS, GAUGES
 from pipeline.errors import InputError, JobError, NotFiniteError, OutOfMemoryError, RepeatedFailureError
+from pipeline.events import (
+    EvaluationLogged,
+    Event,
+    EventHandler,
+    RunOpened,
+    StepsLogged,
+    TrainingStarted,
+    WarningMessage,
+    ignore_event,
+)
 from pipeline.record.standing import Standing
 from pipeline.verbs.load import load
 from pipeline.verbs.show import show
@@ -32,7 +42,7 @@ from tests.faults.fault_evidence import Watcher, entries, evidence, read_log, wa
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, and those of what it imports
 
-EVENTS = list[Mapping[str, Any]]
+EVENTS = list[Event]
 COMMAND = str(Path(sys.executable).with_name("trainyard"))
 
 CODE = """
@@ -120,8 +130,8 @@ def untouched(cluster: Any, folder: Path) -> Callable[[int], Path]:
     return of
 
 
-def train_here(storage: Path, workers: int, tell: Callable[[Mapping[str, Any]], None] = lambda _: None) -> Standing:
-    return train("job.yaml", set={"scale.workers": workers}, storage=str(storage), tell=tell)
+def train_here(storage: Path, workers: int, on_event: EventHandler = ignore_event) -> Standing:
+    return train("job.yaml", set={"scale.workers": workers}, storage=str(storage), on_event=on_event)
 
 
 def losses(run: Path) -> list[float]:
@@ -187,9 +197,9 @@ def test_two_workers_give_the_curve_of_one_process_and_show_it_on_the_head(clust
     )
     assert set(read_log(two, "evals")["samples"].to_pylist()) == {200}
 
-    evaluations = [event for event in seen if event["kind"] == "evaluation"]
-    assert [event["step"] for event in evaluations] == [*range(0, 286, 25), 286]
-    assert {"start", "steps"} <= {event["kind"] for event in seen}
+    evaluations = [event for event in seen if isinstance(event, EvaluationLogged)]
+    assert [event.step for event in evaluations] == [*range(0, 286, 25), 286]
+    assert {TrainingStarted, StepsLogged} <= {type(event) for event in seen}
 
     scrape.join()
     logged = set(read_log(two, "evals")["loss"].to_pylist())
@@ -232,19 +242,19 @@ def test_a_killed_worker_is_made_good_to_the_bit(
         moments["killed"] = time.monotonic()
         os.kill(rank_0 if victim == "rank 0" else min(others), signal.SIGKILL)
 
-    def tell(event: Mapping[str, Any]) -> None:
+    def on_event(event: Event) -> None:
         seen.append(event)
-        if "killed" in moments and event["kind"] in ("warning", "start"):
-            moments.setdefault(event["kind"], time.monotonic())
+        if "killed" in moments and isinstance(event, WarningMessage | TrainingStarted):
+            moments.setdefault("start" if isinstance(event, TrainingStarted) else "warning", time.monotonic())
 
     killer = threading.Thread(target=kill)
     killer.start()
-    outcome = train_here(storage, workers, tell)
+    outcome = train_here(storage, workers, on_event)
     killer.join()
     run = Path(outcome.url)
     assert outcome.status == "finished"
     assert [claim["attempt"] for claim in claims(run)] == [1, 2]
-    assert [event["step"] for event in seen if event["kind"] == "start"][1] > 0
+    assert [event.step for event in seen if isinstance(event, TrainingStarted)][1] > 0
     assert set(read_log(run, "steps")["attempt"].to_pylist()) == {1, 2}
     assert evidence(run) == evidence(untouched(workers))
     took = {name: round(moments[name] - moments["killed"], 1) for name in ("warning", "start")}
@@ -287,7 +297,7 @@ def test_the_true_command_survives_the_loss_of_its_controller_and_ctrl_c_and_few
         seen: EVENTS = []
         again = train_here(place, workers, seen.append)
         assert again.status == "finished"
-        assert any("world_size is 1, was 2" in str(event.get("text")) for event in seen if event["kind"] == "warning")
+        assert any("world_size is 1, was 2" in event.text for event in seen if isinstance(event, WarningMessage))
         assert losses(Path(again.url)) == pytest.approx(losses(untouched(2)), abs=1e-9, rel=0)
         assert read_log(Path(again.url), "steps")["step"].to_pylist() == list(range(1, 287))
         assert set(read_log(Path(again.url), "steps")["attempt"].to_pylist()) == {1, 2, 3}
@@ -312,20 +322,20 @@ def test_an_error_of_the_users_own_is_tried_again_and_the_same_at_the_same_step_
     cluster: Any, folder: Path
 ) -> None:
     """Fits: 2."""
-    storage, seen = folder / "trouble", list[Mapping[str, Any]]()
+    storage, seen = folder / "trouble", list[Event]()
     settings = {"model.args.trouble_on_rank": 1, "checkpoint.every_steps": 500}
     with pytest.raises(RepeatedFailureError, match="worker 1 failed at step 51: RuntimeError: no such luck") as raised:
-        train("job.yaml", set=settings, storage=str(storage), tell=seen.append)
+        train("job.yaml", set=settings, storage=str(storage), on_event=seen.append)
     assert raised.value.exit_code == 1
     assert 'raise RuntimeError("no such luck")' in str(raised.value), "the failing rank's own traceback"
-    assert "PeerLost" not in str(raised.value)
+    assert "PeerFailure" not in str(raised.value)
     (run,) = journals(storage)
     assert len(claims(run)) == 2 + 1  # the last one only says why
     found = show(str(run))
     assert (found.status, found.step) == ("failed", 0)
     assert found.error is not None
     assert found.error["message"].startswith("worker 1 failed at step 51: RuntimeError: no such luck")
-    warnings = [str(event["text"]) for event in seen if event["kind"] == "warning"]
+    warnings = [event.text for event in seen if isinstance(event, WarningMessage)]
     assert any("worker 1 failed at step 51" in text and "1 of 3" in text for text in warnings)
 
 
@@ -351,7 +361,7 @@ def test_a_notice_to_one_worker_has_all_save_at_one_step_and_start_again(
     cluster: Any, folder: Path, untouched: Callable[[int], Path], number: int
 ) -> None:
     """Fits: 2. SIGTERM, as a pod or a machine that is about to go sends it; or SIGHUP."""
-    storage, seen = folder / f"noticed-{number}", list[Mapping[str, Any]]()
+    storage, seen = folder / f"noticed-{number}", list[Event]()
 
     def notice() -> None:
         wait_for(lambda: commits(storage), 240, "a checkpoint")
@@ -366,9 +376,9 @@ def test_a_notice_to_one_worker_has_all_save_at_one_step_and_start_again(
     *_, commit, leave = [entry for entry in entries(run) if entry["attempt"] == 1]
     assert (commit["kind"], leave["kind"], leave["status"]) == ("commit", "leave", "interrupted")
     assert commit["step"] == leave["step"], "no step since the notice is lost"
-    starts = [event["step"] for event in seen if event["kind"] == "start"]
+    starts = [event.step for event in seen if isinstance(event, TrainingStarted)]
     assert starts == [0, commit["step"]]
-    assert any("and saved; starting again" in str(event["text"]) for event in seen if event["kind"] == "warning")
+    assert any("and saved; starting again" in event.text for event in seen if isinstance(event, WarningMessage))
     assert evidence(run) == evidence(untouched(2))
 
 
@@ -386,13 +396,13 @@ def test_workers_run_the_code_that_the_driver_read(cluster: Any, folder: Path, t
     code.mkdir()
     (code / "cluster_edited.py").write_text("from torch import nn\ndef net():\n    return nn.Linear(2, 2)\n")
 
-    def tell(event: Mapping[str, Any]) -> None:
-        if event["kind"] == "run":
+    def on_event(event: Event) -> None:
+        if isinstance(event, RunOpened):
             (code / "cluster_edited.py").write_text("raise RuntimeError('another file')\n")
 
     settings = {"code": str(code), "model": {"kind": "cluster_edited:net"}, "scale.workers": 1}
     before = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
-    outcome = train("job.yaml", set=settings, storage=str(tmp_path), max_steps=3, tell=tell)
+    outcome = train("job.yaml", set=settings, storage=str(tmp_path), max_steps=3, on_event=on_event)
     assert outcome.status == "finished"
     after = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
     assert after == before, "what Ray was told there is taken back"

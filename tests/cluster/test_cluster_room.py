@@ -14,6 +14,7 @@ from pipeline.cluster import room as rooms
 from pipeline.cluster.room import Room, Seen, fitting
 from pipeline.context import StopSignals
 from pipeline.errors import InputError, Interrupted, WorkerLostError
+from pipeline.events import Event, Message, WarningMessage
 from pipeline.job import Scale
 
 
@@ -45,9 +46,14 @@ def room(look: Callable[[], Seen], **scale: Any) -> Room:
     return Room(look, Scale(**scale))
 
 
+def text_of(event: Event) -> str:
+    assert isinstance(event, Message | WarningMessage)
+    return event.text
+
+
 def wait(room: Room, *, after_loss: bool, signals: StopSignals | None = None) -> tuple[int, list[str]]:
     said: list[str] = []
-    found = room.wait(signals or StopSignals(), lambda event: said.append(event["text"]), after_loss=after_loss)
+    found = room.wait(signals or StopSignals(), lambda event: said.append(text_of(event)), after_loss=after_loss)
     return found, said
 
 
@@ -127,7 +133,7 @@ def test_a_signal_ends_the_wait(clock: Clock) -> None:
 
 def test_a_cluster_of_its_own_may_share_its_cores_and_says_so() -> None:
     said: list[str] = []
-    rooms.warn_of_few_cores(1, lambda event: said.append(event["text"]))
+    rooms.warn_of_few_cores(1, lambda event: said.append(text_of(event)))
     assert said == []
-    rooms.warn_of_few_cores(100_000, lambda event: said.append(event["text"]))
+    rooms.warn_of_few_cores(100_000, lambda event: said.append(text_of(event)))
     assert "ask for 100000 CPUs" in said[0]

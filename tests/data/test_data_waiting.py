@@ -18,16 +18,17 @@ HANG_S = 1.5
 WATCHED = f"""
 import sys, time
 from pathlib import Path
-from pipeline.context import Alone, own_process
+from pipeline.context import SingleProcessContext, own_process
 from pipeline.errors import HungError
 from pipeline.watchdog import Limits, Stacks, Watchdog, note_progress
 
 def watched():
     def save(name, text):
         raise OSError("no storage here")
-    told = lambda event: print(event["text"], file=sys.stderr, flush=True)
+    told = lambda event: print(event.text, file=sys.stderr, flush=True)
     limits = Limits({HANG_S}, storage_s=60)
-    return Watchdog(Alone(told), limits, Stacks(str(Path.cwd()), 0, save), where="run", answers=lambda: 0)
+    context, stacks = SingleProcessContext(told), Stacks(str(Path.cwd()), 0, save)
+    return Watchdog(context, limits, stacks, where="run", answers=lambda: 0)
 """
 CACHED = """
 from pipeline.data.cache import cached

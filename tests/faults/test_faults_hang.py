@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.context import Awaited, ProgressCounter, WorkerHeartbeat
 from pipeline.errors import StorageError, StorageLostError
 from pipeline.storage import Storage
-from pipeline.watchdog import Limits, Progress, Pulse, waits_for
-from pipeline.watchdog.progress import Awaited, awaited
+from pipeline.watchdog import Limits, waits_for
+from pipeline.watchdog.progress import awaited
 from pipeline.watchdog.stacks import place_in
 from pipeline.watchdog.verdict import verdict
 from tests.faults.fault_evidence import entries, evidence, only_run, wait_for
@@ -151,14 +152,14 @@ from pipeline.errors import HungError
 
 def call():
     try:
-        train("hang.yaml", storage=sys.argv[1], tell=lambda event: events.append(event["kind"]))
+        train("hang.yaml", storage=sys.argv[1], on_event=lambda event: events.append(type(event).__name__))
     except HungError as error:
         errors.append(type(error).__name__ + ": " + str(error))
 
 events, errors = [], []
 thread = threading.Thread(target=call, daemon=True)
 thread.start()
-while thread.is_alive() and "hang" not in events:
+while thread.is_alive() and "HangReported" not in events:
     time.sleep(0.05)
 print("raised" if errors else "still hangs", *errors, flush=True)
 sys.stdin.read()
@@ -301,28 +302,37 @@ def test_a_server_that_accepts_and_stays_silent_is_storage_lost_and_no_hang(
 # --------------------------------------------------------------------------------------------- decisions and stacks
 
 LIMITS = Limits(hang_s=100, storage_s=400)
-WORKS, HANGS, WAITS, STORES = Pulse(1, ""), Pulse(90, ""), Pulse(105, "workers"), Pulse(300, "storage")
+WORKS, HANGS, WAITS, STORES = (
+    WorkerHeartbeat(1, ""),
+    WorkerHeartbeat(90, ""),
+    WorkerHeartbeat(105, "workers"),
+    WorkerHeartbeat(300, "storage"),
+)
 
 
 @pytest.mark.parametrize(
     ("own", "heard", "words"),
     [
-        (Pulse(100, ""), {}, None),
-        (Pulse(101, ""), {}, "stood still for 101 s"),
-        (Pulse(399, "storage"), {}, None),
-        (Pulse(401, "storage"), {}, "storage that does not answer"),
-        (Pulse(110, "workers"), {}, None),
-        (Pulse(111, "workers"), None, "waited 111 s for the others"),
-        (Pulse(111, "workers"), {1: WORKS, 2: WAITS}, None),
-        (Pulse(111, "workers"), {1: HANGS, 2: WAITS}, None),
-        (Pulse(111, "workers"), {1: STORES, 2: WAITS}, None),
-        (Pulse(111, "workers"), {1: WAITS, 2: WAITS}, "the others, which wait as well"),
-        (Pulse(111, "workers"), {1: Pulse(1, "", silent_s=105), 2: WAITS}, "worker 1, which gives no sign of life"),
-        (Pulse(111, "workers"), {2: WAITS}, "worker 1, which gives no sign of life"),
-        (Pulse(111, "workers"), {}, "workers 1, 2, which give no sign of life"),
+        (WorkerHeartbeat(100, ""), {}, None),
+        (WorkerHeartbeat(101, ""), {}, "stood still for 101 s"),
+        (WorkerHeartbeat(399, "storage"), {}, None),
+        (WorkerHeartbeat(401, "storage"), {}, "storage that does not answer"),
+        (WorkerHeartbeat(110, "workers"), {}, None),
+        (WorkerHeartbeat(111, "workers"), None, "waited 111 s for the others"),
+        (WorkerHeartbeat(111, "workers"), {1: WORKS, 2: WAITS}, None),
+        (WorkerHeartbeat(111, "workers"), {1: HANGS, 2: WAITS}, None),
+        (WorkerHeartbeat(111, "workers"), {1: STORES, 2: WAITS}, None),
+        (WorkerHeartbeat(111, "workers"), {1: WAITS, 2: WAITS}, "the others, which wait as well"),
+        (
+            WorkerHeartbeat(111, "workers"),
+            {1: WorkerHeartbeat(1, "", last_seen_s=105), 2: WAITS},
+            "worker 1, which gives no sign of life",
+        ),
+        (WorkerHeartbeat(111, "workers"), {2: WAITS}, "worker 1, which gives no sign of life"),
+        (WorkerHeartbeat(111, "workers"), {}, "workers 1, 2, which give no sign of life"),
     ],
 )
-def test_who_is_at_fault(own: Pulse, heard: Mapping[int, Pulse] | None, words: str | None) -> None:
+def test_who_is_at_fault(own: WorkerHeartbeat, heard: Mapping[int, WorkerHeartbeat] | None, words: str | None) -> None:
     found = verdict(0, own, heard, 3, LIMITS)
     assert (words in found) if words is not None and found is not None else found is words
 
@@ -330,7 +340,7 @@ def test_who_is_at_fault(own: Pulse, heard: Mapping[int, Pulse] | None, words: s
 @given(hang_s=st.floats(0.1, 1e6), storage_s=st.floats(1, 1e4))
 def test_the_culprit_speaks_first_and_the_sums_own_limit_last(hang_s: float, storage_s: float) -> None:
     limits = Limits(hang_s, storage_s)
-    culprit, waiting = Pulse(hang_s + limits.poll_s, ""), Pulse(hang_s + limits.poll_s, "workers")
+    culprit, waiting = WorkerHeartbeat(hang_s + limits.poll_s, ""), WorkerHeartbeat(hang_s + limits.poll_s, "workers")
     assert verdict(1, culprit, {0: waiting}, 2, limits) is not None
     assert verdict(0, waiting, {1: culprit}, 2, limits) is None
     assert hang_s + limits.poll_s < limits.deaf_s + limits.poll_s < hang_s + limits.grace_s + limits.poll_s
@@ -358,7 +368,7 @@ def test_what_a_thread_waits_for_is_seen_on_its_stack() -> None:
 
 
 def test_progress_counts_each_item_twice_and_changes_none() -> None:
-    progress = Progress()
+    progress = ProgressCounter()
     items = progress.each([1, 2, 3])
     assert [list(items), list(items)] == [[1, 2, 3], [1, 2, 3]]
     assert progress.count == 12

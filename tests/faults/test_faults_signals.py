@@ -83,7 +83,7 @@ def test_nohup_goes_on_without_its_terminal(folder: Path, tmp_path: Path, monkey
     monkeypatch.chdir(folder)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        run = train("victim.yaml", storage=str(tmp_path), max_steps=40, tell=lambda event: hang_up())
+        run = train("victim.yaml", storage=str(tmp_path), max_steps=40, on_event=lambda event: hang_up())
     finally:
         signal.signal(signal.SIGHUP, before)
     assert (run.status, run.attempts) == ("finished", 1)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from pipeline.events import Event, WarningMessage
 from pipeline.followers.attached import AttachedFollowers
 from tests.faults.fault_evidence import wait_for
 from tests.followers.followed_runs import Trained
@@ -36,15 +35,16 @@ def test_without_followers_nothing_starts(tmp_path: Path) -> None:
 
 
 def test_one_that_dies_is_one_warning(tmp_path: Path) -> None:
-    trained, seen = Trained(str(tmp_path)), list[Mapping[str, Any]]()
+    trained, seen = Trained(str(tmp_path)), list[Event]()
     with AttachedFollowers(trained.run, ["tensorboard"], seen.append) as followers:
         followers.start()
         assert followers._process is not None
         followers._process.kill()
     trained.close()
     (warning,) = seen
-    assert "tensorboard: ended with exit code -9" in warning["text"]
-    assert "`trainyard follow run`" in warning["text"]
+    assert isinstance(warning, WarningMessage)
+    assert "tensorboard: ended with exit code -9" in warning.text
+    assert "`trainyard follow run`" in warning.text
 
 
 def test_a_driver_that_is_killed_is_followed_by_its_follower(tmp_path: Path) -> None:

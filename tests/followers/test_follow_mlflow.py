@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.errors import WorkError
+from pipeline.events import Event, Message, WarningMessage
 from pipeline.followers import MetricLog
 from pipeline.followers.to_mlflow import POSITION, ToMlflow, flat
 from pipeline.verbs.follow import follow
@@ -62,8 +62,8 @@ def test_a_server_that_is_away_is_one_warning_and_knows_all_when_it_is_back(
 ) -> None:
     port, url = free_port(), str(tmp_path / "runs")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:{SECRET}@127.0.0.1:{port}")
-    trained, gone, seen = Trained(url).to(250), threading.Event(), list[Mapping[str, Any]]()
-    known = {"to": ["mlflow"], "storage": url, "driven": gone, "tell": seen.append}
+    trained, gone, seen = Trained(url).to(250), threading.Event(), list[Event]()
+    known = {"to": ["mlflow"], "storage": url, "driven": gone, "on_event": seen.append}
     monkeypatch.setattr("pipeline.verbs.follow.PAUSE_S", 0.2)
     follower = threading.Thread(target=follow, args=["run"], kwargs=known)
     follower.start()
@@ -79,7 +79,7 @@ def test_a_server_that_is_away_is_one_warning_and_knows_all_when_it_is_back(
         follower.join(60)
         assert only_run(client).info.status == "KILLED", "its driver is gone, and it did not end"
         assert steps_of(client, "loss") == list(range(1, 301))
-        assert [event["kind"] for event in seen] == ["warning", "message"]
+        assert [type(event) for event in seen] == [WarningMessage, Message]
         assert SECRET not in f"{seen} {only_run(client).to_dictionary()}"
     trained.close()
     with pytest.raises(WorkError, match="refused") as raised:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
+from pipeline.context import SingleProcessContext
 from pipeline.errors import JobError, WorkError
 from pipeline.job import METRICS
 from pipeline.job.metrics import target_names
@@ -30,10 +31,8 @@ SINGLE = 1e-6
 """Losses of single rows are computed in the arithmetic of training, here float32."""
 
 
-class Alone:
-    rank, world_size = 0, 1
-
-    def reduce(self, vector: torch.Tensor) -> None:
+class FakeContext(SingleProcessContext):
+    def all_reduce(self, vector: torch.Tensor) -> None:
         raise AssertionError("a world of one has nothing to sum")
 
 
@@ -47,7 +46,7 @@ def evaluated(task: Task, outputs: np.ndarray, targets: np.ndarray, size: int = 
     for first in range(0, len(targets), size):
         block = slice(first, first + size)
         tally.add(torch.from_numpy(outputs[block]), torch.from_numpy(targets[block]))
-    return tally.metrics(Alone())
+    return tally.metrics(FakeContext())
 
 
 def near(value: float, at_least: float = 1e-9) -> Any:
@@ -198,7 +197,7 @@ def test_what_does_not_exist_is_nan() -> None:
 @pytest.mark.parametrize("kind", METRICS)
 def test_nothing_has_no_metrics_at_all(kind: str) -> None:
     task = make_task(kind, 1 if kind == "regression" else 3, class_counts=[1, 1, 1], means=[0.0])
-    found = Tally(task, CPU).metrics(Alone())
+    found = Tally(task, CPU).metrics(FakeContext())
     assert list(found) == [*METRICS[kind], "samples"]
     counted = {"samples": 0, "correct": 0}
     assert all(value == counted[name] if name in counted else math.isnan(value) for name, value in found.items())

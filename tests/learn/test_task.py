@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from pipeline.context import SingleProcessContext
 from pipeline.errors import JobError
 from pipeline.job_file import build_job
 from pipeline.learn.tally import Tally
@@ -40,17 +41,15 @@ def task(kind: str, *, number_of: Callable[[int | str], int] | None = None, **op
     return built.to(torch.device("cpu"), torch.float64)
 
 
-class Alone:
-    rank, world_size = 0, 1
-
-    def reduce(self, vector: Tensor) -> None:
+class FakeContext(SingleProcessContext):
+    def all_reduce(self, vector: Tensor) -> None:
         raise AssertionError("a world of one has nothing to sum")
 
 
 def evaluated(task: Task, outputs: Tensor, targets: Tensor) -> dict[str, float]:
     tally = Tally(task, torch.device("cpu"))
     tally.add(outputs, targets)
-    return tally.metrics(Alone())
+    return tally.metrics(FakeContext())
 
 
 def mean_of_torch(kind: str, outputs: Tensor, targets: Tensor, weights: list[float] | None) -> Tensor:
@@ -85,7 +84,7 @@ def test_uneven_blocks_sum_to_torchs_mean(kind: str, weights: list[float] | None
         sums = ours.sums(outputs[first:end], targets[first:end])
         loss, weight = loss + float(sums.loss), weight + float(sums.weight)
     expected = float(mean_of_torch(kind, outputs, targets, weights))
-    exact = tally.metrics(Alone())
+    exact = tally.metrics(FakeContext())
     assert exact["loss"] == pytest.approx(expected, rel=1e-13)
     assert loss / weight == pytest.approx(expected, rel=1e-13)
     if kind != "regression":

@@ -16,7 +16,7 @@ from pipeline.errors import JobError, NotFiniteError, WorkError
 from pipeline.job import METRICS
 from pipeline.learn import tally as tally_module
 from pipeline.loop import Position, evaluate
-from tests.loop.worlds import Alone, blocks, make_data, make_job, make_trainee, on_ranks, run
+from tests.loop.worlds import FakeContext, blocks, make_data, make_job, make_trainee, on_ranks, run
 
 OWN = "tests.learn.own_measures"
 KINDS: dict[str, Any] = {
@@ -33,10 +33,12 @@ KINDS: dict[str, Any] = {
 def test_any_number_of_ranks_measures_what_one_does(kind: str, world_size: int, size: int) -> None:
     job = make_job(task=KINDS[kind], metrics=[f"{OWN}:order"])
     trainee, data = make_trainee(job), make_data(job)
-    alone = evaluate(trainee, blocks(data, 0, 1, 23), Alone())
+    alone = evaluate(trainee, blocks(data, 0, 1, 23), FakeContext())
     assert list(alone) == [*job.measured(2), "samples"]
     assert not any(map(math.isnan, alone.values()))
-    ranks = on_ranks(world_size, lambda around: evaluate(trainee, blocks(data, around.rank, world_size, size), around))
+    ranks = on_ranks(
+        world_size, lambda context: evaluate(trainee, blocks(data, context.rank, world_size, size), context)
+    )
     assert ranks[0] == pytest.approx(alone, rel=1e-12)
     assert all(rank == ranks[0] for rank in ranks)
 
@@ -55,7 +57,7 @@ def test_what_a_run_logs_is_scikit_learns() -> None:
 def test_ranks_agree_on_a_metric_that_draws_at_random() -> None:
     job = make_job(metrics=[f"{OWN}:draws"])
     trainee, data = make_trainee(job), make_data(job)
-    ranks = on_ranks(3, lambda around: evaluate(trainee, blocks(data, around.rank, 3), around))
+    ranks = on_ranks(3, lambda context: evaluate(trainee, blocks(data, context.rank, 3), context))
     assert len({rank["draws"] for rank in ranks}) == 1
 
 
@@ -65,7 +67,7 @@ def test_ranks_agree_on_what_is_too_large_to_gather(monkeypatch: pytest.MonkeyPa
     trainee, data = make_trainee(make_job()), make_data(make_job())
     for world_size in (1, 3):
         for rank in on_ranks(
-            world_size, lambda around: evaluate(trainee, blocks(data, around.rank, around.world_size), around)
+            world_size, lambda context: evaluate(trainee, blocks(data, context.rank, context.world_size), context)
         ):
             assert math.isnan(rank["auc"]) == (limit < 23 * 4)
             assert rank["samples"] == 23
@@ -108,7 +110,7 @@ def test_an_own_metric_that_fails_before_training_is_bad_input_and_later_work_th
 
 def test_outputs_in_half_precision_are_measured() -> None:
     trainee, data = make_trainee(make_job(train={"precision": "bf16"})), make_data(make_job())
-    found = evaluate(trainee, blocks(data, 0, 1), Alone())
+    found = evaluate(trainee, blocks(data, 0, 1), FakeContext())
     chances = trainee.outputs(data[0]).double().softmax(1).numpy()
     assert found["auc"] == pytest.approx(sk.roc_auc_score(data[1], chances, multi_class="ovr"), abs=1e-12)
     assert np.isfinite(found["loss"])

@@ -19,7 +19,7 @@ from pipeline.learn.plan import Plan
 from pipeline.learn.scaling import INITIAL_SCALE
 from pipeline.learn.step_log import CAPACITY, Rows, StepLog
 from pipeline.loop import Bounds, Position, check_finite, evaluate, fit
-from tests.loop.worlds import CPU, Alone, Memory, blocks, make_data, make_job, make_trainee, on_ranks, run, shares
+from tests.loop.worlds import CPU, FakeContext, Memory, blocks, make_data, make_job, make_trainee, on_ranks, run, shares
 
 OWN = "tests.learn.own_measures"
 
@@ -76,7 +76,7 @@ def test_batches_that_end_too_soon_are_no_success() -> None:
     plan, trainee, data = Plan(job, 23), make_trainee(job), make_data(job)
     batches = list(shares(plan, data, 1, 0, 1))[:4]
     with pytest.raises(AssertionError, match="the batches ended"):
-        fit(trainee, plan, batches, {}, Memory(), Alone(), Position(), Bounds())
+        fit(trainee, plan, batches, {}, Memory(), FakeContext(), Position(), Bounds())
 
 
 # ------------------------------------------------------------------------------------- stopping, going on
@@ -95,9 +95,9 @@ def test_batches_that_end_too_soon_are_no_success() -> None:
 @settings(deadline=None, max_examples=8)
 def test_an_interruption_anywhere_changes_nothing(tree: dict[str, Any], at: int) -> None:
     job = make_job(**tree)
-    whole, around = run(job), Alone()
-    around.signals = {at: signal.SIGTERM}
-    first = run(job, around)
+    whole, context = run(job), FakeContext()
+    context.signals = {at: signal.SIGTERM}
+    first = run(job, context)
     position, end = first.memory.saves[-1]
     assert position.step == at
     assert (first.signal_number, end) == ((0, True) if at == STEPS else (signal.SIGTERM, False))
@@ -117,9 +117,9 @@ def test_an_interruption_anywhere_changes_nothing(tree: dict[str, Any], at: int)
 
 @pytest.mark.parametrize("at", [1, 4, 5])
 def test_a_signal_saves_and_leaves(at: int) -> None:
-    around = Alone()
-    around.signals = {at: signal.SIGINT}
-    result = run(make_job(), around)
+    context = FakeContext()
+    context.signals = {at: signal.SIGINT}
+    result = run(make_job(), context)
     assert result.signal_number == signal.SIGINT
     assert result.position.step == at
     assert result.memory.column("step") == list(range(1, at + 1))
@@ -199,7 +199,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_in_its_step(bad: float) -> None
     batches[6].inputs[0, 0] = bad
     memory = Memory(trainee)
     with pytest.raises(NotFiniteError) as caught:
-        fit(trainee, plan, batches, {}, memory, Alone(), Position(), Bounds())
+        fit(trainee, plan, batches, {}, memory, FakeContext(), Position(), Bounds())
     assert str(caught.value).startswith("step 7: the loss is ")
     assert "at step 7, with learning rate 0.125" in caught.value.what
     assert caught.value.fix == "last saved: 6"
@@ -316,7 +316,7 @@ def test_evaluation_sees_each_row_once(precision: str, kind: str, world_size: in
     job = make_job(task=task, train={"precision": precision})
     trainee, data = make_trainee(job), make_data(job)
     results = on_ranks(
-        world_size, lambda around: evaluate(trainee, blocks(data, around.rank, world_size, size), around)
+        world_size, lambda context: evaluate(trainee, blocks(data, context.rank, world_size, size), context)
     )
     result = results[0]
     assert all(other == result for other in results[1:]), "all ranks end alike"
@@ -336,7 +336,7 @@ def test_evaluation_sees_each_row_once(precision: str, kind: str, world_size: in
 
 
 def test_nothing_to_evaluate_is_no_number() -> None:
-    result = evaluate(make_trainee(make_job()), [], Alone())
+    result = evaluate(make_trainee(make_job()), [], FakeContext())
     assert result["samples"] == 0
     assert math.isnan(result["loss"])
     assert math.isnan(result["accuracy"])

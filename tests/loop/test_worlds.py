@@ -17,7 +17,7 @@ from pipeline.job import Job
 from pipeline.learn.models import build_model
 from pipeline.learn.plan import Plan
 from tests.loop import worlds
-from tests.loop.worlds import CONFIGURATIONS, SIGNALS, Alone, make_data, make_job
+from tests.loop.worlds import CONFIGURATIONS, SIGNALS, FakeContext, make_data, make_job
 
 Outcomes = dict[tuple[str, int], list[Any]]
 
@@ -98,7 +98,7 @@ def plain(job: Job) -> tuple[list[float], dict[str, Tensor]]:
 def test_fp64_curves_of_one_two_three_workers_and_plain_torch_agree(name: str, outcomes: Outcomes) -> None:
     job = make_job(**CONFIGURATIONS[name])
     losses, weights = plain(job)
-    everyone = [worlds.outcome(job, Alone()), *outcomes[name, 2], *outcomes[name, 3]]
+    everyone = [worlds.outcome(job, FakeContext()), *outcomes[name, 2], *outcomes[name, 3]]
     for one in everyone:
         assert one["loss"] == pytest.approx(losses, rel=1e-9)
         assert one["samples"] == [len(worlds.global_rows(Plan(job, 23), step)) for step in range(1, len(losses) + 1)]
@@ -116,7 +116,7 @@ def test_fp64_curves_of_one_two_three_workers_and_plain_torch_agree(name: str, o
 
 
 def test_fp32_first_gradients_agree(outcomes: Outcomes) -> None:
-    alone = torch.tensor(worlds.first_gradient(make_job(**worlds.FLOAT32), Alone()))
+    alone = torch.tensor(worlds.first_gradient(make_job(**worlds.FLOAT32), FakeContext()))
     for gradient in (*outcomes["fp32", 2], *outcomes["fp32", 3]):
         assert float((torch.tensor(gradient) - alone).norm() / alone.norm()) < 1e-5
 
@@ -136,5 +136,5 @@ def test_all_ranks_stop_at_the_same_step_by_the_same_signal(outcomes: Outcomes) 
 
 
 def test_all_ranks_see_a_loss_that_is_not_finite_in_its_own_step(outcomes: Outcomes) -> None:
-    everyone = [worlds.diverged(Alone()), *outcomes["diverged", 2], *outcomes["diverged", 3]]
+    everyone = [worlds.diverged(FakeContext()), *outcomes["diverged", 2], *outcomes["diverged", 3]]
     assert set(everyone) == {"the loss is nan at step 3, with learning rate 0.3"}

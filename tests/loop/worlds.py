@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.context import SingleProcessContext
 from pipeline.device import Arithmetic
 from pipeline.errors import NotFiniteError
 from pipeline.job import METRICS, Job, own_metric
@@ -97,16 +98,14 @@ def make_trainee(job: Job, rank: int = 0, world_size: int = 1, way: str = "") ->
     )
 
 
-class Alone:
-    rank = 0
-    world_size = 1
-
+class FakeContext(SingleProcessContext):
     def __init__(self, rank: int = 0, world_size: int = 1, group: Any = None) -> None:
+        super().__init__()
         self.rank, self.world_size, self._group = rank, world_size, group
         self.signals: dict[int, int] = {}
         self.asked = 0
 
-    def reduce(self, vector: Tensor) -> None:
+    def all_reduce(self, vector: Tensor) -> None:
         assert self.world_size > 1, "a world of one has nothing to sum"
         dist.all_reduce(vector, group=self._group)
 
@@ -115,27 +114,27 @@ class Alone:
         return self.signals.get(self.asked, 0)
 
 
-class Threads(Alone):
+class ThreadContext(FakeContext):
     """One of several ranks in the threads of this process."""
 
     def __init__(self, rank: int, world_size: int, barrier: threading.Barrier, box: dict[int, Tensor]) -> None:
         super().__init__(rank, world_size)
         self._barrier, self._box = barrier, box
 
-    def reduce(self, vector: Tensor) -> None:
+    def all_reduce(self, vector: Tensor) -> None:
         self._box[self.rank] = vector.clone()
         self._barrier.wait()
         vector.copy_(torch.stack([self._box[rank] for rank in range(self.world_size)]).sum(0))
         self._barrier.wait()
 
 
-def on_ranks(world_size: int, do: Callable[[Alone], Any]) -> list[Any]:
+def on_ranks(world_size: int, do: Callable[[FakeContext], Any]) -> list[Any]:
     """What each of several ranks makes of the same work, in order; a world of one reduces nothing."""
     if world_size == 1:
-        return [do(Alone())]
+        return [do(FakeContext())]
     barrier, box = threading.Barrier(world_size, timeout=60), dict[int, Tensor]()
     with ThreadPoolExecutor(world_size) as pool:
-        return list(pool.map(lambda rank: do(Threads(rank, world_size, barrier, box)), range(world_size)))
+        return list(pool.map(lambda rank: do(ThreadContext(rank, world_size, barrier, box)), range(world_size)))
 
 
 @dataclass
@@ -183,12 +182,12 @@ class Result:
     trainee: Trainee
     position: Position
     signal_number: int
-    around: Alone
+    context: FakeContext
 
 
 def run(
     job: Job,
-    around: Alone | None = None,
+    context: FakeContext | None = None,
     *,
     max_steps: int | None = None,
     bounds: Bounds = Bounds(),  # noqa: B008 - frozen
@@ -199,19 +198,19 @@ def run(
     wanted: tuple[int, ...] = (),
     data: tuple[Tensor, Tensor] | None = None,
 ) -> Result:
-    around = around or Alone()
+    context = context or FakeContext()
     data = data or make_data(job)
     plan = Plan(job, len(data[0]), max_steps)
-    trainee = trainee or make_trainee(job, around.rank, around.world_size, way)
+    trainee = trainee or make_trainee(job, context.rank, context.world_size, way)
     position = Position()
     if start is not None:
         position, weights, state = start
         trainee.load(weights, state)
     memory = Memory(trainee, wanted)
-    batches = shares(plan, data, position.step + 1, around.rank, around.world_size)
-    evaluated = {split: blocks(data, around.rank, around.world_size) for split in splits}
-    last, number = fit(trainee, plan, batches, evaluated, memory, around, position, bounds)
-    return Result(memory, trainee, last, number, around)
+    batches = shares(plan, data, position.step + 1, context.rank, context.world_size)
+    evaluated = {split: blocks(data, context.rank, context.world_size) for split in splits}
+    last, number = fit(trainee, plan, batches, evaluated, memory, context, position, bounds)
+    return Result(memory, trainee, last, number, context)
 
 
 # -------------------------------------------------------------------------------------- several processes
@@ -249,9 +248,9 @@ SIGNALS: dict[str, dict[int, dict[int, int]]] = {
 """For each case and rank: at which step which signal has come."""
 
 
-def outcome(job: Job, around: Alone) -> dict[str, Any]:
+def outcome(job: Job, context: FakeContext) -> dict[str, Any]:
     """What a run leaves behind, as plain values."""
-    result = run(job, around, splits=("val", "train"))
+    result = run(job, context, splits=("val", "train"))
     return {
         "loss": result.memory.column("loss"),
         "correct": result.memory.column("correct"),
@@ -265,29 +264,29 @@ def outcome(job: Job, around: Alone) -> dict[str, Any]:
     }
 
 
-def first_gradient(job: Job, around: Alone) -> list[float]:
-    data, trainee = make_data(job), make_trainee(job, around.rank, around.world_size)
-    batch = next(shares(Plan(job, len(data[0])), data, 1, around.rank, around.world_size))
+def first_gradient(job: Job, context: FakeContext) -> list[float]:
+    data, trainee = make_data(job), make_trainee(job, context.rank, context.world_size)
+    batch = next(shares(Plan(job, len(data[0])), data, 1, context.rank, context.world_size))
     trainee.gradient(1, batch.inputs, batch.targets)
-    if around.world_size > 1:
-        around.reduce(trainee.flat.exchange)
+    if context.world_size > 1:
+        context.all_reduce(trainee.flat.exchange)
     return (trainee.flat.gradient / trainee.flat.weight).tolist()
 
 
-def stopped(signals: dict[int, dict[int, int]], around: Alone) -> tuple[int, int, bool]:
-    around.signals = signals.get(around.rank, {})
-    result = run(make_job(), around)
+def stopped(signals: dict[int, dict[int, int]], context: FakeContext) -> tuple[int, int, bool]:
+    context.signals = signals.get(context.rank, {})
+    result = run(make_job(), context)
     position, end = result.memory.saves[-1]
     return position.step, result.signal_number, end
 
 
-def diverged(around: Alone) -> str:
+def diverged(context: FakeContext) -> str:
     """What each rank says of a loss that is not finite, whichever rank's rows it came from."""
     job = make_job(train={"batch_size": 6})
     inputs, targets = make_data(job)
     inputs[int(global_rows(Plan(job, len(inputs)), 3)[-1])] = float("nan")
     try:
-        run(job, around, data=(inputs, targets), splits=())
+        run(job, context, data=(inputs, targets), splits=())
     except NotFiniteError as error:
         return error.what
     return "nothing"
@@ -304,11 +303,13 @@ def work(rank: int, address: str, results: Any) -> None:
             continue
         group = pair if world_size == 2 else None
         for name, tree in CONFIGURATIONS.items():
-            results.put((name, world_size, rank, outcome(make_job(**tree), Alone(rank, world_size, group))))
-        results.put(("fp32", world_size, rank, first_gradient(make_job(**FLOAT32), Alone(rank, world_size, group))))
-        results.put(("norm", world_size, rank, outcome(make_job(**BATCH_NORM), Alone(rank, world_size, group))))
-        results.put(("diverged", world_size, rank, diverged(Alone(rank, world_size, group))))
+            results.put((name, world_size, rank, outcome(make_job(**tree), FakeContext(rank, world_size, group))))
+        results.put(
+            ("fp32", world_size, rank, first_gradient(make_job(**FLOAT32), FakeContext(rank, world_size, group)))
+        )
+        results.put(("norm", world_size, rank, outcome(make_job(**BATCH_NORM), FakeContext(rank, world_size, group))))
+        results.put(("diverged", world_size, rank, diverged(FakeContext(rank, world_size, group))))
     for name, signals in SIGNALS.items():
-        results.put((name, 3, rank, stopped(signals, Alone(rank, 3))))
+        results.put((name, 3, rank, stopped(signals, FakeContext(rank, 3))))
     dist.barrier()
     dist.destroy_process_group()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,21 @@ import torch
 
 from pipeline import load, train
 from pipeline.assembly import prepare
-from pipeline.context import Tell
 from pipeline.data.fitted import Fitted
 from pipeline.errors import DataError, JobError
+from pipeline.events import Event, EventHandler, WarningMessage, ignore_event
 from pipeline.job_file import build_job
 from pipeline.record.standing import Standing
 from pipeline.verbs.evaluate import evaluate
 from pipeline.verbs.predict import predict
 
 
-def trained(folder: Path, frame: pd.DataFrame, task: Any, tell: Tell = lambda event: None) -> Standing:
+def trained(folder: Path, frame: pd.DataFrame, task: Any, on_event: EventHandler = ignore_event) -> Standing:
     frame.to_parquet(folder / "t.parquet")
     tree = {"source": "parquet", "url": str(folder / "t.parquet"), "label": "y"}
     training = {"batch_size": 20, "phases": [{"epochs": 20, "lr": 0.5}]}
     job = build_job({"name": "t", "data": tree, "task": task, "model": {"hidden": [8]}, "train": training}, "test")
-    return train(job, storage=str(folder / "runs"), tell=tell)
+    return train(job, storage=str(folder / "runs"), on_event=on_event)
 
 
 @pytest.mark.parametrize(
@@ -94,9 +93,9 @@ def test_classes_of_an_earlier_version_stay_what_they_were(tmp_path: Path) -> No
 
 def test_which_of_two_numbers_is_positive_is_said(tmp_path: Path) -> None:
     frame = pd.DataFrame({"x": np.arange(100.0), "y": np.sign(np.arange(100) - 49.5).astype(int)})
-    events: list[Mapping[str, Any]] = []
+    events: list[Event] = []
     trained(tmp_path, frame, "binary", events.append)
-    warnings = [event["text"] for event in events if event["kind"] == "warning"]
+    warnings = [event.text for event in events if isinstance(event, WarningMessage)]
     assert any("of the labels -1 and 1, 1 counts as positive" in text for text in warnings)
 
 

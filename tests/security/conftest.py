@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pipeline import train
 from pipeline.errors import Interrupted
+from pipeline.events import EvaluationLogged, Event
 from pipeline.record import recorder
 from tests.cli.conftest import trainyard as trainyard
 from tests.security.spoiling import JOB, Made
@@ -32,12 +32,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         patch.setattr(recorder, "REST", 0)  # a commit whenever one is due
         untouched = train(job, storage=str(folder / "untouched"))
 
-        def stop(event: Mapping[str, Any]) -> None:
-            if event["kind"] == "evaluation" and event["step"] >= STOPPED_AFTER:
+        def stop(event: Event) -> None:
+            if isinstance(event, EvaluationLogged) and event.step >= STOPPED_AFTER:
                 os.kill(os.getpid(), signal.SIGINT)
 
         with pytest.raises(Interrupted):
-            train(job, storage=str(folder / "interrupted"), tell=stop)
+            train(job, storage=str(folder / "interrupted"), on_event=stop)
     return Made(job, Path(untouched.url), folder / "interrupted" / untouched.run)
 
 

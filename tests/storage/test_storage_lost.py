@@ -7,15 +7,14 @@ import os
 import re
 import signal
 import time
-from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pipeline import load, train
 from pipeline.errors import Interrupted, StorageLostError
+from pipeline.events import CheckpointCommitted, Event, TrainingStarted
 from pipeline.record import recorder
 from pipeline.testing import faults
 from tests.faults.fault_evidence import check_at_rest, entries, evidence, only_run
@@ -72,10 +71,10 @@ def test_what_was_trained_while_storage_was_away_is_not_lost(folder: Path, monke
     assert load(str(place), trust=True).step <= saved
     assert load(f"{place}@last", trust=True).step == saved
 
-    told: list[Mapping[str, Any]] = []
-    assert train("job.yaml", storage=url, tell=told.append).status == "finished"
-    assert [event["step"] for event in told if event["kind"] == "start"] == [saved]
-    assert any(f"going on from step {saved}" in str(event.get("text")) for event in told)
+    events: list[Event] = []
+    assert train("job.yaml", storage=url, on_event=events.append).status == "finished"
+    assert [event.step for event in events if isinstance(event, TrainingStarted)] == [saved]
+    assert any(f"going on from step {saved}" in str(event) for event in events)
     assert not place.exists()
     run = only_run(folder / "runs")
     check_at_rest(run)
@@ -88,15 +87,15 @@ def test_a_slow_storage_does_not_stretch_what_may_be_lost(folder: Path, monkeypa
     monkeypatch.setattr(recorder, "REST", 100)
     began, commits = time.monotonic(), list[tuple[float, float]]()
 
-    def tell(event: Mapping[str, Any]) -> None:
-        if event["kind"] == "commit":
-            commits.append((time.monotonic(), event["seconds"]))
+    def on_event(event: Event) -> None:
+        if isinstance(event, CheckpointCommitted):
+            commits.append((time.monotonic(), event.write_s))
             if len(commits) == 4:
                 os.kill(os.getpid(), signal.SIGINT)
 
     changes = {"train.phases.0.epochs": 200, "checkpoint.every_steps": 100_000, "checkpoint.every_minutes": 0.01}
     with faults("delay_s=0.02 on=write"), pytest.raises(Interrupted):
-        train("job.yaml", set=changes, storage=f"faulty://file{folder}/runs", tell=tell)
+        train("job.yaml", set=changes, storage=f"faulty://file{folder}/runs", on_event=on_event)
     assert commits[0][0] - began >= 0.6 - commits[0][1], "not before it is asked for"
     for (before, cost), (after, _) in pairwise(commits[:4]):
         assert after - before < recorder.REST / 2 * cost

@@ -11,33 +11,33 @@ import torch.distributed as dist
 
 from pipeline import train
 from pipeline.cluster import driver
-from pipeline.context import Alone, Value
+from pipeline.context import SingleProcessContext, T
 from pipeline.job import Scale
-from pipeline.worker import Order, work
+from pipeline.worker import Order, run_worker
 
 
-class Among(Alone):
+class Among(SingleProcessContext):
     """One plain process among others."""
 
     def __init__(self, rank: int, world_size: int) -> None:
-        super().__init__(lambda event: None)
+        super().__init__()
         self.rank = self.local_rank = rank
         self.world_size = world_size
 
-    def reduce(self, vector: torch.Tensor) -> None:
+    def all_reduce(self, vector: torch.Tensor) -> None:
         dist.all_reduce(vector)
 
-    def broadcast(self, value: Value | None) -> Value:
+    def broadcast(self, value: T | None) -> T:
         box: list[Any] = [value]
         dist.broadcast_object_list(box, src=0)
-        found: Value = box[0]
+        found: T = box[0]
         return found
 
 
 def run_rank(order: Order, rank: int, world_size: int, port: int) -> None:
     """One rank's whole part."""
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    work(order, Among(rank, world_size))
+    run_worker(order, Among(rank, world_size))
     dist.destroy_process_group()
 
 
