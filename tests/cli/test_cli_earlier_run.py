@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pipeline import load, train
 from pipeline.errors import Interrupted
+from pipeline.events import EvaluationLogged, Event
 from tests.cli.cli_calls import Trainyard, write_job
 from tests.record.earlier_checkpoints import contents, pickle_states
 
@@ -26,8 +25,8 @@ def job(tmp_path: Path) -> str:
 def interrupted(job: str, tmp_path: Path) -> Path:
     """The directory of a run that was stopped after 2 of its 3 epochs."""
 
-    def stop(event: Mapping[str, Any]) -> None:
-        if event["kind"] == "evaluation" and event["step"] >= 16:
+    def stop(event: Event) -> None:
+        if isinstance(event, EvaluationLogged) and event.step >= 16:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted):
