@@ -31,8 +31,8 @@ def choose(kind: str, local_rank: int = 0) -> torch.device:
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not present[kind]:
-        there = ", ".join(name for name, is_there in present.items() if is_there)
-        raise InputError(f"{kind} is not available here", where="scale.device", fix=f"available: {there}; or use auto")
+        available = ", ".join(name for name, is_there in present.items() if is_there)
+        raise InputError(f"{kind} is not available here", where="scale.device", fix=f"available: {available}; or use auto")
     return torch.device(kind, local_rank % torch.cuda.device_count()) if kind == "cuda" else torch.device(kind)
 
 

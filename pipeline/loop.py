@@ -141,34 +141,34 @@ def fit(
     ------
     NotFiniteError: a loss that is NaN or infinite, or gradients that are so again and again.
     """
-    log, votes = StepLog(trainee.flat.sums, recorder.steps, trainee.scale_state), _Votes(trainee, context)
+    step_metrics, gradient_sync = StepLog(trainee.flat.sums, recorder.steps, trainee.scale_state), _Votes(trainee, context)
     if position.step == 0:
         position = _evaluate_all(trainee, plan, splits, recorder, context, position, 0)
-        log.resume_clock()
+        step_metrics.resume_clock()
     for batch in batches:
         step = batch.step
         if plan.resets_optimizer_before(step):
             trainee.optimizer.reset()
         trainee.gradient(step, batch.inputs, batch.targets)
-        stop_signal = votes.sum_over_ranks()
-        log.record(plan.epoch(step), step, lr := plan.lr(step))
+        stop_signal = gradient_sync.sum_over_ranks()
+        step_metrics.record(plan.epoch(step), step, lr := plan.lr(step))
         trainee.update(lr)
 
-        evaluates = plan.evaluates_after(step) or step == bounds.ended_at
-        if evaluates:
-            log.flush()
+        is_evaluated = plan.evaluates_after(step) or step == bounds.ended_at
+        if is_evaluated:
+            step_metrics.flush()
             position = _evaluate_all(trainee, plan, splits, recorder, context, position, step)
-        ends = evaluates and bounds.ends(position, plan)
-        if ends or stop_signal or recorder.wants(step, plan.saves_after(step)):
-            log.flush()
+        is_end = is_evaluated and bounds.ends(position, plan)
+        if is_end or stop_signal or recorder.wants(step, plan.saves_after(step)):
+            step_metrics.flush()
             position = replace(position, step=step)
-            recorder.save(position, ends)
-        if ends:
+            recorder.save(position, is_end)
+        if is_end:
             return position, 0
         if stop_signal:
             return position, stop_signal
-        if evaluates:
-            log.resume_clock()
+        if is_evaluated:
+            step_metrics.resume_clock()
     raise AssertionError("the batches ended before the run did")
 
 
@@ -183,11 +183,11 @@ def evaluate(trainee: Trainee, blocks: Iterable[tuple[Tensor, Tensor]], context:
     ------
     WorkError: code of the user's own failed.
     """
-    tally = Tally(trainee.task, trainee.device)
+    accumulator = Tally(trainee.task, trainee.device)
     for inputs, targets in blocks:
         with torch.inference_mode():
-            tally.add(trainee.outputs(inputs), targets)
-    return tally.metrics(context)
+            accumulator.add(trainee.outputs(inputs), targets)
+    return accumulator.metrics(context)
 
 
 def _evaluate_all(
@@ -200,10 +200,10 @@ def _evaluate_all(
     step: int,
 ) -> Position:
     metrics: dict[str, float] = {}
-    for split, blocks in splits.items():
+    for split, eval_batches in splits.items():
         start = time.perf_counter()
         try:
-            result = evaluate(trainee, blocks, context)
+            result = evaluate(trainee, eval_batches, context)
         except WorkError as error:
             if step > 0 or type(error) is not WorkError:
                 raise
@@ -228,20 +228,20 @@ class _Votes:
     @waits_for("workers")
     def sum_over_ranks(self) -> int:
         """Sum the exchange vector over all ranks; returns the signal to stop, or 0."""
-        signal_here = self._context.stop_signal()
+        local_signal = self._context.stop_signal()
         if self._context.world_size == 1:
-            return signal_here
-        if signal_here:
-            self._flat.stop.fill_(SIGTERM_UNIT if signal_here == signal.SIGTERM else 1.0)
+            return local_signal
+        if local_signal:
+            self._flat.stop.fill_(SIGTERM_UNIT if local_signal == signal.SIGTERM else 1.0)
         self._context.all_reduce(self._flat.exchange)
         stop = self._lagged() if self._on_cuda else float(self._flat.stop)
         return 0 if stop == 0 else int(signal.SIGTERM if stop >= SIGTERM_UNIT else signal.SIGINT)
 
     def _lagged(self) -> float:
         host = torch.empty((), dtype=self._flat.stop.dtype, pin_memory=True).copy_(self._flat.stop, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        self._under_way.append((host, arrived))
+        copy_done = torch.cuda.Event()
+        copy_done.record()
+        self._under_way.append((host, copy_done))
         if len(self._under_way) <= VOTE_LAG:
             return 0.0
         oldest, event = self._under_way.popleft()
@@ -261,19 +261,19 @@ def check_finite(rows: Rows, fix: str, not_finite_gradients: Callable[[], Sequen
     ------
     NotFiniteError: names the first such step and its learning rate.
     """
-    bad = ~np.isfinite(rows["loss"])
+    is_nonfinite = ~np.isfinite(rows["loss"])
     if "loss_scale" in rows:
-        bad |= rows["loss_scale"] < MIN_SCALE
-    if not bad.any():
+        is_nonfinite |= rows["loss_scale"] < MIN_SCALE
+    if not is_nonfinite.any():
         return
-    first = int(np.argmax(bad))
+    first = int(np.argmax(is_nonfinite))
     step, lr, loss = int(rows["step"][first]), float(rows["lr"][first]), float(rows["loss"][first])
     what = f"the loss is {loss} at step {step}, with learning rate {lr:g}"
     if math.isfinite(loss):
         names, skipped = list(not_finite_gradients()), int(rows["skipped"][first])
-        of = f" of {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}" if names else ""
+        suffix = f" of {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}" if names else ""
         what = (
-            f"the gradients{of} are not finite at step {step}, with learning rate {lr:g}: {skipped:,} updates were "
+            f"the gradients{suffix} are not finite at step {step}, with learning rate {lr:g}: {skipped:,} updates were "
             f"skipped, and fp16's loss scale fell to {float(rows['loss_scale'][first]):.0e}"
         )
         fix = FP16_ADVICE

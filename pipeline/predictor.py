@@ -50,11 +50,11 @@ class Predictor(nn.Module):
     def forward(self, raw: Tensor) -> Tensor:
         """Outputs (B, K) for raw samples (B, ...), on the model's device: logits, or values as they were learned."""
         weights = next(self.model.parameters())
-        place = (weights.device, weights.dtype)
-        if place not in self._prepare:
-            self._prepare = {place: self.fitted.preprocess.to(*place)}
+        device_and_dtype = (weights.device, weights.dtype)
+        if device_and_dtype not in self._prepare:
+            self._prepare = {device_and_dtype: self.fitted.preprocess.to(*device_and_dtype)}
         with Arithmetic.of(self.job.train.precision, weights.device).context(weights.device):
-            outputs: Tensor = self.model(self._prepare[place](raw.to(weights.device)))
+            outputs: Tensor = self.model(self._prepare[device_and_dtype](raw.to(weights.device)))
         return outputs
 
     def predict(self, data: Any) -> np.ndarray:
@@ -102,8 +102,8 @@ class Predictor(nn.Module):
     def _warned_scores(self, data: Any) -> np.ndarray:
         report = DataReport(self.fitted.preprocess)
         scores = self.scores(data, report)
-        if told := report.warnings():
-            warnings.warn("\n".join(told), stacklevel=3)  # the caller of predict
+        if messages := report.warnings():
+            warnings.warn("\n".join(messages), stacklevel=3)  # the caller of predict
         return scores
 
     def scores(self, data: Any, report: DataReport | None = None) -> np.ndarray:
@@ -139,8 +139,8 @@ class Predictor(nn.Module):
             return labels.unscaled(outputs.numpy())
         is_binary = labels.kind == "binary"
         probabilities = torch.cat([(-outputs).sigmoid(), outputs.sigmoid()], 1) if is_binary else outputs.softmax(1)
-        found: np.ndarray = probabilities.numpy()
-        return found
+        result: np.ndarray = probabilities.numpy()
+        return result
 
 
 def _restore(code: UserCode | None, state: dict[str, Any]) -> Predictor:

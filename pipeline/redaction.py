@@ -181,14 +181,14 @@ def redact(error: BaseException) -> None:
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:
-        one = waiting.pop()
-        if one is None or id(one) in seen:
+        current = waiting.pop()
+        if current is None or id(current) in seen:
             continue
-        seen.add(id(one))
-        one.args = tuple(scrub(part) if isinstance(part, str) else part for part in one.args)
-        if isinstance(one, TrainyardError):
-            one.what, one.where, one.fix = scrub(one.what), scrub(one.where), scrub(one.fix)
-        waiting += [one.__cause__, one.__context__]
+        seen.add(id(current))
+        current.args = tuple(scrub(part) if isinstance(part, str) else part for part in current.args)
+        if isinstance(current, TrainyardError):
+            current.what, current.where, current.fix = scrub(current.what), scrub(current.where), scrub(current.fix)
+        waiting += [current.__cause__, current.__context__]
 
 
 def holds_secret(text: str) -> bool:
@@ -205,8 +205,8 @@ def holds_secret(text: str) -> bool:
 
 def _users(text: str) -> Iterator[tuple[str, str, str | None]]:
     """Scheme, user and password of the URLs in a text; one may stand in another, as in `simplecache::https://...`."""
-    for found in _USERINFO.finditer(text):
-        yield found[1], found[2], found[3]
+    for match in _USERINFO.finditer(text):
+        yield match[1], match[2], match[3]
 
 
 def _is_secret_parameter(name: str) -> bool:
@@ -219,8 +219,8 @@ def secrets_in(tree: Any, key: str = "", name: str = "") -> Iterator[str]:
     if isinstance(tree, str) and (holds_secret(tree) or _is_said_to_be_secret(name, tree)):
         yield key
     elif isinstance(tree, Mapping):
-        for own, value in tree.items():
-            yield from secrets_in(value, f"{key}.{own}" if key else str(own), str(own))
+        for subkey, value in tree.items():
+            yield from secrets_in(value, f"{key}.{subkey}" if key else str(subkey), str(subkey))
     elif isinstance(tree, (list, tuple)):
         for number, value in enumerate(tree):
             yield from secrets_in(value, f"{key}.{number}", name)
@@ -245,10 +245,10 @@ def looked_up(value: str, where: str = "") -> str:
     ------
     InputError: there is no such variable.
     """
-    named = _NAMED.fullmatch(value)
-    if named is None:
+    match = _NAMED.fullmatch(value)
+    if match is None:
         return value
-    name = named[1]
+    name = match[1]
     if name not in os.environ:
         raise InputError(f"the environment has no {name}", where=where or value, fix=f"export {name}=... first")
     hide([name])
@@ -268,11 +268,11 @@ def looked_up_in(tree: Any, where: str = "") -> Any:
 
 def _values() -> list[str]:
     """What must not be seen, as it is and as it stands in a URL, in JSON and in single lines; the longest first."""
-    found: set[str] = set()
+    values: set[str] = set()
     for name, value in os.environ.items():
         shortest = SHORTEST_HIDDEN if name in _hidden else SHORTEST
         if len(value) >= shortest and is_secret_name(name):
             lines = [line.strip() for line in value.splitlines()] if "\n" in value else []
-            found |= {value, quote(value, safe=""), json.dumps(value)[1:-1], repr(value)[1:-1]}
-            found |= {line for line in lines if len(line) >= 2 * SHORTEST}
-    return sorted(found, key=len, reverse=True)
+            values |= {value, quote(value, safe=""), json.dumps(value)[1:-1], repr(value)[1:-1]}
+            values |= {line for line in lines if len(line) >= 2 * SHORTEST}
+    return sorted(values, key=len, reverse=True)

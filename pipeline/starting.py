@@ -54,21 +54,21 @@ def find_start(job: Job, storage_url: str) -> Start | None:
     ------
     InputError: there is no such run, checkpoint, file or download, or it is damaged.
     """
-    spec = job.model
-    weights_named = isinstance(spec, TorchvisionModel) and spec.weights is not None
-    if spec.init_from is not None:
+    config = job.model
+    weights_named = isinstance(config, TorchvisionModel) and config.weights is not None
+    if config.init_from is not None:
         if weights_named:
             raise JobError(
                 "init_from and weights both say where the weights begin", where="model", fix="leave one of them out"
             )
-        run_name, which = run_and_checkpoint(looked_up(spec.init_from, "model.init_from"))
+        run_name, which = run_and_checkpoint(looked_up(config.init_from, "model.init_from"))
         checkpoint = find_checkpoint(open_run(run_name, storage_url), which)
         weights = checkpoint.weights()
         name = f"{scrub(run_name)} at step {checkpoint.step}"
-        return Start(weights, digest_of(weights), name, f"model.init_from: {spec.init_from}")
-    if isinstance(spec, TorchvisionModel) and weights_named:
-        weights, name = pretrained(spec)
-        return Start(weights, digest_of(weights), name, f"model.weights: {spec.weights}", new_head=True)
+        return Start(weights, digest_of(weights), name, f"model.init_from: {config.init_from}")
+    if isinstance(config, TorchvisionModel) and weights_named:
+        weights, name = pretrained(config)
+        return Start(weights, digest_of(weights), name, f"model.weights: {config.weights}", new_head=True)
     return None
 
 
@@ -87,38 +87,38 @@ def take(model: nn.Module, start: Start, *, strict: bool) -> list[str]:
     ------
     JobError: something does not fit, and `strict`; or nothing fits.
     """
-    own, given = model.state_dict(), start.weights
-    shapes = {name: (tuple(given[name].shape), tuple(own[name].shape)) for name in own if name in given}
+    model_state, initial_state = model.state_dict(), start.weights
+    shapes = {name: (tuple(initial_state[name].shape), tuple(model_state[name].shape)) for name in model_state if name in initial_state}
     differ = [name for name, (theirs, ours) in shapes.items() if theirs != ours]
-    missing = [name for name in own if name not in given]
+    missing = [name for name in model_state if name not in initial_state]
     if start.new_head:
         head = set(last_layer(model))
         differ = [name for name in differ if name not in head]
         missing = [name for name in missing if name not in head and not name.endswith(UNCOUNTED)]
-    misfits = _listed(
+    mismatches = _listed(
         {
             "missing there": missing,
-            "not in this model": [name for name in given if name not in own],
+            "not in this model": [name for name in initial_state if name not in model_state],
             "of another shape": [f"{name} {shapes[name][0]}, here {shapes[name][1]}" for name in differ],
         }
     )
-    fitting = [name for name, (theirs, ours) in shapes.items() if theirs == ours]
-    if not fitting:
+    matching = [name for name, (theirs, ours) in shapes.items() if theirs == ours]
+    if not matching:
         raise JobError(
-            f"no tensor of {start.name} fits this model: {'; '.join(misfits)}",
+            f"no tensor of {start.name} fits this model: {'; '.join(mismatches)}",
             where=start.where,
             fix="name a run of the same model",
         )
-    if misfits and strict:
+    if mismatches and strict:
         raise JobError(
-            f"{start.name} does not fit this model: {'; '.join(misfits)}",
+            f"{start.name} does not fit this model: {'; '.join(mismatches)}",
             where=start.where,
             fix="model.strict: false takes what fits",
         )
     with torch.no_grad():
-        for name in fitting:
-            own[name].copy_(given[name])
-    return misfits
+        for name in matching:
+            model_state[name].copy_(initial_state[name])
+    return mismatches
 
 
 def digest_of(weights: Mapping[str, Tensor]) -> str:

@@ -63,7 +63,7 @@ def guarded() -> Iterator[tuple[Stream, Stream]]:
         # A process that was started without one has its descriptor free: then no file of a run may get it, for native
         # libraries print there.
         output, errors = (
-            Stream(one if one is not None else opened.enter_context(open(os.devnull, "w"))) for one in before
+            Stream(original if original is not None else opened.enter_context(open(os.devnull, "w"))) for original in before
         )
         sys.stdout, sys.stderr = output, errors
         try:

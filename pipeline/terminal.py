@@ -223,7 +223,7 @@ class _Bar:
         self._update(event.step)
 
     def evaluation(self, event: EvaluationLogged) -> None:
-        self._metrics = [_field(*one) for one in short_fields(event.metrics, event.best_metric)]
+        self._metrics = [_field(*name_and_value) for name_and_value in short_fields(event.metrics, event.best_metric)]
         self._update(event.step)
 
     def _update(self, step: int) -> None:
@@ -245,8 +245,8 @@ def _field(name: str, value: float) -> str:
 def fitting(fields: Sequence[str], width: int) -> str:
     """The first fields, as many as a width takes, two spaces apart."""
     text = ""
-    for one in fields:
-        longer = f"{text}  {one}" if text else one
+    for next_field in fields:
+        longer = f"{text}  {next_field}" if text else next_field
         if len(longer) > width:
             break
         text = longer
@@ -256,8 +256,8 @@ def fitting(fields: Sequence[str], width: int) -> str:
 def evaluation_line(event: EvaluationLogged) -> str:
     """`epoch 3  step 1440  val loss 0.1432  accuracy 0.9571  best`"""
     best = "  no better than before training" if event.no_gain else "  best" if event.is_best else ""
-    words = short_words(event.metrics, event.best_metric)
-    return f"epoch {event.epoch:<3d} step {event.step:<6d} {words}{best}"
+    metrics_text = short_words(event.metrics, event.best_metric)
+    return f"epoch {event.epoch:<3d} step {event.step:<6d} {metrics_text}{best}"
 
 
 def early_stop_words(evaluations: int, metric: str) -> str:
@@ -267,13 +267,13 @@ def early_stop_words(evaluations: int, metric: str) -> str:
 
 def result_lines(standing: Standing) -> list[str]:
     """How a run stands, for people: with all metrics of its best step beside what no learning at all would give."""
-    found = standing.to_json()
+    tree = standing.to_json()
     lines = [_headline(standing)]
-    if found.get("error"):
-        lines.append(f"  error     {found['error']['message']}")
+    if tree.get("error"):
+        lines.append(f"  error     {tree['error']['message']}")
     if standing.status != "finished":
         lines += [f"  {word:<9s} {text}" for word, text in _going_on(standing)]
-    best, metrics = found.get("best"), found.get("metrics") or {}
+    best, metrics = tree.get("best"), tree.get("metrics") or {}
     if best:
         lines.append(f"  best      {best['metric']} {number(best['value'])} at step {best['step']}")
     chosen = best["metrics"] if best else metrics if standing.status == "finished" else {}  # else the untrained ones
@@ -288,54 +288,54 @@ def result_lines(standing: Standing) -> list[str]:
         lines.append(f"  latest    {short_words(metrics, best['metric'] if best else '')}")
     if standing.skipped_updates:
         lines.append(f"  skipped   {standing.skipped_updates:,} updates, whose gradients were too large for fp16")
-    if found["attempts"] > 1:
-        lines.append(f"  attempts  {found['attempts']}")
+    if tree["attempts"] > 1:
+        lines.append(f"  attempts  {tree['attempts']}")
     lines += [f"  damaged   {text}" for text in standing.damaged[:DAMAGE_LINES]]
     if len(standing.damaged) > DAMAGE_LINES:
         lines.append(f"            and {len(standing.damaged) - DAMAGE_LINES} more: see --json")
-    lines.append(f"  in        {found['url']}")
+    lines.append(f"  in        {tree['url']}")
     return lines
 
 
 def _headline(standing: Standing) -> str:
     """`mnist: running at step 3200 of 4800, seen 3 s ago`"""
-    at = f"{standing.run}: {standing.status} at step {standing.reached}"
+    prefix = f"{standing.run}: {standing.status} at step {standing.reached}"
     of = f" of {standing.total_steps}" if standing.total_steps else ""
     if standing.status == "running":
-        return f"{at}{of}, seen {ago(standing.seen_s)}"
+        return f"{prefix}{of}, seen {ago(standing.seen_s)}"
     if standing.status == "stalled":
-        return f"{at}{of}, no sign of life for {ago(standing.seen_s).removesuffix(' ago')}"
-    return f"{at}, epoch {standing.epoch}" if standing.status == "finished" else f"{at}{of}, epoch {standing.epoch}"
+        return f"{prefix}{of}, no sign of life for {ago(standing.seen_s).removesuffix(' ago')}"
+    return f"{prefix}, epoch {standing.epoch}" if standing.status == "finished" else f"{prefix}{of}, epoch {standing.epoch}"
 
 
 def _going_on(standing: Standing) -> list[tuple[str, str]]:
     """Of a run that has not finished: where it is, what of it is safe, and what can be done."""
-    found = []
+    entries = []
     if standing.where:
         world_size, device = standing.where.get("world_size"), standing.where.get("device")
         workers = f"{world_size} workers, " if world_size not in (None, 1) else ""
         verb = "runs on" if standing.status == "running" else "ran on"
-        found.append((verb, f"{standing.where.get('host')} ({workers}{device}), since {_utc(standing.where['since'])}"))
+        entries.append((verb, f"{standing.where.get('host')} ({workers}{device}), since {_utc(standing.where['since'])}"))
     if standing.reached > standing.step:
         saved = f"step {standing.step}, epoch {standing.epoch}" if standing.step else "nothing yet"
-        found.append(("saved", saved))
+        entries.append(("saved", saved))
     if standing.error is not None and standing.error.get("type") == NotFiniteError.__name__:
         best, step = standing.best, standing.step or None
         no_gain = best.no_gain if best is not None else ""
-        found.append(("next", "the same command would end there again:"))
-        found.append(("", divergence_advice(standing.run, best.step if best is not None else None, step, no_gain)))
+        entries.append(("next", "the same command would end there again:"))
+        entries.append(("", divergence_advice(standing.run, best.step if best is not None else None, step, no_gain)))
     elif standing.status != "running":
         start = f"goes on from step {standing.step}" if standing.step else "begins anew"
-        found.append(("next", f"the same command {start}"))
-    return found
+        entries.append(("next", f"the same command {start}"))
+    return entries
 
 
 def ago(seconds: float | None) -> str:
     """`42 s ago`, `12 min ago`, `5 h ago`, `3 days ago`."""
     if seconds is None:
         return ""
-    for unit, length, most in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48)):
-        if seconds < most * length:
+    for unit, length, limit in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48)):
+        if seconds < limit * length:
             return f"{int(seconds / length)} {unit} ago"
     return f"{int(seconds / 86400)} days ago"
 
@@ -356,19 +356,19 @@ def runs_lines(url: str, runs: Sequence[Listed], width: int | None = None) -> li
     labels = _labels({name for run in runs for name in run.differs})
     rows = [_HEADER]
     for run in runs:
-        found = run.standing
-        best = f"{found.best.metric} {number(found.best.value)}" if found.best is not None else ""
-        step = f"{found.reached}/{found.total_steps}" if found.total_steps else str(found.reached)
+        status = run.standing
+        best = f"{status.best.metric} {number(status.best.value)}" if status.best is not None else ""
+        step = f"{status.reached}/{status.total_steps}" if status.total_steps else str(status.reached)
         differs = " ".join(f"{labels[name]}={_brief(value)}" for name, value in run.differs.items())
-        latest = short_words(found.to_json()["metrics"])
-        rows.append((found.run, found.status, ago(found.seen_s).removesuffix(" ago"), step, best, differs, latest))
+        latest = short_words(status.to_json()["metrics"])
+        rows.append((status.run, status.status, ago(status.seen_s).removesuffix(" ago"), step, best, differs, latest))
     if len(rows) == 1:
         return [f"no runs in {url}"]
-    shown = [column for column, title in enumerate(_HEADER) if title != "DIFFERS" or labels]
+    columns = [column for column, title in enumerate(_HEADER) if title != "DIFFERS" or labels]
     for title in ("LATEST", "SEEN", "STEP"):
-        if width is not None and max(map(len, _table(rows, shown))) > width:
-            shown.remove(_HEADER.index(title))
-    lines = _table(rows, shown)
+        if width is not None and max(map(len, _table(rows, columns))) > width:
+            columns.remove(_HEADER.index(title))
+    lines = _table(rows, columns)
     return lines if width is None else [line if len(line) <= width else f"{line[: width - 1]}…" for line in lines]
 
 
@@ -386,9 +386,9 @@ def _labels(names: Collection[str]) -> dict[str, str]:
     labels = {}
     for name, path in short.items():
         parts = path.split(".")
-        ends = [".".join(parts[first:]) for first in reversed(range(len(parts))) if not parts[first].isdecimal()]
+        suffixes = [".".join(parts[first:]) for first in reversed(range(len(parts))) if not parts[first].isdecimal()]
         others = [f".{other}" for other in short.values() if other != path]
-        labels[name] = next((end for end in ends if not any(one.endswith(f".{end}") for one in others)), path)
+        labels[name] = next((suffix for suffix in suffixes if not any(other_path.endswith(f".{suffix}") for other_path in others)), path)
     return labels
 
 

@@ -101,9 +101,9 @@ def _build(
         torch.set_num_threads(max(_threads(job), threads_for(work, available_cpus())))
     dtype = devices.Arithmetic.of(job.train.precision, device).dtype
     model.to(dtype)  # before it takes weights over: those of another fp64 run stay what they are
-    misfits = take(model, prepared.start, strict=job.model.strict) if prepared.start is not None else []
+    mismatches = take(model, prepared.start, strict=job.model.strict) if prepared.start is not None else []
     seed = job.seed.of("dropout")
-    trainee = Trainee(
+    engine = Trainee(
         job,
         model,
         task,
@@ -114,8 +114,8 @@ def _build(
         draw_seed=lambda step: torch_seed(seed, "dropout", step, rank),
     )
     if to_train:
-        _try(prepared, trainee, world_size)
-    return Built(trainee, device, way, tuple(misfits))
+        _try(prepared, engine, world_size)
+    return Built(engine, device, way, tuple(mismatches))
 
 
 def _check_device(device: torch.device, prepared: Prepared) -> None:
@@ -157,8 +157,8 @@ def _check_pieces(plan: Plan, world_size: int) -> None:
     last_batch = plan.rows - (plan.steps_per_epoch - 1) * plan.batch_size
     for batch in {min(plan.batch_size, plan.rows), last_batch}:
         for rank in range(world_size):
-            mine = share(batch, rank, world_size)
-            rows = mine.stop - mine.start
+            local_slice = share(batch, rank, world_size)
+            rows = local_slice.stop - local_slice.start
             if rows == 1 or (rows and rows % (plan.job.train.micro_batch or rows) == 1):
                 raise JobError(
                     f"batch normalisation has no statistics of a single row, and a batch of {batch:,} rows leaves one "

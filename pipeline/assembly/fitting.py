@@ -30,14 +30,14 @@ def check_weights(job: Job, fitted: Fitted, weights: Mapping[str, Tensor], where
     preprocess = fitted.preprocess
     try:
         with torch.device("meta"):  # shapes without memory
-            shell = build_model(job, preprocess.output_shape, fitted.outputs, 0, preprocess.code_sizes)
+            meta_model = build_model(job, preprocess.output_shape, fitted.outputs, 0, preprocess.code_sizes)
     except (RuntimeError, OverflowError, ValueError, ZeroDivisionError) as error:
         if isinstance(job.model, TorchvisionModel):  # some of them compute with their own values when they are made
             return
         raise _unfit(f"{type(error).__name__}: {error}", where) from None
-    wanted = {name: tuple(tensor.shape) for name, tensor in shell.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    differ = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
+    expected_shapes = {name: tuple(tensor.shape) for name, tensor in meta_model.state_dict().items()}
+    actual_shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    differ = [name for name in {**expected_shapes, **actual_shapes} if expected_shapes.get(name) != actual_shapes.get(name)]
     if differ:
         raise _unfit(", ".join(differ[:SHOWN]) + (" and more" if len(differ) > SHOWN else ""), where)
 

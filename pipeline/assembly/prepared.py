@@ -73,17 +73,17 @@ class Prepared:
     @property
     def warnings(self) -> list[str]:
         """What is allowed, but probably not meant."""
-        found = [*self.source.warnings, *split_warnings(self.job, self.splits)]
+        messages = [*self.source.warnings, *split_warnings(self.job, self.splits)]
         if not self.was_fitted:
-            found += fit_warnings(self.job, self.source, self.splits["train"].ids)
-            found += label_warnings(self.fitted.labels)
+            messages += fit_warnings(self.job, self.source, self.splits["train"].ids)
+            messages += label_warnings(self.fitted.labels)
         best, processes, cores = self.job.best, self.job.data.loader.processes, available_cpus()
         if best.patience is not None and best.metric.partition("/")[0] not in self.evaluated:
-            found.append(f"best.patience has no effect: {best.metric} is not evaluated")
-        found += too_large_to_gather(self.job, self.fitted.outputs, self.evaluated_rows).values()
+            messages.append(f"best.patience has no effect: {best.metric} is not evaluated")
+        messages += too_large_to_gather(self.job, self.fitted.outputs, self.evaluated_rows).values()
         if processes > cores:
-            found.append(f"data.loader.processes is {processes}, but there are {cores} cores: 0 may be faster")
-        return found
+            messages.append(f"data.loader.processes is {processes}, but there are {cores} cores: 0 may be faster")
+        return messages
 
 
 def stored_transforms(run: Run) -> Fitted | None:
@@ -163,13 +163,13 @@ def prepare(
     for split in prepared.evaluated:
         if split not in splits:
             raise JobError(f"there is no {split} split to evaluate", where="evaluate.splits", fix="see data.splits")
-    if job.best.metric.partition("/")[2] not in (known := job.measured(fitted.outputs)):
-        raise JobError(f"{job.best.metric} is not measured", where="best.metric", fix=f"there are {', '.join(known)}")
+    if job.best.metric.partition("/")[2] not in (available_metrics := job.measured(fitted.outputs)):
+        raise JobError(f"{job.best.metric} is not measured", where="best.metric", fix=f"there are {', '.join(available_metrics)}")
     check_best_is_gathered(job, fitted.outputs, prepared.evaluated_rows)
-    wanted = job.best.metric.partition("/")[0]
-    if wanted in splits and wanted not in prepared.evaluated:
+    best_split = job.best.metric.partition("/")[0]
+    if best_split in splits and best_split not in prepared.evaluated:
         raise JobError(
-            f"{job.best.metric} is not evaluated", where="best.metric", fix=f"add {wanted} to evaluate.splits"
+            f"{job.best.metric} is not evaluated", where="best.metric", fix=f"add {best_split} to evaluate.splits"
         )
     return prepared
 

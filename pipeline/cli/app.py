@@ -77,10 +77,10 @@ def options(
 
 def main() -> NoReturn:
     """Run the command line; errors become one message and an exit code."""
-    words = sys.argv[1:]
-    shown.update(json="--json" in words, verbose=False, kept=False)  # until a command says so itself
+    arguments = sys.argv[1:]
+    shown.update(json="--json" in arguments, verbose=False, kept=False)  # until a command says so itself
     with guarded() as (output, _):
-        exit_code = _ended(words)
+        exit_code = _ended(arguments)
         output.flush()
         exit_code = _although_unprinted(output.error, exit_code)
     sys.exit(exit_code)
@@ -132,10 +132,10 @@ def _although_unprinted(error: OSError | None, exit_code: int) -> int:
     output. A reader that has left, such as `head`, has what it wanted."""
     if error is None or error.errno == errno.EPIPE:
         return exit_code
-    is_done = shown["kept"] or exit_code != 0
-    told = "what was done is done, and only its result could not be printed" if shown["kept"] else "nothing is printed"
-    print(f"{'warning' if is_done else 'error'}: standard output: {error.strerror}: {told}", file=sys.stderr)
-    return exit_code if is_done else 1
+    is_work_done = shown["kept"] or exit_code != 0
+    consequence = "what was done is done, and only its result could not be printed" if shown["kept"] else "nothing is printed"
+    print(f"{'warning' if is_work_done else 'error'}: standard output: {error.strerror}: {consequence}", file=sys.stderr)
+    return exit_code if is_work_done else 1
 
 
 def print_result(result: dict[str, Any], lines: list[str], as_json: bool) -> None:

@@ -18,12 +18,12 @@ def runs(storage: StorageUrl = None, as_json: Json = False) -> None:
     shown.update(json=as_json, verbose=False)
     from pipeline.verbs.show import runs as verb
 
-    url, found, unreadable = verb(storage)
+    url, listed_runs, unreadable = verb(storage)
     from pipeline.terminal import runs_lines
 
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    lines = [*runs_lines(url, found, width), *(f"{name}: cannot be read: {why}" for name, why in unreadable.items())]
-    print_result({"storage": url, "runs": [run.to_json() for run in found], "unreadable": unreadable}, lines, as_json)
+    lines = [*runs_lines(url, listed_runs, width), *(f"{name}: cannot be read: {reason}" for name, reason in unreadable.items())]
+    print_result({"storage": url, "runs": [run.to_json() for run in listed_runs], "unreadable": unreadable}, lines, as_json)
 
 
 @app.command(epilog="Example: trainyard show mnist-mlp-1a2b3c4d")
@@ -40,8 +40,8 @@ def show(
     from pipeline.terminal import result_lines
     from pipeline.verbs.show import show as verb
 
-    found = verb(run, storage, verify=verify)
-    print_result(found.to_json(), result_lines(found), as_json)
+    status = verb(run, storage, verify=verify)
+    print_result(status.to_json(), result_lines(status), as_json)
 
 
 @app.command(epilog="Example: trainyard follow mnist-mlp-1a2b3c4d --to tensorboard")
@@ -77,5 +77,5 @@ def follow(
     from pipeline.terminal import Progress
 
     with Progress(quiet=quiet) as progress:
-        found = verb(run, to=to or [], storage=storage, once=once, on_event=progress.show)
-    print_result(found.to_json(), found.lines(), as_json)
+        result = verb(run, to=to or [], storage=storage, once=once, on_event=progress.show)
+    print_result(result.to_json(), result.lines(), as_json)

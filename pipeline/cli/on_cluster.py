@@ -20,22 +20,22 @@ def main() -> NoReturn:
     from pipeline.cluster.jobs.records import record_line
 
     be_discreet()
-    end: dict[str, Any]
+    outcome: dict[str, Any]
     try:
         with own_process():
-            end = {"exit_code": 0, "result": _train(sys.argv[1])}
+            outcome = {"exit_code": 0, "result": _train(sys.argv[1])}
     except TrainyardError as error:
         print(f"error: {error}" if error.exit_code < 128 else f"{error}", flush=True)
-        said = {"type": type(error).__name__, "message": str(error)}
-        end = {"exit_code": error.exit_code, "error": said}
+        error_fields = {"type": type(error).__name__, "message": str(error)}
+        outcome = {"exit_code": error.exit_code, "error": error_fields}
     except Exception as error:  # the user's own code, or a defect of ours: all of it is in the log of the job
         import traceback
 
         traceback.print_exc(file=sys.stdout)
         print(f"error: {type(error).__name__}: {error}", flush=True)
-        end = {"exit_code": 1, "error": {"type": type(error).__name__, "message": str(error)}}
-    print(record_line("end", end), flush=True)
-    sys.exit(end["exit_code"])
+        outcome = {"exit_code": 1, "error": {"type": type(error).__name__, "message": str(error)}}
+    print(record_line("end", outcome), flush=True)
+    sys.exit(outcome["exit_code"])
 
 
 def _train(letter_name: str) -> dict[str, Any]:
@@ -47,8 +47,8 @@ def _train(letter_name: str) -> dict[str, Any]:
     from pipeline.terminal import Progress, result_lines
     from pipeline.verbs.train import train
 
-    letter = take_out(letter_name)
-    handed.take(letter.environment)
+    payload = take_out(letter_name)
+    handed.take(payload.environment)
     with Progress(quiet=False) as progress:
 
         def on_event(event: Event) -> None:
@@ -57,14 +57,14 @@ def _train(letter_name: str) -> dict[str, Any]:
             progress.show(event)
 
         outcome = train(
-            parse_job(letter.job, "the job that was sent"),
-            name=letter.name,
-            storage=letter.storage,
+            parse_job(payload.job, "the job that was sent"),
+            name=payload.name,
+            storage=payload.storage,
             address=os.environ["RAY_ADDRESS"],
-            max_steps=letter.max_steps,
-            allow_code_change=letter.allow_code_change,
+            max_steps=payload.max_steps,
+            allow_code_change=payload.allow_code_change,
             on_event=on_event,
-            verbose=letter.verbose,
+            verbose=payload.verbose,
         )
     print("\n".join(result_lines(outcome)), flush=True)
     return outcome.to_json()

@@ -74,17 +74,17 @@ def submit(
     shown.update(json=as_json, verbose=verbose, kept=True)
     from pipeline.verbs.submit import submit as verb
 
-    begun: list[str] = []
+    job_ids: list[str] = []
 
     def on_job(job_id: str) -> None:
-        begun.append(job_id)
+        job_ids.append(job_id)
         if wait or as_json:
             _say(quiet)(f"job {job_id}")
         else:
             print(job_id, flush=True)
 
-    with _detaching(begun, address, as_json):
-        found = verb(
+    with _detaching(job_ids, address, as_json):
+        job_status = verb(
             job,
             address=address,
             set=with_workers(overrides, workers),
@@ -101,7 +101,7 @@ def submit(
             show=_say(quiet),
             on_job=on_job,
         )
-        _end(found, as_json, is_followed=wait)
+        _end(job_status, as_json, is_followed=wait)
 
 
 @app.command(epilog="Example: trainyard status --address http://head:8265")
@@ -119,11 +119,11 @@ def status(
     from pipeline.verbs.remote import how_it_ended
     from pipeline.verbs.remote import status as verb
 
-    url, found = verb(job_or_run, address=address, token_file=token_file)
-    trees = [one.to_json() for one in found]
+    url, statuses = verb(job_or_run, address=address, token_file=token_file)
+    trees = [job_status.to_json() for job_status in statuses]
     lines = jobs_lines(url, trees)
-    if job_or_run is not None and found[0].is_over:
-        lines.append(how_it_ended(found[0]))
+    if job_or_run is not None and statuses[0].is_over:
+        lines.append(how_it_ended(statuses[0]))
     print_result(trees[0] if job_or_run is not None else {"url": url, "jobs": trees}, lines, as_json)
 
 
@@ -141,18 +141,18 @@ def logs(
     shown.update(json=as_json, verbose=False)
     from pipeline.verbs.remote import logs as verb
 
-    begun: list[str] = []
-    with _detaching(begun, address, as_json):
-        found = verb(
+    job_ids: list[str] = []
+    with _detaching(job_ids, address, as_json):
+        job_status = verb(
             job_or_run,
             address=address,
             token_file=token_file,
             until_its_end=follow,
             show=_say(False) if as_json else lambda line: print(printable(line), flush=True),
             say=_say(False),
-            on_job=begun.append,
+            on_job=job_ids.append,
         )
-        _end(found, as_json, is_followed=follow)
+        _end(job_status, as_json, is_followed=follow)
 
 
 @app.command(epilog="Example: trainyard stop mnist-1a2b3c4d-1 --address http://head:8265")
@@ -168,8 +168,8 @@ def stop(
     from pipeline.verbs.remote import how_it_ended
     from pipeline.verbs.remote import stop as verb
 
-    found = verb(job_or_run, address=address, token_file=token_file, say=_say(quiet))
-    print_result(found.to_json(), [how_it_ended(found)], as_json)
+    job_status = verb(job_or_run, address=address, token_file=token_file, say=_say(quiet))
+    print_result(job_status.to_json(), [how_it_ended(job_status)], as_json)
 
 
 def _say(quiet: bool) -> Callable[[str], None]:

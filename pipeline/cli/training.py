@@ -86,8 +86,8 @@ def check(
     shown.update(json=as_json, verbose=verbose)
     from pipeline.verbs.check import check as verb
 
-    found = verb(job, overrides or [], storage=storage, batch=batch, overfit=overfit)
-    print_result(found.to_json(), found.lines(), as_json)
+    result = verb(job, overrides or [], storage=storage, batch=batch, overfit=overfit)
+    print_result(result.to_json(), result.lines(), as_json)
 
 
 @app.command(epilog="Example: trainyard init churn && trainyard check churn.yaml")
@@ -128,7 +128,7 @@ def evaluate(
     from pipeline.verbs.evaluate import evaluate as verb
 
     with Progress(quiet=quiet) as progress:
-        found = verb(
+        result = verb(
             run,
             split=split,
             data=data,
@@ -138,8 +138,8 @@ def evaluate(
             trust=trust,
             say=phases(progress),
         )
-        warn(progress, found.warnings)
-    print_result(found.to_json(), found.lines(), as_json)
+        warn(progress, result.warnings)
+    print_result(result.to_json(), result.lines(), as_json)
 
 
 @app.command(epilog="Example: trainyard predict churn-1a2b3c4d --input s3://bucket/new/ --output new.parquet")
@@ -162,7 +162,7 @@ def predict(
     from pipeline.verbs.predict import predict as verb
 
     with Progress(quiet=quiet) as progress:
-        found = verb(
+        result = verb(
             model,
             input=input_url,
             output=output_url,
@@ -172,4 +172,4 @@ def predict(
             say=phases(progress),
             warn=lambda text: warn(progress, [text]),
         )
-    print_result(found.to_json(), found.lines(), as_json)
+    print_result(result.to_json(), result.lines(), as_json)

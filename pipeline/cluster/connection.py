@@ -80,10 +80,10 @@ def _connected(address: str | None, scale: Scale, tell: EventHandler, verbose: b
     handlers = {number: signal.getsignal(number) for number in caught_signals()}
     try:
         if address is None:
-            cpus = math.ceil(most_and_least(scale)[0] * scale.cpus_per_worker)  # Ray starts a process for each at once
-            warn_of_few_cores(cpus, tell)
+            num_cpus = math.ceil(most_and_least(scale)[0] * scale.cpus_per_worker)  # Ray starts a process for each at once
+            warn_of_few_cores(num_cpus, tell)
             with listen_on_loopback(), _deaf_to_hangup():
-                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+                ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
         else:
             with joining(address, verbose=verbose):
                 ray.init(address=address, **quiet)
@@ -124,9 +124,9 @@ def _refuse_url(address: str | None) -> None:
 
 def _leave(ray: Any) -> None:
     """Disconnect. A cluster that is gone lets nobody go: then the end of this process will have to do."""
-    leaving = threading.Thread(target=ray.shutdown, name="trainyard-leave", daemon=True)
-    leaving.start()
-    leaving.join(LEAVE_S)
+    thread = threading.Thread(target=ray.shutdown, name="trainyard-leave", daemon=True)
+    thread.start()
+    thread.join(LEAVE_S)
 
 
 class HeadWatch:

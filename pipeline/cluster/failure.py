@@ -33,8 +33,8 @@ class WorkerFailed(Exception):
     def of(cls, error: BaseException, rank: int) -> WorkerFailed:
         """An error as it was met on a worker."""
         step = getattr(error, "step", None)
-        trace = scrub("".join(traceback.format_exception(error)))  # Ray writes down what is raised
-        return cls(rank, step, scrub(head(error)), trace, isinstance(error, PeerFailure))
+        traceback_text = scrub("".join(traceback.format_exception(error)))  # Ray writes down what is raised
+        return cls(rank, step, scrub(head(error)), traceback_text, isinstance(error, PeerFailure))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return WorkerFailed, (self.rank, self.step, self.line, self.trace, self.is_consequence)

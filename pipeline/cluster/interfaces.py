@@ -30,13 +30,13 @@ def interface_of(address: str) -> str | None:
     """Name of the interface that has an IPv4 address; None where none has it."""
     import fcntl
 
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp_socket:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode()[:15])
             try:
-                found = socket.inet_ntoa(fcntl.ioctl(asking.fileno(), _SIOCGIFADDR, request)[20:24])
+                interface_address = socket.inet_ntoa(fcntl.ioctl(udp_socket.fileno(), _SIOCGIFADDR, request)[20:24])
             except OSError:  # no IPv4 address
                 continue
-            if found == address or (found.startswith("127.") and address.startswith("127.")):
+            if interface_address == address or (interface_address.startswith("127.") and address.startswith("127.")):
                 return name
     return None

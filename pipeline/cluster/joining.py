@@ -30,13 +30,13 @@ def joining(address: str, *, verbose: bool) -> Iterator[None]:
     if token is not None and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
         reload_settings()
-    with tempfile.TemporaryFile() as kept:
+    with tempfile.TemporaryFile() as captured_stderr:
         try:
-            with _errors_to(kept.fileno()):
+            with _errors_to(captured_stderr.fileno()):
                 yield
         except (ConnectionError, RuntimeError, ValueError):
-            kept.seek(0)
-            if REFUSED.encode() in kept.read():
+            captured_stderr.seek(0)
+            if REFUSED.encode() in captured_stderr.read():
                 what = (
                     f"the cluster refuses the token of {token.source}"
                     if token is not None
@@ -49,8 +49,8 @@ def joining(address: str, *, verbose: bool) -> Iterator[None]:
             raise
         finally:
             if verbose:
-                kept.seek(0)
-                print(kept.read().decode(errors="replace"), end="", file=sys.stderr)
+                captured_stderr.seek(0)
+                print(captured_stderr.read().decode(errors="replace"), end="", file=sys.stderr)
 
 
 @contextmanager

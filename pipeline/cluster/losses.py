@@ -52,22 +52,22 @@ class Losses:
         TrainyardError: what a worker itself said; a signal that asked to stop; a failure that repeats itself; memory
             that ran out twice; or one loss too many.
         """
-        told = next((one for one in _inside(error) if isinstance(one, TrainyardError)), None)
-        if told is not None:
-            raise told from None
-        line = first_line(error)
+        trainyard_error = next((cause for cause in _inside(error) if isinstance(cause, TrainyardError)), None)
+        if trainyard_error is not None:
+            raise trainyard_error from None
+        summary = first_line(error)
         if signal_number:
-            raise Interrupted(f"stopped after a loss ({line})", signal_number=signal_number, fix=AGAIN) from error
-        failed = _culprit(error)
-        self._check_memory(error, line)
-        if failed is not None and self._last_failed is not None and _same(failed, self._last_failed):
+            raise Interrupted(f"stopped after a loss ({summary})", signal_number=signal_number, fix=AGAIN) from error
+        failure = _culprit(error)
+        self._check_memory(error, summary)
+        if failure is not None and self._last_failed is not None and _same(failure, self._last_failed):
             raise RepeatedFailureError(
-                f"{line}, twice with the same error{_at(failed)}: a bug, not a fault\n{failed.trace.rstrip()}",
+                f"{summary}, twice with the same error{_at(failure)}: a bug, not a fault\n{failure.trace.rstrip()}",
                 where=self._run_name,
                 fix=f"mend it; {AGAIN}",
             ) from None
-        self._last_failed = failed
-        self._count(line, f"\n{failed.trace.rstrip()}" if failed is not None else "")
+        self._last_failed = failure
+        self._count(summary, f"\n{failure.trace.rstrip()}" if failure is not None else "")
 
     def words(self, error: BaseException) -> str:
         """What was lost, and where it goes on."""
@@ -87,7 +87,7 @@ class Losses:
 
     def _check_memory(self, error: BaseException, line: str) -> None:
         """Ray ends the hungriest worker of a machine that runs out of memory: that may be another's fault once."""
-        if any(type(one).__name__ == "OutOfMemoryError" for one in _inside(error)):
+        if any(type(cause).__name__ == "OutOfMemoryError" for cause in _inside(error)):
             self._out_of_memory += 1
             if self._out_of_memory > 1:
                 raise OutOfMemoryError(f"{line}, for the second time", where=self._run_name, fix=SMALLER)
@@ -105,9 +105,9 @@ def first_line(error: BaseException) -> str:
     """What went wrong in one line: the failing worker's own error where Ray tells it."""
     if isinstance(error, WorkerHung):
         return str(error)
-    failed = _culprit(error)
-    if failed is not None:
-        return f"worker {failed.rank} failed{_at(failed)}: {failed.line}"
+    worker_failure = _culprit(error)
+    if worker_failure is not None:
+        return f"worker {worker_failure.rank} failed{_at(worker_failure)}: {worker_failure.line}"
     for rank, failure in _failures(error).items():
         if not isinstance(failure, WorkerFailed):
             return f"worker {rank} was lost ({_why(failure)})"
@@ -118,14 +118,14 @@ def first_line(error: BaseException) -> str:
 
 def _culprit(error: BaseException) -> WorkerFailed | None:
     """The worker whose own error it was. It makes the others fail, and Ray may find them all at the same look."""
-    failed = [one for one in _failures(error).values() if isinstance(one, WorkerFailed) and not one.is_consequence]
-    return failed[0] if failed else None
+    failures = [failure for failure in _failures(error).values() if isinstance(failure, WorkerFailed) and not failure.is_consequence]
+    return failures[0] if failures else None
 
 
 def _failures(error: BaseException) -> dict[int, BaseException]:
     """By rank, what Ray Train says of its workers."""
-    for one in _inside(error):
-        failures = getattr(one, "worker_failures", None)
+    for cause in _inside(error):
+        failures = getattr(cause, "worker_failures", None)
         if failures:
             return {rank: unwrap_user_exception(failure) or failure for rank, failure in sorted(failures.items())}
     return {}
@@ -134,12 +134,12 @@ def _failures(error: BaseException) -> dict[int, BaseException]:
 def _inside(error: BaseException, depth: int = 0) -> Iterator[BaseException]:
     """An error, and those that Ray wrapped around each other in it."""
     yield error
-    inner: list[Any] = list(getattr(error, "worker_failures", {}).values())
+    causes: list[Any] = list(getattr(error, "worker_failures", {}).values())
     names = ("cause", "controller_failure", "health_check_failure", "__cause__")
-    inner += [unwrap_user_exception(error), *(getattr(error, name, None) for name in names)]
-    for one in inner if depth < 8 else ():
-        if isinstance(one, BaseException):
-            yield from _inside(one, depth + 1)
+    causes += [unwrap_user_exception(error), *(getattr(error, name, None) for name in names)]
+    for cause in causes if depth < 8 else ():
+        if isinstance(cause, BaseException):
+            yield from _inside(cause, depth + 1)
 
 
 _REASONS = (
@@ -166,7 +166,7 @@ def _why(error: BaseException) -> str:
 
 
 def _text(error: BaseException) -> str:
-    return " ".join(f"{type(one).__name__}: {one}" for one in _inside(error))
+    return " ".join(f"{type(cause).__name__}: {cause}" for cause in _inside(error))
 
 
 def reason_in(text: str) -> str:

@@ -43,18 +43,18 @@ def check_storage(ray: Any, url: str, *, from_here: bool = False) -> None:
     try:
         if from_here and storage.read(name) != token:
             raise InputError("what is read is not what was written", where=storage.url, fix="use another storage")
-        asked = {}
+        pending = {}
         for node in nodes if len(nodes) > 1 else ():
             strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = ray.remote(num_cpus=0, max_retries=LOOKS)(_complaint).options(scheduling_strategy=strategy)
-            asked[f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"] = task.remote(
+            pending[f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"] = task.remote(
                 url, name, token, handed.handed()
             )
-        for node, answer in asked.items():
-            complaint = _answer(ray, answer)
-            if complaint:
+        for node, answer in pending.items():
+            problem = _answer(ray, answer)
+            if problem:
                 raise InputError(
-                    f"node {node} {complaint}",
+                    f"node {node} {problem}",
                     where=f"storage: {storage.url}",
                     fix="use an object store (s3://bucket/runs), or a folder that is mounted on every node",
                 )

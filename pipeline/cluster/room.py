@@ -59,8 +59,8 @@ class Room:
         self._most, self._least = most_and_least(scale)
         waits = scale.wait_s
         self.wait_s = waits if waits != "auto" else WAIT_FIXED_S if self._most == self._least else WAIT_RANGE_S
-        seen = look()
-        with_gpus = any(node.get("GPU", 0) >= 1 for node in (*seen.total, seen.possible or {}))
+        resources = look()
+        with_gpus = any(node.get("GPU", 0) >= 1 for node in (*resources.total, resources.possible or {}))
         gpus = {"GPU": 1.0} if with_gpus and scale.device in ("auto", "cuda") else {}
         self.per_worker: dict[str, float] = {"CPU": float(scale.cpus_per_worker), **gpus}
         """What each worker takes: a GPU where the cluster has any and the job does not say cpu."""
@@ -72,14 +72,14 @@ class Room:
         ------
         InputError: the cluster can never hold so many.
         """
-        seen = self._look()
-        ever = fitting(seen.total, self.per_worker)
-        if seen.possible is not None:
-            ever = max(ever, fitting([seen.possible], self.per_worker))
-        if ever < self._least:
+        resources = self._look()
+        max_fitting = fitting(resources.total, self.per_worker)
+        if resources.possible is not None:
+            max_fitting = max(max_fitting, fitting([resources.possible], self.per_worker))
+        if max_fitting < self._least:
             raise InputError(
                 f"{self._least} workers of {words(self.per_worker)} each do not fit: the cluster has"
-                f" {words(added(seen.total))} on {len(seen.total)} node{'s' * (len(seen.total) != 1)}, room for {ever}",
+                f" {words(added(resources.total))} on {len(resources.total)} node{'s' * (len(resources.total) != 1)}, room for {max_fitting}",
                 where="scale.workers",
                 fix="ask for fewer workers or a smaller scale.cpus_per_worker",
             )
@@ -95,12 +95,12 @@ class Room:
         Interrupted: a signal asked to stop.
         WorkerLostError: after the limit there is still no room.
         """
-        began, said = time.monotonic(), -SAY_S
+        began, last_message_time = time.monotonic(), -SAY_S
         while True:
-            seen = self._look()
-            free = min(fitting(seen.free, self.per_worker), self._most)
-            grows = seen.possible is not None and fitting(seen.total, self.per_worker) < self._least
-            if free == self._most or grows:  # an autoscaler adds nodes for workers that wait
+            resources = self._look()
+            free = min(fitting(resources.free, self.per_worker), self._most)
+            can_grow = resources.possible is not None and fitting(resources.total, self.per_worker) < self._least
+            if free == self._most or can_grow:  # an autoscaler adds nodes for workers that wait
                 return self._most if free == self._most else self._least
             waited = time.monotonic() - began
             if free >= self._least and (not after_loss or waited >= self.wait_s):
@@ -108,7 +108,7 @@ class Room:
             if after_loss and waited >= self.wait_s:
                 raise WorkerLostError(
                     f"no room for {self._least} workers of {words(self.per_worker)} each after {waited:.0f} s:"
-                    f" {words(added(seen.free))} free of {words(added(seen.total))}",
+                    f" {words(added(resources.free))} free of {words(added(resources.total))}",
                     where="scale.workers",
                     fix="the same command goes on from the last checkpoint; scale.wait_s sets the limit",
                 )
@@ -118,13 +118,13 @@ class Room:
                     signal_number=signals.received,
                     fix="the same command goes on from the last checkpoint",
                 )
-            if waited >= 2 * POLL_S and time.monotonic() - said >= SAY_S:
-                said = time.monotonic()
+            if waited >= 2 * POLL_S and time.monotonic() - last_message_time >= SAY_S:
+                last_message_time = time.monotonic()
                 limit = f" for up to {self.wait_s:.0f} s" if after_loss else ""
                 tell(
                     Message(
                         f"waiting{limit} for room for {self._most} workers of {words(self.per_worker)} each:"
-                        f" {words(added(seen.free))} free of {words(added(seen.total))}"
+                        f" {words(added(resources.free))} free of {words(added(resources.total))}"
                     )
                 )
             time.sleep(POLL_S)
@@ -145,13 +145,13 @@ def look_at(ray: Any, *, draining: Callable[[], Mapping[str, int]]) -> Seen:
     ----------
     draining: ids of the nodes that are being drained.
     """
-    leaving = draining()
+    draining_nodes = draining()
     nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-    staying = [node for node in nodes if node not in leaving]
+    usable_nodes = [node for node in nodes if node not in draining_nodes]
     free = available_resources_per_node()
     return Seen(
-        total=tuple(nodes[node] for node in staying),
-        free=tuple(free.get(node, {}) for node in staying),
+        total=tuple(nodes[node] for node in usable_nodes),
+        free=tuple(free.get(node, {}) for node in usable_nodes),
         possible=max_cluster_resources(),
     )
 

@@ -19,8 +19,8 @@ def catch_notices() -> None:
     def note(number: int, frame: FrameType | None) -> None:
         global _received
         _received = as_sigterm(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for other_number, handler in before.items():
+            signal.signal(other_number, handler)
 
     for number in before:
         signal.signal(number, note)

@@ -78,7 +78,7 @@ def _release(entry: Entry) -> None:
 def fits(cache: Cache, size: int) -> bool:
     """Whether an entry of so many bytes may be kept: within `max_gb`, and on the disk once older ones are gone."""
     folder = Path(cache.folder).expanduser().absolute()
-    present = next(place for place in (folder, *folder.parents) if place.exists())
+    present = next(parent for parent in (folder, *folder.parents) if parent.exists())
     return size <= min(_limit(cache), shutil.disk_usage(present).free + _bytes(folder))
 
 
@@ -185,17 +185,17 @@ def _locked_temporary(cache: Cache, name: str) -> Iterator[tuple[Path, IO[str]]]
 @waits_for("cache")
 def take_lock(lock: IO[Any]) -> None:
     """Lock a file exclusively. While another process holds the lock, its signs of progress count as this thread's."""
-    seen, pause = -1, 1e-3
+    last_mtime_ns, pause_s = -1, 1e-3
     while True:
         with suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
-        sign = os.fstat(lock.fileno()).st_mtime_ns
-        if sign != seen:
-            seen = sign
+        mtime_ns = os.fstat(lock.fileno()).st_mtime_ns
+        if mtime_ns != last_mtime_ns:
+            last_mtime_ns = mtime_ns
             note_progress()
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE_S)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
 @contextmanager
@@ -208,11 +208,11 @@ def growing(folder: Path, lock: IO[Any] | None = None) -> Iterator[None]:
     lock: one that is held; who waits for it sees the progress too.
     """
     listeners = (*progress_listeners(), *([_signs(lock)] if lock is not None else []))
-    over = threading.Event()
+    stopped = threading.Event()
 
     def look() -> None:
         seen = -1
-        while not over.wait(LONGEST_PAUSE_S):
+        while not stopped.wait(LONGEST_PAUSE_S):
             size = _bytes(folder)
             if size != seen:
                 seen = size
@@ -224,7 +224,7 @@ def growing(folder: Path, lock: IO[Any] | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        over.set()
+        stopped.set()
         thread.join()
 
 
@@ -300,27 +300,27 @@ def _evict(cache: Cache, folder: Path, size: int) -> tuple[int, int]:
     """Delete what may be deleted and must be; returns how many bytes too many there are still, by `max_gb` and on the
     disk."""
     entries: dict[Path, int] = {}
-    building = 0
-    for place in list(folder.iterdir()):
-        if place.name.startswith(REMOVED):
-            shutil.rmtree(place, ignore_errors=True)
-        elif place.name.startswith(BUILDING):
-            if _remove_if_free(place, BUILDER):
+    building_bytes = 0
+    for path in list(folder.iterdir()):
+        if path.name.startswith(REMOVED):
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name.startswith(BUILDING):
+            if _remove_if_free(path, BUILDER):
                 continue
             with suppress(FileNotFoundError):  # just finished
-                building += max(_bytes(place), int((place / BUILDER).read_text() or 0))
-        elif (place / READERS).exists():
-            entries[place] = _bytes(place)
-    excess = sum(entries.values()) + building + size - _limit(cache)
-    short = size - shutil.disk_usage(folder).free
-    for place in sorted(entries, key=lambda place: place.stat().st_mtime):
-        if excess <= 0 and short <= 0:
+                building_bytes += max(_bytes(path), int((path / BUILDER).read_text() or 0))
+        elif (path / READERS).exists():
+            entries[path] = _bytes(path)
+    excess_bytes = sum(entries.values()) + building_bytes + size - _limit(cache)
+    missing_bytes = size - shutil.disk_usage(folder).free
+    for path in sorted(entries, key=lambda place: place.stat().st_mtime):
+        if excess_bytes <= 0 and missing_bytes <= 0:
             break
-        if _remove_if_free(place, READERS):
-            excess -= entries[place]
-            short -= entries[place]
+        if _remove_if_free(path, READERS):
+            excess_bytes -= entries[path]
+            missing_bytes -= entries[path]
             note_progress()
-    return excess, short
+    return excess_bytes, missing_bytes
 
 
 def _remove_if_free(place: Path, name: str) -> bool:
@@ -354,8 +354,8 @@ def _empty(folder: Path) -> None:
 
 def _sync(folder: Path) -> None:
     """Have the disk hold the content before its final name."""
-    for place, _, names in os.walk(folder):
-        for path in (*(Path(place) / name for name in names), Path(place)):
+    for parent, _, names in os.walk(folder):
+        for path in (*(Path(parent) / name for name in names), Path(parent)):
             if path.is_file():
                 _write_back(path)
             descriptor = os.open(path, os.O_RDONLY)
@@ -385,10 +385,10 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 def _bytes(folder: Path) -> int:
     total = 0
-    for place, _, names in os.walk(folder):
+    for parent, _, names in os.walk(folder):
         for name in names:
             with suppress(FileNotFoundError):
-                total += (Path(place) / name).stat().st_size
+                total += (Path(parent) / name).stat().st_size
     return total
 
 

@@ -84,15 +84,15 @@ def check_layout(fitted: Fitted, source: Source) -> None:
     DataError: other columns, or samples of another shape or type.
     """
     if isinstance(fitted.preprocess, TablePreprocess):
-        wanted = {column.name: (column.kind, column.width) for column in fitted.preprocess.schema.columns}
-        found = {column.name: (column.kind, column.width) for column in (source.schema or Schema(())).columns}
-        differ = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+        expected = {column.name: (column.kind, column.width) for column in fitted.preprocess.schema.columns}
+        actual = {column.name: (column.kind, column.width) for column in (source.schema or Schema(())).columns}
+        differ = sorted(name for name in {*expected, *actual} if expected.get(name) != actual.get(name))
         if differ:
-            words = [f"{name!r} {_layout(found.get(name))}, in training {_layout(wanted.get(name))}" for name in differ]
+            differences = [f"{name!r} {_layout(actual.get(name))}, in training {_layout(expected.get(name))}" for name in differ]
             raise DataError(
-                f"columns are not as they were in training: {'; '.join(words[:5])}",
+                f"columns are not as they were in training: {'; '.join(differences[:5])}",
                 where="--data",
-                fix=f"the model takes {', '.join(wanted)}",
+                fix=f"the model takes {', '.join(expected)}",
             )
     else:
         inputs, preprocess = source.train.inputs, fitted.preprocess
@@ -137,11 +137,11 @@ def fit(job: Job, source: Source, splits: Mapping[str, Rows]) -> Fitted:
     ------
     DataError: samples or targets that do not fit the job.
     """
-    rows = splits["train"].ids
+    indices = splits["train"].ids
     labels = fit_targets(job, source, splits)
-    preprocess = fit_preprocess(job, source, rows)
-    learned = labels.prepare(source.train.targets, source.label_names, np.float64, rows=rows)[rows]
+    preprocess = fit_preprocess(job, source, indices)
+    prepared_targets = labels.prepare(source.train.targets, source.label_names, np.float64, rows=indices)[indices]
     if labels.kind == "regression":
-        means, spreads = (values.tolist() for values in (learned.mean(0), learned.std(0)))
+        means, spreads = (values.tolist() for values in (prepared_targets.mean(0), prepared_targets.std(0)))
         return Fitted(preprocess, labels, means=tuple(means), spreads=tuple(spreads))
-    return Fitted(preprocess, labels, class_counts=tuple(class_counts(learned, len(labels.classes))))
+    return Fitted(preprocess, labels, class_counts=tuple(class_counts(prepared_targets, len(labels.classes))))

@@ -116,15 +116,15 @@ class TrainLoader:
             self._fetching.pop().close()
 
     def _changed(self, step: int, inputs: Tensor, targets: Tensor) -> Pair:
-        spec, seed, device = self._augment, self._seed, self._device
-        first, end, mine = self._shares.bounds(step)
+        config, seed, device = self._augment, self._seed, self._device
+        first, end, local_slice = self._shares.bounds(step)
         positions = self._shares.positions(step)
-        inputs = augmented(spec, inputs, draw(spec, seed, step, end - first).of(positions).to(device))
-        if not spec.mixup:
+        inputs = augmented(config, inputs, draw(config, seed, step, end - first).of(positions).to(device))
+        if not config.mixup:
             return inputs, targets
-        partners, shares = draw_partners(seed, step, end - first), draw_shares(spec.mixup, seed, step, end - first)
-        mix = Mix.of(positions, mine, partners, shares).to(device)
-        return mix.images(inputs), mix.targets(targets, self._classes)
+        partners, lam = draw_partners(seed, step, end - first), draw_shares(config.mixup, seed, step, end - first)
+        mixup = Mix.of(positions, local_slice, partners, lam).to(device)
+        return mixup.images(inputs), mixup.targets(targets, self._classes)
 
 
 class EvalLoader:

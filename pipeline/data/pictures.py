@@ -105,15 +105,15 @@ def decode(content: bytes, form: Form) -> np.ndarray:
         with Image.open(io.BytesIO(content), formats=_formats()) as image:
             if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise BrokenPictureError(f"{image.width:,} x {image.height:,} pixels, which may be an attack on memory")
-            plain = _in_mode(ImageOps.exif_transpose(image), form)
+            converted = _in_mode(ImageOps.exif_transpose(image), form)
     except BrokenPictureError:
         raise
     except UnidentifiedImageError:
         raise BrokenPictureError(f"no picture that Pillow knows; it begins with {content[:8]!r}") from None
     except Exception as error:  # decoders raise whatever they stumble over
         raise BrokenPictureError(str(error).strip().partition("\n")[0] or type(error).__name__) from error
-    sized = _cropped(_resized(plain, form.resize), form.crop)
-    pixels = np.asarray(sized)
+    cropped = _cropped(_resized(converted, form.resize), form.crop)
+    pixels = np.asarray(cropped)
     return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
 

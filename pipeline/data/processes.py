@@ -37,7 +37,7 @@ def made(make: Callable[[T], R], items: Sequence[T], processes: int, pin: bool =
         # Python warns of forks beside other threads. The children take no lock of ours.
         warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # the job's warnings say so
-        fetching = DataLoader(
+        loader = DataLoader(
             _Made(make),
             batch_size=None,
             sampler=items,
@@ -48,7 +48,7 @@ def made(make: Callable[[T], R], items: Sequence[T], processes: int, pin: bool =
             generator=torch.Generator(),  # torch's own would be drawn from
             multiprocessing_context="fork",  # the data is shared, not copied
         )
-        iterator = iter(fetching)
+        iterator = iter(loader)
     try:
         for _ in items:
             with _deaths_as_errors():

@@ -42,8 +42,8 @@ def raw_samples(data: Any, preprocess: Preprocess, job: Job, report: DataReport)
     if isinstance(preprocess, TablePreprocess):
         return _rows(data, preprocess, np.float64 if _is_wide(preprocess, job) else np.float32, report)
     if isinstance(job.data, ImageFolderDataConfig) and (_is_picture(data) or isinstance(data, Sequence)):
-        shape, some = preprocess.sample_shape, [data] if _is_picture(data) else data
-        return np.stack([_picture(one, job.data, shape) for one in some]) if some else np.empty((0, *shape), np.uint8)
+        shape, images = preprocess.sample_shape, [data] if _is_picture(data) else data
+        return np.stack([_picture(one, job.data, shape) for one in images]) if images else np.empty((0, *shape), np.uint8)
     if isinstance(job.data, ParquetDataConfig) and not isinstance(data, np.ndarray | torch.Tensor):
         return _single_column(to_arrow(data), preprocess, job.data)
     if preprocess.names and _is_frame(data):
@@ -69,18 +69,18 @@ def _named_columns(table: pa.Table, names: Sequence[str]) -> np.ndarray:
     """
     columns = []
     for name in names:
-        place = table.schema.get_field_index(name)
-        if place < 0:
+        index = table.schema.get_field_index(name)
+        if index < 0:
             raise DataError(
                 f"there is no column {name!r} ({table.num_rows:,} rows)",
                 where=WHERE,
                 fix=near(name, table.schema.names),
             )
-        held = content(table.schema.field(place).type)
-        if held.kind not in (*NUMBERS, "null"):
-            raise DataError(f"the column {name!r} holds {held}; wanted: numbers", where=WHERE, fix="cast it")
+        kind = content(table.schema.field(index).type)
+        if kind.kind not in (*NUMBERS, "null"):
+            raise DataError(f"the column {name!r} holds {kind}; wanted: numbers", where=WHERE, fix="cast it")
         column = pa.concat_arrays(
-            [plain(chunk) for chunk in table.column(place).chunks] or [pa.array([], pa.float64())]
+            [plain(chunk) for chunk in table.column(index).chunks] or [pa.array([], pa.float64())]
         )
         nulls = pc.sum(pc.is_null(column, nan_is_null=True)).as_py()
         if nulls:
@@ -111,17 +111,17 @@ def input_columns(
 
 def _sample_column(names: Iterable[str], preprocess: SamplePreprocess, data: ParquetDataConfig, where: str) -> str:
     """The column of bytes or lists that holds samples, found as in training."""
-    apart = {*data.labels, *data.keys, data.splits_column}
-    free = [name for name in names if name not in apart]
-    found = [name for name in free if any(fnmatchcase(name, pattern) for pattern in data.features)]
-    if len(found) != 1:
+    reserved = {*data.labels, *data.keys, data.splits_column}
+    free = [name for name in names if name not in reserved]
+    candidates = [name for name in free if any(fnmatchcase(name, pattern) for pattern in data.features)]
+    if len(candidates) != 1:
         width = math.prod(preprocess.sample_shape)
         raise DataError(
-            f"{len(found)} columns could be the samples: {', '.join(found) or 'none'}",
+            f"{len(candidates)} columns could be the samples: {', '.join(candidates) or 'none'}",
             where=where,
             fix=f"give one, of {width} {'bytes' if preprocess.dtype == 'uint8' else 'numbers'} a row",
         )
-    return found[0]
+    return candidates[0]
 
 
 def _is_wide(preprocess: TablePreprocess, job: Job) -> bool:
@@ -142,8 +142,8 @@ def _single_column(table: pa.Table, preprocess: SamplePreprocess, data: ParquetD
     if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):  # as pandas and polars have it
         with suppress(pa.ArrowException):  # of other lengths: refused below
             column = column.cast(pa.binary(width))
-    found = content(column.type)
-    if found.kind != "bytes" or found.width != width:
+    kind = content(column.type)
+    if kind.kind != "bytes" or kind.width != width:
         raise DataError(
             f"the column {name!r} does not hold {width} bytes a row", where=WHERE, fix="give what was trained on"
         )
@@ -202,10 +202,10 @@ def _finite(samples: np.ndarray, *, but_nan: bool = False) -> np.ndarray:
     """The samples; DataError where they hold NaN or infinity, as training would have refused them."""
     wrong = np.isinf(samples) if but_nan else ~np.isfinite(samples)
     if wrong.any():
-        row, *place = (int(axis) for axis in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
+        row, *position = (int(axis) for axis in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
         rows = int(wrong.reshape(len(wrong), -1).any(1).sum())
         raise DataError(
-            f"{samples[row, *place]} at row {row}, position {', '.join(map(str, place))} ({rows:,} of {len(wrong):,} "
+            f"{samples[row, *position]} at row {row}, position {', '.join(map(str, position))} ({rows:,} of {len(wrong):,} "
             "rows hold such values): the model was trained on finite numbers alone",
             where=WHERE,
             fix="fill them in, or leave these rows out",
@@ -246,9 +246,9 @@ def picture(content: bytes, name: str, data: ImageFolderDataConfig, shape: Seque
     except TooSmallError as error:
         raise DataError(f"is {error}, too small for the model's crop: {form.crop}", where=name) from None
     if pixels.shape != tuple(shape):
-        ours, theirs = (f"{height} x {width}" for _, height, width in (pixels.shape, shape))
+        actual_size, expected_size = (f"{height} x {width}" for _, height, width in (pixels.shape, shape))
         raise DataError(
-            f"is {ours} pixels, but the model was trained on {theirs}",
+            f"is {actual_size} pixels, but the model was trained on {expected_size}",
             where=name,
             fix="scale it; a job with data.resize takes pictures of any size",
         )

@@ -49,10 +49,10 @@ class Shares:
 
     def positions(self, step: int) -> np.ndarray:
         """Which samples of the global batch this rank takes, its own first: int64 (b + e,)."""
-        first, end, mine = self.bounds(step)
+        first, end, local_slice = self.bounds(step)
         if self._mixing is None:
-            return np.arange(mine.start, mine.stop, dtype=np.int64)
-        return needed(self._mixing, step, end - first, mine)
+            return np.arange(local_slice.start, local_slice.stop, dtype=np.int64)
+        return needed(self._mixing, step, end - first, local_slice)
 
     def size(self, step: int) -> int:
         """How many samples this rank takes."""
@@ -78,11 +78,11 @@ def fetched(shares: Shares, steps: range, processes: int, pin: bool) -> Generato
     """Batches from loader processes, which live as long as this generator; several steps come in one piece."""
     step_bytes = shares.step_bytes()
     stride = max(1, min(FETCH_BYTES // max(step_bytes, 1), len(steps) // processes))
-    pieces = [steps[first : first + stride] for first in range(0, len(steps), stride)]
+    step_ranges = [steps[first : first + stride] for first in range(0, len(steps), stride)]
 
     def fetch(piece: range) -> Pair:
         return shares.gathered(torch.cat([shares.rows(step) for step in piece]))
 
-    for piece, (inputs, targets) in zip(pieces, made(fetch, pieces, processes, pin), strict=True):
-        sizes = [shares.size(step) for step in piece]
+    for step_range, (inputs, targets) in zip(step_ranges, made(fetch, step_ranges, processes, pin), strict=True):
+        sizes = [shares.size(step) for step in step_range]
         yield from zip(inputs.split(sizes), targets.split(sizes), strict=True)

@@ -76,14 +76,14 @@ def place(arrays: Arrays, rows: np.ndarray, device: torch.device) -> Tensors:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing here writes to it
         inputs = torch.from_numpy(arrays.inputs) if isinstance(arrays.inputs, np.ndarray) else arrays.inputs
-        here = Tensors(inputs, torch.from_numpy(arrays.targets), rows)
-    if device.type != "cuda" or not isinstance(here.inputs, Tensor):
-        return here
-    if len(rows) * here.row_bytes >= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
-        return here
+        tensors = Tensors(inputs, torch.from_numpy(arrays.targets), rows)
+    if device.type != "cuda" or not isinstance(tensors.inputs, Tensor):
+        return tensors
+    if len(rows) * tensors.row_bytes >= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return tensors
     return Tensors(
-        _resident(here.inputs, rows, device),
-        _resident(here.targets, rows, device),
+        _resident(tensors.inputs, rows, device),
+        _resident(tensors.targets, rows, device),
         np.arange(len(rows), dtype=np.int64),
     )
 
@@ -92,8 +92,8 @@ def _resident(values: Tensor, rows: np.ndarray, device: torch.device) -> Tensor:
     """Some rows on a GPU, copied a block at a time."""
     resident = torch.empty((len(rows), *values.shape[1:]), dtype=values.dtype, device=device)
     size = max(1, BLOCK_BYTES // max(1, math.prod(values.shape[1:]) * values.itemsize))
-    for block, places in zip(resident.split(size), torch.from_numpy(rows).split(size), strict=True):
-        block.copy_(values.index_select(0, places))
+    for block, block_indices in zip(resident.split(size), torch.from_numpy(rows).split(size), strict=True):
+        block.copy_(values.index_select(0, block_indices))
     return resident
 
 
@@ -123,14 +123,14 @@ def _one_ahead(pairs: Iterator[Pair], device: torch.device) -> Iterator[Pair]:
             tensor.record_stream(computing)  # else its memory could be given to the next copy too early
         return pair
 
-    under_way: tuple[Pair, torch.cuda.Event] | None = None
+    pending: tuple[Pair, torch.cuda.Event] | None = None
     for pair in pairs:
-        coming = start(pair)
-        if under_way is not None:
-            yield finish(under_way)
-        under_way = coming
-    if under_way is not None:
-        yield finish(under_way)
+        next_copy = start(pair)
+        if pending is not None:
+            yield finish(pending)
+        pending = next_copy
+    if pending is not None:
+        yield finish(pending)
 
 
 def gather(tensors: Tensors, rows: Tensor, pin: bool) -> Pair:

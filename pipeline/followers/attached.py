@@ -43,10 +43,10 @@ class AttachedFollowers:
             return
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        words = ["follow", self._run.name, "--storage", self._run.root_url, "--attached"]
+        arguments = ["follow", self._run.name, "--storage", self._run.root_url, "--attached"]
         try:
             self._process = subprocess.Popen(  # noqa: S603 - our own command; a run's name has no room for tricks
-                [sys.executable, "-m", "pipeline", *words, *(word for name in self._to for word in ("--to", name))],
+                [sys.executable, "-m", "pipeline", *arguments, *(argument for name in self._to for argument in ("--to", name))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -107,15 +107,15 @@ class AttachedFollowers:
 def driver_gone() -> threading.Event:
     """For that process: set as soon as its driver is done or dead. It makes way for the training, too."""
     os.nice(5)
-    gone = threading.Event()
+    driver_done = threading.Event()
 
     def wait() -> None:
         while os.read(sys.stdin.fileno(), 4096):
             pass
-        gone.set()
+        driver_done.set()
 
     threading.Thread(target=wait, name="trainyard-driver", daemon=True).start()
-    return gone
+    return driver_done
 
 
 def tell_driver(stream: IO[str]) -> EventHandler:

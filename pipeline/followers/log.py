@@ -76,17 +76,17 @@ class MetricLog:
 
     def look(self, status: Status) -> Look:
         """What is there now, of a run that stands like this."""
-        facts = self.run.facts()
-        layout = CellLayout.from_facts(facts)
-        found = live.read(self.run, Columns.from_facts(facts)) if status != "finished" else None  # before the cells
-        cells = self._cells()
-        cell = cells[-1] + 1 if cells else 0
-        first = layout.first_step(cell) if cell else 0
+        metadata = self.run.facts()
+        layout = CellLayout.from_facts(metadata)
+        live_tables = live.read(self.run, Columns.from_facts(metadata)) if status != "finished" else None  # before the cells
+        segments = self._cells()
+        segment = segments[-1] + 1 if segments else 0
+        first = layout.first_step(segment) if segment else 0
         rows: list[Row] = []
-        if found is not None:
-            both = [*_evaluation_rows(_plain(found.evaluations)), *_step_rows(_plain(found.steps))]
+        if live_tables is not None:
+            both = [*_evaluation_rows(_plain(live_tables.evaluations)), *_step_rows(_plain(live_tables.steps))]
             rows = [row for row in both if row.step >= first]
-        return Look(status, cells, LiveRows(cell, found.attempt if found is not None else 0, first, rows))
+        return Look(status, segments, LiveRows(segment, live_tables.attempt if live_tables is not None else 0, first, rows))
 
     def _cells(self) -> list[int]:
         names = self.run.storage.list(STEPS)
@@ -115,15 +115,15 @@ class MetricLog:
 
 def by_split(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Rows of each split, in order; the training steps last."""
-    found: dict[str, list[Row]] = {}
+    rows_by_split: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row.split, []).append(row)
-    return {split: found[split] for split in sorted(found, key=lambda split: (split == TRAIN_STEPS, split))}
+        rows_by_split.setdefault(row.split, []).append(row)
+    return {split: rows_by_split[split] for split in sorted(rows_by_split, key=lambda split: (split == TRAIN_STEPS, split))}
 
 
 def _plain(table: pa.Table) -> pa.Table:
     """Times as whole microseconds: no need of a time zone database."""
-    kinds = [(one.name, pa.int64() if pa.types.is_timestamp(one.type) else one.type) for one in table.schema]
+    kinds = [(schema_field.name, pa.int64() if pa.types.is_timestamp(schema_field.type) else schema_field.type) for schema_field in table.schema]
     return table.cast(pa.schema(kinds))
 
 
@@ -143,8 +143,8 @@ def _evaluation_rows(table: pa.Table) -> Iterator[Row]:
 
 
 def _row(split: str, row: dict[str, Any], extra: dict[str, float | None]) -> Row:
-    named = {**row, **extra}
-    values = {name: float(value) for name, value in named.items() if name not in _NO_METRICS and _is_finite(value)}
+    columns = {**row, **extra}
+    values = {name: float(value) for name, value in columns.items() if name not in _NO_METRICS and _is_finite(value)}
     return Row(split, int(row["step"]), (row["time"] or 0) / 1e6, values)
 
 

@@ -94,14 +94,14 @@ class ToMlflow:
         with self._explained():
             if not self._run_id:
                 self._find(log)
-            caught = 0
-            for cell in look.cells:
-                if cell >= self._cell:
-                    self._send(cell, log.rows(cell))
-                    caught += 1
+            num_segments = 0
+            for segment in look.cells:
+                if segment >= self._cell:
+                    self._send(segment, log.rows(segment))
+                    num_segments += 1
             self._send_live(look.live)
             self._tell(STATUSES[look.status])
-            return caught
+            return num_segments
 
     def _find(self, log: MetricLog) -> None:
         """Take up MLflow's run for this one, or make it."""
@@ -111,18 +111,18 @@ class ToMlflow:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or job.name
         experiment = self._client.get_experiment_by_name(name)
         experiment_id = experiment.experiment_id if experiment is not None else self._client.create_experiment(name)
-        found = self._client.search_runs([experiment_id], f"tags.`{TAG}` = '{self._id}'", order_by=["start_time ASC"])
-        run: Run | None = found[0] if found else None
+        existing_runs = self._client.search_runs([experiment_id], f"tags.`{TAG}` = '{self._id}'", order_by=["start_time ASC"])
+        run: Run | None = existing_runs[0] if existing_runs else None
         if run is None:
             tags = {TAG: self._id, "trainyard.run": log.run.name, "trainyard.url": scrub(log.run.url)}
             run = self._client.create_run(experiment_id, tags=tags, run_name=log.run.name)
-        cell, _, sent = run.data.tags.get(POSITION, "").partition("/")
+        segment, _, sent = run.data.tags.get(POSITION, "").partition("/")
         if not sent:  # a kill may have come between the birth of MLflow's run and its parameters
             params = [Param(key, value) for key, value in flat(job.resolved())]
             for first in range(0, len(params), PARAMS):
                 self._client.log_batch(run.info.run_id, params=params[first : first + PARAMS])
             self._client.log_batch(run.info.run_id, tags=[RunTag(POSITION, "0/0")])
-        self._cell, self._sent = int(cell or 0), int(sent or 0)
+        self._cell, self._sent = int(segment or 0), int(sent or 0)
         self._run_id, self._status = run.info.run_id, run.info.status
 
     def _send(self, cell: int, rows: list[Row]) -> None:

@@ -41,11 +41,11 @@ class ToTensorBoard:
 
     def catch_up(self, log: MetricLog, look: Look) -> int:
         """See `Follower`."""
-        done = set(self._storage.list(TRAIN_STEPS))
-        missing = [cell for cell in look.cells if _file(cell) not in done]
-        for cell in missing:
-            for split, rows in by_split(log.rows(cell)).items():
-                self._storage.replace(f"{split}/{_file(cell)}", events(rows))
+        existing = set(self._storage.list(TRAIN_STEPS))
+        missing = [segment for segment in look.cells if _file(segment) not in existing]
+        for segment in missing:
+            for split, rows in by_split(log.rows(segment)).items():
+                self._storage.replace(f"{split}/{_file(segment)}", events(rows))
         self._show_live(look.live, is_over=look.status == "finished", is_running=look.status == "running")
         return len(missing)
 
@@ -55,19 +55,19 @@ class ToTensorBoard:
             for name in self._storage.list():
                 if name.startswith(LIVE) and name != folder:
                     self._storage.delete_folder(name)
-            there = [self._storage.list(f"{folder}/{split}") for split in self._storage.list(folder)] if folder else []
-            self._live_files = max(map(len, there), default=0)
+            existing = [self._storage.list(f"{folder}/{split}") for split in self._storage.list(folder)] if folder else []
+            self._live_files = max(map(len, existing), default=0)
             self._live_folder, self._live_attempt = folder, 0
             self._live_since = self._live_due = now
         if not live.rows or (is_running and live.attempt == self._live_attempt and now < self._live_due):
             return
-        begins = live.attempt != self._live_attempt
-        if begins:
+        is_new_attempt = live.attempt != self._live_attempt
+        if is_new_attempt:
             self._live_shown = {}
         for split, rows in by_split(live.rows).items():
             new = [row for row in rows if row.step > self._live_shown.get(split, -1)]
             if new:
-                data = events(new, begin_at=live.first_step if begins else None)
+                data = events(new, begin_at=live.first_step if is_new_attempt else None)
                 self._storage.replace(f"{folder}/{split}/{_file(self._live_files)}", data)
                 self._live_shown[split] = new[-1].step
         self._live_files += 1
@@ -94,12 +94,12 @@ def events(rows: Iterable[Row], *, begin_at: int | None = None) -> bytes:
         length = struct.pack("<Q", len(data))
         return b"".join((length, _u32(masked_crc32c(length)), data, _u32(masked_crc32c(data))))
 
-    given = list(rows)
-    records = [record(Event(wall_time=given[0].time if given else 0.0, file_version="brain.Event:2"))]
+    row_list = list(rows)
+    records = [record(Event(wall_time=row_list[0].time if row_list else 0.0, file_version="brain.Event:2"))]
     if begin_at is not None:
         session = SessionLog(status=SessionLog.START)
-        records.append(record(Event(wall_time=given[0].time, step=begin_at, session_log=session)))
-    for row in given:
+        records.append(record(Event(wall_time=row_list[0].time, step=begin_at, session_log=session)))
+    for row in row_list:
         values = [Summary.Value(tag=name, simple_value=value) for name, value in row.values.items()]
         records.append(record(Event(wall_time=row.time, step=row.step, summary=Summary(value=values))))
     return b"".join(records)

@@ -58,8 +58,8 @@ class Seeds(Node):
 
     def of(self, stream: str) -> int:
         """The seed of one of `STREAMS`."""
-        own: int | None = getattr(self, stream)
-        return self.all if own is None else own
+        stream_seed: int | None = getattr(self, stream)
+        return self.all if stream_seed is None else stream_seed
 
 
 class Job(Node):

@@ -38,17 +38,17 @@ _NEEDED = {
 
 def explain(error: ValidationError, tree: Mapping[str, Any]) -> list[str]:
     """One line for each key that has a problem, by the name that the user wrote."""
-    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    problems_by_path: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for problem in error.errors():
-        found.setdefault(_written(problem, tree), []).append(problem)
-    if ("data", "source") in found:  # it names no source, so nothing can be concluded about the keys of one
-        found = {path: problems for path, problems in found.items() if not _other_sources(problems[0])}
-    misspelt = {_meant(path, problem) for path, problems in found.items() for problem in problems}
+        problems_by_path.setdefault(_written(problem, tree), []).append(problem)
+    if ("data", "source") in problems_by_path:  # it names no source, so nothing can be concluded about the keys of one
+        problems_by_path = {path: problems for path, problems in problems_by_path.items() if not _other_sources(problems[0])}
+    misspelled = {_meant(path, problem) for path, problems in problems_by_path.items() for problem in problems}
     # Where a union fails, each branch complains; the branch that got furthest is what the user meant.
     return [
         _line(path, problems)
-        for path, problems in found.items()
-        if path not in misspelt and not any(len(other) > len(path) and other[: len(path)] == path for other in found)
+        for path, problems in problems_by_path.items()
+        if path not in misspelled and not any(len(other) > len(path) and other[: len(path)] == path for other in problems_by_path)
     ]
 
 
@@ -66,15 +66,15 @@ def _other_sources(problem: Mapping[str, Any]) -> list[str]:
 
 def _written(problem: Mapping[str, Any], tree: Mapping[str, Any]) -> tuple[Any, ...]:
     """The path of a problem without pydantic's names of branches: the parts that stand in the tree."""
-    path, here = [], typing.cast("Any", tree)
+    path, node = [], typing.cast("Any", tree)
     branches = set()
     for depth, part in enumerate(problem["loc"]):
-        if isinstance(here, dict) and here.get("by") == part and id(here) not in branches:
-            branches.add(id(here))  # `by: column` is a branch's name first, the key `column` in it second
+        if isinstance(node, dict) and node.get("by") == part and id(node) not in branches:
+            branches.add(id(node))  # `by: column` is a branch's name first, the key `column` in it second
             continue
-        is_key = isinstance(here, dict) and part in here
-        if is_key or (isinstance(here, list) and isinstance(part, int) and part < len(here)):
-            here = here[part]
+        is_key = isinstance(node, dict) and part in node
+        if is_key or (isinstance(node, list) and isinstance(part, int) and part < len(node)):
+            node = node[part]
             path.append(part)
         elif problem["type"] == "missing" and depth == len(problem["loc"]) - 1:
             path.append(part)
@@ -99,21 +99,21 @@ def _line(path: tuple[Any, ...], problems: list[Mapping[str, Any]]) -> str:
             context = problem["ctx"]
             key = f"{key}.{context['discriminator'].strip(chr(39))}"
             return f"{key}: {_one_of(context['expected_tags'], context['tag'])}, not {context['tag']!r}"
-    fitting = [problem for problem in problems if problem["type"] == "value_error"]  # it had the shape of its branch
-    alternatives = fitting or [problem for problem in problems if problem["type"] not in _SHAPE_ERRORS] or problems
-    says = list(dict.fromkeys(_message(problem) for problem in alternatives))
-    text = " or ".join([says[0], *(said.removeprefix("must be ") for said in says[1:])])
+    value_errors = [problem for problem in problems if problem["type"] == "value_error"]  # it had the shape of its branch
+    alternatives = value_errors or [problem for problem in problems if problem["type"] not in _SHAPE_ERRORS] or problems
+    messages = list(dict.fromkeys(_message(problem) for problem in alternatives))
+    text = " or ".join([messages[0], *(said.removeprefix("must be ") for said in messages[1:])])
     value = problems[0]["input"]
-    is_said = isinstance(value, (dict, list)) or (problems[0]["type"] == "value_error" and str(value) in text)
-    shown = "" if is_said else f", not {reprlib.repr(value)}"
+    is_shown = isinstance(value, (dict, list)) or (problems[0]["type"] == "value_error" and str(value) in text)
+    shown = "" if is_shown else f", not {reprlib.repr(value)}"
     return f"{key}: {text}{shown}" if key else f"{text}{shown}"
 
 
 def _message(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "literal_error":
         return _one_of(problem["ctx"]["expected"], problem["input"])
-    said = str(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
-    return _WORDS.get(problem["type"], said)
+    message = str(problem["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
+    return _WORDS.get(problem["type"], message)
 
 
 def _one_of(expected: str, value: Any) -> str:
@@ -123,13 +123,13 @@ def _one_of(expected: str, value: Any) -> str:
 
 def _known_keys(place: tuple[Any, ...]) -> list[str]:
     """The keys of the branch at `place`, a path with pydantic's names of branches."""
-    kinds: list[type[BaseModel]] = [Job]
+    models: list[type[BaseModel]] = [Job]
     for part in place:
-        named = [kind for kind in kinds if part == kind.__name__ or part in _tags(kind)]
-        inner = [kind.model_fields[part].annotation for kind in kinds if part in kind.model_fields]
-        if named or inner:
-            kinds = named or [found for annotation in inner for found in _models_in(annotation)]
-    keys = {field.alias or name for kind in kinds for name, field in kind.model_fields.items()}
+        matching_models = [kind for kind in models if part == kind.__name__ or part in _tags(kind)]
+        annotations = [kind.model_fields[part].annotation for kind in models if part in kind.model_fields]
+        if matching_models or annotations:
+            models = matching_models or [found for annotation in annotations for found in _models_in(annotation)]
+    keys = {field.alias or name for kind in models for name, field in kind.model_fields.items()}
     return sorted(keys | ({"base"} if not place else set()))
 
 

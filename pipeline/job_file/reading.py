@@ -45,14 +45,14 @@ def complete_tree(tree: dict[str, Any], path: Path, seen: tuple[Path, ...] = ())
         return tree
     if not isinstance(base, str):
         raise JobError(f"base: must be the path of a job file, not {base!r}", where=str(path))
-    here = path.resolve()
-    if here in seen:
+    resolved_path = path.resolve()
+    if resolved_path in seen:
         raise JobError(f"base: {base} leads in a circle", where=str(path))
-    below = read_tree(path.parent / base, (*seen, here))
+    base_tree = read_tree(path.parent / base, (*seen, resolved_path))
     for key in SHORT_FORMS:
         if isinstance(tree.get(key), dict):
-            _lengthen(below, key)
-    return _merge(below, tree)
+            _lengthen(base_tree, key)
+    return _merge(base_tree, tree)
 
 
 def with_paths_from(folder: Path, tree: Any, key: tuple[Any, ...] = ()) -> Any:
@@ -93,8 +93,8 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _another_variant(below: Mapping[str, Any], over: Mapping[str, Any]) -> bool:
     for tag in ("kind", "by"):
         if tag in over:
-            unsaid = over[tag] if over[tag] in DEFAULT_VARIANTS else None
-            if over[tag] != below.get(tag, unsaid):
+            default = over[tag] if over[tag] in DEFAULT_VARIANTS else None
+            if over[tag] != below.get(tag, default):
                 return True
     return False
 
@@ -126,8 +126,8 @@ def _with_environment(value: Any, where: str) -> Any:
         return os.environ[match[1]]
 
     filled = re.sub(r"\$\{(\w+)\}", fill, value)
-    whole = re.fullmatch(r"\$\{\w+\}", value)
-    return parse_yaml(filled, where) if whole else filled
+    is_whole_value = re.fullmatch(r"\$\{\w+\}", value)
+    return parse_yaml(filled, where) if is_whole_value else filled
 
 
 def apply(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

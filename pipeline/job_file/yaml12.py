@@ -84,9 +84,9 @@ def parse_yaml(text: str, where: str) -> Any:
         tree = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
+        location = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
         problem = getattr(error, "problem", None) or str(error)
-        raise JobError(f"not valid YAML: {problem}", where=place) from None
+        raise JobError(f"not valid YAML: {problem}", where=location) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
         raise JobError(f"not valid YAML: {error}", where=where) from None
     if not _is_small(tree):
@@ -97,12 +97,12 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def _is_small(tree: Any) -> bool:
     """Whether it holds no more than so many values, with all that aliases repeat."""
-    waiting, count = [tree], 0
-    while waiting:
-        one = waiting.pop()
+    pending, count = [tree], 0
+    while pending:
+        value = pending.pop()
         count += 1
-        if count + len(waiting) > MOST_VALUES:
+        if count + len(pending) > MOST_VALUES:
             return False
-        if isinstance(one, (dict, list)):
-            waiting += one.values() if isinstance(one, dict) else one
+        if isinstance(value, (dict, list)):
+            pending += value.values() if isinstance(value, dict) else value
     return True

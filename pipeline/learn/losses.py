@@ -86,11 +86,11 @@ class OwnLoss:
             losses = self._function(outputs, targets)
         except Exception as raised:  # whatever the user's function raises is the user's to see
             raise failed(raised, f"{WHERE}: {self.name}", WorkError) from raised
-        wanted = (len(outputs),)
-        if not isinstance(losses, Tensor) or losses.shape != wanted:
+        expected_shape = (len(outputs),)
+        if not isinstance(losses, Tensor) or losses.shape != expected_shape:
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise WorkError(
-                f"gives {shape} for {len(outputs)} samples, but the task needs a tensor of shape {wanted}",
+                f"gives {shape} for {len(outputs)} samples, but the task needs a tensor of shape {expected_shape}",
                 where=f"{WHERE}: {self.name}",
                 fix='return one loss a sample, as reduction="none" does',
             )
@@ -125,7 +125,7 @@ def check_loss(loss: OwnLoss, outputs: Tensor, targets: Tensor, *, mixes: bool) 
     (gradient,) = torch.autograd.grad(losses.sum(), outputs, allow_unused=True)
     for what, values in (("loss", losses), ("gradient", gradient)):
         if values is not None and outputs.isfinite().all() and not values.isfinite().all():
-            bad = values[~values.isfinite()][0].item()
+            nonfinite_value = values[~values.isfinite()][0].item()
             raise JobError(
-                f"its {what} is {bad} for a sample of the training split", where=where, fix="see that it is finite"
+                f"its {what} is {nonfinite_value} for a sample of the training split", where=where, fix="see that it is finite"
             )

@@ -59,7 +59,7 @@ class _OfClasses:
     def sums(self, outputs: Array, targets: Array, losses: Array, log_losses: Array) -> Array:
         count = self._classes
         labels = targets.astype(np.intp)
-        guesses = (outputs[:, 0] > 0).astype(np.intp) if self._binary else outputs.argmax(1)
+        predictions = (outputs[:, 0] > 0).astype(np.intp) if self._binary else outputs.argmax(1)
         result = np.empty(4 + 3 * count)
         if self._weights is None:
             result[:2] = losses.sum(), len(losses)
@@ -68,24 +68,24 @@ class _OfClasses:
             result[:2] = losses @ weights, weights.sum()
         result[2:4] = len(labels), log_losses.sum()
         result[4 : 4 + count] = np.bincount(labels, minlength=count)
-        result[4 + count : 4 + 2 * count] = np.bincount(guesses, minlength=count)
-        result[4 + 2 * count :] = np.bincount(labels[labels == guesses], minlength=count)
+        result[4 + count : 4 + 2 * count] = np.bincount(predictions, minlength=count)
+        result[4 + 2 * count :] = np.bincount(labels[labels == predictions], minlength=count)
         return result
 
     def of_sums(self, sums: Array) -> dict[str, float]:
         loss, weight, samples, log_loss = sums[:4].tolist()
-        actual, predicted, right = sums[4:].reshape(3, self._classes)
-        correct = float(right.sum())
-        occurs, either = actual > 0, actual + predicted > 0
+        actual, predicted, num_correct = sums[4:].reshape(3, self._classes)
+        correct = float(num_correct.sum())
+        occurs, occurs_or_predicted = actual > 0, actual + predicted > 0
         if self._binary:
-            f1 = _ratio(2 * float(right[1]), float(actual[1] + predicted[1])) if either[1] else 0.0
+            f1 = _ratio(2 * float(num_correct[1]), float(actual[1] + predicted[1])) if occurs_or_predicted[1] else 0.0
         else:
-            f1 = _mean(2 * right[either] / (actual + predicted)[either])
+            f1 = _mean(2 * num_correct[occurs_or_predicted] / (actual + predicted)[occurs_or_predicted])
         return {
             "loss": _ratio(loss, weight),
             "accuracy": _ratio(correct, samples),
             "correct": correct,
-            "balanced_accuracy": _mean(right[occurs] / actual[occurs]),
+            "balanced_accuracy": _mean(num_correct[occurs] / actual[occurs]),
             "f1": f1 if samples else math.nan,
             "auc": math.nan,
             "log_loss": _ratio(log_loss, samples),
@@ -99,8 +99,8 @@ class _OfClasses:
             return {"auc": math.nan}
         if self._binary:  # the logit orders as the probability does, with fewer ties by rounding
             return {"auc": auc(outputs[:, 0], labels == 1)}
-        each = [auc(column, labels == label) for label, column in enumerate(_softmax(outputs).T)]
-        return {"auc": _mean(np.array([one for one in each if not math.isnan(one)]))}
+        class_aucs = [auc(column, labels == label) for label, column in enumerate(_softmax(outputs).T)]
+        return {"auc": _mean(np.array([one for one in class_aucs if not math.isnan(one)]))}
 
     def people_see(self, outputs: Array, targets: Array) -> tuple[np.ndarray, np.ndarray]:
         return _logistic(outputs[:, 0]) if self._binary else _softmax(outputs), targets[:, 0].astype(np.int64)
@@ -144,24 +144,24 @@ class _OfValues:
         loss, samples = sums[:2].tolist()
         absolute, squared, spread, absolute_spread, squared_spread = sums[2:].reshape(5, self._columns)
         rows = samples or math.nan
-        around_own_mean = squared_spread - spread**2 / rows
+        centered_squares = squared_spread - spread**2 / rows
         # What remains of equal numbers by rounding is no spread.
-        varies = (around_own_mean > 1e-12 * squared_spread) & (samples > 1)
-        known = 1.0 if self._has_baseline else math.nan
+        varies = (centered_squares > 1e-12 * squared_spread) & (samples > 1)
+        baseline_factor = 1.0 if self._has_baseline else math.nan
         errors = {
             "rmse": np.sqrt(squared / rows),
             "mae": absolute / rows,
-            "baseline_rmse": np.sqrt(squared_spread / rows) * known,
-            "baseline_mae": absolute_spread / rows * known,
+            "baseline_rmse": np.sqrt(squared_spread / rows) * baseline_factor,
+            "baseline_mae": absolute_spread / rows * baseline_factor,
         }
-        r2 = np.where(varies, 1 - squared / np.where(varies, around_own_mean, 1.0), math.nan)
-        single = {**{name: each * self._std for name, each in errors.items()}, "r2": r2}
-        together = {**{name: each * self._shared for name, each in errors.items()}, "r2": r2}
+        r2 = np.where(varies, 1 - squared / np.where(varies, centered_squares, 1.0), math.nan)
+        per_target = {**{name: each * self._std for name, each in errors.items()}, "r2": r2}
+        joint = {**{name: each * self._shared for name, each in errors.items()}, "r2": r2}
         return {
             "loss": _ratio(loss, samples),
-            **{name: _mean(together[name]) for name in TARGET_METRICS},
+            **{name: _mean(joint[name]) for name in TARGET_METRICS},
             **{
-                f"{name}_{target}": float(single[name][place])
+                f"{name}_{target}": float(per_target[name][place])
                 for name in TARGET_METRICS
                 for place, target in enumerate(self._names)
             },

@@ -28,8 +28,8 @@ class Plan:
     @cached_property
     def batch_size(self) -> int:
         """Rows of a full global batch."""
-        wanted = self.job.train.batch_size
-        return self.rows if wanted == "all" else wanted
+        batch_size_setting = self.job.train.batch_size
+        return self.rows if batch_size_setting == "all" else batch_size_setting
 
     @cached_property
     def steps_per_epoch(self) -> int:

@@ -116,9 +116,9 @@ class StepLog:
             block.ready.synchronize()
         on_host = block.values if block.sums is None else block.sums[: len(block.steps)].tolist()
         sums = np.array(on_host, dtype=np.float64)
-        epochs, steps, rates, moments = (np.array(column) for column in zip(*block.steps, strict=True))
-        seconds = np.diff(moments, prepend=self._last)
-        self._last = float(moments[-1])
+        epochs, steps, lrs, times = (np.array(column) for column in zip(*block.steps, strict=True))
+        seconds = np.diff(times, prepend=self._last)
+        self._last = float(times[-1])
         with np.errstate(divide="ignore", invalid="ignore"):
             loss = sums[:, 0] / sums[:, 1]
         return {
@@ -126,9 +126,9 @@ class StepLog:
             "step": steps,
             "loss": loss,
             "correct": sums[:, 2],
-            "lr": rates,
+            "lr": lrs,
             "samples": sums[:, 3].astype(np.int64),
             "seconds": seconds,
-            "time": moments + self._utc,
+            "time": times + self._utc,
             **{name: sums[:, place] for place, name in enumerate(self._scale_state, start=SUMS)},
         }

@@ -69,25 +69,25 @@ class Tally:
         self._fold()
         sums = np.sum(self._sums, axis=0) if self._sums else self._metrics.sums(*_no_rows(self._task))
         rows = self._of_all_ranks(sums, context) if context.world_size > 1 else self._own_rows()
-        found = self._metrics.of_sums(sums)
-        own = {metric.column: math.nan for metric in self._task.metrics}
+        metrics = self._metrics.of_sums(sums)
+        custom = {metric.column: math.nan for metric in self._task.metrics}
         if rows is not None and len(rows):
             outputs, targets = rows[:, : self._task.outputs], rows[:, self._task.outputs :]
-            found |= self._metrics.of_rows(outputs, targets)
-            own |= self._own_metrics(outputs, targets)
-        samples = found.pop("samples")
-        found |= own
+            metrics |= self._metrics.of_rows(outputs, targets)
+            custom |= self._own_metrics(outputs, targets)
+        samples = metrics.pop("samples")
+        metrics |= custom
         if context.world_size > 1:
-            found = dict(zip(found, self._of_rank_0(list(found.values()), context), strict=True))
-        return {**found, "samples": samples}
+            metrics = dict(zip(metrics, self._of_rank_0(list(metrics.values()), context), strict=True))
+        return {**metrics, "samples": samples}
 
     def _own_metrics(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
         if not self._task.metrics:
             return {}
-        seen, truth = self._metrics.people_see(outputs, targets)
-        for values in (seen, truth):
+        predictions, true_values = self._metrics.people_see(outputs, targets)
+        for values in (predictions, true_values):
             values.setflags(write=False)  # the next metric sees the same
-        return {metric.column: metric(seen, truth) for metric in self._task.metrics}
+        return {metric.column: metric(predictions, true_values) for metric in self._task.metrics}
 
     def _fold(self) -> None:
         """Sum what waits: one copy from the device."""

@@ -67,17 +67,17 @@ class Trainee:
         if not self.flat.model.training:
             self.flat.train()
         self.flat.exchange.zero_()
-        rows = len(targets)
-        if rows:
+        num_rows = len(targets)
+        if num_rows:
             if self._draw_seed is not None:
                 torch.manual_seed(self._draw_seed(step))
-            scale = self._scale.factor / rows if self._scale is not None else 1.0
-            for piece_inputs, piece_targets in self._pieces(inputs, targets):
-                self.flat.add(self._way(self._prepare(piece_inputs), piece_targets, scale))
+            scale = self._scale.factor / num_rows if self._scale is not None else 1.0
+            for micro_batch_inputs, micro_batch_targets in self._pieces(inputs, targets):
+                self.flat.add(self._way(self._prepare(micro_batch_inputs), micro_batch_targets, scale))
             if self._scale is not None:
-                self.flat.gradient.mul_(rows / self._scale.factor)
-            self.flat.count.fill_(rows)
-        self.flat.pack_buffers(rows)
+                self.flat.gradient.mul_(num_rows / self._scale.factor)
+            self.flat.count.fill_(num_rows)
+        self.flat.pack_buffers(num_rows)
 
     @property
     def scale_state(self) -> dict[str, Tensor]:
@@ -95,13 +95,13 @@ class Trainee:
 
     def update(self, lr: float) -> None:
         """The second half: divide by the global weight, clip, and change the parameters."""
-        gradient = self.flat.gradient
-        gradient.div_(self.flat.weight)
+        grad = self.flat.gradient
+        grad.div_(self.flat.weight)
         if self._job.train.clip_norm is not None:
-            norm = torch.linalg.vector_norm(gradient)
-            gradient.mul_((self._job.train.clip_norm / (norm + CLIP_EPSILON)).clamp_(max=1.0))
-        found_inf = self._scale.found_inf(gradient) if self._scale is not None else None
-        self.optimizer.update(gradient, lr, found_inf)
+            norm = torch.linalg.vector_norm(grad)
+            grad.mul_((self._job.train.clip_norm / (norm + CLIP_EPSILON)).clamp_(max=1.0))
+        found_inf = self._scale.found_inf(grad) if self._scale is not None else None
+        self.optimizer.update(grad, lr, found_inf)
         if self._scale is not None and found_inf is not None:
             self._scale.update(found_inf)
         self.flat.unpack_buffers()
@@ -117,10 +117,10 @@ class Trainee:
         self.flat.model.eval()
         with self._arithmetic.context(self.device):
             outputs: Tensor = self.flat.model(self._prepare(inputs))
-        wanted = (len(inputs), self.task.outputs)
-        if outputs.shape != wanted:
+        expected_shape = (len(inputs), self.task.outputs)
+        if outputs.shape != expected_shape:
             raise JobError(
-                f"gives outputs of shape {tuple(outputs.shape)} for {len(inputs)} samples, but the task needs {wanted}",
+                f"gives outputs of shape {tuple(outputs.shape)} for {len(inputs)} samples, but the task needs {expected_shape}",
                 where=f"model.kind: {self._job.model.kind}",
             )
         return outputs

@@ -22,13 +22,13 @@ def short_words(metrics: Mapping[str, float], best_metric: str = "") -> str:
 
     metrics: `split/column`, what is finite of them.
     """
-    words, last = [], ""
+    parts, last = [], ""
     for metric, value in metrics.items():
         split, _, name = metric.partition("/")
         if name in HEADLINES or metric == best_metric:
-            words.append(f"{split + ' ' if split != last else ''}{name} {number(value)}")
+            parts.append(f"{split + ' ' if split != last else ''}{name} {number(value)}")
             last = split
-    return "  ".join(words)
+    return "  ".join(parts)
 
 
 def short_fields(metrics: Mapping[str, float], best_metric: str = "") -> list[tuple[str, float]]:
@@ -91,8 +91,8 @@ def divergence_advice(run: str, best_step: int | None, last_step: int | None, no
 
 def of_split(metrics: Mapping[str, float], split: str) -> dict[str, float]:
     """By column, without what is not finite: None, or NaN."""
-    found = {name.partition("/")[2]: value for name, value in metrics.items() if name.partition("/")[0] == split}
-    return {name: value for name, value in found.items() if value is not None and value == value}
+    by_column = {name.partition("/")[2]: value for name, value in metrics.items() if name.partition("/")[0] == split}
+    return {name: value for name, value in by_column.items() if value is not None and value == value}
 
 
 def number(value: float) -> str:

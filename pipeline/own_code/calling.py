@@ -43,8 +43,8 @@ def imported(name: str, *, where: str, error: type[InputError]) -> Callable[...,
     if not callable(function):
         fix = f"define it in {getattr(module, '__file__', module_name)}"
         raise error(f"{module_name} has no function or class {attribute!r}", where=where, fix=fix)
-    found: Callable[..., Any] = function
-    return found
+    result: Callable[..., Any] = function
+    return result
 
 
 def called(
@@ -67,11 +67,11 @@ def called(
     InputError: as `error`: there is no such module or name, or it raised something itself.
     """
     function = imported(name, where=where, error=error)
-    given = looked_up_in(args, where)
-    wanted = _named_parameters(function) if offers else set()
-    extra = {key: value for key, value in (offers or {}).items() if key in wanted and key not in args}
+    resolved_args = looked_up_in(args, where)
+    parameter_names = _named_parameters(function) if offers else set()
+    extra = {key: value for key, value in (offers or {}).items() if key in parameter_names and key not in args}
     try:
-        return function(**given, **extra)
+        return function(**resolved_args, **extra)
     except Exception as raised:  # whatever the user's code raises is the user's to see
         raise failed(raised, where, error) from raised
 
@@ -80,9 +80,9 @@ def failed(raised: Exception, where: str, error: type[Failure]) -> Failure:
     """What the user's code raised, as an error of ours with the last place in the user's code."""
     frames = traceback.extract_tb(raised.__traceback__)
     files = [(Path(frame.filename), frame.lineno) for frame in frames if not frame.filename.startswith("<")]
-    own = [(file, line) for file, line in files if not file.is_relative_to(OURS) and not is_installed(file)]
-    place = f", at {own[-1][0]}:{own[-1][1]}" if own else ""
-    return error(f"{type(raised).__name__}: {raised}{place}", where=where, fix="repair it, or its args")
+    user_frames = [(file, line) for file, line in files if not file.is_relative_to(OURS) and not is_installed(file)]
+    location = f", at {user_frames[-1][0]}:{user_frames[-1][1]}" if user_frames else ""
+    return error(f"{type(raised).__name__}: {raised}{location}", where=where, fix="repair it, or its args")
 
 
 def _named_parameters(function: Callable[..., Any]) -> set[str]:

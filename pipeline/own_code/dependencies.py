@@ -56,11 +56,11 @@ class Dependencies:
         ------
         JobError: more than 1,000 files or 10 MB.
         """
-        found = cls([root for root in dict.fromkeys(roots) if not is_installed(root)], where)
+        dependencies = cls([root for root in dict.fromkeys(roots) if not is_installed(root)], where)
         for module in modules:
-            found._add_root_of(module.partition(".")[0], named=True)
-            found._add(module)
-        return found
+            dependencies._add_root_of(module.partition(".")[0], named=True)
+            dependencies._add(module)
+        return dependencies
 
     def _add(self, module: str) -> None:
         pending = [module]
@@ -241,13 +241,13 @@ def _absolute(name: str, package: str) -> str:
 
 def _python_files(folder: Path) -> Iterator[Path]:
     """All Python files below a folder; hidden folders, caches and virtual environments are left out."""
-    for place, folders, files in os.walk(folder):
-        here = Path(place)
+    for folder_path, folders, files in os.walk(folder):
+        current_folder = Path(folder_path)
         folders[:] = sorted(
             name
             for name in folders
             if not name.startswith(".")
             and name not in ("__pycache__", "site-packages")
-            and not (here / name / "pyvenv.cfg").is_file()
+            and not (current_folder / name / "pyvenv.cfg").is_file()
         )
-        yield from (here / name for name in sorted(files) if name.endswith(".py") and (here / name).is_file())
+        yield from (current_folder / name for name in sorted(files) if name.endswith(".py") and (current_folder / name).is_file())

@@ -64,8 +64,8 @@ class UserCode:
         """SHA-256 of each file, by its path."""
         self.archive = pack(self.files)
         """`code.zip`."""
-        beside = [paths[path] for path in self.files]  # a module may read what lies beside it
-        self.name = name or PREFIX + _digest(self.archive, *beside, *roots, *modules)
+        file_paths = [paths[path] for path in self.files]  # a module may read what lies beside it
+        self.name = name or PREFIX + _digest(self.archive, *file_paths, *roots, *modules)
         self._paths, self._roots, self._modules = dict(paths), tuple(roots), tuple(modules)
         self._folders = {parent.as_posix() for path in self.files for parent in PurePosixPath(path).parents} - {"."}
 
@@ -124,16 +124,16 @@ class UserCode:
 
     def edited(self, digests: Mapping[str, str]) -> list[str]:
         """Those files of an earlier `not_stored` that are here, with another content."""
-        found = []
+        edited_paths = []
         for path, digest in digests.items():
             files = [file for root in self._roots if (file := Path(root, path)).is_file()]
             if files and _digest_of(files[0]) != digest:
-                found.append(path)
-        return found
+                edited_paths.append(path)
+        return edited_paths
 
     def _imported_otherwise(self, since: _Active) -> dict[str, Path]:
         """New modules whose files lie below a root, by name; but for those that were made of the files of some code."""
-        found = {}
+        new_modules = {}
         for name in [name for name in list(sys.modules) if name not in since.modules]:
             module = sys.modules.get(name)
             file = getattr(module, "__file__", None)
@@ -141,8 +141,8 @@ class UserCode:
                 continue
             path = Path(file).absolute()
             if not is_installed(path) and not path.is_relative_to(OURS) and self._below_root(path):
-                found[name] = path
-        return found
+                new_modules[name] = path
+        return new_modules
 
     def _below_root(self, file: Path) -> str:
         """The path below the first root that holds a file; empty if none does."""
@@ -271,9 +271,9 @@ def collect_named(names: Sequence[str], code_folder: str | None = None) -> UserC
             )
     roots = [*([Path(code_folder).absolute()] if code_folder is not None else []), Path.cwd()]
     where = f"code: {code_folder}" if code_folder is not None else str(Path.cwd())
-    found = Dependencies.of(modules, roots, where)
-    paths = {path: str(file) for path, file in found.paths.items()}
-    return _registered_as(UserCode(found.files, paths, [str(root) for root in found.roots], modules))
+    dependencies = Dependencies.of(modules, roots, where)
+    paths = {path: str(file) for path, file in dependencies.paths.items()}
+    return _registered_as(UserCode(dependencies.files, paths, [str(root) for root in dependencies.roots], modules))
 
 
 def stored(archive: bytes) -> UserCode:

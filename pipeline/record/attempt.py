@@ -81,8 +81,8 @@ class Attempt:
         try:
             yield
         except DamagedError:
-            last = self.run.journal.state().claim
-            if last is not None and last.attempt > self.number:
+            last_claim = self.run.journal.state().claim
+            if last_claim is not None and last_claim.attempt > self.number:
                 raise self._superseded() from None
             raise
 
@@ -157,10 +157,10 @@ def claim(
         attempt.heartbeat = Heartbeat(run.storage, attempt.number, interval_s)
         attempt.heartbeat.start()
         choose_base(attempt)
-        for previous in run.journal.claims(one.claim for one in attempt.state.attempts[-2:-1]):
+        for previous in run.journal.claims(summary.claim for summary in attempt.state.attempts[-2:-1]):
             attempt.previous_facts = previous.facts if previous is not None else {}
-        found = spool.find(run, attempt.base, attempt.state)
-        attempt.spooled, attempt.remark = found.checkpoint, found.remark
+        local_save = spool.find(run, attempt.base, attempt.state)
+        attempt.spooled, attempt.remark = local_save.checkpoint, local_save.remark
         attempt.beat(attempt.base.step if attempt.base is not None else 0, None)
         run.storage.sweep()
     except BaseException as error:
@@ -183,18 +183,18 @@ def take(run: Run, template: Claim, dead: int | None = None, on_watch: Callable[
     """
     while True:
         state = run.journal.state()
-        last = state.claim
-        if last is not None and not state.is_over and not is_proven_dead(last, template.driver, dead):
-            watch(run, last, template.interval_s, on_watch or (lambda _line: None))
+        last_claim = state.claim
+        if last_claim is not None and not state.is_over and not is_proven_dead(last_claim, template.driver, dead):
+            watch(run, last_claim, template.interval_s, on_watch or (lambda _line: None))
         refuse_pickled_state(run, state)  # of a later commit the append below fails, and this is asked again
-        attempt = (last.attempt if last is not None else 0) + 1
+        attempt = (last_claim.attempt if last_claim is not None else 0) + 1
         run.journal.refuse_gap()
-        own = replace(template, number=state.number + 1, time=now(), attempt=attempt, before=state)
-        if run.journal.append(own):
-            if last is not None:
-                lock.forget(last)
-            return Attempt(run, attempt, own.nonce, decisions.apply(state, own))
-        winner = run.journal.entry(own.number)
+        new_claim = replace(template, number=state.number + 1, time=now(), attempt=attempt, before=state)
+        if run.journal.append(new_claim):
+            if last_claim is not None:
+                lock.forget(last_claim)
+            return Attempt(run, attempt, new_claim.nonce, decisions.apply(state, new_claim))
+        winner = run.journal.entry(new_claim.number)
         if isinstance(winner, Claim):
             raise busy(run, winner, "has just taken over this run")
         # A commit or leave of the older attempt took the number. It lives, or did until now: look again.
@@ -254,10 +254,10 @@ def peek(run: Run, driver: str = "") -> Literal["free", "finished", "busy", "unp
     state = run.journal.state()
     if state.commit is not None and state.commit.end:
         return "finished"
-    last = state.claim
-    if last is None or state.is_over or (driver and last.driver == driver):
+    last_claim = state.claim
+    if last_claim is None or state.is_over or (driver and last_claim.driver == driver):
         return "free"
-    held = lock.is_held(last)
+    held = lock.is_held(last_claim)
     if held is False:
         return "free"
-    return "busy" if held and beats(run, last) else "unproven"
+    return "busy" if held and beats(run, last_claim) else "unproven"

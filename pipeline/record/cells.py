@@ -55,9 +55,9 @@ class CellLayout:
         ------
         StorageError: it recorded none that can be.
         """
-        most = facts["cell_steps"]
+        max_steps = facts["cell_steps"]
         try:
-            return cls(facts.get("first_cell_steps", most), most)
+            return cls(facts.get("first_cell_steps", max_steps), max_steps)
         except ValueError as error:
             raise StorageError(str(error), where="job.yaml", fix="restore it") from None
 
@@ -68,8 +68,8 @@ class CellLayout:
 
     def last_step(self, cell: int) -> int:
         """The last step of a cell."""
-        growing = self._growing
-        return (self.first << min(cell, growing)) + max(0, cell - growing) * self.most
+        last_growing = self._growing
+        return (self.first << min(cell, last_growing)) + max(0, cell - last_growing) * self.most
 
     def first_step(self, cell: int) -> int:
         """The first step of a cell, from 1 (step 0, which only has evaluations, belongs to cell 0)."""
@@ -77,10 +77,10 @@ class CellLayout:
 
     def cell_of(self, step: int) -> int:
         """The cell of a step."""
-        growing = self._growing
-        beyond = step - (self.first << growing)
-        if beyond > 0:
-            return growing - (-beyond // self.most)
+        last_growing = self._growing
+        steps_beyond = step - (self.first << last_growing)
+        if steps_beyond > 0:
+            return last_growing - (-steps_beyond // self.most)
         return (-(-max(step, 1) // self.first) - 1).bit_length()
 
     def complete(self, step: int) -> int:
@@ -139,14 +139,14 @@ class Rows:
             table.filter(pa.array(~is_step)).select(self._evaluation_schema.names).cast(self._evaluation_schema)
         )
         self.first_cell = first_cell
-        last = self.first_step - 1 + len(self.steps)
+        last_step = self.first_step - 1 + len(self.steps)
         try:
-            self.check(last)
+            self.check(last_step)
         except (ValueError, OverflowError) as error:
             raise StorageError(str(error), where="rows.parquet of the checkpoint", fix="use another --name") from None
-        if step is not None and step != last:
+        if step is not None and step != last_step:
             raise StorageError(
-                f"the rows end at step {last}, not {step}",
+                f"the rows end at step {last_step}, not {step}",
                 where="rows.parquet of the checkpoint",
                 fix="use another --name",
             )
@@ -183,8 +183,8 @@ class Rows:
         steps = self.steps["step"].to_numpy()
         if not np.array_equal(steps, np.arange(first, step + 1)):
             raise ValueError(f"a commit at step {step} needs every row from step {first} on, once and in order")
-        at = self.evaluations["step"].to_numpy()
-        if len(at) and (np.any(np.diff(at) < 0) or at[-1] > step or at[0] < (first if first > 1 else 0)):
+        evaluation_steps = self.evaluations["step"].to_numpy()
+        if len(evaluation_steps) and (np.any(np.diff(evaluation_steps) < 0) or evaluation_steps[-1] > step or evaluation_steps[0] < (first if first > 1 else 0)):
             raise ValueError(f"evaluations must come in order, from step {first} to {step}")
 
     def pack(self) -> bytes:
@@ -202,10 +202,10 @@ class Rows:
         """Cells that a commit at `step` completes, ascending; at the end the incomplete last one too."""
         layout, offset = self._layout, self.first_step
         count = layout.cell_of(step) + 1 if end else layout.complete(step)
-        at = self.evaluations["step"].to_numpy()
+        evaluation_steps = self.evaluations["step"].to_numpy()
         for index in range(self.first_cell, count):
             first, last = layout.first_step(index), layout.last_step(index)
-            begin, stop = np.searchsorted(at, [first if index else 0, last + 1])
+            begin, stop = np.searchsorted(evaluation_steps, [first if index else 0, last + 1])
             yield Cell(
                 index,
                 self.steps.slice(first - offset, last - first + 1),
@@ -217,8 +217,8 @@ class Rows:
         first_cell = max(self.first_cell, self._layout.complete(step))
         first = self._layout.first_step(first_cell)
         offset = first - self.first_step
-        at = self.evaluations["step"].to_numpy()
-        begin = int(np.searchsorted(at, first)) if first_cell else 0
+        evaluation_steps = self.evaluations["step"].to_numpy()
+        begin = int(np.searchsorted(evaluation_steps, first)) if first_cell else 0
         # Copies, for a slice would hold on to all the rows that it was cut from.
         self.steps = _copied(self.steps.slice(offset))
         self.evaluations = _copied(self.evaluations.slice(begin))
@@ -238,14 +238,14 @@ class Rows:
         return float(self.steps["lr"][-1].as_py()) if len(self.steps) else None
 
     def _step_table(self, blocks: Sequence[StepBlock]) -> pa.Table:
-        own = {"run", "attempt"}
+        reserved = {"run", "attempt"}
         for block in blocks:
-            _check_names(block, own, self._step_schema)
+            _check_names(block, reserved, self._step_schema)
         lengths = [len(block["step"]) for block in blocks]
         columns = []
         for schema_field in self._step_schema:
             parts = [block.get(schema_field.name) for block in blocks]
-            if schema_field.name in own:
+            if schema_field.name in reserved:
                 value = self._run if schema_field.name == "run" else self._attempt
                 columns.append(pa.repeat(pa.scalar(value, schema_field.type), sum(lengths)))
             elif any(part is None for part in parts):
@@ -263,9 +263,9 @@ class Rows:
         return pa.table(columns, schema=self._step_schema)
 
     def _evaluation_table(self, rows: Sequence[EvaluationRow]) -> pa.Table:
-        own = {"run", "attempt"}
+        reserved = {"run", "attempt"}
         for row in rows:
-            _check_names(row, own, self._evaluation_schema)
+            _check_names(row, reserved, self._evaluation_schema)
         columns = []
         for schema_field in self._evaluation_schema:
             name = schema_field.name

@@ -191,15 +191,15 @@ def first_valid(run: Run, kept: tuple[Pair, ...]) -> tuple[Checkpoint | None, li
 
     The best counts, for a run that lost it could not end as one that was never touched.
     """
-    sound: dict[str, Checkpoint | None] = {}
+    verified: dict[str, Checkpoint | None] = {}
     for pair in kept:
         names = [name for name in pair if name is not None]
         for name in names:
-            if name not in sound:
-                sound[name] = _if_sound(run, name)
-        if all(sound[name] is not None for name in names):
-            return sound[names[0]], _damaged(sound)
-    return None, _damaged(sound)
+            if name not in verified:
+                verified[name] = _if_sound(run, name)
+        if all(verified[name] is not None for name in names):
+            return verified[names[0]], _damaged(verified)
+    return None, _damaged(verified)
 
 
 def has_pickled_state(run: Run, kept: tuple[Pair, ...]) -> bool:
@@ -250,8 +250,8 @@ def _name_of(run: Run, which: str) -> str:
         return commit.checkpoint
     if which == "best":
         return commit.best.checkpoint if commit.best is not None else commit.checkpoint
-    held = {name: decisions.parse_checkpoint_name(name) for pair in commit.kept for name in pair if name is not None}
-    steps = {parsed[0]: name for name, parsed in held.items() if parsed is not None}
+    parsed_names = {name: decisions.parse_checkpoint_name(name) for pair in commit.kept for name in pair if name is not None}
+    steps = {parsed[0]: name for name, parsed in parsed_names.items() if parsed is not None}
     if not which.isdigit() or int(which) not in steps:
         raise StorageError(
             f"it has no checkpoint {which!r}",

@@ -62,8 +62,8 @@ class Columns:
         ----------
         targets: of a regression, how many numbers it learns; those of `data.label` by default.
         """
-        usual = {name for name, _ in _EVALUATIONS}
-        names = [name for name in job.measured(targets) if name not in usual]
+        standard_names = {name for name, _ in _EVALUATIONS}
+        names = [name for name in job.measured(targets) if name not in standard_names]
         steps = ("loss_scale", "skipped") if job.train.precision == "fp16" else ()
         return cls(steps=dict.fromkeys(steps, "float64"), evaluations=dict.fromkeys(names, "float64"))
 
@@ -77,8 +77,8 @@ class Columns:
         """
         tree = facts.get("columns") or {}
         steps, evaluations = tree.get("steps", {}), tree.get("evaluations", {})
-        given = (steps, evaluations)
-        if not all(isinstance(one, dict) and set(map(str, one.values())) <= _TYPES.keys() for one in given):
+        sections = (steps, evaluations)
+        if not all(isinstance(section, dict) and set(map(str, section.values())) <= _TYPES.keys() for section in sections):
             raise StorageError("columns of a type that no run has", where="job.yaml", fix="restore it")
         return cls(steps, evaluations)
 
@@ -136,8 +136,8 @@ def decode(data: bytes, schema: pa.Schema, most_rows: int, what: str) -> pa.Tabl
         if data[:4] != MAGIC:  # pyarrow looks at the end alone
             raise ValueError("it does not begin as a Parquet file")
         file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
-        found = file.schema_arrow
-        if {one.name: one.type for one in found} != {one.name: one.type for one in schema} or len(found) != len(schema):
+        file_schema = file.schema_arrow
+        if {one.name: one.type for one in file_schema} != {one.name: one.type for one in schema} or len(file_schema) != len(schema):
             raise ValueError("its columns are others")
         if not 0 <= file.metadata.num_rows <= most_rows:
             raise ValueError(f"{file.metadata.num_rows:,} rows")

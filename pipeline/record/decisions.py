@@ -89,15 +89,15 @@ def doomed(names: Iterable[str], *, attempt: int, step: int, spare: Collection[s
     Those of lower attempts and its own up to this step, but for the spared. Never one of a higher attempt: this
     one may be a zombie.
     """
-    found = []
+    deletable = []
     for name in names:
         parsed = parse_checkpoint_name(name)
         if parsed is None or name in spare:
             continue
-        at, by = parsed
-        if by < attempt or (by == attempt and at <= step):
-            found.append(name)
-    return found
+        checkpoint_step, checkpoint_attempt = parsed
+        if checkpoint_attempt < attempt or (checkpoint_attempt == attempt and checkpoint_step <= step):
+            deletable.append(name)
+    return deletable
 
 
 def checkpoint_name(step: int, attempt: int) -> str:

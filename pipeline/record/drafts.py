@@ -53,8 +53,8 @@ class Drafter:
             saving.PREPROCESS: json_file(snapshot.preprocess),
         }
         metrics = {**best.metrics, best.metric: best.value}
-        facts = self._facts(snapshot, best, step=best.step, end=False) | {"metrics": metrics}
-        return Draft(best.checkpoint, files, facts)
+        metadata = self._facts(snapshot, best, step=best.step, end=False) | {"metrics": metrics}
+        return Draft(best.checkpoint, files, metadata)
 
     def _facts(self, snapshot: Snapshot, best: BestSoFar | None, *, step: int, end: bool) -> dict[str, Any]:
         return {
@@ -73,10 +73,10 @@ class Drafter:
 
 def with_best_of(failed: Snapshot, snapshot: Snapshot) -> Snapshot:
     """A snapshot with the weights of its best, where those were handed over with a commit that failed."""
-    ours, theirs = snapshot.best, failed.best
-    if ours is None or theirs is None or ours.step != theirs.step or snapshot.best_weights is not None:
+    best, failed_best = snapshot.best, failed.best
+    if best is None or failed_best is None or best.step != failed_best.step or snapshot.best_weights is not None:
         return snapshot
-    return replace(snapshot, best_weights=failed.weights if failed.step == ours.step else failed.best_weights)
+    return replace(snapshot, best_weights=failed.weights if failed.step == best.step else failed.best_weights)
 
 
 def json_file(value: Any) -> bytes:

@@ -219,7 +219,7 @@ def _parse(kind: type[Entry], tree: Any) -> Entry:
     if isinstance(entry, Claim) and not isinstance(entry.facts.get("code", {}), dict):
         raise ValueError("facts.code is no mapping of files to digests")
     if isinstance(entry, Commit):
-        for name in {entry.checkpoint, *(one for pair in entry.kept for one in pair if one is not None)}:
+        for name in {entry.checkpoint, *(member for pair in entry.kept for member in pair if member is not None)}:
             plain_name(name)
     if isinstance(entry, Leave) and entry.error is not None and not isinstance(entry.error.get("message"), str):
         raise ValueError("an error without a message")
@@ -257,19 +257,19 @@ def _known(kind: type, tree: Any, without: Collection[str]) -> dict[str, Any]:
     """The values of a dataclass' fields: later versions may add some."""
     if not isinstance(tree, dict):
         raise ValueError("no mapping of names to values")
-    known = {one.name for one in fields(kind)} - set(without)
-    return {key: value for key, value in tree.items() if key in known}
+    names = {one.name for one in fields(kind)} - set(without)
+    return {key: value for key, value in tree.items() if key in names}
 
 
 def typed(kind: type[Made], values: Mapping[str, Any]) -> Made:
     """A dataclass from plain values of exactly its fields' types; ValueError for others."""
-    text = json.dumps({**values, **{name: asdict(one) for name, one in values.items() if isinstance(one, BestSoFar)}})
+    text = json.dumps({**values, **{name: asdict(value) for name, value in values.items() if isinstance(value, BestSoFar)}})
     try:
-        made: Made = _adapter(cast("Any", kind)).validate_json(text, strict=True)
+        instance: Made = _adapter(cast("Any", kind)).validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    return made
+    return instance
 
 
 @cache

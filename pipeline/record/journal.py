@@ -87,12 +87,12 @@ class Journal:
             except StorageError:  # no decision rests on it
                 return None
 
-        wanted = list(numbers)
-        unknown = [number for number in wanted if number not in self._claims]
+        requested = list(numbers)
+        unknown = [number for number in requested if number not in self._claims]
         for number, entry in zip(unknown, self._storage.each(read, unknown), strict=True):
             if isinstance(entry, Claim):
                 self._claims[number] = entry
-        return [self._claims.get(number) for number in wanted]
+        return [self._claims.get(number) for number in requested]
 
     def append(self, entry: Entry) -> bool:
         """Create the entry under its number; False if another's took it."""
@@ -136,19 +136,19 @@ class Journal:
 
         At some moment of the search it was the newest: the number after it was absent when it was tried.
         """
-        there, data, absent = self._state.number, None, None
-        if not there and (hint := self._hint()):
+        lower_bound, data, upper_bound = self._state.number, None, None
+        if not lower_bound and (hint := self._hint()):
             data = self._bytes(hint)
-            there, absent = (0, hint) if data is None else (hint, None)
+            lower_bound, upper_bound = (0, hint) if data is None else (hint, None)
         step = 1
-        while absent is None or absent - there > 1:
-            number = there + step if absent is None else (there + absent) // 2
-            found = self._bytes(number)
-            if found is None:
-                absent = number
+        while upper_bound is None or upper_bound - lower_bound > 1:
+            number = lower_bound + step if upper_bound is None else (lower_bound + upper_bound) // 2
+            number_data = self._bytes(number)
+            if number_data is None:
+                upper_bound = number
             else:
-                there, data, step = number, found, 2 * step
-        return self._parse(there, data) if data is not None else None
+                lower_bound, data, step = number, number_data, 2 * step
+        return self._parse(lower_bound, data) if data is not None else None
 
     def _read_up_to(self, number: int) -> tuple[Entry, ...]:
         unread = range(len(self._entries) + 1, number + 1)

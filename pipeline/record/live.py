@@ -160,15 +160,15 @@ def _drained(waiting: deque[T]) -> list[T]:
 def _thinned(steps: pa.Table, first: int) -> pa.Table:
     """Of the rows from step `first` on: those whose step is a multiple of a power of two, so that a later choice is a
     part of an earlier one; and the last."""
-    at = steps["step"].to_numpy()
+    step_numbers = steps["step"].to_numpy()
     stride = 1
-    while len(at) and (at[-1] - first) // stride >= MOST_ROWS:
+    while len(step_numbers) and (step_numbers[-1] - first) // stride >= MOST_ROWS:
         stride *= 2
-    return steps.filter(pa.array((at >= first) & ((at % stride == 0) | (at == at[-1:])))).combine_chunks()
+    return steps.filter(pa.array((step_numbers >= first) & ((step_numbers % stride == 0) | (step_numbers == step_numbers[-1:])))).combine_chunks()
 
 
 def _newest(evaluations: pa.Table, first: int) -> pa.Table:
     """The last rows of those from step `first` on; step 0 belongs to step 1."""
-    at = evaluations["step"].to_numpy()
-    rows = evaluations.filter(pa.array(at >= (first if first > 1 else 0)))
+    step_numbers = evaluations["step"].to_numpy()
+    rows = evaluations.filter(pa.array(step_numbers >= (first if first > 1 else 0)))
     return rows.slice(max(0, len(rows) - MOST_ROWS)).combine_chunks()

@@ -46,11 +46,11 @@ def parse_manifest(data: bytes) -> Manifest:
         if tree.get("format") != FORMAT:
             raise ValueError(f"its format {tree.get('format')!r} is not known to this version")
         tree["metrics"], tree["best"] = numbers(tree["metrics"]), parse_best(tree["best"])
-        found = typed(Manifest, tree)
+        manifest = typed(Manifest, tree)
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
-    if min(found.step, found.epoch, found.first_cell) < 0:
+    if min(manifest.step, manifest.epoch, manifest.first_cell) < 0:
         raise ValueError("a number below 0")
-    for name in found.files:
+    for name in manifest.files:
         plain_name(name)
-    return found
+    return manifest

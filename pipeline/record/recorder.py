@@ -50,11 +50,11 @@ class Recorder:
     """
 
     def __init__(self, attempt: Attempt, *, keep: int, columns: Columns | None = None) -> None:
-        facts = attempt.run.facts()
-        layout, chosen = CellLayout.from_facts(facts), columns if columns is not None else Columns.from_facts(facts)
+        metadata = attempt.run.facts()
+        layout, run_schema = CellLayout.from_facts(metadata), columns if columns is not None else Columns.from_facts(metadata)
         self._attempt = attempt
-        self._writer = Writer(attempt, layout=layout, keep=keep, columns=chosen)
-        self._live = live.LiveWriter(attempt.run, attempt.number, layout, chosen)
+        self._writer = Writer(attempt, layout=layout, keep=keep, columns=run_schema)
+        self._live = live.LiveWriter(attempt.run, attempt.number, layout, run_schema)
         self._live_s = interval() / (1 if attempt.run.storage.backend.far else 2)
         self._live_due = time.monotonic() + self._live_s
         self._blocks: list[StepBlock] = []
@@ -241,10 +241,10 @@ class Recorder:
 def complete(attempt: Attempt, keep: int = 1) -> None:
     """For an attempt that begins at an end: do what is missing of cells, result, retention and `run.json`, and close
     it. `keep`: pairs that stay, where that end was saved on this machine only and is committed now."""
-    facts: dict[str, Any] = attempt.run.facts()
+    metadata: dict[str, Any] = attempt.run.facts()
     try:
-        layout, columns = CellLayout.from_facts(facts), Columns.from_facts(facts)
-        writer = Writer(attempt, layout=layout, keep=keep, columns=columns)
+        layout, metric_schema = CellLayout.from_facts(metadata), Columns.from_facts(metadata)
+        writer = Writer(attempt, layout=layout, keep=keep, columns=metric_schema)
         if attempt.spooled is not None:
             writer.begin()
         else:

@@ -115,10 +115,10 @@ class Run:
     def view(self) -> dict[str, Any]:
         """`run.json` as last written; empty where there is none, for it can be made from the rest."""
         try:
-            view = from_json(self.storage.read(VIEW))
+            summary = from_json(self.storage.read(VIEW))
         except (FileNotFoundError, ValueError):
             return {}
-        return view if isinstance(view, dict) else {}
+        return summary if isinstance(summary, dict) else {}
 
     def _number_in_view(self) -> int:
         """The journal's last entry when `run.json` was written; 0 where it does not say."""
@@ -239,14 +239,14 @@ def _parse_header(text: str) -> dict[str, Any]:
     if not line.startswith(HEADER):
         raise ValueError("its first line is another")
     header = from_json(line.removeprefix(HEADER))
-    found = {name: value for name, value in header.items() if name != "sha256"} if isinstance(header, dict) else {}
-    if not found or header.get("sha256") != digest_of({**found, "job": job}):
+    fields = {name: value for name, value in header.items() if name != "sha256"} if isinstance(header, dict) else {}
+    if not fields or header.get("sha256") != digest_of({**fields, "job": job}):
         raise ValueError("it was altered")
-    moment(found["time"])
-    for name, value in dict(found["facts"]).items():
+    moment(fields["time"])
+    for name, value in dict(fields["facts"]).items():
         if name in _FACTS and (not isinstance(value, _FACTS[name]) or (isinstance(value, int) and value < 1)):
             raise ValueError(f"{name} cannot be {value!r}")
-    return found
+    return fields
 
 
 def run_and_checkpoint(spec: str) -> tuple[str, str]:
@@ -265,12 +265,12 @@ def open_run(run: str, storage_url: str) -> Run:
     """
     root, _, name = run.rstrip("/").rpartition("/")
     try:
-        found = Run(Storage.open(root or storage_url), plain_name(name))
+        opened_run = Run(Storage.open(root or storage_url), plain_name(name))
     except ValueError as error:
         raise InputError(str(error), where=run) from None
-    if not found.exists():
-        raise InputError("no such run", where=found.url, fix="`trainyard runs` lists those that are there")
-    return found
+    if not opened_run.exists():
+        raise InputError("no such run", where=opened_run.url, fix="`trainyard runs` lists those that are there")
+    return opened_run
 
 
 def folders_of_runs(storage: Storage) -> list[str]:

@@ -38,8 +38,8 @@ def write_checkpoint(storage: Storage, name: str, files: Mapping[str, bytes], fa
     StorageFullError: there is no room for it; nothing of it is left.
     """
     folder = storage.at(f"{FOLDER}/{name}")
-    sums = {file: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for file, data in files.items()}
-    tree = sealed({"format": FORMAT, **facts, "files": sums})
+    file_entries = {file: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for file, data in files.items()}
+    tree = sealed({"format": FORMAT, **facts, "files": file_entries})
     try:
         for file, data in files.items():
             folder.replace(file, data, sync=True)

@@ -44,7 +44,7 @@ class Snapshot:
         """Name of the first tensor of weights that holds NaN or infinity."""
         import torch
 
-        for name, one in (*self.weights.items(), *(self.best_weights or {}).items()):
-            if one.is_floating_point() and not torch.isfinite(one).all():
+        for name, tensor in (*self.weights.items(), *(self.best_weights or {}).items()):
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 return name
         return None

@@ -46,13 +46,13 @@ def damage(run: Run, *, every_file: bool = False) -> list[str]:
     state = run.journal.state()
     # Once an end is committed, a later attempt may be writing what follows from it.
     is_settled = state.is_over or state.claim is None or not beats(run, state.claim)
-    found = [*_journal(run), *(_end(run, state) if is_settled else ())]
+    problems = [*_journal(run), *(_end(run, state) if is_settled else ())]
     if state.commit is not None:
         checkpoints, damaged = _checkpoints(run, state.commit, every_file)
-        published = max((one.first_cell for one in checkpoints), default=0)
-        found = [*_cells(run, state, published, every_file), *damaged, *found]
-    if not found or run.journal.state().number == state.number:
-        return found
+        published = max((checkpoint.first_cell for checkpoint in checkpoints), default=0)
+        problems = [*_cells(run, state, published, every_file), *damaged, *problems]
+    if not problems or run.journal.state().number == state.number:
+        return problems
     return damage(run, every_file=every_file)  # it went on meanwhile: what was deleted had its time
 
 
@@ -71,12 +71,12 @@ def _cells(run: Run, state: JournalState, published: int, every_file: bool) -> l
     ----------
     published: cells that were there for certain when the newest checkpoint was made.
     """
-    facts, commit = run.facts(), state.commit
+    metadata, commit = run.facts(), state.commit
     assert commit is not None
-    layout, columns = CellLayout.from_facts(facts), Columns.from_facts(facts)
-    schemas = {STEPS: columns.step_schema(), EVALUATIONS: columns.evaluation_schema()}
-    there = {table: set(run.storage.list(table)) for table in schemas}  # a cell's steps are written last
-    numbers = [int(name[:-8]) for name in there[STEPS] if re.fullmatch(r"[0-9]{6,9}\.parquet", name)]
+    layout, metric_schema = CellLayout.from_facts(metadata), Columns.from_facts(metadata)
+    schemas = {STEPS: metric_schema.step_schema(), EVALUATIONS: metric_schema.evaluation_schema()}
+    listed = {table: set(run.storage.list(table)) for table in schemas}  # a cell's steps are written last
+    numbers = [int(name[:-8]) for name in listed[STEPS] if re.fullmatch(r"[0-9]{6,9}\.parquet", name)]
     count = max([published, layout.complete(state.published_step), *(number + 1 for number in numbers)])
     if commit.end and run.view().get("status") == "finished":  # written after its cells
         count = layout.cell_of(commit.step) + 1
@@ -101,12 +101,12 @@ def _cells(run: Run, state: JournalState, published: int, every_file: bool) -> l
             is_right = bool(np.all((steps >= (first if index else 0)) & (steps <= end)))
         return "" if is_right else f"{path} is damaged (its steps are not {first} to {end})"
 
-    named = [(index, table) for index in range(count) for table in (EVALUATIONS, STEPS)]
-    missing = {(index, table) for index, table in named if f"{index:06d}.parquet" not in there[table]}
-    read = [cell for cell in named if cell not in missing and (every_file or cell[0] == count - 1)]
+    expected = [(index, table) for index in range(count) for table in (EVALUATIONS, STEPS)]
+    missing = {(index, table) for index, table in expected if f"{index:06d}.parquet" not in listed[table]}
+    read = [cell for cell in expected if cell not in missing and (every_file or cell[0] == count - 1)]
     lines = dict(zip(read, run.storage.each(look, read), strict=True))
     lines |= {(index, table): f"{table}/{index:06d}.parquet is missing" for index, table in missing}
-    return [lines[cell] for cell in named if lines.get(cell)]
+    return [lines[cell] for cell in expected if lines.get(cell)]
 
 
 def _checkpoints(run: Run, commit: Commit, every_file: bool) -> tuple[list[Checkpoint], list[str]]:
@@ -120,8 +120,8 @@ def _checkpoints(run: Run, commit: Commit, every_file: bool) -> tuple[list[Check
             lines.append(f"{folder}/{MANIFEST}: {error.what}")
             continue
         checkpoints.append(checkpoint)
-        there = set(run.storage.list(folder))
-        missing = [file for file in checkpoint.files if file not in there]
+        listed = set(run.storage.list(folder))
+        missing = [file for file in checkpoint.files if file not in listed]
         lines += [f"{folder}/{file} is missing" for file in missing]
         if every_file and not missing:
             try:
@@ -152,5 +152,5 @@ def has_end(run: Run) -> bool:
 
 def has_view(run: Run, state: JournalState) -> bool:
     """Whether `run.json` says what the journal does. A run that was copied elsewhere keeps the URL it had."""
-    wanted, found = from_json(view_file(run, state, "finished")), run.view()
-    return {**wanted, "url": ""} == {**found, "url": ""}
+    expected, actual = from_json(view_file(run, state, "finished")), run.view()
+    return {**expected, "url": ""} == {**actual, "url": ""}

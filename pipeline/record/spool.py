@@ -81,47 +81,47 @@ def save(
     ------
     TrainyardError, OSError: this machine has no room or no folder for it.
     """
-    here = _here(run)
-    place = here.storage.local_path
-    assert place is not None
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if here.exists() and not _is_of(here, run):
-        shutil.rmtree(place)
-        here = _here(run)
+    local_run = _here(run)
+    folder = local_run.storage.local_path
+    assert folder is not None
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if local_run.exists() and not _is_of(local_run, run):
+        shutil.rmtree(folder)
+        local_run = _here(run)
     text = run.job_yaml()  # read before anything was trained, so this asks no storage
-    here.storage.create(JOB, text.encode())
+    local_run.storage.create(JOB, text.encode())
     best = snapshot.best
     best_name = draft.name if best is not None and best.step == snapshot.step else None
     if best_draft is not None:
         best_name = best_draft.name
-        saving.write_checkpoint(here.storage, *best_draft)
-    saving.write_checkpoint(here.storage, *draft)
-    common: dict[str, Any] = {"nonce": nonce, "time": now(), "attempt": attempt}
-    state = here.journal.state()
+        saving.write_checkpoint(local_run.storage, *best_draft)
+    saving.write_checkpoint(local_run.storage, *draft)
+    entry_fields: dict[str, Any] = {"nonce": nonce, "time": now(), "attempt": attempt}
+    state = local_run.journal.state()
     if state.claim is None or state.claim.nonce != nonce:
-        here.journal.append(Claim(**common, number=state.number + 1, before=state))
-        state = here.journal.state()
-    own: Pair = (draft.name, best_name)
+        local_run.journal.append(Claim(**entry_fields, number=state.number + 1, before=state))
+        state = local_run.journal.state()
+    pair: Pair = (draft.name, best_name)
     commit = Commit(
-        **common,
+        **entry_fields,
         number=state.number + 1,
         before=state,
         checkpoint=draft.name,
         step=snapshot.step,
         epoch=snapshot.epoch,
         end=snapshot.end,
-        kept=(own,),
+        kept=(pair,),
         best=replace(best, checkpoint=best_name) if best is not None and best_name is not None else None,
         metrics=dict(snapshot.metrics),
         patience=snapshot.patience,
     )
-    here.journal.append(commit)
+    local_run.journal.append(commit)
     tree = {"url": run.url, "checkpoint": draft.name, "best": best_name, "after": list(after)}
-    here.storage.replace(FACTS, to_json(tree, indent=1).encode(), sync=True)
-    for old in here.storage.list(saving.FOLDER):
-        if old not in own:
-            saving.delete_checkpoint(here.storage, old)
-    return place
+    local_run.storage.replace(FACTS, to_json(tree, indent=1).encode(), sync=True)
+    for old in local_run.storage.list(saving.FOLDER):
+        if old not in pair:
+            saving.delete_checkpoint(local_run.storage, old)
+    return folder
 
 
 def find(run: Run, base: Checkpoint | None, state: JournalState) -> Found:
@@ -133,27 +133,27 @@ def find(run: Run, base: Checkpoint | None, state: JournalState) -> Found:
     base: the committed checkpoint to go on from.
     state: what the run's journal amounts to.
     """
-    here = _here(run)
-    place = here.storage.local_path
-    if place is None or not (place / FACTS).is_file():
+    local_run = _here(run)
+    folder = local_run.storage.local_path
+    if folder is None or not (folder / FACTS).is_file():
         return Found()
-    ignored = f"{place} holds what an earlier attempt saved when storage was lost; it is not used: "
+    prefix = f"{folder} holds what an earlier attempt saved when storage was lost; it is not used: "
     try:
-        tree = from_json(here.storage.read(FACTS))
-        if not _is_of(here, run):
-            return Found(None, f"{ignored}it belongs to another run of this name")
-        checkpoint = Checkpoint(here, tree["checkpoint"])
+        tree = from_json(local_run.storage.read(FACTS))
+        if not _is_of(local_run, run):
+            return Found(None, f"{prefix}it belongs to another run of this name")
+        checkpoint = Checkpoint(local_run, tree["checkpoint"])
         if base is not None and base.step == checkpoint.step:  # and only the removal is missing
             forget(run)
             return Found()
         if (base.name if base is not None else None) not in tree["after"]:
-            return Found(None, f"{ignored}the run went on from elsewhere since")
+            return Found(None, f"{prefix}the run went on from elsewhere since")
         if checkpoint.step <= state.highest_step or state.ended_at is not None:
-            return Found(None, f"{ignored}the run came further since")
+            return Found(None, f"{prefix}the run came further since")
         checkpoint.verify()
     except (DamagedError, ValueError, KeyError, TypeError) as error:
-        return Found(None, f"{ignored}{error.what if isinstance(error, TrainyardError) else 'it is damaged'}")
-    return Found(checkpoint, f"going on from step {checkpoint.step}, saved in {place} when storage was lost")
+        return Found(None, f"{prefix}{error.what if isinstance(error, TrainyardError) else 'it is damaged'}")
+    return Found(checkpoint, f"going on from step {checkpoint.step}, saved in {folder} when storage was lost")
 
 
 def has_pickled_state(run: Run) -> bool:
@@ -171,7 +171,7 @@ def has_pickled_state(run: Run) -> bool:
 def snapshot_of(run: Run, checkpoint: Checkpoint) -> Snapshot:
     """What was saved, as a snapshot to commit."""
     best = checkpoint.best
-    held = best is not None and best.step != checkpoint.step and _holds(run, best)
+    has_best_weights = best is not None and best.step != checkpoint.step and _holds(run, best)
     return Snapshot(
         step=checkpoint.step,
         epoch=checkpoint.epoch,
@@ -180,7 +180,7 @@ def snapshot_of(run: Run, checkpoint: Checkpoint) -> Snapshot:
         position=checkpoint.position,
         metrics=checkpoint.metrics,
         best=best,
-        best_weights=Checkpoint(_here(run), best.checkpoint).weights() if best is not None and held else None,
+        best_weights=Checkpoint(_here(run), best.checkpoint).weights() if best is not None and has_best_weights else None,
         preprocess=checkpoint.preprocess(),
         end=checkpoint.end,
         patience=checkpoint.patience,
@@ -189,9 +189,9 @@ def snapshot_of(run: Run, checkpoint: Checkpoint) -> Snapshot:
 
 def forget(run: Run) -> None:
     """Remove what was saved for a run: it is committed now."""
-    place = _here(run).storage.local_path
-    assert place is not None
-    shutil.rmtree(place, ignore_errors=True)
+    folder = _here(run).storage.local_path
+    assert folder is not None
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def lost(error: Lost, place: Path | None, step: int, failure: BaseException | None = None) -> Lost:

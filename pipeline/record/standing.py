@@ -95,16 +95,16 @@ def standing(run: Run, now: float | None = None) -> Standing:
     """
     state = run.journal.state()
     claim = state.claim
-    beat = read_beat(run.storage, claim.attempt)[1] if claim is not None and not state.is_over else None
+    heartbeat = read_beat(run.storage, claim.attempt)[1] if claim is not None and not state.is_over else None
     clock = time.time() if now is None else now
-    signs = [state.updated or run.born(), *([beat.time] if beat is not None else [])]
-    seen_s = max(0.0, min(seconds_since(sign, clock) for sign in signs))
-    return replace(stand(run, state, beat, _status(run, state, beat, clock)), seen_s=round(seen_s, 1))
+    update_times = [state.updated or run.born(), *([heartbeat.time] if heartbeat is not None else [])]
+    seen_s = max(0.0, min(seconds_since(update_time, clock) for update_time in update_times))
+    return replace(stand(run, state, heartbeat, _status(run, state, heartbeat, clock)), seen_s=round(seen_s, 1))
 
 
 def stand(run: Run, state: JournalState, beat: Beat | None, status: Status) -> Standing:
     """The standing that a journal makes."""
-    claim, commit, left = state.claim, state.commit, state.leave
+    claim, commit, exit_entry = state.claim, state.commit, state.leave
     total_steps = run.facts().get("total_steps")
     return Standing(
         run=run.name,
@@ -116,7 +116,7 @@ def stand(run: Run, state: JournalState, beat: Beat | None, status: Status) -> S
         attempts=claim.attempt if claim is not None else 0,
         best=commit.best if commit is not None else None,
         metrics=commit.metrics if commit is not None else {},
-        error=left.error if left is not None else None,
+        error=exit_entry.error if exit_entry is not None else None,
         heartbeat=beat,
         started=state.started or None,
         updated=state.updated or None,
@@ -143,8 +143,8 @@ def view_file(run: Run, state: JournalState, status: Status) -> bytes:
     attempts."""
     tree = stand(run, state, None, status).to_json()
     del tree["heartbeat"], tree["seen_s"], tree["damaged"]
-    birth = {"time": run.born(), **run.facts()}
-    tree |= {"journal": state.number, "birth": birth, "history": _history(run, state.attempts)}
+    creation = {"time": run.born(), **run.facts()}
+    tree |= {"journal": state.number, "birth": creation, "history": _history(run, state.attempts)}
     return (to_json(tree, indent=1) + "\n").encode()
 
 

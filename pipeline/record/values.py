@@ -25,15 +25,15 @@ def from_json(text: str | bytes) -> Any:
         tree = json.loads(text, parse_constant=_refuse)
     except RecursionError:
         raise ValueError("lists in lists in lists") from None
-    inside = [tree]
+    nodes = [tree]
     for _ in range(DEEPEST):
-        inside = [
+        nodes = [
             child
-            for one in inside
-            if isinstance(one, (dict, list))
-            for child in (one.values() if isinstance(one, dict) else one)
+            for node in nodes
+            if isinstance(node, (dict, list))
+            for child in (node.values() if isinstance(node, dict) else node)
         ]
-        if not inside:
+        if not nodes:
             return tree
     raise ValueError("lists in lists in lists")
 
@@ -53,10 +53,10 @@ def unsealed(tree: Any) -> dict[str, Any]:
     """What `sealed` was given; ValueError where it was altered since."""
     if not isinstance(tree, dict):
         raise ValueError("no mapping of names to values")
-    found = {name: value for name, value in tree.items() if name != "sha256"}
-    if tree.get("sha256") != digest_of(found):
+    content = {name: value for name, value in tree.items() if name != "sha256"}
+    if tree.get("sha256") != digest_of(content):
         raise ValueError("it was altered")
-    return found
+    return content
 
 
 def now() -> str:

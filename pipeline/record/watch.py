@@ -30,14 +30,14 @@ def watch(run: Run, last: Claim, own_interval_s: float, on_watch: Callable[[str]
     """
     if lock.is_held(last) and beats(run, last):
         raise busy(run, last, "is writing this run")
-    seen, _ = read_beat(run.storage, last.attempt)
+    first_data, _ = read_beat(run.storage, last.attempt)
     interval_s = max(own_interval_s, last.interval_s)
     limit_s = INTERVALS_OF_SILENCE * interval_s
     on_watch(f"attempt {last.attempt} {_place(last)} may still be writing: watching its heartbeat for {limit_s:.0f} s")
     began = time.monotonic()
     while time.monotonic() - began < limit_s:
         time.sleep(interval_s / LOOKS_AN_INTERVAL)
-        if read_beat(run.storage, last.attempt)[0] != seen:
+        if read_beat(run.storage, last.attempt)[0] != first_data:
             raise busy(run, last, "is writing this run")
         if lock.is_held(last) is False:
             return
@@ -52,27 +52,27 @@ def refuse_where_it_beats(run: Run, driver: str) -> None:
     BusyError: there is one.
     """
     state = run.journal.state()
-    last = state.claim
-    if last is None or last.driver == driver or state.is_over or not beats(run, last):
+    last_claim = state.claim
+    if last_claim is None or last_claim.driver == driver or state.is_over or not beats(run, last_claim):
         return
-    seen, began = read_beat(run.storage, last.attempt)[0], time.monotonic()
-    while time.monotonic() - began < 1.5 * last.interval_s and lock.is_held(last) is not False:
-        time.sleep(last.interval_s / LOOKS_AN_INTERVAL)
-        if read_beat(run.storage, last.attempt)[0] != seen:
-            raise busy(run, last, "is writing this run")
+    first_data, began = read_beat(run.storage, last_claim.attempt)[0], time.monotonic()
+    while time.monotonic() - began < 1.5 * last_claim.interval_s and lock.is_held(last_claim) is not False:
+        time.sleep(last_claim.interval_s / LOOKS_AN_INTERVAL)
+        if read_beat(run.storage, last_claim.attempt)[0] != first_data:
+            raise busy(run, last_claim, "is writing this run")
 
 
 def beats(run: Run, last: Claim) -> bool:
     """Whether the heartbeat of a process of this machine is young, by the clock that both share."""
-    beat = read_beat(run.storage, last.attempt)[1]
-    moment = beat.time if beat is not None else last.time
-    return abs(seconds_since(moment)) < INTERVALS_OF_SILENCE * last.interval_s
+    heartbeat = read_beat(run.storage, last.attempt)[1]
+    timestamp = heartbeat.time if heartbeat is not None else last.time
+    return abs(seconds_since(timestamp)) < INTERVALS_OF_SILENCE * last.interval_s
 
 
 def busy(run: Run, other: Claim, does: str) -> BusyError:
     """The error that says who has the run."""
-    beat = read_beat(run.storage, other.attempt)[1]
-    age = f"; its last heartbeat is {max(0.0, seconds_since(beat.time)):.0f} s old, at step {beat.step}" if beat else ""
+    heartbeat = read_beat(run.storage, other.attempt)[1]
+    age = f"; its last heartbeat is {max(0.0, seconds_since(heartbeat.time)):.0f} s old, at step {heartbeat.step}" if heartbeat else ""
     return BusyError(
         f"attempt {other.attempt} {_place(other)} {does}{age}",
         where=run.url,
@@ -82,5 +82,5 @@ def busy(run: Run, other: Claim, does: str) -> BusyError:
 
 def _place(claim: Claim) -> str:
     host, pid = claim.facts.get("host"), claim.facts.get("pid")
-    words = [f"on {host}" if host else "", f"(process {pid})" if pid else ""]
-    return " ".join(word for word in words if word) or "elsewhere"
+    parts = [f"on {host}" if host else "", f"(process {pid})" if pid else ""]
+    return " ".join(part for part in parts if part) or "elsewhere"

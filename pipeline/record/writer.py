@@ -53,19 +53,19 @@ class Writer:
     def begin(self) -> None:
         """Take up the base's rows and publish the cells that it completes: its writer may have died before. What an
         earlier attempt saved on this machine becomes the first commit."""
-        base = self.attempt.base
-        if base is not None:
+        checkpoint = self.attempt.base
+        if checkpoint is not None:
             with self.attempt.reading_base():
-                rows = base.rows()
-            self.rows.load(rows, base.first_cell, base.step)
+                rows = checkpoint.rows()
+            self.rows.load(rows, checkpoint.first_cell, checkpoint.step)
             self.has_rows = self.attempt.spooled is None
-            self._publish(base.step, end=base.end)
+            self._publish(checkpoint.step, end=checkpoint.end)
         write_view(self._run, self.attempt.state, "running")
-        spooled = self.attempt.spooled
-        if spooled is not None:
-            self.rows.load(spooled.rows(), spooled.first_cell)
+        local_checkpoint = self.attempt.spooled
+        if local_checkpoint is not None:
+            self.rows.load(local_checkpoint.rows(), local_checkpoint.first_cell)
             self.has_rows = True
-            self.commit(spool.snapshot_of(self._run, spooled), [], [])
+            self.commit(spool.snapshot_of(self._run, local_checkpoint), [], [])
             spool.forget(self._run)
 
     def commit(self, snapshot: Snapshot, blocks: Sequence[StepBlock], evaluations: Sequence[EvaluationRow]) -> None:
@@ -85,14 +85,14 @@ class Writer:
         if best is not None and self._is_apart(best, name):
             saving.write_checkpoint(self._run.storage, *self._drafter.best_draft(snapshot, best))
         saving.write_checkpoint(self._run.storage, *self._drafter.draft(snapshot, best, name))
-        own: Pair = (name, best.checkpoint if best is not None else None)
+        pair: Pair = (name, best.checkpoint if best is not None else None)
         commit = Commit(
             **self.attempt.common(),
             checkpoint=name,
             step=snapshot.step,
             epoch=snapshot.epoch,
             end=snapshot.end,
-            kept=decisions.kept_after(self.attempt.kept, own, self._keep),
+            kept=decisions.kept_after(self.attempt.kept, pair, self._keep),
             best=best,
             metrics=dict(snapshot.metrics),
             patience=snapshot.patience,
@@ -132,24 +132,24 @@ class Writer:
             snapshot = with_best_of(failed, snapshot)
         name = decisions.checkpoint_name(snapshot.step, self.attempt.number)
         best = self._place_best(snapshot, name)
-        apart = self._drafter.best_draft(snapshot, best) if best is not None and self._is_apart(best, name) else None
+        best_files = self._drafter.best_draft(snapshot, best) if best is not None and self._is_apart(best, name) else None
         after = [self._last_good]
         if failed is not None:  # of an entry whose reply is missing nobody knows whether it arrived
             after.append(decisions.checkpoint_name(failed.step, self.attempt.number))
         draft, nonce, attempt = self._drafter.draft(snapshot, best, name), self.attempt.nonce, self.attempt.number
-        return spool.save(self._run, snapshot, draft, apart, after, nonce=nonce, attempt=attempt), snapshot.step
+        return spool.save(self._run, snapshot, draft, best_files, after, nonce=nonce, attempt=attempt), snapshot.step
 
     def complete(self) -> None:
         """Do what is missing after an end: cells, result, retention, `run.json`. The base must be that end."""
         commit = self.attempt.state.commit
-        base = self.attempt.base
-        assert base is not None
+        checkpoint = self.attempt.base
+        assert checkpoint is not None
         assert commit is not None
-        assert base.end
-        assert commit.checkpoint == base.name
+        assert checkpoint.end
+        assert commit.checkpoint == checkpoint.name
         with self.attempt.reading_base():
-            rows = base.rows()
-        self.rows.load(rows, base.first_cell, base.step)
+            rows = checkpoint.rows()
+        self.rows.load(rows, checkpoint.first_cell, checkpoint.step)
         self._follow(commit)
 
     def leave(self, status: Literal["interrupted", "failed"], error: BaseException | None, step: int) -> None:
@@ -176,8 +176,8 @@ class Writer:
 
     def _publish(self, step: int, *, end: bool) -> None:
         """Write the cells that a commit at `step` completes. A reader that sees a cell's steps sees its evaluations."""
-        for cell in self.rows.cells(step, end=end):
-            self._write_cell(cell)
+        for segment in self.rows.cells(step, end=end):
+            self._write_cell(segment)
         if not end:
             self.rows.drop(step)
 
@@ -194,13 +194,13 @@ class Writer:
 
     def _place_best(self, snapshot: Snapshot, name: str) -> BestSoFar | None:
         """The best so far with the name of its directory."""
-        best, known = snapshot.best, self._best
+        best, committed_best = snapshot.best, self._best
         if best is None:
             return None
         if best.step == snapshot.step:
             return replace(best, checkpoint=name)
-        if known is not None and known.step == best.step:
-            return known
+        if committed_best is not None and committed_best.step == best.step:
+            return committed_best
         if snapshot.best_weights is None:
             raise ValueError(f"the weights of the best step {best.step} are neither given nor in a checkpoint")
         return replace(best, checkpoint=decisions.checkpoint_name(best.step, self.attempt.number))

@@ -96,14 +96,14 @@ class Patience:
                 limit = self.limit_s if self.contacted else min(self.limit_s, FIRST_CONTACT_S)
                 if limit_s is not None:
                     limit = min(limit, limit_s)
-                left = began + limit - time.monotonic()
-                if left <= 0:
+                remaining_s = began + limit - time.monotonic()
+                if remaining_s <= 0:
                     raise self._lost(error, limit) from None
             else:
                 self.contacted = True
                 self.answers += limit_s is None
                 return result
-            time.sleep(min(pause * _pauses.uniform(0.5, 1.0), left))  # at random: who failed together should part
+            time.sleep(min(pause * _pauses.uniform(0.5, 1.0), remaining_s))  # at random: who failed together should part
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
     def _raise_if_lasting(self, error: Exception) -> None:
@@ -149,8 +149,8 @@ class Patience:
 
 def _code(error: BaseException) -> str:
     """S3's own code of an error, such as "SlowDown"; s3fs keeps it in the cause. Empty where there is none."""
-    for one in (error, error.__cause__):
-        response = getattr(one, "response", None)
+    for candidate in (error, error.__cause__):
+        response = getattr(candidate, "response", None)
         if isinstance(response, Mapping) and isinstance(response.get("Error"), Mapping):
             return str(response["Error"].get("Code", ""))
     return ""

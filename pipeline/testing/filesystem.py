@@ -140,16 +140,16 @@ class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]
         if group in self.dice.faults.on:
             time.sleep(self.dice.faults.delay_s)
         kind = self.dice.throw(group)
-        seen = (self._faults, self.store_protocol, listed)
+        cache_key = (self._faults, self.store_protocol, listed)
         if kind == "stale" and listed:
-            if seen in _LISTINGS:
-                stale: T = _LISTINGS[seen]
+            if cache_key in _LISTINGS:
+                stale: T = _LISTINGS[cache_key]
                 return stale
             kind = None
         if kind is None or kind == "stale":
             answer = request()
             if listed:
-                _LISTINGS[seen] = answer
+                _LISTINGS[cache_key] = answer
             return answer
         if kind == "truncated" and half is not None:
             half()
@@ -188,9 +188,9 @@ class _AtomicFiles(LocalFileSystem):  # type: ignore[misc]
     cachable = False
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> None:
-        place = self._strip_protocol(path)
-        temporary = os.path.join(os.path.dirname(place), ".tmp")
+        local_path = self._strip_protocol(path)
+        temporary = os.path.join(os.path.dirname(local_path), ".tmp")
         if mode == "create":
-            LocalBackend().create(place, value, temporary)
+            LocalBackend().create(local_path, value, temporary)
         else:
-            LocalBackend().replace(place, value, temporary, sync=False)
+            LocalBackend().replace(local_path, value, temporary, sync=False)

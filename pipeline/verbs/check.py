@@ -46,25 +46,25 @@ class Checked:
         if self.batch is None and self.overfit is None:
             return [*lines, *dump_job(self.job).rstrip().splitlines()]
         if self.batch is not None:
-            found = self.batch
+            section = self.batch
             lines += ["parameters"]
-            width = max((len(name) for name, _ in found["parameters"]), default=0)
-            lines += [f"  {name.ljust(width)}  {_shape(shape)}" for name, shape in found["parameters"]]
+            width = max((len(name) for name, _ in section["parameters"]), default=0)
+            lines += [f"  {name.ljust(width)}  {_shape(shape)}" for name, shape in section["parameters"]]
             lines += [
-                f"  {found['parameter_count']:,} in all",
-                f"rows       {', '.join(f'{split} {rows:,}' for split, rows in found['rows'].items())}",
-                f"steps      {found['steps_per_epoch']:,} an epoch, {found['total_steps']:,} in all",
-                f"batch      inputs {_shape(found['inputs'])} {found['input_type']}, targets "
-                f"{_shape(found['targets'])}, on {found['device']}",
-                f"outputs    {_shape(found['outputs'])}, untrained: from {found['lowest']:.4f} to "
-                f"{found['highest']:.4f}, mean {found['mean']:.4f}",
-                f"loss       {found['loss_before']:.4f} before one update, {found['loss_after']:.4f} after it, with "
-                f"learning rate {found['lr']:g}",
+                f"  {section['parameter_count']:,} in all",
+                f"rows       {', '.join(f'{split} {rows:,}' for split, rows in section['rows'].items())}",
+                f"steps      {section['steps_per_epoch']:,} an epoch, {section['total_steps']:,} in all",
+                f"batch      inputs {_shape(section['inputs'])} {section['input_type']}, targets "
+                f"{_shape(section['targets'])}, on {section['device']}",
+                f"outputs    {_shape(section['outputs'])}, untrained: from {section['lowest']:.4f} to "
+                f"{section['highest']:.4f}, mean {section['mean']:.4f}",
+                f"loss       {section['loss_before']:.4f} before one update, {section['loss_after']:.4f} after it, with "
+                f"learning rate {section['lr']:g}",
             ]
         if self.overfit is not None:
-            found = self.overfit
+            section = self.overfit
             lines += [
-                f"overfit    one batch of {found['rows']} rows: loss {found['loss']:.4f} after {found['steps']} steps"
+                f"overfit    one batch of {section['rows']} rows: loss {section['loss']:.4f} after {section['steps']} steps"
             ]
         return lines
 
@@ -121,19 +121,19 @@ def _first_batch(prepared: Prepared, built: Built) -> tuple[Tensor, Tensor]:
 
 
 def _one_batch(prepared: Prepared, built: Built) -> dict[str, Any]:
-    trainee, plan = built.trainee, prepared.plan
+    engine, schedule = built.trainee, prepared.plan
     inputs, targets = _first_batch(prepared, built)
-    outputs = trainee.outputs(inputs).float()
-    before = _update(built, 1, inputs, targets, plan.lr(1))
-    trainee.gradient(1, inputs, targets)
-    after = float(trainee.flat.sums[0] / trainee.flat.sums[1])
-    model = trainee.flat.model
+    outputs = engine.outputs(inputs).float()
+    before = _update(built, 1, inputs, targets, schedule.lr(1))
+    engine.gradient(1, inputs, targets)
+    after = float(engine.flat.sums[0] / engine.flat.sums[1])
+    model = engine.flat.model
     return {
         "parameters": [(name, list(tensor.shape)) for name, tensor in model.named_parameters()],
         "parameter_count": sum(tensor.numel() for tensor in model.parameters()),
         "rows": {split: len(rows) for split, rows in prepared.splits.items()},
-        "steps_per_epoch": plan.steps_per_epoch,
-        "total_steps": plan.last_step,
+        "steps_per_epoch": schedule.steps_per_epoch,
+        "total_steps": schedule.last_step,
         "inputs": list(inputs.shape),
         "input_type": str(inputs.dtype).removeprefix("torch."),
         "targets": list(targets.shape),
@@ -144,7 +144,7 @@ def _one_batch(prepared: Prepared, built: Built) -> dict[str, Any]:
         "mean": float(outputs.mean()),
         "loss_before": before,
         "loss_after": after,
-        "lr": plan.lr(1),
+        "lr": schedule.lr(1),
     }
 
 
@@ -175,10 +175,10 @@ def _overfit(prepared: Prepared, built: Built, where: str) -> dict[str, Any]:
 
 def _update(built: Built, step: int, inputs: Tensor, targets: Tensor, lr: float) -> float:
     """One update; returns the loss before it."""
-    trainee = built.trainee
-    trainee.gradient(step, inputs, targets)
-    loss = float(trainee.flat.sums[0] / trainee.flat.sums[1])
-    trainee.update(lr)
+    engine = built.trainee
+    engine.gradient(step, inputs, targets)
+    loss = float(engine.flat.sums[0] / engine.flat.sums[1])
+    engine.update(lr)
     return loss
 
 

@@ -55,9 +55,9 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         metrics = {name: None if value != value else value for name, value in self.metrics.items()}
-        found = {name: value for name, value in self.__dict__.items() if name != "report"}
+        fields = {name: value for name, value in self.__dict__.items() if name != "report"}
         report = {"columns": self.report.to_json(), "warnings": self.warnings}
-        return {**found, "metrics": metrics, **report, "error": None}
+        return {**fields, "metrics": metrics, **report, "error": None}
 
     def lines(self) -> list[str]:
         rows, correct = (self.metrics.get(f"{self.split}/{name}") for name in ("samples", "correct"))
@@ -65,8 +65,8 @@ class Evaluation:
         lines = [f"{self.run} at step {self.step}, {self.split}: {counted}"]
         lines += [f"  {line}" for line in table_lines(self.metrics, self.split)]
         lines += [f"  {line}" for line in self.report.lines()]
-        words = no_better_words(self.metrics, self.split)
-        return [*lines, f"  warning: {words}"] if words else lines
+        warning = no_better_words(self.metrics, self.split)
+        return [*lines, f"  warning: {warning}"] if warning else lines
 
 
 @leave_as_found()
@@ -98,30 +98,30 @@ def evaluate(
     """
     if split not in SPLITS:
         raise InputError(f"{split!r} is no split", where="--split", fix="train, val or test")
-    found = find_run(run, storage)
-    saved = find_checkpoint(found, checkpoint)
-    job, code = _stored_job(found, list(set), trust)
+    opened_run = find_run(run, storage)
+    saved = find_checkpoint(opened_run, checkpoint)
+    job, code = _stored_job(opened_run, list(set), trust)
     job = job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"limit": None})})
     fitted, weights = Fitted.from_json(saved.preprocess()), saved.weights()
     check_weights(job, fitted, weights, saved.url)
     if data is not None:
         split, prepared = "data", prepare_rows(_on_other_data(job, data, fitted), fitted, "data", say, code=code)
     else:
-        prepared = prepare(job, fitted=fitted, fingerprint=found.facts()["fingerprint"], say=say, code=code)
+        prepared = prepare(job, fitted=fitted, fingerprint=opened_run.facts()["fingerprint"], say=say, code=code)
         if split not in prepared.splits:
-            there = ", ".join(prepared.splits)
-            raise InputError(f"this run has no {split} split", where=found.url, fix=f"it has: {there}")
+            available = ", ".join(prepared.splits)
+            raise InputError(f"this run has no {split} split", where=opened_run.url, fix=f"it has: {available}")
     built = build(prepared, to_train=False)
     built.trainee.flat.load(weights)
     if split == "test":
-        facts = {"checkpoint": saved.name, "step": saved.step, "host": socket.gethostname(), "pid": os.getpid()}
-        record_read(found, facts)
+        metadata = {"checkpoint": saved.name, "step": saved.step, "host": socket.gethostname(), "pid": os.getpid()}
+        record_read(opened_run, metadata)
     result = loop.evaluate(built.trainee, eval_loader(prepared, built, split), SingleProcessContext())
     metrics = {f"{split}/{name}": value for name, value in result.items()}
     report = DataReport(fitted.preprocess)
     rows = prepared.splits[split]
     report.add(prepared.source.part(rows.part).inputs, rows.ids, prepared.source.schema)
-    return Evaluation(found.name, found.url, saved.name, saved.step, split, metrics, report)
+    return Evaluation(opened_run.name, opened_run.url, saved.name, saved.step, split, metrics, report)
 
 
 def _on_other_data(job: Job, url: str, fitted: Fitted) -> Job:

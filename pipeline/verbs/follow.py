@@ -36,15 +36,15 @@ class Followed:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        told = {name: {"where": self.where[name], "cells": cells} for name, cells in self.cells.items()}
-        return {"run": self.run, "url": self.url, "status": self.status, "followers": told}
+        trackers = {name: {"where": self.where[name], "cells": num_segments} for name, num_segments in self.cells.items()}
+        return {"run": self.run, "url": self.url, "status": self.status, "followers": trackers}
 
     def lines(self) -> list[str]:
         """For people."""
         words = {"tensorboard": "tensorboard --logdir", "mlflow": "at"}
         return [
-            f"{name}: {cells} new part{'' if cells == 1 else 's'} of {self.run}; {words[name]} {self.where[name]}"
-            for name, cells in self.cells.items()
+            f"{name}: {num_segments} new part{'' if num_segments == 1 else 's'} of {self.run}; {words[name]} {self.where[name]}"
+            for name, num_segments in self.cells.items()
         ]
 
 
@@ -71,34 +71,34 @@ def follow(
     InputError: no such run; nobody to tell; a library is missing, or a server refuses.
     WorkError: a tracker stayed away for so long after the run's end, or at the one look.
     """
-    found = find_run(run, storage)
-    log = MetricLog(found)
-    names = _names(to or parse_job(found.job_yaml(), f"{found.url}/{JOB}").follow)
+    opened_run = find_run(run, storage)
+    log = MetricLog(opened_run)
+    names = _names(to or parse_job(opened_run.job_yaml(), f"{opened_run.url}/{JOB}").follow)
     if not names:
         raise InputError(
             "the job names no follower",
-            where=found.url,
+            where=opened_run.url,
             fix="say --to tensorboard or --to mlflow, or follow: in the job",
         )
     watched = [_Told(name, log, on_event, lenient=driven is not None, tries_again=not once) for name in names]
-    seen = _Seen(found)
-    looks: Iterator[Status]
+    poller = _Seen(opened_run)
+    statuses: Iterator[Status]
     if driven is not None:
-        looks = _while_driven(seen, driven)
+        statuses = _while_driven(poller, driven)
     elif once:
-        looks = iter([seen.status()])
+        statuses = iter([poller.status()])
     else:
-        looks = _until_over(seen, watched, on_event)
-    for status in looks:
-        for one in watched:
-            one.catch_up(log, status)
-    for one in watched:
-        if one.fault is not None and driven is None:
-            raise one.fault
-        if one.fault is not None and not one.is_hopeless:
-            on_event(WarningMessage(f"{one.name} does not know all; `trainyard follow {found.name}` tells the rest"))
-    cells: dict[str, int] = {one.name: one.cells for one in watched}
-    return Followed(found.name, found.url, status, cells, {one.name: one.where for one in watched})
+        statuses = _until_over(poller, watched, on_event)
+    for status in statuses:
+        for tracker in watched:
+            tracker.catch_up(log, status)
+    for tracker in watched:
+        if tracker.fault is not None and driven is None:
+            raise tracker.fault
+        if tracker.fault is not None and not tracker.is_hopeless:
+            on_event(WarningMessage(f"{tracker.name} does not know all; `trainyard follow {opened_run.name}` tells the rest"))
+    segments: dict[str, int] = {tracker.name: tracker.cells for tracker in watched}
+    return Followed(opened_run.name, opened_run.url, status, segments, {tracker.name: tracker.where for tracker in watched})
 
 
 def _names(words: Sequence[str]) -> list[Name]:
@@ -131,8 +131,8 @@ def _until_over(seen: _Seen, watched: Sequence[_Told], on_event: EventHandler) -
         yield status
         if seen.is_over or status == "finished":  # whoever wrote its end may have died before the last cells
             over_since = over_since or time.monotonic()
-            is_told = seen.is_over and all(one.fault is None for one in watched)
-            if is_told or time.monotonic() - over_since > PATIENCE_S:
+            is_caught_up = seen.is_over and all(tracker.fault is None for tracker in watched)
+            if is_caught_up or time.monotonic() - over_since > PATIENCE_S:
                 return
         time.sleep(PAUSE_S)
 

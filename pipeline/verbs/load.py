@@ -35,17 +35,17 @@ def load(model: str, *, storage: str | None = None, device: str = "cpu", trust: 
     name, which = run_and_checkpoint(model)
     run = find_run(name, storage)
     job = parse_job(run.job_yaml(), f"{run.url}/job.yaml")
-    own = [job.model.kind] if isinstance(job.model, OwnModel) else []
-    code = trust_code(run, job, own, trust)
+    custom_modules = [job.model.kind] if isinstance(job.model, OwnModel) else []
+    code = trust_code(run, job, custom_modules, trust)
     saved = find_checkpoint(run, which)
-    fitted, place = Fitted.from_json(saved.preprocess()), choose(device)
+    fitted, target_device = Fitted.from_json(saved.preprocess()), choose(device)
     preprocess = fitted.preprocess
     weights = saved.weights()
     check_weights(job, fitted, weights, saved.url)
     with code.in_use(), default_settings():
         net = build_model(job, preprocess.output_shape, fitted.outputs, 0, preprocess.code_sizes)
-        net.to(place, Arithmetic.of(job.train.precision, place).dtype)  # first: fp64 stays what it is
-        take_weights(net, weights, "".join(own))
+        net.to(target_device, Arithmetic.of(job.train.precision, target_device).dtype)  # first: fp64 stays what it is
+        take_weights(net, weights, "".join(custom_modules))
     return Predictor(net, fitted, job, run.name, saved.step, code)
 
 

@@ -65,9 +65,9 @@ class Predicted:
     """What should not be overlooked."""
 
     def to_json(self) -> dict[str, Any]:
-        found = {name: value for name, value in self.__dict__.items() if name != "report"}
-        found |= {"columns": self.report.to_json(), "skipped": list(self.skipped), "warnings": list(self.warnings)}
-        return {**found, "error": None}
+        fields = {name: value for name, value in self.__dict__.items() if name != "report"}
+        fields |= {"columns": self.report.to_json(), "skipped": list(self.skipped), "warnings": list(self.warnings)}
+        return {**fields, "error": None}
 
     def lines(self) -> list[str]:
         lines = [f"{self.rows:,} rows by {self.run} at step {self.step} to {self.output}"]
@@ -121,8 +121,8 @@ def predict(
         _check_output(folder, name, output)
         path = Path(scratch) / "output.parquet"
         try:
-            for beside, data in source.batches():
-                table = pa.table({**beside, **_answers(predictor, predictor.scores(data, report))})
+            for key_columns, data in source.batches():
+                table = pa.table({**key_columns, **_answers(predictor, predictor.scores(data, report))})
                 writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
                 writer.write_table(table)
                 count += table.num_rows
@@ -134,8 +134,8 @@ def predict(
             raise InputError("has no rows", where=f"--input {input}", fix="check the URL")
         folder.replace(name, path.read_bytes(), sync=True)
     if source.skipped:
-        named = ", ".join(source.skipped[:MOST_NAMED]) + (", ..." if len(source.skipped) > MOST_NAMED else "")
-        tell(f"{len(source.skipped):,} pictures are broken and left out: {named}")
+        listed = ", ".join(source.skipped[:MOST_NAMED]) + (", ..." if len(source.skipped) > MOST_NAMED else "")
+        tell(f"{len(source.skipped):,} pictures are broken and left out: {listed}")
     for text in report.warnings():
         tell(text)
     skipped = tuple(source.skipped)
@@ -185,18 +185,18 @@ class _Tables:
 
 def _input_columns(predictor: Predictor, files: Files) -> list[str]:
     """The columns that the model takes, which every file has."""
-    found: list[str] = []
+    columns: list[str] = []
     for number, file in enumerate(files.files):
         rows = files.row_counts[number]
-        here = input_columns(files.contents(number), predictor.fitted.preprocess, predictor.job, rows, file.where)
-        if found and here != found:
+        file_columns = input_columns(files.contents(number), predictor.fitted.preprocess, predictor.job, rows, file.where)
+        if columns and file_columns != columns:
             raise DataError(
-                f"the samples are in column {here[0]!r}, but in {found[0]!r} of {files.files[0].where}",
+                f"the samples are in column {file_columns[0]!r}, but in {columns[0]!r} of {files.files[0].where}",
                 where=file.where,
                 fix="write all files with the same columns",
             )
-        found = here
-    return found
+        columns = file_columns
+    return columns
 
 
 def _key_types(keys: Iterable[str], files: Files, tell: Callable[[str], None]) -> dict[str, pa.DataType]:
@@ -206,32 +206,32 @@ def _key_types(keys: Iterable[str], files: Files, tell: Callable[[str], None]) -
     ------
     DataError: a key that some files have and others have not, or types that nothing holds together.
     """
-    found: dict[str, pa.DataType] = {}
+    unified: dict[str, pa.DataType] = {}
     types = [files.types(number) for number in range(len(files.files))]
     for key in dict.fromkeys(keys):
-        absent = [file for file, here in zip(files.files, types, strict=True) if key not in here]
-        if len(absent) == len(types):
-            near_ones = near(key, types[0])
-            tell(f"the key {key!r} is not in {files.url}, and not in the output ({near_ones})")
+        files_without_key = [file for file, file_types in zip(files.files, types, strict=True) if key not in file_types]
+        if len(files_without_key) == len(types):
+            suggestions = near(key, types[0])
+            tell(f"the key {key!r} is not in {files.url}, and not in the output ({suggestions})")
             continue
-        if absent:
+        if files_without_key:
             raise DataError(
                 f"the key {key!r} is not in this file, but in others",
-                where=absent[0].where,
+                where=files_without_key[0].where,
                 fix="write all files with the same columns",
             )
-        for file, here in zip(files.files, types, strict=True):
-            kind = _plain_type(here[key])
+        for file, file_types in zip(files.files, types, strict=True):
+            kind = _plain_type(file_types[key])
             try:
-                both = [pa.schema([(key, found.get(key, kind))]), pa.schema([(key, kind)])]
-                found[key] = pa.unify_schemas(both, promote_options="permissive").field(key).type
+                both = [pa.schema([(key, unified.get(key, kind))]), pa.schema([(key, kind)])]
+                unified[key] = pa.unify_schemas(both, promote_options="permissive").field(key).type
             except pa.ArrowException:
                 raise DataError(
-                    f"the key {key!r} holds {kind} here, but {found[key]} in {files.files[0].where}",
+                    f"the key {key!r} holds {kind} here, but {unified[key]} in {files.files[0].where}",
                     where=file.where,
                     fix="write all files with one type for each column",
                 ) from None
-    return found
+    return unified
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:
@@ -251,16 +251,16 @@ def _check_casts(files: Files, keys: dict[str, pa.DataType]) -> None:
     DataError: a value that the common type cannot hold.
     """
     for number, file in enumerate(files.files):
-        here = files.types(number)
+        file_types = files.types(number)
         for key, kind in keys.items():
-            if _plain_type(here[key]) == kind:
+            if _plain_type(file_types[key]) == kind:
                 continue
             for batch in files.batches(number, [key], BATCH_ROWS):
                 try:
                     _cast(batch.column(key), kind)
                 except pa.ArrowException as error:
                     raise DataError(
-                        f"the key {key!r} holds {here[key]} here and becomes {kind} in the output, as in other "
+                        f"the key {key!r} holds {file_types[key]} here and becomes {kind} in the output, as in other "
                         f"files, but not all of it can ({str(error).splitlines()[0]})",
                         where=file.where,
                         fix="write all files with one type for each column",
@@ -292,12 +292,12 @@ class _Pictures:
         for first in range(0, len(self._paths), BATCH_PICTURES):
             paths = self._paths[first : first + BATCH_PICTURES]
             with quiet():
-                found = list(map_in_threads(self._decoded, paths, reading_threads(self._files.is_remote)))
-            whole = {path: pixels for path, pixels in zip(paths, found, strict=True) if isinstance(pixels, np.ndarray)}
-            reason = reason or next((text for text in found if isinstance(text, str)), "")
-            self.skipped += [path for path in paths if path not in whole]
-            if whole:
-                yield {"path": pa.array(list(whole))}, np.stack(list(whole.values()))
+                images_or_reasons = list(map_in_threads(self._decoded, paths, reading_threads(self._files.is_remote)))
+            images = {path: pixels for path, pixels in zip(paths, images_or_reasons, strict=True) if isinstance(pixels, np.ndarray)}
+            reason = reason or next((text for text in images_or_reasons if isinstance(text, str)), "")
+            self.skipped += [path for path in paths if path not in images]
+            if images:
+                yield {"path": pa.array(list(images))}, np.stack(list(images.values()))
         if len(self.skipped) == len(self._paths):
             raise DataError(
                 f"none of {len(self._paths):,} pictures can be decoded; {self._paths[0]}: {reason}",
@@ -331,15 +331,15 @@ def _find_pictures(url: str, where: str) -> tuple[FileReader, list[str]]:
     """
     fix = "a picture, or a glob or folder of them"
     try:
-        files, found = find_files(url, IGNORED_IMAGE_PREFIXES, expand_folders=False)
+        files, file_names = find_files(url, IGNORED_IMAGE_PREFIXES, expand_folders=False)
     except FileNotFoundError:
         raise InputError("there is no such file or folder", where=where, fix=fix) from None
     if FileReader(url).kind() == "file":
-        return files, list(found)
-    pictures = [name for name in found if is_image_path(name)]
-    if not pictures:
-        raise InputError(f"no pictures among {len(found):,} files", where=where, fix=f"{fix}, such as .png and .jpg")
-    return files, pictures
+        return files, list(file_names)
+    image_names = [name for name in file_names if is_image_path(name)]
+    if not image_names:
+        raise InputError(f"no pictures among {len(file_names):,} files", where=where, fix=f"{fix}, such as .png and .jpg")
+    return files, image_names
 
 
 def _answers(predictor: Predictor, scores: np.ndarray) -> dict[str, np.ndarray]:
@@ -347,11 +347,11 @@ def _answers(predictor: Predictor, scores: np.ndarray) -> dict[str, np.ndarray]:
     answers = predictor.answers(scores)
     labels = predictor.job.data.labels
     if answers.ndim == 2:
-        columns = {f"prediction_{name}": answers[:, place] for place, name in enumerate(labels)}
+        columns = {f"prediction_{name}": answers[:, index] for index, name in enumerate(labels)}
     else:
         columns = {"prediction": answers}
-    for place, name in enumerate(predictor.classes):
-        columns[f"probability_{name}"] = scores[:, place]
+    for index, name in enumerate(predictor.classes):
+        columns[f"probability_{name}"] = scores[:, index]
     return columns
 
 
@@ -374,7 +374,7 @@ def _check_apart(url: str, paths: Iterable[str], output: str) -> None:
         return
     resolve = os.path.realpath if is_local(fs) else str
     target, files = resolve(target), {resolve(path) for path in paths}
-    folders = [target[:place] for place, letter in enumerate(target) if letter == "/" and place] + [target]
+    folders = [target[:index] for index, character in enumerate(target) if character == "/" and index] + [target]
     problem = ""
     if target in files:
         problem = "is a file of the input, which it would replace"
@@ -404,10 +404,10 @@ def _check_output(folder: Storage, name: str, output: str) -> None:
     fs, path = open_filesystem(output)
     if Patience(scrub(output)).call(lambda: fs.isdir(path)):
         raise InputError("is a folder", where=where, fix="name a file that is not there yet, or one to replace")
-    trial = f".{name}-{uuid.uuid4().hex[:8]}"
+    probe_name = f".{name}-{uuid.uuid4().hex[:8]}"
     try:
-        folder.replace(trial, b"")
+        folder.replace(probe_name, b"")
     except StorageError as error:
         raise InputError(error.what, where=where, fix=error.fix) from None
     with suppress(TrainyardError):
-        folder.delete(trial)
+        folder.delete(probe_name)

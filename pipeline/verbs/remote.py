@@ -30,8 +30,8 @@ def status(
     cluster = connect(address, token_file)
     if job_or_run is not None:
         return cluster.url, [look(cluster, find_job(cluster, job_or_run))]
-    found = [progress_of(info, _log(cluster, info)) for info in cluster.infos() if OURS in (info.metadata or {})]
-    return cluster.url, found
+    statuses = [progress_of(info, _log(cluster, info)) for info in cluster.infos() if OURS in (info.metadata or {})]
+    return cluster.url, statuses
 
 
 def logs(
@@ -79,17 +79,17 @@ def stop(
     """
     cluster = connect(address, token_file)
     job_id = find_job(cluster, job_or_run)
-    found = look(cluster, job_id)
-    if found.is_over:
+    job_status = look(cluster, job_id)
+    if job_status.is_over:
         say("had ended before")
-        return found
+        return job_status
     cluster.stop(job_id)
     say(f"stopping {job_id}: it has {STOP_WAIT_S} s to save and leave")
     began = time.monotonic()
     while time.monotonic() - began < STOP_WAIT_S + SLACK_S:
-        found = look(cluster, job_id)
-        if found.is_over:
-            return found
+        job_status = look(cluster, job_id)
+        if job_status.is_over:
+            return job_status
         time.sleep(POLL_S)
     raise WorkError(
         f"has not ended {STOP_WAIT_S + SLACK_S:.0f} s after it was told to",
@@ -107,9 +107,9 @@ def how_it_ended(found: Progress) -> str:
         return head
     if found.ray_status == "STOPPED":
         return f"{head}: killed before it could save\n  the same submit goes on from the last checkpoint"
-    said = [line.strip() for line in found.message.splitlines() if line.strip()] or ["no reason was given"]
+    message_lines = [line.strip() for line in found.message.splitlines() if line.strip()] or ["no reason was given"]
     # The end of the log, where there is one; else what Ray itself begins to say.
-    reason = found.loss or said[-1 if found.driver_exit_code is not None else 0]
+    reason = found.loss or message_lines[-1 if found.driver_exit_code is not None else 0]
     return f"{head}: {reason}\n  the same submit goes on from the last checkpoint"
 
 
@@ -124,10 +124,10 @@ def find_job(cluster: Cluster, job_or_run: str) -> str:
         return job_or_run
     for info in reversed(cluster.infos()):
         metadata = info.metadata or {}
-        named = metadata.get("trainyard_run")
-        if OURS not in metadata or not job_or_run.startswith(named or metadata[OURS]):
+        run_name = metadata.get("trainyard_run")
+        if OURS not in metadata or not job_or_run.startswith(run_name or metadata[OURS]):
             continue
-        if named == job_or_run or progress_of(info, _log(cluster, info)).run == job_or_run:
+        if run_name == job_or_run or progress_of(info, _log(cluster, info)).run == job_or_run:
             return str(info.submission_id)
     raise InputError(
         f"no job and no run {job_or_run!r}", where=cluster.url, fix="`trainyard status` lists those that are there"

@@ -61,13 +61,13 @@ class RunCreation:
         ------
         InputError: a name that no run can have.
         """
-        own = identity(job, fingerprint=fingerprint, start=start, max_steps=max_steps)
+        run_identity = identity(job, fingerprint=fingerprint, start=start, max_steps=max_steps)
         try:
-            run_name = plain_name(name) if name else _name_of(job, _with_code(own, code.digests))
+            run_name = plain_name(name) if name else _name_of(job, _with_code(run_identity, code.digests))
         except ValueError as error:
             raise InputError(str(error), where="--name") from None
         run = Run(Storage.open(storage_url), run_name)
-        return cls(run, job, code, name, fingerprint, start, max_steps, allow_code_change, own)
+        return cls(run, job, code, name, fingerprint, start, max_steps, allow_code_change, run_identity)
 
     def of_data(self, fingerprint: str) -> RunCreation:
         """The same for data of another fingerprint."""
@@ -86,10 +86,10 @@ class RunCreation:
         """Whether the run exists, with this identity and this code."""
         if not self.run.exists():
             return False
-        there = self.run.facts()
-        if there["identity"] != digest(_with_code(self.identity, there.get("code") or {})):
+        metadata = self.run.facts()
+        if metadata["identity"] != digest(_with_code(self.identity, metadata.get("code") or {})):
             return False
-        self._check(there)
+        self._check(metadata)
         return True
 
     def is_complete(self) -> bool:
@@ -113,22 +113,22 @@ class RunCreation:
         """
         from pipeline.data.split import splits_table
 
-        run, job, plan, code = self.run, self.job, prepared.plan, self.code
+        run, job, schedule, code = self.run, self.job, prepared.plan, self.code
         splits = splits_table(prepared.splits)
-        facts = {
+        metadata = {
             "identity": digest(_with_code(self.identity, code.digests)),
             "fingerprint": self.fingerprint,
             "start": self.start,
             "max_steps": self.max_steps,
-            "total_steps": plan.last_step,
-            "steps_per_epoch": plan.steps_per_epoch,
-            "cell_steps": plan.cell_steps,
+            "total_steps": schedule.last_step,
+            "steps_per_epoch": schedule.steps_per_epoch,
+            "cell_steps": schedule.cell_steps,
             "first_cell_steps": FIRST_CELL_STEPS,
             "columns": Columns.of_job(job, prepared.fitted.outputs).to_json(),
             "splits": splits_digest(splits),
             **({"code": code.digests} if code.files else {}),
         }
-        is_new = run.birth(dump_job(job), facts)
+        is_new = run.birth(dump_job(job), metadata)
         if is_new:
             self._tell_of_older(on_event)
         else:
@@ -143,23 +143,23 @@ class RunCreation:
 
     def _check(self, there: dict[str, Any]) -> None:
         """Whether the run that is there is one of this job, and of the code that its last attempt ran."""
-        born_with = there.get("code") or {}
-        if there["identity"] != digest(_with_code(self.identity, born_with)):
+        created_code = there.get("code") or {}
+        if there["identity"] != digest(_with_code(self.identity, created_code)):
             self._refuse(there)
         code, journal = self.code, self.run.journal
         state = journal.state()
-        last = next(iter(journal.claims(one.claim for one in state.attempts[-1:])), None)
-        facts = last.facts if last is not None else {"code": born_with}
+        last_claim = next(iter(journal.claims(summary.claim for summary in state.attempts[-1:])), None)
+        claim_metadata = last_claim.facts if last_claim is not None else {"code": created_code}
         modules = code.installed()
-        before = {path: sha for path, sha in facts.get("code", {}).items() if path not in modules}
-        files = [*changed(before, code.digests), *code.edited(facts.get("code_not_stored", {}))]
+        before = {path: sha for path, sha in claim_metadata.get("code", {}).items() if path not in modules}
+        files = [*changed(before, code.digests), *code.edited(claim_metadata.get("code_not_stored", {}))]
         is_finished = state.commit is not None and state.commit.end
         if files and (is_finished or not self.allow_code_change):
-            going_on = "" if is_finished else "; --allow-code-change goes on with it all the same"
+            hint = "" if is_finished else "; --allow-code-change goes on with it all the same"
             raise InputError(
                 f"the code changed since this run {'ended' if is_finished else 'last ran'}: {', '.join(files)}",
                 where=self.run.url,
-                fix=f"restore it, or leave --name out: with other code it is a new run{going_on}",
+                fix=f"restore it, or leave --name out: with other code it is a new run{hint}",
             )
         self.code_changes = tuple(files)
 
@@ -177,13 +177,13 @@ class RunCreation:
 
     def _refuse(self, there: dict[str, Any]) -> None:
         stored = parse_job(self.run.job_yaml(), f"{self.run.url}/job.yaml")
-        theirs = identity(
+        stored_identity = identity(
             stored, fingerprint=there["fingerprint"], start=there.get("start"), max_steps=there["max_steps"]
         )
         raise InputError(
             "a run of this name has another job:\n    "
             + "\n    ".join(
-                differences(theirs, self.identity) or ["another version of Trainyard identified it otherwise"]
+                differences(stored_identity, self.identity) or ["another version of Trainyard identified it otherwise"]
             ),
             where=self.run.url,
             fix="choose another --name, or leave it out",

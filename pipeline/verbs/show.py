@@ -61,9 +61,9 @@ def runs(storage: str | None = None) -> tuple[str, list[Listed], dict[str, str]]
             return f"{error.where}: {error.what}"
 
     names = folders_of_runs(root)
-    looked = dict(zip(names, root.each(look, names), strict=True))
-    unreadable = {name: seen for name, seen in looked.items() if isinstance(seen, str)}
-    return root.url, _listed([seen for seen in looked.values() if isinstance(seen, _Seen)]), unreadable
+    results = dict(zip(names, root.each(look, names), strict=True))
+    unreadable = {name: result for name, result in results.items() if isinstance(result, str)}
+    return root.url, _listed([result for result in results.values() if isinstance(result, _Seen)]), unreadable
 
 
 def show(run: str, storage: str | None = None, *, verify: bool = False) -> Standing:
@@ -77,13 +77,13 @@ def show(run: str, storage: str | None = None, *, verify: bool = False) -> Stand
     ------
     InputError: there is no such run, or its journal or `job.yaml` cannot be read.
     """
-    found = find_run(run, storage)
-    how = standing(found)
-    if how.checkpoint is None:  # nothing was promised yet
-        return how
+    opened_run = find_run(run, storage)
+    status = standing(opened_run)
+    if status.checkpoint is None:  # nothing was promised yet
+        return status
     from pipeline.record.soundness import damage  # pyarrow: half a second that `runs` does not need
 
-    return replace(how, damaged=tuple(damage(found, every_file=verify)))
+    return replace(status, damaged=tuple(damage(opened_run, every_file=verify)))
 
 
 def _listed(seen: Sequence[_Seen]) -> list[Listed]:
@@ -93,8 +93,8 @@ def _listed(seen: Sequence[_Seen]) -> list[Listed]:
         same_job = list(group)
         differences = _differences(same_job)
         listed += [
-            Listed(standing=one.standing, job=job, born=one.born, differs=differs)
-            for one, differs in zip(same_job, differences, strict=True)
+            Listed(standing=scanned_run.standing, job=job, born=scanned_run.born, differs=differs)
+            for scanned_run, differs in zip(same_job, differences, strict=True)
         ]
     return sorted(listed, key=lambda one: (one.born, one.standing.run))
 
@@ -102,13 +102,13 @@ def _listed(seen: Sequence[_Seen]) -> list[Listed]:
 def _differences(same_job: Sequence[_Seen]) -> list[dict[str, Any]]:
     """For each of the runs of one job, what is not the same in all of them."""
     fields = _varying([one.fields for one in same_job])
-    values = _varying([_values(own) for own in fields])
+    values = _varying([_values(values_of_run) for values_of_run in fields])
     flags = _varying([{"max_steps": one.facts.get("max_steps")} for one in same_job])
-    told = [{**own, **flag} for own, flag in zip(values, flags, strict=True)]
-    if len({repr(own) for own in told}) == len(told):
-        return told
+    distinct = [{**values_of_run, **flags_of_run} for values_of_run, flags_of_run in zip(values, flags, strict=True)]
+    if len({repr(values_of_run) for values_of_run in distinct}) == len(distinct):
+        return distinct
     digests = _varying([{name: _short(one.facts.get(name)) for name in DATA_FACTS} for one in same_job])
-    return [{**own, **digest} for own, digest in zip(told, digests, strict=True)]
+    return [{**values_of_run, **digest} for values_of_run, digest in zip(distinct, digests, strict=True)]
 
 
 def _varying(trees: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -125,28 +125,28 @@ def _fields(job_yaml: str) -> dict[str, str]:
     on no more than the lines that `dump_job` writes: text of another form is compared in larger parts.
     """
     text = job_yaml.partition("\n")[2] if job_yaml.startswith(HEADER) else job_yaml
-    fields = {path: own for path, own in _split(text, "", 0) if path.partition(".")[0] not in PLACES}
+    fields = {path: field_text for path, field_text in _split(text, "", 0) if path.partition(".")[0] not in PLACES}
     # Jobs of earlier versions have the keys of every source, and would differ from all others in them.
     keys = SOURCES.get(fields.get("data.source", "").strip(), UserFunctionDataConfig).model_fields
-    return {path: own for path, own in fields.items() if not path.startswith("data.") or path.split(".")[1] in keys}
+    return {path: field_text for path, field_text in fields.items() if not path.startswith("data.") or path.split(".")[1] in keys}
 
 
 def _split(text: str, path: str, depth: int) -> Iterator[tuple[str, str]]:
     key, item = "", 0
     for block in re.split(r"\n(?=\S)", textwrap.dedent(text).strip("\n")):
         if block.startswith("- "):
-            name, own = f"{key}.{item}" if key else str(item), f"  {block[2:]}"
+            name, field_text = f"{key}.{item}" if key else str(item), f"  {block[2:]}"
             item += 1
-            is_mapping = re.match(r"  [\w-]+:[ \n]", own) is not None
+            is_mapping = re.match(r"  [\w-]+:[ \n]", field_text) is not None
         else:
-            key, _, own = block.partition(":")
+            key, _, field_text = block.partition(":")
             name, item = key, 0
-            is_mapping = own.startswith("\n")
+            is_mapping = field_text.startswith("\n")
         name = f"{path}.{name}" if path else name
         if is_mapping and depth < DEEPEST_SPLIT:
-            yield from _split(own, name, depth + 1)
-        elif own.strip():
-            yield name, own
+            yield from _split(field_text, name, depth + 1)
+        elif field_text.strip():
+            yield name, field_text
 
 
 def _values(fields: Mapping[str, str | None]) -> dict[str, Any]:

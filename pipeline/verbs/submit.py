@@ -71,32 +71,32 @@ def submit(
     WorkError: the cluster was lost while the job was followed.
     KeyboardInterrupt: as pressed; a job that was started goes on.
     """
-    wanted = resolve_job(job, set)
-    code = own_code.collect(wanted)
+    resolved_job = resolve_job(job, set)
+    code = own_code.collect(resolved_job)
     environment = environment_of(env, env_files)
     hide(environment)
     if name is not None:
         _plain(name)
     cluster = connect(address, token_file, verbose=verbose)
-    written = storage_url(storage, wanted.storage)
-    clearance = clear(cluster, storage=written, scale=wanted.scale, environment=environment, say=say)
-    say(f"cluster {clearance.text}")
-    key = key_of(wanted, storage=clearance.storage, name=name, max_steps=max_steps, code=code.digests)
-    shipped = wanted.model_copy(update={"code": CODE_FOLDER if code.files else None})
-    letter = Letter(
-        dump_job(shipped), clearance.storage, name, max_steps, verbose, environment, allow_code_change=allow_code_change
+    storage_argument = storage_url(storage, resolved_job.storage)
+    preflight = clear(cluster, storage=storage_argument, scale=resolved_job.scale, environment=environment, say=say)
+    say(f"cluster {preflight.text}")
+    key = key_of(resolved_job, storage=preflight.storage, name=name, max_steps=max_steps, code=code.digests)
+    packaged_job = resolved_job.model_copy(update={"code": CODE_FOLDER if code.files else None})
+    payload = Letter(
+        dump_job(packaged_job), preflight.storage, name, max_steps, verbose, environment, allow_code_change=allow_code_change
     )
-    losses = 0
+    num_failures = 0
     while True:
-        job_id = _start_or_attach(cluster, clearance, key, letter, code.files, wanted, say)
+        job_id = _start_or_attach(cluster, preflight, key, payload, code.files, resolved_job, say)
         on_job(job_id)
         if not wait:
             return look(cluster, job_id)
-        found = follow(cluster, job_id, show, say)
-        if not found.loss or losses == wanted.scale.retries:
-            return found
-        losses += 1
-        say(f"warning: {job_id}: {found.loss}; starting again ({losses} of {wanted.scale.retries})")
+        job_status = follow(cluster, job_id, show, say)
+        if not job_status.loss or num_failures == resolved_job.scale.retries:
+            return job_status
+        num_failures += 1
+        say(f"warning: {job_id}: {job_status.loss}; starting again ({num_failures} of {resolved_job.scale.retries})")
 
 
 def _start_or_attach(
@@ -109,24 +109,24 @@ def _start_or_attach(
     say: Callable[[str], None],
 ) -> str:
     """The id of the one job of this key that goes on."""
-    with staged(code) as cargo:
+    with staged(code) as package:
         while True:
-            known = {info.submission_id: info for info in cluster.infos()}
-            own = numbered(key, known)
-            going_on = [one for one in own.values() if not known[one].status.is_terminal()]
-            if going_on and look(cluster, going_on[-1]).is_over:  # it said so, and Ray has not seen it yet
+            jobs = {info.submission_id: info for info in cluster.infos()}
+            numbered_ids = numbered(key, jobs)
+            active_ids = [one for one in numbered_ids.values() if not jobs[one].status.is_terminal()]
+            if active_ids and look(cluster, active_ids[-1]).is_over:  # it said so, and Ray has not seen it yet
                 time.sleep(POLL_S)
                 continue
-            if going_on:
+            if active_ids:
                 say("the same submission goes on there: attached to it")
-                return going_on[-1]
-            job_id = f"{key}-{max(own, default=0) + 1}"
-            say(f"ships {cargo.words()}")
-            posted = cluster.post(letter.sealed())
+                return active_ids[-1]
+            job_id = f"{key}-{max(numbered_ids, default=0) + 1}"
+            say(f"ships {package.words()}")
+            payload_name = cluster.post(letter.sealed())
             if cluster.submit(
                 job_id,
-                f"exec '{clearance.python}' -m {ENTRYPOINT_MODULE} {posted}",
-                runtime_env={**cargo.runtime_env(), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}},
+                f"exec '{clearance.python}' -m {ENTRYPOINT_MODULE} {payload_name}",
+                runtime_env={**package.runtime_env(), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}},
                 metadata={"trainyard_job": job.name, "trainyard_run": letter.name or ""},
             ):
                 return job_id

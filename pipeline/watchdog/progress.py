@@ -74,7 +74,7 @@ def waits_for(what: Awaited) -> Callable[[F], F]:
 def awaited(frame: FrameType | None) -> tuple[Awaited, int]:
     """What a thread waits for whose innermost frame is this one, and in which call: another one is progress."""
     while frame is not None:
-        if what := _WAITS.get(frame.f_code):
-            return what, id(frame)
+        if target := _WAITS.get(frame.f_code):
+            return target, id(frame)
         frame = frame.f_back
     return "", 0

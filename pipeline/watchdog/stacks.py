@@ -138,15 +138,15 @@ def place_in(text: str) -> str:
 
     text: a dump of faulthandler's, below the line that names the thread.
     """
-    trains = _TRAINS.search(text)
+    training_thread = _TRAINS.search(text)
     threads = _THREAD.split(text)
     stacks = dict(zip(threads[1::2], threads[2::2], strict=True))
-    frames = _FRAME.findall(stacks.get(trains[1], "") if trains is not None else "")
+    frames = _FRAME.findall(stacks.get(training_thread[1], "") if training_thread is not None else "")
     for file, line, function in frames:
-        ours = Path(file).is_relative_to(PACKAGE)
-        if ours or not any(library in file for library in _LIBRARIES):
-            shown = Path(file).relative_to(PACKAGE.parent) if ours else Path(file).name
-            return f"{shown}:{line} ({function})"
+        is_package_file = Path(file).is_relative_to(PACKAGE)
+        if is_package_file or not any(library in file for library in _LIBRARIES):
+            display_path = Path(file).relative_to(PACKAGE.parent) if is_package_file else Path(file).name
+            return f"{display_path}:{line} ({function})"
     return ""
 
 

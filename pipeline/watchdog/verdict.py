@@ -72,11 +72,11 @@ def verdict(
     if heard is None:
         return f"{waited} the others"
     others = {other: heard.get(other) for other in range(world_size) if other != rank}
-    silent = [other for other, pulse in others.items() if pulse is None or pulse.last_seen_s > limits.hang_s]
-    if silent:
-        numbers = ", ".join(map(str, silent))
-        gives = "which gives" if len(silent) == 1 else "which give"
-        return f"{waited} worker{'s' * (len(silent) != 1)} {numbers}, {gives} no sign of life (stopped, or cut off)"
-    if any(pulse is not None and pulse.awaits != "workers" for pulse in others.values()):
+    silent_ranks = [other for other, other_heartbeat in others.items() if other_heartbeat is None or other_heartbeat.last_seen_s > limits.hang_s]
+    if silent_ranks:
+        numbers = ", ".join(map(str, silent_ranks))
+        gives = "which gives" if len(silent_ranks) == 1 else "which give"
+        return f"{waited} worker{'s' * (len(silent_ranks) != 1)} {numbers}, {gives} no sign of life (stopped, or cut off)"
+    if any(other_heartbeat is not None and other_heartbeat.awaits != "workers" for other_heartbeat in others.values()):
         return None  # it works, or has a watchdog of its own
     return f"{waited} the others, which wait as well"

@@ -101,24 +101,24 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        limits, context = self._limits, self._context
-        most_s = 2 * limits.poll_s + (PULSE_S if context.world_size > 1 else 0.0)
-        seen: tuple[object, ...] = ()
-        still_s, then = 0.0, time.monotonic()
-        while not self._over.wait(limits.poll_s):
+        timeouts, context = self._limits, self._context
+        most_s = 2 * timeouts.poll_s + (PULSE_S if context.world_size > 1 else 0.0)
+        last_activity: tuple[object, ...] = ()
+        idle_s, last_time = 0.0, time.monotonic()
+        while not self._over.wait(timeouts.poll_s):
             self._arm()
             now = time.monotonic()
-            still_s += min(now - then, most_s)  # more passed while this process was stopped as a whole
-            then = now
-            awaits, call = awaited(sys._current_frames().get(self._watched))
-            sees = (context.progress.count, call, self._answers() if awaits == "storage" else 0)
-            if sees != seen or self._is_suspended:
-                seen, still_s = sees, 0.0
-            own = WorkerHeartbeat(still_s, awaits)
-            heard = context.heartbeat(own) if context.world_size > 1 else {}
-            what = verdict(context.rank, own, heard, context.world_size, limits)
-            if what is not None:
-                self._end(what, awaits)
+            idle_s += min(now - last_time, most_s)  # more passed while this process was stopped as a whole
+            last_time = now
+            blocked_on, call = awaited(sys._current_frames().get(self._watched))
+            activity = (context.progress.count, call, self._answers() if blocked_on == "storage" else 0)
+            if activity != last_activity or self._is_suspended:
+                last_activity, idle_s = activity, 0.0
+            heartbeat = WorkerHeartbeat(idle_s, blocked_on)
+            heartbeats = context.heartbeat(heartbeat) if context.world_size > 1 else {}
+            hang = verdict(context.rank, heartbeat, heartbeats, context.world_size, timeouts)
+            if hang is not None:
+                self._end(hang, blocked_on)
                 return
 
     def _arm(self, more_s: float = 0.0) -> None:
@@ -136,16 +136,16 @@ class Watchdog:
 
     def _end(self, what: str, awaits: Awaited) -> None:
         setting = "TRAINYARD_STORAGE_LIMIT_S" if awaits == "storage" else "scale.hang_s"
-        who = "training" if self._context.is_local else f"worker {self._context.rank}"
+        subject = "training" if self._context.is_local else f"worker {self._context.rank}"
         with self._lock:
             if self._over.is_set():  # it moved at the last moment
                 return
             self._arm(self._limits.leave_s + LAST_WORD_S)
-            self._stacks.write(f"{who} {what}")
-            place = self._stacks.place() if not awaits else ""
+            self._stacks.write(f"{subject} {what}")
+            frame = self._stacks.place() if not awaits else ""
         stacks = self._stacks.keep()
         error = HungError(
-            f"{who} {what}{f' in {place}' if place else ''}{f'; stacks in {stacks}' if stacks else ''}",
+            f"{subject} {what}{f' in {frame}' if frame else ''}{f'; stacks in {stacks}' if stacks else ''}",
             where=self._where,
             fix=f"the same command goes on from the last checkpoint; {setting} sets the limit",
         )
@@ -200,8 +200,8 @@ class Watchdog:
         self._arm()
 
     def _tell_leftovers(self) -> None:
-        for url, place in self._stacks.bring_leftovers():
-            text = f"an earlier process stood still in {place or 'an unknown place'} and was ended; stacks in {url}"
+        for url, frame in self._stacks.bring_leftovers():
+            text = f"an earlier process stood still in {frame or 'an unknown place'} and was ended; stacks in {url}"
             self._context.emit(WarningMessage(text))
 
 

@@ -102,10 +102,10 @@ def main() -> None:
                     scores["theirs"].append(score(held_y, model.predict(held_x) * deviation + mean))
                 else:
                     scores["theirs"].append(score(held_y, theirs(kind, hidden, epochs, seed, x, y).predict(held_x)))
-            mine, other = scores["ours"], scores["theirs"]
+            own_score, other = scores["ours"], scores["theirs"]
             print(
-                f"{dataset:14s} {'R2' if kind == 'regression' else 'accuracy':9s} {np.mean(mine):11.4f} "
-                f"{np.std(mine):6.4f} {np.mean(other):13.4f} {np.std(other):6.4f}"
+                f"{dataset:14s} {'R2' if kind == 'regression' else 'accuracy':9s} {np.mean(own_score):11.4f} "
+                f"{np.std(own_score):6.4f} {np.mean(other):13.4f} {np.std(other):6.4f}"
             )
 
 

@@ -23,11 +23,11 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--mnist", help="folder with MNIST/raw")
     parser.add_argument("--runs", type=int, default=5)
-    wanted = parser.parse_args()
-    compare("disc", wanted.runs, [], [])
-    if wanted.mnist:
-        root = str(Path(wanted.mnist).resolve())
-        compare("mnist", wanted.runs, ["--set", f"data.root={root}"], [root])
+    args = parser.parse_args()
+    compare("disc", args.runs, [], [])
+    if args.mnist:
+        root = str(Path(args.mnist).resolve())
+        compare("mnist", args.runs, ["--set", f"data.root={root}"], [root])
 
 
 def compare(job: str, runs: int, ours: list[str], bare: list[str]) -> None:
@@ -42,9 +42,9 @@ def compare(job: str, runs: int, ours: list[str], bare: list[str]) -> None:
             print(f"{job}: trainyard {pair[0][0]:.2f} s wall {pair[0][1]:.2f} s CPU, "
                   f"bare {pair[1][0]:.2f} s wall {pair[1][1]:.2f} s CPU", flush=True)  # fmt: skip
     for which, name in enumerate(("wall", "CPU")):
-        own, other = ([pair[side][which] for pair in seconds] for side in (0, 1))
-        ratio = statistics.median(a / b for a, b in zip(own, other, strict=True))
-        print(f"{job}: median {name} {statistics.median(own):.2f} and {statistics.median(other):.2f} s, "
+        measured, other = ([pair[side][which] for pair in seconds] for side in (0, 1))
+        ratio = statistics.median(a / b for a, b in zip(measured, other, strict=True))
+        print(f"{job}: median {name} {statistics.median(measured):.2f} and {statistics.median(other):.2f} s, "
               f"ratio {ratio:.2f}")  # fmt: skip
 
 

@@ -46,8 +46,8 @@ def test_predictions_stand_beside_their_keys_in_order(trainyard: Any, tmp_path: 
     out = pq.read_table("out.parquet")
     assert out.schema.names == ["id", "prediction", "probability_blue", "probability_red"]
     assert out["id"].to_pylist() == list(range(100))
-    said = np.array(out["prediction"].to_pylist())
-    assert np.mean(said == np.where(new["x"].to_numpy() > 0.3, "red", "blue")) > 0.8
+    predictions = np.array(out["prediction"].to_pylist())
+    assert np.mean(predictions == np.where(new["x"].to_numpy() > 0.3, "red", "blue")) > 0.8
     assert [one for one in tmp_path.iterdir() if "tmp" in one.name and one.name != ".tmp"] == []
 
 
@@ -56,10 +56,10 @@ def test_other_data_is_evaluated_as_the_same_rows_were(trainyard: Any, tmp_path:
     held = splits[splits.split == "val"].row.to_numpy()
     pq.write_table(table().take(held), tmp_path / "held.parquet")
     there = trainyard("evaluate", run, "--data", "held.parquet", "--json").json["metrics"]
-    here = trainyard("evaluate", run, "--json").json["metrics"]
+    metrics = trainyard("evaluate", run, "--json").json["metrics"]
     assert there["data/samples"] == len(held)
     for name in ("loss", "accuracy", "f1", "auc"):
-        assert there[f"data/{name}"] == pytest.approx(here[f"val/{name}"], abs=1e-9)
+        assert there[f"data/{name}"] == pytest.approx(metrics[f"val/{name}"], abs=1e-9)
 
 
 def test_other_data_needs_the_features_and_the_label_alone_in_any_order(trainyard: Any, tmp_path: Path) -> None:
@@ -80,9 +80,9 @@ def test_other_data_needs_the_features_and_the_label_alone_in_any_order(trainyar
     pq.write_table(held, tmp_path / "held.parquet")
     ended = trainyard("evaluate", run, "--data", "held.parquet", "--json")
     assert ended.code == 0, ended.err
-    here = trainyard("evaluate", run, "--json").json["metrics"]
-    assert ended.json["metrics"]["data/samples"] == here["val/samples"] == 60
-    assert ended.json["metrics"]["data/loss"] == pytest.approx(here["val/loss"], abs=1e-9)
+    metrics = trainyard("evaluate", run, "--json").json["metrics"]
+    assert ended.json["metrics"]["data/samples"] == metrics["val/samples"] == 60
+    assert ended.json["metrics"]["data/loss"] == pytest.approx(metrics["val/loss"], abs=1e-9)
     assert trainyard("predict", run, "--input", "held.parquet", "--output", "out.parquet").code == 0
     assert pq.read_table("out.parquet").schema.names == ["prediction", "probability_blue", "probability_red"]
 

@@ -195,14 +195,14 @@ def test_on_a_narrow_terminal_what_differs_stays(tmp_path: Path) -> None:
     for number in range(3):
         optimizer = {"kind": "sgd" if number else "adamw", "weight_decay": number / 7}
         make(str(tmp_path), f"sweep-{number:08x}", tree(seed=number, train={**rates(0.5), "optimizer": optimizer}))
-    url, found, _ = runs(str(tmp_path))
-    header, first, second, _ = runs_lines(url, found, 80)
+    url, listed, _ = runs(str(tmp_path))
+    header, first, second, _ = runs_lines(url, listed, 80)
     assert max(len(header), len(first), len(second)) <= 80
     assert header.split() == ["RUN", "STATUS", "STEP", "BEST", "DIFFERS"], "the columns that `show` has too go first"
     assert first.endswith("seed=0 optimizer=adamw weight_decay=0")
     assert second.endswith("seed=1 optimizer=sgd weight_decay=0.1429")
-    assert all(len(row) <= 40 and row.startswith(("RUN", "sweep-")) for row in runs_lines(url, found, 40))
-    assert runs_lines(url, found)[0].split()[-1] == "LATEST", "in a file or a pipe all is there"
+    assert all(len(row) <= 40 and row.startswith(("RUN", "sweep-")) for row in runs_lines(url, listed, 40))
+    assert runs_lines(url, listed)[0].split()[-1] == "LATEST", "in a file or a pipe all is there"
 
 
 def test_one_that_never_began(tmp_path: Path) -> None:

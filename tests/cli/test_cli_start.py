@@ -74,16 +74,16 @@ def test_a_job_that_is_moved_with_its_data_and_start_is_the_same_job(
     trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every path in it is relative to it, and none is part of what the run is."""
-    place = tmp_path / "project/jobs"
-    place.mkdir(parents=True)
+    job_folder = tmp_path / "project/jobs"
+    job_folder.mkdir(parents=True)
     draw = np.random.default_rng(0)
-    pq.write_table(pa.table({"x": draw.normal(size=90), "y": draw.integers(0, 2, 90)}), place / "rows.parquet")
+    pq.write_table(pa.table({"x": draw.normal(size=90), "y": draw.integers(0, 2, 90)}), job_folder / "rows.parquet")
     tree = {"data": {"source": "parquet", "url": "rows.parquet", "label": "y"}, "model": {"kind": "mlp"}}
-    (place / "base.yaml").write_text(yaml.safe_dump({"name": "base", **tree}))
+    (job_folder / "base.yaml").write_text(yaml.safe_dump({"name": "base", **tree}))
     warm = {"base": "base.yaml", "name": "warm", "model": {"init_from": "../runs/begun@last"}}
-    (place / "warm.yaml").write_text(yaml.safe_dump(warm))
+    (job_folder / "warm.yaml").write_text(yaml.safe_dump(warm))
     begun = trainyard(
-        "train", str(place / "base.yaml"), "--storage", "project/runs", "--name", "begun", "--max-steps", "2"
+        "train", str(job_folder / "base.yaml"), "--storage", "project/runs", "--name", "begun", "--max-steps", "2"
     )
     assert begun.code == 0, begun.err
     runs = ("--storage", str(tmp_path / "all"), "--max-steps", "3", "--json")
@@ -507,7 +507,7 @@ def test_a_run_on_the_cpu_does_without_torchs_compiler(tmp_path: Path) -> None:
         "train({'name': 'a', 'data': {'source': 'disc'}, 'scale': {'device': 'cpu'}}, storage='runs', max_steps=3);"
         "print(sorted({'torch._dynamo', 'torch._inductor', 'torchvision', 'ray'} & set(sys.modules)))"
     )
-    found = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -516,4 +516,4 @@ def test_a_run_on_the_cpu_does_without_torchs_compiler(tmp_path: Path) -> None:
         check=True,
         timeout=100,
     )
-    assert found.stdout.splitlines()[-1] == "[]"
+    assert completed.stdout.splitlines()[-1] == "[]"

@@ -31,8 +31,8 @@ def test_the_bits_do_not_depend_on_the_storage(trainyard: Trainyard, tmp_path: P
     import fsspec
 
     job = write_job(tmp_path)
-    here = trainyard("train", job, "--json").json
+    local = trainyard("train", job, "--json").json
     there = trainyard("train", job, "--storage", s3_url, "--json").json
-    name = f"checkpoints/{here['checkpoint']}/model.safetensors"
+    name = f"checkpoints/{local['checkpoint']}/model.safetensors"
     with fsspec.open(f"{there['url']}/{name}", "rb") as file:
-        assert file.read() == (Path(here["url"]) / name).read_bytes()
+        assert file.read() == (Path(local["url"]) / name).read_bytes()

@@ -23,11 +23,11 @@ REPOSITORY = Path(__file__).parents[2]
 def broken(request: pytest.FixtureRequest) -> Iterator[TextIO]:
     """A stream that cannot be written."""
     if request.param == "/dev/full":
-        place: int | str = request.param
+        target: int | str = request.param
     else:
-        read, place = os.pipe()
+        read, target = os.pipe()
         os.close(read)
-    with open(place, "w") as stream:
+    with open(target, "w") as stream:
         yield stream
 
 
@@ -113,12 +113,12 @@ def test_every_error_is_json_where_that_was_asked_for(
     trainyard: Trainyard, tmp_path: Path, arguments: list[str]
 ) -> None:
     write_job(tmp_path)
-    found = trainyard(*arguments)
-    assert found.code == 2
-    assert found.json["exit_code"] == 2
-    assert found.json["error"]["message"]
-    assert found.json["error"]["message"].splitlines()[0] in found.err, "people are told as ever"
-    assert len(found.out.splitlines()) == 1
+    completed = trainyard(*arguments)
+    assert completed.code == 2
+    assert completed.json["exit_code"] == 2
+    assert completed.json["error"]["message"]
+    assert completed.json["error"]["message"].splitlines()[0] in completed.err, "people are told as ever"
+    assert len(completed.out.splitlines()) == 1
 
 
 def test_ctrl_c_is_json_too(trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,18 +126,18 @@ def test_ctrl_c_is_json_too(trainyard: Trainyard, tmp_path: Path, monkeypatch: p
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pipeline.verbs.show.runs", interrupted)
-    found = trainyard("runs", "--json")
-    assert (found.code, found.json["exit_code"]) == (130, 130)
-    assert "interrupted" in found.err
+    completed = trainyard("runs", "--json")
+    assert (completed.code, completed.json["exit_code"]) == (130, 130)
+    assert "interrupted" in completed.err
 
 
 def test_numbers_that_are_not_finite_are_null(
     trainyard: Trainyard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wild = {"batch_size": 100, "phases": [{"epochs": 1, "lr": 1e30}]}
-    found = trainyard("check", write_job(tmp_path, train=wild), "--batch", "--json")
-    assert found.code == 0, found.err
-    batch = json.loads(found.out.splitlines()[-1], parse_constant=_refused)["batch"]
+    completed = trainyard("check", write_job(tmp_path, train=wild), "--batch", "--json")
+    assert completed.code == 0, completed.err
+    batch = json.loads(completed.out.splitlines()[-1], parse_constant=_refused)["batch"]
     assert batch["loss_after"] is None
     assert batch["loss_before"] > 0
     print_json({"a": [1.5, float("inf"), {"b": (float("-inf"), float("nan"), "nan")}]})

@@ -38,10 +38,10 @@ def test_on_a_terminal_each_phase_takes_the_place_of_the_one_before(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    said = shown(capsys)
-    assert said.count("\n") == 1
-    assert said.split("\r")[-1] == f"{terminal.ERASE}done\n"
-    assert "caching 9.2 of 10.9 GB ..." in said
+    output = shown(capsys)
+    assert output.count("\n") == 1
+    assert output.split("\r")[-1] == f"{terminal.ERASE}done\n"
+    assert "caching 9.2 of 10.9 GB ..." in output
     assert shown(capsys, quiet=True) == ""
 
 
@@ -74,13 +74,13 @@ def test_of_thousands_of_evaluations_some_have_lines(capsys: pytest.CaptureFixtu
             best, phase = number in (70, 1234, 2985), 1 if number < 2107 else 2
             progress.show(evaluation(number, is_best=best, phase=phase))
         progress.show(EarlyStopped(step=2990, last_step=3000, evaluations_since_best=5, metric="val/rmse"))
-    said = capsys.readouterr().err
-    assert "of 3,000 evaluations 1 in 50 is shown here" in said
-    assert epochs(said) == sorted([*range(0, 2951, 50), 2107, 2990])
-    lines = {line.split()[1]: line for line in said.splitlines() if line.startswith("epoch")}
+    output = capsys.readouterr().err
+    assert "of 3,000 evaluations 1 in 50 is shown here" in output
+    assert epochs(output) == sorted([*range(0, 2951, 50), 2107, 2990])
+    lines = {line.split()[1]: line for line in output.splitlines() if line.startswith("epoch")}
     assert [epoch for epoch, line in lines.items() if "best" in line] == ["100", "1250", "2990"]
     assert lines["1250"].endswith("best at step 1234")
-    assert said.splitlines()[-1].startswith("early stop at step 2990 of 3000")
+    assert output.splitlines()[-1].startswith("early stop at step 2990 of 3000")
     with Progress(quiet=False) as progress:  # one that is interrupted, and of which every evaluation is shown
         progress.show(replace(START, num_evaluations=100))
         for number in range(8):
@@ -129,11 +129,11 @@ def test_the_live_line_fits_and_holds_still(columns: int, fields: int, monkeypat
     reader.join()
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", "".join(chunks))
     lines = [line for line in re.split(r"[\r\n]+", plain) if line.startswith("step ")]
-    told = [line for line in lines if columns == 40 or re.search(r"(?<!val )loss", line)]
-    assert len(told) >= 11
-    assert {len(line) for line in told} == {len(told[0])}, "the width of the line never changes"
-    assert len(told[0]) <= columns
-    for line in told:
+    with_loss = [line for line in lines if columns == 40 or re.search(r"(?<!val )loss", line)]
+    assert len(with_loss) >= 11
+    assert {len(line) for line in with_loss} == {len(with_loss[0])}, "the width of the line never changes"
+    assert len(with_loss[0]) <= columns
+    for line in with_loss:
         assert re.match(r"step \d{4}/3000 [━╸╺]+ +(\d+:\d\d:\d\d|-:--:--) ", line), line
         names = re.findall(r"(?:val )?(?:loss|rmse|r2|mae)|samples/s", line)
         assert names == ["loss", "val rmse", "samples/s", "val loss", "val r2"][:fields]

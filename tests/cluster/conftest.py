@@ -37,5 +37,5 @@ def cluster() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def jobs_cluster() -> Iterator[JobsCluster]:
     """Another cluster, with a dashboard and token authentication; nothing here is connected to it."""
-    with started() as found:
-        yield found
+    with started() as cluster:
+        yield cluster

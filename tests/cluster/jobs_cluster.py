@@ -38,11 +38,11 @@ class JobsCluster:
 
 def command_lines() -> dict[int, str]:
     """Of every process on this machine."""
-    found = {}
+    by_pid = {}
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            found[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    return found
+            by_pid[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return by_pid
 
 
 @contextmanager
@@ -133,16 +133,16 @@ class Wire:
     def sever(self, seconds: float) -> None:
         """Break every connection, and let nobody through for a while."""
         self.cut = True
-        for one in self._open:
+        for connection in self._open:
             with suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)
         time.sleep(seconds)
         self.cut = False
 
     def close(self) -> None:
         self._listening.close()
-        for one in self._open:
-            one.close()
+        for connection in self._open:
+            connection.close()
 
     def _accept(self) -> None:
         while True:

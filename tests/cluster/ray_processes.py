@@ -20,11 +20,11 @@ def processes_of(cluster: Any, actor: str) -> set[int]:
 
 def _listing() -> dict[int, tuple[int, str]]:
     """Parent and command line of every process."""
-    found = {}
+    processes = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
             parent = (path / "stat").read_text().rpartition(")")[2].split()[1]
-            found[int(path.name)] = int(parent), (path / "cmdline").read_text()
+            processes[int(path.name)] = int(parent), (path / "cmdline").read_text()
         except OSError:
             continue
-    return found
+    return processes

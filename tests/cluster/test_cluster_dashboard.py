@@ -57,12 +57,12 @@ def test_it_has_the_shape_that_grafana_imports(dashboard: dict[str, Any]) -> Non
         assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
         assert all(target["datasource"] == panel["datasource"] for target in panel["targets"])
         assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
-        place = panel["gridPos"]
+        grid_position = panel["gridPos"]
         cells = {
             (x, y)
-            for x in range(place["x"], place["x"] + place["w"])
-            for y in range(place["y"], place["y"] + place["h"])
+            for x in range(grid_position["x"], grid_position["x"] + grid_position["w"])
+            for y in range(grid_position["y"], grid_position["y"] + grid_position["h"])
         }
         assert not cells & taken, f"{panel['title']} lies on another"
-        assert place["x"] + place["w"] <= 24
+        assert grid_position["x"] + grid_position["w"] <= 24
         taken |= cells

@@ -133,32 +133,32 @@ def hung_at(folder: Path) -> float:
 def test_the_worker_that_hangs_is_named_and_the_run_goes_on(cluster: Any, folder: Path) -> None:
     """Fits: 2. Rank 0 waits for the one that hangs, and must not be taken for it."""
     (folder / "deadlock-1").touch()
-    told = Told()
-    outcome = train_here(folder, told)
+    event_log = Told()
+    outcome = train_here(folder, event_log)
     stacks = Path(outcome.url) / "stacks" / "attempt-0001-rank-1.txt"
-    (warning,) = told.warnings
+    (warning,) = event_log.warnings
     assert "worker 1 stood still for 4 s in cluster_hang_code.py:" in warning
     assert f"(deadlock); stacks in {stacks}; starting again from step" in warning
     assert "in forward" in stacks.read_text()
     assert [path.name for path in stacks.parent.iterdir()] == [stacks.name]
     check_recovered(folder, outcome)
-    noticed = told.when(WarningMessage, 0) - hung_at(folder)
+    noticed = event_log.when(WarningMessage, 0) - hung_at(folder)
     assert HANG_S < noticed < HANG_S + 60
-    print(f"\na deadlock in rank 1: {times(told, hung_at(folder))}, with a limit of {HANG_S:.0f} s")
+    print(f"\na deadlock in rank 1: {times(event_log, hung_at(folder))}, with a limit of {HANG_S:.0f} s")
 
 
 @pytest.mark.slow
 def test_a_worker_that_holds_pythons_lock(cluster: Any, folder: Path) -> None:
     """Its watchdog cannot run; the stacks are saved by who comes next."""
     (folder / "hold_pythons_lock-1").touch()
-    told = Told()
-    outcome = train_here(folder, told)
-    lost, later = told.warnings
+    event_log = Told()
+    outcome = train_here(folder, event_log)
+    lost, later = event_log.warnings
     assert "starting again from step" in lost
     assert "an earlier process stood still in cluster_hang_code.py:" in later
     assert "in hold_pythons_lock" in (Path(outcome.url) / "stacks" / "attempt-0001-rank-1.txt").read_text()
     check_recovered(folder, outcome)
-    print(f"\nPython's lock held in rank 1: {times(told, hung_at(folder))}, with a limit of {HANG_S:.0f} s")
+    print(f"\nPython's lock held in rank 1: {times(event_log, hung_at(folder))}, with a limit of {HANG_S:.0f} s")
 
 
 @pytest.mark.slow
@@ -166,10 +166,10 @@ def test_a_worker_that_holds_pythons_lock(cluster: Any, folder: Path) -> None:
 def test_a_worker_that_is_stopped(cluster: Any, folder: Path, workers: int, victim: int) -> None:
     """SIGSTOP: it cannot say anything. Another one notices, or Ray where there is none, and then ends it."""
     (folder / f"stop-{victim}").touch()
-    told = Told()
-    outcome = train_here(folder, told, workers=workers)
+    event_log = Told()
+    outcome = train_here(folder, event_log, workers=workers)
     words = f"worker {victim}, which gives no sign of life" if workers > 1 else "worker 0 was lost (it did not answer)"
-    assert words in told.warnings[0]
+    assert words in event_log.warnings[0]
     check_recovered(folder, outcome)
     wait_for(lambda: not processes_of(cluster, "RayTrainWorker"), 60, "the stopped process is ended")
-    print(f"\n{victim} of {workers} stopped: {times(told, hung_at(folder))}, with a limit of {HANG_S:.0f} s")
+    print(f"\n{victim} of {workers} stopped: {times(event_log, hung_at(folder))}, with a limit of {HANG_S:.0f} s")

@@ -17,8 +17,8 @@ def test_an_address_is_found_on_the_interface_that_has_it() -> None:
     assert interface_of("127.9.8.7") == "lo", "all of 127/8 is this machine"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
         asking.connect(("192.0.2.1", 9))  # sends nothing: only asks which address would be used
-        own = asking.getsockname()[0]
-    assert interface_of(own) in {name for _, name in socket.if_nameindex()}
+        own_address = asking.getsockname()[0]
+    assert interface_of(own_address) in {name for _, name in socket.if_nameindex()}
 
 
 def test_an_address_of_another_machine_has_none() -> None:

@@ -44,10 +44,10 @@ def test_a_failure_crosses_processes_whatever_the_error_was() -> None:
     try:
         raise OfTheUsersOwnError(lambda: 1, 2)
     except OfTheUsersOwnError as error:
-        found = pickle.loads(pickle.dumps(WorkerFailed.of(error, rank=3)))
-    assert (found.rank, found.step, found.is_consequence) == (3, None, False)
-    assert found.line.startswith("OfTheUsersOwnError: ")
-    assert "raise OfTheUsersOwnError(lambda: 1, 2)" in found.trace
+        unpickled = pickle.loads(pickle.dumps(WorkerFailed.of(error, rank=3)))
+    assert (unpickled.rank, unpickled.step, unpickled.is_consequence) == (3, None, False)
+    assert unpickled.line.startswith("OfTheUsersOwnError: ")
+    assert "raise OfTheUsersOwnError(lambda: 1, 2)" in unpickled.trace
 
 
 def test_the_failing_rank_is_named_and_not_those_that_it_took_along() -> None:
@@ -92,10 +92,10 @@ def died(actor: str) -> Exception:
     ],
 )
 def test_rays_paragraphs_come_to_a_line_of_ours(error: Exception, line: str | None) -> None:
-    found = first_line(error)
-    assert found == (line if line is not None else found)
-    assert "\n" not in found
-    assert len(found) < 120
+    summary = first_line(error)
+    assert summary == (line if line is not None else summary)
+    assert "\n" not in summary
+    assert len(summary) < 120
 
 
 def test_a_dead_controller_is_tried_again_as_often_as_the_job_allows() -> None:
@@ -109,9 +109,9 @@ def test_a_dead_controller_is_tried_again_as_often_as_the_job_allows() -> None:
 
 
 def test_what_a_worker_says_itself_is_passed_on() -> None:
-    said = NotFiniteError("the loss is nan")
+    error = NotFiniteError("the loss is nan")
     with pytest.raises(NotFiniteError, match="nan"):
-        Losses("run", 3, lambda: 0).take(group(r0=WorkerFailed.of(PeerFailure(), 0), r1=said), 0)
+        Losses("run", 3, lambda: 0).take(group(r0=WorkerFailed.of(PeerFailure(), 0), r1=error), 0)
 
 
 def test_a_signal_goes_before_a_new_start() -> None:

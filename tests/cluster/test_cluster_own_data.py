@@ -23,11 +23,11 @@ SAME_WITHIN = {"table": 0.05, "regression": 0.05, "pictures": 0.5, "finetune": 0
 def runs_alike(job: str, workers: int, trained: Callable[[str], Standing], example_data: Path, tmp_path: Path) -> None:
     settings = {**overrides(job, example_data), "scale.workers": workers, "scale.device": "cpu"}
     there = train(REPOSITORY / "jobs" / f"{job}.yaml", set=settings, storage=str(tmp_path))
-    here = trained(job)
+    single_process = trained(job)
     assert there.status == "finished"
-    assert there.step == here.step
-    assert set(there.metrics) == set(here.metrics)
-    assert there.metrics["val/loss"] == pytest.approx(here.metrics["val/loss"], rel=SAME_WITHIN[job])
+    assert there.step == single_process.step
+    assert set(there.metrics) == set(single_process.metrics)
+    assert there.metrics["val/loss"] == pytest.approx(single_process.metrics["val/loss"], rel=SAME_WITHIN[job])
     assert load(there.url, trust=True).step > 0
 
 

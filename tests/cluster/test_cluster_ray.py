@@ -170,8 +170,8 @@ class Scrape(threading.Thread):
     def values(self, run: str, name: str, split: str = "", rank: int = 0) -> list[float]:
         """In the order of their appearance."""
         lines = [line for line in self.text.splitlines() if line.startswith(f"ray_{name}{{") and f'run="{run}"' in line]
-        own = [line for line in lines if f'split="{split}"' in line and f'rank="{rank}"' in line]
-        return [float(line.rpartition(" ")[2]) for line in own]
+        matching = [line for line in lines if f'split="{split}"' in line and f'rank="{rank}"' in line]
+        return [float(line.rpartition(" ")[2]) for line in matching]
 
     def names(self, run: str) -> set[str]:
         """Of all metrics that tell of a run."""
@@ -293,9 +293,9 @@ def test_the_true_command_survives_the_loss_of_its_controller_and_ctrl_c_and_few
     assert 0 < commit["step"] == leave["step"] < 286
 
     shutil.copytree(storage, copy)
-    for workers, place in ((0, storage), (1, copy)):
+    for workers, storage_url in ((0, storage), (1, copy)):
         seen: EVENTS = []
-        again = train_here(place, workers, seen.append)
+        again = train_here(storage_url, workers, seen.append)
         assert again.status == "finished"
         assert any("world_size is 1, was 2" in event.text for event in seen if isinstance(event, WarningMessage))
         assert losses(Path(again.url)) == pytest.approx(losses(untouched(2)), abs=1e-9, rel=0)
@@ -331,10 +331,10 @@ def test_an_error_of_the_users_own_is_tried_again_and_the_same_at_the_same_step_
     assert "PeerFailure" not in str(raised.value)
     (run,) = journals(storage)
     assert len(claims(run)) == 2 + 1  # the last one only says why
-    found = show(str(run))
-    assert (found.status, found.step) == ("failed", 0)
-    assert found.error is not None
-    assert found.error["message"].startswith("worker 1 failed at step 51: RuntimeError: no such luck")
+    status = show(str(run))
+    assert (status.status, status.step) == ("failed", 0)
+    assert status.error is not None
+    assert status.error["message"].startswith("worker 1 failed at step 51: RuntimeError: no such luck")
     warnings = [event.text for event in seen if isinstance(event, WarningMessage)]
     assert any("worker 1 failed at step 51" in text and "1 of 3" in text for text in warnings)
 
@@ -348,11 +348,11 @@ def test_a_batch_that_does_not_fit_into_memory_is_not_tried_again(cluster: Any, 
         train("job.yaml", set=settings, storage=str(storage))
     assert "train.micro_batch: 8" in raised.value.fix
     (run,) = journals(storage)
-    found = show(str(run))
-    assert found.status == "failed"
-    assert found.step <= 50
-    assert found.error is not None
-    assert found.error["type"] == "OutOfMemoryError"
+    status = show(str(run))
+    assert status.status == "failed"
+    assert status.step <= 50
+    assert status.error is not None
+    assert status.error["type"] == "OutOfMemoryError"
     assert {entry["attempt"] for entry in entries(run) if entry["kind"] == "commit"} == {1}
 
 

@@ -52,16 +52,16 @@ def text_of(event: Event) -> str:
 
 
 def wait(room: Room, *, after_loss: bool, signals: StopSignals | None = None) -> tuple[int, list[str]]:
-    said: list[str] = []
-    found = room.wait(signals or StopSignals(), lambda event: said.append(text_of(event)), after_loss=after_loss)
-    return found, said
+    messages: list[str] = []
+    num_workers = room.wait(signals or StopSignals(), lambda event: messages.append(text_of(event)), after_loss=after_loss)
+    return num_workers, messages
 
 
 @given(st.lists(st.integers(0, 9), max_size=6), st.integers(1, 5))
 def test_a_worker_lies_on_one_node(nodes: list[int], each: int) -> None:
-    found = fitting(cpus(*nodes), {"CPU": each})
-    assert found == sum(node // each for node in nodes)
-    assert found * each <= sum(nodes)
+    num_workers = fitting(cpus(*nodes), {"CPU": each})
+    assert num_workers == sum(node // each for node in nodes)
+    assert num_workers * each <= sum(nodes)
 
 
 def test_a_gpu_each_where_there_are_any_and_the_job_lets_it() -> None:
@@ -91,19 +91,19 @@ def test_a_busy_cluster_is_waited_for_and_said(clock: Clock) -> None:
     def look() -> Seen:
         return Seen(total=cpus(3), free=cpus(3 if clock.now >= 150 else 1))
 
-    found, said = wait(room(look, workers=2), after_loss=False)
-    assert (found, clock.now) == (2, 150)
-    assert len(said) == 3
-    assert "waiting for room for 2 workers of 1 CPU each: 1 CPU free of 3 CPU" in said[0]
+    num_workers, messages = wait(room(look, workers=2), after_loss=False)
+    assert (num_workers, clock.now) == (2, 150)
+    assert len(messages) == 3
+    assert "waiting for room for 2 workers of 1 CPU each: 1 CPU free of 3 CPU" in messages[0]
 
 
 def test_a_range_takes_what_is_free_at_first_and_waits_for_all_after_a_loss(clock: Clock) -> None:
     seen = Seen(total=cpus(1), free=cpus(1))
     assert wait(room(lambda: seen, workers={"min": 1, "max": 2}), after_loss=False)[0] == 1
     assert clock.now == 0
-    found, said = wait(room(lambda: seen, workers={"min": 1, "max": 2}), after_loss=True)
-    assert (found, clock.now) == (1, rooms.WAIT_RANGE_S)
-    assert "for up to 60 s" in said[0]
+    num_workers, messages = wait(room(lambda: seen, workers={"min": 1, "max": 2}), after_loss=True)
+    assert (num_workers, clock.now) == (1, rooms.WAIT_RANGE_S)
+    assert "for up to 60 s" in messages[0]
     assert wait(room(lambda: seen, workers={"min": 1, "max": 2}, wait_s=5), after_loss=True)[0] == 1
     assert clock.now == rooms.WAIT_RANGE_S + 5
 
@@ -132,8 +132,8 @@ def test_a_signal_ends_the_wait(clock: Clock) -> None:
 
 
 def test_a_cluster_of_its_own_may_share_its_cores_and_says_so() -> None:
-    said: list[str] = []
-    rooms.warn_of_few_cores(1, lambda event: said.append(text_of(event)))
-    assert said == []
-    rooms.warn_of_few_cores(100_000, lambda event: said.append(text_of(event)))
-    assert "ask for 100000 CPUs" in said[0]
+    messages: list[str] = []
+    rooms.warn_of_few_cores(1, lambda event: messages.append(text_of(event)))
+    assert messages == []
+    rooms.warn_of_few_cores(100_000, lambda event: messages.append(text_of(event)))
+    assert "ask for 100000 CPUs" in messages[0]

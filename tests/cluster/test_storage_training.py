@@ -57,8 +57,8 @@ def trained_on_a_bad_day(folder: Path, s3_url: str, monkeypatch: pytest.MonkeyPa
     log = folder / "faults.log"
     with faults(f"seed=7 {ONE_IN_TWENTY} log={log}"):
         monkeypatch.setattr(handed, "_NAMES", {*AT_WORK, "TRAINYARD_FAULTS"})
-        found = train("job.yaml", storage=s3_url.replace("s3://", "faulty://s3/"))
-    assert found.status == "finished"
+        outcome = train("job.yaml", storage=s3_url.replace("s3://", "faulty://s3/"))
+    assert outcome.status == "finished"
     s3 = s3fs.S3FileSystem()
     s3.get(s3_url, str(folder / "on-s3"), recursive=True)
     lines = [line.split() for line in log.read_text().splitlines()]
@@ -71,13 +71,13 @@ def same_as_undisturbed(folder: Path, s3_url: str, monkeypatch: pytest.MonkeyPat
     with undisturbed(folder) as reference:
         run, met = trained_on_a_bad_day(folder, s3_url, monkeypatch)
     assert reference.returncode == 0
-    expected, found = evidence(only_run(folder / "undisturbed")), evidence(run)
-    assert found.keys() == expected.keys()
+    expected, actual = evidence(only_run(folder / "undisturbed")), evidence(run)
+    assert actual.keys() == expected.keys()
     for what in expected:
-        assert found[what] == expected[what], what
-    assert [row["step"] for row in found["steps"]] == list(range(1, len(found["steps"]) + 1))
+        assert actual[what] == expected[what], what
+    assert [row["step"] for row in actual["steps"]] == list(range(1, len(actual["steps"]) + 1))
     check_at_rest(run)
-    print(f"\n{len(found['steps'])} steps, {time.monotonic() - began:.0f} s, faults: {dict(met)}")
+    print(f"\n{len(actual['steps'])} steps, {time.monotonic() - began:.0f} s, faults: {dict(met)}")
     return met
 
 

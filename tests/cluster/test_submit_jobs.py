@@ -85,8 +85,8 @@ def commits(storage: Path) -> int:
 
 
 def step(storage: Path) -> int:
-    found = [entry["step"] for run in storage.glob("*/journal") for entry in entries(run.parent) if "step" in entry]
-    return max(found, default=0)
+    steps = [entry["step"] for run in storage.glob("*/journal") for entry in entries(run.parent) if "step" in entry]
+    return max(steps, default=0)
 
 
 class Eyes(threading.Thread):
@@ -139,15 +139,15 @@ def test_a_job_goes_to_the_cluster_with_its_code_and_secrets_and_comes_back_fini
     cluster = connect(jobs_cluster.url)
     infos = [json.dumps(info.dict(), default=str) for info in cluster.infos()]
     assert len(infos) >= 2, "the job and a probe"
-    found = [info for info in infos for word in planted.values() if word in info]
-    found += [str(file) for word in planted.values() for file in holding(jobs_cluster.folder, word)]
+    leaks = [info for info in infos for word in planted.values() if word in info]
+    leaks += [str(file) for word in planted.values() for file in holding(jobs_cluster.folder, word)]
     import s3fs
 
     store = s3fs.S3FileSystem(use_listings_cache=False)
     kept = {path: store.cat_file(path) for path in store.find(s3_url)}
     assert any(path.endswith("run.json") for path in kept)
-    found += [path for path, content in kept.items() for word in planted.values() if word.encode() in content]
-    assert found == []
+    leaks += [path for path, content in kept.items() for word in planted.values() if word.encode() in content]
+    assert leaks == []
     assert not [info for info in infos if TOKEN in info]
 
 
@@ -167,8 +167,8 @@ def test_the_client_is_killed_and_the_run_goes_on_until_it_is_stopped(
     command = [sys.executable, "-m", "pipeline", "submit", job, *there, "--storage", str(storage)]
     client = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert client.stderr is not None
-    said = iter(client.stderr.readline, "")
-    job_id = next(line.split()[1] for line in said if line.startswith("job "))
+    stderr_lines = iter(client.stderr.readline, "")
+    job_id = next(line.split()[1] for line in stderr_lines if line.startswith("job "))
     client.kill()
     client.communicate()
     before = step(storage)
@@ -196,8 +196,8 @@ def test_the_client_is_killed_and_the_run_goes_on_until_it_is_stopped(
     wire.close()
     log = trainyard("logs", job_id, *there).out.splitlines()
     assert lines == log, "each line once"
-    found = trainyard("status", job_id, *there, "--json").json
-    assert (found["status"], found["exit_code"]) == ("interrupted", 143)
+    status = trainyard("status", job_id, *there, "--json").json
+    assert (status["status"], status["exit_code"]) == ("interrupted", 143)
     (run,) = (path.parent for path in storage.glob("*/job.yaml"))
     *_, commit, leave = entries(run)
     assert (commit["kind"], leave["kind"], leave["status"]) == ("commit", "leave", "interrupted")
@@ -331,8 +331,8 @@ def test_a_worker_is_killed_under_a_submitted_job(
     killer.join()
     assert ended.code == 0, ended.err
     assert re.search(r"starting again from step \d+", ended.err)
-    here = train(job, set={"scale.workers": 0, "model.args.pause_s": 0}, storage=str(tmp_path / "here"))
-    assert ended.json["metrics"] == pytest.approx(dict(here.metrics))
+    local = train(job, set={"scale.workers": 0, "model.args.pause_s": 0}, storage=str(tmp_path / "here"))
+    assert ended.json["metrics"] == pytest.approx(dict(local.metrics))
     assert ended.json["attempts"] == 2
 
 

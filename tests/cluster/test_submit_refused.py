@@ -108,23 +108,23 @@ def test_what_the_cluster_could_never_do_is_refused_by_the_cluster_itself(
 
 
 def test_storage_that_several_machines_cannot_share() -> None:
-    here, far = "http://127.0.0.1:8265", "http://head.example:8265"
+    loopback, remote = "http://127.0.0.1:8265", "http://head.example:8265"
     for url in ("./runs", "/data/runs", "runs"):
         with pytest.raises(InputError, match="the cluster has 3 nodes") as raised:
-            storage_for(url, far, 3)
+            storage_for(url, remote, 3)
         assert "s3://" in raised.value.fix
         assert "file:///" in raised.value.fix
     with pytest.raises(InputError, match="on another machine"):
-        storage_for("./runs", far, 1)
+        storage_for("./runs", remote, 1)
     with pytest.raises(InputError, match="lives in one process"):
-        storage_for("memory://runs", here, 1)
-    assert storage_for("/data/runs", far, 1) == "/data/runs"
-    assert storage_for("./runs", here, 1) == str(Path.cwd() / "runs")
-    assert storage_for("s3://bucket/runs", far, 3) == "s3://bucket/runs"
-    assert storage_for("file:///shared/runs", far, 3) == "file:///shared/runs"
-    assert must_be_here("runs", here)
-    assert not must_be_here("file:///runs", here)
-    assert not must_be_here("/runs", far)
+        storage_for("memory://runs", loopback, 1)
+    assert storage_for("/data/runs", remote, 1) == "/data/runs"
+    assert storage_for("./runs", loopback, 1) == str(Path.cwd() / "runs")
+    assert storage_for("s3://bucket/runs", remote, 3) == "s3://bucket/runs"
+    assert storage_for("file:///shared/runs", remote, 3) == "file:///shared/runs"
+    assert must_be_here("runs", loopback)
+    assert not must_be_here("file:///runs", loopback)
+    assert not must_be_here("/runs", remote)
 
 
 def test_versions_that_do_not_go_together() -> None:

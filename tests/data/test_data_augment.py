@@ -250,9 +250,9 @@ def test_partners_are_everybody_once() -> None:
 
 
 def test_mixing() -> None:
-    positions, mine = np.array([2, 3, 0, 5]), slice(2, 4)
+    positions, rank_rows = np.array([2, 3, 0, 5]), slice(2, 4)
     partners, shares = np.array([0, 0, 5, 0, 0, 0]), np.array([0, 0, 0.75, 0.5, 0, 0])
-    mix = Mix.of(positions, mine, partners, shares)
+    mix = Mix.of(positions, rank_rows, partners, shares)
     images = torch.tensor([[[0]], [[100]], [[50]], [[200]]], dtype=torch.uint8)
     assert mix.images(images).flatten().tolist() == [50.0, 75.0]
     assert mix.targets(torch.tensor([0, 1, 2, 1]), 3).tolist() == [[0.75, 0.25, 0], [0, 0.5, 0.5]]

@@ -254,16 +254,16 @@ def test_a_table_that_changes_while_it_is_decoded_is_refused(
     path.write_bytes(content(values))
     labels(values)
     job = table_job(path, tmp_path)
-    said: list[str] = []
+    messages: list[str] = []
 
     def say(text: str) -> None:
-        if text.startswith("caching") and not said:
-            said.append(text)
+        if text.startswith("caching") and not messages:
+            messages.append(text)
             edit(path, content(values))
 
     with pytest.raises(DataError, match=r"t\.parquet: changed while it was being read\n.*the same command again"):
         open_source(job, say)
-    assert said
+    assert messages
     assert [place.name for place in (tmp_path / "cache").iterdir() if place.is_dir()] == []
     assert arrays(open_source(job, say)) == expected(values)
 

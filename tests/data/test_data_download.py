@@ -100,15 +100,15 @@ def test_what_is_absent_is_downloaded(fashion: Path, tmp_path: Path, capfd: pyte
 def test_only_what_is_missing_is_added(fashion: Path, tmp_path: Path) -> None:
     open_named("fashion_mnist", tmp_path / "data")
     raw = tmp_path / "data" / "FashionMNIST" / "raw"
-    own = packed_idx(np.full((20, 5, 4), 9, np.uint8))
-    (raw / "train-images-idx3-ubyte").write_bytes(gzip.decompress(own))
+    existing = packed_idx(np.full((20, 5, 4), 9, np.uint8))
+    (raw / "train-images-idx3-ubyte").write_bytes(gzip.decompress(existing))
     (raw / "t10k-labels-idx1-ubyte").unlink()
     assert (open_named("fashion_mnist", tmp_path / "data").train.inputs == 9).all()
 
 
 def test_many_at_once_download_once(fashion: Path, tmp_path: Path) -> None:
     open_named("fashion_mnist", tmp_path / "other")
-    one = len(REQUESTS)
+    num_requests = len(REQUESTS)
     results: list[Source] = []
     threads = [
         threading.Thread(target=lambda: results.append(open_named("fashion_mnist", tmp_path / "data")))
@@ -120,7 +120,7 @@ def test_many_at_once_download_once(fashion: Path, tmp_path: Path) -> None:
         thread.join()
     assert len({source.fingerprint for source in results}) == 1
     assert len(results) == 4
-    assert len(REQUESTS) == 2 * one
+    assert len(REQUESTS) == 2 * num_requests
 
 
 def test_a_download_that_fails_leaves_nothing(fashion: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

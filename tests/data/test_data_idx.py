@@ -96,15 +96,15 @@ def test_images_and_labels_must_match(tmp_path: Path) -> None:
 def test_fingerprint_covers_everything(tmp_path: Path) -> None:
     write_source(tmp_path / "one")
     write_source(tmp_path / "two", packed=True)
-    one, two = (open_source(job(tmp_path / name)) for name in ("one", "two"))
-    assert one.fingerprint == two.fingerprint
-    train, test = one.train, one.test
-    seen = {one.fingerprint, fingerprint(train, None, one.classes), fingerprint(train, test, ("a",))}
+    first, two = (open_source(job(tmp_path / name)) for name in ("one", "two"))
+    assert first.fingerprint == two.fingerprint
+    train, test = first.train, first.test
+    seen = {first.fingerprint, fingerprint(train, None, first.classes), fingerprint(train, test, ("a",))}
     for arrays in (train.inputs, train.targets):
         arrays.flat[-1] ^= 1
-        seen.add(fingerprint(train, test, one.classes))
+        seen.add(fingerprint(train, test, first.classes))
     train.inputs.shape = (20, 4, 5)
-    seen.add(fingerprint(train, test, one.classes))
+    seen.add(fingerprint(train, test, first.classes))
     assert len(seen) == 6
 
 

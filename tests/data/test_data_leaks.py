@@ -24,11 +24,11 @@ def warned(columns: dict[str, tuple[Column, np.ndarray]], targets: np.ndarray, t
     inputs = np.concatenate([values.reshape(len(values), -1) for _, values in columns.values()], axis=1)
     source = Source(Arrays(inputs.astype(np.float32), targets), None, (), "f", schema)
     job = build_job({"name": "t", "task": task, "data": {"source": "parquet", "url": "x", "label": "y"}}, "test")
-    found = set()
+    warnings_found = set()
     for warning in fit_warnings(job, source, np.arange(len(inputs)) if rows is None else rows):
         name = warning.partition("'")[2].partition("'")[0]
-        found.add(f"{name} {'leaks' if 'gives the label away' in warning else 'tells nothing'}")
-    return found
+        warnings_found.add(f"{name} {'leaks' if 'gives the label away' in warning else 'tells nothing'}")
+    return warnings_found
 
 
 def number(name: str, values: np.ndarray) -> tuple[Column, np.ndarray]:
@@ -55,7 +55,7 @@ def test_what_gives_a_label_away(classes: int) -> None:
     often = labels.astype(float)
     often[::50] = (often[::50] + 1) % classes  # right in 98 %
     scores = labels + 0.3 * np.tanh(noise(1))
-    found = warned(
+    warnings_found = warned(
         columns(
             number("noise", noise(2)),
             number("hint", labels + noise(3)),
@@ -74,7 +74,7 @@ def test_what_gives_a_label_away(classes: int) -> None:
         "multiclass",
     )
     leaking = {"same", "almost", "scores", "vector", "renamed", "where_missing"}
-    assert found == {f"{name} leaks" for name in leaking}
+    assert warnings_found == {f"{name} leaks" for name in leaking}
 
 
 def test_a_rare_class_is_no_leak() -> None:
@@ -86,7 +86,7 @@ def test_what_gives_a_number_away() -> None:
     goal = noise(0)
     holed = goal * -3 + 1e3
     holed[::2] = np.nan
-    found = warned(
+    warnings_found = warned(
         columns(
             number("noise", noise(1)),
             number("near", goal + 0.05 * noise(2)),
@@ -97,7 +97,7 @@ def test_what_gives_a_number_away() -> None:
         np.stack([noise(3), goal], axis=1).astype(np.float32),
         "regression",
     )
-    assert found == {"twice leaks", "holed leaks"}
+    assert warnings_found == {"twice leaks", "holed leaks"}
 
 
 def test_columns_that_tell_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_arrays_have_no_columns() -> None:
 def test_a_table_that_is_sorted_by_its_label_hides_no_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leaks, "MOST_ROWS", 1_000)
     labels = np.sort(np.random.default_rng(0).integers(0, 2, 10 * ROWS))
-    found = warned(
+    warnings_found = warned(
         columns(number("leak", labels.astype(float)), number("noise", noise(2, len(labels)))), labels, "binary"
     )
-    assert found == {"leak leaks"}
+    assert warnings_found == {"leak leaks"}

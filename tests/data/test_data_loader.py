@@ -35,10 +35,10 @@ DEVICES = ["cpu", "cuda, resident", "cuda, pinned"]
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    kind, _, place = request.param.partition(", ")
+    kind, _, memory = request.param.partition(", ")
     if kind == "cuda" and not torch.cuda.is_available():
         pytest.skip("this machine has no CUDA device")
-    if place == "pinned":
+    if memory == "pinned":
         monkeypatch.setattr(tensors, "RESIDENT_SHARE", 0.0)
     return torch.device(kind)
 
@@ -135,8 +135,8 @@ def test_shares_make_the_global_batch(
         for rank in range(world_size)
     ]
     together = [
-        (step, *(np.concatenate([ranks[rank][place][part] for rank in range(world_size)]) for part in (1, 2)))
-        for place, step in enumerate(range(first, 26))
+        (step, *(np.concatenate([ranks[rank][position][part] for rank in range(world_size)]) for part in (1, 2)))
+        for position, step in enumerate(range(first, 26))
     ]
     assert_same(together, whole)
 
@@ -165,9 +165,9 @@ def test_mixup_mixes_samples_with_others_of_the_global_batch(device: torch.devic
         whole = collected(train_loader(data, ROWS, last_step=4))
         mixed = collected(train_loader(data, ROWS, augment=spec, **changes))
         for (_, _, ids), (_, _, batch), (step, inputs, targets) in zip(plain, whole, mixed, strict=True):
-            mine = share(len(batch), rank, world_size)
-            partners = batch[draw_partners(5, step, len(batch))][mine]
-            shares = draw_shares(0.4, 5, step, len(batch))[mine]
+            rank_rows = share(len(batch), rank, world_size)
+            partners = batch[draw_partners(5, step, len(batch))][rank_rows]
+            shares = draw_shares(0.4, 5, step, len(batch))[rank_rows]
             expected = np.zeros((len(ids), len(data)))
             np.add.at(expected, (np.arange(len(ids)), ids), shares)
             np.add.at(expected, (np.arange(len(ids)), partners), 1 - shares)
@@ -258,9 +258,9 @@ def test_memory_mapped_arrays_stay_on_disk(
     assert_same(
         collected(train_loader(mapped, ROWS, device=device)), collected(train_loader(data, ROWS, device=device))
     )
-    here = tensors.place(mapped, ROWS, torch.device("cpu"))
-    assert isinstance(here.inputs, torch.Tensor)
-    assert np.shares_memory(here.inputs.numpy(), mapped.inputs)
+    on_cpu = tensors.place(mapped, ROWS, torch.device("cpu"))
+    assert isinstance(on_cpu.inputs, torch.Tensor)
+    assert np.shares_memory(on_cpu.inputs.numpy(), mapped.inputs)
 
 
 @pytest.fixture

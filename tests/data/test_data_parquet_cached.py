@@ -102,10 +102,10 @@ def test_more_than_the_cache_may_hold_is_refused(tmp_path: Path) -> None:
 def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.data.sources.parquet.decoding.SAY_EVERY_S", 0.0)
     path = write(tmp_path / "t.parquet", {"x": [1.0] * 70_000, "y": [0] * 70_000})
-    said: list[str] = []
-    open_source(parquet_job(path, cache={"folder": str(tmp_path / "cache"), "in_memory_mb": 0}), said.append)
-    assert said[-1] == "caching 0.0 of 0.0 GB"
-    assert len(said) > 1
+    messages: list[str] = []
+    open_source(parquet_job(path, cache={"folder": str(tmp_path / "cache"), "in_memory_mb": 0}), messages.append)
+    assert messages[-1] == "caching 0.0 of 0.0 GB"
+    assert len(messages) > 1
 
 
 def train_under(tmp_path: Path, allowed_mb: int, matrix_mb: int) -> dict[str, Any]:

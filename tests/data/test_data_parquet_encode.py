@@ -132,18 +132,18 @@ def columns(draw: st.DrawFn) -> dict[str, pa.Array]:
 
 def decoded(matrix: np.ndarray, schema: Schema) -> dict[str, list[Any]]:
     """The matrix read by its schema, as Arrow would give it."""
-    found: dict[str, list[Any]] = {}
+    decoded_columns: dict[str, list[Any]] = {}
     for column, offset in zip(schema.columns, schema.offsets, strict=True):
         cells = [
             [None if math.isnan(cell) else cell for cell in row] for row in matrix[:, offset : offset + column.width]
         ]
         if column.kind == "category":
-            found[column.name] = [None if row[0] is None else column.levels[int(row[0])] for row in cells]
+            decoded_columns[column.name] = [None if row[0] is None else column.levels[int(row[0])] for row in cells]
         elif column.width == 1:
-            found[column.name] = [row[0] for row in cells]
+            decoded_columns[column.name] = [row[0] for row in cells]
         else:
-            found[column.name] = [None if row == [None] * column.width else row for row in cells]
-    return found
+            decoded_columns[column.name] = [None if row == [None] * column.width else row for row in cells]
+    return decoded_columns
 
 
 @settings(max_examples=60, deadline=None)

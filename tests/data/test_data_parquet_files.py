@@ -305,9 +305,9 @@ def test_batches_of_some_columns(parts: Path) -> None:
             for number in range(len(files.files)):
                 yield from files.batches(number, columns, rows)
 
-    found = list(batches(["day", "x"], 1))
-    assert [batch.num_rows for batch in found] == [1] * 6
-    assert [batch.column("x")[0].as_py() for batch in found] == ROWS
-    assert found[0].schema.names == ["day", "x"]
-    assert found[0].column("day")[0].as_py() == "2024-01-01"
+    record_batches = list(batches(["day", "x"], 1))
+    assert [batch.num_rows for batch in record_batches] == [1] * 6
+    assert [batch.column("x")[0].as_py() for batch in record_batches] == ROWS
+    assert record_batches[0].schema.names == ["day", "x"]
+    assert record_batches[0].column("day")[0].as_py() == "2024-01-01"
     assert [batch.num_rows for batch in batches(["day"], 100)] == [2, 2, 2]

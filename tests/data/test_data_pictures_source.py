@@ -147,17 +147,17 @@ def test_s3(opened: Callable[..., Source], folder: str, s3_url: str, tmp_path: P
     table = pa.table({"path": sorted(FILES), "label": [path[:3] for path in sorted(FILES)]})
     with fs.open(f"{s3_url}/list.parquet", "wb") as file:
         pq.write_table(table, file)
-    wanted = opened(folder)
+    local = opened(folder)
     # Processes are forked while this one has clients of the store under way.
     for processes in (0, 2):
         ours = opened(s3_url, loader={"processes": processes})
-        assert ours.fingerprint == wanted.fingerprint
-        assert np.array_equal(ours.train.inputs, wanted.train.inputs)
+        assert ours.fingerprint == local.fingerprint
+        assert np.array_equal(ours.train.inputs, local.train.inputs)
     pictures = opened(s3_url, "on demand").train.inputs
     for row, picture in enumerate(made(lambda row: pictures[row : row + 1], range(3), 1)):
-        assert np.array_equal(picture, wanted.train.inputs[row : row + 1])
+        assert np.array_equal(picture, local.train.inputs[row : row + 1])
     listed = opened(f"{s3_url}/list.parquet", label="label")
-    assert np.array_equal(listed.train.inputs, wanted.train.inputs)
+    assert np.array_equal(listed.train.inputs, local.train.inputs)
     assert listed.label_names == CLASSES
     with pytest.raises(DataError, match="no such folder"):
         opened(f"{s3_url}/absent")
@@ -365,13 +365,13 @@ def test_a_picture_that_changes_later(opened: Callable[..., Source], folder: str
 
 
 def test_progress_is_told_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, said = [0.0], list[str]()
+    now, messages = [0.0], list[str]()
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = Progress("decoding", 50_000, said.append)
+    progress = Progress("decoding", 50_000, messages.append)
     for done in range(1, 2001):
         now[0] = done / 800
         progress(done)
-    assert said == ["decoding 800 of 50,000 pictures", "decoding 1,600 of 50,000 pictures"]
+    assert messages == ["decoding 800 of 50,000 pictures", "decoding 1,600 of 50,000 pictures"]
 
 
 def test_no_threads_are_left(opened: Callable[..., Source], folder: str) -> None:

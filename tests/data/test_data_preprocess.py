@@ -60,9 +60,9 @@ def test_equals_numpy(kind: str, dtype: str, shape: tuple[int, ...], monkeypatch
     preprocess = fit_preprocess(job(kind), source(inputs), rows)
     expected = reference(kind, inputs, rows)
     raw = torch.from_numpy(inputs.copy())
-    for wanted, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        prepared = preprocess.to(CPU, wanted)(raw)
-        assert prepared.dtype == wanted
+    for expected_dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        prepared = preprocess.to(CPU, expected_dtype)(raw)
+        assert prepared.dtype == expected_dtype
         assert tuple(prepared.shape[1:]) == preprocess.output_shape == expected.shape[1:]
         assert isinstance(preprocess, SamplePreprocess)
         assert preprocess.channels == expected.shape[1]
@@ -139,8 +139,8 @@ def test_imagenet_is_what_torchvision_expects() -> None:
 @pytest.mark.parametrize(("dtype", "meant"), [("uint8", "unit"), ("float32", "standard")])
 def test_auto(dtype: str, meant: str) -> None:
     images = source(make((5, 3, 4, 4), dtype))
-    auto, said = (fit_preprocess(job(kind), images, np.arange(5)) for kind in ("auto", meant))
-    assert auto == said
+    auto, explicit = (fit_preprocess(job(kind), images, np.arange(5)) for kind in ("auto", meant))
+    assert auto == explicit
 
 
 class OnDemand:

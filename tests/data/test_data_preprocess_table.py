@@ -91,22 +91,22 @@ NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32) | st.sampled_from([0.0, -0.
 def test_medians_and_moments_are_numpys(columns: list[list[float]], rows: set[int], dtype: str, block: int) -> None:
     inputs = np.array(columns).T.astype(dtype)
     ids = np.array(sorted(rows))
-    schema = Schema(tuple(Column(str(place), "number") for place in range(len(columns))))
+    schema = Schema(tuple(Column(str(column), "number") for column in range(len(columns))))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "BLOCK_VALUES", block)
         seen = look(inputs, ids, schema, medians=True)
     chosen = inputs[ids].astype(np.float64)
     assert seen.median is not None
-    for place, values in enumerate(chosen.T):
+    for column, values in enumerate(chosen.T):
         values = values[~np.isnan(values)]
-        assert seen.present[place] == len(values)
+        assert seen.present[column] == len(values)
         if len(values):
-            assert seen.median[place] == np.median(values)
+            assert seen.median[column] == np.median(values)
             scale = np.abs(values).max()
-            assert abs(seen.mean[place] - values.mean()) <= 1e-12 * scale
-            assert abs(np.sqrt(seen.variance[place]) - values.std()) <= 1e-7 * scale
+            assert abs(seen.mean[column] - values.mean()) <= 1e-12 * scale
+            assert abs(np.sqrt(seen.variance[column]) - values.std()) <= 1e-7 * scale
         if len(set(values.tolist())) == 1:
-            assert seen.variance[place] == 0
+            assert seen.variance[column] == 0
 
 
 def test_medians_of_many_rows() -> None:

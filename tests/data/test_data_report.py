@@ -67,8 +67,8 @@ NEW = pd.DataFrame(
 @pytest.mark.parametrize("block", [1, 1 << 20])
 def test_each_column_is_counted(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(statistics, "BLOCK_VALUES", block)
-    found = report_of(fitted(), NEW).to_json()
-    assert found == {
+    report = report_of(fitted(), NEW).to_json()
+    assert report == {
         "age": {"rows": 5, "unseen": 0.0, "filled": 0.2, "outside": 0.4},  # 0 and 60 are just not far
         "plan": {"rows": 5, "unseen": 0.4, "filled": 0.2, "outside": 0.0},
         "pair": {"rows": 5, "unseen": 0.0, "filled": 0.2, "outside": 0.4},
@@ -125,10 +125,10 @@ def test_checkpoints_of_an_earlier_version_lack_the_ranges_alone() -> None:
     old = preprocess_from_json(stored)
     assert isinstance(old, TablePreprocess)
     assert preprocess_from_json(old.to_json()) == old
-    found = report_of(old, NEW).to_json()
-    assert {column["outside"] for column in found.values()} == {None}
-    assert found["plan"]["unseen"] == 0.4
-    assert found["age"]["filled"] == 0.2
+    report = report_of(old, NEW).to_json()
+    assert {column["outside"] for column in report.values()} == {None}
+    assert report["plan"]["unseen"] == 0.4
+    assert report["age"]["filled"] == 0.2
     stored["columns"][0]["low"] = [1.0]
     with pytest.raises(DataError, match="damaged"):
         preprocess_from_json(stored)

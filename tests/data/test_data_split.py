@@ -185,8 +185,8 @@ def test_a_sample_stands_for_its_split(counts: list[int], share: float, kind: st
     assert len(sample) == min(count, rows)
     assert np.array_equal(sample, np.unique(sample))
     assert np.isin(sample, ids).all()
-    found = np.bincount(labels[(sample - 5) // 2], minlength=len(counts))
-    assert (np.abs(found - np.array(counts) * len(sample) / rows) < 1).all()
+    class_counts = np.bincount(labels[(sample - 5) // 2], minlength=len(counts))
+    assert (np.abs(class_counts - np.array(counts) * len(sample) / rows) < 1).all()
     assert np.array_equal(stratified_sample(ids, targets, count, 1, "val"), sample)
 
 

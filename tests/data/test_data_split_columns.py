@@ -83,15 +83,15 @@ def test_no_group_on_two_sides(groups: list[int], val: float, test: float, as_te
 @settings(deadline=None, max_examples=200)
 def test_groups_come_as_near_to_a_share_as_the_smallest_allows(sizes: list[int], val: float, seed: int) -> None:
     group = np.repeat(np.arange(len(sizes)), sizes)
-    wanted = round(len(group) * val)
+    expected_size = round(len(group) * val)
     parts = attempted("group", source(group), seed=seed, val=val)
     if isinstance(parts, DataError):
         # Too little is asked for to take the smallest group, or so much that none is left.
-        assert 2 * wanted <= min(sizes) or 2 * (len(group) - wanted) <= max(sizes)
+        assert 2 * expected_size <= min(sizes) or 2 * (len(group) - expected_size) <= max(sizes)
         return
     part = parts["val"]
     passed_over = set(range(len(sizes))) - set(group[part.ids].tolist())
-    assert abs(len(part) - wanted) <= max(max(sizes) / 2, min(sizes[one] for one in passed_over) / 2)
+    assert abs(len(part) - expected_size) <= max(max(sizes) / 2, min(sizes[one] for one in passed_over) / 2)
 
 
 def test_the_draw_of_groups_depends_on_the_seed_and_the_data() -> None:
@@ -131,10 +131,10 @@ def test_the_newest_are_held_out_and_ties_stay_together(
         if val >= 1:
             assert set(order[-2]) == {day for day in days if newest - test >= day > newest - test - val}
     elif test > 0:
-        wanted = round(len(days) * test)
+        expected_size = round(len(days) * test)
         taken = len(order[-1])
         tie = max(days.count(day) for day in days)
-        assert abs(taken - wanted) <= tie / 2
+        assert abs(taken - expected_size) <= tie / 2
 
 
 def test_lengths_of_time() -> None:
@@ -192,8 +192,8 @@ def test_what_the_data_says(told: list[str]) -> None:
 
 def test_numbers_that_say_it() -> None:
     for values in (np.array([0, 1, 2, 0]), np.array([0.0, 1.0, 2.0, 0.0])):
-        found = ids("column", source(values), train=["0"], val=["2"], test=["1"])
-        assert found == {"train": [0, 3], "val": [2], "test": [1]}
+        values_by_part = ids("column", source(values), train=["0"], val=["2"], test=["1"])
+        assert values_by_part == {"train": [0, 3], "val": [2], "test": [1]}
     assert ids("column", source(np.array([0.5, 1.5])), train=["0.5"], val=["1.5"])["val"] == [1]
 
 

@@ -129,9 +129,9 @@ def test_of_two_numbers_the_later_one_is_positive(labels: list[int]) -> None:
     assert fitted.classes == tuple(map(str, labels))
     assert fitted.prepare(data.train.targets).tolist() == [1, 0, 1]
     assert fitted.named(np.array([1, 0])).tolist() == labels[::-1]
-    told = label_warnings(fitted)
-    assert len(told) == (0 if labels == [0, 1] else 1)
-    assert all(f"{labels[1]} counts as positive" in text for text in told)
+    messages = label_warnings(fitted)
+    assert len(messages) == (0 if labels == [0, 1] else 1)
+    assert all(f"{labels[1]} counts as positive" in text for text in messages)
     other = fit(data, {"kind": "binary", "positive": [labels[0]]})
     assert other.prepare(data.train.targets).tolist() == [0, 1, 0]
     assert other.named(np.array([1, 0])).tolist() == labels

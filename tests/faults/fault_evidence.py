@@ -64,10 +64,10 @@ def check_at_rest(run: Path) -> None:
 def committed(run: Path) -> dict[str, str]:
     """SHA-256 of every file of checkpoints, cells, journal and result: what a zombie must leave alone. Live rows it may
     leave behind."""
-    found = [path for path in run.rglob("*") if path.is_file() and ".tmp" not in path.parts]
+    files = [path for path in run.rglob("*") if path.is_file() and ".tmp" not in path.parts]
     return {
         str(path.relative_to(run)): _sha256(path)
-        for path in found
+        for path in files
         if path.parts[len(run.parts)] not in ("heartbeats", "live")
     }
 

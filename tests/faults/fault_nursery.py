@@ -234,8 +234,8 @@ def _wait(pid: int) -> int | None:
     """The status of a child, or None if it hangs and had to be killed."""
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
+        waited_pid, status = os.waitpid(pid, os.WNOHANG)
+        if waited_pid:
             return status
         time.sleep(0.002)
     os.kill(pid, signal.SIGKILL)

@@ -184,16 +184,16 @@ def test_a_callers_process_is_never_ended(
         text=True,
     ) as caller:
         assert caller.stdout is not None
-        said = caller.stdout.readline()
-        assert said.startswith(ends), said + (caller.stderr.read() if caller.stderr and not said else "")
+        output_line = caller.stdout.readline()
+        assert output_line.startswith(ends), output_line + (caller.stderr.read() if caller.stderr and not output_line else "")
         tries = iter(lambda: nursery.run(*ARGV, str(tmp_path), env=beats), None)
         again = next(one for one in tries if one.code != 3)  # "not now" while its heartbeat is young
         assert again.code == 0, again.err
         out, err = caller.communicate()
     assert (caller.returncode, out.splitlines()[-1]) == (0, "the caller goes on")
-    assert re.search(r"training stood still for \d+ s in hang_code\.py", said if ends == "raised" else err)
+    assert re.search(r"training stood still for \d+ s in hang_code\.py", output_line if ends == "raised" else err)
     if ends == "raised":
-        assert said.startswith("raised HungError: ")
+        assert output_line.startswith("raised HungError: ")
         leave = [entry for entry in entries(only_run(tmp_path)) if entry["kind"] == "leave"]
         assert [entry["error"]["type"] for entry in leave] == ["HungError"]
     assert evidence(only_run(tmp_path)) == untouched
@@ -333,8 +333,8 @@ WORKS, HANGS, WAITS, STORES = (
     ],
 )
 def test_who_is_at_fault(own: WorkerHeartbeat, heard: Mapping[int, WorkerHeartbeat] | None, words: str | None) -> None:
-    found = verdict(0, own, heard, 3, LIMITS)
-    assert (words in found) if words is not None and found is not None else found is words
+    verdict_found = verdict(0, own, heard, 3, LIMITS)
+    assert (words in verdict_found) if words is not None and verdict_found is not None else verdict_found is words
 
 
 @given(hang_s=st.floats(0.1, 1e6), storage_s=st.floats(1, 1e4))

@@ -197,8 +197,8 @@ def test_a_zombie_that_wakes_after_its_successor_has_finished_changes_nothing(
     assert "taken" in outcome.err
     assert "Traceback" not in outcome.err
     after = committed(run)
-    mine = {name for name in after if "-a0001/" in name and name not in before}  # harmless: no entry names it
-    assert {name: digest for name, digest in after.items() if name not in mine and name != "run.json"} == {
+    storage = {name for name in after if "-a0001/" in name and name not in before}  # harmless: no entry names it
+    assert {name: digest for name, digest in after.items() if name not in storage and name != "run.json"} == {
         name: digest for name, digest in before.items() if name != "run.json"
     }
     assert evidence(run) == untouched

@@ -39,8 +39,8 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def test_each_value_once_while_the_run_goes_on_and_after_its_end(url: str, tmp_path: Path) -> None:
     trained = Trained(url).to(250)
-    told = follow("run", to=["tensorboard"], storage=url, once=True)
-    assert (told.status, told.cells) == ("running", {"tensorboard": 2})
+    written = follow("run", to=["tensorboard"], storage=url, once=True)
+    assert (written.status, written.cells) == ("running", {"tensorboard": 2})
     steps = read(trained.run.storage, "steps", tmp_path / "1")
     assert steps["loss"] == [(step, pytest.approx(1 / step)) for step in range(1, 201)]
     assert steps["accuracy"] == [(step, 0.5) for step in range(1, 201)]

@@ -156,9 +156,9 @@ def test_the_environment_is_filled_in(tmp_path: Path, monkeypatch: pytest.Monkey
 def places(job: Job) -> dict[str, Any]:
     """The fields that may hold a local path, as they are resolved."""
     tree = job.resolved()
-    found = {f"data.{key}": tree["data"][key] for key in ("url", "root") if key in tree["data"]}
-    found |= {f"model.{key}": tree["model"][key] for key in ("init_from", "weights") if key in tree["model"]}
-    return {**found, "cache": tree["data"]["cache"]["folder"], "storage": tree["storage"]}
+    paths = {f"data.{key}": tree["data"][key] for key in ("url", "root") if key in tree["data"]}
+    paths |= {f"model.{key}": tree["model"][key] for key in ("init_from", "weights") if key in tree["model"]}
+    return {**paths, "cache": tree["data"]["cache"]["folder"], "storage": tree["storage"]}
 
 
 def test_a_path_in_a_file_starts_from_the_file_and_a_typed_one_from_the_working_directory(

@@ -223,13 +223,13 @@ def test_log_loss_has_neither_weights_nor_the_loss_of_the_user() -> None:
     outputs, labels = np.array([[2.0, 0.0], [1.0, 1.0]]), np.array([1, 0])
     expected = (math.log(1 + math.exp(2)) + math.log(2)) / 2
     weighted = make_task("multiclass", 2, task={"class_weights": {0: 9.0}})
-    own = make_task("multiclass", 2, task={"loss": f"{OWN}:sum_of_outputs"})
-    for task in (weighted, own):
+    with_custom_loss = make_task("multiclass", 2, task={"loss": f"{OWN}:sum_of_outputs"})
+    for task in (weighted, with_custom_loss):
         assert evaluated(task, outputs, labels)["log_loss"] == pytest.approx(expected)
     assert evaluated(weighted, outputs, labels)["loss"] == pytest.approx(
         (math.log(1 + math.exp(2)) + 9 * math.log(2)) / 10
     )
-    assert evaluated(own, outputs, labels)["loss"] == 2.0
+    assert evaluated(with_custom_loss, outputs, labels)["loss"] == 2.0
 
 
 # ---------------------------------------------------------------------------------- metrics of the user's own

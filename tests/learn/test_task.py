@@ -159,10 +159,10 @@ def test_a_sample_mixed_of_two_counts_as_so_much_of_each(weights: list[float] | 
     mixed = share[:, None] * whole + (1 - share[:, None]) * other
     sums = ours.sums(outputs, mixed)
     each = torch.ones(CLASSES, dtype=torch.float64) if weights is None else torch.tensor(weights, dtype=torch.float64)
-    one = share * each[targets] + (1 - share) * each[targets.flip(0)]
+    mixed_loss = share * each[targets] + (1 - share) * each[targets.flip(0)]
     losses = -(mixed * outputs.log_softmax(1)).sum(1)
-    assert float(sums.weight) == pytest.approx(float(one.sum()), rel=1e-13)
-    assert float(sums.loss) == pytest.approx(float((losses * one).sum()), rel=1e-13)
+    assert float(sums.weight) == pytest.approx(float(mixed_loss.sum()), rel=1e-13)
+    assert float(sums.loss) == pytest.approx(float((losses * mixed_loss).sum()), rel=1e-13)
     assert float(sums.correct) == int((outputs.argmax(1) == mixed.argmax(1)).sum())
 
 

@@ -121,9 +121,9 @@ def test_a_local_file_gives_all_but_the_head(published: nn.Module, tmp_path: Pat
     assert starts[0].digest == starts[1].digest
     fresh, model = build(SMALL), build(SMALL, weights=str(tmp_path / "small.pth"), freeze="backbone")
     assert take(model, starts[0], strict=True) == []
-    own, given, head = model.state_dict(), published.state_dict(), last_layer(model)
-    assert all(torch.equal(tensor, given[name]) for name, tensor in own.items() if name not in head)
-    assert all(torch.equal(own[name], fresh.state_dict()[name]) for name in head)
+    state, given, head = model.state_dict(), published.state_dict(), last_layer(model)
+    assert all(torch.equal(tensor, given[name]) for name, tensor in state.items() if name not in head)
+    assert all(torch.equal(state[name], fresh.state_dict()[name]) for name in head)
     with torch.no_grad():
         published.get_parameter("features.0.0.weight").add_(1)
     torch.save(published.state_dict(), tmp_path / "small.pth")

@@ -255,8 +255,8 @@ def test_blocks_of_rows_are_gapless_whatever_flushes_them(
     patch = pytest.MonkeyPatch()
     patch.setattr("pipeline.learn.step_log.CAPACITY", capacity)
     try:
-        sums, found = torch.zeros(4, dtype=torch.float64), list[Rows]()
-        log = StepLog(sums, found.append)
+        sums, flushed = torch.zeros(4, dtype=torch.float64), list[Rows]()
+        log = StepLog(sums, flushed.append)
         if kind != "cpu":
             log._immediate = False
             log._block = log._new_block()
@@ -271,7 +271,7 @@ def test_blocks_of_rows_are_gapless_whatever_flushes_them(
         log.flush()
     finally:
         patch.undo()
-    rows = {name: [value for block in found for value in block[name].tolist()] for name in (found[0] if found else {})}
+    rows = {name: [value for block in flushed for value in block[name].tolist()] for name in (flushed[0] if flushed else {})}
     if count:
         steps = list(range(1, count + 1))
         assert rows["step"] == steps
@@ -282,19 +282,19 @@ def test_blocks_of_rows_are_gapless_whatever_flushes_them(
         assert rows["time"] == sorted(rows["time"])
         if not waits:
             assert sum(rows["seconds"][1:]) == pytest.approx(rows["time"][-1] - rows["time"][0], abs=1e-5)
-    assert all(len(block["step"]) for block in found)
+    assert all(len(block["step"]) for block in flushed)
 
 
 def test_an_evaluations_time_is_not_the_next_steps() -> None:
-    found: list[Rows] = []
-    log = StepLog(torch.ones(4), found.append)
+    flushed: list[Rows] = []
+    log = StepLog(torch.ones(4), flushed.append)
     log.record(1, 1, 0.1)
     log.flush()
     log._last -= 100.0  # as if an evaluation had taken so long
     log.resume_clock()
     log.record(1, 2, 0.1)
     log.flush()
-    assert 0 <= found[1]["seconds"][0] < 10
+    assert 0 <= flushed[1]["seconds"][0] < 10
 
 
 def test_columns_have_their_types() -> None:

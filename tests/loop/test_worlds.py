@@ -33,7 +33,7 @@ def outcomes() -> Outcomes:
     processes = [spawn.Process(target=worlds.work, args=(rank, address, results), daemon=True) for rank in range(3)]
     for process in processes:
         process.start()
-    found: Outcomes = {}
+    outcomes_by_rank: Outcomes = {}
     expected = (len(CONFIGURATIONS) + 3) * (2 + 3) + len(SIGNALS) * 3
     while expected:
         try:
@@ -43,11 +43,11 @@ def outcomes() -> Outcomes:
             assert not any(codes), f"a rank failed; exit codes {codes}"
             continue
         expected -= 1
-        found.setdefault((name, world_size), [None] * world_size)[rank] = value
+        outcomes_by_rank.setdefault((name, world_size), [None] * world_size)[rank] = value
     for process in processes:
         process.join(30)
         assert process.exitcode == 0
-    return found
+    return outcomes_by_rank
 
 
 def plain(job: Job) -> tuple[list[float], dict[str, Tensor]]:
@@ -99,14 +99,14 @@ def test_fp64_curves_of_one_two_three_workers_and_plain_torch_agree(name: str, o
     job = make_job(**CONFIGURATIONS[name])
     losses, weights = plain(job)
     everyone = [worlds.outcome(job, FakeContext()), *outcomes[name, 2], *outcomes[name, 3]]
-    for one in everyone:
-        assert one["loss"] == pytest.approx(losses, rel=1e-9)
-        assert one["samples"] == [len(worlds.global_rows(Plan(job, 23), step)) for step in range(1, len(losses) + 1)]
-        assert one["correct"] == pytest.approx(everyone[0]["correct"], nan_ok=True)
-        assert list(one["weights"]) == list(weights)
-        for tensor, reference in zip(one["weights"].values(), weights.values(), strict=True):
+    for rank_outcome in everyone:
+        assert rank_outcome["loss"] == pytest.approx(losses, rel=1e-9)
+        assert rank_outcome["samples"] == [len(worlds.global_rows(Plan(job, 23), step)) for step in range(1, len(losses) + 1)]
+        assert rank_outcome["correct"] == pytest.approx(everyone[0]["correct"], nan_ok=True)
+        assert list(rank_outcome["weights"]) == list(weights)
+        for tensor, reference in zip(rank_outcome["weights"].values(), weights.values(), strict=True):
             torch.testing.assert_close(torch.tensor(tensor, dtype=torch.float64), reference, rtol=1e-9, atol=1e-12)
-        assert one["evaluations"] == pytest.approx(everyone[0]["evaluations"], rel=1e-9, nan_ok=True)
+        assert rank_outcome["evaluations"] == pytest.approx(everyone[0]["evaluations"], rel=1e-9, nan_ok=True)
     for world_size in (2, 3):
         ranks = outcomes[name, world_size]
         assert all(rank["loss"] == ranks[0]["loss"] for rank in ranks), "to the bit"

@@ -122,15 +122,15 @@ def test_what_the_caller_has_set_changes_no_result(own_code: dict[str, Any], set
         stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
         stack.enter_context(torch.device("meta"))
         there = weights(train(own_code, storage="there").url)
-        said = load(f"there/{os.listdir('there')[0]}", trust=True).predict_proba(np.ones((3, 2)))
+        probabilities = load(f"there/{os.listdir('there')[0]}", trust=True).predict_proba(np.ones((3, 2)))
     torch.set_default_dtype(torch.float32)
     torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(False)
-    here = weights(train(own_code, storage="here").url)
-    assert {name: tensor.dtype for name, tensor in there.items()} == dict.fromkeys(here, torch.float32)
-    assert all(torch.equal(there[name], here[name]) for name in here)
+    baseline = weights(train(own_code, storage="here").url)
+    assert {name: tensor.dtype for name, tensor in there.items()} == dict.fromkeys(baseline, torch.float32)
+    assert all(torch.equal(there[name], baseline[name]) for name in baseline)
     again = load(f"here/{os.listdir('here')[0]}", trust=True).predict_proba(np.ones((3, 2)))
-    np.testing.assert_array_equal(said, again)
+    np.testing.assert_array_equal(probabilities, again)
 
 
 def test_a_prediction_from_python_leaves_the_process_too(settings: None, tmp_path: Path) -> None:

@@ -54,9 +54,9 @@ def test_a_table_model_answers_as_it_was_measured(trained: Trained, example_data
 def test_regression_answers_in_the_labels_unit(trained: Trained, example_data: Path) -> None:
     run = trained("regression")
     frame = pd.read_parquet(example_data / "houses.parquet").iloc[rows_of(run, "val")]
-    said, measured = load(run.url).predict(frame), evaluate(run.url).metrics
-    assert r2_score(frame.price, said) == pytest.approx(measured["val/r2"], abs=1e-6)
-    assert mean_absolute_error(frame.price, said) == pytest.approx(measured["val/mae"], rel=1e-6)
+    predictions, measured = load(run.url).predict(frame), evaluate(run.url).metrics
+    assert r2_score(frame.price, predictions) == pytest.approx(measured["val/r2"], abs=1e-6)
+    assert mean_absolute_error(frame.price, predictions) == pytest.approx(measured["val/mae"], rel=1e-6)
     with pytest.raises(DataError, match="no classes"):
         load(run.url).predict_proba(frame)
 
@@ -143,10 +143,10 @@ def test_own_code_runs_only_where_it_is_trusted(trained: Trained, tmp_path: Path
     ran = subprocess.run(
         [sys.executable, "-c", script, run.url], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    answers, classes, place, is_plain = json.loads(ran.stdout)
+    answers, classes, code_path, is_plain = json.loads(ran.stdout)
     assert classes == ["first", "second"]
     assert np.allclose(np.sum(answers, axis=1), 1)
-    assert "trainyard-code-" in place  # the code of the run, not whatever lies about
+    assert "trainyard-code-" in code_path  # the code of the run, not whatever lies about
     assert not is_plain, "under a name of its own"
 
 

@@ -96,8 +96,8 @@ def test_weights_of_other_code_blame_the_code(job: dict[str, Any]) -> None:
 
 def test_a_predictor_is_pickled_with_its_code(job: dict[str, Any], tmp_path: Path) -> None:
     model = load(train(job).url, trust=True)
-    said = model.predict_proba(POINTS)  # after which it holds what prepares its inputs
-    np.testing.assert_array_equal(copy.deepcopy(model).predict_proba(POINTS), said)
+    probabilities = model.predict_proba(POINTS)  # after which it holds what prepares its inputs
+    np.testing.assert_array_equal(copy.deepcopy(model).predict_proba(POINTS), probabilities)
     (tmp_path / "model.pkl").write_bytes(pickle.dumps(model))
     np.save(tmp_path / "points.npy", POINTS)
     (tmp_path / "elsewhere").mkdir()
@@ -109,7 +109,7 @@ def test_a_predictor_is_pickled_with_its_code(job: dict[str, Any], tmp_path: Pat
         [sys.executable, "-c", script], cwd=tmp_path / "elsewhere", capture_output=True, text=True, check=True
     )
     assert ran.stdout == "first\n"
-    np.testing.assert_allclose(np.load(tmp_path / "said.npy"), said, rtol=1e-6)
+    np.testing.assert_allclose(np.load(tmp_path / "said.npy"), probabilities, rtol=1e-6)
 
 
 def test_fp64_weights_are_loaded_and_started_from_bit_for_bit(job: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Predictor]:
     """Trained on a frame, and on the array of the same numbers."""
     folder = tmp_path_factory.mktemp("frames")
     (folder / f"{MODULE}.py").write_text(BODY)
-    found = {}
+    predictors_by_kind = {}
     for name in ("frame", "array"):
         tree = {
             "name": name,
@@ -42,8 +42,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Predictor]:
             "data": {"source": {"call": f"{MODULE}:{name}"}},
             "train": {"phases": [{"epochs": 1, "lr": 0.5}]},
         }
-        found[name] = load(train(build_job(tree, "test"), storage=str(folder / "runs")).url, trust=True)
-    return found
+        predictors_by_kind[name] = load(train(build_job(tree, "test"), storage=str(folder / "runs")).url, trust=True)
+    return predictors_by_kind
 
 
 NEW = pd.DataFrame({"size": [4.0, 6.0, 5.5], "age": [-1.0, 0.0, 1.0], "rooms": [1, 2, 3]})

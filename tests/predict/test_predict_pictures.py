@@ -62,9 +62,9 @@ def test_one_picture_is_one_prediction_whatever_it_is_handed_over_as(folder: Pat
     assert wanted.shape == (1, 2)
     with Image.open(path) as opened:
         image = opened.copy()
-    for one in ("cat.png", str(path), path, path.as_uri(), path.read_bytes(), image):
-        assert model.predict(one).tolist() == ["dark"]
-        np.testing.assert_array_equal(model.predict_proba(one), wanted)
+    for image_input in ("cat.png", str(path), path, path.as_uri(), path.read_bytes(), image):
+        assert model.predict(image_input).tolist() == ["dark"]
+        np.testing.assert_array_equal(model.predict_proba(image_input), wanted)
     assert model.predict([]).shape == (0,)
 
 
@@ -115,13 +115,13 @@ def test_broken_pictures_are_left_out_where_the_job_skips_them(folder: Path, new
     (new / "broken.png").write_bytes(png(9)[:45])
     with pytest.raises(DataError, match=r"broken\.png: cannot be used as a picture"):
         predicted(folder, ".")
-    told: list[str] = []
-    found = predict(f"{folder}/runs/skip", input=".", output="out.parquet", warn=told.append)
+    warnings_given: list[str] = []
+    found = predict(f"{folder}/runs/skip", input=".", output="out.parquet", warn=warnings_given.append)
     out = pq.read_table("out.parquet")
     assert out["path"].to_pylist() == ["_dog.png", "cat.png", "deep/a.png", "deep/er/b.png"]
     assert out["prediction"].to_pylist() == ["light", "dark", "dark", "light"]
     assert (found.rows, found.skipped) == (4, ("broken.png",))
-    assert told == list(found.warnings) == ["1 pictures are broken and left out: broken.png"]
+    assert warnings_given == list(found.warnings) == ["1 pictures are broken and left out: broken.png"]
     assert found.to_json()["skipped"] == ["broken.png"]
     with pytest.raises(DataError, match="none of 1 pictures can be decoded"):
         predicted(folder, "broken.png", run="skip")

@@ -182,18 +182,18 @@ class World:
             table = self._table(name)
             steps += table["step"]
             assert [loss_at(step) for step in table["step"]] == table["loss"], "a row is not what training computed"
-            own, whole = table["step"], list(range(CELLS.first_step(index), CELLS.last_step(index) + 1))
-            assert own == whole[: len(own)], "a cell holds the wrong steps"
-            if own != whole:
-                assert own[-1:] == [state.ended_at], "an incomplete cell before the end"
+            segment_steps, whole = table["step"], list(range(CELLS.first_step(index), CELLS.last_step(index) + 1))
+            assert segment_steps == whole[: len(segment_steps)], "a cell holds the wrong steps"
+            if segment_steps != whole:
+                assert segment_steps[-1:] == [state.ended_at], "an incomplete cell before the end"
                 assert index == len(names) - 1
-            assert len(own) >= self.shown.get(name, 0), "a cell lost rows"
-            self.shown[name] = len(own)
+            assert len(segment_steps) >= self.shown.get(name, 0), "a cell lost rows"
+            self.shown[name] = len(segment_steps)
             other = name.replace("/steps/", "/evals/")
             assert other in self.store.files, "the steps of a cell show before its evaluations"
             evaluations = self._table(other)
-            first = own[0] if index else 0
-            expected = [step for step in range(first, (own[-1]) + 1) if step % EVERY == 0]
+            first = segment_steps[0] if index else 0
+            expected = [step for step in range(first, (segment_steps[-1]) + 1) if step % EVERY == 0]
             assert evaluations["step"] == expected, "an evaluation is missing, or stands twice"
             assert evaluations["loss"] == [evaluation_at(step) for step in expected]
         assert set(self.shown) <= set(names), "a listed file vanished"

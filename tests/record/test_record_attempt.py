@@ -215,9 +215,9 @@ def test_a_driver_need_not_watch_what_it_has_ended_itself(run: Run, start: Start
 
 def test_of_processes_that_claim_at_once_one_wins(run: Run, start: Start) -> None:
     racers = [start() for _ in range(3)]
-    said = [line(racer) for racer in racers]
-    assert sorted(said)[-1] == "claimed 1", said
-    assert sum(words.startswith("BusyError 3") for words in said) == 2, said
+    lines = [line(racer) for racer in racers]
+    assert sorted(lines)[-1] == "claimed 1", lines
+    assert sum(words.startswith("BusyError 3") for words in lines) == 2, lines
 
 
 def test_a_forked_loader_does_not_keep_the_lock_of_its_dead_parent() -> None:
@@ -271,10 +271,10 @@ def test_the_heart_says_how_far_training_is(run: Run) -> None:
     def beat() -> Beat | None:
         return read_beat(run.storage, 1)[1]
 
-    wait_for(lambda: (found := beat()) is not None and found.step == 7, 60, "a heartbeat")
-    found = beat()
-    assert found is not None
-    assert found.loss == 0.25
+    wait_for(lambda: (heartbeat := beat()) is not None and heartbeat.step == 7, 60, "a heartbeat")
+    heartbeat = beat()
+    assert heartbeat is not None
+    assert heartbeat.loss == 0.25
     attempt.beat(8, float("nan"))
     attempt.close()
 
@@ -400,7 +400,7 @@ def lossy_s3_url(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def test_of_six_that_start_at_once_on_a_store_that_loses_replies_one_wins(lossy_s3_url: str) -> None:
-    said: list[str] = []
+    lines: list[str] = []
     barrier = threading.Barrier(6)
 
     def start(driver: str) -> None:
@@ -410,9 +410,9 @@ def test_of_six_that_start_at_once_on_a_store_that_loses_replies_one_wins(lossy_
             run.exists()
             births.append(run.birth("name: run\n", {"total_steps": 1000, "cell_steps": 100}))
             held.append(claim(run, driver=driver, facts={}))
-            said.append(f"claimed {held[-1].number}")
+            lines.append(f"claimed {held[-1].number}")
         except BaseException as error:
-            said.append(type(error).__name__)
+            lines.append(type(error).__name__)
 
     births: list[bool] = []
     held: list[Attempt] = []
@@ -424,4 +424,4 @@ def test_of_six_that_start_at_once_on_a_store_that_loses_replies_one_wins(lossy_
     for attempt in held:
         attempt.close()
     assert sorted(births) == [False] * 5 + [True]
-    assert sorted(said) == ["BusyError"] * 5 + ["claimed 1"]
+    assert sorted(lines) == ["BusyError"] * 5 + ["claimed 1"]

@@ -130,10 +130,10 @@ def test_a_loss_that_is_not_finite_is_kept_as_it_is() -> None:
     bad = block(1, 3)
     bad["loss"] = np.array([1.0, math.nan, math.inf])
     rows.add([bad], [])
-    found = rows.first_not_finite()
-    assert found is not None
-    assert found["step"] == 2
-    assert math.isnan(found["loss"])
+    nonfinite_row = rows.first_not_finite()
+    assert nonfinite_row is not None
+    assert nonfinite_row["step"] == 2
+    assert math.isnan(nonfinite_row["loss"])
 
 
 @pytest.mark.parametrize("bad", [{"speed": 1.0}, {"run": 1}, {"attempt": 3}])

@@ -39,13 +39,13 @@ def folder(run: Run) -> Path:
 
 
 def test_what_was_written_is_read(run: Run) -> None:
-    found = Checkpoint(run, NAME)
-    found.verify()
-    assert (found.step, found.epoch, found.end, found.first_cell) == (10, 1, False, 3)
-    assert found.position == {"x": [1, 2.5]}
-    assert found.metrics == {"val/loss": 0.1}
-    assert found.best is None
-    assert found.read("a.bin") == b"content"
+    checkpoint = Checkpoint(run, NAME)
+    checkpoint.verify()
+    assert (checkpoint.step, checkpoint.epoch, checkpoint.end, checkpoint.first_cell) == (10, 1, False, 3)
+    assert checkpoint.position == {"x": [1, 2.5]}
+    assert checkpoint.metrics == {"val/loss": 0.1}
+    assert checkpoint.best is None
+    assert checkpoint.read("a.bin") == b"content"
 
 
 @pytest.mark.parametrize(
@@ -89,9 +89,9 @@ def test_deleting_one_leaves_nothing(run: Run) -> None:
 
 def test_a_pair_counts_only_with_its_best(run: Run) -> None:
     write_checkpoint(run.storage, "step-000000020-a0001", {"a": b"1"}, FACTS)
-    found, damaged = first_valid(run, (("step-000000020-a0001", "step-000000015-a0001"), (NAME, NAME)))
-    assert found is not None
-    assert found.name == NAME
+    checkpoint, damaged = first_valid(run, (("step-000000020-a0001", "step-000000015-a0001"), (NAME, NAME)))
+    assert checkpoint is not None
+    assert checkpoint.name == NAME
     assert damaged == ["step-000000015-a0001"]
 
 

@@ -167,12 +167,12 @@ def test_processes_that_race_leave_one_journal_without_gaps(tmp_path: Path) -> N
     count = 300
     racers = [
         subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path), own, str(count)],
+            [sys.executable, "-c", WRITER, str(tmp_path), writer_name, str(count)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        for own in ("a", "b")
+        for writer_name in ("a", "b")
     ]
     for racer in racers:
         assert racer.stdout is not None
@@ -185,8 +185,8 @@ def test_processes_that_race_leave_one_journal_without_gaps(tmp_path: Path) -> N
     entries = read_entries(Journal(Storage.open(str(tmp_path))))
     assert [entry.number for entry in entries] == list(range(1, len(entries) + 1))
     assert sorted(won[0] + won[1]) == [entry.number for entry in entries]
-    for own, numbers in zip("ab", won, strict=True):
-        assert {entry.number for entry in entries if entry.nonce == own} == set(numbers)
+    for writer_name, numbers in zip("ab", won, strict=True):
+        assert {entry.number for entry in entries if entry.nonce == writer_name} == set(numbers)
 
 
 def test_on_s3_too(s3_url: str) -> None:
@@ -268,8 +268,8 @@ def test_every_entry_can_be_read_back(others: list[Entry], entry: Entry) -> None
     assert parse_entry(from_json(entry.to_json()), entry.number) == entry
     first = Claim(number=1, nonce="a", time=entry.time, attempt=1, facts={"host": "h"})
     before = decisions.fold([first, *(replace(other, number=number) for number, other in enumerate(others, 2))])
-    own = replace(entry, number=before.number + 1, before=before)
-    assert parse_entry(from_json(own.to_json()), own.number) == own
+    with_own_state = replace(entry, number=before.number + 1, before=before)
+    assert parse_entry(from_json(with_own_state.to_json()), with_own_state.number) == with_own_state
 
 
 STATES: dict[str, Callable[[dict[str, Any]], Any]] = {

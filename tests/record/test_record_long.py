@@ -77,16 +77,16 @@ def run(request: pytest.FixtureRequest, url: str) -> Iterator[Run]:
 
 
 def test_it_is_shown(run: Run, requests: list[str]) -> None:
-    found = standing(run)
-    assert (found.status, found.step, found.attempts, found.where["host"]) == ("interrupted", 20, 1, "node-7")
+    status = standing(run)
+    assert (status.status, status.step, status.attempts, status.where["host"]) == ("interrupted", 20, 1, "node-7")
     assert len(requests) <= A_FEW_TENS
     assert damage(run) == []
     assert len(requests) <= A_FEW_TENS
 
 
 def test_it_is_listed(run: Run, url: str, requests: list[str]) -> None:
-    _, (found,), unreadable = runs(url)
-    assert (found.standing.step, unreadable) == (20, {})
+    _, (listed,), unreadable = runs(url)
+    assert (listed.standing.step, unreadable) == (20, {})
     assert len(requests) <= A_FEW_TENS
 
 

@@ -206,8 +206,8 @@ def test_a_loss_that_is_not_finite_is_never_committed(run: Run, loss: float) -> 
     assert last.row is not None
     assert (last.row["step"], last.row["loss"]) == (15, str(loss))
     assert last.error == {"type": "NotFiniteError", "message": caught.value.what}
-    found = standing(run)
-    assert (found.status, found.step) == ("failed", 10)
+    status = standing(run)
+    assert (status.status, status.step) == ("failed", 10)
 
 
 def test_the_bad_row_stands_in_the_leave_though_the_loop_found_it(run: Run) -> None:

@@ -56,9 +56,9 @@ def test_names_that_are_no_runs(tmp_path: Path, name: str) -> None:
 
 
 def listed(url: str) -> list[str]:
-    _, found, unreadable = runs(url)
+    _, listed_runs, unreadable = runs(url)
     assert not unreadable
-    return [one.standing.run for one in found]
+    return [one.standing.run for one in listed_runs]
 
 
 def test_runs_are_listed_by_their_birth(tmp_path: Path) -> None:

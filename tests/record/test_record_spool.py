@@ -120,15 +120,15 @@ def test_what_was_trained_is_saved_and_named_and_the_next_attempt_commits_it(tmp
     road = Road()
     run = run_on(road, tmp_path)
     message = lost_at(run, road)
-    (place,) = folder.glob("*/run")
-    assert f"step 170 is saved in {place}" in message
-    assert place.stat().st_mode & 0o077 == 0, "only the user may read it"
+    (local_folder,) = folder.glob("*/run")
+    assert f"step 170 is saved in {local_folder}" in message
+    assert local_folder.stat().st_mode & 0o077 == 0, "only the user may read it"
     assert committed(run) == [(1, 120)], "none of it is acknowledged"
 
-    here = Run(Storage.open(str(place.parent)), place.name)
-    assert torch.equal(find_checkpoint(here, "last").weights()["0.weight"], torch.full((3, 4), 170.0))
-    assert torch.equal(find_checkpoint(here, "best").weights()["0.weight"], torch.full((3, 4), 140.0))
-    assert here.job_yaml() == run.job_yaml()
+    local_run = Run(Storage.open(str(local_folder.parent)), local_folder.name)
+    assert torch.equal(find_checkpoint(local_run, "last").weights()["0.weight"], torch.full((3, 4), 170.0))
+    assert torch.equal(find_checkpoint(local_run, "best").weights()["0.weight"], torch.full((3, 4), 140.0))
+    assert local_run.job_yaml() == run.job_yaml()
 
     attempt, recorder = begin(run, dead=1)
     assert attempt.base is not None
@@ -137,7 +137,7 @@ def test_what_was_trained_is_saved_and_named_and_the_next_attempt_commits_it(tmp
     assert attempt.spooled.position == {"step": 170}
     assert "going on from step 170" in attempt.remark
     assert committed(run) == [(1, 120), (2, 170)]
-    assert not place.exists()
+    assert not local_folder.exists()
     best = find_checkpoint(run, "best")
     assert best.step == 140
     assert torch.equal(best.weights()["0.weight"], torch.full((3, 4), 140.0))
@@ -228,15 +228,15 @@ def test_what_is_committed_already_is_forgotten(tmp_path: Path, folder: Path) ->
     road = Road()
     run = run_on(road, tmp_path)
     lost_at(run, road)
-    (place,) = folder.glob("*/run")
-    shutil.copytree(place, tmp_path / "copy")
+    (local_folder,) = folder.glob("*/run")
+    shutil.copytree(local_folder, tmp_path / "copy")
     attempt, recorder = begin(run, dead=1)
     stop(attempt, recorder)
-    shutil.copytree(tmp_path / "copy", place)
+    shutil.copytree(tmp_path / "copy", local_folder)
     attempt, recorder = begin(run, dead=2)
     assert (attempt.spooled, attempt.remark) == (None, "")
     stop(attempt, recorder)
-    assert not place.exists()
+    assert not local_folder.exists()
 
 
 def test_storage_lost_again_while_it_is_taken_up(tmp_path: Path, folder: Path) -> None:

@@ -25,8 +25,8 @@ def run(tmp_path: Path) -> Run:
 
 def test_born_and_never_claimed(run: Run) -> None:
     assert standing(run).status == "running", "somebody is about to claim it"
-    found = standing(run, time.time() + STARTING_S + 5)
-    assert (found.status, found.step, found.attempts, found.started) == ("interrupted", 0, 0, None)
+    status = standing(run, time.time() + STARTING_S + 5)
+    assert (status.status, status.step, status.attempts, status.started) == ("interrupted", 0, 0, None)
 
 
 def test_a_heart_that_beats_is_running_and_one_that_does_not_is_stalled(run: Run) -> None:
@@ -53,9 +53,9 @@ def test_a_leave_says_why(run: Run, status: str) -> None:
     recorder.leave(status, error, 0)  # type: ignore[arg-type]
     recorder.close()
     attempt.close()
-    found = standing(run)
-    assert found.status == status
-    assert found.error == ({"type": "WorkerLostError", "message": "worker 1 died"} if error else None)
+    status_found = standing(run)
+    assert status_found.status == status
+    assert status_found.error == ({"type": "WorkerLostError", "message": "worker 1 died"} if error else None)
     claim(run, driver="d", facts={}).close()
     assert standing(run).status == "running"
     assert standing(run).error is None

@@ -19,27 +19,27 @@ def family(pid: int) -> list[int]:
             parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-    found = [pid]
-    for one in found:
-        found += [child for child, parent in parents.items() if parent == one]
-    return found
+    pids = [pid]
+    for parent_pid in pids:
+        pids += [child for child, parent in parents.items() if parent == parent_pid]
+    return pids
 
 
 def listening(pid: int) -> set[str]:
     """Addresses of the TCP sockets that a process listens on."""
-    own = set()
+    socket_inodes = set()
     for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
         try:
-            own.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
+            socket_inodes.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
         except OSError:
             continue
-    found = set()
+    addresses = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             words = line.split()
-            if words[3] == LISTEN and words[9] in own:
-                found.add(_address(words[1].partition(":")[0]))
-    return found
+            if words[3] == LISTEN and words[9] in socket_inodes:
+                addresses.add(_address(words[1].partition(":")[0]))
+    return addresses
 
 
 def _address(text: str) -> str:
@@ -52,10 +52,10 @@ def _address(text: str) -> str:
 
 def command_lines(pid: int) -> list[str]:
     """Those of a process and all that came from it."""
-    found = []
-    for one in family(pid):
+    lines = []
+    for process in family(pid):
         try:
-            found.append(Path(f"/proc/{one}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+            lines.append(Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
         except OSError:
             continue
-    return found
+    return lines

@@ -62,8 +62,8 @@ def put_job(run: Path, text: str, facts: dict[str, Any] | None = None) -> None:
 
 def newest_commit(run: Path) -> tuple[Path, dict[str, Any]]:
     """The file of the newest commit, and what it says."""
-    found = [(path, json.loads(path.read_text())) for path in sorted((run / "journal").glob("*.json"))]
-    return [(path, tree) for path, tree in found if tree["kind"] == "commit"][-1]
+    commits = [(path, json.loads(path.read_text())) for path in sorted((run / "journal").glob("*.json"))]
+    return [(path, tree) for path, tree in commits if tree["kind"] == "commit"][-1]
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -78,7 +78,7 @@ def put_file(run: Path, name: str, content: bytes) -> None:
         if not (folder / name).exists():
             continue
         (folder / name).write_bytes(content)
-        own = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        file_entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         reseal(folder / "manifest.json", lambda tree, own=own: tree["files"].update({name: own}))  # type: ignore[misc]
 
 

@@ -30,13 +30,13 @@ def files_of(run: Path) -> list[str]:
 
 def damaged(data: bytes, how: str, where: float, bit: int) -> bytes | None:
     """The content after it; None: the file is gone."""
-    place = min(int(where * len(data)), max(0, len(data) - 1))
+    offset = min(int(where * len(data)), max(0, len(data) - 1))
     if how == "delete":
         return None
     if how == "truncate":
-        return data[:place]
+        return data[:offset]
     if how == "flip" and data:
-        return data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :]
+        return data[:offset] + bytes([data[offset] ^ 1 << bit]) + data[offset + 1 :]
     if how == "zeros":
         return bytes(len(data))
     return b"\xff\x00garbage" * 3
@@ -62,7 +62,7 @@ def check_spoiled(made: Made, folder: Path, which: str, choice: float, how: tupl
         (run / name).unlink()
     else:
         (run / name).write_bytes(content)
-    told = f"{which}, {name}, {how}"
+    description = f"{which}, {name}, {how}"
     try:
         try:
             train(made.job, storage=str(storage))
@@ -71,10 +71,10 @@ def check_spoiled(made: Made, folder: Path, which: str, choice: float, how: tupl
         else:
             refused = None
         if refused is not None:
-            assert refused.where, told
-            assert "Traceback" not in str(refused), told
+            assert refused.where, description
+            assert "Traceback" not in str(refused), description
             return "refused"
-        found = show(source.name, str(storage), verify=True).damaged
+        damaged_files = show(source.name, str(storage), verify=True).damaged
         expected = evidence(made.finished)
         try:
             ended: dict[str, Any] = evidence(run)
@@ -85,9 +85,9 @@ def check_spoiled(made: Made, folder: Path, which: str, choice: float, how: tupl
                 Checkpoint(open_run(str(run), ""), name.split("/")[1]).verify()
             return "found out"
         if ended != expected:
-            assert any(name in line for line in found), f"{told}: silent"
+            assert any(name in line for line in damaged_files), f"{description}: silent"
             differ = {key for key in expected if ended and expected[key] != ended[key]}
-            assert differ <= {"steps", "evals"}, f"{told}: {differ}"
+            assert differ <= {"steps", "evals"}, f"{description}: {differ}"
             return "named"
         return "as if untouched"
     finally:

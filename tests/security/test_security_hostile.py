@@ -82,7 +82,7 @@ def commands(run: Path, made: Made) -> dict[str, list[str]]:
 
 def check(trainyard: Trainyard, made: Made, run: Path, *names: str) -> dict[str, str]:
     """Every command (or those named) ends as a command does; the messages of those that refuse."""
-    said = {}
+    error_messages = {}
     for name, words in commands(run, made).items():
         if names and name not in names:
             continue
@@ -92,8 +92,8 @@ def check(trainyard: Trainyard, made: Made, run: Path, *names: str) -> dict[str,
         assert "Traceback" not in ended.err, f"{name}: {ended.err}"
         assert ended.err.count("error:") == (ended.code == 2), f"{name}: {ended.err}"
         if ended.code == 2:
-            said[name] = ended.err
-    return said
+            error_messages[name] = ended.err
+    return error_messages
 
 
 # --------------------------------------------------------------------------------------------------- safetensors

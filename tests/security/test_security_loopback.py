@@ -45,9 +45,9 @@ def told() -> Any:
 
 
 def test_servers_of_a_local_cluster_listen_on_loopback(told: Any) -> None:
-    found = {pid: addresses for pid, addresses in told["listening"].items() if addresses}
-    assert len(found) > 3, "these are not the processes of a cluster"
-    assert {address for addresses in found.values() for address in addresses} == {"127.0.0.1"}
+    by_pid = {pid: addresses for pid, addresses in told["listening"].items() if addresses}
+    assert len(by_pid) > 3, "these are not the processes of a cluster"
+    assert {address for addresses in by_pid.values() for address in addresses} == {"127.0.0.1"}
 
 
 def test_a_terminal_that_is_closed_ends_none_of_its_processes(told: Any) -> None:

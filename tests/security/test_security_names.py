@@ -92,15 +92,15 @@ def test_locks_in_a_claim(tmp_path: Path, path: str) -> None:
     """A claim names the lock file of its process; another file of that machine is neither opened nor deleted."""
     from pipeline.record.lock import boot
 
-    own = tmp_path / "own"
-    own.write_text("mine")
-    for lock in (path, str(own), f"{tmp_path}/{path}", f"{tmp_path}/trainyard-ab.lock/../own"):
+    own_lock = tmp_path / "own"
+    own_lock.write_text("mine")
+    for lock in (path, str(own_lock), f"{tmp_path}/{path}", f"{tmp_path}/trainyard-ab.lock/../own"):
         claim = Claim(
             number=1, nonce="a", time="2026-11-21T08:00:00+00:00", attempt=1, boot=boot(), lock=lock, facts={}
         )
         assert is_held(claim) is None
         forget(claim)
-    assert own.read_text() == "mine"
+    assert own_lock.read_text() == "mine"
 
 
 def test_a_lock_that_is_a_pipe_does_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,8 +162,8 @@ def test_data_behind_a_secret_url(
     monkeypatch.setenv("DATA_PLACE", table_url.replace("t.parquet", "none.parquet"))
     missing = trainyard("evaluate", trained.json["run"], "--verbose")
     assert missing.code == 2
-    for one in (trained, evaluated, missing):
-        assert not found_in(one.out + one.err)
+    for completed in (trained, evaluated, missing):
+        assert not found_in(completed.out + completed.err)
     check_files(tmp_path)
 
 
@@ -242,8 +242,8 @@ def test_a_storage_url_with_a_password_works_and_is_never_shown(
     monkeypatch.setenv("TRAINYARD_STORAGE", "env:RUNS")
     shown = trainyard("show", trained.json["run"])
     assert shown.code == 0, shown.err
-    for one in (trained, shown):
-        assert not found_in(one.out + one.err)
+    for completed in (trained, shown):
+        assert not found_in(completed.out + completed.err)
     store = fsspec.filesystem("memory").store
     files = {name: file.getvalue() for name, file in store.items() if "me:" in name}
     assert len(files) > 10
@@ -360,9 +360,9 @@ def fields(kind: type[BaseModel]) -> set[str]:
     """Names of all fields of the job file."""
     names, waiting, seen = set[str](), [kind], set[type[BaseModel]]()
     while waiting:
-        one = waiting.pop()
-        seen.add(one)
-        for name, field in one.model_fields.items():
+        model_type = waiting.pop()
+        seen.add(model_type)
+        for name, field in model_type.model_fields.items():
             names.add(field.alias or name)
             waiting += [inner for inner in _models_in(field.annotation) if inner not in seen]
     return names
@@ -420,9 +420,9 @@ def test_ray_workers_logs_and_command_lines(tmp_path: Path, where: str) -> None:
             while process.poll() is None:
                 seen |= set(command_lines(process.pid))
                 time.sleep(0.2)
-        said = (tmp_path / "out.txt").read_text()
-        assert (process.returncode == 0) == (where == ""), said
-        assert "***" in said or not where
+        output = (tmp_path / "out.txt").read_text()
+        assert (process.returncode == 0) == (where == ""), output
+        assert "***" in output or not where
         assert len(seen) > 5
         assert not [line for line in seen if found_in(line)]
         check_files(tmp_path, "planted_code.py")

@@ -33,19 +33,19 @@ class SilentProxy:
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         self._closed = True
-        for one in self._open:
-            one.close()
+        for connection in self._open:
+            connection.close()
 
     def _accept(self) -> None:
         while not self._closed:
             try:
-                here, _ = self._listener.accept()
+                client_socket, _ = self._listener.accept()
                 there = socket.create_connection(self._behind)
             except OSError:
                 return
-            self._open += [here, there]
-            threading.Thread(target=self._pass_on, args=(here, there, False), daemon=True).start()
-            threading.Thread(target=self._pass_on, args=(there, here, True), daemon=True).start()
+            self._open += [client_socket, there]
+            threading.Thread(target=self._pass_on, args=(client_socket, there, False), daemon=True).start()
+            threading.Thread(target=self._pass_on, args=(there, client_socket, True), daemon=True).start()
 
     def _pass_on(self, source: socket.socket, target: socket.socket, is_answer: bool) -> None:
         try:

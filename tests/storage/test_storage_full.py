@@ -26,17 +26,17 @@ DISK_BYTES = 1_000_000
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of a megabyte in memory."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "none", str(place)]
+    mount_point = tmp_path / "disk"
+    mount_point.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "none", str(mount_point)]
     try:
         refusal = subprocess.run(words, capture_output=True, text=True).stderr.strip()
     except OSError as error:
         refusal = str(error)
-    if not os.path.ismount(place):
+    if not os.path.ismount(mount_point):
         pytest.skip(f"this machine mounts no tmpfs for a test: {refusal}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    yield mount_point
+    subprocess.run(["umount", str(mount_point)], check=True)
 
 
 def files(folder: Path) -> set[str]:

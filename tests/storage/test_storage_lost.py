@@ -65,17 +65,17 @@ def test_what_was_trained_while_storage_was_away_is_not_lost(folder: Path, monke
         train("job.yaml", storage=url)
     named = re.search(r"step (\d+) is saved in (\S+) on ", caught.value.what)
     assert named is not None
-    saved, place = int(named[1]), Path(named[2])
+    saved, local_folder = int(named[1]), Path(named[2])
     committed = max(entry["step"] for entry in entries(only_run(folder / "runs")) if entry["kind"] == "commit")
     assert committed < saved, "none of it is acknowledged"
-    assert load(str(place), trust=True).step <= saved
-    assert load(f"{place}@last", trust=True).step == saved
+    assert load(str(local_folder), trust=True).step <= saved
+    assert load(f"{local_folder}@last", trust=True).step == saved
 
     events: list[Event] = []
     assert train("job.yaml", storage=url, on_event=events.append).status == "finished"
     assert [event.step for event in events if isinstance(event, TrainingStarted)] == [saved]
     assert any(f"going on from step {saved}" in str(event) for event in events)
-    assert not place.exists()
+    assert not local_folder.exists()
     run = only_run(folder / "runs")
     check_at_rest(run)
     assert train("job.yaml", storage=str(folder / "untouched")).status == "finished"

@@ -41,8 +41,8 @@ def content(size: int) -> bytes:
 
 def open_uploads(s3_url: str) -> list[Any]:
     bucket = s3_url.removeprefix("s3://").partition("/")[0]
-    found = s3fs.S3FileSystem().call_s3("list_multipart_uploads", Bucket=bucket)
-    return [one for one in found.get("Uploads", []) if one["Key"] in f"{s3_url}/large"]
+    response = s3fs.S3FileSystem().call_s3("list_multipart_uploads", Bucket=bucket)
+    return [one for one in response.get("Uploads", []) if one["Key"] in f"{s3_url}/large"]
 
 
 def test_only_what_is_large_goes_in_parts(s3_url: str, calls: list[tuple[str, int]]) -> None:

@@ -94,14 +94,14 @@ def test_threads_race_for_names_in_memory() -> None:
     def run(own: int) -> None:
         won[own] = [number for number in range(rounds) if storage.create(f"journal/{number}", str(own).encode())]
 
-    threads = [threading.Thread(target=run, args=(own,)) for own in range(racers)]
+    threads = [threading.Thread(target=run, args=(thread_index,)) for thread_index in range(racers)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert sorted(number for numbers in won for number in numbers) == list(range(rounds))
-    for own, numbers in enumerate(won):
-        assert all(storage.read(f"journal/{number}") == str(own).encode() for number in numbers)
+    for thread_index, numbers in enumerate(won):
+        assert all(storage.read(f"journal/{number}") == str(thread_index).encode() for number in numbers)
     storage.delete_folder("journal")
 
 

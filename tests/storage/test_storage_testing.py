@@ -55,8 +55,8 @@ def test_it_is_found_by_url_in_a_process_of_its_own(tmp_path: Path) -> None:
     )
     with faults("error@7"):
         words = [sys.executable, "-c", code, f"faulty://file{tmp_path}/a"]
-        found = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert found.stdout == "{7: 'error'}\n"
+        completed = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert completed.stdout == "{7: 'error'}\n"
     assert (tmp_path / "a").read_bytes() == b"1"
 
 
@@ -185,12 +185,12 @@ def test_a_url_that_names_no_store(url: str) -> None:
 def test_storage_stands_every_fault(store: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Every operation, with one request in six going wrong."""
     if store == "s3":
-        place = request.getfixturevalue("s3_url").replace("s3://", "faulty://s3/")
+        storage_url = request.getfixturevalue("s3_url").replace("s3://", "faulty://s3/")
     else:
-        place = f"faulty://{store}{tmp_path if store == 'file' else f'/{uuid.uuid4().hex}'}"
+        storage_url = f"faulty://{store}{tmp_path if store == 'file' else f'/{uuid.uuid4().hex}'}"
     settings = "seed=3 error=0.06 lost=0.06 slow_down=0.005 truncated=0.04 expired=0.01"
     with faults(settings) as dice:
-        storage = Storage.open(place)
+        storage = Storage.open(storage_url)
         storage.list()  # from now on credentials were good once
         assert storage.has_conditional_writes()
         for number in range(8):

@@ -75,8 +75,8 @@ class Node:
 
     def start(self, cpus: float, token: str, head: str) -> None:
         """Run `ray start`: a head at its own address `head`, or a node that joins one there."""
-        own, _, port = head.partition(":")
-        is_head = own == self.place.address
+        own_address, _, port = head.partition(":")
+        is_head = own_address == self.place.address
         role = ["--head", f"--port={port}", "--include-dashboard=false"] if is_head else [f"--address={head}"]
         words = [
             *(*self.place.prefix, RAY, "start", *role),
@@ -93,12 +93,12 @@ class Node:
 
     def signal(self, number: int, word: str = "") -> set[int]:
         """Send a signal to these processes."""
-        found = self.processes(word)
-        for pid in found:
+        pids = self.processes(word)
+        for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
         self.lost = True
-        return found
+        return pids
 
     def kill_raylet(self) -> None:
         """SIGKILL; its workers end themselves when they notice."""
@@ -151,18 +151,18 @@ class RayCluster:
 
     def restore(self) -> None:
         """Make good what tests have done: a new cluster where the head is lost, else new nodes for lost ones."""
-        here = self.nodes.get(self._head.address)
-        if here is None or here.lost:
+        existing = self.nodes.get(self._head.address)
+        if existing is None or existing.lost:
             self._remove()
             self.start(self._head)
-        for place in self._places:
-            if self._is_lost(place):
-                self.start(place)
+        for placement in self._places:
+            if self._is_lost(placement):
+                self.start(placement)
 
     def only(self, count: int) -> None:
         """Take nodes away until so many are left beside the head."""
-        for place in self._places[count:]:
-            self.nodes[place.address].kill()
+        for placement in self._places[count:]:
+            self.nodes[placement.address].kill()
 
     def node_of(self, pid: int) -> Node:
         """The node that a process runs on."""
@@ -205,15 +205,15 @@ def loopback_places(count: int) -> list[Place]:
 def _processes(node: Node) -> Mapping[int, str]:
     """Command lines of a node's processes: its mark is in their environment, or their output goes to its folder (Ray
     gives workers an environment of the driver's)."""
-    needle, found = f"{MARK}={node.mark}\0".encode(), {}
+    needle, command_lines = f"{MARK}={node.mark}\0".encode(), {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            own = os.readlink(path / "fd/1").startswith(f"{node.folder}/") or (
+            is_own = os.readlink(path / "fd/1").startswith(f"{node.folder}/") or (
                 needle in (path / "environ").read_bytes() + b"\0"
             )
-            words = (path / "cmdline").read_text().replace("\0", " ") if own else ""
+            words = (path / "cmdline").read_text().replace("\0", " ") if is_own else ""
         except OSError:
             continue
         if words:  # what has ended but is not waited for has none
-            found[int(path.name)] = words
-    return found
+            command_lines[int(path.name)] = words
+    return command_lines

@@ -111,9 +111,9 @@ class Driver:
         wait_for(
             lambda: self.seconds_to(pattern, since) is not None or self.is_over, limit_s, f"{pattern}\n{self.said}"
         )
-        found = self.seconds_to(pattern, since)
-        assert found is not None, f"ended without {pattern!r}:\n{self.said}"
-        return found
+        elapsed_s = self.seconds_to(pattern, since)
+        assert elapsed_s is not None, f"ended without {pattern!r}:\n{self.said}"
+        return elapsed_s
 
     def end(self, limit_s: float = 180) -> int:
         """Its exit code."""
@@ -149,8 +149,8 @@ def commits(storage: Path, attempt: int | None = None) -> list[dict[str, Any]]:
     """Entries of checkpoints in the one run there, of one attempt or all; none before the run is born."""
     if not list(storage.glob("*/job.yaml")):
         return []
-    found = entries(only_run(storage))
-    return [one for one in found if one["kind"] == "commit" and attempt in (None, one["attempt"])]
+    journal_entries = entries(only_run(storage))
+    return [one for one in journal_entries if one["kind"] == "commit" and attempt in (None, one["attempt"])]
 
 
 def claims(storage: Path) -> list[dict[str, Any]]:

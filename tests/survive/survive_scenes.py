@@ -71,9 +71,9 @@ class Scene:
         if to_the_bit:
             assert evidence(run) == evidence(self.expected)
             return
-        found, expected = read_log(run, "steps"), read_log(self.expected, "steps")
-        assert found["step"].to_pylist() == expected["step"].to_pylist()
-        pairs = zip(found["loss"].to_pylist(), expected["loss"].to_pylist(), strict=True)
+        actual, expected = read_log(run, "steps"), read_log(self.expected, "steps")
+        assert actual["step"].to_pylist() == expected["step"].to_pylist()
+        pairs = zip(actual["loss"].to_pylist(), expected["loss"].to_pylist(), strict=True)
         assert max(abs(one - other) for one, other in pairs) < 1e-9
 
 

@@ -26,8 +26,8 @@ def drain(cluster: RayCluster, node: Node) -> None:
             *("--deadline-remaining-seconds", str(DRAINED_IN_S)),
         ]
     )
-    said = subprocess.run(command, env=cluster.environment(), capture_output=True, text=True, timeout=60)
-    assert said.returncode == 0, said.stdout + said.stderr
+    completed = subprocess.run(command, env=cluster.environment(), capture_output=True, text=True, timeout=60)
+    assert completed.returncode == 0, completed.stdout + completed.stderr
 
 
 def node_id(cluster: RayCluster, node: Node) -> str:
@@ -37,9 +37,9 @@ def node_id(cluster: RayCluster, node: Node) -> str:
         f"print([one['NodeID'] for one in ray.nodes() if one['NodeManagerAddress'] == {node.place.address!r}][0])"
     )
     words = cluster.command([RAY.removesuffix("ray") + "python", "-c", code])
-    said = subprocess.run(words, env=cluster.environment(), capture_output=True, text=True, timeout=120)
-    assert said.returncode == 0, said.stderr
-    return said.stdout.split()[-1]
+    completed = subprocess.run(words, env=cluster.environment(), capture_output=True, text=True, timeout=120)
+    assert completed.returncode == 0, completed.stderr
+    return completed.stdout.split()[-1]
 
 
 @pytest.mark.slow
@@ -51,10 +51,10 @@ def test_a_drained_node_is_left_with_a_checkpoint_inside_the_notice(tmp_path: Pa
         assert not driver.is_over, driver.said
         leaving = next(iter(cluster.workers().values()))
         drain(cluster, leaving)
-        told = time.monotonic()
-        noticed = driver.wait_for(r"will be gone within \d+ s: saving", told - 30, 60)
-        saved = driver.wait_for(r"stopped at step \d+ of 624, and saved; starting again", told - 30, 60)
-        again = driver.wait_for(r"resuming after step", told - 30, 240)
+        notice_time = time.monotonic()
+        noticed = driver.wait_for(r"will be gone within \d+ s: saving", notice_time - 30, 60)
+        saved = driver.wait_for(r"stopped at step \d+ of 624, and saved; starting again", notice_time - 30, 60)
+        again = driver.wait_for(r"resuming after step", notice_time - 30, 240)
         assert saved - 30 < DRAINED_IN_S
         assert leaving not in cluster.workers().values(), "the new workers are elsewhere"
         leaving.kill()

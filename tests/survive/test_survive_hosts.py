@@ -90,9 +90,9 @@ def test_storage_out_of_reach_for_a_minute_costs_only_time(
     with driving(longer.folder, url, on_hosts) as driver:
         driver.wait_for("step 50 ", 0.0, PATIENCE_S)
         address = claims(copied())[0]["facts"]["host"]
-        own = int(address.removeprefix("host"))
+        host_number = int(address.removeprefix("host"))
         workers = {network.host_of(node.place.address) for node in on_hosts.workers().values()}
-        host = {"rank 0's host": own, "another's host": min(workers - {own}), "the storage": s3.host}[cut_off]
+        host = {"rank 0's host": host_number, "another's host": min(workers - {host_number}), "the storage": s3.host}[cut_off]
         network.cut(host, "storage")
         time.sleep(MINUTE_S)
         assert not driver.is_over, driver.said

@@ -137,12 +137,12 @@ def test_of_two_drivers_at_once_one_runs_and_the_other_is_told(nodes: RayCluster
     short.anew()
     half = ("--set", "scale.cpus_per_worker=0.5")  # room for both
     with (
-        driving(short.folder, short.storage, nodes, *half) as one,
+        driving(short.folder, short.storage, nodes, *half) as first_driver,
         driving(short.folder, short.storage, nodes, *half) as other,
     ):
-        wait_for(lambda: one.is_over or other.is_over, PATIENCE_S, "the loser's end")
-        codes = {driver: ended(short, driver) for driver in (one, other)}
-    assert sorted(codes.values()) == [0, 3], one.said + other.said
+        wait_for(lambda: first_driver.is_over or other.is_over, PATIENCE_S, "the loser's end")
+        codes = {driver: ended(short, driver) for driver in (first_driver, other)}
+    assert sorted(codes.values()) == [0, 3], first_driver.said + other.said
     (loser,) = [driver for driver, code in codes.items() if code == 3]
     assert "this run" in loser.said
     assert "Traceback" not in loser.said

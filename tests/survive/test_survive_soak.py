@@ -65,8 +65,8 @@ def test_a_run_that_is_killed_at_random_again_and_again_finishes_exactly(tmp_pat
 
 def trains_again(made: Scene, seen: int, driver: Driver) -> bool:
     """Whether an attempt after the first `seen` has made a checkpoint, or nothing will."""
-    found = claims(made.storage)
-    return driver.is_over or (len(found) > seen and bool(commits(made.storage, attempt=found[-1]["attempt"])))
+    attempts = claims(made.storage)
+    return driver.is_over or (len(attempts) > seen and bool(commits(made.storage, attempt=attempts[-1]["attempt"])))
 
 
 def kill(victim: str, cluster: RayCluster, driver: int, draw: random.Random) -> None:

@@ -30,8 +30,8 @@ class Among(SingleProcessContext):
     def broadcast(self, value: T | None) -> T:
         box: list[Any] = [value]
         dist.broadcast_object_list(box, src=0)
-        found: T = box[0]
-        return found
+        received: T = box[0]
+        return received
 
 
 def run_rank(order: Order, rank: int, world_size: int, port: int) -> None:

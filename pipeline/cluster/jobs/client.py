@@ -88,8 +88,8 @@ class Cluster:
 
     def infos(self) -> list[Any]:
         """Ray's `JobDetails` of every submitted job, oldest first."""
-        found = [info for info in self._ask(self._client.list_jobs) or [] if info.submission_id]
-        return sorted(found, key=lambda info: info.start_time or 0)
+        jobs = [info for info in self._ask(self._client.list_jobs) or [] if info.submission_id]
+        return sorted(jobs, key=lambda info: info.start_time or 0)
 
     def info(self, job_id: str) -> Any | None:
         """Ray's `JobDetails` of a job, or None where there is no such job."""
@@ -101,8 +101,8 @@ class Cluster:
 
     def tail(self, job_id: str) -> AsyncIterator[str]:
         """What a job has written, from its beginning, and what it writes until it ends; raises whatever breaks it."""
-        found: AsyncIterator[str] = self._client.tail_job_logs(job_id)
-        return found
+        chunks: AsyncIterator[str] = self._client.tail_job_logs(job_id)
+        return chunks
 
     def stop(self, job_id: str) -> bool:
         """Ask a job to stop; False where it has ended."""

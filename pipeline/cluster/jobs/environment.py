@@ -29,9 +29,9 @@ def environment_of(names: Iterable[str], files: Iterable[str]) -> dict[str, str]
     ------
     InputError: no such variable or file, or a line of another form. No value is ever quoted.
     """
-    found: dict[str, str] = {}
+    env_vars: dict[str, str] = {}
     for file in files:
-        found |= _file(file)
+        env_vars |= _file(file)
     for name in names:
         if "=" in name:
             raise InputError(
@@ -41,8 +41,8 @@ def environment_of(names: Iterable[str], files: Iterable[str]) -> dict[str, str]
             )
         if name not in os.environ:
             raise InputError(f"the environment has no {name}", where=f"--env {name}", fix=f"export {name}=... first")
-        found[name] = os.environ[name]
-    return found
+        env_vars[name] = os.environ[name]
+    return env_vars
 
 
 def _file(file: str) -> dict[str, str]:
@@ -51,7 +51,7 @@ def _file(file: str) -> dict[str, str]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
         raise InputError(f"cannot be read: {reason}", where=f"--env-file {file}", fix="name a file") from None
-    found = {}
+    env_vars = {}
     for binding in parse_stream(StringIO(text)):
         if binding.key is None and not binding.error:  # a comment, or blank lines at the end
             continue
@@ -60,5 +60,5 @@ def _file(file: str) -> dict[str, str]:
             blank = statement[: len(statement) - len(statement.lstrip())]
             number = binding.original.line + blank.count("\n")
             raise InputError("a line that is no KEY=VALUE", where=f"--env-file {file}, line {number}", fix="repair it")
-        found[binding.key or ""] = binding.value
-    return found
+        env_vars[binding.key or ""] = binding.value
+    return env_vars

@@ -135,8 +135,8 @@ def look(cluster: Cluster, job_id: str) -> Progress:
             where=cluster.url,
             fix="a cluster that was started anew has forgotten its jobs: the same submit again goes on with the run",
         )
-    begun = str(info.status.value) != "PENDING"
-    return progress_of(info, cluster.logs(job_id) if begun else "")
+    has_begun = str(info.status.value) != "PENDING"
+    return progress_of(info, cluster.logs(job_id) if has_begun else "")
 
 
 def follow(cluster: Cluster, job_id: str, show: Callable[[str], None], say: Callable[[str], None]) -> Progress:
@@ -156,22 +156,22 @@ def follow(cluster: Cluster, job_id: str, show: Callable[[str], None], say: Call
     WorkError: the cluster was silent for LOST_S, or does not know the job any more.
     KeyboardInterrupt: as pressed; the job goes on.
     """
-    written = _Written(show)
+    cursor = _Written(show)
     silent_since: float | None = None
     while True:
-        heard, reason = written.count, ""
+        shown_before, reason = cursor.count, ""
         with suppress(Exception):  # whatever breaks a connection: what the cluster says next is what counts
-            asyncio.run(_tail(cluster, job_id, written))
+            asyncio.run(_tail(cluster, job_id, cursor))
         try:
             now = look(cluster, job_id)
             if now.is_over:
-                written.whole(cluster.logs(job_id))
+                cursor.whole(cluster.logs(job_id))
                 return now
             silent_since = None
         except ClusterError as error:
             reason = error.what
         if reason:
-            if silent_since is None or written.count > heard:
+            if silent_since is None or cursor.count > shown_before:
                 silent_since = time.monotonic()
                 say(f"lost the connection to the cluster ({reason}): trying again for {LOST_S:.0f} s")
             if time.monotonic() - silent_since > LOST_S:

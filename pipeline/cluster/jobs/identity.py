@@ -18,4 +18,4 @@ def key_of(job: Job, *, storage: str, name: str | None, max_steps: int | None, c
 def numbered(key: str, ids: Iterable[str]) -> dict[int, str]:
     """Those of some job ids that are submissions of this key, by their number from 1."""
     pattern = re.compile(rf"{re.escape(key)}-([1-9]\d*)")
-    return {int(match[1]): one for one in ids if (match := pattern.fullmatch(one))}
+    return {int(match[1]): job_id for job_id in ids if (match := pattern.fullmatch(job_id))}

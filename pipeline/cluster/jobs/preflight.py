@@ -63,7 +63,7 @@ def clear(
     nodes, python = _head_known(cluster)
     url = storage_for(storage, cluster.url, len(nodes))
     say("looking at the cluster from inside")
-    question = Letter(
+    payload = Letter(
         storage=url,
         environment=environment,
         probe={
@@ -71,11 +71,11 @@ def clear(
             "boot_id": boot() if must_be_here(storage, cluster.url) else None,
         },
     )
-    versions, found = _probe(cluster, python, question, scale.retries, say)
-    count = found["nodes"]
-    storage_for(storage, cluster.url, max(count, 2) if found["grows"] else count)  # the dashboard's list may be old
+    versions, cluster_info = _probe(cluster, python, payload, scale.retries, say)
+    count = cluster_info["nodes"]
+    storage_for(storage, cluster.url, max(count, 2) if cluster_info["grows"] else count)  # the dashboard's list may be old
     text = (
-        f"{cluster.url}: {count} node{'s' * (count != 1)}, {words(found['has'])}; Ray {cluster.ray_version},"
+        f"{cluster.url}: {count} node{'s' * (count != 1)}, {words(cluster_info['has'])}; Ray {cluster.ray_version},"
         f" Python {versions['python']}"
     )
     return Clearance(url, python, text)
@@ -114,30 +114,30 @@ def _probe(
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """What the probe found: versions, and the cluster. One that was lost is sent again."""
     job_id = f"trainyard-probe-{secrets.token_hex(4)}"
-    with staged({}) as cargo:
-        letter = cluster.post(question.sealed())
-        command = f"exec '{python}' -m pipeline.cluster.jobs.probe {letter}"
-        cluster.submit(job_id, command, runtime_env=cargo.runtime_env(), metadata={})
+    with staged({}) as package:
+        payload_name = cluster.post(question.sealed())
+        command = f"exec '{python}' -m pipeline.cluster.jobs.probe {payload_name}"
+        cluster.submit(job_id, command, runtime_env=package.runtime_env(), metadata={})
     info = _ended(cluster, job_id)
     log = cluster.logs(job_id)
-    versions, found, refused = (last(log, kind) for kind in ("versions", "cluster", "refused"))
+    versions, cluster_info, refusal = (last(log, kind) for kind in ("versions", "cluster", "refused"))
     if versions is not None:
         _go_together(cluster, versions)
-    if refused is not None:
-        raise InputError(refused["what"], where=refused["where"], fix=refused["fix"])
-    if versions is None or found is None:
-        loss = progress_of(info, log).loss
-        if loss and retries:
-            say(f"a first small job was lost: {loss}; trying again")
+    if refusal is not None:
+        raise InputError(refusal["what"], where=refusal["where"], fix=refusal["fix"])
+    if versions is None or cluster_info is None:
+        failure = progress_of(info, log).loss
+        if failure and retries:
+            say(f"a first small job was lost: {failure}; trying again")
             return _probe(cluster, python, question, retries - 1, say)
-        said = [line for line in lines_for_people(log) if line.strip()] or [info.message or str(info.status)]
-        said = [loss] if loss else [line.partition("\n")[0] for line in said]
+        output_lines = [line for line in lines_for_people(log) if line.strip()] or [info.message or str(info.status)]
+        output_lines = [failure] if failure else [line.partition("\n")[0] for line in output_lines]
         raise ClusterError(
-            f"a first small job failed there: {said[-1].strip()[:300]}",
+            f"a first small job failed there: {output_lines[-1].strip()[:300]}",
             where=cluster.url,
             fix=f"is Trainyard's environment on every node? The interpreter is {python}",
         )
-    return versions, found
+    return versions, cluster_info
 
 
 def _ended(cluster: Cluster, job_id: str) -> Any:
@@ -164,10 +164,10 @@ def _go_together(cluster: Cluster, versions: Mapping[str, Any]) -> None:
             fix="submit from an environment with the cluster's Python",
         )
     missing = [
-        f"{need} ({'not there' if there is None else there})"
+        f"{need} ({'not there' if installed_version is None else installed_version})"
         for need in requirements()
-        if (there := versions["installed"].get(canonicalize_name(need.name))) is None
-        or not need.specifier.contains(there, prereleases=True)
+        if (installed_version := versions["installed"].get(canonicalize_name(need.name))) is None
+        or not need.specifier.contains(installed_version, prereleases=True)
     ]
     if missing:
         raise ClusterError(
@@ -183,8 +183,8 @@ def requirements() -> list[Requirement]:
         declared = metadata.requires("trainyard") or []
     except metadata.PackageNotFoundError:
         return []
-    found = [Requirement(line) for line in declared]
-    return [one for one in found if one.marker is None or one.marker.evaluate({"extra": ""})]
+    all_requirements = [Requirement(line) for line in declared]
+    return [requirement for requirement in all_requirements if requirement.marker is None or requirement.marker.evaluate({"extra": ""})]
 
 
 def _major_minor(version: str) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ def main() -> None:
 
     be_discreet()
     installed = {
-        str(found.metadata["Name"]).lower().replace("_", "-"): found.version for found in metadata.distributions()
+        str(distribution.metadata["Name"]).lower().replace("_", "-"): distribution.version for distribution in metadata.distributions()
     }
     python = ".".join(str(part) for part in sys.version_info[:3])
     print(record_line("versions", {"python": python, "installed": installed}), flush=True)
@@ -51,22 +51,22 @@ def _look(letter_name: str) -> dict[str, object]:
     from pipeline.record.lock import boot
     from pipeline.storage import handed
 
-    letter = take_out(letter_name)
-    handed.take(letter.environment)
-    asked = letter.probe or {}
-    if asked["boot_id"] is not None and asked["boot_id"] != boot():
-        raise refuse_other_machine(letter.storage)
+    payload = take_out(letter_name)
+    handed.take(payload.environment)
+    question = payload.probe or {}
+    if question["boot_id"] is not None and question["boot_id"] != boot():
+        raise refuse_other_machine(payload.storage)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import ray
     ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    scale = Scale.model_validate(asked["scale"])
+    scale = Scale.model_validate(question["scale"])
     if scale.workers != IN_PLACE_WORKERS:
         Room(lambda: look_at(ray, draining=draining), scale).check()
-    check_storage(ray, letter.storage, from_here=True)
-    seen = look_at(ray, draining=draining)
+    check_storage(ray, payload.storage, from_here=True)
+    resources = look_at(ray, draining=draining)
     ray.shutdown()
-    return {"nodes": len(seen.total), "has": added(seen.total), "grows": seen.possible is not None}
+    return {"nodes": len(resources.total), "has": added(resources.total), "grows": resources.possible is not None}
 
 
 if __name__ == "__main__":

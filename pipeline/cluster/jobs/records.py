@@ -24,9 +24,9 @@ def record_line(kind: str, values: Mapping[str, Any]) -> str:
 def records(log: str) -> Iterator[dict[str, Any]]:
     """The records in a log, in order. A line that only looks like one is left out."""
     for line in log.split("\n"):
-        found = record_in(line)
-        if found is not None:
-            yield found
+        record = record_in(line)
+        if record is not None:
+            yield record
 
 
 def record_in(line: str) -> dict[str, Any] | None:
@@ -42,8 +42,8 @@ def record_in(line: str) -> dict[str, Any] | None:
 
 def last(log: str, kind: str) -> dict[str, Any] | None:
     """The last record of a kind."""
-    found = [one for one in records(log) if one["kind"] == kind]
-    return found[-1] if found else None
+    matching = [record for record in records(log) if record["kind"] == kind]
+    return matching[-1] if matching else None
 
 
 def lines_for_people(log: str) -> Iterator[str]:
@@ -59,8 +59,8 @@ def lines_for_people(log: str) -> Iterator[str]:
 
 def without_rays_end(log: str) -> str:
     """The log up to what Ray adds where it loses the process that started the job: a paragraph on dead actors."""
-    found = _RAYS_END.search(log)
-    return log[: found.start()] if found else log
+    match = _RAYS_END.search(log)
+    return log[: match.start()] if match else log
 
 
 def _is_rays(line: str) -> bool:

@@ -41,8 +41,8 @@ class Cargo:
     def words(self) -> str:
         """`656 kB: the package, the job, 2 files of its code`"""
         files = self.files()
-        own = sum(path.startswith(f"{CODE_FOLDER}/") for path in files)
-        code = f", {own} file{'s' * (own != 1)} of its code" if own else ""
+        num_code_files = sum(path.startswith(f"{CODE_FOLDER}/") for path in files)
+        code = f", {num_code_files} file{'s' * (num_code_files != 1)} of its code" if num_code_files else ""
         return f"{sum(files.values()) / 1000:,.0f} kB: the package, the job{code}"
 
 

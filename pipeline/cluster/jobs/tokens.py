@@ -32,8 +32,8 @@ def find_token(file: str | None) -> Token | None:
         return Token(value, "RAY_AUTH_TOKEN")
     if path := os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return _read(path, "RAY_AUTH_TOKEN_PATH")
-    usual = Path("~/.ray/auth_token").expanduser()
-    return _read(str(usual), str(usual)) if usual.is_file() else None
+    default_path = Path("~/.ray/auth_token").expanduser()
+    return _read(str(default_path), str(default_path)) if default_path.is_file() else None
 
 
 def _read(file: str, source: str) -> Token:

@@ -23,13 +23,13 @@ def augmented(spec: Augment, images: Tensor, draws: Draws) -> Tensor:
     Bytes stay bytes where only windows are drawn, else come out as float32 in [0, 255]. What lies outside an image is
     0, in raw units. No loop over samples, and none depends on the others of its batch, to the last bit.
     """
-    highest = WHITE if images.dtype == torch.uint8 else None
+    max_value = WHITE if images.dtype == torch.uint8 else None
     if draws.windows is not None:
         images = _windows(images, draws.windows, spec.crop)
     if draws.turns is not None:
         images = _turned(images, draws.turns)
     if draws.factors is not None:
-        images = _coloured(images, draws.factors, spec.jitter, highest)
+        images = _coloured(images, draws.factors, spec.jitter, max_value)
     return images
 
 
@@ -42,15 +42,15 @@ def _windows(images: Tensor, windows: Tensor, crop: int) -> Tensor:
     """Windows of the padded images, some mirrored, by one gather."""
     height, width = images.shape[-2:]
     padded = F.pad(images, (crop,) * 4) if crop else images
-    top, left, mirrored = windows.unbind(1)
+    top, left, is_flipped = windows.unbind(1)
     across = torch.arange(width, device=images.device)
-    columns = torch.where(mirrored.bool()[:, None], across.flip(0), across) + left[:, None]
-    lines = torch.arange(height, device=images.device) + top[:, None]
-    places = (lines[:, :, None] * padded.shape[-1] + columns[:, None, :]).flatten(1)
+    columns = torch.where(is_flipped.bool()[:, None], across.flip(0), across) + left[:, None]
+    rows = torch.arange(height, device=images.device) + top[:, None]
+    pixel_indices = (rows[:, :, None] * padded.shape[-1] + columns[:, None, :]).flatten(1)
     flat = padded.flatten(-2)
     if images.ndim == 4:
-        places = places[:, None].expand(-1, images.shape[1], -1)
-    return flat.gather(-1, places).view(images.shape)
+        pixel_indices = pixel_indices[:, None].expand(-1, images.shape[1], -1)
+    return flat.gather(-1, pixel_indices).view(images.shape)
 
 
 def _turned(images: Tensor, turns: Tensor) -> Tensor:
@@ -65,9 +65,9 @@ def _turned(images: Tensor, turns: Tensor) -> Tensor:
     from_across = (cosine * across[None, None] - sine * down[None, :, None]) * (2 / width)
     from_down = (sine * across[None, None] + cosine * down[None, :, None]) * (2 / height)
     grid = torch.stack([from_across, from_down], -1)
-    layered = images if images.ndim == 4 else images[:, None]
-    turned = F.grid_sample(layered, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return turned.view(images.shape)
+    with_channels = images if images.ndim == 4 else images[:, None]
+    rotated = F.grid_sample(with_channels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return rotated.view(images.shape)
 
 
 def _coloured(images: Tensor, factors: Tensor, jitter: Jitter, highest: float | None) -> Tensor:
@@ -76,15 +76,15 @@ def _coloured(images: Tensor, factors: Tensor, jitter: Jitter, highest: float | 
     Contrast 0 is the mean of the grey image, saturation 0 the grey image itself. Saturation leaves grey images alone.
     """
     images = as_floats(images)
-    layered = images if images.ndim == 4 else images[:, None]
+    with_channels = images if images.ndim == 4 else images[:, None]
     brightness, contrast, saturation = factors.to(images.dtype)[:, :, None, None, None].unbind(1)
     if jitter.brightness:
-        layered = _clamped(layered * brightness, highest)
+        with_channels = _clamped(with_channels * brightness, highest)
     if jitter.contrast:
-        layered = _clamped(layered * contrast + _mean(_grey(layered)) * (1 - contrast), highest)
-    if jitter.saturation and layered.shape[1] == len(LUMA):
-        layered = _clamped(layered * saturation + _grey(layered) * (1 - saturation), highest)
-    return layered.view(images.shape)
+        with_channels = _clamped(with_channels * contrast + _mean(_grey(with_channels)) * (1 - contrast), highest)
+    if jitter.saturation and with_channels.shape[1] == len(LUMA):
+        with_channels = _clamped(with_channels * saturation + _grey(with_channels) * (1 - saturation), highest)
+    return with_channels.view(images.shape)
 
 
 def _grey(images: Tensor) -> Tensor:

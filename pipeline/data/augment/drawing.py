@@ -56,13 +56,13 @@ def draw(spec: Augment, seed: int, step: int, rows: int) -> Draws:
 
 def _windows(spec: Augment, seed: int, step: int, rows: int) -> Tensor:
     raw = words(generator(seed, "augment", step), rows)
-    windows = np.uint64(2 * spec.crop + 1)
-    draws = np.empty((rows, 3), dtype=np.int64)
+    num_offsets = np.uint64(2 * spec.crop + 1)
+    crops = np.empty((rows, 3), dtype=np.int64)
     # Each takes bits of its own; k * windows >> 24 spreads 24 random bits k over the windows.
-    draws[:, 0] = (raw >> np.uint64(40)) * windows >> np.uint64(24)
-    draws[:, 1] = (raw >> np.uint64(16) & np.uint64(0xFFFFFF)) * windows >> np.uint64(24)
-    draws[:, 2] = raw & np.uint64(1) if spec.flip else 0
-    return torch.from_numpy(draws)
+    crops[:, 0] = (raw >> np.uint64(40)) * num_offsets >> np.uint64(24)
+    crops[:, 1] = (raw >> np.uint64(16) & np.uint64(0xFFFFFF)) * num_offsets >> np.uint64(24)
+    crops[:, 2] = raw & np.uint64(1) if spec.flip else 0
+    return torch.from_numpy(crops)
 
 
 def _turns(degrees: float, seed: int, step: int, rows: int) -> Tensor:
@@ -93,8 +93,8 @@ def draw_shares(alpha: float, seed: int, step: int, rows: int) -> np.ndarray:
     u, v, w, z = _uniforms(seed, "augment shares", step, rows, 4).T
     x = np.cos(2 * np.pi * w) * np.sqrt(1 - z ** (2 / (2 * alpha + 1)))
     logit = 2 * np.arctanh(np.clip(x, -1 + 2 * HALF_STEP, 1 - 2 * HALF_STEP)) + (np.log(u) - np.log(v)) / alpha
-    shares: np.ndarray = (1 + np.tanh(logit / 2)) / 2
-    return shares
+    lam: np.ndarray = (1 + np.tanh(logit / 2)) / 2
+    return lam
 
 
 def _uniforms(seed: int, stream: str, step: int, rows: int, columns: int) -> np.ndarray:

@@ -17,8 +17,8 @@ def needed(seed: int, step: int, rows: int, mine: slice) -> np.ndarray:
 
     The share itself, then those of its partners that are not in it, ascending.
     """
-    own = np.arange(mine.start, mine.stop, dtype=np.int64)
-    return np.concatenate([own, np.setdiff1d(draw_partners(seed, step, rows)[mine], own)])
+    local_positions = np.arange(mine.start, mine.stop, dtype=np.int64)
+    return np.concatenate([local_positions, np.setdiff1d(draw_partners(seed, step, rows)[mine], local_positions)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +35,8 @@ class Mix:
     def of(cls, positions: np.ndarray, mine: slice, partners: np.ndarray, shares: np.ndarray) -> Mix:
         """From what `needed` gave, and the partners and shares of the whole batch."""
         order = np.argsort(positions)
-        places = order[np.searchsorted(positions, partners[mine], sorter=order)]
-        return cls(torch.from_numpy(places), torch.from_numpy(shares[mine].astype(np.float32)))
+        partner_indices = order[np.searchsorted(positions, partners[mine], sorter=order)]
+        return cls(torch.from_numpy(partner_indices), torch.from_numpy(shares[mine].astype(np.float32)))
 
     def to(self, device: torch.device) -> Mix:
         """On a device; the host does not wait for the copy."""
@@ -53,5 +53,5 @@ class Mix:
         return self._mixed(targets)
 
     def _mixed(self, values: Tensor) -> Tensor:
-        shares = self.shares.to(values.dtype).view(-1, *[1] * (values.ndim - 1))
-        return shares * values[: len(self.partners)] + (1 - shares) * values[self.partners]
+        lam = self.shares.to(values.dtype).view(-1, *[1] * (values.ndim - 1))
+        return lam * values[: len(self.partners)] + (1 - lam) * values[self.partners]

@@ -98,17 +98,17 @@ class TablePreprocess:
         """
         if not self.refused:
             return
-        counts, first = np.zeros(self.schema.width, np.int64), np.full(self.schema.width, -1)
+        counts, first_rows = np.zeros(self.schema.width, np.int64), np.full(self.schema.width, -1)
         row = 0
         for block in blocks(raw, np.arange(len(raw))):
             missing = np.isnan(block)
-            first = np.where((first < 0) & missing.any(0), row + missing.argmax(0), first)
+            first_rows = np.where((first_rows < 0) & missing.any(0), row + missing.argmax(0), first_rows)
             counts += missing.sum(0)
             row += len(block)
         schema = schema or self.schema
-        for column, place in zip(schema.columns, schema.offsets, strict=True):
-            if column.kind in self.refused and (places := counts[place : place + column.width]).any():
-                begins = first[place : place + column.width]
+        for column, offset in zip(schema.columns, schema.offsets, strict=True):
+            if column.kind in self.refused and (places := counts[offset : offset + column.width]).any():
+                begins = first_rows[offset : offset + column.width]
                 raise DataError(
                     f"{places.max():,} of {len(raw):,} rows have no value in column {column.name!r}, the first is row "
                     f"{begins[begins >= 0].min()}",
@@ -126,36 +126,36 @@ class TablePreprocess:
         raw: the schema by which the rows were encoded, where it is not this one: the same columns in any order, with
             other levels. A position of as many as there are levels stands for any other level.
         """
-        laid_out = [[replace(column, levels=()) for column in one.columns] for one in (raw or self.schema, self.schema)]
-        if raw is not None and laid_out[0] != laid_out[1]:
+        layouts = [[replace(column, levels=()) for column in one.columns] for one in (raw or self.schema, self.schema)]
+        if raw is not None and layouts[0] != layouts[1]:
             return self._reordered(device, dtype, raw)
-        numbers = self._numbers(device, dtype)
+        numeric_fn = self._numbers(device, dtype)
         if not self.categories:
-            return numbers
-        places = torch.from_numpy(category_places(self.schema)).to(device)
+            return numeric_fn
+        offsets = torch.from_numpy(category_places(self.schema)).to(device)
         starts, targets, values = (part.to(device) for part in self._lookup(raw or self.schema))
         values = values.to(dtype)
         count, width = len(self.fill), self.output_shape[0]
 
         def prepare(rows: Tensor) -> Tensor:
-            positions = rows.index_select(1, places)
+            positions = rows.index_select(1, offsets)
             entries = torch.where(positions.isnan(), -1, positions).long() + starts
             prepared = rows.new_zeros((len(rows), width), dtype=dtype)
             if count:
-                prepared[:, :count] = numbers(rows)
+                prepared[:, :count] = numeric_fn(rows)
             return prepared.scatter_(1, targets[entries], values[entries])
 
         return prepare
 
     def _reordered(self, device: torch.device, dtype: torch.dtype, raw: Schema) -> Prepare:
         """As `to`, from rows whose columns come in another order."""
-        at = {column.name: (column, offset) for column, offset in zip(raw.columns, raw.offsets, strict=True)}
-        ordered = [at[column.name] for column in self.schema.columns]
+        columns_by_name = {column.name: (column, offset) for column, offset in zip(raw.columns, raw.offsets, strict=True)}
+        ordered = [columns_by_name[column.name] for column in self.schema.columns]
         same = all(own.width == column.width for own, (column, _) in zip(self.schema.columns, ordered, strict=True))
         assert same, "other columns"
-        places = [offset + place for column, offset in ordered for place in range(column.width)]
+        positions = [offset + place for column, offset in ordered for place in range(column.width)]
         prepare = self.to(device, dtype, Schema(tuple(column for column, _ in ordered)))
-        order = torch.tensor(places, device=device)
+        order = torch.tensor(positions, device=device)
         return lambda rows: prepare(rows.index_select(1, order))
 
     def _codes(self) -> list[int]:
@@ -169,11 +169,11 @@ class TablePreprocess:
         shift = mean.to(work)
         offset, factor, filled = ((shift.double() - mean) / std, 1 / std, (fill - mean) / std)
         shift, offset, factor, filled = (values.to(device, work) for values in (shift, offset, factor, filled))
-        places = torch.from_numpy(number_places(self.schema)).to(device)
-        alone = len(places) == self.schema.width
+        numeric_columns = torch.from_numpy(number_places(self.schema)).to(device)
+        has_numbers_only = len(numeric_columns) == self.schema.width
 
         def prepare(rows: Tensor) -> Tensor:
-            values = (rows if alone else rows.index_select(1, places)).to(work)
+            values = (rows if has_numbers_only else rows.index_select(1, numeric_columns)).to(work)
             scaled = torch.addcmul(offset, values - shift, factor)
             return torch.where(scaled.isnan(), filled, scaled).to(dtype)
 
@@ -189,10 +189,10 @@ class TablePreprocess:
         begins = np.empty(len(codes), np.int64)
         order = np.argsort(~is_one_hot, kind="stable")  # one-hot columns first
         begins[order] = len(self.fill) + np.concatenate([[0], widths[order].cumsum()[:-1]])
-        theirs = [column for column in raw.columns if column.kind == "category"]
+        input_columns = [column for column in raw.columns if column.kind == "category"]
         targets: list[np.ndarray] = []
         values: list[np.ndarray] = []
-        for number, (column, given) in enumerate(zip(self.categories, theirs, strict=True)):
+        for number, (column, given) in enumerate(zip(self.categories, input_columns, strict=True)):
             known = {level: code for code, level in enumerate(column.levels, start=1)}
             entries = np.array([self.missing[number], *(known.get(level, 0) for level in given.levels), 0])
             targets.append(begins[number] + (np.maximum(entries - 1, 0) if is_one_hot[number] else 0 * entries))
@@ -210,14 +210,14 @@ class TablePreprocess:
         missing, nulls = iter(self.missing), iter(self.nulls)
         columns: list[dict[str, Any]] = []
         for column in self.schema.columns:
-            own: dict[str, Any]
+            stored: dict[str, Any]
             if column.kind == "category":
-                own = {"levels": list(column.levels), "missing": next(missing)}
+                stored = {"levels": list(column.levels), "missing": next(missing)}
             else:
-                own = {name: list(islice(part, column.width)) for name, part in parts.items()}
+                stored = {name: list(islice(part, column.width)) for name, part in parts.items()}
             if self.nulls:
-                own["nulls"] = next(nulls)
-            columns.append({"name": column.name, "kind": column.kind, **own})
+                stored["nulls"] = next(nulls)
+            columns.append({"name": column.name, "kind": column.kind, **stored})
         return {
             "version": VERSION,
             "kind": "table",
@@ -253,8 +253,8 @@ class TablePreprocess:
                     if len(widths) != 1:
                         raise ValueError(f"column {name!r} has parts of different lengths")
                     columns.append(Column(name, "number", widths.pop()))
-                    for part, together in numbers.items():
-                        together += map(float, stored[part])
+                    for part, values_of_part in numbers.items():
+                        values_of_part += map(float, stored[part])
                 else:
                     raise ValueError(f"kind {stored['kind']!r}")
             return cls(

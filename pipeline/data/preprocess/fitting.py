@@ -29,20 +29,20 @@ def fit_table(job: Job, arrays: Arrays, schema: Schema, rows: np.ndarray) -> Tab
     """
     assert isinstance(job.data, ParquetDataConfig), "only tables have a schema"
     missing = job.data.missing
-    seen = look(arrays.inputs, rows, schema, medians=missing.numeric == "median")
-    fill = _fill(missing, seen)
-    mean, std = _scales(job.data.normalize, seen, fill, len(rows))
+    statistics = look(arrays.inputs, rows, schema, medians=missing.numeric == "median")
+    fill = _fill(missing, statistics)
+    mean, std = _scales(job.data.normalize, statistics, fill, len(rows))
     columns: list[Column] = []
     codes: list[int] = []
     for column in schema.columns:
         if column.kind == "number":
             columns.append(column)
             continue
-        occur, misses = seen.levels[len(codes)], bool(seen.misses[len(codes)])
-        levels, code = _levels(column, occur, misses, missing.categorical)
-        columns.append(Column(column.name, "category", levels=levels))
+        occur, misses = statistics.levels[len(codes)], bool(statistics.misses[len(codes)])
+        categories, code = _levels(column, occur, misses, missing.categorical)
+        columns.append(Column(column.name, "category", levels=categories))
         codes.append(code)
-    wanted: dict[Kind, object] = {"number": missing.numeric, "category": missing.categorical}
+    imputation: dict[Kind, object] = {"number": missing.numeric, "category": missing.categorical}
     fitted = TablePreprocess(
         Schema(tuple(columns)),
         tuple(fill.tolist()),
@@ -50,11 +50,11 @@ def fit_table(job: Job, arrays: Arrays, schema: Schema, rows: np.ndarray) -> Tab
         tuple(std.tolist()),
         tuple(codes),
         job.data.one_hot_up_to,
-        tuple(kind for kind, stand_in in wanted.items() if stand_in == "fail"),
+        tuple(kind for kind, stand_in in imputation.items() if stand_in == "fail"),
         arrays.inputs.dtype.name,
-        low=tuple(np.where(seen.present > 0, seen.low, fill).tolist()),
-        high=tuple(np.where(seen.present > 0, seen.high, fill).tolist()),
-        nulls=_null_shares(schema, seen, len(rows)),
+        low=tuple(np.where(statistics.present > 0, statistics.low, fill).tolist()),
+        high=tuple(np.where(statistics.present > 0, statistics.high, fill).tolist()),
+        nulls=_null_shares(schema, statistics, len(rows)),
     )
     fitted.check(arrays.inputs)
     return fitted
@@ -69,13 +69,13 @@ def _fill(missing: Missing, seen: Seen) -> np.ndarray:
 
 def _null_shares(schema: Schema, seen: Seen, rows: int) -> tuple[float, ...]:
     """For each column, the share of rows without a value; of a list, at the place where most are without."""
-    absent, misses, shares, place = rows - seen.present, iter(seen.misses.tolist()), [], 0
+    absent, misses, shares, offset = rows - seen.present, iter(seen.misses.tolist()), [], 0
     for column in schema.columns:
         if column.kind == "category":
             shares.append(next(misses) / rows)
         else:
-            shares.append(int(absent[place : place + column.width].max()) / rows)
-            place += column.width
+            shares.append(int(absent[offset : offset + column.width].max()) / rows)
+            offset += column.width
     return tuple(shares)
 
 
@@ -96,17 +96,17 @@ def _scales(wanted: str | Normalization, seen: Seen, fill: np.ndarray, rows: int
     mean = np.where(seen.present > 0, seen.mean + share * gap, fill)
     variance = (1 - share) * seen.variance + share * (1 - share) * np.square(gap)
     if wanted == "scalar" and columns:
-        together = mean.mean()
-        variance = np.broadcast_to((variance + np.square(mean - together)).mean(), columns)
-        mean = np.broadcast_to(together, columns)
+        joint_mean = mean.mean()
+        variance = np.broadcast_to((variance + np.square(mean - joint_mean)).mean(), columns)
+        mean = np.broadcast_to(joint_mean, columns)
     return mean, np.where(variance == 0, 1.0, np.sqrt(variance))
 
 
 def _levels(column: Column, occur: np.ndarray, misses: bool, stand_in: str) -> tuple[tuple[str, ...], int]:
     """The levels of the training rows in the source's order, and the code of a missing value."""
-    levels = [level for level, found in zip(column.levels, occur, strict=True) if found]
+    categories = [level for level, found in zip(column.levels, occur, strict=True) if found]
     if stand_in in ("own_level", "fail"):
-        return tuple(levels), len(levels) + 1 if misses and stand_in == "own_level" else 0
-    if misses and stand_in not in levels:
-        levels.append(stand_in)
-    return tuple(levels), levels.index(stand_in) + 1 if stand_in in levels else 0
+        return tuple(categories), len(categories) + 1 if misses and stand_in == "own_level" else 0
+    if misses and stand_in not in categories:
+        categories.append(stand_in)
+    return tuple(categories), categories.index(stand_in) + 1 if stand_in in categories else 0

@@ -48,21 +48,21 @@ def fit_warnings(job: Job, source: Source, rows: np.ndarray) -> list[str]:
     if source.schema is None:
         return []
     part = source.train
-    few = _spread(rows, max(min(MOST_ROWS, MOST_VALUES // max(source.schema.width, 1)), SCREENED_ROWS))
-    inputs, targets = part.inputs[few], part.targets[few]
-    told = [
+    sampled_indices = _spread(rows, max(min(MOST_ROWS, MOST_VALUES // max(source.schema.width, 1)), SCREENED_ROWS))
+    inputs, targets = part.inputs[sampled_indices], part.targets[sampled_indices]
+    messages = [
         f"column {name!r} has {what} in all training rows: it tells nothing"
         for name, what in _constant(part, source.schema, rows, inputs)
     ]
-    find = _correlated if job.task.kind == "regression" else _telling
-    places = find(inputs, targets, set(number_places(source.schema).tolist())) if len(few) >= FEWEST_ROWS else set()
+    find_leaks = _correlated if job.task.kind == "regression" else _telling
+    leaking_columns = find_leaks(inputs, targets, set(number_places(source.schema).tolist())) if len(sampled_indices) >= FEWEST_ROWS else set()
     for column, first in zip(source.schema.columns, source.schema.offsets, strict=True):
-        if not places.isdisjoint(range(first, first + column.width)):
-            told.append(
+        if not leaking_columns.isdisjoint(range(first, first + column.width)):
+            messages.append(
                 f"column {column.name!r} alone gives the label away: leave it out of data.features unless it is known "
                 "before the label is"
             )
-    return told
+    return messages
 
 
 def _spread(rows: np.ndarray, count: int) -> np.ndarray:
@@ -78,17 +78,17 @@ def _spread(rows: np.ndarray, count: int) -> np.ndarray:
 def _constant(part: Arrays, schema: Schema, rows: np.ndarray, few: np.ndarray) -> list[tuple[str, str]]:
     """Columns without two values, and what they have. Only what is so in a few rows is looked for in all."""
     first = few[0]
-    alike = ((few == first) | (np.isnan(few) & np.isnan(first))).all(0)
+    is_constant = ((few == first) | (np.isnan(few) & np.isnan(first))).all(0)
     for block in blocks(part.inputs, rows if len(few) < len(rows) else rows[:0]):
-        if not alike.any():
+        if not is_constant.any():
             break
-        alike &= ((block == first) | (np.isnan(block) & np.isnan(first))).all(0)
-    found: list[tuple[str, str]] = []
+        is_constant &= ((block == first) | (np.isnan(block) & np.isnan(first))).all(0)
+    constant_columns: list[tuple[str, str]] = []
     for column, place in zip(schema.columns, schema.offsets, strict=True):
-        if alike[place : place + column.width].all():
+        if is_constant[place : place + column.width].all():
             missing = np.isnan(first[place : place + column.width]).all()
-            found.append((column.name, "no value" if missing else "the same value"))
-    return found
+            constant_columns.append((column.name, "no value" if missing else "the same value"))
+    return constant_columns
 
 
 def _correlated(inputs: np.ndarray, targets: np.ndarray, numbers: set[int]) -> set[int]:
@@ -99,14 +99,14 @@ def _correlated(inputs: np.ndarray, targets: np.ndarray, numbers: set[int]) -> s
     counts = np.maximum(present.sum(0), 1)[:, None]
     values -= np.where(present, values, 0.0).sum(0) / counts[:, 0]
     values[~present] = 0.0
-    goals = targets.reshape(len(targets), -1).astype(np.float64)
-    goals -= goals.mean(0)
+    centered_targets = targets.reshape(len(targets), -1).astype(np.float64)
+    centered_targets -= centered_targets.mean(0)
     weights = present.astype(np.float64)
     spread = np.square(values).sum(0)[:, None]
-    goal_spread = weights.T @ np.square(goals) - np.square(weights.T @ goals) / counts
-    product = np.square(values.T @ goals)
-    telling = (product > CORRELATES**2 * spread * goal_spread) & (counts >= FEWEST_ROWS)
-    return set(places[telling.any(1)].tolist())
+    goal_spread = weights.T @ np.square(centered_targets) - np.square(weights.T @ centered_targets) / counts
+    product = np.square(values.T @ centered_targets)
+    is_correlated = (product > CORRELATES**2 * spread * goal_spread) & (counts >= FEWEST_ROWS)
+    return set(places[is_correlated.any(1)].tolist())
 
 
 def _telling(inputs: np.ndarray, targets: np.ndarray, numbers: set[int]) -> set[int]:
@@ -117,14 +117,14 @@ def _telling(inputs: np.ndarray, targets: np.ndarray, numbers: set[int]) -> set[
         return set()
     spread = np.linspace(0, len(labels) - 1, min(SCREENED_ROWS, len(labels))).astype(np.int64)
     screened, screened_labels = np.ascontiguousarray(inputs[spread].T), labels[spread]
-    found: set[int] = set()
+    predictive: set[int] = set()
     for place in range(inputs.shape[1]):
         is_number = place in numbers
         if _errors(screened[place], screened_labels, is_number, 0) > 10 * (1 - TELLS) * len(spread):
             continue
         if _errors(inputs[:, place], labels, is_number, 1) <= (1 - TELLS) * len(labels):
-            found.add(place)
-    return found
+            predictive.add(place)
+    return predictive
 
 
 def _errors(values: np.ndarray, labels: np.ndarray, is_number: bool, lonely: int) -> float:

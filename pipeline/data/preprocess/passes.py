@@ -63,19 +63,19 @@ def look(inputs: np.ndarray, rows: np.ndarray, schema: Schema, *, medians: bool)
     numbers, categories = number_places(schema), category_places(schema)
     moments, levels = _Moments(len(numbers)), _Levels(schema)
     middle = _Medians(len(numbers), inputs.dtype) if medians and len(numbers) else None
-    for number in range(max(2, middle.passes if middle else 0)):
+    for pass_index in range(max(2, middle.passes if middle else 0)):
         for block in blocks(inputs, rows):
             values = block if len(numbers) == schema.width else block[:, numbers]
-            if number < 2:
-                moments.see(number, values)
-            if number == 0:
+            if pass_index < 2:
+                moments.see(pass_index, values)
+            if pass_index == 0:
                 levels.see(block[:, categories])
             if middle is not None:
-                middle.see(number, values)
-        if number < 2:
-            moments.finish(number)
+                middle.see(pass_index, values)
+        if pass_index < 2:
+            moments.finish(pass_index)
         if middle is not None:
-            middle.finish(number, moments.present)
+            middle.finish(pass_index, moments.present)
     return Seen(
         moments.present,
         moments.mean,

@@ -70,13 +70,13 @@ class DataReport:
         if not self._counts:
             return
         schema = schema or self._schema
-        at = dict(zip((column.name for column in schema.columns), schema.offsets, strict=True))
-        order = [at[column.name] + place for column in self._schema.columns for place in range(column.width)]
+        offsets_by_name = dict(zip((column.name for column in schema.columns), schema.offsets, strict=True))
+        order = [offsets_by_name[column.name] + offset for column in self._schema.columns for offset in range(column.width)]
         is_ordered = order == list(range(schema.width))
-        theirs = {column.name: column.levels for column in schema.columns}
+        input_categories = {column.name: column.levels for column in schema.columns}
         unknown = {
-            place: np.array([*_unknown(theirs[column.name], column.levels), True])
-            for column, place in zip(self._schema.columns, self._schema.offsets, strict=True)
+            offset: np.array([*_unknown(input_categories[column.name], column.levels), True])
+            for column, offset in zip(self._schema.columns, self._schema.offsets, strict=True)
             if column.kind == "category"
         }
         numbers, offsets = number_places(self._schema), self._schema.offsets
@@ -86,24 +86,24 @@ class DataReport:
             missing, foreign = np.isnan(values), np.zeros(values.shape, bool)
             if self._has_ranges:
                 foreign[:, numbers] = (values[:, numbers] < self._low) | (values[:, numbers] > self._high)
-            for place, is_unknown in unknown.items():
-                positions = np.where(missing[:, place], 0, values[:, place]).astype(np.int64)
-                foreign[:, place] = is_unknown[positions] & ~missing[:, place]
+            for offset, is_unknown in unknown.items():
+                positions = np.where(missing[:, offset], 0, values[:, offset]).astype(np.int64)
+                foreign[:, offset] = is_unknown[positions] & ~missing[:, offset]
             by_column = [foreign, missing]
             if schema.width > len(offsets):
                 by_column = [np.logical_or.reduceat(marked, offsets, axis=1) for marked in by_column]
             totals = zip(self._schema.columns, *(marked.sum(0).tolist() for marked in by_column), strict=True)
-            for number, (column, strange, without) in enumerate(totals):
+            for number, (column, unseen_count, missing_count) in enumerate(totals):
                 counts = self._counts[column.name]
-                if strange and not counts.foreign:
+                if unseen_count and not counts.foreign:
                     row = int(np.argmax(by_column[0][:, number]))
-                    place = offsets[number] + int(np.argmax(foreign[row, offsets[number] :]))
+                    offset = offsets[number] + int(np.argmax(foreign[row, offsets[number] :]))
                     counts.example = _example(
-                        column, theirs[column.name], float(values[row, place]), int(chosen[first + row]), original
+                        column, input_categories[column.name], float(values[row, offset]), int(chosen[first + row]), original
                     )
                 counts.rows += len(block)
-                counts.foreign += strange
-                counts.filled += without
+                counts.foreign += unseen_count
+                counts.filled += missing_count
             first += len(block)
 
     def to_json(self) -> dict[str, dict[str, float | int | None]]:
@@ -121,20 +121,20 @@ class DataReport:
 
     def warnings(self) -> list[str]:
         """What is large, the largest shares first."""
-        found: list[tuple[float, str]] = []
+        warnings_by_fraction: list[tuple[float, str]] = []
         for number, column in enumerate(self._schema.columns):
             if (share := self._share(column, "category")) > LOUD:
-                found.append((share, self._unseen_words(column, share)))
+                warnings_by_fraction.append((share, self._unseen_words(column, share)))
             if (share := self._share(column, "number")) > LOUD:
-                found.append((share, self._outside_words(number, column, share)))
+                warnings_by_fraction.append((share, self._outside_words(number, column, share)))
             known = self._preprocess.nulls[number] if self._preprocess.nulls else 0.0
             if (share := self._filled(column)) > known + LOUD:
-                found.append((share, self._filled_words(number, column, share)))
-        found.sort(key=lambda pair: -pair[0])
-        told = [text for _, text in found[:MOST_NAMED]]
-        if len(found) > MOST_NAMED:
-            told.append(f"{len(found) - MOST_NAMED:,} more like these: see `columns` of --json, or `column_report`")
-        return told
+                warnings_by_fraction.append((share, self._filled_words(number, column, share)))
+        warnings_by_fraction.sort(key=lambda pair: -pair[0])
+        messages = [text for _, text in warnings_by_fraction[:MOST_NAMED]]
+        if len(warnings_by_fraction) > MOST_NAMED:
+            messages.append(f"{len(warnings_by_fraction) - MOST_NAMED:,} more like these: see `columns` of --json, or `column_report`")
+        return messages
 
     def lines(self) -> list[str]:
         """A line for each of the columns with the largest shares, whatever they are."""
@@ -148,9 +148,9 @@ class DataReport:
             words = [f"{_percent(share)} {kind}" for kind, share in kinds.items() if share]
             shares.append((max(kinds.values()), f"column {column.name!r}: {', '.join(words)}"))
         shares.sort(key=lambda pair: -pair[0])
-        told = [text for share, text in shares if share]
-        more = [f"and {len(told) - MOST_NAMED:,} more columns: see --json"] if len(told) > MOST_NAMED else []
-        return told[:MOST_NAMED] + more
+        messages = [text for share, text in shares if share]
+        more = [f"and {len(messages) - MOST_NAMED:,} more columns: see --json"] if len(messages) > MOST_NAMED else []
+        return messages[:MOST_NAMED] + more
 
     def _share(self, column: Column, kind: str) -> float:
         counts = self._counts[column.name]

@@ -146,15 +146,15 @@ class SamplePreprocess:
                 raise ValueError(f"kind {kind!r}")
             names = tuple(str(name) for name in values.get("names", ()))
             low, high = (tuple(float(value) for value in values.get(name, ())) for name in ("low", "high"))
-            found = cls(cast(Kind, kind), dtype, shape, mean, std, names, low, high)
+            result = cls(cast(Kind, kind), dtype, shape, mean, std, names, low, high)
             if names and (shape != (len(names),) or len(low) not in (0, len(names)) or len(high) != len(low)):
                 raise ValueError(f"{len(names)} names, {len(low)} and {len(high)} ends for samples of shape {shape}")
             if min(shape, default=0) < 1 or math.prod(shape) > MOST_NUMBERS:
                 raise ValueError(f"samples of shape {shape}")
-            wanted = (1, found.channels) if kind == "scaled" else (0,)
-            if len(mean) not in wanted or len(std) not in wanted:
-                raise ValueError(f"{len(mean)} means and {len(std)} deviations for {found.channels} channels")
-        return found
+            expected_lengths = (1, result.channels) if kind == "scaled" else (0,)
+            if len(mean) not in expected_lengths or len(std) not in expected_lengths:
+                raise ValueError(f"{len(mean)} means and {len(std)} deviations for {result.channels} channels")
+        return result
 
 
 def fit_samples(job: Job, arrays: Arrays, rows: np.ndarray, names: tuple[str, ...] = ()) -> SamplePreprocess:
@@ -170,14 +170,14 @@ def fit_samples(job: Job, arrays: Arrays, rows: np.ndarray, names: tuple[str, ..
     ------
     DataError: a normalisation that does not fit the samples.
     """
-    wanted, inputs = job.data.normalize, arrays.inputs
-    if wanted == "auto":
-        wanted = "unit" if inputs.dtype == np.uint8 else "standard"
+    normalize, inputs = job.data.normalize, arrays.inputs
+    if normalize == "auto":
+        normalize = "unit" if inputs.dtype == np.uint8 else "standard"
     low, high = lowest_and_highest(inputs, rows) if names and inputs.dtype.kind == "f" else ((), ())
     plain = SamplePreprocess("none", inputs.dtype.name, tuple(inputs.shape[1:]), names=names, low=low, high=high)
-    if wanted == "none":
+    if normalize == "none":
         return plain
-    if wanted == "unit":
+    if normalize == "unit":
         if inputs.dtype != np.uint8:
             raise DataError(
                 f"unit is for images of bytes, but the inputs are {inputs.dtype}",
@@ -185,18 +185,18 @@ def fit_samples(job: Job, arrays: Arrays, rows: np.ndarray, names: tuple[str, ..
                 fix="use standard, scalar or none",
             )
         return replace(plain, kind="unit")
-    if wanted == "imagenet":
+    if normalize == "imagenet":
         if len(plain.sample_shape) != 3 or plain.channels != 3:
             raise DataError(
                 f"imagenet is for images of 3 channels, but a sample has the shape {plain.sample_shape}",
                 where=WHERE,
                 fix="use data.mode: rgb, or another normalisation",
             )
-        wanted = IMAGENET
-    if isinstance(wanted, Normalization):
-        mean, std = given_normalization(wanted, plain.channels)
+        normalize = IMAGENET
+    if isinstance(normalize, Normalization):
+        mean, std = given_normalization(normalize, plain.channels)
     else:
-        mean, std = mean_and_std(inputs, rows, per_channel=wanted == "standard")
+        mean, std = mean_and_std(inputs, rows, per_channel=normalize == "standard")
         if inputs.dtype == np.uint8:
             mean, std = mean / WHITE, std / WHITE
         std = np.where(std == 0, 1.0, std)

@@ -90,8 +90,8 @@ def fingerprint(train: Arrays, test: Arrays | None, classes: tuple[str, ...]) ->
         if arrays is None:
             continue
         for name, values in (("inputs", arrays.inputs), ("targets", arrays.targets)):
-            little = values.astype(values.dtype.newbyteorder("<"), order="C", copy=False)
-            digest.update(f"{part}/{name} {little.dtype.str} {little.shape}\n".encode())
-            digest.update(little.reshape(-1).view(np.uint8).data)
+            little_endian = values.astype(values.dtype.newbyteorder("<"), order="C", copy=False)
+            digest.update(f"{part}/{name} {little_endian.dtype.str} {little_endian.shape}\n".encode())
+            digest.update(little_endian.reshape(-1).view(np.uint8).data)
     digest.update(repr(tuple(classes)).encode())
     return digest.hexdigest()

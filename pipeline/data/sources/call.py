@@ -49,8 +49,8 @@ def open_call(call: Call, *, float64: bool, say: Callable[[str], None] = lambda 
     where = f"data.source.call: {call.call}"
     say(f"calling {call.call}")
     with unlimited():
-        answer = called(call.call, call.args, where=where, error=DataError)
-    return _source(answer, where, float64)
+        returned = called(call.call, call.args, where=where, error=DataError)
+    return _source(returned, where, float64)
 
 
 def _source(answer: Any, where: str, float64: bool) -> Source:
@@ -111,10 +111,10 @@ def _names_of(pair: Any) -> tuple[str, ...]:
 
 def _in_order(pair: Any, names: tuple[str, ...], where: str) -> Any:
     """A pair whose inputs, where they are a data frame too, have their columns in this order."""
-    theirs = _names_of(pair)
-    if not names or not theirs or theirs == names:
+    test_names = _names_of(pair)
+    if not names or not test_names or test_names == names:
         return pair
-    differ = sorted({*names} ^ {*theirs})
+    differ = sorted({*names} ^ {*test_names})
     if differ:
         raise DataError(
             f"the column {differ[0]!r} is {'not there' if differ[0] in names else 'not in the training inputs'}",
@@ -210,9 +210,9 @@ def _as_float(array: np.ndarray, where: str, dtype: FloatType) -> np.ndarray:
         floats: np.ndarray = array.astype(dtype, copy=False)
     finite = np.isfinite(floats)
     if not finite.all():
-        place = tuple(int(axis) for axis in np.unravel_index(int(np.argmin(finite)), finite.shape))
+        position = tuple(int(axis) for axis in np.unravel_index(int(np.argmin(finite)), finite.shape))
         raise DataError(
-            f"{array[place]} at row {place[0]}{f', position {place[1:]}' if len(place) > 1 else ''}, "
+            f"{array[position]} at row {position[0]}{f', position {position[1:]}' if len(position) > 1 else ''}, "
             f"and {(~finite).sum() - 1:,} more values that {floats.dtype} cannot hold as a number",
             where=where,
             fix="fill or drop them in the function",

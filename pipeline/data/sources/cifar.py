@@ -30,18 +30,18 @@ def open_cifar(name: Name, root: str) -> Source:
     from torchvision import datasets  # costs more than all else: only where it is needed
 
     dataset = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-    place = Path(root).expanduser()
-    if not os.path.isdir(place / FOLDERS[name]):
-        download(name, place, [FOLDERS[name]], lambda folder: dataset(folder, download=True))
+    root_folder = Path(root).expanduser()
+    if not os.path.isdir(root_folder / FOLDERS[name]):
+        download(name, root_folder, [FOLDERS[name]], lambda folder: dataset(folder, download=True))
     try:
         with warnings.catch_warnings():
             # NumPy has outgrown the way in which these old files spell their types.
             warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
-            train, test = (dataset(str(place), train=train) for train in (True, False))
+            train, test = (dataset(str(root_folder), train=train) for train in (True, False))
     except Exception as error:  # not only RuntimeError: a damaged pickle raises whatever it likes
         raise DataError(
             f"{name} is damaged or incomplete",
-            where=str(place / FOLDERS[name]),
+            where=str(root_folder / FOLDERS[name]),
             fix="delete it, and it is downloaded again; or --set data.root=DIR",
         ) from error
     return make_source(_arrays(train), _arrays(test), tuple(train.classes))

@@ -104,7 +104,7 @@ def evenly_spaced(size: int) -> list[tuple[int, int]]:
     """Blocks of a file of so many bytes, first and last among them; all of a small one."""
     if size <= SAMPLES * SAMPLE:
         return [(0, size)]
-    starts = [place * (size - SAMPLE) // (SAMPLES - 1) for place in range(SAMPLES)]
+    starts = [index * (size - SAMPLE) // (SAMPLES - 1) for index in range(SAMPLES)]
     return [(first, first + SAMPLE) for first in starts]
 
 
@@ -204,19 +204,19 @@ class Digests:
             self._in_threads(self._hash, numbers)
             return
         keys = {number: key for number in numbers if (key := self._key(number))}
-        remembered = _Remembered(cache, url)
+        cache_file = _Remembered(cache, url)
         self.tokens = ["" if self._is_hashed(number) else token for number, token in enumerate(self.tokens)]
-        self._take(remembered, keys)
+        self._take(cache_file, keys)
         if not all(self.tokens[number] for number in numbers):
-            with ExitStack() as alone:
+            with ExitStack() as stack:
                 try:
-                    alone.enter_context(exclusive(cache, f"digests-{remembered.name}"))
+                    stack.enter_context(exclusive(cache, f"digests-{cache_file.name}"))
                 except DataError as error:
                     self._cannot_remember(error.what)
-                self._take(remembered, keys)  # another process may have been at it
+                self._take(cache_file, keys)  # another process may have been at it
                 self._in_threads(self._hash, [number for number in numbers if not self.tokens[number]])
                 try:
-                    remembered.write(
+                    cache_file.write(
                         {key: self.tokens[number] for number, key in keys.items() if self._settled[number]}
                     )
                 except OSError as error:
@@ -281,19 +281,19 @@ class Digests:
 
         if not numbers:
             return
-        seen, said_at = -1, time.monotonic()
+        seen, last_report_s = -1, time.monotonic()
         with ThreadPoolExecutor(min(self._threads, len(numbers))) as pool:
             running = {pool.submit(run) for _ in range(min(self._threads, len(numbers)))}
             try:
                 while running:
                     ended, running = wait(running, timeout=0.2, return_when=FIRST_EXCEPTION)
-                    for one in ended:
-                        one.result()
+                    for future in ended:
+                        future.result()
                     if done != seen:
                         seen = done
                         note_progress()
-                    if time.monotonic() - said_at >= SAY_EVERY_S:
-                        said_at = time.monotonic()
+                    if time.monotonic() - last_report_s >= SAY_EVERY_S:
+                        last_report_s = time.monotonic()
                         self._say(f"hashing {done / 1e9:.1f} of {total / 1e9:.1f} GB")
             finally:
                 over.set()

@@ -64,23 +64,23 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
     ------
     DataError: absent, not IDX of so many axes, or not as long as its header says.
     """
-    found = _existing(path)
+    existing = _existing(path)
     fix = "delete it, and it is downloaded again; or --set data.root=DIR"
-    if found is None:
+    if existing is None:
         raise DataError("no such file", where=str(path), fix="--set data.root=DIR")
     try:
-        if found.suffix == ".gz":
-            content = np.frombuffer(bytearray(gzip.decompress(found.read_bytes())), np.uint8)
+        if existing.suffix == ".gz":
+            content = np.frombuffer(bytearray(gzip.decompress(existing.read_bytes())), np.uint8)
         else:
-            content = np.fromfile(found, np.uint8)
+            content = np.fromfile(existing, np.uint8)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot be read: {error}", where=str(found), fix=fix) from error
+        raise DataError(f"cannot be read: {error}", where=str(existing), fix=fix) from error
     header = 4 + 4 * axes
     begins = content[:4].tobytes()
     if len(content) < header or begins != bytes([0, 0, UNSIGNED_BYTES, axes]):
         raise DataError(
             f"not an IDX file of bytes with {axes} axes: begins with {begins.hex(' ') or 'nothing'}",
-            where=str(found),
+            where=str(existing),
             fix=fix,
         )
     shape = tuple(int(size) for size in content[4:header].view(">u4"))
@@ -88,7 +88,7 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
         raise DataError(
             f"{len(content):,} bytes, but its header says {' x '.join(map(str, shape))}, which makes "
             f"{header + math.prod(shape):,}",
-            where=str(found),
+            where=str(existing),
             fix=fix,
         )
     return content[header:].reshape(shape)
@@ -97,7 +97,7 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
 def _existing(path: Path) -> Path | None:
     """The plain file, else its .gz, else None."""
     packed = path.with_name(path.name + ".gz")
-    return next((place for place in (path, packed) if os.path.isfile(place)), None)
+    return next((candidate for candidate in (path, packed) if os.path.isfile(candidate)), None)
 
 
 def _download(name: Name, root: Path) -> None:

@@ -57,28 +57,28 @@ def make_splits(job: Job, source: Source) -> dict[str, Rows]:
 
 def _ids(job: Job, source: Source) -> dict[str, np.ndarray]:
     """Positions of each split that is asked for, ascending, int64; it may be empty."""
-    spec = job.data.splits
-    if isinstance(spec, RandomSplits):
-        return random_rows(job, spec, source)
-    if isinstance(spec, RangeSplits):
-        return range_rows(spec, len(source.train))
-    if isinstance(spec, GroupSplits):
-        return group_rows(job, spec, source)
-    if isinstance(spec, TimeSplits):
-        return time_rows(spec, source)
-    return told_rows(spec, source)
+    config = job.data.splits
+    if isinstance(config, RandomSplits):
+        return random_rows(job, config, source)
+    if isinstance(config, RangeSplits):
+        return range_rows(config, len(source.train))
+    if isinstance(config, GroupSplits):
+        return group_rows(job, config, source)
+    if isinstance(config, TimeSplits):
+        return time_rows(config, source)
+    return told_rows(config, source)
 
 
 def check_apart(ids: dict[str, np.ndarray], rows: int) -> None:
     """Raise DataError for a row on two sides."""
     taken = np.zeros(rows, bool)
-    for name, mine in ids.items():
-        twice = mine[taken[mine]]
+    for name, indices in ids.items():
+        twice = indices[taken[indices]]
         if len(twice):
             raise DataError(
                 f"row {twice[0]} and {len(twice) - 1:,} more stand in another split too", where=f"data.splits.{name}"
             )
-        taken[mine] = True
+        taken[indices] = True
 
 
 def split_warnings(job: Job, splits: dict[str, Rows]) -> list[str]:

@@ -21,9 +21,9 @@ def random_rows(job: Job, spec: RandomSplits, source: Source) -> dict[str, np.nd
     held_out = counts["val"] + counts["test"]
     counts.setdefault("train", max(rows - held_out, 0))
     if sum(counts.values()) > rows or (spec.train is None and held_out >= rows):
-        told = ", ".join(f"{name}: {value:g} ({counts[name]:,} rows)" for name, value in asked.items() if value)
+        requested = ", ".join(f"{name}: {value:g} ({counts[name]:,} rows)" for name, value in asked.items() if value)
         raise DataError(
-            f"{told} leave {'no rows to train' if spec.train is None else 'too few'} of {rows:,}",
+            f"{requested} leave {'no rows to train' if spec.train is None else 'too few'} of {rows:,}",
             where="data.splits",
             fix="ask for less",
         )
@@ -56,8 +56,8 @@ def proportional(sizes: list[int], count: int) -> list[int]:
     shares = [divmod(count * size, total) if total else (0, 0) for size in sizes]
     takes = [whole for whole, _ in shares]
     by_remainder = sorted(range(len(sizes)), key=lambda place: -shares[place][1])
-    for place in by_remainder[: count - sum(takes)]:
-        takes[place] += 1
+    for index in by_remainder[: count - sum(takes)]:
+        takes[index] += 1
     return takes
 
 
@@ -77,10 +77,10 @@ def stratified_sample(ids: np.ndarray, targets: np.ndarray, count: int, seed: in
     rows = len(ids)
     if rows <= count:
         return ids
-    source = generator(seed, stream)
-    order = permutation(source, rows)
+    rng = generator(seed, stream)
+    order = permutation(rng, rows)
     column = targets if targets.ndim == 1 else targets[:, 0]
     order = order[np.argsort(column[order], kind="stable")]
-    first = int(words(source, 1)[0] % np.uint64(rows))
+    first = int(words(rng, 1)[0] % np.uint64(rows))
     taken = (np.arange(count, dtype=np.int64) * rows + first) // count
     return np.sort(ids[order[taken]])

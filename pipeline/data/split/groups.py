@@ -45,8 +45,8 @@ def group_rows(job: Job, spec: GroupSplits, source: Source) -> dict[str, np.ndar
 def _nearest(sizes: np.ndarray, wanted: int) -> np.ndarray:
     """Which groups to take, bool (G,): each that brings the sum of sizes nearer to what is wanted."""
     takes = np.zeros(len(sizes), bool)
-    for place, size in enumerate(sizes.tolist()):
+    for index, size in enumerate(sizes.tolist()):
         if size < 2 * wanted:
-            takes[place] = True
+            takes[index] = True
             wanted -= size
     return takes

@@ -39,9 +39,9 @@ def time_rows(spec: TimeSplits, source: Source) -> dict[str, np.ndarray]:
             limit = limit - length
             first = int(np.searchsorted(ordered, limit, side="right"))
         else:
-            wanted = end - round(len(ordered) * float(window))
-            open_to_it = begins[begins <= end]
-            first = int(open_to_it[len(open_to_it) - 1 - np.argmin(np.abs(open_to_it[::-1] - wanted))])
+            target_row = end - round(len(ordered) * float(window))
+            possible_starts = begins[begins <= end]
+            first = int(possible_starts[len(possible_starts) - 1 - np.argmin(np.abs(possible_starts[::-1] - target_row))])
             limit = ordered[first - 1]
         if first == 0 or first >= end:
             raise DataError(

@@ -21,17 +21,17 @@ def told_rows(spec: ColumnSplits, source: Source) -> dict[str, np.ndarray]:
     """
     column = split_column(source, spec.column)
     numbers, of_row, counts = np.unique(column.values, return_inverse=True, return_counts=True)
-    meaning = {value: place for place, name in enumerate(NAMES) for value in getattr(spec, name)}
+    split_of_value = {value: place for place, name in enumerate(NAMES) for value in getattr(spec, name)}
     texts = [_text(column, number) for number in numbers]
-    unknown = [place for place, text in enumerate(texts) if text not in meaning]
+    unknown = [place for place, text in enumerate(texts) if text not in split_of_value]
     if unknown:
         raise DataError(
             f"{some([texts[place] for place in unknown])} in column {spec.column!r} mean no split "
             f"({int(counts[unknown].sum()):,} of {len(of_row):,} rows)",
             where="data.splits.column",
-            fix=f"list them under train, val or test; listed are {', '.join(meaning)}",
+            fix=f"list them under train, val or test; listed are {', '.join(split_of_value)}",
         )
-    split = np.array([meaning[text] for text in texts], dtype=np.int64)[of_row.reshape(-1)]
+    split = np.array([split_of_value[text] for text in texts], dtype=np.int64)[of_row.reshape(-1)]
     ids = {name: np.flatnonzero(split == place).astype(np.int64) for place, name in enumerate(NAMES)}
     return {name: rows for name, rows in ids.items() if name == "train" or len(rows)}
 

@@ -78,11 +78,11 @@ class Encoder:
             )
 
     def _positions(self, array: pa.Array, column: Column, findings: Findings) -> np.ndarray:
-        held = content(array.type)
+        kind = content(array.type)
         texts, rows = as_texts(array, column.name, findings)
-        if held.kind in NUMBERS and column.levels and column.name not in self._numeric and (rows >= 0).any():
+        if kind.kind in NUMBERS and column.levels and column.name not in self._numeric and (rows >= 0).any():
             raise DataError(
-                f"the column {column.name!r} holds {held}, but held text in training, such as {column.levels[0]!r}: no "
+                f"the column {column.name!r} holds {kind}, but held text in training, such as {column.levels[0]!r}: no "
                 "number can be any of its values",
                 where=findings.where,
                 fix="give the texts that these numbers stand for",
@@ -175,10 +175,10 @@ def check_columns(schema: Schema, contents: Mapping[str, Content], rows: int, wh
 
 
 def _column(batch: pa.RecordBatch, column: Column, where: str) -> pa.Array:
-    place = batch.schema.get_field_index(column.name)
-    if place < 0:
+    index = batch.schema.get_field_index(column.name)
+    if index < 0:
         raise _absent(column.name, batch.num_rows, batch.schema.names, where)
-    array = batch.column(place)
+    array = batch.column(index)
     _check_kind(column, content(array.type), where)
     return array
 
@@ -189,14 +189,14 @@ def _absent(name: str, rows: int, names: Iterable[str], where: str) -> DataError
 
 def _check_kind(column: Column, found: Content, where: str) -> None:
     if column.kind == "category":
-        fine = found.kind in ("text", "null", *NUMBERS)
+        is_valid = found.kind in ("text", "null", *NUMBERS)
     elif found.kind in ("vector", "bytes"):
-        fine = found.width in (0, column.width)
+        is_valid = found.width in (0, column.width)
     else:
-        fine = found.kind == "null" or (found.kind in NUMBERS and column.width == 1)
-    if not fine:
-        wanted = "text" if column.kind == "category" else f"{column.width} numbers" if column.width > 1 else "numbers"
-        raise DataError(f"the column {column.name!r} holds {found}; wanted: {wanted}", where=where, fix="cast it")
+        is_valid = found.kind == "null" or (found.kind in NUMBERS and column.width == 1)
+    if not is_valid:
+        expected = "text" if column.kind == "category" else f"{column.width} numbers" if column.width > 1 else "numbers"
+        raise DataError(f"the column {column.name!r} holds {found}; wanted: {expected}", where=where, fix="cast it")
 
 
 def _kind(kind: pa.DataType) -> Numbers:

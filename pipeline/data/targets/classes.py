@@ -43,11 +43,11 @@ def text_classes(source: Source, task: Task, splits: Mapping[str, Rows], where: 
                 where="task.positive",
                 fix=f"write task: {{kind: binary, positive: [{names[-1]}]}}",
             )
-        wanted = {str(label) for label in task.positive}
-        _refuse_absent(wanted.isdisjoint(names), task, names)
-        found = np.bincount(labels[splits["train"].ids], minlength=len(names)) > 0
-        occurring = [name for name, there in zip(names, found, strict=True) if there]
-        pair = [[name for name in occurring if (name in wanted) == is_positive] for is_positive in (False, True)]
+        positive_names = {str(label) for label in task.positive}
+        _refuse_absent(positive_names.isdisjoint(names), task, names)
+        is_occurring = np.bincount(labels[splits["train"].ids], minlength=len(names)) > 0
+        occurring = [name for name, occurs in zip(names, is_occurring, strict=True) if occurs]
+        pair = [[name for name in occurring if (name in positive_names) == is_positive] for is_positive in (False, True)]
         return Classes((pair[0][0], pair[1][0]) if len(pair[0]) == len(pair[1]) == 1 else MERGED)
     occurring_numbers = _occurring(source, task, splits, where)
     return Classes(tuple(names[number] for number in occurring_numbers))
@@ -110,27 +110,27 @@ def _occurring(source: Source, task: Task, splits: Mapping[str, Rows], where: st
         name: whole_numbers(source.part(split.part).targets, task.kind, where)[split.ids]
         for name, split in splits.items()
     }
-    found = np.unique(parts["train"])
+    training_labels = np.unique(parts["train"])
 
     def named(label: int) -> str:
         return repr(names[label]) if names else str(label)
 
-    if task.kind == "binary" and len(found) > 2:
+    if task.kind == "binary" and len(training_labels) > 2:
         raise DataError(
-            f"{len(found):,} different labels ({some(found)}), but binary learns two",
+            f"{len(training_labels):,} different labels ({some(training_labels)}), but binary learns two",
             where=where,
-            fix=f"say which of them count as 1, for example task: {{kind: binary, positive: [{found[-1]}]}}; "
+            fix=f"say which of them count as 1, for example task: {{kind: binary, positive: [{training_labels[-1]}]}}; "
             "or use task: multiclass",
         )
-    if len(found) > max(FEW_CLASSES, rows // 2):
+    if len(training_labels) > max(FEW_CLASSES, rows // 2):
         raise DataError(
-            f"{len(found):,} different labels in {rows:,} training rows, such as {named(found[-1])}: too many to be "
+            f"{len(training_labels):,} different labels in {rows:,} training rows, such as {named(training_labels[-1])}: too many to be "
             "classes",
             where=where,
             fix="name a column of classes in data.label" + ("" if names else "; for numbers, use task: regression"),
         )
     for name, labels in parts.items():
-        unknown = labels[~np.isin(labels, found)]
+        unknown = labels[~np.isin(labels, training_labels)]
         if len(unknown):
             raise DataError(
                 f"the label {named(unknown[0])} stands in {name}, but in no training row ({len(unknown):,} of "
@@ -139,7 +139,7 @@ def _occurring(source: Source, task: Task, splits: Mapping[str, Rows], where: st
                 fix="draw with data.splits.stratify: true, split otherwise, or drop these rows"
                 + ("" if names else "; for numbers that are no labels, use task: regression"),
             )
-    occurring: list[int] = found.tolist()
+    occurring: list[int] = training_labels.tolist()
     return occurring
 
 

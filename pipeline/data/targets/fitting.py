@@ -84,8 +84,8 @@ class Targets:
         used = numbers if rows is None else numbers[rows]
         unknown = used < 0
         if unknown.any():
-            place = int(np.argmax(unknown))
-            row = place if rows is None else int(rows[place])
+            position = int(np.argmax(unknown))
+            row = position if rows is None else int(rows[position])
             label = repr(label_names[labels[row]]) if label_names else labels[row]
             raise DataError(
                 f"{label} at row {row} is no class that was trained ({int(unknown.sum()):,} of {len(used):,} rows)",
@@ -148,8 +148,8 @@ class Targets:
         """Classes (N,) by their numbers int64 (N,): their names; the labels, int64, where nothing else names them."""
         has_names = self.classes != tuple(map(str, self.values))
         labels: np.ndarray = np.array(self.classes) if has_names else np.array(self.values, dtype=np.int64)
-        named: np.ndarray = labels[numbers]
-        return named
+        decoded: np.ndarray = labels[numbers]
+        return decoded
 
     def unscaled(self, learned: np.ndarray) -> np.ndarray:
         """Values as the model gives them, float64 (N, T), in the unit of the targets."""
@@ -203,24 +203,24 @@ def fit_targets(job: Job, source: Source, splits: Mapping[str, Rows]) -> Targets
     ------
     DataError: targets that do not fit the task, in any split; only one class, or one value, in training.
     """
-    task, raw, train = job.task, source.train.targets, splits["train"].ids
+    task, raw, train_indices = job.task, source.train.targets, splits["train"].ids
     data = job.data
     where = f"{data.url}: {', '.join(data.labels)}" if isinstance(data, FileDataConfig) and data.labels else WHERE
     if task.kind == "regression":
         _refuse_names(source.label_names, where)
-        _refuse_constant(job, raw.reshape(len(raw), -1), train, where)
+        _refuse_constant(job, raw.reshape(len(raw), -1), train_indices, where)
         if not task.scale_targets:
             return Targets(task.kind)
-        mean, std = mean_and_std(raw.reshape(len(raw), -1), train, per_channel=True)
+        mean, std = mean_and_std(raw.reshape(len(raw), -1), train_indices, per_channel=True)
         return Targets(task.kind, mean=tuple(mean.tolist()), std=tuple(np.where(std == 0, 1.0, std).tolist()))
     positive = None if task.positive is None else tuple(task.positive)
     text = bool(source.label_names)
     classes, values = (text_classes if text else numbered_classes)(source, task, splits, where)
     fitted = Targets(task.kind, classes, text, positive, values=values)
-    learned = fitted.prepare(raw, source.label_names, rows=train, where=where)[train]
+    learned = fitted.prepare(raw, source.label_names, rows=train_indices, where=where)[train_indices]
     if (learned == learned[0]).all():
         raise DataError(
-            f"all {len(train):,} training rows are of one class, {classes[int(learned[0])]!r}",
+            f"all {len(train_indices):,} training rows are of one class, {classes[int(learned[0])]!r}",
             where=where,
             fix="use data with at least two, or draw with data.splits.stratify: true",
         )
@@ -249,12 +249,12 @@ def _refuse_constant(job: Job, raw: np.ndarray, train: np.ndarray, where: str) -
     varies = np.zeros(raw.shape[1], bool)
     for block in blocks(raw, train):
         varies |= (block != raw[train[0]]).any(0)
-    for place in np.flatnonzero(~varies)[:1]:
+    for column in np.flatnonzero(~varies)[:1]:
         names = [repr(name) for name in job.data.labels] or [
             f"column {number} (from 0)" for number in range(len(varies))
         ]
         raise DataError(
-            f"the target {f'{names[place]} ' if len(varies) > 1 else ''}is {raw[train[0], place]:g} in all "
+            f"the target {f'{names[column]} ' if len(varies) > 1 else ''}is {raw[train[0], column]:g} in all "
             f"{len(train):,} training rows: there is nothing to learn",
             where=where,
             fix="use data in which it varies" + (", or leave it out of data.label" if len(varies) > 1 else ""),

@@ -39,8 +39,8 @@ def whole_numbers(targets: np.ndarray, kind: str, where: str = WHERE) -> np.ndar
 def are_positive(labels: np.ndarray, label_names: Sequence[str], positive: Sequence[int | str]) -> np.ndarray:
     """Which labels count as 1, bool (N,). Where labels have names, so are those in `positive`."""
     if label_names:
-        wanted = {str(label) for label in positive}
-        return np.isin(labels, [number for number, name in enumerate(label_names) if name in wanted])
+        positive_names = {str(label) for label in positive}
+        return np.isin(labels, [number for number, name in enumerate(label_names) if name in positive_names])
     return np.isin(labels, [int(label) for label in positive if not isinstance(label, str)])
 
 

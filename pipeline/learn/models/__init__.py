@@ -36,9 +36,9 @@ def build_model(
     ------
     JobError: a model that does not fit its input or output, or a module of the user's that cannot be built.
     """
-    spec = job.model
-    if isinstance(spec, Cnn | TorchvisionModel) and len(input_shape) != 3:
-        kind = "a cnn" if isinstance(spec, Cnn) else spec.kind
+    config = job.model
+    if isinstance(config, Cnn | TorchvisionModel) and len(input_shape) != 3:
+        kind = "a cnn" if isinstance(config, Cnn) else config.kind
         raise JobError(
             f"{kind} takes images, but a sample here has the shape {input_shape}",
             where="model.kind",
@@ -46,17 +46,17 @@ def build_model(
         )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        if isinstance(spec, Mlp):
-            model = mlp(spec, input_shape, outputs, code_sizes)
-        elif isinstance(spec, Cnn):
-            model = cnn(spec, input_shape, outputs)
+        if isinstance(config, Mlp):
+            model = mlp(config, input_shape, outputs, code_sizes)
+        elif isinstance(config, Cnn):
+            model = cnn(config, input_shape, outputs)
         else:
-            if isinstance(spec, TorchvisionModel):
-                model = vision(spec, input_shape, outputs)
+            if isinstance(config, TorchvisionModel):
+                model = vision(config, input_shape, outputs)
             else:
-                model = own(spec, input_shape, outputs, code_sizes)
-            _try(model, input_shape, outputs, f"model.kind: {spec.kind}")
-    freeze(model, spec.freeze)
+                model = own(config, input_shape, outputs, code_sizes)
+            _try(model, input_shape, outputs, f"model.kind: {config.kind}")
+    freeze(model, config.freeze)
     return model
 
 
@@ -78,17 +78,17 @@ def _try(model: nn.Module, input_shape: tuple[int, ...], outputs: int, where: st
     model.eval()
     try:
         with torch.no_grad():
-            found = model(torch.zeros(1, *input_shape))
+            outputs_tensor = model(torch.zeros(1, *input_shape))
     except Exception as raised:  # whatever a module of the user's raises is the user's to see
         error = failed(raised, where, JobError)
         fix = "the model must take samples of this shape: see data.resize, or the model's args"
         raise JobError(f"fails on a sample of shape {input_shape}: {error.what}", where=where, fix=fix) from raised
     model.train()
-    if not isinstance(found, Tensor):
-        raise JobError(f"gives a {type(found).__name__}, not one tensor", where=where, fix="return (B, outputs)")
-    if found.shape != (1, outputs):
+    if not isinstance(outputs_tensor, Tensor):
+        raise JobError(f"gives a {type(outputs_tensor).__name__}, not one tensor", where=where, fix="return (B, outputs)")
+    if outputs_tensor.shape != (1, outputs):
         raise JobError(
-            f"gives outputs of shape {tuple(found.shape)} for 1 sample, but the task needs {(1, outputs)}",
+            f"gives outputs of shape {tuple(outputs_tensor.shape)} for 1 sample, but the task needs {(1, outputs)}",
             where=where,
             fix="take `outputs` as an argument: it is given where the signature names it",
         )

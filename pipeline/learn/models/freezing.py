@@ -45,7 +45,7 @@ def last_layer(model: nn.Module) -> list[str]:
         (name, module) for name, module in model.named_modules() if next(module.parameters(False), None) is not None
     ]
     name, module = layers[-1] if layers else ("", nn.Identity())
-    return [f"{name}.{own}".lstrip(".") for own in module.state_dict()]
+    return [f"{name}.{tensor_name}".lstrip(".") for tensor_name in module.state_dict()]
 
 
 def matching(pattern: str, names: Iterable[str], where: str) -> list[str]:
@@ -56,15 +56,15 @@ def matching(pattern: str, names: Iterable[str], where: str) -> list[str]:
     JobError: none.
     """
     names = list(names)
-    found = [name for name in names if fnmatchcase(name, pattern)]
-    if not found:
+    matches = [name for name in names if fnmatchcase(name, pattern)]
+    if not matches:
         rest = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""
         raise JobError(
             f"{pattern!r} matches no parameter",
             where=where,
             fix=f"patterns are as a shell's; the parameters are {', '.join(names[:SHOWN])}{rest}",
         )
-    return found
+    return matches
 
 
 def frozen_norms(model: nn.Module) -> list[nn.Module]:

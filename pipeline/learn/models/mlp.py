@@ -40,10 +40,10 @@ class EmbeddingMlpNet(nn.Module):
         self._names = [str(number) for number in range(len(layers))]
 
     def forward(self, inputs: Tensor) -> Tensor:
-        numbers = inputs.shape[1] - len(self.embeddings)
-        codes = inputs[:, numbers:].long().unbind(1)
-        looked_up = [embedding(column) for embedding, column in zip(self.embeddings, codes, strict=True)]
-        outputs = torch.cat([inputs[:, :numbers], *looked_up], 1)
+        num_numeric = inputs.shape[1] - len(self.embeddings)
+        codes = inputs[:, num_numeric:].long().unbind(1)
+        embedded = [embedding(column) for embedding, column in zip(self.embeddings, codes, strict=True)]
+        outputs = torch.cat([inputs[:, :num_numeric], *embedded], 1)
         for name in self._names:
             outputs = self.get_submodule(name)(outputs)
         return outputs

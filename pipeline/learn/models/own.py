@@ -25,8 +25,8 @@ def own(spec: OwnModel, input_shape: tuple[int, ...], outputs: int, code_sizes: 
     JobError: it cannot be imported or built, or is no nn.Module.
     """
     where = f"model.kind: {spec.kind}"
-    offers = {"input_shape": input_shape, "outputs": outputs, "code_sizes": code_sizes}
-    model = called(spec.kind, spec.args, where=where, error=JobError, offers=offers)
+    optional_args = {"input_shape": input_shape, "outputs": outputs, "code_sizes": code_sizes}
+    model = called(spec.kind, spec.args, where=where, error=JobError, offers=optional_args)
     if not isinstance(model, nn.Module):
         raise JobError(f"gives a {type(model).__name__}, not an nn.Module", where=where)
     return model

@@ -76,9 +76,9 @@ def pretrained(spec: TorchvisionModel) -> tuple[dict[str, Tensor], str]:
     assert spec.weights is not None
     from torchvision import models
 
-    published = models.get_model_weights(name)
-    if spec.weights in published.__members__:
-        member = published[spec.weights]
+    weights_enum = models.get_model_weights(name)
+    if spec.weights in weights_enum.__members__:
+        member = weights_enum[spec.weights]
         try:
             tensors = member.get_state_dict(progress=False, check_hash=True)
         except Exception as error:  # no network, a wrong hash, or a damaged file in the cache
@@ -90,9 +90,9 @@ def pretrained(spec: TorchvisionModel) -> tuple[dict[str, Tensor], str]:
         return _renamed(tensors, name), f"torchvision's {member}"
     path = Path(spec.weights).expanduser()
     if not path.is_file():
-        names = list(published.__members__)
-        near = difflib.get_close_matches(spec.weights, names, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        names = list(weights_enum.__members__)
+        close_matches = difflib.get_close_matches(spec.weights, names, n=1)
+        hint = f"did you mean {close_matches[0]}? " if close_matches else ""
         raise JobError(
             f"neither a file nor weights of {name}", where=where, fix=f"{hint}torchvision has {', '.join(names)}"
         )
@@ -121,10 +121,10 @@ def _name(spec: TorchvisionModel) -> str:
 def _take_channels(model: nn.Module, channels: int) -> None:
     """Replace the first convolution by one for images of so many channels, initialised as torch does."""
     name, first = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
-    parent, _, own = name.rpartition(".")
+    parent, _, attribute = name.rpartition(".")
     sizes: dict[str, Any] = {key: getattr(first, key) for key in ("kernel_size", "stride", "padding", "dilation")}
     replacement = nn.Conv2d(channels, first.out_channels, **sizes, bias=first.bias is not None)
-    setattr(model.get_submodule(parent), own, replacement)
+    setattr(model.get_submodule(parent), attribute, replacement)
 
 
 def _read(path: Path, where: str) -> dict[str, Tensor]:

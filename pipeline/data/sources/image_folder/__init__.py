@@ -35,14 +35,14 @@ def open_image_folder(job: Job, say: Say) -> Source:
     """
     assert isinstance(job.data, ImageFolderDataConfig), "a job with source: image_folder"
     listing = _present(job)
-    identified = Identified(listing, job.data.cache, say)
-    pictures, rows, warnings = decoded(listing, identified, job.data, say)
-    digest = identified.fingerprint
+    digests = Identified(listing, job.data.cache, say)
+    images, rows, warnings = decoded(listing, digests, job.data, say)
+    digest = digests.fingerprint
     left_out = np.setdiff1d(np.arange(len(listing.paths)), rows)
     if len(left_out):  # what this machine's Pillow could not read is part of what is learnt
         digest = hashlib.sha256(f"{digest} without {left_out.tolist()}".encode()).hexdigest()
     return Source(
-        train=Arrays(cast(np.ndarray, pictures), listing.targets[rows]),
+        train=Arrays(cast(np.ndarray, images), listing.targets[rows]),
         test=None,
         classes=(),
         fingerprint=digest,
@@ -51,7 +51,7 @@ def open_image_folder(job: Job, say: Say) -> Source:
             name: SplitColumn(column.values[rows], column.names, column.is_time)
             for name, column in listing.columns.items()
         },
-        warnings=(*identified.warnings, *warnings),
+        warnings=(*digests.warnings, *warnings),
     )
 
 

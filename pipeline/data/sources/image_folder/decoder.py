@@ -35,9 +35,9 @@ class Decoder:
         picture = self._decode(row)
         if picture.shape != self.shape:
             assert self._first is not None
-            ours, theirs = (f"{shape[1]} x {shape[2]}" for shape in (picture.shape, self.shape))
+            actual_size, expected_size = (f"{shape[1]} x {shape[2]}" for shape in (picture.shape, self.shape))
             raise DataError(
-                f"{self.name(row)} is {ours} pixels, but {self.name(self._first[0])} is {theirs}",
+                f"{self.name(row)} is {actual_size} pixels, but {self.name(self._first[0])} is {expected_size}",
                 where=self.where,
                 fix="give them one size, for example data: {resize: [224, 224]}, or {resize: 256, crop: 224}",
             )
@@ -101,12 +101,12 @@ class Pictures:
         ------
         WorkError: a broken picture.
         """
-        files, wanted = self._decoder.listing.files, self._rows[rows]
+        files, indices = self._decoder.listing.files, self._rows[rows]
         threads = reading_threads(files.is_remote) if files.is_remote or not _is_in_loader_process() else 1
-        decoded = np.empty((len(wanted), *self.shape[1:]), dtype=np.uint8)
+        decoded = np.empty((len(indices), *self.shape[1:]), dtype=np.uint8)
         with quiet():
-            for place, picture in enumerate(map_in_threads(self._decoded, wanted.tolist(), threads)):
-                decoded[place] = picture
+            for position, picture in enumerate(map_in_threads(self._decoded, indices.tolist(), threads)):
+                decoded[position] = picture
         return decoded
 
     def _decoded(self, row: int) -> np.ndarray:

@@ -50,28 +50,28 @@ def decoded(
     ------
     DataError: broken pictures, with `on_error: skip` more of them than allowed; different sizes; pictures that change.
     """
-    form, count = Form.of(data), len(listing.paths)
-    decoder = Decoder(listing, identified, form)
+    image_format, count = Form.of(data), len(listing.paths)
+    decoder = Decoder(listing, identified, image_format)
     size = count * math.prod(decoder.shape)
-    key = f"{identified.fingerprint} {form} {data.on_error} Pillow {PIL.__version__}"
+    key = f"{identified.fingerprint} {image_format} {data.on_error} Pillow {PIL.__version__}"
     run = _Run(decoder, data, say)
     broken: Broken = {}
-    pictures: np.ndarray | None = None
+    images: np.ndarray | None = None
     if size <= data.cache.in_memory_mb * 1e6:
-        pictures, filled = np.empty((count, *decoder.shape), dtype=np.uint8), 0
+        images, filled = np.empty((count, *decoder.shape), dtype=np.uint8), 0
         for picture in run.whole(broken):
-            pictures[filled] = picture
+            images[filled] = picture
             filled += 1
-        pictures = pictures[:filled]
+        images = images[:filled]
     elif fits(data.cache, size + LIST_BYTES):
         entry = cached(data.cache, _digest(key), run.fill, size=size + LIST_BYTES)
-        pictures, broken = entry.map(PIXELS), _read(entry.folder)
-    elif data.on_error == "skip" or not form.suits_all:
+        images, broken = entry.map(PIXELS), _read(entry.folder)
+    elif data.on_error == "skip" or not image_format.suits_all:
         entry = cached(data.cache, _digest(f"broken of {key}"), run.check, size=LIST_BYTES)
         broken = _read(entry.folder)
     run.judge(broken)
     rows = np.setdiff1d(np.arange(count, dtype=np.int64), np.array(list(broken), dtype=np.int64))
-    return Pictures(decoder, rows) if pictures is None else pictures, rows, run.warnings(broken)
+    return Pictures(decoder, rows) if images is None else images, rows, run.warnings(broken)
 
 
 class _Run:

@@ -71,13 +71,13 @@ def _in_folders(job: Job, data: ImageFolderDataConfig) -> Listing:
             fix="point data.url at a Parquet file of paths and numbers",
         )
     files = FileReader(url)
-    found = _list_folder(files)
-    pictures = {path: facts for path, facts in found.items() if is_image_path(path)}
+    files_by_path = _list_folder(files)
+    pictures = {path: facts for path, facts in files_by_path.items() if is_image_path(path)}
     if not pictures:
-        others = Counter(_ending(path) or "none" for path in found)
-        told = ", ".join(f"{ending} ({count:,})" for ending, count in others.most_common(5))
+        others = Counter(_ending(path) or "none" for path in files_by_path)
+        extension_counts = ", ".join(f"{ending} ({count:,})" for ending, count in others.most_common(5))
         raise DataError(
-            f"no pictures among {len(found):,} files; their endings: {told or 'none'}",
+            f"no pictures among {len(files_by_path):,} files; their endings: {extension_counts or 'none'}",
             where=where,
             fix="one folder for each class, with pictures that Pillow reads, such as .png and .jpg",
         )
@@ -149,10 +149,10 @@ def _in_table(job: Job, data: ImageFolderDataConfig) -> Listing:
         raise DataError("no such file", where=where, fix="check the URL") from None
     except pa.ArrowException as error:
         raise DataError(f"no Parquet file, or a damaged one: {error}", where=where, fix="write it again") from error
-    for key, wanted in (("data.path", data.path), ("data.label", data.label), ("data.splits.column", column)):
-        if wanted is not None and wanted not in table.column_names:
+    for key, column_name in (("data.path", data.path), ("data.label", data.label), ("data.splits.column", column)):
+        if column_name is not None and column_name not in table.column_names:
             raise DataError(
-                f"no column {wanted}; there are {', '.join(table.column_names)}", where=where, fix=f"see {key}"
+                f"no column {column_name}; there are {', '.join(table.column_names)}", where=where, fix=f"see {key}"
             )
     if not len(table):
         raise DataError("no rows", where=where, fix="list a picture a row")
@@ -161,8 +161,8 @@ def _in_table(job: Job, data: ImageFolderDataConfig) -> Listing:
     columns = {}
     if column is not None:
         columns[column] = splits(table, column, isinstance(data.splits, TimeSplits), where)
-    known = _columns(map_in_threads(files.stat, paths, reading_threads(files.is_remote)))
-    return Listing(files, paths, *known, targets, label_names=names, columns=columns, is_folder=False)
+    sizes_and_checksums = _columns(map_in_threads(files.stat, paths, reading_threads(files.is_remote)))
+    return Listing(files, paths, *sizes_and_checksums, targets, label_names=names, columns=columns, is_folder=False)
 
 
 def check_present(listing: Listing) -> None:

@@ -63,11 +63,11 @@ def splits(table: pa.Table, name: str, is_time: bool, where: str) -> SplitColumn
     kind = content(array.type).kind
     if kind not in ("text", "whole", "real", "truth", "time"):
         raise DataError(f"the column {name!r} holds {content(array.type)}", where=where, fix="see data.splits")
-    found = _texts(array, name, findings) if kind == "text" else None
-    values = split_values(array, name, found, kind == "real", findings)
+    categories = _texts(array, name, findings) if kind == "text" else None
+    values = split_values(array, name, categories, kind == "real", findings)
     _refuse(findings, len(array))
-    texts = () if found is None else tuple(found.to_pylist())
-    if found is not None and is_time:
+    texts = () if categories is None else tuple(categories.to_pylist())
+    if categories is not None and is_time:
         return SplitColumn(as_times(texts, name, where)[values], is_time=True)
     return SplitColumn(values, ("false", "true") if kind == "truth" else texts, kind == "time")
 
@@ -85,6 +85,6 @@ def _refuse(findings: Findings, rows: int) -> None:
 
 def _texts(array: pa.Array, name: str, findings: Findings) -> pa.Array:
     """The distinct texts of the rows, sorted."""
-    found, rows = as_texts(array, name, findings)
+    distinct, rows = as_texts(array, name, findings)
     present = np.unique(rows)
-    return pa.array(sorted(found.take(pa.array(present[present >= 0])).to_pylist()), pa.string())
+    return pa.array(sorted(distinct.take(pa.array(present[present >= 0])).to_pylist()), pa.string())

@@ -65,23 +65,23 @@ def open_parquet(job: Job, say: Callable[[str], None], *, float64: bool) -> Sour
                 fix="check data.url, and what wrote the files",
             )
         fingerprint = files.fingerprint(say)
-        choice = choose(files, job)
-        shape, kind = inputs_layout(choice, files.rows, dtype)
-        _check_shape(choice)
+        selection = choose(files, job)
+        shape, kind = inputs_layout(selection, files.rows, dtype)
+        _check_shape(selection)
         size = math.prod(shape) * np.dtype(kind).itemsize
         if size <= data.cache.in_memory_mb * 10**6:
-            decoded = decode(files, choice, np.empty(shape, kind), lambda _: None)
+            decoded = decode(files, selection, np.empty(shape, kind), lambda _: None)
             files.verify()
         else:
-            beside = files.rows * 8 * (len(choice.labels) + 1) + BESIDE_INPUTS
+            other_bytes = files.rows * 8 * (len(selection.labels) + 1) + BESIDE_INPUTS
 
             def build(folder: Path) -> None:
-                decode_to(folder, files, choice, dtype, say)
+                decode_to(folder, files, selection, dtype, say)
                 files.verify()
 
-            entry = cached(data.cache, _key(fingerprint, choice, dtype), build, size=size + beside)
+            entry = cached(data.cache, _key(fingerprint, selection, dtype), build, size=size + other_bytes)
             decoded = Decoded.load(entry)
-        source = _source(choice, decoded, fingerprint, files)
+        source = _source(selection, decoded, fingerprint, files)
     if float64 or source.rounding is None:
         return source
     return replace(source, in_float64=lambda: open_parquet(job, say, float64=True))

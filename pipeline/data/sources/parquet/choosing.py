@@ -72,11 +72,11 @@ def choose(files: Files, job: Job) -> Choice:
     ]:
         columns.must_have(name, where)
     names = _feature_names(data, columns.names, split)
-    holds = {name: columns.content(name) for name in names}
+    kinds = {name: columns.content(name) for name in names}
     levels = _matched(data.categorical, columns.names, "data.categorical")
-    shape, raw = _shape(data.shape, holds)
+    shape, raw = _shape(data.shape, kinds)
     return Choice(
-        features=tuple(_feature(name, found, name in levels, files) for name, found in holds.items()),
+        features=tuple(_feature(name, found, name in levels, files) for name, found in kinds.items()),
         labels=tuple((name, _label(name, columns.content(name), job, files.url)) for name in data.labels),
         label_as="numbers" if job.task.kind == "regression" else "classes",
         split=None if split is None else (split, columns.content(split)),
@@ -104,35 +104,35 @@ class _Columns:
 
     def content(self, name: str) -> Content:
         """What a column holds in all files together."""
-        found: Content | None = None
+        merged: Content | None = None
         for number, contents in enumerate(self._by_file):
-            place = f"{self._files.files[number].where} ({self._files.row_counts[number]:,} rows)"
+            location = f"{self._files.files[number].where} ({self._files.row_counts[number]:,} rows)"
             if name not in contents:
                 raise DataError(
-                    f"the column {name!r} is not in this file, but in others", where=place, fix=near(name, contents)
+                    f"the column {name!r} is not in this file, but in others", where=location, fix=near(name, contents)
                 )
-            united = contents[name] if found is None else both(found, contents[name])
+            united = contents[name] if merged is None else both(merged, contents[name])
             if united is None:
                 raise DataError(
-                    f"the column {name!r} holds {contents[name]} here, but {found} in {self._files.files[0].where}",
-                    where=place,
+                    f"the column {name!r} holds {contents[name]} here, but {merged} in {self._files.files[0].where}",
+                    where=location,
                     fix="write all files with one type for each column",
                 )
-            found = united
-        assert found is not None, "no files"
-        return found
+            merged = united
+        assert merged is not None, "no files"
+        return merged
 
 
 def _matched(patterns: Iterable[str], names: list[str], where: str) -> set[str]:
     """The names that patterns mean; a name means itself, whatever characters it has."""
     matched: set[str] = set()
     for pattern in patterns:
-        found = {pattern} & set(names) or {
+        matches = {pattern} & set(names) or {
             name for name in names if fnmatchcase(name, pattern) and not fnmatchcase(name, PANDAS_INDEX)
         }
-        if not found:
+        if not matches:
             raise DataError(f"no column is called {pattern!r}", where=where, fix=near(pattern, names))
-        matched |= found
+        matched |= matches
     return matched
 
 

@@ -122,27 +122,27 @@ def split_column(choice: Choice, decoded: Decoded, url: str) -> dict[str, SplitC
     """What the splits go by, by name."""
     if choice.split is None or decoded.split is None:
         return {}
-    name, found = choice.split
+    name, arrow_kind = choice.split
     texts = decoded.levels.get(name, ())
-    if found.kind == "text" and choice.split_is_time:
+    if arrow_kind.kind == "text" and choice.split_is_time:
         return {name: SplitColumn(as_times(texts, name, url)[decoded.split], is_time=True)}
-    names = ("false", "true") if found.kind == "truth" else texts
-    return {name: SplitColumn(decoded.split, names if decoded.split.dtype.kind == "i" else (), found.kind == "time")}
+    names = ("false", "true") if arrow_kind.kind == "truth" else texts
+    return {name: SplitColumn(decoded.split, names if decoded.split.dtype.kind == "i" else (), arrow_kind.kind == "time")}
 
 
 def _levels(files: Files, choice: Choice) -> Levels:
     """Texts of the categories, of the labels and of the splits' column, in a pass over these columns alone."""
     categories = {feature.name for feature in choice.features if feature.kind == "category"}
     others = [*choice.labels, *([choice.split] if choice.split else [])]
-    names = sorted(categories | {name for name, found in others if found.kind == "text"})
+    names = sorted(categories | {name for name, distinct in others if distinct.kind == "text"})
     texts: dict[str, set[str]] = {name: set() for name in names}
     for number, file in enumerate(files.files if names else []):
         findings = Findings(file.where)
         for batch in files.batches(number, names, MOST_BATCH_ROWS):
             for name in names:
-                found, rows = as_texts(batch.column(name), name, findings)
+                distinct, rows = as_texts(batch.column(name), name, findings)
                 present = np.unique(rows)
-                texts[name].update(found.take(pa.array(present[present >= 0])).to_pylist())
+                texts[name].update(distinct.take(pa.array(present[present >= 0])).to_pylist())
                 if name in categories and len(texts[name]) > MOST_LEVELS:
                     raise DataError(
                         f"the column {name!r} has more than {MOST_LEVELS:,} levels in {files.rows:,} rows: it looks "
@@ -152,7 +152,7 @@ def _levels(files: Files, choice: Choice) -> Levels:
                     )
             findings.rows += batch.num_rows
         findings.refuse()
-    return {name: tuple(sorted(found)) for name, found in texts.items()}
+    return {name: tuple(sorted(distinct)) for name, distinct in texts.items()}
 
 
 class _Filler:
@@ -252,11 +252,11 @@ def _batch_rows(row_bytes: int) -> int:
 
 
 def _progress(say: Say, total: int) -> Callable[[int], None]:
-    said = [time.monotonic()]
+    last_report_s = [time.monotonic()]
 
     def done(filled: int) -> None:
-        if time.monotonic() - said[0] >= SAY_EVERY_S:
-            said[0] = time.monotonic()
+        if time.monotonic() - last_report_s[0] >= SAY_EVERY_S:
+            last_report_s[0] = time.monotonic()
             say(f"caching {filled / 1e9:.1f} of {total / 1e9:.1f} GB")
 
     return done

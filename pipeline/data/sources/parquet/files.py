@@ -178,17 +178,17 @@ class Files:
         if len(set(schema.names)) < len(schema.names):
             twice = next(name for name in schema.names if schema.names.count(name) > 1)
             raise DataError(f"two columns are called {twice!r}", where=file.where, fix="rename one of them")
-        own = dict(zip(schema.names, schema.types, strict=True))
-        return own | {name: self._partition_types[name] for name in file.partitions if name not in own}
+        stored_types = dict(zip(schema.names, schema.types, strict=True))
+        return stored_types | {name: self._partition_types[name] for name in file.partitions if name not in stored_types}
 
     def batches(self, number: int, columns: Sequence[str], rows: int) -> Iterator[pa.RecordBatch]:
         """The rows of a file in order, some columns alone, up to `rows` at once; its path's columns as constants."""
-        file, own = self.files[number], set(self.schemas[number].names)
-        stored = [name for name in columns if name in own]
+        file, stored_names = self.files[number], set(self.schemas[number].names)
+        stored = [name for name in columns if name in stored_names]
         total = 0
         for batch in self._stored(file, stored, self.row_counts[number], rows):
             arrays = [
-                batch.column(name) if name in own else self._constant(file, name, batch.num_rows) for name in columns
+                batch.column(name) if name in stored_names else self._constant(file, name, batch.num_rows) for name in columns
             ]
             total += batch.num_rows
             note_progress()
@@ -226,13 +226,13 @@ class Files:
     @cached_property
     def _partition_types(self) -> dict[str, pa.DataType]:
         """Whole numbers where all files' paths say such, else text."""
-        said: dict[str, list[str]] = {}
+        values_by_name: dict[str, list[str]] = {}
         for file in self.files:
             for name, value in file.partitions.items():
-                said.setdefault(name, []).extend([] if value is None else [value])
+                values_by_name.setdefault(name, []).extend([] if value is None else [value])
         return {
             name: pa.int64() if values and all(map(WHOLE.fullmatch, values)) else pa.string()
-            for name, values in said.items()
+            for name, values in values_by_name.items()
         }
 
     def _constant(self, file: File, name: str, rows: int) -> pa.Array:
@@ -334,11 +334,11 @@ def _foreign(file: File, begin: bytes) -> DataError:
             where=file.where,
             fix=BROKEN,
         )
-    found = next((name for start, name in OTHERS.items() if begin.startswith(start)), None)
-    if found is None and not begin:
+    format_name = next((name for start, name in OTHERS.items() if begin.startswith(start)), None)
+    if format_name is None and not begin:
         return DataError("is empty", where=file.where, fix=BROKEN)
-    if found is None and b"\0" not in begin:
+    if format_name is None and b"\0" not in begin:
         line = begin.partition(b"\n")[0].decode(errors="replace").strip()[:60]
-        found = "JSON" if line[:1] in ("{", "[") else "CSV" if {",", ";", "\t"} & set(line) else "text"
-        found += f", it begins with {line!r}"
-    return DataError("is no Parquet file" + (f" but {found}" if found else ""), where=file.where, fix=AS_PARQUET)
+        format_name = "JSON" if line[:1] in ("{", "[") else "CSV" if {",", ";", "\t"} & set(line) else "text"
+        format_name += f", it begins with {line!r}"
+    return DataError("is no Parquet file" + (f" but {format_name}" if format_name else ""), where=file.where, fix=AS_PARQUET)
