@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # a client of a cluster needs this module, and not torch
 
 T = TypeVar("T")
 
-Awaited = Literal["", "workers", "storage", "cache"]
+WaitTarget = Literal["", "workers", "storage", "cache"]
 """What a thread waits for that is no fault of its own; empty: nothing such. cache: another process that prepares the
 same data."""
 
@@ -34,15 +34,15 @@ class ProgressCounter:
         self.count = 0
         self.attempt = 0
         """The number of the attempt; 0 until it is set."""
-        self.give_up: Callable[[], None] = lambda: None
+        self.release_run: Callable[[], None] = lambda: None
         """Lets others take the run over, where this thread hangs in a process that goes on."""
 
-    def each(self, items: Iterable[T]) -> Iterable[T]:
+    def track(self, items: Iterable[T]) -> Iterable[T]:
         """`items`, counted when one is asked for and when it is there. Can be iterated as often as `items`."""
-        return _CountedIterable(items, self)
+        return _TrackedIterable(items, self)
 
 
-class _CountedIterable(Generic[T]):
+class _TrackedIterable(Generic[T]):
     def __init__(self, items: Iterable[T], progress: ProgressCounter) -> None:
         self._items = items
         self._progress = progress
@@ -61,7 +61,7 @@ class WorkerHeartbeat:
 
     idle_s: float
     """Seconds since its last progress, by its own clock."""
-    awaits: Awaited
+    blocked_on: WaitTarget
     last_seen_s: float = 0.0
     """Seconds since this report arrived, by the clock of whoever passes it on."""
 
@@ -112,7 +112,7 @@ _process = {"is_ours": False}
 
 
 @contextmanager
-def own_process() -> Iterator[None]:
+def command_line_process() -> Iterator[None]:
     """While entered, this process does nothing but what Trainyard's command line was asked for. Any other is its
     caller's, and is never ended from here."""
     before, _process["is_ours"] = _process["is_ours"], True
@@ -122,14 +122,14 @@ def own_process() -> Iterator[None]:
         _process["is_ours"] = before
 
 
-def caught_signals() -> list[int]:
+def stop_signal_numbers() -> list[int]:
     """The signals that ask a run to save and leave. SIGHUP, that of a terminal which is closed, is one of them unless
     it is ignored: `nohup` means that the run goes on."""
     hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
     return [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hangs_up else [])]
 
 
-def as_sigterm(number: int) -> int:
+def to_exit_signal(number: int) -> int:
     """A signal as it is passed on and told: SIGHUP as SIGTERM, whose exit code, 143, everybody knows for a run that was
     interrupted and can be resumed."""
     return signal.SIGTERM if number == signal.SIGHUP else number
@@ -145,7 +145,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in caught_signals():
+            for number in stop_signal_numbers():
                 self._before[number] = signal.signal(number, self._receive)
         return self
 
@@ -170,7 +170,7 @@ class StopSignals:
             raise error
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = as_sigterm(number)
+        self.received = to_exit_signal(number)
 
 
 class SingleProcessContext:

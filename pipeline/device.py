@@ -14,13 +14,13 @@ import torch
 
 from pipeline.errors import InputError
 
-Precision = Literal["fp64", "fp32", "bf16", "fp16"]
+PrecisionName = Literal["fp64", "fp32", "bf16", "fp16"]
 
 CUBLAS_VARIABLE, CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 """What cuBLAS needs for repeatable sums (https://docs.nvidia.com/cuda/cublas/#results-reproducibility)."""
 
 
-def choose(kind: str, local_rank: int = 0) -> torch.device:
+def select_device(kind: str, local_rank: int = 0) -> torch.device:
     """The device that a job asks for; `auto` takes cuda, then mps, then cpu.
 
     Raises
@@ -32,20 +32,22 @@ def choose(kind: str, local_rank: int = 0) -> torch.device:
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not present[kind]:
         available = ", ".join(name for name, is_there in present.items() if is_there)
-        raise InputError(f"{kind} is not available here", where="scale.device", fix=f"available: {available}; or use auto")
+        raise InputError(
+            f"{kind} is not available here", where="scale.device", fix=f"available: {available}; or use auto"
+        )
     return torch.device(kind, local_rank % torch.cuda.device_count()) if kind == "cuda" else torch.device(kind)
 
 
 @dataclass(frozen=True)
-class Arithmetic:
+class Precision:
     """The types of one run: parameters and sums in `dtype`, the model's own work in `autocast` where that is set."""
 
     dtype: torch.dtype
-    autocast: torch.dtype | None
+    autocast_dtype: torch.dtype | None
     scales_loss: bool
 
     @classmethod
-    def of(cls, precision: Precision, device: torch.device) -> Arithmetic:
+    def from_name(cls, precision: PrecisionName, device: torch.device) -> Precision:
         """The types of a precision.
 
         Raises
@@ -57,14 +59,14 @@ class Arithmetic:
         dtype = torch.float64 if precision == "fp64" else torch.float32
         return cls(dtype, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision), precision == "fp16")
 
-    def context(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    def autocast_context(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """Where the model's forward pass runs; does nothing for fp32 and fp64."""
-        if self.autocast is None:
+        if self.autocast_dtype is None:
             return contextlib.nullcontext()
-        return torch.autocast(device.type, dtype=self.autocast)
+        return torch.autocast(device.type, dtype=self.autocast_dtype)
 
 
-def make_repeatable(device: torch.device) -> None:
+def set_deterministic(device: torch.device) -> None:
     """Choose deterministic algorithms. On the CPU, torch's kernels for our models are so anyway."""
     if device.type != "cuda":
         return
@@ -86,7 +88,7 @@ def default_settings() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
-        stack.callback(_set_matmul_precision, _matmul_precision())
+        stack.callback(_set_matmul_precision, _get_matmul_precision())
         _set_matmul_precision("highest")
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -97,14 +99,14 @@ def default_settings() -> Iterator[None]:
 
 
 @contextmanager
-def leave_as_found() -> Iterator[None]:
+def restore_torch_settings() -> Iterator[None]:
     """`default_settings`; and what is set while entered is afterwards as it was: threads, random generators,
     deterministic algorithms."""
     cudnn, workspace = torch.backends.cudnn, os.environ.get(CUBLAS_VARIABLE)
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
-        stack.callback(_restore_generators, *_generators())
-        stack.callback(_restore_determinism, *_determinism())
+        stack.callback(_restore_rng_states, *_get_rng_states())
+        stack.callback(_restore_determinism, *_get_determinism())
         stack.callback(setattr, cudnn, "benchmark", cudnn.benchmark)
         for holder, name in _cudnn_precisions():
             stack.callback(setattr, holder, name, getattr(holder, name))
@@ -116,17 +118,17 @@ def leave_as_found() -> Iterator[None]:
         yield
 
 
-def _determinism() -> tuple[bool, bool]:
+def _get_determinism() -> tuple[bool, bool]:
     """Whether algorithms are deterministic, and whether others only warn."""
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def _restore_determinism(mode: bool, warn_only: bool) -> None:
-    if _determinism() != (mode, warn_only):  # setting them imports torch's compiler, which takes a second
+    if _get_determinism() != (mode, warn_only):  # setting them imports torch's compiler, which takes a second
         torch.use_deterministic_algorithms(mode, warn_only=warn_only)
 
 
-def _matmul_precision() -> str | tuple[str, str]:
+def _get_matmul_precision() -> str | tuple[str, str]:
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:  # it was set for each library by itself
@@ -151,14 +153,14 @@ def _cudnn_precisions() -> list[tuple[Any, str]]:
         return [(cudnn.conv, "fp32_precision"), (cudnn.rnn, "fp32_precision")]
 
 
-def _generators() -> tuple[torch.Tensor, list[torch.Tensor] | None, torch.Tensor | None, int]:
+def _get_rng_states() -> tuple[torch.Tensor, list[torch.Tensor] | None, torch.Tensor | None, int]:
     """States of torch's global random generators: of the CPU, of CUDA where it is in use, of MPS; and their seed."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     return torch.get_rng_state(), cuda, mps, torch.initial_seed()
 
 
-def _restore_generators(
+def _restore_rng_states(
     cpu: torch.Tensor, cuda: list[torch.Tensor] | None, mps: torch.Tensor | None, seed: int
 ) -> None:
     if cuda is not None:
@@ -178,7 +180,7 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def facts(device: torch.device) -> dict[str, Any]:
+def environment_info(device: torch.device) -> dict[str, Any]:
     """What the bits of a result depend on besides the job: recorded with every attempt, compared on resume."""
     return {
         "device": device.type,

@@ -53,8 +53,10 @@ class TrainyardError(Exception):
         return _rebuild, (type(self), self.what, self.where, self.fix, self.__dict__.copy())
 
 
-def _rebuild(kind: type[TrainyardError], what: str, where: str, fix: str, state: dict[str, Any]) -> TrainyardError:
-    error = kind.__new__(kind)
+def _rebuild(
+    error_type: type[TrainyardError], what: str, where: str, fix: str, state: dict[str, Any]
+) -> TrainyardError:
+    error = error_type.__new__(error_type)
     TrainyardError.__init__(error, what, where=where, fix=fix)
     error.__dict__.update(state)
     return error

@@ -18,15 +18,15 @@ from torch import Tensor
 
 from pipeline.context import WorkerContext
 from pipeline.errors import JobError, NotFiniteError, WorkError
-from pipeline.learn.plan import Plan
+from pipeline.learn.plan import TrainingSchedule
 from pipeline.learn.scaling import MIN_SCALE
-from pipeline.learn.step_log import Rows, StepLog
-from pipeline.learn.tally import Tally
-from pipeline.learn.trainee import Trainee
-from pipeline.watchdog import waits_for
+from pipeline.learn.step_log import StepColumns, StepMetricsBuffer
+from pipeline.learn.tally import MetricAccumulator
+from pipeline.learn.trainee import TrainEngine
+from pipeline.watchdog import blocking_on
 
 
-class Batch(Protocol):
+class BatchLike(Protocol):
     """This rank's share of a global batch, on the device."""
 
     @property
@@ -37,22 +37,22 @@ class Batch(Protocol):
     def targets(self) -> Tensor: ...
 
 
-class Recorder(Protocol):
+class TrainingRecorder(Protocol):
     """Where values go. None of its calls waits for storage."""
 
-    def steps(self, rows: Rows) -> None: ...
-    def evaluation(self, row: Mapping[str, Any]) -> None: ...
-    def evaluated(self, position: Position) -> None:
+    def log_steps(self, rows: StepColumns) -> None: ...
+    def log_evaluation(self, row: Mapping[str, Any]) -> None: ...
+    def on_evaluation_end(self, position: TrainProgress) -> None:
         """All splits are evaluated at this step; where it is `best_step`, the parameters now are the best."""
 
-    def wants(self, step: int, due: bool) -> bool:
+    def should_save(self, step: int, due: bool) -> bool:
         """Whether to save now; a due save may wait for its turn."""
 
-    def save(self, position: Position, end: bool) -> None: ...
+    def save(self, position: TrainProgress, end: bool) -> None: ...
 
 
 @dataclass(frozen=True)
-class Position:
+class TrainProgress:
     """How far a run is: plain values, stored in every checkpoint."""
 
     step: int = 0
@@ -69,10 +69,10 @@ class Position:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
-    def after_evaluation(self, step: int, metrics: Mapping[str, float], plan: Plan) -> Position:
+    def after_evaluation(self, step: int, metrics: Mapping[str, float], schedule: TrainingSchedule) -> TrainProgress:
         """The position after an evaluation; the best is the earliest of equals, and step 0 is no candidate."""
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        after, best = replace(self, step=step, metrics=finite), plan.job.best
+        after, best = replace(self, step=step, metrics=finite), schedule.job.best
         if step == 0:
             return replace(after, value_before_training=finite.get(best.metric))
         if best.metric not in metrics:
@@ -82,13 +82,13 @@ class Position:
             return replace(after, best_step=step, best_value=value, best_metrics=finite, evaluations_since_best=0)
         return replace(after, evaluations_since_best=self.evaluations_since_best + 1)
 
-    def patience_is_used_up(self, plan: Plan) -> bool:
-        patience = plan.job.best.patience
+    def is_patience_exhausted(self, schedule: TrainingSchedule) -> bool:
+        patience = schedule.job.best.patience
         return patience is not None and self.evaluations_since_best >= patience
 
 
 @dataclass(frozen=True)
-class Bounds:
+class StopBounds:
     """What earlier attempts of the run have settled about its end."""
 
     ended_at: int | None = None
@@ -96,12 +96,12 @@ class Bounds:
     highest_step: int = 0
     """No early stop below this one."""
 
-    def ends(self, position: Position, plan: Plan) -> bool:
+    def should_stop(self, progress: TrainProgress, schedule: TrainingSchedule) -> bool:
         """Whether the run ends here, after an evaluation."""
         if self.ended_at is not None:
-            return position.step >= self.ended_at
-        early = position.patience_is_used_up(plan) and position.step >= self.highest_step
-        return early or position.step >= plan.last_step
+            return progress.step >= self.ended_at
+        early = progress.is_patience_exhausted(schedule) and progress.step >= self.highest_step
+        return early or progress.step >= schedule.last_step
 
 
 FP16_ADVICE = (
@@ -109,23 +109,23 @@ FP16_ADVICE = (
     "finite there either come from the model or its loss"
 )
 
-SIGTERM_UNIT = 1024.0
+SIGTERM_FLAG = 1024.0
 """What a rank adds to the stop element for SIGTERM; 1 for SIGINT. The sum over the ranks tells both apart."""
 
-VOTE_LAG = 4
+STOP_FLAG_LAG_STEPS = 4
 """On CUDA the ranks act on the stop element of so many steps ago: its copy to the host has long arrived by then."""
 
 
 def fit(
-    trainee: Trainee,
-    plan: Plan,
-    batches: Iterable[Batch],
+    engine: TrainEngine,
+    schedule: TrainingSchedule,
+    batches: Iterable[BatchLike],
     splits: Mapping[str, Iterable[tuple[Tensor, Tensor]]],
-    recorder: Recorder,
+    recorder: TrainingRecorder,
     context: WorkerContext,
-    position: Position,
-    bounds: Bounds,
-) -> tuple[Position, int]:
+    progress: TrainProgress,
+    stop_bounds: StopBounds,
+) -> tuple[TrainProgress, int]:
     """Train from a position to the end of the plan, or until a signal asks to stop.
 
     Parameters
@@ -141,38 +141,43 @@ def fit(
     ------
     NotFiniteError: a loss that is NaN or infinite, or gradients that are so again and again.
     """
-    step_metrics, gradient_sync = StepLog(trainee.flat.sums, recorder.steps, trainee.scale_state), _Votes(trainee, context)
-    if position.step == 0:
-        position = _evaluate_all(trainee, plan, splits, recorder, context, position, 0)
+    step_metrics, gradient_sync = (
+        StepMetricsBuffer(engine.flat.loss_sums, recorder.log_steps, engine.scaler_state),
+        _GradientSync(engine, context),
+    )
+    if progress.step == 0:
+        progress = _evaluate_all(engine, schedule, splits, recorder, context, progress, 0)
         step_metrics.resume_clock()
     for batch in batches:
         step = batch.step
-        if plan.resets_optimizer_before(step):
-            trainee.optimizer.reset()
-        trainee.gradient(step, batch.inputs, batch.targets)
-        stop_signal = gradient_sync.sum_over_ranks()
-        step_metrics.record(plan.epoch(step), step, lr := plan.lr(step))
-        trainee.update(lr)
+        if schedule.should_reset_optimizer(step):
+            engine.optimizer.reset_state()
+        engine.forward_backward(step, batch.inputs, batch.targets)
+        stop_signal = gradient_sync.all_reduce_gradients()
+        step_metrics.append(schedule.epoch_of(step), step, lr := schedule.lr_at(step))
+        engine.optimizer_step(lr)
 
-        is_evaluated = plan.evaluates_after(step) or step == bounds.ended_at
+        is_evaluated = schedule.is_evaluation_due(step) or step == stop_bounds.ended_at
         if is_evaluated:
             step_metrics.flush()
-            position = _evaluate_all(trainee, plan, splits, recorder, context, position, step)
-        is_end = is_evaluated and bounds.ends(position, plan)
-        if is_end or stop_signal or recorder.wants(step, plan.saves_after(step)):
+            progress = _evaluate_all(engine, schedule, splits, recorder, context, progress, step)
+        is_end = is_evaluated and stop_bounds.should_stop(progress, schedule)
+        if is_end or stop_signal or recorder.should_save(step, schedule.is_checkpoint_due(step)):
             step_metrics.flush()
-            position = replace(position, step=step)
-            recorder.save(position, is_end)
+            progress = replace(progress, step=step)
+            recorder.save(progress, is_end)
         if is_end:
-            return position, 0
+            return progress, 0
         if stop_signal:
-            return position, stop_signal
+            return progress, stop_signal
         if is_evaluated:
             step_metrics.resume_clock()
     raise AssertionError("the batches ended before the run did")
 
 
-def evaluate(trainee: Trainee, blocks: Iterable[tuple[Tensor, Tensor]], context: WorkerContext) -> dict[str, float]:
+def evaluate(
+    engine: TrainEngine, eval_batches: Iterable[tuple[Tensor, Tensor]], context: WorkerContext
+) -> dict[str, float]:
     """Exact metrics of the model as it is: every row of the split once, over all ranks.
 
     Returns
@@ -183,73 +188,75 @@ def evaluate(trainee: Trainee, blocks: Iterable[tuple[Tensor, Tensor]], context:
     ------
     WorkError: code of the user's own failed.
     """
-    accumulator = Tally(trainee.task, trainee.device)
-    for inputs, targets in blocks:
+    accumulator = MetricAccumulator(engine.task, engine.device)
+    for inputs, targets in eval_batches:
         with torch.inference_mode():
-            accumulator.add(trainee.outputs(inputs), targets)
-    return accumulator.metrics(context)
+            accumulator.update(engine.predict_logits(inputs), targets)
+    return accumulator.compute(context)
 
 
 def _evaluate_all(
-    trainee: Trainee,
-    plan: Plan,
+    engine: TrainEngine,
+    schedule: TrainingSchedule,
     splits: Mapping[str, Iterable[tuple[Tensor, Tensor]]],
-    recorder: Recorder,
+    recorder: TrainingRecorder,
     context: WorkerContext,
-    position: Position,
+    progress: TrainProgress,
     step: int,
-) -> Position:
+) -> TrainProgress:
     metrics: dict[str, float] = {}
     for split, eval_batches in splits.items():
         start = time.perf_counter()
         try:
-            result = evaluate(trainee, eval_batches, context)
+            result = evaluate(engine, eval_batches, context)
         except WorkError as error:
             if step > 0 or type(error) is not WorkError:
                 raise
             raise JobError(error.what, where=error.where, fix=error.fix) from error  # nothing is trained yet
-        row = {"epoch": plan.epoch(step), "step": step, "split": split, **result}
-        recorder.evaluation({**row, "seconds": time.perf_counter() - start, "time": time.time()})
+        row = {"epoch": schedule.epoch_of(step), "step": step, "split": split, **result}
+        recorder.log_evaluation({**row, "seconds": time.perf_counter() - start, "time": time.time()})
         metrics |= {f"{split}/{name}": value for name, value in result.items() if name != "samples"}
-    after = position.after_evaluation(step, metrics, plan)
-    recorder.evaluated(after)
+    after = progress.after_evaluation(step, metrics, schedule)
+    recorder.on_evaluation_end(after)
     return after
 
 
-class _Votes:
+class _GradientSync:
     """The one sum of a step, and with it the ranks' agreement to stop: all learn the same signal at the same step."""
 
-    def __init__(self, trainee: Trainee, context: WorkerContext) -> None:
-        self._flat = trainee.flat
+    def __init__(self, engine: TrainEngine, context: WorkerContext) -> None:
+        self._flat = engine.flat
         self._context = context
-        self._on_cuda = trainee.device.type == "cuda"
-        self._under_way: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        self._on_cuda = engine.device.type == "cuda"
+        self._pending_copies: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
-    @waits_for("workers")
-    def sum_over_ranks(self) -> int:
+    @blocking_on("workers")
+    def all_reduce_gradients(self) -> int:
         """Sum the exchange vector over all ranks; returns the signal to stop, or 0."""
         local_signal = self._context.stop_signal()
         if self._context.world_size == 1:
             return local_signal
         if local_signal:
-            self._flat.stop.fill_(SIGTERM_UNIT if local_signal == signal.SIGTERM else 1.0)
-        self._context.all_reduce(self._flat.exchange)
-        stop = self._lagged() if self._on_cuda else float(self._flat.stop)
-        return 0 if stop == 0 else int(signal.SIGTERM if stop >= SIGTERM_UNIT else signal.SIGINT)
+            self._flat.stop_flag.fill_(SIGTERM_FLAG if local_signal == signal.SIGTERM else 1.0)
+        self._context.all_reduce(self._flat.all_reduce_buffer)
+        stop = self._lagged_stop_flag() if self._on_cuda else float(self._flat.stop_flag)
+        return 0 if stop == 0 else int(signal.SIGTERM if stop >= SIGTERM_FLAG else signal.SIGINT)
 
-    def _lagged(self) -> float:
-        host = torch.empty((), dtype=self._flat.stop.dtype, pin_memory=True).copy_(self._flat.stop, non_blocking=True)
+    def _lagged_stop_flag(self) -> float:
+        host = torch.empty((), dtype=self._flat.stop_flag.dtype, pin_memory=True).copy_(
+            self._flat.stop_flag, non_blocking=True
+        )
         copy_done = torch.cuda.Event()
         copy_done.record()
-        self._under_way.append((host, copy_done))
-        if len(self._under_way) <= VOTE_LAG:
+        self._pending_copies.append((host, copy_done))
+        if len(self._pending_copies) <= STOP_FLAG_LAG_STEPS:
             return 0.0
-        oldest, event = self._under_way.popleft()
+        oldest, event = self._pending_copies.popleft()
         event.synchronize()
         return float(oldest)
 
 
-def check_finite(rows: Rows, fix: str, not_finite_gradients: Callable[[], Sequence[str]] = tuple) -> None:
+def check_finite(rows: StepColumns, fix: str, find_nonfinite_grads: Callable[[], Sequence[str]] = tuple) -> None:
     """Look for a loss that is NaN or infinite, and for a loss scale that has become useless because gradients are.
 
     Parameters
@@ -270,7 +277,7 @@ def check_finite(rows: Rows, fix: str, not_finite_gradients: Callable[[], Sequen
     step, lr, loss = int(rows["step"][first]), float(rows["lr"][first]), float(rows["loss"][first])
     what = f"the loss is {loss} at step {step}, with learning rate {lr:g}"
     if math.isfinite(loss):
-        names, skipped = list(not_finite_gradients()), int(rows["skipped"][first])
+        names, skipped = list(find_nonfinite_grads()), int(rows["skipped"][first])
         suffix = f" of {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}" if names else ""
         what = (
             f"the gradients{suffix} are not finite at step {step}, with learning rate {lr:g}: {skipped:,} updates were "

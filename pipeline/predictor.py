@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.fitted import Fitted
-from pipeline.data.preprocess import DataReport, Prepare
-from pipeline.data.raw import raw_samples
-from pipeline.device import Arithmetic, default_settings
+from pipeline.data.fitted import FittedTransforms
+from pipeline.data.preprocess import DataReport, TransformFn
+from pipeline.data.raw import to_raw_inputs
+from pipeline.device import Precision, default_settings
 from pipeline.errors import DataError
-from pipeline.job import Job
+from pipeline.job import JobConfig
 from pipeline.own_code import UserCode
 
 BLOCK_ROWS = 1024
@@ -32,28 +32,34 @@ class Predictor(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, fitted: Fitted, job: Job, run: str, step: int, code: UserCode | None = None
+        self,
+        model: nn.Module,
+        fitted: FittedTransforms,
+        job: JobConfig,
+        run: str,
+        step: int,
+        code: UserCode | None = None,
     ) -> None:
         super().__init__()
         self.code = code
         self.model = model
         self.fitted = fitted
-        self.classes = fitted.labels.classes
+        self.classes = fitted.target_transform.classes
         self.job, self.run, self.step = job, run, step
-        self._prepare: dict[tuple[torch.device, torch.dtype], Prepare] = {}
+        self._prepare: dict[tuple[torch.device, torch.dtype], TransformFn] = {}
         self.eval()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The code comes first: with it the process that unpickles can import what the model is made of.
-        return _restore, (self.code, {**self.__dict__, "_prepare": {}})
+        return _unpickle_predictor, (self.code, {**self.__dict__, "_prepare": {}})
 
     def forward(self, raw: Tensor) -> Tensor:
         """Outputs (B, K) for raw samples (B, ...), on the model's device: logits, or values as they were learned."""
         weights = next(self.model.parameters())
         device_and_dtype = (weights.device, weights.dtype)
         if device_and_dtype not in self._prepare:
-            self._prepare = {device_and_dtype: self.fitted.preprocess.to(*device_and_dtype)}
-        with Arithmetic.of(self.job.train.precision, weights.device).context(weights.device):
+            self._prepare = {device_and_dtype: self.fitted.input_transform.make_transform_fn(*device_and_dtype)}
+        with Precision.from_name(self.job.train.precision, weights.device).autocast_context(weights.device):
             outputs: Tensor = self.model(self._prepare[device_and_dtype](raw.to(weights.device)))
         return outputs
 
@@ -80,13 +86,13 @@ class Predictor(nn.Module):
         -----
         UserWarning: a column with many values that training did not have, see `column_report`.
         """
-        return self.answers(self._warned_scores(data))
+        return self.decode_predictions(self._predict_scores_and_warn(data))
 
     def predict_proba(self, data: Any) -> np.ndarray:
         """The probability of each class: float64 (N, C), in the order of `classes`. Data as for `predict`."""
         if not self.classes:
             raise DataError("a regression has no classes", where="predict_proba", fix="use predict")
-        return self._warned_scores(data)
+        return self._predict_scores_and_warn(data)
 
     def column_report(self, data: Any) -> dict[str, dict[str, float | int | None]]:
         """How the columns of some data differ from those of the training rows, without a prediction.
@@ -95,22 +101,24 @@ class Predictor(nn.Module):
         value) and `outside` (a number farther outside the training range than this range is wide). Data as for
         `predict`; empty for images and arrays without names. `pandas.DataFrame(...).T` shows it as a table.
         """
-        report = DataReport(self.fitted.preprocess)
-        raw_samples(data, self.fitted.preprocess, self.job, report)
+        report = DataReport(self.fitted.input_transform)
+        to_raw_inputs(data, self.fitted.input_transform, self.job, report)
         return report.to_json()
 
-    def _warned_scores(self, data: Any) -> np.ndarray:
-        report = DataReport(self.fitted.preprocess)
-        scores = self.scores(data, report)
-        if messages := report.warnings():
+    def _predict_scores_and_warn(self, data: Any) -> np.ndarray:
+        report = DataReport(self.fitted.input_transform)
+        scores = self.predict_scores(data, report)
+        if messages := report.format_warnings():
             warnings.warn("\n".join(messages), stacklevel=3)  # the caller of predict
         return scores
 
-    def scores(self, data: Any, report: DataReport | None = None) -> np.ndarray:
+    def predict_scores(self, data: Any, report: DataReport | None = None) -> np.ndarray:
         """Probabilities (N, C), or values in the label's unit (N, T); float64. report: the data is counted in it."""
-        raw = raw_samples(data, self.fitted.preprocess, self.job, report or DataReport(self.fitted.preprocess))
-        blocks = [self._scored(raw[first : first + BLOCK_ROWS]) for first in range(0, len(raw), BLOCK_ROWS)]
-        scores = np.concatenate(blocks) if blocks else np.empty((0, len(self.classes) or self.fitted.outputs))
+        raw = to_raw_inputs(
+            data, self.fitted.input_transform, self.job, report or DataReport(self.fitted.input_transform)
+        )
+        blocks = [self._forward_batch(raw[first : first + BLOCK_ROWS]) for first in range(0, len(raw), BLOCK_ROWS)]
+        scores = np.concatenate(blocks) if blocks else np.empty((0, len(self.classes) or self.fitted.num_outputs))
         unknown = np.isnan(scores).any(1)
         if self.classes and unknown.any():  # the largest of such is the first, which would be an answer like any other
             raise DataError(
@@ -121,29 +129,29 @@ class Predictor(nn.Module):
             )
         return scores
 
-    def answers(self, scores: np.ndarray) -> np.ndarray:
+    def decode_predictions(self, scores: np.ndarray) -> np.ndarray:
         """What `predict` gives for these `scores`."""
         if not self.classes:
             return scores[:, 0] if scores.shape[1] == 1 else scores
-        return self.fitted.labels.named(scores.argmax(1))
+        return self.fitted.target_transform.decode_labels(scores.argmax(1))
 
     @default_settings()
     @torch.inference_mode()
-    def _scored(self, raw: np.ndarray) -> np.ndarray:
+    def _forward_batch(self, raw: np.ndarray) -> np.ndarray:
         was_training = self.training
         self.eval()
         outputs = self(torch.from_numpy(raw)).cpu().double()
         self.train(was_training)
-        labels = self.fitted.labels
+        labels = self.fitted.target_transform
         if labels.kind == "regression":
-            return labels.unscaled(outputs.numpy())
+            return labels.inverse_scale(outputs.numpy())
         is_binary = labels.kind == "binary"
         probabilities = torch.cat([(-outputs).sigmoid(), outputs.sigmoid()], 1) if is_binary else outputs.softmax(1)
         result: np.ndarray = probabilities.numpy()
         return result
 
 
-def _restore(code: UserCode | None, state: dict[str, Any]) -> Predictor:
+def _unpickle_predictor(code: UserCode | None, state: dict[str, Any]) -> Predictor:
     predictor = Predictor.__new__(Predictor)
     predictor.__dict__.update(state)
     return predictor

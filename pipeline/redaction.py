@@ -17,9 +17,9 @@ from urllib.parse import quote
 
 from pipeline.errors import InputError, TrainyardError
 
-SHORTEST = 8
+MIN_SECRET_LENGTH = 8
 """Characters of a variable's value that is taken for a secret: shorter ones stand in many words."""
-SHORTEST_HIDDEN = 4
+MIN_REGISTERED_LENGTH = 4
 """The same of a variable that was said to hold one."""
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
@@ -29,17 +29,17 @@ _SECRET_WORD = re.compile(
     r"|(?:api|auth|access|account|encryption|private|secret|signing)(?:key|token)s?|(?:db|ftp|ldap|mail|pg|sql|ssh|user)pass"
 )
 """One anywhere in a name, where no word of `_OF_TEXT` stands beside a token."""
-_OF_TEXT = re.compile(
+_TEXT_TOKEN_WORD = re.compile(
     r"additional|bos|cls|end|eos|first|image|last|mask|max|min|next|num|pad|page|per|sep|special|start|stop|total|unk"
 )
 """Beside `token`: then it is a piece of text, or of a list."""
-_LAST_WORD = re.compile(r"pass|pwd|pw|pat|sas|auth|authorization|bearer|jwt|signature|sig|private")
+_SECRET_LAST_WORD = re.compile(r"pass|pwd|pw|pat|sas|auth|authorization|bearer|jwt|signature|sig|private")
 """At the end of a name."""
-_ORDINARY_ALONE = re.compile(r"pwd|pw|pat|sas|auth|signature|sig|private")
+_ORDINARY_WHEN_ALONE = re.compile(r"pwd|pw|pat|sas|auth|signature|sig|private")
 """... but behind another word only: PWD is where a shell is."""
-_OPENS = re.compile(r"access|account|api|auth|encryption|master|private|secret|signing|storage")
+_ACCESS_KEY_WORD = re.compile(r"access|account|api|auth|encryption|master|private|secret|signing|storage")
 """Before `key` anywhere in a name."""
-_OF_DATA = re.compile(
+_DATA_KEY_WORD = re.compile(
     r"any|batch|bucket|cache|class|column|composite|customer|data|dedup|dict|feature|field|file|foreign|group|hash|hot"
     r"|id|image|index|input|item|join|json|label|lookup|map|mask|merge|metric|natural|object|order|output|partition"
     r"|path|primary|pub|public|query|record|routing|row|sample|sequence|shard|sort|split|state|surrogate|table|target"
@@ -47,30 +47,30 @@ _OF_DATA = re.compile(
 )
 """Before `key` at the end of a name: then it is one of data. Any other is taken for one that opens something, such as
 OPENAI_KEY."""
-_WHERE_IT_LIES = re.compile(
+_NOT_SECRET_LAST_WORD = re.compile(
     r"algorithm|arn|columns?|count|dir|enabled|expires|expiry|field|file|header|host|ids?|length|limit|method|mode"
     r"|names?|parallelism|path|port|prefix|provider|size|sock|space|types?|ur[il]|version"
 )
 """Ends of names that say where a secret is, whose, or how long: those may be told."""
-_WHICH = re.compile(r"dev|live|new|old|prod|production|stage|staging|test")
+_ENVIRONMENT_WORD = re.compile(r"dev|live|new|old|prod|production|stage|staging|test")
 """Ends of names that leave everything as it is: DB_PASS_PROD."""
-_QUERY_NAME = re.compile(r"auth|code|key|pw|pwd|sas|sig|signature", re.IGNORECASE)
+_SECRET_QUERY_NAME = re.compile(r"auth|code|key|pw|pwd|sas|sig|signature", re.IGNORECASE)
 """Parameters of a URL that let in whoever has them, though their names are words like any other."""
 
 _USERINFO = re.compile(r"(?<![\w+.-])(\w[\w+.-]*)://(?!\[)([^\s/@:?#]*)(?::(?!\d+(?:/|\s|$))(\S*))?@")
-_OPEN_USERS = ("http", "https", "dav", "davs", "webdav", "webdavs")
+_TOKEN_USER_SCHEMES = ("http", "https", "dav", "davs", "webdav", "webdavs")
 """Schemes whose user is hardly ever anything but a token."""
-_CONTAINERS = ("abfs", "abfss", "wasb", "wasbs")
+_CONTAINER_SCHEMES = ("abfs", "abfss", "wasb", "wasbs")
 """Schemes that have a container where others have a user."""
 _QUERY = re.compile(r"(\w://[^\s?#]*)(\?|#(?=[^\s'\")]*=))[^\s'\")]*")
 _PARAMETER = re.compile(r"[?&#;]([^\s=&?#;]+)=[^\s&]")
-_SETTING = re.compile(
+_SECRET_SETTING = re.compile(
     r"\b((?:[\w-]{0,40}(?:password|passwd|secret)|pwd|token|api[_-]?key|(?:access|account|auth)[_-]?(?:key|token)|sig)\s*=\s*)"
     r"(?!\*\*\*|env:)[^\s&;,'\")]+",
     re.IGNORECASE,
 )
 """A secret with its name: in a connection string, or in a library's message."""
-_SHAPES = re.compile(
+_SECRET_FORMATS = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)"
     r"|\bgh[oprsu]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}|\bglpat-[\w-]{16,}|\bhf_[A-Za-z]{30,}"
     r"|\bsk-(?:[a-z]{2,8}-)?(?=\w*[0-9])(?=\w*[A-Z])\w{20,}[\w-]*|\bxox[abeprs]-[\w-]{10,}|\bAIza[\w-]{35}"
@@ -83,78 +83,78 @@ _SHAPES = re.compile(
 """What is a secret by its own form, whatever it is called: tokens of well-known services, keys, signatures."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Control characters but for tab and new line, and those that turn the direction of writing."""
-_NAMED = re.compile(r"env:([A-Za-z_]\w*)")
+_ENV_REFERENCE = re.compile(r"env:([A-Za-z_]\w*)")
 
-_hidden: set[str] = set()
+_registered_names: set[str] = set()
 
 
-def hide(names: Iterable[str]) -> None:
+def register_secrets(names: Iterable[str]) -> None:
     """Keep the values of these environment variables out of all that is written, whatever they are called."""
-    _hidden.update(names)
+    _registered_names.update(names)
 
 
 def is_secret_name(name: str) -> bool:
     """Whether an environment variable of this name holds a secret."""
-    return name in _hidden or _says_secret(name) or _is_key(name)
+    return name in _registered_names or _has_secret_word(name) or _is_access_key(name)
 
 
 @cache
-def _says_secret(name: str) -> bool:
+def _has_secret_word(name: str) -> bool:
     """Whether the words of a name say that what is called so is a secret."""
-    words = _words(name)
-    if not words or _WHERE_IT_LIES.fullmatch(words[-1]):
+    words = _split_words(name)
+    if not words or _NOT_SECRET_LAST_WORD.fullmatch(words[-1]):
         return False
     if any(_SECRET_WORD.fullmatch(word) for word in words):
         is_text = all(not _SECRET_WORD.fullmatch(word) or word in ("token", "tokens") for word in words)
-        return not (is_text and any(_OF_TEXT.fullmatch(word) for word in words))
-    if any(_OPENS.fullmatch(before) and word in ("key", "keys") for before, word in pairwise(words)):
+        return not (is_text and any(_TEXT_TOKEN_WORD.fullmatch(word) for word in words))
+    if any(_ACCESS_KEY_WORD.fullmatch(before) and word in ("key", "keys") for before, word in pairwise(words)):
         return True
     if words[-2:] in (["connection", "string"], ["conn", "str"]):
         return True
-    is_last = _LAST_WORD.fullmatch(words[-1]) is not None
-    return is_last and (len(words) > 1 or _ORDINARY_ALONE.fullmatch(words[-1]) is None)
+    is_last = _SECRET_LAST_WORD.fullmatch(words[-1]) is not None
+    return is_last and (len(words) > 1 or _ORDINARY_WHEN_ALONE.fullmatch(words[-1]) is None)
 
 
 @cache
-def _is_key(name: str) -> bool:
+def _is_access_key(name: str) -> bool:
     """Whether a name is that of a key, and not of one that data has."""
-    words = _words(name)
-    return len(words) > 1 and words[-1] == "key" and not _OF_DATA.fullmatch(words[-2])
+    words = _split_words(name)
+    return len(words) > 1 and words[-1] == "key" and not _DATA_KEY_WORD.fullmatch(words[-2])
 
 
-def _words(name: str) -> list[str]:
+def _split_words(name: str) -> list[str]:
     words = [word.lower() for word in _WORD.findall(name)]
-    while len(words) > 1 and _WHICH.fullmatch(words[-1]):
+    while len(words) > 1 and _ENVIRONMENT_WORD.fullmatch(words[-1]):
         words.pop()
     return words
 
 
-def scrub(text: str) -> str:
+def redact(text: str) -> str:
     """`text` without passwords and query strings in URLs, without what looks like a secret, and without the values of
     secret environment variables."""
-    text = _USERINFO.sub(_without_userinfo, text)
+    text = _USERINFO.sub(_mask_userinfo, text)
     text = _QUERY.sub(r"\1\2***", text)
-    text = _SETTING.sub(r"\1***", text)
-    text = _SHAPES.sub("***", text)
-    for value in _values():
+    text = _SECRET_SETTING.sub(r"\1***", text)
+    text = _SECRET_FORMATS.sub("***", text)
+    for value in _secret_values():
         text = text.replace(value, "***")
     return text
 
 
-def _without_userinfo(found: re.Match[str]) -> str:
-    scheme, user, password = found.groups()
+def _mask_userinfo(match: re.Match[str]) -> str:
+    scheme, user, password = match.groups()
     if password is not None:
-        return f"{scheme}://{'***' if _is_token(scheme, user) else user}:***@"
-    return f"{scheme}://***@" if _is_token(scheme, user) else found[0]
+        return f"{scheme}://{'***' if _is_token_user(scheme, user) else user}:***@"
+    return f"{scheme}://***@" if _is_token_user(scheme, user) else match[0]
 
 
-def _is_token(scheme: str, user: str) -> bool:
+def _is_token_user(scheme: str, user: str) -> bool:
     """Whether the user of a URL is what lets in, and no name."""
     kind = scheme.lower().rpartition("+")[2]  # git+https
-    return bool(user) and (kind in _OPEN_USERS or (kind not in _CONTAINERS and _looks_drawn(user)))
+    return bool(user) and (kind in _TOKEN_USER_SCHEMES or (kind not in _CONTAINER_SCHEMES and _is_random_looking(user)))
 
 
-def _looks_drawn(value: str) -> bool:
+def _is_random_looking(value: str) -> bool:
     """Whether a text looks as if a machine had drawn it at random: a digest, or letters of both cases and digits."""
     if not re.fullmatch(r"[\w+/=.~-]{16,}", value) or sum(letter.isdigit() for letter in value) < 3:
         return False
@@ -162,21 +162,21 @@ def _looks_drawn(value: str) -> bool:
     return is_hex or (value.lower() != value and value.upper() != value)
 
 
-def scrubbed(tree: Any) -> Any:
+def redact_tree(tree: Any) -> Any:
     """Plain values, each text in them scrubbed."""
     if isinstance(tree, str):
-        return scrub(tree)
+        return redact(tree)
     if isinstance(tree, Mapping):
-        return {key: scrubbed(value) for key, value in tree.items()}
-    return [scrubbed(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
+        return {key: redact_tree(value) for key, value in tree.items()}
+    return [redact_tree(value) for value in tree] if isinstance(tree, (list, tuple)) else tree
 
 
-def printable(text: str) -> str:
+def sanitize_for_terminal(text: str) -> str:
     """`text` for a terminal: scrubbed, and without what moves a cursor or worse, for it may come from storage."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", scrub(text))
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", redact(text))
 
 
-def redact(error: BaseException) -> None:
+def redact_error(error: BaseException) -> None:
     """Take secrets out of an error's words, in place, and of those that it came from."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
@@ -185,94 +185,94 @@ def redact(error: BaseException) -> None:
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
-        current.args = tuple(scrub(part) if isinstance(part, str) else part for part in current.args)
+        current.args = tuple(redact(part) if isinstance(part, str) else part for part in current.args)
         if isinstance(current, TrainyardError):
-            current.what, current.where, current.fix = scrub(current.what), scrub(current.where), scrub(current.fix)
+            current.what, current.where, current.fix = redact(current.what), redact(current.where), redact(current.fix)
         waiting += [current.__cause__, current.__context__]
 
 
-def holds_secret(text: str) -> bool:
+def has_secret(text: str) -> bool:
     """Whether a value of a job would give a secret away: a URL's password, token or signature, what has the form of a
     secret, a secret variable's value."""
-    if any(password is not None or _is_token(scheme, user) for scheme, user, password in _users(text)):
+    if any(password is not None or _is_token_user(scheme, user) for scheme, user, password in _iter_url_users(text)):
         return True
     if "://" in text and any(_is_secret_parameter(name) for name in _PARAMETER.findall(text)):
         return True
-    if _SHAPES.search(text) or _SETTING.search(text):
+    if _SECRET_FORMATS.search(text) or _SECRET_SETTING.search(text):
         return True
-    return any(value in text for value in _values())
+    return any(value in text for value in _secret_values())
 
 
-def _users(text: str) -> Iterator[tuple[str, str, str | None]]:
+def _iter_url_users(text: str) -> Iterator[tuple[str, str, str | None]]:
     """Scheme, user and password of the URLs in a text; one may stand in another, as in `simplecache::https://...`."""
     for match in _USERINFO.finditer(text):
         yield match[1], match[2], match[3]
 
 
 def _is_secret_parameter(name: str) -> bool:
-    return _QUERY_NAME.fullmatch(name) is not None or is_secret_name(name)
+    return _SECRET_QUERY_NAME.fullmatch(name) is not None or is_secret_name(name)
 
 
-def secrets_in(tree: Any, key: str = "", name: str = "") -> Iterator[str]:
+def find_secrets(tree: Any, key: str = "", name: str = "") -> Iterator[str]:
     """Keys, as `data.url`, of the values that would give a secret away: by what they are, or by what they are called,
     such as a `password` in the arguments of the user's own code."""
-    if isinstance(tree, str) and (holds_secret(tree) or _is_said_to_be_secret(name, tree)):
+    if isinstance(tree, str) and (has_secret(tree) or _is_named_secret(name, tree)):
         yield key
     elif isinstance(tree, Mapping):
         for subkey, value in tree.items():
-            yield from secrets_in(value, f"{key}.{subkey}" if key else str(subkey), str(subkey))
+            yield from find_secrets(value, f"{key}.{subkey}" if key else str(subkey), str(subkey))
     elif isinstance(tree, (list, tuple)):
         for number, value in enumerate(tree):
-            yield from secrets_in(value, f"{key}.{number}", name)
+            yield from find_secrets(value, f"{key}.{number}", name)
 
 
-def _is_said_to_be_secret(name: str, value: str) -> bool:
-    if not value or is_looked_up(value) or re.fullmatch(r"\[.*\]|<.*>", value):  # [CLS], <pad>
+def _is_named_secret(name: str, value: str) -> bool:
+    if not value or is_env_reference(value) or re.fullmatch(r"\[.*\]|<.*>", value):  # [CLS], <pad>
         return False
-    is_key = _is_key(name) or _QUERY_NAME.fullmatch(name) is not None
-    return _says_secret(name) or (is_key and _looks_drawn(value))
+    is_key = _is_access_key(name) or _SECRET_QUERY_NAME.fullmatch(name) is not None
+    return _has_secret_word(name) or (is_key and _is_random_looking(value))
 
 
-def is_looked_up(value: str) -> bool:
+def is_env_reference(value: str) -> bool:
     """Whether it names an environment variable, as `env:NAME`."""
-    return _NAMED.fullmatch(value) is not None
+    return _ENV_REFERENCE.fullmatch(value) is not None
 
 
-def looked_up(value: str, where: str = "") -> str:
+def resolve_env(value: str, where: str = "") -> str:
     """The value of the environment variable that `env:NAME` names, kept secret from now on; any other text as it is.
 
     Raises
     ------
     InputError: there is no such variable.
     """
-    match = _NAMED.fullmatch(value)
+    match = _ENV_REFERENCE.fullmatch(value)
     if match is None:
         return value
     name = match[1]
     if name not in os.environ:
         raise InputError(f"the environment has no {name}", where=where or value, fix=f"export {name}=... first")
-    hide([name])
+    register_secrets([name])
     return os.environ[name]
 
 
-def looked_up_in(tree: Any, where: str = "") -> Any:
+def resolve_env_in_tree(tree: Any, where: str = "") -> Any:
     """Plain values with every `env:NAME` looked up."""
     if isinstance(tree, str):
-        return looked_up(tree, where)
+        return resolve_env(tree, where)
     if isinstance(tree, Mapping):
-        return {key: looked_up_in(value, f"{where}.{key}") for key, value in tree.items()}
+        return {key: resolve_env_in_tree(value, f"{where}.{key}") for key, value in tree.items()}
     if isinstance(tree, list):
-        return [looked_up_in(value, where) for value in tree]
+        return [resolve_env_in_tree(value, where) for value in tree]
     return tree
 
 
-def _values() -> list[str]:
+def _secret_values() -> list[str]:
     """What must not be seen, as it is and as it stands in a URL, in JSON and in single lines; the longest first."""
     values: set[str] = set()
     for name, value in os.environ.items():
-        shortest = SHORTEST_HIDDEN if name in _hidden else SHORTEST
+        shortest = MIN_REGISTERED_LENGTH if name in _registered_names else MIN_SECRET_LENGTH
         if len(value) >= shortest and is_secret_name(name):
             lines = [line.strip() for line in value.splitlines()] if "\n" in value else []
             values |= {value, quote(value, safe=""), json.dumps(value)[1:-1], repr(value)[1:-1]}
-            values |= {line for line in lines if len(line) >= 2 * SHORTEST}
+            values |= {line for line in lines if len(line) >= 2 * MIN_SECRET_LENGTH}
     return sorted(values, key=len, reverse=True)

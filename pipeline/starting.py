@@ -10,21 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import JobError
-from pipeline.job import Job, TorchvisionModel
-from pipeline.learn.models.freezing import last_layer
-from pipeline.learn.models.vision import pretrained
+from pipeline.job import JobConfig, TorchvisionModelConfig
+from pipeline.learn.models.freezing import last_layer_names
+from pipeline.learn.models.vision import load_pretrained
 from pipeline.record.checkpoint import find_checkpoint
-from pipeline.record.run import open_run, run_and_checkpoint
-from pipeline.redaction import looked_up, scrub
+from pipeline.record.run import open_run, parse_run_ref
+from pipeline.redaction import redact, resolve_env
 
-SHOWN = 4
+MAX_LISTED = 4
 
-UNCOUNTED = ".num_batches_tracked"
+OPTIONAL_BUFFER_SUFFIX = ".num_batches_tracked"
 """Buffers that the oldest of the published weights do not have; nothing is computed from them here."""
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialWeights:
     """Weights to begin with.
 
     weights: tensors on the CPU by name.
@@ -34,14 +34,14 @@ class Start:
     new_head: whether they were trained for other classes: the last layer is left as it is where it does not fit.
     """
 
-    weights: Mapping[str, Tensor]
+    state_dict: Mapping[str, Tensor]
     digest: str
     name: str
     where: str
     new_head: bool = False
 
 
-def find_start(job: Job, storage_url: str) -> Start | None:
+def find_initial_weights(job: JobConfig, storage_url: str) -> InitialWeights | None:
     """The weights that a job starts from, or None where they are drawn.
 
     Reading them runs no code: safetensors, or for a .pth file torch's unpickler of weights alone.
@@ -55,24 +55,26 @@ def find_start(job: Job, storage_url: str) -> Start | None:
     InputError: there is no such run, checkpoint, file or download, or it is damaged.
     """
     config = job.model
-    weights_named = isinstance(config, TorchvisionModel) and config.weights is not None
+    weights_named = isinstance(config, TorchvisionModelConfig) and config.weights is not None
     if config.init_from is not None:
         if weights_named:
             raise JobError(
                 "init_from and weights both say where the weights begin", where="model", fix="leave one of them out"
             )
-        run_name, which = run_and_checkpoint(looked_up(config.init_from, "model.init_from"))
+        run_name, which = parse_run_ref(resolve_env(config.init_from, "model.init_from"))
         checkpoint = find_checkpoint(open_run(run_name, storage_url), which)
-        weights = checkpoint.weights()
-        name = f"{scrub(run_name)} at step {checkpoint.step}"
-        return Start(weights, digest_of(weights), name, f"model.init_from: {config.init_from}")
-    if isinstance(config, TorchvisionModel) and weights_named:
-        weights, name = pretrained(config)
-        return Start(weights, digest_of(weights), name, f"model.weights: {config.weights}", new_head=True)
+        weights = checkpoint.load_weights()
+        name = f"{redact(run_name)} at step {checkpoint.step}"
+        return InitialWeights(weights, compute_weights_digest(weights), name, f"model.init_from: {config.init_from}")
+    if isinstance(config, TorchvisionModelConfig) and weights_named:
+        weights, name = load_pretrained(config)
+        return InitialWeights(
+            weights, compute_weights_digest(weights), name, f"model.weights: {config.weights}", new_head=True
+        )
     return None
 
 
-def take(model: nn.Module, start: Start, *, strict: bool) -> list[str]:
+def load_matching_weights(model: nn.Module, initial_weights: InitialWeights, *, strict: bool) -> list[str]:
     """Copy a start's tensors into a model, in place.
 
     Parameters
@@ -87,15 +89,19 @@ def take(model: nn.Module, start: Start, *, strict: bool) -> list[str]:
     ------
     JobError: something does not fit, and `strict`; or nothing fits.
     """
-    model_state, initial_state = model.state_dict(), start.weights
-    shapes = {name: (tuple(initial_state[name].shape), tuple(model_state[name].shape)) for name in model_state if name in initial_state}
+    model_state, initial_state = model.state_dict(), initial_weights.state_dict
+    shapes = {
+        name: (tuple(initial_state[name].shape), tuple(model_state[name].shape))
+        for name in model_state
+        if name in initial_state
+    }
     differ = [name for name, (theirs, ours) in shapes.items() if theirs != ours]
     missing = [name for name in model_state if name not in initial_state]
-    if start.new_head:
-        head = set(last_layer(model))
+    if initial_weights.new_head:
+        head = set(last_layer_names(model))
         differ = [name for name in differ if name not in head]
-        missing = [name for name in missing if name not in head and not name.endswith(UNCOUNTED)]
-    mismatches = _listed(
+        missing = [name for name in missing if name not in head and not name.endswith(OPTIONAL_BUFFER_SUFFIX)]
+    mismatches = _format_lists(
         {
             "missing there": missing,
             "not in this model": [name for name in initial_state if name not in model_state],
@@ -105,14 +111,14 @@ def take(model: nn.Module, start: Start, *, strict: bool) -> list[str]:
     matching = [name for name, (theirs, ours) in shapes.items() if theirs == ours]
     if not matching:
         raise JobError(
-            f"no tensor of {start.name} fits this model: {'; '.join(mismatches)}",
-            where=start.where,
+            f"no tensor of {initial_weights.name} fits this model: {'; '.join(mismatches)}",
+            where=initial_weights.where,
             fix="name a run of the same model",
         )
     if mismatches and strict:
         raise JobError(
-            f"{start.name} does not fit this model: {'; '.join(mismatches)}",
-            where=start.where,
+            f"{initial_weights.name} does not fit this model: {'; '.join(mismatches)}",
+            where=initial_weights.where,
             fix="model.strict: false takes what fits",
         )
     with torch.no_grad():
@@ -121,21 +127,21 @@ def take(model: nn.Module, start: Start, *, strict: bool) -> list[str]:
     return mismatches
 
 
-def digest_of(weights: Mapping[str, Tensor]) -> str:
+def compute_weights_digest(state_dict: Mapping[str, Tensor]) -> str:
     """SHA-256 of the names, types, shapes and bytes of tensors on the CPU, in the order of their names."""
     sha = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
+    for name, tensor in sorted(state_dict.items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         sha.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
-def _listed(found: Mapping[str, Iterable[str]]) -> list[str]:
+def _format_lists(names_by_problem: Mapping[str, Iterable[str]]) -> list[str]:
     """`missing there: a, b, ... (7 in all)`, for each list that is not empty."""
     lines = []
-    for what, each in found.items():
+    for what, each in names_by_problem.items():
         names = list(each)
-        rest = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""
+        rest = f", ... ({len(names)} in all)" if len(names) > MAX_LISTED else ""
         if names:
-            lines.append(f"{what}: {', '.join(names[:SHOWN])}{rest}")
+            lines.append(f"{what}: {', '.join(names[:MAX_LISTED])}{rest}")
     return lines

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TextIO
 
 
-class Stream:
+class SafeStream:
     """A text stream whose writes never raise OSError. After the first failure everything goes to the null device.
 
     Parameters
@@ -32,7 +32,7 @@ class Stream:
         except BlockingIOError:  # somebody made it non-blocking, and it is full at this moment
             return len(text)
         except OSError as error:
-            self._give_up(error)
+            self._redirect_to_null(error)
             return len(text)
 
     def flush(self) -> None:
@@ -41,12 +41,12 @@ class Stream:
         except BlockingIOError:
             return
         except OSError as error:
-            self._give_up(error)
+            self._redirect_to_null(error)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def _give_up(self, error: OSError) -> None:
+    def _redirect_to_null(self, error: OSError) -> None:
         """What is still in buffers would fail again, when the interpreter ends at the latest."""
         self.error = self.error or error
         with suppress(OSError):  # a stream without a descriptor
@@ -56,14 +56,15 @@ class Stream:
 
 
 @contextmanager
-def guarded() -> Iterator[tuple[Stream, Stream]]:
+def guarded_standard_streams() -> Iterator[tuple[SafeStream, SafeStream]]:
     """While entered, standard output and error are streams that cannot fail; flushed at the end."""
     before = sys.stdout, sys.stderr
     with ExitStack() as opened:
         # A process that was started without one has its descriptor free: then no file of a run may get it, for native
         # libraries print there.
         output, errors = (
-            Stream(original if original is not None else opened.enter_context(open(os.devnull, "w"))) for original in before
+            SafeStream(original if original is not None else opened.enter_context(open(os.devnull, "w")))
+            for original in before
         )
         sys.stdout, sys.stderr = output, errors
         try:

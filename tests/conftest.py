@@ -17,26 +17,26 @@ settings.register_profile("any machine", deadline=None)  # a test that is slow u
 settings.load_profile("any machine")
 
 BUCKET = "trainyard-tests"
-ON_RAY = ("cluster", "survive")
+RAY_FOLDERS = ("cluster", "survive")
 """Folders whose tests share clusters."""
 
 
-class _RayBesideTheRest(LoadScopeScheduling):  # type: ignore[misc]
+class _RayOnOneWorker(LoadScopeScheduling):  # type: ignore[misc]
     """Of two processes, one runs all that is on Ray, the other a file at a time of the rest. (xdist's own loadgroup
     does not see groups under pytest 9.2.)"""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return "ray" if file.split("/")[-2] in ON_RAY else file
+        return "ray" if file.split("/")[-2] in RAY_FOLDERS else file
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    return _RayBesideTheRest(config, log)
+    return _RayOnOneWorker(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_spool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _isolated_spool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What runs save on this machine when their storage is lost stays among the tests' files."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRAINYARD_SPOOL", str(tmp_path_factory.mktemp("spool")))

@@ -8,54 +8,54 @@ import torch
 from torch import nn
 
 from pipeline import device as devices
-from pipeline.assembly.prepared import Prepared
+from pipeline.assembly.prepared import PreparedData
 from pipeline.cpus import available_cpus
 from pipeline.data.loader import EvalLoader
-from pipeline.data.random import torch_seed
-from pipeline.data.sampler import share
+from pipeline.data.random import derive_torch_seed
+from pipeline.data.sampler import rank_slice
 from pipeline.errors import InputError, JobError
-from pipeline.job import IN_PLACE_WORKERS, Job
-from pipeline.learn.losses import OwnLoss, check_loss
+from pipeline.job import IN_PLACE_WORKERS, JobConfig
+from pipeline.learn.losses import CustomLoss, check_custom_loss
 from pipeline.learn.models import build_model
-from pipeline.learn.models.flops import multiply_adds
-from pipeline.learn.models.freezing import frozen_norms
-from pipeline.learn.plan import Plan
-from pipeline.learn.task import Unit, build_task
-from pipeline.learn.trainee import Trainee
-from pipeline.learn.ways import choose_way
-from pipeline.starting import take
+from pipeline.learn.models.flops import count_multiply_adds
+from pipeline.learn.models.freezing import find_frozen_norms
+from pipeline.learn.plan import TrainingSchedule
+from pipeline.learn.task import TargetScale, build_task
+from pipeline.learn.trainee import TrainEngine
+from pipeline.learn.ways import select_gradient_backend
+from pipeline.starting import load_matching_weights
 
-TRIAL_ROWS = 8
+DRY_RUN_ROWS = 8
 """So many rows try a loss of the user's own before training."""
 
-THREAD_WORK = 2**25
+MULTIPLY_ADDS_PER_THREAD = 2**25
 """Multiply-adds of a forward pass that are worth a thread. Measured on two cores, two threads against one: at 23 to 37
 million 0.5 to 1.7 times as fast, at 67 million and more 1.7 to 1.8 times; at 2.5 million, and wherever another process
 takes one of the cores, several times slower, for every product waits for the last of its threads."""
 
 
 @dataclass(frozen=True)
-class Built:
+class TrainingSetup:
     """The trainee of one rank and what feeds it."""
 
-    trainee: Trainee
+    engine: TrainEngine
     device: torch.device
-    way: str
+    gradient_backend: str
     """How the gradient half of a step runs, see `learn.ways`."""
-    misfits: tuple[str, ...] = ()
+    weight_mismatches: tuple[str, ...] = ()
     """What of `Prepared.start` did not fit the model, in words."""
 
 
-def build(
-    prepared: Prepared,
+def build_training(
+    prepared: PreparedData,
     *,
     device_kind: str = "",
-    way: str = "",
+    gradient_backend: str = "",
     rank: int = 0,
     world_size: int = 1,
     local_rank: int = 0,
-    to_train: bool = True,
-) -> Built:
+    for_training: bool = True,
+) -> TrainingSetup:
     """The model on its device, with everything that training needs besides batches.
 
     Parameters
@@ -69,58 +69,68 @@ def build(
     InputError: a device that is not there, a model that does not fit the data, a loss of the user's that fails,
         or pieces of a batch that are too small.
     """
-    with prepared.code.in_use():
-        return _build(prepared, device_kind, way, rank, world_size, local_rank, to_train)
+    with prepared.code.activated():
+        return _build_training(prepared, device_kind, gradient_backend, rank, world_size, local_rank, for_training)
 
 
-def _build(
-    prepared: Prepared, device_kind: str, way: str, rank: int, world_size: int, local_rank: int, to_train: bool
-) -> Built:
+def _build_training(
+    prepared: PreparedData,
+    device_kind: str,
+    gradient_backend: str,
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    for_training: bool,
+) -> TrainingSetup:
     job, fitted = prepared.job, prepared.fitted
-    preprocess, labels = fitted.preprocess, fitted.labels
-    device = devices.choose(device_kind or job.scale.device, local_rank)
+    preprocess, labels = fitted.input_transform, fitted.target_transform
+    device = devices.select_device(device_kind or job.scale.device, local_rank)
     _check_device(device, prepared)
-    way = way or choose_way(job, device, preprocess.code_sizes)
-    devices.make_repeatable(device)
-    torch.set_num_threads(_threads(job))
+    gradient_backend = gradient_backend or select_gradient_backend(job, device, preprocess.code_sizes)
+    devices.set_deterministic(device)
+    torch.set_num_threads(_configured_threads(job))
     task = build_task(
         job,
         len(labels.classes),
-        len(fitted.means),
+        len(fitted.target_mean),
         class_counts=fitted.class_counts,
-        means=fitted.means,
-        spreads=fitted.spreads,
-        unit=Unit(labels.mean, labels.std) if labels.mean else None,
-        number_of=labels.number_of,
+        target_mean=fitted.target_mean,
+        target_std=fitted.target_std,
+        target_scale=TargetScale(labels.mean, labels.std) if labels.mean else None,
+        label_index=labels.label_index,
     )
-    init_seed = torch_seed(job.seed.of("init"), "init")
-    model = build_model(job, preprocess.output_shape, task.outputs, init_seed, preprocess.code_sizes)
+    init_seed = derive_torch_seed(job.seed.for_stream("init"), "init")
+    model = build_model(job, preprocess.output_shape, task.num_outputs, init_seed, preprocess.code_sizes)
     if device.type == "cpu" and job.scale.threads == "auto" and job.scale.workers == IN_PLACE_WORKERS:
-        rows = min(prepared.plan.batch_size, job.train.micro_batch or prepared.plan.batch_size)
-        work = rows * multiply_adds(model, preprocess.output_shape)
-        torch.set_num_threads(max(_threads(job), threads_for(work, available_cpus())))
-    dtype = devices.Arithmetic.of(job.train.precision, device).dtype
+        rows = min(prepared.schedule.batch_size, job.train.micro_batch or prepared.schedule.batch_size)
+        work = rows * count_multiply_adds(model, preprocess.output_shape)
+        torch.set_num_threads(max(_configured_threads(job), select_num_threads(work, available_cpus())))
+    dtype = devices.Precision.from_name(job.train.precision, device).dtype
     model.to(dtype)  # before it takes weights over: those of another fp64 run stay what they are
-    mismatches = take(model, prepared.start, strict=job.model.strict) if prepared.start is not None else []
-    seed = job.seed.of("dropout")
-    engine = Trainee(
+    mismatches = (
+        load_matching_weights(model, prepared.initial_weights, strict=job.model.strict)
+        if prepared.initial_weights is not None
+        else []
+    )
+    seed = job.seed.for_stream("dropout")
+    engine = TrainEngine(
         job,
         model,
         task,
-        preprocess.to(device, dtype, prepared.source.schema),
+        preprocess.make_transform_fn(device, dtype, prepared.dataset.schema),
         device,
-        way=way,
+        gradient_backend=gradient_backend,
         world_size=world_size,
-        draw_seed=lambda step: torch_seed(seed, "dropout", step, rank),
+        rng_seed_fn=lambda step: derive_torch_seed(seed, "dropout", step, rank),
     )
-    if to_train:
-        _try(prepared, engine, world_size)
-    return Built(engine, device, way, tuple(mismatches))
+    if for_training:
+        dry_run(prepared, engine, world_size)
+    return TrainingSetup(engine, device, gradient_backend, tuple(mismatches))
 
 
-def _check_device(device: torch.device, prepared: Prepared) -> None:
+def _check_device(device: torch.device, prepared: PreparedData) -> None:
     """Raise InputError for data that the device has no type for."""
-    is_wide = prepared.source.train.inputs.dtype == "float64" and prepared.job.train.precision != "fp64"
+    is_wide = prepared.dataset.train.inputs.dtype == "float64" and prepared.job.train.precision != "fp64"
     if device.type == "mps" and is_wide:
         raise InputError(
             "mps has no fp64, and float32 would lose digits of these inputs that matter",
@@ -129,37 +139,39 @@ def _check_device(device: torch.device, prepared: Prepared) -> None:
         )
 
 
-def _try(prepared: Prepared, trainee: Trainee, world_size: int) -> None:
+def dry_run(prepared: PreparedData, engine: TrainEngine, world_size: int) -> None:
     """What would fail in training, before it begins.
 
     Raises
     ------
     JobError: pieces of a batch that are too small, or a loss of the user's that cannot be used.
     """
-    model, task = trainee.flat.model, trainee.task
-    frozen = frozen_norms(model)
+    model, task = engine.flat.model, engine.task
+    frozen = find_frozen_norms(model)
     if any(isinstance(module, nn.BatchNorm1d) and module not in frozen for module in model.modules()):
-        _check_pieces(prepared.plan, world_size)
-    if isinstance(task.loss, OwnLoss):
-        arrays, ids = prepared.arrays("train"), prepared.splits["train"].ids[:TRIAL_ROWS]
-        rows = EvalLoader(arrays, ids, rank=0, world_size=1, batch_size=TRIAL_ROWS, device=trainee.device)
+        check_batch_norm_batches(prepared.schedule, world_size)
+    if isinstance(task.loss_fn, CustomLoss):
+        arrays, ids = prepared.dataset_part("train"), prepared.splits["train"].indices[:DRY_RUN_ROWS]
+        rows = EvalLoader(arrays, ids, rank=0, world_size=1, batch_size=DRY_RUN_ROWS, device=engine.device)
         inputs, targets = next(iter(rows))
-        check_loss(task.loss, trainee.outputs(inputs), targets, mixes=prepared.job.data.augment.mixup > 0)
+        check_custom_loss(
+            task.loss_fn, engine.predict_logits(inputs), targets, has_mixup=prepared.job.data.augment.mixup > 0
+        )
 
 
-def _check_pieces(plan: Plan, world_size: int) -> None:
+def check_batch_norm_batches(schedule: TrainingSchedule, world_size: int) -> None:
     """Batch normalisation needs two rows at a time.
 
     Raises
     ------
     JobError: the shares and pieces of a full or last batch come to a single row.
     """
-    last_batch = plan.rows - (plan.steps_per_epoch - 1) * plan.batch_size
-    for batch in {min(plan.batch_size, plan.rows), last_batch}:
+    last_batch = schedule.num_rows - (schedule.steps_per_epoch - 1) * schedule.batch_size
+    for batch in {min(schedule.batch_size, schedule.num_rows), last_batch}:
         for rank in range(world_size):
-            local_slice = share(batch, rank, world_size)
+            local_slice = rank_slice(batch, rank, world_size)
             rows = local_slice.stop - local_slice.start
-            if rows == 1 or (rows and rows % (plan.job.train.micro_batch or rows) == 1):
+            if rows == 1 or (rows and rows % (schedule.job.train.micro_batch or rows) == 1):
                 raise JobError(
                     f"batch normalisation has no statistics of a single row, and a batch of {batch:,} rows leaves one "
                     f"to worker {rank} of {world_size}",
@@ -168,13 +180,13 @@ def _check_pieces(plan: Plan, world_size: int) -> None:
                 )
 
 
-def _threads(job: Job) -> int:
+def _configured_threads(job: JobConfig) -> int:
     """Arithmetic threads of one worker, but for large models in this process."""
     if job.scale.threads != "auto":
         return job.scale.threads
     return max(1, int(job.scale.cpus_per_worker))
 
 
-def threads_for(work: int, cores: int) -> int:
+def select_num_threads(multiply_adds: int, cores: int) -> int:
     """How many threads pay for a forward pass of so many multiply-adds."""
-    return max(1, min(cores, work // THREAD_WORK))
+    return max(1, min(cores, multiply_adds // MULTIPLY_ADDS_PER_THREAD))

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from pipeline.context import own_process
+from pipeline.context import command_line_process
 from pipeline.errors import InputError, TrainyardError
-from pipeline.redaction import printable, scrubbed
-from pipeline.streams import guarded
+from pipeline.redaction import redact_tree, sanitize_for_terminal
+from pipeline.streams import guarded_standard_streams
 from pipeline.version import __version__
 
 if TYPE_CHECKING:
-    from pipeline.terminal import Progress
+    from pipeline.terminal import ProgressDisplay
 
 app = typer.Typer(
     name="trainyard",
@@ -36,7 +36,7 @@ RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name under 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field, such as train.batch_size=256.")
 ]
-RunToBe = Annotated[str | None, typer.Option("--name", metavar="RUN", help="Name of the run instead of JOB-DIGEST.")]
+NewRunName = Annotated[str | None, typer.Option("--name", metavar="RUN", help="Name of the run instead of JOB-DIGEST.")]
 MaxSteps = Annotated[int | None, typer.Option(min=1, metavar="N", help="Stop after N steps.")]
 AllowCodeChange = Annotated[
     bool,
@@ -49,19 +49,19 @@ StorageUrl = Annotated[
     typer.Option(metavar="URL", help="Where runs lie: a folder or fsspec URL [env: TRAINYARD_STORAGE; else ./runs]."),
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="Let a job read from storage import the modules it names.")]
-Json = Annotated[bool, typer.Option("--json", help="Make the last line of standard output one JSON object.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Make the last line of standard output one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Ray's own lines too, and tracebacks.")]
 
-shown: dict[str, bool] = {"json": False, "verbose": False, "kept": False}
+output_mode: dict[str, bool] = {"json": False, "verbose": False, "kept": False}
 """How the running command shows its end. kept: it leaves more behind than what it prints."""
 
 UsageError: Any = typer.BadParameter.__mro__[1]
 """What the CLI library raises for words that it cannot take; it has no public name that every version of it shares."""
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         print(f"trainyard {__version__}")
         raise typer.Exit
 
@@ -69,7 +69,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Train small and medium neural networks with one job file: here, on Ray workers, on a schedule."""
@@ -78,47 +78,49 @@ def options(
 def main() -> NoReturn:
     """Run the command line; errors become one message and an exit code."""
     arguments = sys.argv[1:]
-    shown.update(json="--json" in arguments, verbose=False, kept=False)  # until a command says so itself
-    with guarded() as (output, _):
-        exit_code = _ended(arguments)
+    output_mode.update(json="--json" in arguments, verbose=False, kept=False)  # until a command says so itself
+    with guarded_standard_streams() as (output, _):
+        exit_code = _run_command(arguments)
         output.flush()
-        exit_code = _although_unprinted(output.error, exit_code)
+        exit_code = _exit_code_after_output_error(output.error, exit_code)
     sys.exit(exit_code)
 
 
-def _ended(words: list[str]) -> int:
+def _run_command(arguments: list[str]) -> int:
     """Run a command; its exit code."""
     if sys.platform == "win32":
-        return _fail(InputError("Windows is not supported", fix="use Linux, or the Windows Subsystem for Linux"), 2)
+        return _report_error(
+            InputError("Windows is not supported", fix="use Linux, or the Windows Subsystem for Linux"), 2
+        )
     if "_TRAINYARD_COMPLETE" in os.environ:  # the shell asks for completions
         app()
     command = typer.main.get_command(app)
     try:
-        with own_process(), command.make_context("trainyard", words) as context:
+        with command_line_process(), command.make_context("trainyard", arguments) as context:
             command.invoke(context)
     except typer.Exit as ended:
         return int(ended.exit_code)
     except UsageError as error:  # of the words themselves, before the command began
         error.show()
-        if shown["json"]:
+        if output_mode["json"]:
             _print_error("UsageError", error.format_message() or "no command", error.exit_code)
         return int(error.exit_code)
     except TrainyardError as error:
-        return _fail(error, error.exit_code)
+        return _report_error(error, error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail(TrainyardError("interrupted; the same command goes on from the last checkpoint"), 130)
+        return _report_error(TrainyardError("interrupted; the same command goes on from the last checkpoint"), 130)
     except Exception as error:  # the user's own code, or a defect of ours: one message, the traceback on request
-        if shown["verbose"]:
-            print(printable(traceback.format_exc()), file=sys.stderr)
+        if output_mode["verbose"]:
+            print(sanitize_for_terminal(traceback.format_exc()), file=sys.stderr)
         what = f"{type(error).__name__}: {error}"
-        return _fail(TrainyardError(what, fix="--verbose shows where it comes from"), 1)
+        return _report_error(TrainyardError(what, fix="--verbose shows where it comes from"), 1)
     return 0
 
 
-def _fail(error: TrainyardError, exit_code: int) -> int:
-    text = printable(str(error))
+def _report_error(error: TrainyardError, exit_code: int) -> int:
+    text = sanitize_for_terminal(str(error))
     print(f"error: {text}" if exit_code < 128 else text, file=sys.stderr)
-    if shown["json"]:
+    if output_mode["json"]:
         _print_error(type(error).__name__, text, exit_code)
     return exit_code
 
@@ -127,14 +129,20 @@ def _print_error(kind: str, message: str, exit_code: int) -> None:
     print_json({"error": {"type": kind, "message": message}, "exit_code": exit_code})
 
 
-def _although_unprinted(error: OSError | None, exit_code: int) -> int:
+def _exit_code_after_output_error(error: OSError | None, exit_code: int) -> int:
     """The exit code of a command whose output could not be written: that of its work, where the work is more than the
     output. A reader that has left, such as `head`, has what it wanted."""
     if error is None or error.errno == errno.EPIPE:
         return exit_code
-    is_work_done = shown["kept"] or exit_code != 0
-    consequence = "what was done is done, and only its result could not be printed" if shown["kept"] else "nothing is printed"
-    print(f"{'warning' if is_work_done else 'error'}: standard output: {error.strerror}: {consequence}", file=sys.stderr)
+    is_work_done = output_mode["kept"] or exit_code != 0
+    consequence = (
+        "what was done is done, and only its result could not be printed"
+        if output_mode["kept"]
+        else "nothing is printed"
+    )
+    print(
+        f"{'warning' if is_work_done else 'error'}: standard output: {error.strerror}: {consequence}", file=sys.stderr
+    )
     return exit_code if is_work_done else 1
 
 
@@ -143,30 +151,30 @@ def print_result(result: dict[str, Any], lines: list[str], as_json: bool) -> Non
     if as_json:
         print_json(result)
     for line in [] if as_json else lines:
-        print(printable(line))
+        print(sanitize_for_terminal(line))
 
 
 def print_json(tree: dict[str, Any]) -> None:
     """Print strict JSON on one line: without secrets, null for a number that is not finite."""
-    print(json.dumps(_finite(scrubbed(tree)), allow_nan=False))
+    print(json.dumps(_replace_nonfinite(redact_tree(tree)), allow_nan=False))
 
 
-def _finite(tree: Any) -> Any:
+def _replace_nonfinite(tree: Any) -> Any:
     if isinstance(tree, float):
         return tree if math.isfinite(tree) else None
     if isinstance(tree, dict):
-        return {key: _finite(value) for key, value in tree.items()}
-    return [_finite(value) for value in tree] if isinstance(tree, list) else tree
+        return {key: _replace_nonfinite(value) for key, value in tree.items()}
+    return [_replace_nonfinite(value) for value in tree] if isinstance(tree, list) else tree
 
 
-def phases(progress: Progress) -> Callable[[str], None]:
+def progress_callback(progress: ProgressDisplay) -> Callable[[str], None]:
     """Takes what a verb says of its long phases."""
     from pipeline.events import PhaseStarted
 
     return lambda text: progress.show(PhaseStarted(text))
 
 
-def warn(progress: Progress, texts: Iterable[str]) -> None:
+def print_warnings(progress: ProgressDisplay, texts: Iterable[str]) -> None:
     """Print warnings on standard error; --quiet does not silence them."""
     from pipeline.events import WarningMessage
 
@@ -174,7 +182,7 @@ def warn(progress: Progress, texts: Iterable[str]) -> None:
         progress.show(WarningMessage(text))
 
 
-def with_workers(overrides: list[str] | None, workers: str | None) -> list[str]:
+def add_workers_override(overrides: list[str] | None, workers: str | None) -> list[str]:
     """The words of --set, and what --workers says as one more.
 
     Raises

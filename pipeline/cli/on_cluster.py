@@ -10,19 +10,19 @@ import os
 import sys
 from typing import Any, NoReturn
 
-from pipeline.context import own_process
+from pipeline.context import command_line_process
 from pipeline.errors import TrainyardError
 
 
 def main() -> NoReturn:
     """Train, say how it ended in words and in a record, and exit with the code that `trainyard train` has."""
-    from pipeline.cluster.jobs.discretion import be_discreet
-    from pipeline.cluster.jobs.records import record_line
+    from pipeline.cluster.jobs.discretion import redact_stdout_and_stderr
+    from pipeline.cluster.jobs.records import format_record
 
-    be_discreet()
+    redact_stdout_and_stderr()
     outcome: dict[str, Any]
     try:
-        with own_process():
+        with command_line_process():
             outcome = {"exit_code": 0, "result": _train(sys.argv[1])}
     except TrainyardError as error:
         print(f"error: {error}" if error.exit_code < 128 else f"{error}", flush=True)
@@ -34,26 +34,26 @@ def main() -> NoReturn:
         traceback.print_exc(file=sys.stdout)
         print(f"error: {type(error).__name__}: {error}", flush=True)
         outcome = {"exit_code": 1, "error": {"type": type(error).__name__, "message": str(error)}}
-    print(record_line("end", outcome), flush=True)
+    print(format_record("end", outcome), flush=True)
     sys.exit(outcome["exit_code"])
 
 
-def _train(letter_name: str) -> dict[str, Any]:
-    from pipeline.cluster.jobs.letter import take_out
-    from pipeline.cluster.jobs.records import record_line
+def _train(payload_name: str) -> dict[str, Any]:
+    from pipeline.cluster.jobs.letter import fetch_payload
+    from pipeline.cluster.jobs.records import format_record
     from pipeline.events import Event, RunOpened
     from pipeline.job_file import parse_job
     from pipeline.storage import handed
-    from pipeline.terminal import Progress, result_lines
+    from pipeline.terminal import ProgressDisplay, format_run_status
     from pipeline.verbs.train import train
 
-    payload = take_out(letter_name)
-    handed.take(payload.environment)
-    with Progress(quiet=False) as progress:
+    payload = fetch_payload(payload_name)
+    handed.set_credentials(payload.environment)
+    with ProgressDisplay(quiet=False) as progress:
 
         def on_event(event: Event) -> None:
             if isinstance(event, RunOpened):
-                print(record_line("run", {"run": event.run, "url": event.url}), flush=True)
+                print(format_record("run", {"run": event.run, "url": event.url}), flush=True)
             progress.show(event)
 
         outcome = train(
@@ -66,7 +66,7 @@ def _train(letter_name: str) -> dict[str, Any]:
             on_event=on_event,
             verbose=payload.verbose,
         )
-    print("\n".join(result_lines(outcome)), flush=True)
+    print("\n".join(format_run_status(outcome)), flush=True)
     return outcome.to_json()
 
 

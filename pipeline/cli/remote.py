@@ -11,24 +11,24 @@ import typer
 
 from pipeline.cli.app import (
     AllowCodeChange,
+    AsJson,
     JobFile,
-    Json,
     MaxSteps,
+    NewRunName,
     Overrides,
     Quiet,
-    RunToBe,
     StorageUrl,
     Verbose,
+    add_workers_override,
     app,
+    output_mode,
     print_json,
     print_result,
-    shown,
-    with_workers,
 )
-from pipeline.redaction import printable
+from pipeline.redaction import sanitize_for_terminal
 
 if TYPE_CHECKING:
-    from pipeline.cluster.jobs.following import Progress
+    from pipeline.cluster.jobs.following import JobStatus
 
 Address = Annotated[
     str | None,
@@ -51,7 +51,7 @@ def submit(
     workers: Annotated[
         str | None, typer.Option(metavar="N|MIN..MAX", help="Ray Train workers; 0: on the head, beside Ray.")
     ] = None,
-    name: RunToBe = None,
+    name: NewRunName = None,
     max_steps: MaxSteps = None,
     allow_code_change: AllowCodeChange = False,
     storage: StorageUrl = None,
@@ -66,12 +66,12 @@ def submit(
     wait: Annotated[
         bool, typer.Option("--wait/--no-wait", help="Follow it to its end; Ctrl-C leaves it running.")
     ] = True,
-    as_json: Json = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Run a job on a Ray cluster. The same command again attaches to it, resumes it, or finds it finished."""
-    shown.update(json=as_json, verbose=verbose, kept=True)
+    output_mode.update(json=as_json, verbose=verbose, kept=True)
     from pipeline.verbs.submit import submit as verb
 
     job_ids: list[str] = []
@@ -79,15 +79,15 @@ def submit(
     def on_job(job_id: str) -> None:
         job_ids.append(job_id)
         if wait or as_json:
-            _say(quiet)(f"job {job_id}")
+            _progress_printer(quiet)(f"job {job_id}")
         else:
             print(job_id, flush=True)
 
-    with _detaching(job_ids, address, as_json):
+    with _detach_on_interrupt(job_ids, address, as_json):
         job_status = verb(
             job,
             address=address,
-            set=with_workers(overrides, workers),
+            set=add_workers_override(overrides, workers),
             name=name,
             storage=storage,
             max_steps=max_steps,
@@ -97,11 +97,11 @@ def submit(
             token_file=token_file,
             wait=wait,
             verbose=verbose,
-            say=_say(quiet),
-            show=_say(quiet),
+            on_progress=_progress_printer(quiet),
+            on_log_line=_progress_printer(quiet),
             on_job=on_job,
         )
-        _end(job_status, as_json, is_followed=wait)
+        _exit_with_job(job_status, as_json, is_followed=wait)
 
 
 @app.command(epilog="Example: trainyard status --address http://head:8265")
@@ -111,19 +111,19 @@ def status(
     ] = None,
     address: Address = None,
     token_file: TokenFile = None,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """How the jobs stand that were submitted to a cluster, or one of them."""
-    shown.update(json=as_json, verbose=False)
-    from pipeline.terminal import jobs_lines
-    from pipeline.verbs.remote import how_it_ended
+    output_mode.update(json=as_json, verbose=False)
+    from pipeline.terminal import format_jobs
+    from pipeline.verbs.remote import format_outcome
     from pipeline.verbs.remote import status as verb
 
     url, statuses = verb(job_or_run, address=address, token_file=token_file)
     trees = [job_status.to_json() for job_status in statuses]
-    lines = jobs_lines(url, trees)
+    lines = format_jobs(url, trees)
     if job_or_run is not None and statuses[0].is_over:
-        lines.append(how_it_ended(statuses[0]))
+        lines.append(format_outcome(statuses[0]))
     print_result(trees[0] if job_or_run is not None else {"url": url, "jobs": trees}, lines, as_json)
 
 
@@ -135,24 +135,26 @@ def logs(
     ] = False,
     address: Address = None,
     token_file: TokenFile = None,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """What a job has written. Ctrl-C stops following, and the job goes on."""
-    shown.update(json=as_json, verbose=False)
+    output_mode.update(json=as_json, verbose=False)
     from pipeline.verbs.remote import logs as verb
 
     job_ids: list[str] = []
-    with _detaching(job_ids, address, as_json):
+    with _detach_on_interrupt(job_ids, address, as_json):
         job_status = verb(
             job_or_run,
             address=address,
             token_file=token_file,
-            until_its_end=follow,
-            show=_say(False) if as_json else lambda line: print(printable(line), flush=True),
-            say=_say(False),
+            until_end=follow,
+            on_line=_progress_printer(False)
+            if as_json
+            else lambda line: print(sanitize_for_terminal(line), flush=True),
+            on_progress=_progress_printer(False),
             on_job=job_ids.append,
         )
-        _end(job_status, as_json, is_followed=follow)
+        _exit_with_job(job_status, as_json, is_followed=follow)
 
 
 @app.command(epilog="Example: trainyard stop mnist-1a2b3c4d-1 --address http://head:8265")
@@ -160,24 +162,26 @@ def stop(
     job_or_run: JobOrRun,
     address: Address = None,
     token_file: TokenFile = None,
-    as_json: Json = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Have a job save and leave. The same submit goes on from there."""
-    shown.update(json=as_json, verbose=False, kept=True)
-    from pipeline.verbs.remote import how_it_ended
+    output_mode.update(json=as_json, verbose=False, kept=True)
+    from pipeline.verbs.remote import format_outcome
     from pipeline.verbs.remote import stop as verb
 
-    job_status = verb(job_or_run, address=address, token_file=token_file, say=_say(quiet))
-    print_result(job_status.to_json(), [how_it_ended(job_status)], as_json)
+    job_status = verb(job_or_run, address=address, token_file=token_file, on_progress=_progress_printer(quiet))
+    print_result(job_status.to_json(), [format_outcome(job_status)], as_json)
 
 
-def _say(quiet: bool) -> Callable[[str], None]:
-    return (lambda text: None) if quiet else (lambda text: print(printable(text), file=sys.stderr, flush=True))
+def _progress_printer(quiet: bool) -> Callable[[str], None]:
+    return (
+        (lambda text: None) if quiet else (lambda text: print(sanitize_for_terminal(text), file=sys.stderr, flush=True))
+    )
 
 
 @contextmanager
-def _detaching(begun: list[str], address: str | None, as_json: bool) -> Iterator[None]:
+def _detach_on_interrupt(job_ids: list[str], address: str | None, as_json: bool) -> Iterator[None]:
     """Ctrl-C while following is no failure: the job goes on.
 
     begun: holds the job's id as soon as there is one; before, Ctrl-C is what it is elsewhere.
@@ -186,10 +190,10 @@ def _detaching(begun: list[str], address: str | None, as_json: bool) -> Iterator
         yield
         return
     except KeyboardInterrupt:
-        if not begun:
+        if not job_ids:
             raise
-    job_id = begun[-1]
-    where = printable(f" --address {address}") if address else ""
+    job_id = job_ids[-1]
+    where = sanitize_for_terminal(f" --address {address}") if address else ""
     print(
         f"\ndetached: {job_id} goes on"
         f"\n  follow it: trainyard logs {job_id} --follow{where}"
@@ -200,13 +204,13 @@ def _detaching(begun: list[str], address: str | None, as_json: bool) -> Iterator
         print_json({"job": job_id, "run": None, "url": None, "status": "running", "exit_code": None})
 
 
-def _end(found: Progress, as_json: bool, *, is_followed: bool) -> None:
+def _exit_with_job(job_status: JobStatus, as_json: bool, *, is_followed: bool) -> None:
     """End as a job did that was followed to its end. Its log has said how, where its entry point could."""
-    from pipeline.verbs.remote import how_it_ended
+    from pipeline.verbs.remote import format_outcome
 
-    if is_followed and found.outcome is None:
-        print(printable(f"error: {how_it_ended(found)}"), file=sys.stderr)
+    if is_followed and job_status.outcome is None:
+        print(sanitize_for_terminal(f"error: {format_outcome(job_status)}"), file=sys.stderr)
     if as_json:
-        print_json(found.to_json())
+        print_json(job_status.to_json())
     if is_followed:
-        raise typer.Exit(found.exit_code or 0)
+        raise typer.Exit(job_status.exit_code or 0)

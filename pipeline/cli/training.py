@@ -8,22 +8,22 @@ import typer
 
 from pipeline.cli.app import (
     AllowCodeChange,
+    AsJson,
     JobFile,
-    Json,
     MaxSteps,
+    NewRunName,
     Overrides,
     Quiet,
     RunName,
-    RunToBe,
     StorageUrl,
     Trust,
     Verbose,
+    add_workers_override,
     app,
-    phases,
+    output_mode,
     print_result,
-    shown,
-    warn,
-    with_workers,
+    print_warnings,
+    progress_callback,
 )
 
 
@@ -34,29 +34,29 @@ def train(
     workers: Annotated[
         str | None, typer.Option(metavar="N|MIN..MAX", help="Ray Train workers; 0: in this process.")
     ] = None,
-    name: RunToBe = None,
+    name: NewRunName = None,
     address: Annotated[
         str | None, typer.Option(metavar="RAY", help="A Ray cluster to run on [env: RAY_ADDRESS].")
     ] = None,
     max_steps: MaxSteps = None,
     allow_code_change: AllowCodeChange = False,
     storage: StorageUrl = None,
-    as_json: Json = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Run a job. The same command again resumes an interrupted run, and does nothing for a finished one."""
-    shown.update(json=as_json, verbose=verbose, kept=True)
+    output_mode.update(json=as_json, verbose=verbose, kept=True)
     from pipeline.events import PhaseStarted
-    from pipeline.terminal import Progress, result_lines
+    from pipeline.terminal import ProgressDisplay, format_run_status
 
-    with Progress(quiet=quiet) as progress:
+    with ProgressDisplay(quiet=quiet) as progress:
         progress.show(PhaseStarted("loading"))
         from pipeline.verbs.train import train as verb
 
         outcome = verb(
             job,
-            set=with_workers(overrides, workers),
+            set=add_workers_override(overrides, workers),
             name=name,
             storage=storage,
             address=address,
@@ -65,7 +65,7 @@ def train(
             on_event=progress.show,
             verbose=verbose,
         )
-    print_result(outcome.to_json(), result_lines(outcome), as_json)
+    print_result(outcome.to_json(), format_run_status(outcome), as_json)
 
 
 @app.command(epilog="Example: trainyard check jobs/mnist.yaml --batch")
@@ -79,24 +79,24 @@ def check(
         bool, typer.Option("--overfit", help="Drive one batch to zero loss, or say that it cannot.")
     ] = False,
     storage: StorageUrl = None,
-    as_json: Json = False,
+    as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Validate a job file, look whether its data is there, and print it as resolved, every default spelled out."""
-    shown.update(json=as_json, verbose=verbose)
+    output_mode.update(json=as_json, verbose=verbose)
     from pipeline.verbs.check import check as verb
 
     result = verb(job, overrides or [], storage=storage, batch=batch, overfit=overfit)
-    print_result(result.to_json(), result.lines(), as_json)
+    print_result(result.to_json(), result.format_lines(), as_json)
 
 
 @app.command(epilog="Example: trainyard init churn && trainyard check churn.yaml")
 def init(
     name: Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the job; the file is NAME.yaml.")] = "job",
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a commented job file, ready to run and to change."""
-    shown.update(json=as_json, verbose=False, kept=True)
+    output_mode.update(json=as_json, verbose=False, kept=True)
     from pipeline.verbs.init import init as verb
 
     path = verb(name)
@@ -118,16 +118,16 @@ def evaluate(
     ] = None,
     storage: StorageUrl = None,
     trust: Trust = False,
-    as_json: Json = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Exact metrics of a saved checkpoint: every row of the split once."""
-    shown.update(json=as_json, verbose=verbose)
-    from pipeline.terminal import Progress
+    output_mode.update(json=as_json, verbose=verbose)
+    from pipeline.terminal import ProgressDisplay
     from pipeline.verbs.evaluate import evaluate as verb
 
-    with Progress(quiet=quiet) as progress:
+    with ProgressDisplay(quiet=quiet) as progress:
         result = verb(
             run,
             split=split,
@@ -136,10 +136,10 @@ def evaluate(
             set=overrides or [],
             storage=storage,
             trust=trust,
-            say=phases(progress),
+            on_progress=progress_callback(progress),
         )
-        warn(progress, result.warnings)
-    print_result(result.to_json(), result.lines(), as_json)
+        print_warnings(progress, result.warnings)
+    print_result(result.to_json(), result.format_lines(), as_json)
 
 
 @app.command(epilog="Example: trainyard predict churn-1a2b3c4d --input s3://bucket/new/ --output new.parquet")
@@ -152,16 +152,16 @@ def predict(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     storage: StorageUrl = None,
     trust: Trust = False,
-    as_json: Json = False,
+    as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Predictions of a saved checkpoint: keys, prediction and probabilities, a row for each row, in order."""
-    shown.update(json=as_json, verbose=verbose, kept=True)
-    from pipeline.terminal import Progress
+    output_mode.update(json=as_json, verbose=verbose, kept=True)
+    from pipeline.terminal import ProgressDisplay
     from pipeline.verbs.predict import predict as verb
 
-    with Progress(quiet=quiet) as progress:
+    with ProgressDisplay(quiet=quiet) as progress:
         result = verb(
             model,
             input=input_url,
@@ -169,7 +169,7 @@ def predict(
             storage=storage,
             device=device,
             trust=trust,
-            say=phases(progress),
-            warn=lambda text: warn(progress, [text]),
+            on_progress=progress_callback(progress),
+            on_warning=lambda text: print_warnings(progress, [text]),
         )
-    print_result(result.to_json(), result.lines(), as_json)
+    print_result(result.to_json(), result.format_lines(), as_json)

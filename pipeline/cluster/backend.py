@@ -10,22 +10,22 @@ from typing import Any
 
 from ray.train.torch import TorchConfig
 
-from pipeline.cluster.interfaces import use_interface_of_node
-from pipeline.cluster.signals import catch_notices
+from pipeline.cluster.interfaces import set_gloo_interface
+from pipeline.cluster.signals import install_notice_handlers
 
 _TorchBackend: Any = TorchConfig().backend_cls
 
 
-class _Backend(_TorchBackend):  # type: ignore[misc]
+class _TrainyardTorchBackend(_TorchBackend):  # type: ignore[misc]
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        worker_group.execute(catch_notices)
-        worker_group.execute(use_interface_of_node)
+        worker_group.execute(install_notice_handlers)
+        worker_group.execute(set_gloo_interface)
         super().on_start(worker_group, backend_config)
 
 
-class WorkerConfig(TorchConfig):
+class WorkerTorchConfig(TorchConfig):
     """`TorchConfig`, whose workers take SIGTERM and SIGHUP as a notice."""
 
     @property
     def backend_cls(self) -> Any:
-        return _Backend
+        return _TrainyardTorchBackend

@@ -12,38 +12,38 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from pipeline.cluster.failure import head
-from pipeline.cluster.joining import joining
+from pipeline.cluster.failure import format_error_line
+from pipeline.cluster.joining import ray_auth
 from pipeline.cluster.ray_internals import (
-    RAY_ENVIRONMENT,
+    RAY_ENV_DEFAULTS,
     WORKER_HEALTH_CHECK_VARIABLE,
     draining_nodes,
     listen_on_loopback,
-    without_raylet_lines,
+    silence_raylet_output,
 )
-from pipeline.cluster.room import most_and_least, warn_of_few_cores
-from pipeline.context import caught_signals
+from pipeline.cluster.room import warn_if_oversubscribed, worker_bounds
+from pipeline.context import stop_signal_numbers
 from pipeline.errors import InputError
 from pipeline.events import EventHandler
-from pipeline.job import Scale
+from pipeline.job import ScalingConfig
 
 HEAD_POLL_S = 1.0
 """Seconds between two questions to the cluster's head."""
-LEAVE_S = 10.0
+DISCONNECT_TIMEOUT_S = 10.0
 """How long the end of a connection may take."""
-HEAD_SILENT_S = 30.0
+HEAD_TIMEOUT_S = 30.0
 """After so long without an answer from the head the cluster is taken for lost; Ray ends the process after 60."""
 
 
-SET_LATER = ("RAY_AUTH_MODE", WORKER_HEALTH_CHECK_VARIABLE)
+RAY_ENV_SET_LATER = ("RAY_AUTH_MODE", WORKER_HEALTH_CHECK_VARIABLE)
 """What is set for Ray while it is connected."""
 
 
 @contextmanager
 def _ray_environment() -> Iterator[None]:
     """While entered, the environment holds what Ray is to read there; afterwards it is the caller's again."""
-    before = {name: os.environ.get(name) for name in (*RAY_ENVIRONMENT, *SET_LATER)}
-    os.environ.update({name: value for name, value in RAY_ENVIRONMENT.items() if before[name] is None})
+    before = {name: os.environ.get(name) for name in (*RAY_ENV_DEFAULTS, *RAY_ENV_SET_LATER)}
+    os.environ.update({name: value for name, value in RAY_ENV_DEFAULTS.items() if before[name] is None})
     try:
         yield
     finally:
@@ -55,21 +55,21 @@ def _ray_environment() -> Iterator[None]:
 
 
 @contextmanager
-def connected(address: str | None, scale: Scale, tell: EventHandler, verbose: bool) -> Iterator[Any]:
+def ray_connection(address: str | None, scale: ScalingConfig, emit: EventHandler, verbose: bool) -> Iterator[Any]:
     """Ray, connected: to `address`, to the cluster this process already has, or to a new one of this machine's.
 
     Raises
     ------
     InputError: there is no such cluster.
     """
-    with _ray_environment(), _connected(address, scale, tell, verbose) as ray:
+    with _ray_environment(), _connect(address, scale, emit, verbose) as ray:
         yield ray
 
 
 @contextmanager
-def _connected(address: str | None, scale: Scale, tell: EventHandler, verbose: bool) -> Iterator[Any]:
+def _connect(address: str | None, scale: ScalingConfig, emit: EventHandler, verbose: bool) -> Iterator[Any]:
     address = address or os.environ.get("RAY_ADDRESS") or None
-    _refuse_url(address)
+    _raise_if_url(address)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import ray
@@ -77,32 +77,34 @@ def _connected(address: str | None, scale: Scale, tell: EventHandler, verbose: b
         yield ray
         return
     quiet: dict[str, Any] = {} if verbose else {"log_to_driver": False, "logging_level": "error"}
-    handlers = {number: signal.getsignal(number) for number in caught_signals()}
+    handlers = {number: signal.getsignal(number) for number in stop_signal_numbers()}
     try:
         if address is None:
-            num_cpus = math.ceil(most_and_least(scale)[0] * scale.cpus_per_worker)  # Ray starts a process for each at once
-            warn_of_few_cores(num_cpus, tell)
-            with listen_on_loopback(), _deaf_to_hangup():
+            num_cpus = math.ceil(
+                worker_bounds(scale)[0] * scale.cpus_per_worker
+            )  # Ray starts a process for each at once
+            warn_if_oversubscribed(num_cpus, emit)
+            with listen_on_loopback(), _block_sighup():
                 ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, **quiet)
         else:
-            with joining(address, verbose=verbose):
+            with ray_auth(address, verbose=verbose):
                 ray.init(address=address, **quiet)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InputError(
-            head(error), where=address or "a local Ray cluster", fix="see --address and RAY_ADDRESS"
+            format_error_line(error), where=address or "a local Ray cluster", fix="see --address and RAY_ADDRESS"
         ) from None
     if threading.current_thread() is threading.main_thread():  # Ray's own SIGTERM ends the process at once
         for number, handler in handlers.items():
             signal.signal(number, handler)
     try:
-        with nullcontext() if verbose else without_raylet_lines():
+        with nullcontext() if verbose else silence_raylet_output():
             yield ray
     finally:
-        _leave(ray)
+        _disconnect(ray)
 
 
 @contextmanager
-def _deaf_to_hangup() -> Iterator[None]:
+def _block_sighup() -> Iterator[None]:
     """What is started meanwhile never gets SIGHUP: a terminal that is closed sends it to every process of its job, and
     the run could not save without its cluster. One that comes to this process is delivered at the end."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
@@ -112,7 +114,7 @@ def _deaf_to_hangup() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _refuse_url(address: str | None) -> None:
+def _raise_if_url(address: str | None) -> None:
     if address is not None and "://" in address:
         raise InputError(
             "not an address that a driver can use",
@@ -122,34 +124,34 @@ def _refuse_url(address: str | None) -> None:
         )
 
 
-def _leave(ray: Any) -> None:
+def _disconnect(ray: Any) -> None:
     """Disconnect. A cluster that is gone lets nobody go: then the end of this process will have to do."""
     thread = threading.Thread(target=ray.shutdown, name="trainyard-leave", daemon=True)
     thread.start()
-    thread.join(LEAVE_S)
+    thread.join(DISCONNECT_TIMEOUT_S)
 
 
-class HeadWatch:
+class HeadMonitor:
     """Asks the cluster's head every second which nodes are being drained, in a thread: an answer may never come."""
 
     def __init__(self) -> None:
-        self.draining: Mapping[str, int] = {}
+        self.draining_nodes: Mapping[str, int] = {}
         """By node id: when it will be gone, in milliseconds since 1970; 0 where that is not known."""
-        self._answered = time.monotonic()
-        self._has_answered = threading.Event()
+        self._last_response_time = time.monotonic()
+        self._has_responded = threading.Event()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="trainyard-head", daemon=True)
         self._thread.start()
 
     @property
-    def silent_s(self) -> float:
+    def last_seen_s(self) -> float:
         """Seconds since the head's last answer."""
-        return time.monotonic() - self._answered
+        return time.monotonic() - self._last_response_time
 
-    def answers(self) -> bool:
+    def wait_for_response(self) -> bool:
         """Whether the head answers (again) before it counts as lost."""
-        self._has_answered.clear()
-        return self._has_answered.wait(HEAD_SILENT_S)
+        self._has_responded.clear()
+        return self._has_responded.wait(HEAD_TIMEOUT_S)
 
     def close(self) -> None:
         """Ask no more. Does not wait for an answer that is under way."""
@@ -158,13 +160,13 @@ class HeadWatch:
     def _run(self) -> None:
         while not self._closed.wait(HEAD_POLL_S):
             try:
-                self.draining = draining()
+                self.draining_nodes = get_draining_nodes()
             except Exception:  # noqa: S112 - whatever it is: no answer
                 continue
-            self._answered = time.monotonic()
-            self._has_answered.set()
+            self._last_response_time = time.monotonic()
+            self._has_responded.set()
 
 
-def draining() -> Mapping[str, int]:
+def get_draining_nodes() -> Mapping[str, int]:
     """The nodes that are being drained, and when they will be gone (milliseconds since 1970, 0: not known)."""
     return draining_nodes()

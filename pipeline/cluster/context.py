@@ -9,25 +9,25 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from pipeline.cluster import signals
-from pipeline.cluster.failure import WorkerFailed
-from pipeline.cluster.gauges import Gauges
+from pipeline.cluster.failure import WorkerFailure
+from pipeline.cluster.gauges import PrometheusMetrics
 from pipeline.context import PeerFailure, ProgressCounter, T, WorkerHeartbeat
 from pipeline.errors import HungError, Interrupted, TrainyardError
 from pipeline.events import Event, HangReported
-from pipeline.redaction import redact
+from pipeline.redaction import redact_error
 from pipeline.storage import handed
-from pipeline.watchdog import PULSE_S as SIGN_S
-from pipeline.watchdog import waits_for
-from pipeline.worker import Order, run_worker
+from pipeline.watchdog import HEARTBEAT_TIMEOUT_S as SIGN_S
+from pipeline.watchdog import blocking_on
+from pipeline.worker import WorkerSpec, run_worker
 
-PULSE_S = 0.25
+EVENT_INTERVAL_S = 0.25
 """Seconds between two deliveries of events to the driver."""
-REPORT_S = 10.0
+MIN_REPORT_INTERVAL_S = 10.0
 """Seconds between two `ray.train.report` at the least: it is a barrier."""
 
 
 @contextmanager
-def _peers_needed() -> Iterator[None]:
+def _translate_peer_failure() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # what gloo and NCCL raise
@@ -37,7 +37,7 @@ def _peers_needed() -> Iterator[None]:
 class RayTrainContext:
     """One Ray Train worker's place among the others. Every method of `WorkerContext` does what is stated there."""
 
-    def __init__(self, desk: Any, run_name: str) -> None:
+    def __init__(self, channel: Any, run_name: str) -> None:
         import ray
         import ray.train
 
@@ -48,52 +48,54 @@ class RayTrainContext:
         self.is_local = False
         self.owns_process = True
         self.progress = ProgressCounter()
-        self._desk = desk
-        self._gauges = Gauges(run_name, self.rank)
-        self._courier = _Courier(desk) if self.rank == 0 else None
-        self._reported = -REPORT_S
-        desk.join.remote(self.rank, ray.get_runtime_context().get_node_id())
+        self._channel = channel
+        self._prometheus = PrometheusMetrics(run_name, self.rank)
+        self._sender = _EventSender(channel) if self.rank == 0 else None
+        self._last_report_s = -MIN_REPORT_INTERVAL_S
+        channel.register_worker.remote(self.rank, ray.get_runtime_context().get_node_id())
 
-    @waits_for("workers")
+    @blocking_on("workers")
     def all_reduce(self, vector: Any) -> None:
         import torch.distributed as dist
 
-        with _peers_needed():
+        with _translate_peer_failure():
             dist.all_reduce(vector)
 
-    @waits_for("workers")
+    @blocking_on("workers")
     def broadcast(self, value: T | None) -> T:
         import torch.distributed as dist
 
         box = [value]
-        with _peers_needed():
+        with _translate_peer_failure():
             dist.broadcast_object_list(box, src=0)
         assert box[0] is not None
         return box[0]
 
     def stop_signal(self) -> int:
-        return signals.received() or (self._courier.stop_signal if self._courier is not None else 0)
+        return signals.get_received_signal() or (self._sender.stop_signal if self._sender is not None else 0)
 
     def emit(self, event: Event) -> None:
-        self._gauges.set(event)
-        if self._courier is not None:
-            self._courier.send(event)
+        self._prometheus.update(event)
+        if self._sender is not None:
+            self._sender.send(event)
 
-    @waits_for("workers")
+    @blocking_on("workers")
     def report(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
         """`ray.train.report`, at the end or where rank 0 finds that the last one is long enough ago. All ranks take
         part."""
         import ray.train
 
-        if self.broadcast(last or time.monotonic() - self._reported > REPORT_S):
-            self._reported = time.monotonic()
+        if self.broadcast(last or time.monotonic() - self._last_report_s > MIN_REPORT_INTERVAL_S):
+            self._last_report_s = time.monotonic()
             ray.train.report(dict(metrics))
 
     def heartbeat(self, own: WorkerHeartbeat) -> Mapping[int, WorkerHeartbeat] | None:
         import ray
 
         try:
-            heard = ray.get(self._desk.pulse.remote(self.rank, own.idle_s, own.awaits), timeout=SIGN_S)
+            heard = ray.get(
+                self._channel.exchange_heartbeats.remote(self.rank, own.idle_s, own.blocked_on), timeout=SIGN_S
+            )
         except ray.exceptions.RayError:
             return None
         return {rank: WorkerHeartbeat(*values) for rank, values in heard.items()}
@@ -105,23 +107,23 @@ class RayTrainContext:
         import ray
 
         with suppress(ray.exceptions.RayError):
-            ray.get(self._desk.deliver.remote([HangReported(error.what)]), timeout=SIGN_S)
+            ray.get(self._channel.put_events.remote([HangReported(error.what)]), timeout=SIGN_S)
 
     def __enter__(self) -> RayTrainContext:
         return self
 
     def __exit__(self, *what: Any) -> None:
-        self._gauges.close()
-        if self._courier is not None:
-            self._courier.close()
+        self._prometheus.close()
+        if self._sender is not None:
+            self._sender.close()
 
 
-class _Courier:
+class _EventSender:
     """Rank 0's thread that carries events to the driver's desk and brings back a signal to stop."""
 
-    def __init__(self, desk: Any) -> None:
+    def __init__(self, channel: Any) -> None:
         self.stop_signal = 0
-        self._desk = desk
+        self._channel = channel
         self._events: list[Event] = []
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -141,11 +143,11 @@ class _Courier:
 
         closing = False
         while not closing:
-            closing = self._closing.wait(PULSE_S)
+            closing = self._closing.wait(EVENT_INTERVAL_S)
             with self._lock:
                 events, self._events = self._events, []
             try:
-                self.stop_signal = ray.get(self._desk.deliver.remote(events), timeout=30)
+                self.stop_signal = ray.get(self._channel.put_events.remote(events), timeout=30)
             except ray.exceptions.RayError:
                 continue  # the driver is gone or slow: training goes on without an audience
 
@@ -162,16 +164,16 @@ def train_function(config: dict[str, Any]) -> dict[str, Any]:
     TrainyardError: what a new start would not make good.
     WorkerFailed: any other error.
     """
-    order: Order = config["order"]
-    handed.take(order.environment)
+    order: WorkerSpec = config["order"]
+    handed.set_credentials(order.environment)
     with RayTrainContext(config["desk"], order.run_name) as context:
         try:
             position = run_worker(order, context)
         except Interrupted as interrupted:
             return {"interrupted": interrupted}
         except TrainyardError as error:
-            redact(error)  # Ray writes down what is raised
+            redact_error(error)  # Ray writes down what is raised
             raise
         except Exception as error:
-            raise WorkerFailed.of(error, context.rank) from None
+            raise WorkerFailure.from_error(error, context.rank) from None
     return {"run": order.run_name, "step": position.step, "metrics": dict(position.metrics or {})}

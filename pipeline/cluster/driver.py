@@ -14,32 +14,32 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-from pipeline.cluster.connection import HEAD_SILENT_S, HeadWatch, connected, draining
-from pipeline.cluster.context import PULSE_S, train_function
-from pipeline.cluster.desk import Desk
-from pipeline.cluster.failure import WorkerHung
-from pipeline.cluster.inbox import Inbox
-from pipeline.cluster.losses import AGAIN, Losses, first_line
+from pipeline.cluster.connection import HEAD_TIMEOUT_S, HeadMonitor, get_draining_nodes, ray_connection
+from pipeline.cluster.context import EVENT_INTERVAL_S, train_function
+from pipeline.cluster.desk import EventChannel
+from pipeline.cluster.failure import WorkerHang
+from pipeline.cluster.inbox import EventReceiver
+from pipeline.cluster.losses import RESUME_HINT, FailurePolicy, summary_line
 from pipeline.cluster.reach import check_storage
-from pipeline.cluster.room import Room, look_at
+from pipeline.cluster.room import WorkerPlacement, cluster_resources
 from pipeline.context import StopSignals
 from pipeline.errors import ClusterError, Interrupted, TrainyardError, WorkerLostError
 from pipeline.events import Event, EventHandler, HangReported, WarningMessage
-from pipeline.job import Scale
+from pipeline.job import ScalingConfig
 from pipeline.record.journal import Journal
-from pipeline.worker import Order, hang_limits
+from pipeline.worker import WorkerSpec, hang_limits
 
-IDLE_CALLBACKS = ("DatasetsCallback", "PlacementGroupCleanerCallback")
+UNUSED_RAY_CALLBACKS = ("DatasetsCallback", "PlacementGroupCleanerCallback")
 """Of Ray Train's own."""
-LONGEST_SUM_S = 7 * 86400
+UNLIMITED_TIMEOUT_S = 7 * 86400
 """After which a sum over ranks fails by itself, where workers may hang for as long as they like."""
 
-Ready = Callable[[], tuple[Order, Journal]]
+CreateRunFn = Callable[[], tuple[WorkerSpec, Journal]]
 
 
 def train_on_workers(
-    ready: Ready,
-    scale: Scale,
+    create_run: CreateRunFn,
+    scale: ScalingConfig,
     on_event: EventHandler,
     signals: StopSignals,
     *,
@@ -62,28 +62,28 @@ def train_on_workers(
     RepeatedFailureError, OutOfMemoryError: what a new start would not make good.
     TrainyardError: what a worker raised.
     """
-    begun: tuple[Order, Journal, Losses] | None = None
+    begun: tuple[WorkerSpec, Journal, FailurePolicy] | None = None
     while True:
-        with connected(address, scale, on_event, verbose) as ray:
-            room = Room(lambda: look_at(ray, draining=draining), scale)
+        with ray_connection(address, scale, on_event, verbose) as ray:
+            room = WorkerPlacement(lambda: cluster_resources(ray, get_draining_nodes=get_draining_nodes), scale)
             if begun is None:
                 try:
-                    room.check()
+                    room.check_feasible()
                     check_storage(ray, storage_url)
                 except ray.exceptions.RayError as error:
                     fix = "the same command again; see the dashboard's logs on the head if it repeats itself"
-                    raise ClusterError(first_line(error), where=address or "Ray", fix=fix) from error
-                order, journal = ready()
-                begun = order, journal, Losses(order.run_name, scale.retries, journal.highest_step)
+                    raise ClusterError(summary_line(error), where=address or "Ray", fix=fix) from error
+                order, journal = create_run()
+                begun = order, journal, FailurePolicy(order.run_name, scale.retries, journal.read_highest_step)
             if _run_attempts(ray, room, begun, scale, on_event, signals):
                 return
 
 
 def _run_attempts(
     ray: Any,
-    room: Room,
-    begun: tuple[Order, Journal, Losses],
-    scale: Scale,
+    room: WorkerPlacement,
+    begun: tuple[WorkerSpec, Journal, FailurePolicy],
+    scale: ScalingConfig,
     on_event: EventHandler,
     signals: StopSignals,
 ) -> bool:
@@ -92,24 +92,24 @@ def _run_attempts(
 
     order, journal, losses = begun
     while True:
-        dead = journal.latest_attempt_of(order.driver)
+        dead = journal.find_latest_attempt(order.driver)
         try:
-            workers = room.wait(signals, on_event, after_loss=losses.any)
-            _run_attempt(ray, replace(order, dead_attempt=dead), workers, room.per_worker, scale, on_event, signals)
+            workers = room.wait_for_resources(signals, on_event, after_failure=losses.has_failed)
+            _run_attempt(ray, replace(order, ended_attempt=dead), workers, room.per_worker, scale, on_event, signals)
             return True
         except Interrupted as interrupted:
             if signals.received:
                 raise
-            losses.take_notice()
+            losses.decide_preemption()
             on_event(WarningMessage(f"{interrupted.what}; starting again"))
         except TrainyardError:
             raise
         except Exception as error:  # whatever form Ray gives to a worker failure
-            is_workers = isinstance(error, (TrainingFailedError, WorkerHung))
+            is_workers = isinstance(error, (TrainingFailedError, WorkerHang))
             if not is_workers:
                 _check_head(order.run_name)
-            losses.take(error, signals.received)
-            on_event(WarningMessage(losses.words(error)))
+            losses.decide(error, signals.received)
+            on_event(WarningMessage(losses.describe(error)))
             if not is_workers:
                 # Ray Train recovers nothing from the loss of its own controller, which leaves resources taken until
                 # this driver's connection ends.
@@ -118,10 +118,10 @@ def _run_attempts(
 
 def _run_attempt(
     ray: Any,
-    order: Order,
+    spec: WorkerSpec,
     workers: int,
     resources: dict[str, float],
-    scale: Scale,
+    scale: ScalingConfig,
     on_event: EventHandler,
     signals: StopSignals,
 ) -> None:
@@ -141,33 +141,38 @@ def _run_attempt(
         else:
             on_event(event)
 
-    desk, own_files = _start_desk(ray), tempfile.mkdtemp(prefix="trainyard-ray-")
+    desk, own_files = _start_event_channel(ray), tempfile.mkdtemp(prefix="trainyard-ray-")
     try:
-        fit = _FitThread(_make_trainer(order, desk, workers, resources, scale, own_files))
+        fit = _FitThread(_make_trainer(spec, desk, workers, resources, scale, own_files))
         fit.start()
-        with closing(HeadWatch()) as watch:
-            _carry_until_done(ray, fit, desk, watch, Inbox(ray, desk, handle), order.run_name, on_event, signals)
+        with closing(HeadMonitor()) as watch:
+            _pump_events(ray, fit, desk, watch, EventReceiver(ray, desk, handle), spec.run_name, on_event, signals)
     finally:
         ray.kill(desk)
         shutil.rmtree(own_files, ignore_errors=True)
     if fit.error is not None:
         if hang_reports:
-            raise WorkerHung(hang_reports[0]) from fit.error
+            raise WorkerHang(hang_reports[0]) from fit.error
         raise fit.error
     if "interrupted" in fit.returned:
         raise fit.returned["interrupted"]
 
 
-def _start_desk(ray: Any) -> Any:
+def _start_event_channel(ray: Any) -> Any:
     """The actor between this driver and rank 0, on the driver's node: it must not be lost with a worker's."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0)(Desk).options(scheduling_strategy=here).remote()
+    return ray.remote(num_cpus=0)(EventChannel).options(scheduling_strategy=here).remote()
 
 
 def _make_trainer(
-    order: Order, desk: Any, workers: int, resources: dict[str, float], scale: Scale, own_files: str
+    spec: WorkerSpec,
+    channel: Any,
+    workers: int,
+    resources: dict[str, float],
+    scale: ScalingConfig,
+    ray_storage_dir: str,
 ) -> Any:
     """Ray Train's trainer of one attempt. It restarts nothing by itself: which failures are worth another attempt is
     decided here (`Losses`).
@@ -180,7 +185,7 @@ def _make_trainer(
     import ray.train
     import ray.train.torch
 
-    from pipeline.cluster.backend import WorkerConfig
+    from pipeline.cluster.backend import WorkerTorchConfig
 
     train: Any = ray.train  # Ray's annotations here are those of its older trainer
 
@@ -190,22 +195,24 @@ def _make_trainer(
         Where a version of Ray has no such hook, both just start."""
 
         def _create_default_callbacks(self) -> list[Any]:
-            return [one for one in super()._create_default_callbacks() if type(one).__name__ not in IDLE_CALLBACKS]
+            return [
+                one for one in super()._create_default_callbacks() if type(one).__name__ not in UNUSED_RAY_CALLBACKS
+            ]
 
     limits = hang_limits(scale.hang_s) if scale.hang_s is not None else None
-    collective_timeout_s = limits.last_net_s if limits is not None else LONGEST_SUM_S
+    collective_timeout_s = limits.collective_timeout_s if limits is not None else UNLIMITED_TIMEOUT_S
     # Read by the controller, which starts with this: a worker without another that could notice that it is stopped.
-    unanswered_s = limits.unanswered_s if limits is not None else LONGEST_SUM_S
+    unanswered_s = limits.unresponsive_s if limits is not None else UNLIMITED_TIMEOUT_S
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(unanswered_s)
     on_gpu = "GPU" in resources
     return Trainer(
         train_function,
-        train_loop_config={"order": order, "desk": desk},
-        torch_config=WorkerConfig(backend="nccl" if on_gpu else "gloo", timeout_s=int(collective_timeout_s)),
+        train_loop_config={"order": spec, "desk": channel},
+        torch_config=WorkerTorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=int(collective_timeout_s)),
         scaling_config=train.ScalingConfig(num_workers=workers, use_gpu=on_gpu, resources_per_worker=resources),
         run_config=train.RunConfig(
-            name=f"{order.run_name}-{uuid.uuid4().hex[:8]}",
-            storage_path=own_files,
+            name=f"{spec.run_name}-{uuid.uuid4().hex[:8]}",
+            storage_path=ray_storage_dir,
             failure_config=train.FailureConfig(max_failures=0, controller_failure_limit=0),
         ),
     )
@@ -228,12 +235,12 @@ class _FitThread(threading.Thread):
             self.error = error
 
 
-def _carry_until_done(
+def _pump_events(
     ray: Any,
     fit: _FitThread,
-    desk: Any,
-    watch: HeadWatch,
-    inbox: Inbox,
+    channel: Any,
+    head_monitor: HeadMonitor,
+    receiver: EventReceiver,
     run_name: str,
     on_event: EventHandler,
     signals: StopSignals,
@@ -246,16 +253,16 @@ def _carry_until_done(
     """
     sent = 0
     while fit.is_alive():
-        fit.join(PULSE_S)
-        number = signals.received or (sent or _preemption_signal(ray, desk, watch, on_event))
+        fit.join(EVENT_INTERVAL_S)
+        number = signals.received or (sent or _preemption_signal(ray, channel, head_monitor, on_event))
         if number != sent:
             sent = number
-            desk.stop.remote(sent)
-        inbox.pass_on()
-        if watch.silent_s > HEAD_SILENT_S:
-            raise _head_lost(run_name)
+            channel.request_stop.remote(sent)
+        receiver.drain()
+        if head_monitor.last_seen_s > HEAD_TIMEOUT_S:
+            raise _head_lost_error(run_name)
     for _ in range(2):  # an answer that is under way, and what came since
-        inbox.pass_on(wait_s=5)
+        receiver.drain(timeout_s=5)
 
 
 def _check_head(run_name: str) -> None:
@@ -265,31 +272,31 @@ def _check_head(run_name: str) -> None:
     ------
     WorkerLostError: the head does not answer.
     """
-    watch = HeadWatch()
+    watch = HeadMonitor()
     try:
-        if not watch.answers():
-            raise _head_lost(run_name)
+        if not watch.wait_for_response():
+            raise _head_lost_error(run_name)
     finally:
         watch.close()
 
 
-def _head_lost(run_name: str) -> WorkerLostError:
+def _head_lost_error(run_name: str) -> WorkerLostError:
     return WorkerLostError(
-        f"the head of the cluster has not answered for {HEAD_SILENT_S:.0f} s",
+        f"the head of the cluster has not answered for {HEAD_TIMEOUT_S:.0f} s",
         where=run_name,
-        fix=f"{AGAIN}, once the cluster is back",
+        fix=f"{RESUME_HINT}, once the cluster is back",
     )
 
 
-def _preemption_signal(ray: Any, desk: Any, watch: HeadWatch, on_event: EventHandler) -> int:
+def _preemption_signal(ray: Any, channel: Any, head_monitor: HeadMonitor, on_event: EventHandler) -> int:
     """SIGTERM where a node of ours is being drained: the workers are to save and leave before it goes. Else 0."""
-    if not watch.draining:
+    if not head_monitor.draining_nodes:
         return 0
     try:
-        ours = set(ray.get(desk.nodes.remote(), timeout=5))
+        ours = set(ray.get(channel.get_node_ids.remote(), timeout=5))
     except ray.exceptions.RayError:
         return 0
-    leaving = {node: gone for node, gone in watch.draining.items() if node in ours}
+    leaving = {node: gone for node, gone in head_monitor.draining_nodes.items() if node in ours}
     if not leaving:
         return 0
     known = [gone / 1000 - time.time() for gone in leaving.values() if gone]  # the cluster's clock, for people only

@@ -33,11 +33,11 @@ COUNTERS = {
 
 LABELS = ("run", "rank", "split")
 """`split` is empty where it means nothing."""
-PULSE_S = 1.0
+CHECKPOINT_AGE_INTERVAL_S = 1.0
 """Seconds between two looks at the age of the last checkpoint."""
 
 
-class Gauges:
+class PrometheusMetrics:
     """What a rank shows of a run while it trains. Rank 0 tells all, the others only their step: everything else is a
     sum over the ranks and would be the same.
 
@@ -51,43 +51,43 @@ class Gauges:
         self._labels = {"run": run_name, "rank": str(rank), "split": ""}
         self._gauges = {name: Gauge(name, description=text, tag_keys=LABELS) for name, text in GAUGES.items()}
         self._counters = {name: Counter(name, description=text, tag_keys=LABELS) for name, text in COUNTERS.items()}
-        self._saved = time.monotonic()
+        self._last_checkpoint_time = time.monotonic()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._pulse, name="trainyard-gauges", daemon=True)
+        self._thread = threading.Thread(target=self._update_checkpoint_age, name="trainyard-gauges", daemon=True)
 
-    def set(self, event: Event) -> None:
+    def update(self, event: Event) -> None:
         """Set the gauges that an event has values for; most events have none."""
         match event:
             case StepReached():
-                self._set("step", event.step, "train_steps")
+                self._set_gauge("step", event.step, "train_steps")
             case StepsLogged():
-                self._set("step", event.step, "train_steps")
-                self._set("loss", event.loss, "train_steps")
-                self._set("epoch", event.epoch, "train_steps")
-                self._set("learning_rate", event.lr, "train_steps")
-                self._set("samples_per_second", event.samples_per_s, "train_steps")
+                self._set_gauge("step", event.step, "train_steps")
+                self._set_gauge("loss", event.loss, "train_steps")
+                self._set_gauge("epoch", event.epoch, "train_steps")
+                self._set_gauge("learning_rate", event.lr, "train_steps")
+                self._set_gauge("samples_per_second", event.samples_per_s, "train_steps")
                 self._counters["trainyard_samples"].inc(event.samples, self._labels)
             case EvaluationLogged():
                 for metric, value in event.metrics.items():
                     split, _, name = metric.partition("/")
                     if name in ("loss", "accuracy"):
-                        self._set(name, value, split)
+                        self._set_gauge(name, value, split)
             case CheckpointCommitted():
-                self._saved = time.monotonic()
-                self._set("upload_seconds", event.write_s)
+                self._last_checkpoint_time = time.monotonic()
+                self._set_gauge("upload_seconds", event.write_s)
                 self._counters["trainyard_commits"].inc(1, self._labels)
             case TrainingStarted() if self._rank == 0:
-                self._saved = time.monotonic()
-                self._set("restarts", event.attempt - 1)
+                self._last_checkpoint_time = time.monotonic()
+                self._set_gauge("restarts", event.attempt - 1)
                 self._thread.start()
 
     def close(self) -> None:
         """Let the age be."""
         self._closing.set()
 
-    def _set(self, name: str, value: float, split: str = "") -> None:
+    def _set_gauge(self, name: str, value: float, split: str = "") -> None:
         self._gauges[f"trainyard_{name}"].set(float(value), {**self._labels, "split": split})
 
-    def _pulse(self) -> None:
-        while not self._closing.wait(PULSE_S):
-            self._set("checkpoint_age_seconds", time.monotonic() - self._saved)
+    def _update_checkpoint_age(self) -> None:
+        while not self._closing.wait(CHECKPOINT_AGE_INTERVAL_S):
+            self._set_gauge("checkpoint_age_seconds", time.monotonic() - self._last_checkpoint_time)

@@ -7,25 +7,25 @@ from typing import Any
 from pipeline.events import EventHandler
 
 
-class Inbox:
+class EventReceiver:
     """The events that wait on the desk. One question at a time, kept until it is answered: none is lost to a driver or
     a desk that is slow."""
 
-    def __init__(self, ray: Any, desk: Any, on_event: EventHandler) -> None:
+    def __init__(self, ray: Any, channel: Any, on_event: EventHandler) -> None:
         self._ray = ray
-        self._desk = desk
+        self._channel = channel
         self._on_event = on_event
-        self._asked: Any = None
+        self._pending_request: Any = None
 
-    def pass_on(self, wait_s: float = 0.0) -> None:
+    def drain(self, timeout_s: float = 0.0) -> None:
         """Handle the events that there are; where the answer takes longer, next time."""
-        self._asked = self._asked or self._desk.take.remote()
+        self._pending_request = self._pending_request or self._channel.get_events.remote()
         try:
-            if not self._ray.wait([self._asked], timeout=wait_s)[0]:
+            if not self._ray.wait([self._pending_request], timeout=timeout_s)[0]:
                 return
-            events, self._asked = self._ray.get(self._asked), None
+            events, self._pending_request = self._ray.get(self._pending_request), None
         except self._ray.exceptions.RayError:
-            self._asked = None  # progress is for the eye: fit() itself says what is wrong
+            self._pending_request = None  # progress is for the eye: fit() itself says what is wrong
             return
         for event in events:
             self._on_event(event)

@@ -12,21 +12,21 @@ import struct
 import sys
 from typing import Any
 
-VARIABLE = "GLOO_SOCKET_IFNAME"
+GLOO_INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 _SIOCGIFADDR = 0x8915
 
 
-def use_interface_of_node() -> None:
+def set_gloo_interface() -> None:
     """Have gloo use the interface of this Ray node's address, unless somebody has said which. Linux only."""
     from ray import util
 
     ray_util: Any = util
-    name = interface_of(ray_util.get_node_ip_address()) if sys.platform == "linux" else None
+    name = find_interface(ray_util.get_node_ip_address()) if sys.platform == "linux" else None
     if name is not None:
-        os.environ.setdefault(VARIABLE, name)
+        os.environ.setdefault(GLOO_INTERFACE_VARIABLE, name)
 
 
-def interface_of(address: str) -> str | None:
+def find_interface(address: str) -> str | None:
     """Name of the interface that has an IPv4 address; None where none has it."""
     import fcntl
 

@@ -12,12 +12,12 @@ from pipeline.cluster.jobs.tokens import find_token
 from pipeline.cluster.ray_internals import reload_settings
 from pipeline.errors import InputError
 
-REFUSED = "InvalidAuthToken"
+TOKEN_REFUSED = "InvalidAuthToken"
 """What Ray's own lines say where a cluster wants a token, or another one; its exception only says that it failed."""
 
 
 @contextmanager
-def joining(address: str, *, verbose: bool) -> Iterator[None]:
+def ray_auth(address: str, *, verbose: bool) -> Iterator[None]:
     """While `ray.init` joins a cluster: a token that the user has is shown to it, and Ray's native lines are kept back.
 
     Ray itself starts clusters that ask for a token wherever there is one, but shows it to none unless told to.
@@ -32,11 +32,11 @@ def joining(address: str, *, verbose: bool) -> Iterator[None]:
         reload_settings()
     with tempfile.TemporaryFile() as captured_stderr:
         try:
-            with _errors_to(captured_stderr.fileno()):
+            with _redirect_stderr(captured_stderr.fileno()):
                 yield
         except (ConnectionError, RuntimeError, ValueError):
             captured_stderr.seek(0)
-            if REFUSED.encode() in captured_stderr.read():
+            if TOKEN_REFUSED.encode() in captured_stderr.read():
                 what = (
                     f"the cluster refuses the token of {token.source}"
                     if token is not None
@@ -54,7 +54,7 @@ def joining(address: str, *, verbose: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _errors_to(file: int) -> Iterator[None]:
+def _redirect_stderr(file: int) -> Iterator[None]:
     """Standard error of this whole process into a file: Ray's native part writes there past Python."""
     sys.stderr.flush()
     before = os.dup(2)

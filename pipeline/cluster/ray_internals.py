@@ -27,7 +27,7 @@ WORKER_HEALTH_CHECK_VARIABLE = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 """Seconds after which Ray Train gives up a worker that does not answer. A field of `ray.train.RunConfig` would take its
 place."""
 
-RAY_ENVIRONMENT = {
+RAY_ENV_DEFAULTS = {
     # Of a cluster started here. Ray's default, 15, leaves the processor to whatever else runs on the machine.
     "RAY_worker_niceness": "0",
     # The controller's poll: report() and the end of a run wait for it.
@@ -130,7 +130,7 @@ def reload_settings() -> None:
 
 
 @contextmanager
-def without_raylet_lines() -> Iterator[None]:
+def silence_raylet_output() -> Iterator[None]:
     """While entered, lines of other processes are not printed to standard output.
 
     Ray writes a raylet's complaint about each lost worker there, whatever `log_to_driver` says. Public interface:
@@ -152,7 +152,7 @@ def without_raylet_lines() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------- the Jobs API
 
 
-def jobs_client_class(timeout: tuple[float, float]) -> Any:
+def make_client_class(timeout: tuple[float, float]) -> Any:
     """Ray's `JobSubmissionClient` with a limit on every request, in seconds: for the connection, and for the answer.
 
     Ray's own would wait for ever for a head that was cut off. Public interface: none; an argument `timeout` would take
@@ -226,7 +226,7 @@ def package_path(name: str) -> str:
     return f"/api/packages/gcs/{name}"
 
 
-def take_package(name: str) -> bytes | None:
+def fetch_package(name: str) -> bytes | None:
     """On the cluster: the content of a package, which is deleted there; None where there is none."""
     from ray import _raylet
 

@@ -28,32 +28,32 @@ from typing import IO, Any
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.job import Cache
-from pipeline.watchdog import note_progress, on_progress, waits_for
-from pipeline.watchdog.progress import progress_listeners
+from pipeline.job import CacheConfig
+from pipeline.watchdog import blocking_on, listening_to_progress, note_progress
+from pipeline.watchdog.progress import get_progress_listeners
 
 WHERE = "data.cache.folder"
 FIX = "--set data.cache.folder=DIR names another"
 
-READERS = ".readers"
-BUILDER = ".builder"
-ROOM = ".lock"
-BUILDING = ".building-"
-REMOVED = ".removed-"
+READERS_LOCK = ".readers"
+BUILDER_LOCK = ".builder"
+SPACE_LOCK = ".lock"
+BUILDING_PREFIX = ".building-"
+REMOVED_PREFIX = ".removed-"
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
-LONGEST_PAUSE_S = 0.25
+MAX_PAUSE_S = 0.25
 """Between two looks at a lock that another process holds, or at a file that grows."""
 
-SIGN_S = 0.1
+LOCK_PROGRESS_INTERVAL_S = 0.1
 """Between two signs of progress to those who wait."""
 
 SYNC_BYTES = 64 << 20
 """What is written to the disk at once at the end: each such piece is progress."""
 
 
-class Entry:
+class CacheEntry:
     """An entry that is in use: it stays as long as this object or an array that it has mapped, or a view of one.
 
     folder: where its files are.
@@ -64,25 +64,25 @@ class Entry:
         self.folder = folder
         weakref.finalize(self, os.close, descriptor)
 
-    def map(self, name: str) -> np.ndarray:
+    def map_array(self, name: str) -> np.ndarray:
         """An array of the entry in `.npy` format, memory-mapped."""
         array: np.ndarray = np.load(self.folder / name, mmap_mode="r")
         weakref.finalize(array.base, _release, self)  # the map itself, which all views of the array keep
         return array
 
 
-def _release(entry: Entry) -> None:
+def _release(entry: CacheEntry) -> None:
     """Until it is called, a finalizer refers to the entry."""
 
 
-def fits(cache: Cache, size: int) -> bool:
+def has_room_for(cache: CacheConfig, size_bytes: int) -> bool:
     """Whether an entry of so many bytes may be kept: within `max_gb`, and on the disk once older ones are gone."""
     folder = Path(cache.folder).expanduser().absolute()
     present = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    return size <= min(_limit(cache), shutil.disk_usage(present).free + _bytes(folder))
+    return size_bytes <= min(_max_bytes(cache), shutil.disk_usage(present).free + _folder_bytes(folder))
 
 
-def cached(cache: Cache, key: str, build: Callable[[Path], None], *, size: int) -> Entry:
+def get_or_build(cache: CacheConfig, key: str, build: Callable[[Path], None], *, size_bytes: int) -> CacheEntry:
     """An entry, complete.
 
     Where it is absent, one process builds it while others that want it wait; if the builder dies, the next one builds.
@@ -102,45 +102,47 @@ def cached(cache: Cache, key: str, build: Callable[[Path], None], *, size: int) 
     """
     folder = Path(cache.folder).expanduser().absolute()
     path = folder / key
-    if size > _limit(cache):
+    if size_bytes > _max_bytes(cache):
         raise DataError(
-            f"the decoded data takes {_gb(size)}, but max_gb allows {_gb(_limit(cache))}",
+            f"the decoded data takes {_format_gb(size_bytes)}, but max_gb allows {_format_gb(_max_bytes(cache))}",
             where="data.cache.max_gb",
-            fix=f"--set data.cache.max_gb={-(-size // 10**9)}, on a disk with that much room",
+            fix=f"--set data.cache.max_gb={-(-size_bytes // 10**9)}, on a disk with that much room",
         )
-    with _named(folder):
+    with _cache_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        while (entry := _opened(path)) is None:
-            lock = _locked(folder / f"{BUILDING}{key}")
+        while (entry := _open_entry(path)) is None:
+            lock = _lock_folder(folder / f"{BUILDING_PREFIX}{key}")
             if lock is None:
                 continue  # another process has just finished or given up
-            with lock, on_progress(_signs(lock)):
-                if not (path / READERS).exists():
-                    _build(cache, path, build, size, lock)
+            with lock, listening_to_progress(_make_progress_marker(lock)):
+                if not (path / READERS_LOCK).exists():
+                    _build_entry(cache, path, build, size_bytes, lock)
     return entry
 
 
-def _build(cache: Cache, entry: Path, build: Callable[[Path], None], size: int, lock: IO[str]) -> None:
+def _build_entry(
+    cache: CacheConfig, entry: Path, build: Callable[[Path], None], size_bytes: int, lock: IO[str]
+) -> None:
     """Fill the temporary folder, whose lock is held, and put it in place."""
     note_progress()
-    folder, temporary = entry.parent, entry.with_name(f"{BUILDING}{entry.name}")
-    _empty(temporary)  # a dead builder's
+    folder, temporary = entry.parent, entry.with_name(f"{BUILDING_PREFIX}{entry.name}")
+    _empty_folder(temporary)  # a dead builder's
     try:
-        _reserve(cache, folder, size, lock)
+        _reserve(cache, folder, size_bytes, lock)
         build(temporary)
-        (temporary / READERS).touch()
-        _sync(temporary)
+        (temporary / READERS_LOCK).touch()
+        _sync_folder(temporary)
         if entry.exists():
-            _remove(entry)  # without a lock it is no entry, but in the way
+            _remove_folder(entry)  # without a lock it is no entry, but in the way
         temporary.rename(entry)
     except BaseException:
         with suppress(OSError):
-            _remove(temporary)
+            _remove_folder(temporary)
         raise
 
 
 @contextmanager
-def scratch(cache: Cache, size: int) -> Iterator[Path]:
+def scratch_folder(cache: CacheConfig, size_bytes: int) -> Iterator[Path]:
     """A folder for temporary files of `size` bytes in all, which counts as part of the cache while it is there.
 
     Raises
@@ -148,42 +150,42 @@ def scratch(cache: Cache, size: int) -> Iterator[Path]:
     DataError: as in `cached`.
     """
     with _locked_temporary(cache, secrets.token_hex(8)) as (temporary, lock):
-        with _named(temporary.parent):
-            _reserve(cache, temporary.parent, size, lock)
+        with _cache_errors(temporary.parent):
+            _reserve(cache, temporary.parent, size_bytes, lock)
         yield temporary
 
 
 @contextmanager
-def exclusive(cache: Cache, key: str) -> Iterator[None]:
+def exclusive_lock(cache: CacheConfig, key: str) -> Iterator[None]:
     """While entered, no other process is in here with the same key. Who waits sees the progress that is noted.
 
     Raises
     ------
     DataError: the folder cannot be written or is full.
     """
-    with _locked_temporary(cache, key) as (_, lock), on_progress(_signs(lock)):
+    with _locked_temporary(cache, key) as (_, lock), listening_to_progress(_make_progress_marker(lock)):
         yield
 
 
 @contextmanager
-def _locked_temporary(cache: Cache, name: str) -> Iterator[tuple[Path, IO[str]]]:
+def _locked_temporary(cache: CacheConfig, name: str) -> Iterator[tuple[Path, IO[str]]]:
     """The path of a temporary folder, which nobody else uses, and its lock. What is written there is removed."""
     folder = Path(cache.folder).expanduser().absolute()
-    temporary = folder / f"{BUILDING}{name}"
-    with _named(folder):
+    temporary = folder / f"{BUILDING_PREFIX}{name}"
+    with _cache_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        while (lock := _locked(temporary)) is None:
+        while (lock := _lock_folder(temporary)) is None:
             pass
     with lock:
         try:
             yield temporary, lock
         finally:
             with suppress(OSError):
-                _remove(temporary)
+                _remove_folder(temporary)
 
 
-@waits_for("cache")
-def take_lock(lock: IO[Any]) -> None:
+@blocking_on("cache")
+def acquire_lock(lock: IO[Any]) -> None:
     """Lock a file exclusively. While another process holds the lock, its signs of progress count as this thread's."""
     last_mtime_ns, pause_s = -1, 1e-3
     while True:
@@ -195,11 +197,11 @@ def take_lock(lock: IO[Any]) -> None:
             last_mtime_ns = mtime_ns
             note_progress()
         time.sleep(pause_s)
-        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        pause_s = min(2 * pause_s, MAX_PAUSE_S)
 
 
 @contextmanager
-def growing(folder: Path, lock: IO[Any] | None = None) -> Iterator[None]:
+def track_folder_growth(folder: Path, lock: IO[Any] | None = None) -> Iterator[None]:
     """While entered, what is added to the files in a folder counts as progress of this thread: for calls of libraries
     that take long and say nothing.
 
@@ -207,19 +209,19 @@ def growing(folder: Path, lock: IO[Any] | None = None) -> Iterator[None]:
     ----------
     lock: one that is held; who waits for it sees the progress too.
     """
-    listeners = (*progress_listeners(), *([_signs(lock)] if lock is not None else []))
+    listeners = (*get_progress_listeners(), *([_make_progress_marker(lock)] if lock is not None else []))
     stopped = threading.Event()
 
-    def look() -> None:
+    def watch() -> None:
         seen = -1
-        while not stopped.wait(LONGEST_PAUSE_S):
-            size = _bytes(folder)
+        while not stopped.wait(MAX_PAUSE_S):
+            size = _folder_bytes(folder)
             if size != seen:
                 seen = size
                 for listener in listeners:
                     listener()
 
-    thread = threading.Thread(target=look, name="trainyard-growing", daemon=True)
+    thread = threading.Thread(target=watch, name="trainyard-growing", daemon=True)
     thread.start()
     try:
         yield
@@ -228,131 +230,131 @@ def growing(folder: Path, lock: IO[Any] | None = None) -> Iterator[None]:
         thread.join()
 
 
-def _reserve(cache: Cache, folder: Path, size: int, lock: IO[str]) -> None:
+def _reserve(cache: CacheConfig, folder: Path, size_bytes: int, lock: IO[str]) -> None:
     """Make room for what is about to be put beside a lock that is held."""
     lock.truncate(0)
-    with (folder / ROOM).open("a") as room:
-        take_lock(room)
-        _make_room(cache, folder, size)
-        lock.write(str(size))  # counts as taken from now on
+    with (folder / SPACE_LOCK).open("a") as room:
+        acquire_lock(room)
+        _make_room(cache, folder, size_bytes)
+        lock.write(str(size_bytes))  # counts as taken from now on
         lock.flush()
 
 
-def _opened(path: Path) -> Entry | None:
+def _open_entry(path: Path) -> CacheEntry | None:
     """The entry, held shared; None if it is not there."""
     try:
-        descriptor = os.open(path / READERS, os.O_RDWR)
+        descriptor = os.open(path / READERS_LOCK, os.O_RDWR)
     except (FileNotFoundError, NotADirectoryError):
         return None
     fcntl.flock(descriptor, fcntl.LOCK_SH)
-    if not _is_at(descriptor, path / READERS):  # deleted meanwhile
+    if not _is_same_file(descriptor, path / READERS_LOCK):  # deleted meanwhile
         os.close(descriptor)
         return None
     os.utime(path)
-    return Entry(path, descriptor)
+    return CacheEntry(path, descriptor)
 
 
-def _locked(temporary: Path) -> IO[str] | None:
+def _lock_folder(temporary: Path) -> IO[str] | None:
     """The temporary folder's lock, waited for; None if the folder went away or into its place meanwhile."""
     temporary.mkdir(exist_ok=True)
     try:
-        lock = (temporary / BUILDER).open("a+")
+        lock = (temporary / BUILDER_LOCK).open("a+")
     except FileNotFoundError:
         return None
-    take_lock(lock)
-    if _is_at(lock.fileno(), temporary / BUILDER):
+    acquire_lock(lock)
+    if _is_same_file(lock.fileno(), temporary / BUILDER_LOCK):
         return lock
     lock.close()
     return None
 
 
-def _signs(lock: IO[Any]) -> Callable[[], None]:
+def _make_progress_marker(lock: IO[Any]) -> Callable[[], None]:
     """Takes progress, and shows it to those who wait for the lock."""
-    shown = 0.0
+    last_shown_s = 0.0
 
     def sign() -> None:
-        nonlocal shown
-        if time.monotonic() - shown >= SIGN_S:
-            shown = time.monotonic()
+        nonlocal last_shown_s
+        if time.monotonic() - last_shown_s >= LOCK_PROGRESS_INTERVAL_S:
+            last_shown_s = time.monotonic()
             with suppress(OSError, ValueError):  # closed: the last sign of a thread that saw it from outside
                 os.utime(lock.fileno())
 
     return sign
 
 
-def _make_room(cache: Cache, folder: Path, size: int) -> None:
+def _make_room(cache: CacheConfig, folder: Path, size_bytes: int) -> None:
     """Delete leftovers, and the entries not used for longest, until `size` bytes fit."""
-    excess, short = _evict(cache, folder, size)
+    excess, short = _evict(cache, folder, size_bytes)
     if excess > 0 or short > 0:  # what is no longer used may still be held by objects that refer to each other
         gc.collect()
-        excess, short = _evict(cache, folder, size)
+        excess, short = _evict(cache, folder, size_bytes)
     if excess > 0:
         raise DataError(
-            f"{_gb(size)} more would pass max_gb, {_gb(_limit(cache))}: the rest is in use",
+            f"{_format_gb(size_bytes)} more would pass max_gb, {_format_gb(_max_bytes(cache))}: the rest is in use",
             where="data.cache.max_gb",
             fix="raise it, or wait until whatever uses it ends",
         )
     if short > 0:
-        raise DataError(f"the disk of {folder} is full: {_gb(short)} more are needed", where=WHERE, fix=FIX)
+        raise DataError(f"the disk of {folder} is full: {_format_gb(short)} more are needed", where=WHERE, fix=FIX)
 
 
-def _evict(cache: Cache, folder: Path, size: int) -> tuple[int, int]:
+def _evict(cache: CacheConfig, folder: Path, size_bytes: int) -> tuple[int, int]:
     """Delete what may be deleted and must be; returns how many bytes too many there are still, by `max_gb` and on the
     disk."""
     entries: dict[Path, int] = {}
     building_bytes = 0
     for path in list(folder.iterdir()):
-        if path.name.startswith(REMOVED):
+        if path.name.startswith(REMOVED_PREFIX):
             shutil.rmtree(path, ignore_errors=True)
-        elif path.name.startswith(BUILDING):
-            if _remove_if_free(path, BUILDER):
+        elif path.name.startswith(BUILDING_PREFIX):
+            if _remove_if_unlocked(path, BUILDER_LOCK):
                 continue
             with suppress(FileNotFoundError):  # just finished
-                building_bytes += max(_bytes(path), int((path / BUILDER).read_text() or 0))
-        elif (path / READERS).exists():
-            entries[path] = _bytes(path)
-    excess_bytes = sum(entries.values()) + building_bytes + size - _limit(cache)
-    missing_bytes = size - shutil.disk_usage(folder).free
+                building_bytes += max(_folder_bytes(path), int((path / BUILDER_LOCK).read_text() or 0))
+        elif (path / READERS_LOCK).exists():
+            entries[path] = _folder_bytes(path)
+    excess_bytes = sum(entries.values()) + building_bytes + size_bytes - _max_bytes(cache)
+    missing_bytes = size_bytes - shutil.disk_usage(folder).free
     for path in sorted(entries, key=lambda place: place.stat().st_mtime):
         if excess_bytes <= 0 and missing_bytes <= 0:
             break
-        if _remove_if_free(path, READERS):
+        if _remove_if_unlocked(path, READERS_LOCK):
             excess_bytes -= entries[path]
             missing_bytes -= entries[path]
             note_progress()
     return excess_bytes, missing_bytes
 
 
-def _remove_if_free(place: Path, name: str) -> bool:
+def _remove_if_unlocked(folder: Path, name: str) -> bool:
     """Delete a folder whose lock of this name no process holds."""
     try:
-        with (place / name).open("a+") as lock:
+        with (folder / name).open("a+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(lock.fileno(), place / name):
-                _remove(place)
+            if _is_same_file(lock.fileno(), folder / name):
+                _remove_folder(folder)
                 return True
     except (FileNotFoundError, BlockingIOError):
         pass
     return False
 
 
-def _remove(place: Path) -> None:
+def _remove_folder(folder: Path) -> None:
     """Take it out of sight in one step, then delete it."""
-    removed = place.with_name(REMOVED + secrets.token_hex(8))
-    place.rename(removed)
+    removed = folder.with_name(REMOVED_PREFIX + secrets.token_hex(8))
+    folder.rename(removed)
     shutil.rmtree(removed, ignore_errors=True)
 
 
-def _empty(folder: Path) -> None:
+def _empty_folder(folder: Path) -> None:
     """Delete all but the lock that is held."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != BUILDER:
+        elif path.name != BUILDER_LOCK:
             path.unlink()
 
 
-def _sync(folder: Path) -> None:
+def _sync_folder(folder: Path) -> None:
     """Have the disk hold the content before its final name."""
     for parent, _, names in os.walk(folder):
         for path in (*(Path(parent) / name for name in names), Path(parent)):
@@ -376,14 +378,14 @@ def _write_back(path: Path) -> None:
             note_progress()
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
+def _is_same_file(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _bytes(folder: Path) -> int:
+def _folder_bytes(folder: Path) -> int:
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -392,23 +394,23 @@ def _bytes(folder: Path) -> int:
     return total
 
 
-def _limit(cache: Cache) -> int:
+def _max_bytes(cache: CacheConfig) -> int:
     return int(cache.max_gb * 10**9)
 
 
-def _gb(size: int) -> str:
+def _format_gb(size: int) -> str:
     return f"{size / 1e9:,.2f} GB"
 
 
 @contextmanager
-def _named(folder: Path) -> Iterator[None]:
+def _cache_errors(folder: Path) -> Iterator[None]:
     """Errors of the cache's own files as errors of its field; those of what is being decoded are not touched."""
     try:
         yield
     except OSError as error:
         inside = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(folder)
         above = error.filename is not None and folder.is_relative_to(os.fsdecode(error.filename))
-        if not (inside or above or error.errno in NO_ROOM):
+        if not (inside or above or error.errno in NO_SPACE_ERRNOS):
             raise
         problem = os.strerror(error.errno) if error.errno else str(error)
         raise DataError(f"{folder} cannot be written: {problem}", where=WHERE, fix=FIX) from error

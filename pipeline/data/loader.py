@@ -10,12 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.augment import Mix, augmented, check_images, draw, draw_partners, draw_shares, is_wanted
-from pipeline.data.sampler import GlobalBatches, share
-from pipeline.data.shares import Shares, fetched
-from pipeline.data.sources.arrays import Arrays
-from pipeline.data.tensors import Pair, gather, moved, place
-from pipeline.job import Augment, Loader
+from pipeline.data.augment import (
+    MixupParams,
+    apply_augment,
+    check_images,
+    is_enabled,
+    sample_mixup_lambda,
+    sample_mixup_permutation,
+    sample_params,
+)
+from pipeline.data.sampler import GlobalBatchSampler, rank_slice
+from pipeline.data.shares import RankBatches, fetch_batches
+from pipeline.data.sources.arrays import DatasetPart
+from pipeline.data.tensors import TensorPair, index_rows, prefetch_to_device, to_tensors
+from pipeline.job import AugmentConfig, DataLoaderConfig
 
 PinMemory = Literal["auto"] | bool
 
@@ -57,51 +65,55 @@ class TrainLoader:
 
     def __init__(
         self,
-        arrays: Arrays,
-        rows: np.ndarray,
-        batches: GlobalBatches,
+        dataset_part: DatasetPart,
+        indices: np.ndarray,
+        sampler: GlobalBatchSampler,
         *,
         first_step: int,
         last_step: int,
         rank: int,
         world_size: int,
-        loader: Loader,
+        loader_config: DataLoaderConfig,
         device: torch.device,
-        augment: Augment,
+        augment_config: AugmentConfig,
         seed: int,
-        classes: int = 0,
+        num_classes: int = 0,
     ) -> None:
-        assert len(rows) == batches.rows, f"{len(rows)} rows, but batches of {batches.rows}"
-        if is_wanted(augment):
-            check_images(augment, arrays.inputs.shape[1:])
-        tensors = place(arrays, rows, device)
+        assert len(indices) == sampler.num_rows, f"{len(indices)} rows, but batches of {sampler.num_rows}"
+        if is_enabled(augment_config):
+            check_images(augment_config, dataset_part.inputs.shape[1:])
+        tensors = to_tensors(dataset_part, indices, device)
         self._steps = range(first_step, last_step + 1)
         self._device = device
-        self._moves = tensors.device.type != device.type
-        self._processes = loader.processes if tensors.device.type == "cpu" else 0
-        self._pin = self._moves and _pins(loader.pin_memory, device)
-        self._shares = Shares(
-            *(tensors, batches, rank, world_size),
-            pin=self._pin and not self._processes,
-            mixing=seed if augment.mixup else None,
+        self._copies_to_device = tensors.device.type != device.type
+        self._num_processes = loader_config.processes if tensors.device.type == "cpu" else 0
+        self._pin = self._copies_to_device and _uses_pinned_memory(loader_config.pin_memory, device)
+        self._rank_batches = RankBatches(
+            *(tensors, sampler, rank, world_size),
+            pin=self._pin and not self._num_processes,
+            mixup_seed=seed if augment_config.mixup else None,
         )
-        assert not augment.mixup or classes or arrays.targets.dtype.kind == "f", "labels are mixed among known classes"
-        self._augment, self._seed, self._classes = augment, seed, classes
-        self._fetching: list[Generator[Pair]] = []
+        assert not augment_config.mixup or num_classes or dataset_part.targets.dtype.kind == "f", (
+            "labels are mixed among known classes"
+        )
+        self._augment_config, self._seed, self._num_classes = augment_config, seed, num_classes
+        self._open_fetches: list[Generator[TensorPair]] = []
 
     def __len__(self) -> int:
         return len(self._steps)
 
     def __iter__(self) -> Iterator[Batch]:
-        pairs: Iterator[Pair] = (self._shares.gathered(self._shares.rows(step)) for step in self._steps)
-        if self._processes and self._steps:
-            pairs = fetching = fetched(self._shares, self._steps, self._processes, self._pin)
-            self._fetching.append(fetching)
-        if self._moves:
-            pairs = moved(pairs, self._device)
-        changes = is_wanted(self._augment)
+        pairs: Iterator[TensorPair] = (
+            self._rank_batches.gather(self._rank_batches.row_indices(step)) for step in self._steps
+        )
+        if self._num_processes and self._steps:
+            pairs = fetching = fetch_batches(self._rank_batches, self._steps, self._num_processes, self._pin)
+            self._open_fetches.append(fetching)
+        if self._copies_to_device:
+            pairs = prefetch_to_device(pairs, self._device)
+        changes = is_enabled(self._augment_config)
         for step, pair in zip(self._steps, pairs, strict=True):
-            inputs, targets = self._changed(step, *pair) if changes else pair
+            inputs, targets = self._apply_augment(step, *pair) if changes else pair
             yield Batch(step, inputs, targets)
 
     def __enter__(self) -> Self:
@@ -112,19 +124,24 @@ class TrainLoader:
 
     def close(self) -> None:
         """End the loader processes of every iteration, finished or not."""
-        while self._fetching:
-            self._fetching.pop().close()
+        while self._open_fetches:
+            self._open_fetches.pop().close()
 
-    def _changed(self, step: int, inputs: Tensor, targets: Tensor) -> Pair:
-        config, seed, device = self._augment, self._seed, self._device
-        first, end, local_slice = self._shares.bounds(step)
-        positions = self._shares.positions(step)
-        inputs = augmented(config, inputs, draw(config, seed, step, end - first).of(positions).to(device))
+    def _apply_augment(self, step: int, inputs: Tensor, targets: Tensor) -> TensorPair:
+        config, seed, device = self._augment_config, self._seed, self._device
+        first, end, local_slice = self._rank_batches.bounds(step)
+        positions = self._rank_batches.positions(step)
+        inputs = apply_augment(
+            config, inputs, sample_params(config, seed, step, end - first).select(positions).to(device)
+        )
         if not config.mixup:
             return inputs, targets
-        partners, lam = draw_partners(seed, step, end - first), draw_shares(config.mixup, seed, step, end - first)
-        mixup = Mix.of(positions, local_slice, partners, lam).to(device)
-        return mixup.images(inputs), mixup.targets(targets, self._classes)
+        partners, lam = (
+            sample_mixup_permutation(seed, step, end - first),
+            sample_mixup_lambda(config.mixup, seed, step, end - first),
+        )
+        mixup = MixupParams.from_batch(positions, local_slice, partners, lam).to(device)
+        return mixup.mix_images(inputs), mixup.mix_targets(targets, self._num_classes)
 
 
 class EvalLoader:
@@ -141,8 +158,8 @@ class EvalLoader:
 
     def __init__(
         self,
-        arrays: Arrays,
-        rows: np.ndarray,
+        dataset_part: DatasetPart,
+        indices: np.ndarray,
         *,
         rank: int,
         world_size: int,
@@ -150,28 +167,28 @@ class EvalLoader:
         device: torch.device,
         pin_memory: PinMemory = "auto",
     ) -> None:
-        self._tensors = place(arrays, rows[share(len(rows), rank, world_size)], device)
+        self._tensors = to_tensors(dataset_part, indices[rank_slice(len(indices), rank, world_size)], device)
         self._batch_size = batch_size
         self._device = device
-        self._moves = self._tensors.device.type != device.type
-        self._pin = self._moves and _pins(pin_memory, device)
+        self._copies_to_device = self._tensors.device.type != device.type
+        self._pin = self._copies_to_device and _uses_pinned_memory(pin_memory, device)
 
     def __len__(self) -> int:
         """Number of blocks."""
-        return -(-len(self._tensors.rows) // self._batch_size)
+        return -(-len(self._tensors.indices) // self._batch_size)
 
-    def __iter__(self) -> Iterator[Pair]:
-        blocks = map(self._block, range(len(self)))
-        return moved(blocks, self._device) if self._moves else blocks
+    def __iter__(self) -> Iterator[TensorPair]:
+        blocks = map(self._get_batch, range(len(self)))
+        return prefetch_to_device(blocks, self._device) if self._copies_to_device else blocks
 
-    def _block(self, number: int) -> Pair:
+    def _get_batch(self, number: int) -> TensorPair:
         tensors = self._tensors
-        rows = tensors.rows[number * self._batch_size : (number + 1) * self._batch_size]
+        rows = tensors.indices[number * self._batch_size : (number + 1) * self._batch_size]
         first, end = int(rows[0]), int(rows[-1]) + 1
         if (np.diff(rows) == 1).all() and not self._pin:
-            return tensors.block(first, end)
-        return gather(tensors, torch.from_numpy(rows).to(tensors.device), self._pin)
+            return tensors.slice_rows(first, end)
+        return index_rows(tensors, torch.from_numpy(rows).to(tensors.device), self._pin)
 
 
-def _pins(wanted: PinMemory, device: torch.device) -> bool:
-    return device.type == "cuda" and wanted is not False  # there is nothing to pin for elsewhere
+def _uses_pinned_memory(pin_memory: PinMemory, device: torch.device) -> bool:
+    return device.type == "cuda" and pin_memory is not False  # there is nothing to pin for elsewhere

@@ -11,7 +11,7 @@ import hashlib
 import numpy as np
 
 
-def generator(seed: int, stream: str, *counters: int) -> np.random.Generator:
+def make_generator(seed: int, stream: str, *counters: int) -> np.random.Generator:
     """The generator of one named stream, at one place in it.
 
     Parameters
@@ -28,18 +28,18 @@ def generator(seed: int, stream: str, *counters: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=key))
 
 
-def torch_seed(seed: int, stream: str, *counters: int) -> int:
+def derive_torch_seed(seed: int, stream: str, *counters: int) -> int:
     """A seed of 63 bits for a torch generator, of the same stream and place as `generator`."""
     return int.from_bytes(_digest(b"torch", 8, seed, stream, counters), "little") >> 1
 
 
-def words(source: np.random.Generator, count: int) -> np.ndarray:
+def random_uint64(rng: np.random.Generator, count: int) -> np.ndarray:
     """The next words of a generator: (count,) uint64, uniform over all 64 bits."""
-    raw: np.ndarray = source.bit_generator.random_raw(count)
+    raw: np.ndarray = rng.bit_generator.random_raw(count)
     return raw
 
 
-def permutation(source: np.random.Generator, count: int) -> np.ndarray:
+def random_permutation(rng: np.random.Generator, count: int) -> np.ndarray:
     """A random order of the numbers below `count`: (count,) int64.
 
     The numbers are sorted by random keys. Each key carries its number in its low bits, so that no two are equal and the
@@ -47,7 +47,7 @@ def permutation(source: np.random.Generator, count: int) -> np.ndarray:
     """
     bits = max(count - 1, 0).bit_length()
     low = np.uint64((1 << bits) - 1)
-    keys = words(source, count)
+    keys = random_uint64(rng, count)
     keys &= ~low
     keys |= np.arange(count, dtype=np.uint64)
     keys.sort()

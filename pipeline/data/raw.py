@@ -15,19 +15,32 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from pipeline.data.pictures import BrokenPictureError, Form, TooSmallError, decode, quiet
-from pipeline.data.preprocess import DataReport, Preprocess, SamplePreprocess, TablePreprocess
-from pipeline.data.tables.contents import NUMBERS, Content, content, null_inside, plain, raw_bytes
-from pipeline.data.tables.encode import check_columns, encode, near, to_arrow
+from pipeline.data.pictures import (
+    ImageFormat,
+    ImageTooSmallError,
+    InvalidImageError,
+    decode_image,
+    silence_pillow_warnings,
+)
+from pipeline.data.preprocess import ArrayTransform, DataReport, InputTransform, TabularTransform
+from pipeline.data.tables.contents import (
+    NUMERIC_KINDS,
+    ArrowKind,
+    arrow_kind,
+    bytes_to_array,
+    has_inner_null,
+    unwrap_storage,
+)
+from pipeline.data.tables.encode import check_columns, encode_to_matrix, suggest_columns, to_arrow_table
 from pipeline.data.tables.schema import Column, Schema
 from pipeline.errors import DataError, StorageError
-from pipeline.job import ImageFolderDataConfig, Job, ParquetDataConfig
+from pipeline.job import ImageFolderDataConfig, JobConfig, ParquetDataConfig
 from pipeline.storage.read_files import FileReader
 
 WHERE = "predict"
 
 
-def raw_samples(data: Any, preprocess: Preprocess, job: Job, report: DataReport) -> np.ndarray:
+def to_raw_inputs(data: Any, input_transform: InputTransform, job: JobConfig, report: DataReport) -> np.ndarray:
     """Samples (N, ...) of the shape and type that `preprocess` was fitted on.
 
     Parameters
@@ -39,28 +52,34 @@ def raw_samples(data: Any, preprocess: Preprocess, job: Job, report: DataReport)
     ------
     DataError: columns, shapes or types that are others than in training; a picture that cannot be read.
     """
-    if isinstance(preprocess, TablePreprocess):
-        return _rows(data, preprocess, np.float64 if _is_wide(preprocess, job) else np.float32, report)
-    if isinstance(job.data, ImageFolderDataConfig) and (_is_picture(data) or isinstance(data, Sequence)):
-        shape, images = preprocess.sample_shape, [data] if _is_picture(data) else data
-        return np.stack([_picture(one, job.data, shape) for one in images]) if images else np.empty((0, *shape), np.uint8)
+    if isinstance(input_transform, TabularTransform):
+        return _read_rows(
+            data, input_transform, np.float64 if _uses_float64(input_transform, job) else np.float32, report
+        )
+    if isinstance(job.data, ImageFolderDataConfig) and (_is_image(data) or isinstance(data, Sequence)):
+        shape, images = input_transform.sample_shape, [data] if _is_image(data) else data
+        return (
+            np.stack([_read_image(one, job.data, shape) for one in images])
+            if images
+            else np.empty((0, *shape), np.uint8)
+        )
     if isinstance(job.data, ParquetDataConfig) and not isinstance(data, np.ndarray | torch.Tensor):
-        return _single_column(to_arrow(data), preprocess, job.data)
-    if preprocess.names and _is_frame(data):
-        data = _named_columns(to_arrow(data), preprocess.names)
-    samples = _arrays(data, preprocess)
+        return _read_sample_column(to_arrow_table(data), input_transform, job.data)
+    if input_transform.names and _has_named_columns(data):
+        data = _read_named_columns(to_arrow_table(data), input_transform.names)
+    samples = _read_arrays(data, input_transform)
     report.add(samples)
     return samples
 
 
-def _is_frame(data: Any) -> bool:
+def _has_named_columns(data: Any) -> bool:
     """Whether its columns have names."""
     if isinstance(data, list | tuple):
         return bool(data) and all(isinstance(row, Mapping) for row in data)
     return isinstance(data, Mapping | pa.RecordBatch) or hasattr(data, "__arrow_c_stream__")
 
 
-def _named_columns(table: pa.Table, names: Sequence[str]) -> np.ndarray:
+def _read_named_columns(table: pa.Table, names: Sequence[str]) -> np.ndarray:
     """The columns of a table by their names, (N, F); further columns are of no account.
 
     Raises
@@ -74,13 +93,13 @@ def _named_columns(table: pa.Table, names: Sequence[str]) -> np.ndarray:
             raise DataError(
                 f"there is no column {name!r} ({table.num_rows:,} rows)",
                 where=WHERE,
-                fix=near(name, table.schema.names),
+                fix=suggest_columns(name, table.schema.names),
             )
-        kind = content(table.schema.field(index).type)
-        if kind.kind not in (*NUMBERS, "null"):
+        kind = arrow_kind(table.schema.field(index).type)
+        if kind.kind not in (*NUMERIC_KINDS, "null"):
             raise DataError(f"the column {name!r} holds {kind}; wanted: numbers", where=WHERE, fix="cast it")
         column = pa.concat_arrays(
-            [plain(chunk) for chunk in table.column(index).chunks] or [pa.array([], pa.float64())]
+            [unwrap_storage(chunk) for chunk in table.column(index).chunks] or [pa.array([], pa.float64())]
         )
         nulls = pc.sum(pc.is_null(column, nan_is_null=True)).as_py()
         if nulls:
@@ -93,8 +112,8 @@ def _named_columns(table: pa.Table, names: Sequence[str]) -> np.ndarray:
     return np.column_stack(columns)
 
 
-def input_columns(
-    contents: Mapping[str, Content], preprocess: Preprocess, job: Job, rows: int, where: str
+def find_input_columns(
+    contents: Mapping[str, ArrowKind], preprocess: InputTransform, job: JobConfig, num_rows: int, where: str
 ) -> list[str]:
     """Which columns of a table the model takes, told from what they hold.
 
@@ -102,14 +121,14 @@ def input_columns(
     ------
     DataError: one that is absent or of another kind, or several that could be the samples.
     """
-    if isinstance(preprocess, TablePreprocess):
-        check_columns(preprocess.schema, contents, rows, where)
+    if isinstance(preprocess, TabularTransform):
+        check_columns(preprocess.schema, contents, num_rows, where)
         return [column.name for column in preprocess.schema.columns]
     assert isinstance(job.data, ParquetDataConfig), "a job with source: parquet"
-    return [_sample_column(contents, preprocess, job.data, where)]
+    return [_find_sample_column(contents, preprocess, job.data, where)]
 
 
-def _sample_column(names: Iterable[str], preprocess: SamplePreprocess, data: ParquetDataConfig, where: str) -> str:
+def _find_sample_column(names: Iterable[str], preprocess: ArrayTransform, data: ParquetDataConfig, where: str) -> str:
     """The column of bytes or lists that holds samples, found as in training."""
     reserved = {*data.labels, *data.keys, data.splits_column}
     free = [name for name in names if name not in reserved]
@@ -124,40 +143,40 @@ def _sample_column(names: Iterable[str], preprocess: SamplePreprocess, data: Par
     return candidates[0]
 
 
-def _is_wide(preprocess: TablePreprocess, job: Job) -> bool:
+def _uses_float64(preprocess: TabularTransform, job: JobConfig) -> bool:
     return preprocess.dtype == "float64" if preprocess.dtype else job.train.precision == "fp64"
 
 
-def _single_column(table: pa.Table, preprocess: SamplePreprocess, data: ParquetDataConfig) -> np.ndarray:
+def _read_sample_column(table: pa.Table, preprocess: ArrayTransform, data: ParquetDataConfig) -> np.ndarray:
     """Samples that are one column of bytes or of lists."""
     shape, width = preprocess.sample_shape, math.prod(preprocess.sample_shape)
-    name = _sample_column(table.schema.names, preprocess, data, WHERE)
+    name = _find_sample_column(table.schema.names, preprocess, data, WHERE)
     column = table.column(name)
     if column.null_count:
         raise DataError(f"{column.null_count:,} rows of {name!r} are null", where=WHERE, fix="leave them out")
     if preprocess.dtype != "uint8":
         schema = Schema((Column(name, "number", width),))
         dtype = np.float64 if preprocess.dtype == "float64" else np.float32
-        return _finite(encode(table, schema, dtype=dtype, where=WHERE).reshape(-1, *shape))
+        return _require_finite(encode_to_matrix(table, schema, dtype=dtype, where=WHERE).reshape(-1, *shape))
     if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):  # as pandas and polars have it
         with suppress(pa.ArrowException):  # of other lengths: refused below
             column = column.cast(pa.binary(width))
-    kind = content(column.type)
+    kind = arrow_kind(column.type)
     if kind.kind != "bytes" or kind.width != width:
         raise DataError(
             f"the column {name!r} does not hold {width} bytes a row", where=WHERE, fix="give what was trained on"
         )
-    if inside := sum(int(null_inside(chunk, width).sum()) for chunk in column.chunks):
+    if inside := sum(int(has_inner_null(chunk, width).sum()) for chunk in column.chunks):
         raise DataError(f"{inside:,} rows of {name!r} hold nulls", where=WHERE, fix="leave them out")
-    parts = [raw_bytes(chunk, width) for chunk in column.chunks]
+    parts = [bytes_to_array(chunk, width) for chunk in column.chunks]
     return np.concatenate([np.empty((0, width), np.uint8), *parts]).reshape(-1, *shape)
 
 
-def _rows(
-    data: Any, preprocess: TablePreprocess, dtype: type[np.float32] | type[np.float64], report: DataReport
+def _read_rows(
+    data: Any, preprocess: TabularTransform, dtype: type[np.float32] | type[np.float64], report: DataReport
 ) -> np.ndarray:
     schema, table = preprocess.schema, None
-    if isinstance(data, np.ndarray | torch.Tensor) and not preprocess.categories:
+    if isinstance(data, np.ndarray | torch.Tensor) and not preprocess.categorical_columns:
         with np.errstate(over="ignore"):  # found below
             rows = np.asarray(data, dtype)
         if rows.ndim != 2 or rows.shape[1] != schema.width:
@@ -167,16 +186,16 @@ def _rows(
                 where=WHERE,
                 fix=f"one row a sample, with these columns in this order: {names}",
             )
-        _finite(rows, but_nan=True)  # what is missing is filled in, as in training
+        _require_finite(rows, allow_nan=True)  # what is missing is filled in, as in training
     else:
-        table = to_arrow(data)
-        rows = encode(table, schema, dtype=dtype, where=WHERE)
-    preprocess.check(rows)
-    report.add(rows, original=None if table is None else lambda name, row: table.column(name)[row].as_py())
+        table = to_arrow_table(data)
+        rows = encode_to_matrix(table, schema, dtype=dtype, where=WHERE)
+    preprocess.check_missing_values(rows)
+    report.add(rows, original_value=None if table is None else lambda name, row: table.column(name)[row].as_py())
     return rows
 
 
-def _arrays(data: Any, preprocess: SamplePreprocess) -> np.ndarray:
+def _read_arrays(data: Any, preprocess: ArrayTransform) -> np.ndarray:
     samples, shape = np.asarray(data), preprocess.sample_shape
     if len(shape) == 1 and samples.ndim == 1 and shape == (1,):
         samples = samples[:, None]
@@ -195,12 +214,12 @@ def _arrays(data: Any, preprocess: SamplePreprocess) -> np.ndarray:
     if samples.dtype.kind not in "biuf":
         raise DataError(f"holds {samples.dtype}, not numbers", where=WHERE, fix="encode it as numbers first")
     with np.errstate(over="ignore"):  # found below
-        return _finite(np.ascontiguousarray(samples, wanted_type))
+        return _require_finite(np.ascontiguousarray(samples, wanted_type))
 
 
-def _finite(samples: np.ndarray, *, but_nan: bool = False) -> np.ndarray:
+def _require_finite(samples: np.ndarray, *, allow_nan: bool = False) -> np.ndarray:
     """The samples; DataError where they hold NaN or infinity, as training would have refused them."""
-    wrong = np.isinf(samples) if but_nan else ~np.isfinite(samples)
+    wrong = np.isinf(samples) if allow_nan else ~np.isfinite(samples)
     if wrong.any():
         row, *position = (int(axis) for axis in np.unravel_index(int(np.argmax(wrong)), wrong.shape))
         rows = int(wrong.reshape(len(wrong), -1).any(1).sum())
@@ -213,26 +232,26 @@ def _finite(samples: np.ndarray, *, but_nan: bool = False) -> np.ndarray:
     return samples
 
 
-def _is_picture(data: Any) -> bool:
+def _is_image(data: Any) -> bool:
     """Whether it is a single picture: a path or URL, the content of a file, or a Pillow image."""
     return isinstance(data, str | Path | bytes) or (hasattr(data, "save") and hasattr(data, "getbands"))
 
 
-def _picture(one: Any, data: ImageFolderDataConfig, shape: Sequence[int]) -> np.ndarray:
+def _read_image(image: Any, data: ImageFolderDataConfig, shape: Sequence[int]) -> np.ndarray:
     """A path, URL, file's content or Pillow image as training saw pictures: uint8 `shape`."""
-    name = str(one) if isinstance(one, str | Path) else type(one).__name__
+    name = str(image) if isinstance(image, str | Path) else type(image).__name__
     try:
-        with quiet():
-            return picture(_content(one), name, data, shape)
+        with silence_pillow_warnings():
+            return decode_input_image(_read_content(image), name, data, shape)
     except FileNotFoundError:
         raise DataError("there is no such file", where=name) from None
-    except BrokenPictureError as error:
+    except InvalidImageError as error:
         raise DataError(f"cannot be used as a picture: {error}", where=name) from error
     except StorageError as error:  # a folder, for instance
         raise DataError(error.what, where=name, fix=error.fix) from None
 
 
-def picture(content: bytes, name: str, data: ImageFolderDataConfig, shape: Sequence[int]) -> np.ndarray:
+def decode_input_image(content: bytes, name: str, data: ImageFolderDataConfig, shape: Sequence[int]) -> np.ndarray:
     """The picture in a file's content as training saw pictures: uint8 `shape`, which is (C, H, W).
 
     Raises
@@ -240,10 +259,10 @@ def picture(content: bytes, name: str, data: ImageFolderDataConfig, shape: Seque
     BrokenPictureError: it cannot be decoded.
     DataError: it is of another size.
     """
-    form = Form.of(data)
+    form = ImageFormat.from_config(data)
     try:
-        pixels = decode(content, form)
-    except TooSmallError as error:
+        pixels = decode_image(content, form)
+    except ImageTooSmallError as error:
         raise DataError(f"is {error}, too small for the model's crop: {form.crop}", where=name) from None
     if pixels.shape != tuple(shape):
         actual_size, expected_size = (f"{height} x {width}" for _, height, width in (pixels.shape, shape))
@@ -255,16 +274,16 @@ def picture(content: bytes, name: str, data: ImageFolderDataConfig, shape: Seque
     return pixels
 
 
-def _content(one: Any) -> bytes:
-    if isinstance(one, str | Path):
-        folder, _, file = str(one).rpartition("/")
-        return FileReader(folder or ("." if not str(one).startswith("/") else "/")).read(file)
-    if isinstance(one, bytes):
-        return one
-    if not hasattr(one, "save"):
+def _read_content(image: Any) -> bytes:
+    if isinstance(image, str | Path):
+        folder, _, file = str(image).rpartition("/")
+        return FileReader(folder or ("." if not str(image).startswith("/") else "/")).read(file)
+    if isinstance(image, bytes):
+        return image
+    if not hasattr(image, "save"):
         raise DataError(
-            f"a {type(one).__name__} is no picture", where=WHERE, fix="give paths, URLs, bytes or Pillow images"
+            f"a {type(image).__name__} is no picture", where=WHERE, fix="give paths, URLs, bytes or Pillow images"
         )
     buffer = io.BytesIO()
-    one.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return buffer.getvalue()

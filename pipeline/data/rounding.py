@@ -10,17 +10,17 @@ from typing import Literal
 
 import numpy as np
 
-Numbers = Literal["floats", "integers", "decimals"]
+NumberKind = Literal["floats", "integers", "decimals"]
 """What numbers were before they became float64: floats of no more digits, or such as may have more."""
 
 TOLERANCE = 1e-6
 """An error of up to this share of the training rows' standard deviation is none."""
 
-EXACT_INTEGERS = 2.0**53
+MAX_EXACT_INTEGER = 2.0**53
 """float64 holds every whole number up to here."""
 
 
-def largest_error(wide: np.ndarray, stored: np.ndarray, kind: Numbers) -> np.ndarray:
+def max_rounding_error(wide: np.ndarray, stored: np.ndarray, kind: NumberKind) -> np.ndarray:
     """The largest error of the numbers in each column, or a bound on it: float64 (C,), NaN aside.
 
     Parameters
@@ -31,12 +31,12 @@ def largest_error(wide: np.ndarray, stored: np.ndarray, kind: Numbers) -> np.nda
         errors = np.abs(wide - stored)
         if kind != "floats":
             size = np.abs(wide)
-            errors += np.where(size > (EXACT_INTEGERS if kind == "integers" else 0.0), np.spacing(size) / 2, 0.0)
+            errors += np.where(size > (MAX_EXACT_INTEGER if kind == "integers" else 0.0), np.spacing(size) / 2, 0.0)
     largest: np.ndarray = np.fmax.reduce(errors, axis=0, initial=0.0)
     return largest
 
 
-def too_coarse(rounding: np.ndarray, std: np.ndarray) -> np.ndarray:
+def is_too_coarse(rounding: np.ndarray, std: np.ndarray) -> np.ndarray:
     """Whether errors (C,) matter, bool (C,).
 
     Parameters

@@ -12,7 +12,9 @@ BLOCK_VALUES = 1 << 20
 """Values looked at at once: a few MB in float64."""
 
 
-def mean_and_std(inputs: np.ndarray, rows: np.ndarray, *, per_channel: bool) -> tuple[np.ndarray, np.ndarray]:
+def compute_mean_and_std(
+    inputs: np.ndarray, indices: np.ndarray, *, per_channel: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean and population standard deviation over rows, each float64 (C,) or (1,).
 
     Parameters
@@ -24,13 +26,13 @@ def mean_and_std(inputs: np.ndarray, rows: np.ndarray, *, per_channel: bool) -> 
     Constant channels have a deviation of exactly 0.
     """
     channels = inputs.shape[1] if per_channel and inputs.ndim != 3 else 1
-    return (_of_bytes if inputs.dtype == np.uint8 else _of_floats)(inputs, rows, channels)
+    return (_uint8_mean_and_std if inputs.dtype == np.uint8 else _float_mean_and_std)(inputs, indices, channels)
 
 
-def _of_bytes(inputs: np.ndarray, rows: np.ndarray, channels: int) -> tuple[np.ndarray, np.ndarray]:
+def _uint8_mean_and_std(inputs: np.ndarray, indices: np.ndarray, channels: int) -> tuple[np.ndarray, np.ndarray]:
     """From how often each of the 256 values occurs: sums of whole numbers, without any rounding."""
     counts = np.zeros((channels, 256), dtype=np.int64)
-    for block in blocks(inputs, rows):
+    for block in iter_blocks(inputs, indices):
         values = block.reshape(len(block), channels, -1)
         for channel in range(channels):
             counts[channel] += np.bincount(values[:, channel].reshape(-1), minlength=256)
@@ -40,30 +42,30 @@ def _of_bytes(inputs: np.ndarray, rows: np.ndarray, channels: int) -> tuple[np.n
     return sums / count, np.sqrt(variances)
 
 
-def _of_floats(inputs: np.ndarray, rows: np.ndarray, channels: int) -> tuple[np.ndarray, np.ndarray]:
+def _float_mean_and_std(inputs: np.ndarray, indices: np.ndarray, channels: int) -> tuple[np.ndarray, np.ndarray]:
     """Two passes. Sums are of differences from the first row, so that nothing is lost to a large common part."""
 
     def split() -> Iterator[np.ndarray]:
-        return (block.reshape(len(block), channels, -1) for block in blocks(inputs, rows))
+        return (block.reshape(len(block), channels, -1) for block in iter_blocks(inputs, indices))
 
-    pilot = np.asarray(inputs[rows[:1]]).reshape(channels, -1)[:, :1].astype(np.float64)
-    count = len(rows) * int(np.prod(inputs.shape[1:], dtype=np.int64)) // channels
+    pilot = np.asarray(inputs[indices[:1]]).reshape(channels, -1)[:, :1].astype(np.float64)
+    count = len(indices) * int(np.prod(inputs.shape[1:], dtype=np.int64)) // channels
     shift = sum((values - pilot).sum((0, 2)) for values in split()) / count
     mean = pilot + shift.reshape(pilot.shape)
     variance = sum(np.square(values - mean).sum((0, 2)) for values in split()) / count
     return mean.reshape(-1), np.sqrt(variance)
 
 
-def lowest_and_highest(inputs: np.ndarray, rows: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def compute_min_and_max(inputs: np.ndarray, indices: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The smallest and the largest value of each column (F,) of floating inputs (N, F), over some rows (n,), n >= 1."""
-    ends = [(block.min(0), block.max(0)) for block in blocks(inputs, rows)]
+    ends = [(block.min(0), block.max(0)) for block in iter_blocks(inputs, indices)]
     low, high = (np.stack(values) for values in zip(*ends, strict=True))
     return tuple(low.min(0).tolist()), tuple(high.max(0).tolist())
 
 
-def blocks(inputs: np.ndarray, rows: np.ndarray) -> Iterator[np.ndarray]:
+def iter_blocks(inputs: np.ndarray, indices: np.ndarray) -> Iterator[np.ndarray]:
     """The rows that count, some at a time: (b, ...) of the inputs' type, at most about `BLOCK_VALUES` values each."""
     size = max(1, BLOCK_VALUES // max(1, int(np.prod(inputs.shape[1:], dtype=np.int64))))
-    for first in range(0, len(rows), size):
-        yield inputs[rows[first : first + size]]
+    for first in range(0, len(indices), size):
+        yield inputs[indices[first : first + size]]
         note_progress()

@@ -17,7 +17,7 @@ WHERE = "preprocess.json"
 
 
 @contextmanager
-def reading(values: Any) -> Iterator[None]:
+def check_stored_values(values: Any) -> Iterator[None]:
     """Checks the version of stored values, then guards the reading of them.
 
     Raises
@@ -37,7 +37,7 @@ def reading(values: Any) -> Iterator[None]:
         raise DataError(f"damaged: {error!r}", where=WHERE, fix="take another checkpoint") from error
 
 
-def float_name(value: Any) -> str:
+def parse_float_name(value: Any) -> str:
     """A stored name of a type of tables' rows; ValueError if there is no such type."""
     if value not in ("", "float32", "float64"):
         raise ValueError(f"dtype {value!r}")

@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.sources.arrays import Arrays
+from pipeline.data.sources.arrays import DatasetPart
 
-RESIDENT_SHARE = 0.25
+MAX_RESIDENT_FRACTION = 0.25
 """A split that takes up to this share of a GPU's free memory lies there for the whole run."""
 
-BLOCK_BYTES = 64 << 20
+COPY_BLOCK_BYTES = 64 << 20
 """What is copied to a GPU at once, so that a split that lies there never lies in this machine's memory as a whole."""
 
-Pair = tuple[Tensor, Tensor]
+TensorPair = tuple[Tensor, Tensor]
 
 
-class RowsOnDemand(Protocol):
+class LazyArray(Protocol):
     """Rows that are made when they are asked for: what a loader takes in place of an array of inputs."""
 
     @property
@@ -42,80 +42,84 @@ class RowsOnDemand(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Tensors:
+class DatasetTensors:
     """What a loader gathers from.
 
     inputs: raw samples (N, ...), uint8 or floating. targets: (N,) or (N, T).
     rows: positions of the loader's rows in both, int64 (n,), in this machine's memory.
     """
 
-    inputs: Tensor | RowsOnDemand
+    inputs: Tensor | LazyArray
     targets: Tensor
-    rows: np.ndarray
+    indices: np.ndarray
 
     @property
     def device(self) -> torch.device:
         return self.targets.device
 
     @property
-    def row_bytes(self) -> int:
+    def sample_bytes(self) -> int:
         """Size of a sample and its target."""
         return sum(math.prod(values.shape[1:]) * values.dtype.itemsize for values in (self.inputs, self.targets))
 
-    def block(self, first: int, end: int) -> Pair:
+    def slice_rows(self, first: int, end: int) -> TensorPair:
         """Consecutive rows, first to end; views where there is something to view."""
         inputs = self.inputs[first:end]
         return inputs if isinstance(inputs, Tensor) else torch.from_numpy(inputs), self.targets[first:end]
 
 
-def place(arrays: Arrays, rows: np.ndarray, device: torch.device) -> Tensors:
+def to_tensors(dataset_part: DatasetPart, indices: np.ndarray, device: torch.device) -> DatasetTensors:
     """Views of the arrays; or, on a GPU with room for it, a copy of the rows alone that stays there.
 
     Rows that are made on demand are made anew each time.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing here writes to it
-        inputs = torch.from_numpy(arrays.inputs) if isinstance(arrays.inputs, np.ndarray) else arrays.inputs
-        tensors = Tensors(inputs, torch.from_numpy(arrays.targets), rows)
+        inputs = (
+            torch.from_numpy(dataset_part.inputs)
+            if isinstance(dataset_part.inputs, np.ndarray)
+            else dataset_part.inputs
+        )
+        tensors = DatasetTensors(inputs, torch.from_numpy(dataset_part.targets), indices)
     if device.type != "cuda" or not isinstance(tensors.inputs, Tensor):
         return tensors
-    if len(rows) * tensors.row_bytes >= RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
+    if len(indices) * tensors.sample_bytes >= MAX_RESIDENT_FRACTION * torch.cuda.mem_get_info(device)[0]:
         return tensors
-    return Tensors(
-        _resident(tensors.inputs, rows, device),
-        _resident(tensors.targets, rows, device),
-        np.arange(len(rows), dtype=np.int64),
+    return DatasetTensors(
+        _copy_to_device_in_blocks(tensors.inputs, indices, device),
+        _copy_to_device_in_blocks(tensors.targets, indices, device),
+        np.arange(len(indices), dtype=np.int64),
     )
 
 
-def _resident(values: Tensor, rows: np.ndarray, device: torch.device) -> Tensor:
+def _copy_to_device_in_blocks(values: Tensor, indices: np.ndarray, device: torch.device) -> Tensor:
     """Some rows on a GPU, copied a block at a time."""
-    resident = torch.empty((len(rows), *values.shape[1:]), dtype=values.dtype, device=device)
-    size = max(1, BLOCK_BYTES // max(1, math.prod(values.shape[1:]) * values.itemsize))
-    for block, block_indices in zip(resident.split(size), torch.from_numpy(rows).split(size), strict=True):
+    resident = torch.empty((len(indices), *values.shape[1:]), dtype=values.dtype, device=device)
+    size = max(1, COPY_BLOCK_BYTES // max(1, math.prod(values.shape[1:]) * values.itemsize))
+    for block, block_indices in zip(resident.split(size), torch.from_numpy(indices).split(size), strict=True):
         block.copy_(values.index_select(0, block_indices))
     return resident
 
 
-def moved(pairs: Iterator[Pair], device: torch.device) -> Iterator[Pair]:
+def prefetch_to_device(pairs: Iterator[TensorPair], device: torch.device) -> Iterator[TensorPair]:
     """Pairs of tensors on the device, in order; on CUDA each is under way while the one before it is worked on."""
     if device.type == "cpu":
         return pairs
     if device.type == "cuda":
-        return _one_ahead(pairs, device)
+        return _double_buffer(pairs, device)
     return ((inputs.to(device), targets.to(device)) for inputs, targets in pairs)
 
 
-def _one_ahead(pairs: Iterator[Pair], device: torch.device) -> Iterator[Pair]:
+def _double_buffer(pairs: Iterator[TensorPair], device: torch.device) -> Iterator[TensorPair]:
     """Copies run on a stream of their own; the stream that computes waits for its batch alone, the host for none."""
     copies = torch.cuda.Stream(device)
 
-    def start(pair: Pair) -> tuple[Pair, torch.cuda.Event]:
+    def start(pair: TensorPair) -> tuple[TensorPair, torch.cuda.Event]:
         with torch.cuda.stream(copies):
             inputs, targets = (tensor.to(device, non_blocking=True) for tensor in pair)
         return (inputs, targets), copies.record_event()
 
-    def finish(started: tuple[Pair, torch.cuda.Event]) -> Pair:
+    def finish(started: tuple[TensorPair, torch.cuda.Event]) -> TensorPair:
         pair, arrived = started
         computing = torch.cuda.current_stream(device)
         computing.wait_event(arrived)
@@ -123,7 +127,7 @@ def _one_ahead(pairs: Iterator[Pair], device: torch.device) -> Iterator[Pair]:
             tensor.record_stream(computing)  # else its memory could be given to the next copy too early
         return pair
 
-    pending: tuple[Pair, torch.cuda.Event] | None = None
+    pending: tuple[TensorPair, torch.cuda.Event] | None = None
     for pair in pairs:
         next_copy = start(pair)
         if pending is not None:
@@ -133,19 +137,19 @@ def _one_ahead(pairs: Iterator[Pair], device: torch.device) -> Iterator[Pair]:
         yield finish(pending)
 
 
-def gather(tensors: Tensors, rows: Tensor, pin: bool) -> Pair:
+def index_rows(tensors: DatasetTensors, indices: Tensor, pin: bool) -> TensorPair:
     """Inputs and targets of some rows, (b, ...) each, where the tensors lie.
 
     rows: int64 (b,), on the tensors' device. pin: into page-locked memory, which a GPU can copy from by itself.
     """
     if not isinstance(tensors.inputs, Tensor):
-        inputs = torch.from_numpy(tensors.inputs[rows.numpy()])
-        return inputs.pin_memory() if pin else inputs, _gathered(tensors.targets, rows, pin)
-    return _gathered(tensors.inputs, rows, pin), _gathered(tensors.targets, rows, pin)
+        inputs = torch.from_numpy(tensors.inputs[indices.numpy()])
+        return inputs.pin_memory() if pin else inputs, _index_select(tensors.targets, indices, pin)
+    return _index_select(tensors.inputs, indices, pin), _index_select(tensors.targets, indices, pin)
 
 
-def _gathered(values: Tensor, rows: Tensor, pin: bool) -> Tensor:
+def _index_select(values: Tensor, indices: Tensor, pin: bool) -> Tensor:
     if not pin:
-        return values.index_select(0, rows)
-    gathered = torch.empty((len(rows), *values.shape[1:]), dtype=values.dtype, pin_memory=True)
-    return torch.index_select(values, 0, rows, out=gathered)
+        return values.index_select(0, indices)
+    gathered = torch.empty((len(indices), *values.shape[1:]), dtype=values.dtype, pin_memory=True)
+    return torch.index_select(values, 0, indices, out=gathered)

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from pipeline.followers.log import Look, MetricLog
-from pipeline.job.following import Follower as Name
+from pipeline.followers.log import MetricLogReader, MetricLogView
+from pipeline.job.following import TrackerName as TrackerName
 
-__all__ = ["Follower", "MetricLog", "Name", "make"]
+__all__ = ["Tracker", "MetricLogReader", "TrackerName", "create_tracker"]
 
 
-class Follower(Protocol):
+class Tracker(Protocol):
     """Tells one place of one run."""
 
-    name: Name
-    where: str
+    name: TrackerName
+    location: str
     """Printable: what to point the other tool at."""
 
-    def catch_up(self, log: MetricLog, look: Look) -> int:
+    def catch_up(self, log: MetricLogReader, view: MetricLogView) -> int:
         """Tell what was not told yet of what is there; how many cells that were.
 
         Raises
@@ -32,7 +32,7 @@ class Follower(Protocol):
         """
 
 
-def make(name: Name, log: MetricLog) -> Follower:
+def create_tracker(name: TrackerName, log: MetricLogReader) -> Tracker:
     """The follower of this name, for the run of `log`.
 
     Raises
@@ -40,9 +40,9 @@ def make(name: Name, log: MetricLog) -> Follower:
     InputError: its library is not installed, or nothing says where to send to.
     """
     if name == "mlflow":
-        from pipeline.followers.to_mlflow import ToMlflow
+        from pipeline.followers.to_mlflow import MlflowTracker
 
-        return ToMlflow(log)
-    from pipeline.followers.to_tensorboard import ToTensorBoard
+        return MlflowTracker(log)
+    from pipeline.followers.to_tensorboard import TensorBoardTracker
 
-    return ToTensorBoard(log)
+    return TensorBoardTracker(log)

@@ -13,21 +13,21 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import WorkError
 from pipeline.record import live
-from pipeline.record.cells import CellLayout, Columns
+from pipeline.record.cells import MetricSchema, SegmentLayout
 from pipeline.record.run import Run
-from pipeline.record.standing import Status
-from pipeline.record.writer import EVALUATIONS, STEPS
+from pipeline.record.standing import StatusName
+from pipeline.record.writer import EVALUATIONS_FOLDER, STEPS_FOLDER
 
-STORAGE_LIMIT_S = 10.0
+TRACKER_STORAGE_LIMIT_S = 10.0
 """How long a follower waits for storage before it says so and tries again later."""
 
-TRAIN_STEPS = "steps"
+TRAIN_STEPS_SPLIT = "steps"
 """What stands for a split in the rows of training steps."""
-_NO_METRICS = ("run", "attempt", "step", "split", "time", "seconds", "samples", "correct")
+_NON_METRIC_COLUMNS = ("run", "attempt", "step", "split", "time", "seconds", "samples", "correct")
 
 
 @dataclass(frozen=True)
-class Row:
+class MetricRow:
     """One training step, or one evaluation of one split."""
 
     split: str
@@ -43,27 +43,27 @@ class Row:
 class LiveRows:
     """What comes after the last cell, as it looks now: a resume may take it back."""
 
-    cell: int
+    segment: int
     """The cell that will hold the first of these rows."""
     attempt: int
     """Number of the attempt that shows them; 0 for none."""
     first_step: int
     """At which they begin, or would."""
-    rows: list[Row]
+    rows: list[MetricRow]
     """Some of them where they are many: evaluations, then steps, each in order."""
 
 
 @dataclass(frozen=True)
-class Look:
+class MetricLogView:
     """What is there of a run at one moment."""
 
-    status: Status
-    cells: list[int]
+    status: StatusName
+    segments: list[int]
     """Indices of the cells, ascending. A cell that is listed is whole, and so are all below it."""
     live: LiveRows
 
 
-class MetricLog:
+class MetricLogReader:
     """The metric log of a run.
 
     Raises
@@ -72,40 +72,49 @@ class MetricLog:
     """
 
     def __init__(self, run: Run) -> None:
-        self.run = run.within(STORAGE_LIMIT_S)
+        self.run = run.with_timeout(TRACKER_STORAGE_LIMIT_S)
 
-    def look(self, status: Status) -> Look:
+    def read_view(self, status: StatusName) -> MetricLogView:
         """What is there now, of a run that stands like this."""
-        metadata = self.run.facts()
-        layout = CellLayout.from_facts(metadata)
-        live_tables = live.read(self.run, Columns.from_facts(metadata)) if status != "finished" else None  # before the cells
-        segments = self._cells()
+        metadata = self.run.read_metadata()
+        layout = SegmentLayout.from_metadata(metadata)
+        live_tables = (
+            live.read_live_tables(self.run, MetricSchema.from_metadata(metadata)) if status != "finished" else None
+        )  # before the cells
+        segments = self._list_segments()
         segment = segments[-1] + 1 if segments else 0
         first = layout.first_step(segment) if segment else 0
-        rows: list[Row] = []
+        rows: list[MetricRow] = []
         if live_tables is not None:
-            both = [*_evaluation_rows(_plain(live_tables.evaluations)), *_step_rows(_plain(live_tables.steps))]
+            both = [
+                *_iter_evaluation_rows(_timestamps_to_int(live_tables.evaluations)),
+                *_iter_step_rows(_timestamps_to_int(live_tables.steps)),
+            ]
             rows = [row for row in both if row.step >= first]
-        return Look(status, segments, LiveRows(segment, live_tables.attempt if live_tables is not None else 0, first, rows))
+        return MetricLogView(
+            status, segments, LiveRows(segment, live_tables.attempt if live_tables is not None else 0, first, rows)
+        )
 
-    def _cells(self) -> list[int]:
-        names = self.run.storage.list(STEPS)
+    def _list_segments(self) -> list[int]:
+        names = self.run.storage.list(STEPS_FOLDER)
         return sorted(int(name[:-8]) for name in names if name.endswith(".parquet") and name[:-8].isdigit())
 
-    def rows(self, cell: int) -> list[Row]:
+    def read_rows(self, segment: int) -> list[MetricRow]:
         """The rows of a cell: its evaluations, then its steps, each in order.
 
         Raises
         ------
         WorkError: the cell is not what a writer leaves; names it.
         """
-        evaluations, steps = (self._table(f"{folder}/{cell:06d}.parquet") for folder in (EVALUATIONS, STEPS))
-        return [*_evaluation_rows(evaluations), *_step_rows(steps)]
+        evaluations, steps = (
+            self._read_table(f"{folder}/{segment:06d}.parquet") for folder in (EVALUATIONS_FOLDER, STEPS_FOLDER)
+        )
+        return [*_iter_evaluation_rows(evaluations), *_iter_step_rows(steps)]
 
-    def _table(self, path: str) -> pa.Table:
+    def _read_table(self, path: str) -> pa.Table:
         try:
             table: pa.Table = pq.read_table(io.BytesIO(self.run.storage.read(path)))
-            return _plain(table)
+            return _timestamps_to_int(table)
         except (pa.ArrowException, OSError) as error:
             first = str(error).partition("\n")[0]
             raise WorkError(
@@ -113,39 +122,47 @@ class MetricLog:
             ) from None
 
 
-def by_split(rows: Iterable[Row]) -> dict[str, list[Row]]:
+def group_by_split(rows: Iterable[MetricRow]) -> dict[str, list[MetricRow]]:
     """Rows of each split, in order; the training steps last."""
-    rows_by_split: dict[str, list[Row]] = {}
+    rows_by_split: dict[str, list[MetricRow]] = {}
     for row in rows:
         rows_by_split.setdefault(row.split, []).append(row)
-    return {split: rows_by_split[split] for split in sorted(rows_by_split, key=lambda split: (split == TRAIN_STEPS, split))}
+    return {
+        split: rows_by_split[split]
+        for split in sorted(rows_by_split, key=lambda split: (split == TRAIN_STEPS_SPLIT, split))
+    }
 
 
-def _plain(table: pa.Table) -> pa.Table:
+def _timestamps_to_int(table: pa.Table) -> pa.Table:
     """Times as whole microseconds: no need of a time zone database."""
-    kinds = [(schema_field.name, pa.int64() if pa.types.is_timestamp(schema_field.type) else schema_field.type) for schema_field in table.schema]
+    kinds = [
+        (schema_field.name, pa.int64() if pa.types.is_timestamp(schema_field.type) else schema_field.type)
+        for schema_field in table.schema
+    ]
     return table.cast(pa.schema(kinds))
 
 
-def _step_rows(table: pa.Table) -> Iterator[Row]:
+def _iter_step_rows(table: pa.Table) -> Iterator[MetricRow]:
     for row in table.to_pylist():
         extra: dict[str, float | None] = {}
         if row["samples"] and row["correct"] is not None:
             extra["accuracy"] = row["correct"] / row["samples"]
         if row["seconds"]:
             extra["samples_per_second"] = row["samples"] / row["seconds"]
-        yield _row(TRAIN_STEPS, row, extra)
+        yield _build_row(TRAIN_STEPS_SPLIT, row, extra)
 
 
-def _evaluation_rows(table: pa.Table) -> Iterator[Row]:
+def _iter_evaluation_rows(table: pa.Table) -> Iterator[MetricRow]:
     for row in table.to_pylist():
-        yield _row(str(row["split"]), row, {"epoch": None})
+        yield _build_row(str(row["split"]), row, {"epoch": None})
 
 
-def _row(split: str, row: dict[str, Any], extra: dict[str, float | None]) -> Row:
+def _build_row(split: str, row: dict[str, Any], extra: dict[str, float | None]) -> MetricRow:
     columns = {**row, **extra}
-    values = {name: float(value) for name, value in columns.items() if name not in _NO_METRICS and _is_finite(value)}
-    return Row(split, int(row["step"]), (row["time"] or 0) / 1e6, values)
+    values = {
+        name: float(value) for name, value in columns.items() if name not in _NON_METRIC_COLUMNS and _is_finite(value)
+    }
+    return MetricRow(split, int(row["step"]), (row["time"] or 0) / 1e6, values)
 
 
 def _is_finite(value: Any) -> bool:

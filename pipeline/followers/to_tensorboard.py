@@ -6,17 +6,24 @@ import struct
 from collections.abc import Iterable
 from time import monotonic
 
-from pipeline.followers.log import TRAIN_STEPS, LiveRows, Look, MetricLog, Row, by_split
-from pipeline.job.following import Follower
+from pipeline.followers.log import (
+    TRAIN_STEPS_SPLIT,
+    LiveRows,
+    MetricLogReader,
+    MetricLogView,
+    MetricRow,
+    group_by_split,
+)
+from pipeline.job.following import TrackerName
 
-FOLDER = "tensorboard"
-LIVE = "live-"
+TENSORBOARD_FOLDER = "tensorboard"
+LIVE_FOLDER_PREFIX = "live-"
 """How folders of live rows begin."""
-LIVE_SHARE = 100
+LIVE_INTERVAL_DIVISOR = 100
 """Live rows of one cell are shown anew after a hundredth of the time since they began, so that they are few files."""
 
 
-class ToTensorBoard:
+class TensorBoardTracker:
     """Writes `<run>/tensorboard/<split>/events.out.tfevents.<cell>`.
 
     A file is a function of its cell and never changes, and TensorBoard reads the files of a folder by name, so in the
@@ -28,34 +35,36 @@ class ToTensorBoard:
     had read on, so each file in it holds what is new, and none is removed alone.
     """
 
-    name: Follower = "tensorboard"
+    name: TrackerName = "tensorboard"
 
-    def __init__(self, log: MetricLog) -> None:
-        self._storage = log.run.storage.at(FOLDER)
-        self.where = self._storage.url
+    def __init__(self, log: MetricLogReader) -> None:
+        self._storage = log.run.storage.subfolder(TENSORBOARD_FOLDER)
+        self.location = self._storage.url
         self._live_folder: str | None = ""
         self._live_attempt = self._live_files = 0
         self._live_shown: dict[str, int] = {}
         """By split: the last step."""
         self._live_since = self._live_due = 0.0
 
-    def catch_up(self, log: MetricLog, look: Look) -> int:
+    def catch_up(self, log: MetricLogReader, view: MetricLogView) -> int:
         """See `Follower`."""
-        existing = set(self._storage.list(TRAIN_STEPS))
-        missing = [segment for segment in look.cells if _file(segment) not in existing]
+        existing = set(self._storage.list(TRAIN_STEPS_SPLIT))
+        missing = [segment for segment in view.segments if _event_file_name(segment) not in existing]
         for segment in missing:
-            for split, rows in by_split(log.rows(segment)).items():
-                self._storage.replace(f"{split}/{_file(segment)}", events(rows))
-        self._show_live(look.live, is_over=look.status == "finished", is_running=look.status == "running")
+            for split, rows in group_by_split(log.read_rows(segment)).items():
+                self._storage.replace(f"{split}/{_event_file_name(segment)}", encode_events(rows))
+        self._write_live(view.live, is_over=view.status == "finished", is_running=view.status == "running")
         return len(missing)
 
-    def _show_live(self, live: LiveRows, *, is_over: bool, is_running: bool) -> None:
-        folder, now = None if is_over else f"{LIVE}{live.cell:06d}", monotonic()
+    def _write_live(self, live: LiveRows, *, is_over: bool, is_running: bool) -> None:
+        folder, now = None if is_over else f"{LIVE_FOLDER_PREFIX}{live.segment:06d}", monotonic()
         if folder != self._live_folder:
             for name in self._storage.list():
-                if name.startswith(LIVE) and name != folder:
+                if name.startswith(LIVE_FOLDER_PREFIX) and name != folder:
                     self._storage.delete_folder(name)
-            existing = [self._storage.list(f"{folder}/{split}") for split in self._storage.list(folder)] if folder else []
+            existing = (
+                [self._storage.list(f"{folder}/{split}") for split in self._storage.list(folder)] if folder else []
+            )
             self._live_files = max(map(len, existing), default=0)
             self._live_folder, self._live_attempt = folder, 0
             self._live_since = self._live_due = now
@@ -64,22 +73,22 @@ class ToTensorBoard:
         is_new_attempt = live.attempt != self._live_attempt
         if is_new_attempt:
             self._live_shown = {}
-        for split, rows in by_split(live.rows).items():
+        for split, rows in group_by_split(live.rows).items():
             new = [row for row in rows if row.step > self._live_shown.get(split, -1)]
             if new:
-                data = events(new, begin_at=live.first_step if is_new_attempt else None)
-                self._storage.replace(f"{folder}/{split}/{_file(self._live_files)}", data)
+                data = encode_events(new, purge_step=live.first_step if is_new_attempt else None)
+                self._storage.replace(f"{folder}/{split}/{_event_file_name(self._live_files)}", data)
                 self._live_shown[split] = new[-1].step
         self._live_files += 1
         self._live_attempt = live.attempt
-        self._live_due = now + (now - self._live_since) / LIVE_SHARE
+        self._live_due = now + (now - self._live_since) / LIVE_INTERVAL_DIVISOR
 
 
-def _file(number: int) -> str:
+def _event_file_name(number: int) -> str:
     return f"events.out.tfevents.{number:06d}"
 
 
-def events(rows: Iterable[Row], *, begin_at: int | None = None) -> bytes:
+def encode_events(rows: Iterable[MetricRow], *, purge_step: int | None = None) -> bytes:
     """An event file: its version, then one event a row with all of the row's values. About 6 us a value.
 
     begin_at: forget all from this step on that files before it said.
@@ -96,9 +105,9 @@ def events(rows: Iterable[Row], *, begin_at: int | None = None) -> bytes:
 
     row_list = list(rows)
     records = [record(Event(wall_time=row_list[0].time if row_list else 0.0, file_version="brain.Event:2"))]
-    if begin_at is not None:
+    if purge_step is not None:
         session = SessionLog(status=SessionLog.START)
-        records.append(record(Event(wall_time=row_list[0].time, step=begin_at, session_log=session)))
+        records.append(record(Event(wall_time=row_list[0].time, step=purge_step, session_log=session)))
     for row in row_list:
         values = [Summary.Value(tag=name, simple_value=value) for name, value in row.values.items()]
         records.append(record(Event(wall_time=row.time, step=row.step, summary=Summary(value=values))))

@@ -17,11 +17,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from pipeline.job.node import Node, Positive, Share, module_and_name
-from pipeline.job.splits import RandomSplits, RangeSplits, Splits
+from pipeline.job.node import ConfigNode, Fraction, Positive, validate_import_path
+from pipeline.job.splits import RandomSplitsConfig, RangeSplitsConfig, SplitsConfig
 
 
-class Call(Node):
+class UserFunctionConfig(ConfigNode):
     """A function of your own that returns the data. It may take as long as it likes: `scale.hang_s` does not apply."""
 
     call: str
@@ -33,11 +33,11 @@ class Call(Node):
 
     @field_validator("call")
     @classmethod
-    def _names_a_function(cls, value: str) -> str:
-        return module_and_name(value)
+    def _validate_call(cls, value: str) -> str:
+        return validate_import_path(value)
 
 
-class Normalization(Node):
+class NormalizeConfig(ConfigNode):
     """Inputs become (x - mean) / std with these numbers, in the unit of images scaled to [0, 1] or of raw columns."""
 
     mean: float | list[float]
@@ -46,11 +46,11 @@ class Normalization(Node):
     """What is divided by: one number for all, or one per channel or column."""
 
 
-IMAGENET = Normalization(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+IMAGENET = NormalizeConfig(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 """What torchvision's pretrained models expect."""
 
 
-class Jitter(Node):
+class ColorJitterConfig(ConfigNode):
     """Random changes of color: each factor is drawn from [1 - value, 1 + value]; 0 changes nothing."""
 
     brightness: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -61,7 +61,7 @@ class Jitter(Node):
     """How far the factor on each value's distance from its pixel's gray may be from 1."""
 
 
-class Augment(Node):
+class AugmentConfig(ConfigNode):
     """Random changes to training images, drawn anew for every sample of every step and made on the device."""
 
     crop: Annotated[int, Field(ge=0)] = 0
@@ -70,14 +70,14 @@ class Augment(Node):
     """Mirror left to right with probability 0.5."""
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
     """Rotate by up to this many degrees either way."""
-    jitter: Jitter = Jitter()
+    jitter: ColorJitterConfig = ColorJitterConfig()
     """Random changes of color."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
     """Mix each image and its label with another of the global batch, with a share drawn from Beta(mixup, mixup)
     (Zhang et al. 2018, arXiv:1710.09412); 0 for none."""
 
 
-class Missing(Node):
+class ImputationConfig(ConfigNode):
     """What replaces a null (or NaN) in a feature."""
 
     numeric: Literal["median", "mean", "fail"] | float = "median"
@@ -87,7 +87,7 @@ class Missing(Node):
     text is the level that they count as."""
 
 
-class Cache(Node):
+class CacheConfig(ConfigNode):
     """Where tables and decoded images that are too large for memory are kept between runs. Changes speed, never
     results."""
 
@@ -99,7 +99,7 @@ class Cache(Node):
     """Data of up to this size, in units of 10^6 bytes, is held in memory instead."""
 
 
-class Loader(Node):
+class DataLoaderConfig(ConfigNode):
     """How batches are fetched. Changes speed, never results."""
 
     processes: Annotated[int, Field(ge=0)] = 0
@@ -114,23 +114,23 @@ Size = Positive | Annotated[tuple[Positive, Positive], Strict(False)]
 """Pixels: one number for both sides, or [height, width]."""
 
 
-class BaseDataConfig(Node):
+class BaseDataConfig(ConfigNode):
     """What to train on: the keys of every source."""
 
-    source: str | Call
-    normalize: Literal["auto", "unit", "scalar", "standard", "imagenet", "none"] | Normalization = "auto"
+    source: str | UserFunctionConfig
+    normalize: Literal["auto", "unit", "scalar", "standard", "imagenet", "none"] | NormalizeConfig = "auto"
     """How inputs are scaled. unit: uint8 images to [0, 1]. scalar: one mean and one standard deviation of all training
     values. standard: those of each channel or column. imagenet: those that torchvision's pretrained weights expect.
     none: not at all. {mean: 0.5, std: 0.25}: these numbers. auto: unit for uint8 images, standard for columns."""
-    splits: Splits = RandomSplits()
+    splits: SplitsConfig = RandomSplitsConfig()
     """Which rows train, validate and test; by: random, range, group, time or column."""
     shuffle: bool = True
     """Draw a new order of the training rows in each epoch."""
-    augment: Augment = Augment()
+    augment: AugmentConfig = AugmentConfig()
     """Random changes to training images."""
-    loader: Loader = Loader()
+    loader: DataLoaderConfig = DataLoaderConfig()
     """How batches are fetched."""
-    cache: Cache = Cache()
+    cache: CacheConfig = CacheConfig()
     """Where decoded data is kept on this machine's disk between runs."""
 
     @model_validator(mode="before")
@@ -143,7 +143,7 @@ class BaseDataConfig(Node):
     @field_validator("source", mode="before")
     @classmethod
     def _name_all_sources(cls, value: Any) -> Any:
-        if isinstance(value, dict | Call) or (isinstance(value, str) and value in SOURCES):
+        if isinstance(value, dict | UserFunctionConfig) or (isinstance(value, str) and value in SOURCES):
             return value
         *names, last = [repr(name) for name in SOURCES]
         raise PydanticCustomError("literal_error", "unknown source", {"expected": f"{', '.join(names)} or {last}"})
@@ -161,7 +161,7 @@ class BaseDataConfig(Node):
     @property
     def splits_column(self) -> str | None:
         """The column that splits go by, which no pattern of `features` matches."""
-        return None if isinstance(self.splits, RandomSplits | RangeSplits) else self.splits.column
+        return None if isinstance(self.splits, RandomSplitsConfig | RangeSplitsConfig) else self.splits.column
 
     @property
     def labels(self) -> list[str]:
@@ -192,7 +192,7 @@ class DiscDataConfig(BaseDataConfig):
 class UserFunctionDataConfig(BaseDataConfig):
     """Arrays or tensors that a function of your own returns."""
 
-    source: Call
+    source: UserFunctionConfig
     """The function, as `{call: module:function, args: {}}`."""
 
 
@@ -223,7 +223,7 @@ class ParquetDataConfig(FileDataConfig):
     """Columns that identify a row. The model never learns from them; predictions carry them."""
     categorical: list[str] = []
     """Names or patterns of numeric columns that hold categories rather than amounts. Columns of text always do."""
-    missing: Missing = Missing()
+    missing: ImputationConfig = ImputationConfig()
     """What replaces missing values."""
     one_hot_up_to: Annotated[int, Field(ge=0)] = 16
     """A categorical column of up to this many levels becomes one input per level. One of more levels becomes a single
@@ -252,7 +252,7 @@ class ImageFolderDataConfig(FileDataConfig):
     """Channels of the decoded images: rgb for three, grey for one."""
     on_error: Literal["fail", "skip"] = "fail"
     """What to do about an image that cannot be decoded: fail, or skip it with a warning."""
-    skip_up_to: Share = 0.01
+    skip_up_to: Fraction = 0.01
     """With on_error: skip, the largest share of images that may be skipped; more are an error."""
 
     @field_validator("label", mode="before")
@@ -287,12 +287,12 @@ def _is_unset(key: str, value: Any) -> bool:
     for kind in SOURCES.values():
         field = kind.model_fields.get(key)
         default = None if field is None or field.is_required() else field.get_default()
-        if field is not None and (value == default or (isinstance(default, Node) and _equals(default, value))):
+        if field is not None and (value == default or (isinstance(default, ConfigNode) and _equals(default, value))):
             return True
     return False
 
 
-def _equals(default: Node, value: Any) -> bool:
+def _equals(default: ConfigNode, value: Any) -> bool:
     try:
         return type(default).model_validate(value) == default
     except ValidationError:
@@ -302,7 +302,7 @@ def _equals(default: Node, value: Any) -> bool:
 def _branch_of_data(value: Any) -> str:
     """The class that a mapping describes, so that its errors are those of that class alone."""
     source = value.get("source", "mnist") if isinstance(value, dict) else getattr(value, "source", "mnist")
-    if isinstance(source, dict | Call):
+    if isinstance(source, dict | UserFunctionConfig):
         return "UserFunctionDataConfig"
     return SOURCES.get(source, NamedDataConfig).__name__ if isinstance(source, str) else "NamedDataConfig"
 

@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from typing import Literal
 
-Follower = Literal["tensorboard", "mlflow"]
+TrackerName = Literal["tensorboard", "mlflow"]
 """An experiment tracker that gets the metrics of a run; the field `follow` of the job documents each."""

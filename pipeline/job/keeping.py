@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.job.metrics import HIGHER_IS_BETTER, LOWER_IS_BETTER
-from pipeline.job.node import Node, Positive, did_you_mean
+from pipeline.job.node import ConfigNode, Positive, format_suggestion
 
 
-class Evaluate(Node):
+class EvaluationConfig(ConfigNode):
     """When to evaluate, and on what. There is always one evaluation before step 1 and one at the end."""
 
     every_epochs: Positive | None = None
@@ -26,13 +26,13 @@ class Evaluate(Node):
     target), drawn once for the whole run. null: all rows, as `trainyard evaluate` always takes."""
 
     @model_validator(mode="after")
-    def _one_interval(self) -> Self:
+    def _check_one_interval(self) -> Self:
         if self.every_epochs is not None and self.every_steps is not None:
             raise ValueError("give either every_epochs or every_steps, and null for the other")
         return self
 
 
-class Best(Node):
+class BestMetricConfig(ConfigNode):
     """Which checkpoint counts as the best; of equal ones, the earliest."""
 
     metric: str = "val/loss"
@@ -47,14 +47,14 @@ class Best(Node):
 
     @model_validator(mode="before")
     @classmethod
-    def _direction_is_known(cls, values: Any) -> Any:
+    def _fill_in_mode(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
         metric, mode = str(values.get("metric", "val/loss")), values.get("mode")
         split, _, column = metric.partition("/")
         known = {**dict.fromkeys(HIGHER_IS_BETTER, "max"), **dict.fromkeys(LOWER_IS_BETTER, "min")}
         if mode is None and column and column not in known:
-            hint = did_you_mean(metric, [f"{split}/{name}" for name in known])
+            hint = format_suggestion(metric, [f"{split}/{name}" for name in known])
             raise ValueError(f"say mode: min or mode: max for {metric}{hint}")
         if mode in ("min", "max") and known.get(column, mode) != mode:
             raise ValueError(f"mode: {mode} would take the worst {metric} for the best; leave mode out")
@@ -62,15 +62,15 @@ class Best(Node):
 
     @field_validator("metric")
     @classmethod
-    def _split_and_column(cls, value: str) -> str:
+    def _validate_metric(cls, value: str) -> str:
         if not re.fullmatch(r"(train|val)/[A-Za-z_]\w*", value):
             known = [f"{split}/{name}" for split in ("val", "train") for name in HIGHER_IS_BETTER + LOWER_IS_BETTER]
-            hint = did_you_mean(value, known)
+            hint = format_suggestion(value, known)
             raise ValueError(f"{value!r} is not of the form val/loss, val/accuracy, train/loss, ...{hint}")
         return value
 
 
-class Checkpoint(Node):
+class CheckpointConfig(ConfigNode):
     """When to save, and how much to keep. A run that was interrupted resumes from its newest checkpoint."""
 
     every_epochs: Positive | None = None
@@ -85,7 +85,7 @@ class Checkpoint(Node):
     """Keep this many of the newest checkpoints, and for each of them the best one up to it."""
 
     @model_validator(mode="after")
-    def _one_interval(self) -> Self:
+    def _check_one_interval(self) -> Self:
         if self.every_epochs is not None and self.every_steps is not None:
             raise ValueError("give either every_epochs or every_steps, and null for the other")
         return self

@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from pipeline.job.node import Node, Positive, Share, did_you_mean, module_and_name
+from pipeline.job.node import ConfigNode, Fraction, Positive, format_suggestion, validate_import_path
 
 Activation = Literal["relu", "tanh", "sigmoid", "gelu", "silu", "leaky_relu", "elu"]
 
 
-class Start(Node):
+class InitConfig(ConfigNode):
     """Initial weights, and which of them are not trained."""
 
     init_from: str | None = None
@@ -24,7 +24,7 @@ class Start(Node):
     layer."""
 
 
-class Mlp(Start):
+class MlpConfig(InitConfig):
     """Fully connected layers. Tensors are named as in `nn.Sequential(Linear, ReLU, ...)`."""
 
     kind: Literal["mlp"] = "mlp"
@@ -36,7 +36,7 @@ class Mlp(Start):
     """With `hidden: doubling`: the number of linear layers, the last one included."""
     activation: Activation = "relu"
     """The activation function after each hidden layer."""
-    dropout: Share = 0.0
+    dropout: Fraction = 0.0
     """Share of hidden values that are set to zero during training."""
     batch_norm: bool = False
     """Batch normalization before each activation."""
@@ -45,13 +45,13 @@ class Mlp(Start):
     rule)."""
 
     @model_validator(mode="after")
-    def _layers_with_doubling(self) -> Self:
+    def _check_layers(self) -> Self:
         if (self.hidden == "doubling") != (self.layers is not None):
             raise ValueError("layers goes with hidden: doubling, and doubling needs layers")
         return self
 
 
-class Conv(Node):
+class ConvConfig(ConfigNode):
     """One convolution, its activation and its pooling."""
 
     channels: Positive
@@ -64,27 +64,27 @@ class Conv(Node):
     """Window and stride of the max-pooling, in pixels; 1 for none."""
 
 
-class Cnn(Start):
+class CnnConfig(InitConfig):
     """Convolutions, then fully connected layers."""
 
     kind: Literal["cnn"]
     """A convolutional network."""
-    conv: Annotated[list[Conv], Field(min_length=1)] = [
-        Conv(channels=6, kernel=5),
-        Conv(channels=12, kernel=5),
+    conv: Annotated[list[ConvConfig], Field(min_length=1)] = [
+        ConvConfig(channels=6, kernel=5),
+        ConvConfig(channels=12, kernel=5),
     ]
     """The convolutions, in order."""
     hidden: list[Positive] = [120, 60]
     """Widths of the fully connected layers between the convolutions and the output."""
     activation: Activation = "relu"
     """The activation function after each convolution and each hidden layer."""
-    dropout: Share = 0.0
+    dropout: Fraction = 0.0
     """Share of the hidden layers' values that are set to zero during training."""
     batch_norm: bool = False
     """Batch normalization before each activation."""
 
 
-class TorchvisionModel(Start):
+class TorchvisionModelConfig(InitConfig):
     """A model of torchvision with its last layer replaced to fit: `{kind: torchvision:resnet18, weights: DEFAULT}`."""
 
     kind: str
@@ -96,7 +96,7 @@ class TorchvisionModel(Start):
     """Further keyword arguments of the model, such as dropout."""
 
 
-class OwnModel(Start):
+class CustomModelConfig(InitConfig):
     """A module of your own: `{kind: mypkg.nets:Net, args: {width: 8}}`."""
 
     kind: str
@@ -106,25 +106,25 @@ class OwnModel(Start):
 
     @field_validator("kind")
     @classmethod
-    def _names_a_class(cls, value: str) -> str:
+    def _validate_kind(cls, value: str) -> str:
         if ":" not in value:
-            hint = did_you_mean(value, ["mlp", "cnn"])
+            hint = format_suggestion(value, ["mlp", "cnn"])
             raise ValueError(f"must be mlp, cnn, torchvision:NAME or module:Class{hint}")
-        return module_and_name(value)
+        return validate_import_path(value)
 
 
-def _branch_of_model(value: Any) -> str:
+def _model_tag(value: Any) -> str:
     """Which of the models a mapping describes, so that its errors speak of that one alone."""
     kind = value.get("kind", "mlp") if isinstance(value, dict) else getattr(value, "kind", "mlp")
     if isinstance(kind, str) and kind.startswith("torchvision:"):
-        return "TorchvisionModel"
-    return {"mlp": "Mlp", "cnn": "Cnn"}.get(kind, "OwnModel") if isinstance(kind, str) else "OwnModel"
+        return "TorchvisionModelConfig"
+    return {"mlp": "MlpConfig", "cnn": "CnnConfig"}.get(kind, "CustomModelConfig") if isinstance(kind, str) else "CustomModelConfig"
 
 
-Model = Annotated[
-    Annotated[Mlp, Tag("Mlp")]
-    | Annotated[Cnn, Tag("Cnn")]
-    | Annotated[TorchvisionModel, Tag("TorchvisionModel")]
-    | Annotated[OwnModel, Tag("OwnModel")],
-    Discriminator(_branch_of_model),
+ModelConfig = Annotated[
+    Annotated[MlpConfig, Tag("MlpConfig")]
+    | Annotated[CnnConfig, Tag("CnnConfig")]
+    | Annotated[TorchvisionModelConfig, Tag("TorchvisionModelConfig")]
+    | Annotated[CustomModelConfig, Tag("CustomModelConfig")],
+    Discriminator(_model_tag),
 ]

@@ -10,12 +10,12 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
 Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-Range = Annotated[tuple[int, int], Strict(False)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+IndexRange = Annotated[tuple[int, int], Strict(False)]
 """[first, end]; YAML has lists where Python has tuples."""
 
 
-class Node(BaseModel):
+class ConfigNode(BaseModel):
     """A branch of the tree: unknown keys are errors, `"5"` is no number, values never change once built."""
 
     model_config = ConfigDict(
@@ -33,7 +33,7 @@ RESERVED_NAMES = ("models", "ticks")
 """Folders that lie beside the runs."""
 
 
-def plain_name(value: str) -> str:
+def validate_name(value: str) -> str:
     """`value`, if it is safe as the name of a folder.
 
     Raises
@@ -49,19 +49,19 @@ def plain_name(value: str) -> str:
     return value
 
 
-def module_and_name(value: str) -> str:
+def validate_import_path(value: str) -> str:
     """`value`, if it is of the form `module:name`; else ValueError."""
     if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
         raise ValueError(f"{value!r} is not of the form module:name")
     return value
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def closest_match(word: str, known: Iterable[str]) -> str:
     """The known word that is most like this one, or nothing where none is."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), "")
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def format_suggestion(word: str, known: Iterable[str]) -> str:
     """` (did you mean 'accuracy'?)`, or nothing."""
-    near = nearest(word, known)
+    near = closest_match(word, known)
     return f" (did you mean {near!r}?)" if near else ""

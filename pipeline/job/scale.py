@@ -6,13 +6,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pipeline.job.node import Node, Positive
+from pipeline.job.node import ConfigNode, Positive
 
 IN_PLACE_WORKERS = 0
 """`scale.workers` for a run in this process, without Ray."""
 
 
-class WorkerRange(Node):
+class WorkerRange(ConfigNode):
     """As many workers as the cluster has resources for, within limits."""
 
     min: Positive
@@ -21,13 +21,13 @@ class WorkerRange(Node):
     """The most workers to train with."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _check_order(self) -> Self:
         if self.min > self.max:
             raise ValueError(f"min ({self.min}) must not exceed max ({self.max})")
         return self
 
 
-class Scale(Node):
+class ScalingConfig(ConfigNode):
     """Where the work runs. Changes speed, and results only by rounding."""
 
     workers: Annotated[int, Field(ge=0)] | WorkerRange = IN_PLACE_WORKERS

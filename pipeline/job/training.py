@@ -7,19 +7,19 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, Strict, field_validator, model_validator
 
-from pipeline.job.node import Node, Positive, Share, module_and_name
+from pipeline.job.node import ConfigNode, Fraction, Positive, validate_import_path
 
 
-def _number_if_it_is_one(label: Any) -> Any:
+def _parse_integer_label(label: Any) -> Any:
     is_number = isinstance(label, str) and re.fullmatch("0|-?[1-9][0-9]*", label)  # 007 is a text
     return int(label) if is_number else label
 
 
-Label = Annotated[int | str, BeforeValidator(_number_if_it_is_one)]
+Label = Annotated[int | str, BeforeValidator(_parse_integer_label)]
 """A class: its label, or its name; the keys of JSON and of `--set` are text."""
 
 
-class Task(Node):
+class TaskConfig(ConfigNode):
     """What is learned: the loss, and what counts as correct. `task: binary` is short for `task: {kind: binary}`."""
 
     kind: Literal["multiclass", "binary", "regression"] = "multiclass"
@@ -43,11 +43,11 @@ class Task(Node):
 
     @field_validator("loss")
     @classmethod
-    def _names_a_loss(cls, value: str | None) -> str | None:
-        return value if value is None or value in REGRESSION_LOSSES else module_and_name(value)
+    def _validate_loss(cls, value: str | None) -> str | None:
+        return value if value is None or value in REGRESSION_LOSSES else validate_import_path(value)
 
     @model_validator(mode="after")
-    def _fits_the_kind(self) -> Self:
+    def _check_kind(self) -> Self:
         if self.positive is not None and self.kind != "binary":
             raise ValueError("positive goes with kind: binary")
         if self.class_weights is not None and self.kind == "regression":
@@ -60,7 +60,7 @@ class Task(Node):
 REGRESSION_LOSSES = ("mse", "mae", "huber")
 
 
-class Group(Node):
+class ParamGroupConfig(ConfigNode):
     """Parameters with a learning rate of their own: `{match: "layer4.*", lr_factor: 0.1}`."""
 
     match: str
@@ -71,26 +71,26 @@ class Group(Node):
     """Weight decay of these parameters; null: that of the optimizer."""
 
 
-class Optimizer(Node):
+class OptimizerConfig(ConfigNode):
     """The update rule. The learning rate is part of the phases."""
 
     kind: Literal["sgd", "adam", "adamw"] = "sgd"
     """The update rule, as in `torch.optim`."""
-    momentum: Share = 0.0
+    momentum: Fraction = 0.0
     """Momentum; sgd only."""
     nesterov: bool = False
     """Nesterov momentum; sgd only, and needs momentum."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Weight decay: an L2 penalty in sgd and adam, decoupled from the gradient in adamw."""
-    betas: Annotated[tuple[Share, Share], Strict(False)] = (0.9, 0.999)
+    betas: Annotated[tuple[Fraction, Fraction], Strict(False)] = (0.9, 0.999)
     """Decay rates of the running means of the gradient and of its square; adam and adamw only."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the denominator of the update; adam and adamw only."""
-    groups: list[Group] = []
+    groups: list[ParamGroupConfig] = []
     """Parameters that learn at another rate than the rest."""
 
     @model_validator(mode="after")
-    def _nesterov_needs_momentum(self) -> Self:
+    def _check_momentum(self) -> Self:
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum")
         if self.kind != "sgd" and (self.momentum or self.nesterov):
@@ -98,7 +98,7 @@ class Optimizer(Node):
         return self
 
 
-class Phase(Node):
+class PhaseConfig(ConfigNode):
     """A stretch of epochs or steps with its own learning rate."""
 
     epochs: Positive | None = None
@@ -121,22 +121,25 @@ class Phase(Node):
     """Whether the optimizer's momentum and moments carry over from the phase before, or start from zero."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> Self:
+    def _check_length(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("a phase has either epochs or steps")
         return self
 
 
-class Train(Node):
+class TrainConfig(ConfigNode):
     """The training loop."""
 
     batch_size: Positive | Literal["all"] = 100
     """Rows per step, over all workers together; all: the whole training split."""
     micro_batch: Positive | None = None
     """Accumulate gradients over pieces of this many rows on each worker, to save memory; null: all rows at once."""
-    optimizer: Optimizer = Optimizer()
+    optimizer: OptimizerConfig = OptimizerConfig()
     """The update rule."""
-    phases: Annotated[list[Phase], Field(min_length=1)] = [Phase(epochs=5, lr=0.5), Phase(epochs=5, lr=0.1)]
+    phases: Annotated[list[PhaseConfig], Field(min_length=1)] = [
+        PhaseConfig(epochs=5, lr=0.5),
+        PhaseConfig(epochs=5, lr=0.1),
+    ]
     """Stretches of training, in order, each with its own length and learning rate."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Scale the whole gradient down to this L2 norm where its norm is larger; null: never."""
@@ -147,5 +150,5 @@ class Train(Node):
 
     @field_validator("compile", mode="before")
     @classmethod
-    def _as_word(cls, value: Any) -> Any:
+    def _parse_compile(cls, value: Any) -> Any:
         return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value

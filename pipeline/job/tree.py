@@ -12,32 +12,32 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.job.data import DataConfig, NamedDataConfig
-from pipeline.job.following import Follower
-from pipeline.job.keeping import Best, Checkpoint, Evaluate
+from pipeline.job.following import TrackerName
+from pipeline.job.keeping import BestMetricConfig, CheckpointConfig, EvaluationConfig
 from pipeline.job.metrics import (
     HIGHER_IS_BETTER,
     LOWER_IS_BETTER,
     METRICS,
     RESERVED_COLUMNS,
     TARGET_METRICS,
-    own_metric,
-    target_columns,
-    target_names,
+    make_target_columns,
+    make_target_names,
+    metric_column,
 )
-from pipeline.job.model import Mlp, Model
-from pipeline.job.node import Node, did_you_mean, module_and_name, plain_name
-from pipeline.job.scale import Scale
-from pipeline.job.training import Task, Train
+from pipeline.job.model import MlpConfig, ModelConfig
+from pipeline.job.node import ConfigNode, format_suggestion, validate_import_path, validate_name
+from pipeline.job.scale import ScalingConfig
+from pipeline.job.training import TaskConfig, TrainConfig
 
-STREAMS = ("split", "init", "shuffle", "augment", "dropout", "data")
+SEED_STREAMS = ("split", "init", "shuffle", "augment", "dropout", "data")
 """Names of the independent random streams of a run; `seed: {all: 1, split: 7}` sets one apart."""
 
 
-OF_A_TARGET = rf"({'|'.join(TARGET_METRICS)})_\d+"
+TARGET_COLUMN_PATTERN = rf"({'|'.join(TARGET_METRICS)})_\d+"
 """Columns of single targets that have no label."""
 
 
-class Seeds(Node):
+class SeedConfig(ConfigNode):
     """Seeds of the random streams: `seed: 1` for all of them, or `seed: {all: 1, split: 7}` to set single ones apart. A
     stream without a seed of its own has that of `all`."""
 
@@ -56,28 +56,28 @@ class Seeds(Node):
     data: Annotated[int, Field(ge=0)] | None = None
     """What a generated source draws: `source: disc`."""
 
-    def of(self, stream: str) -> int:
+    def for_stream(self, stream: str) -> int:
         """The seed of one of `STREAMS`."""
         stream_seed: int | None = getattr(self, stream)
         return self.all if stream_seed is None else stream_seed
 
 
-class Job(Node):
+class JobConfig(ConfigNode):
     """One training job."""
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
     """Version of this format."""
     name: str
     """The first part of the run's name: letters, digits, '.', '_' and '-'."""
-    seed: Seeds = Seeds()
+    seed: SeedConfig = SeedConfig()
     """Seeds of the random streams: one number for all, or a mapping."""
     data: DataConfig = NamedDataConfig()
     """What to train on."""
-    model: Model = Mlp()
+    model: ModelConfig = MlpConfig()
     """What is trained."""
-    task: Task = Task()
+    task: TaskConfig = TaskConfig()
     """What is learned: one of the kinds, or a mapping."""
-    train: Train = Train()
+    train: TrainConfig = TrainConfig()
     """How it is learned: batches, the update rule and the learning rates."""
     metrics: list[str] = []
     """Metrics of your own besides those of the task: `module:function`. The function takes the outputs and targets of a
@@ -85,17 +85,17 @@ class Job(Node):
     code: str | None = None
     """Folder of your own modules; those in the working directory are found too. What the job imports of them is stored
     with the run, and other code makes another run."""
-    evaluate: Evaluate = Evaluate()
+    evaluate: EvaluationConfig = EvaluationConfig()
     """When to evaluate, and on what."""
-    best: Best = Best()
+    best: BestMetricConfig = BestMetricConfig()
     """Which checkpoint counts as the best."""
-    checkpoint: Checkpoint = Checkpoint()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     """When to save, and how much to keep."""
-    follow: list[Follower] = []
+    follow: list[TrackerName] = []
     """Experiment trackers that get the metrics while the run goes on; they never block or fail it. tensorboard: event
     files in the run's folder. mlflow: the server that MLFLOW_TRACKING_URI names, and the experiment of
     MLFLOW_EXPERIMENT_NAME, or else one called like the job."""
-    scale: Scale = Scale()
+    scale: ScalingConfig = ScalingConfig()
     """Where the work runs."""
     storage: str = "./runs"
     """Where run directories are written: a folder, relative to the working directory, or any fsspec URL, or
@@ -103,48 +103,48 @@ class Job(Node):
 
     @field_validator("name")
     @classmethod
-    def _plain_name(cls, value: str) -> str:
-        return plain_name(value)
+    def _validate_name(cls, value: str) -> str:
+        return validate_name(value)
 
     @field_validator("seed", mode="before")
     @classmethod
-    def _one_number_for_all(cls, value: Any) -> Any:
+    def _expand_seed(cls, value: Any) -> Any:
         return {"all": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
     @field_validator("task", mode="before")
     @classmethod
-    def _kind_alone(cls, value: Any) -> Any:
+    def _expand_task(cls, value: Any) -> Any:
         return {"kind": value} if isinstance(value, str) else value
 
     @field_validator("metrics")
     @classmethod
-    def _name_functions(cls, values: list[str]) -> list[str]:
+    def _validate_metrics(cls, values: list[str]) -> list[str]:
         for value in values:
-            column = own_metric(module_and_name(value))
-            if column in RESERVED_COLUMNS or [own_metric(other) for other in values].count(column) > 1:
+            column = metric_column(validate_import_path(value))
+            if column in RESERVED_COLUMNS or [metric_column(other) for other in values].count(column) > 1:
                 raise ValueError(f"{value}: another column is called {column!r}; name the function differently")
         return values
 
     @model_validator(mode="after")
-    def _best_is_measured(self) -> Self:
+    def _check_best_metric(self) -> Self:
         split, _, column = self.best.metric.partition("/")
-        known = self.measured()
+        known = self.metric_columns()
         if clash := next((name for name in known if known.count(name) > 1), None):
             raise ValueError(
                 f"metrics: {clash} is what one of the labels is measured by; name the function differently"
             )
-        if self.task.kind == "regression" and not self.data.labels and re.fullmatch(OF_A_TARGET, column):
+        if self.task.kind == "regression" and not self.data.labels and re.fullmatch(TARGET_COLUMN_PATTERN, column):
             return self  # whether there are so many targets is for the data to say
         if column not in known:
             is_of_another_task = column in HIGHER_IS_BETTER + LOWER_IS_BETTER
             near = [] if is_of_another_task else [f"{split}/{name}" for name in known]
-            hint = did_you_mean(self.best.metric, near)
+            hint = format_suggestion(self.best.metric, near)
             raise ValueError(
                 f"best.metric: {self.best.metric} is not measured{hint}; {self.task.kind} has {', '.join(known)}"
             )
         return self
 
-    def target_names(self, count: int | None = None) -> tuple[str, ...]:
+    def target_names(self, num_targets: int | None = None) -> tuple[str, ...]:
         """What the columns of single targets of a regression end in, see `metrics.target_names`.
 
         Parameters
@@ -153,26 +153,26 @@ class Job(Node):
         """
         if self.task.kind != "regression":
             return ()
-        return target_names(self.data.labels, len(self.data.labels) if count is None else count)
+        return make_target_names(self.data.labels, len(self.data.labels) if num_targets is None else num_targets)
 
-    def measured(self, targets: int | None = None) -> list[str]:
+    def metric_columns(self, num_targets: int | None = None) -> list[str]:
         """What every evaluation measures, by column. targets: as `target_names` takes them."""
-        of_targets = target_columns(self.target_names(targets))
-        return [*METRICS[self.task.kind], *of_targets, *map(own_metric, self.metrics)]
+        of_targets = make_target_columns(self.target_names(num_targets))
+        return [*METRICS[self.task.kind], *of_targets, *map(metric_column, self.metrics)]
 
-    def resolved(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The whole tree as plain YAML types, defaults included."""
         return self.model_dump(mode="json", by_alias=True)
 
 
-NOT_IDENTITY = ("scale", "storage", "checkpoint", "follow", "code")
+NON_IDENTITY_KEYS = ("scale", "storage", "checkpoint", "follow", "code")
 """Branches of the job that change where and how fast it runs, not what comes out. (`code` is a folder; what of it the
 job imports counts by its content.)"""
 
-START = ("init_from", "weights")
+INITIAL_WEIGHTS_KEYS = ("init_from", "weights")
 """Of the job's `model`: what names the weights to start from."""
 
-NOT_IDENTITY_OF_DATA = ("root", "url", "loader", "cache")
+NON_IDENTITY_DATA_KEYS = ("root", "url", "loader", "cache")
 """Likewise, of its `data`."""
 
 IDENTITY_OF_OTHER_SOURCES: dict[str, Any] = {
@@ -195,13 +195,13 @@ keys, and a run is found again by the digest. Never change or extend this: keys 
 """
 
 
-def identity(
-    job: Job,
+def compute_identity(
+    job: JobConfig,
     *,
     fingerprint: str,
-    start: str | None = None,
+    initial_weights_digest: str | None = None,
     max_steps: int | None = None,
-    code: Mapping[str, str] | None = None,
+    code_digests: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """What determines a run's weights, as plain values: the resolved job without where and how fast, plus the data and
     the user's own code.
@@ -214,17 +214,19 @@ def identity(
     code: digest of each file of the user's own code that the job imports; a job without any has the identity that it
         always had.
     """
-    tree = {key: value for key, value in job.resolved().items() if key not in NOT_IDENTITY}
-    tree["data"] = {key: value for key, value in tree["data"].items() if key not in NOT_IDENTITY_OF_DATA}
+    tree = {key: value for key, value in job.to_dict().items() if key not in NON_IDENTITY_KEYS}
+    tree["data"] = {key: value for key, value in tree["data"].items() if key not in NON_IDENTITY_DATA_KEYS}
     tree["data"] = {**IDENTITY_OF_OTHER_SOURCES, **tree["data"]}
-    if start is not None:  # it says what the weights are; where they lie is no more part of it than the data's folder
-        tree["model"] |= {key: "a file" for key in START if os.path.isabs(tree["model"].get(key) or "")}
+    if (
+        initial_weights_digest is not None
+    ):  # it says what the weights are; where they lie is no more part of it than the data's folder
+        tree["model"] |= {key: "a file" for key in INITIAL_WEIGHTS_KEYS if os.path.isabs(tree["model"].get(key) or "")}
     if job.evaluate.limit is not None:  # runs of an earlier version took the first rows, and must not go on with others
         tree["evaluate"] = {**tree["evaluate"], "sample": "stratified"}
-    tree |= {"max_steps": max_steps, "fingerprint": fingerprint, "start": start}
-    return {**tree, "code": dict(code)} if code else tree
+    tree |= {"max_steps": max_steps, "fingerprint": fingerprint, "start": initial_weights_digest}
+    return {**tree, "code": dict(code_digests)} if code_digests else tree
 
 
-def digest(tree: dict[str, Any]) -> str:
+def digest_tree(tree: dict[str, Any]) -> str:
     """SHA-256 of a tree of plain values, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -11,15 +11,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.errors import JobError
-from pipeline.job import Job
+from pipeline.job import JobConfig
 from pipeline.job_file.yaml12 import parse_yaml
-from pipeline.redaction import holds_secret, is_looked_up, is_secret_name
+from pipeline.redaction import has_secret, is_env_reference, is_secret_name
 
 SHORT_FORMS = {"seed": "all", "task": "kind"}
 """`seed: 1` is short for `seed: {all: 1}`, `task: binary` for `task: {kind: binary}`."""
 
-URL, CODE, WEIGHTS, RUN = ("data", "url"), ("code",), ("model", "weights"), ("model", "init_from")
-LOCAL_PATHS = (URL, CODE, WEIGHTS, RUN, ("data", "root"), ("data", "cache", "folder"))
+URL_PATH, CODE_PATH, WEIGHTS_PATH, RUN_PATH = ("data", "url"), ("code",), ("model", "weights"), ("model", "init_from")
+LOCAL_PATHS = (URL_PATH, CODE_PATH, WEIGHTS_PATH, RUN_PATH, ("data", "root"), ("data", "cache", "folder"))
 """Fields that may hold a path of this machine. (`storage` stays relative to the working directory.)"""
 
 DEFAULT_VARIANTS = ("mlp", "multiclass", "sgd", "random")
@@ -34,12 +34,12 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise JobError("no such job file", where=str(path), fix="`trainyard init` writes one") from None
     except (OSError, ValueError, RuntimeError) as error:
         raise JobError(f"cannot be read: {error}", where=str(path)) from None
-    return complete_tree(mapping(parse_yaml(text, str(path)), str(path)), path, seen)
+    return merge_bases(require_mapping(parse_yaml(text, str(path)), str(path)), path, seen)
 
 
-def complete_tree(tree: dict[str, Any], path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def merge_bases(tree: dict[str, Any], path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The content of a job file at `path`, with the environment filled in and its bases below it."""
-    tree = with_paths_from(path.parent, _with_environment(tree, str(path)))
+    tree = with_absolute_paths(path.parent, _substitute_env(tree, str(path)))
     base = tree.pop("base", None)
     if base is None:
         return tree
@@ -51,28 +51,28 @@ def complete_tree(tree: dict[str, Any], path: Path, seen: tuple[Path, ...] = ())
     base_tree = read_tree(path.parent / base, (*seen, resolved_path))
     for key in SHORT_FORMS:
         if isinstance(tree.get(key), dict):
-            _lengthen(base_tree, key)
+            _expand_short_form(base_tree, key)
     return _merge(base_tree, tree)
 
 
-def with_paths_from(folder: Path, tree: Any, key: tuple[Any, ...] = ()) -> Any:
+def with_absolute_paths(folder: Path, tree: Any, key: tuple[Any, ...] = ()) -> Any:
     """Plain values, those of a job or of what lies at `key` in it, with relative paths written out from a folder: that
     of the file they stand in, or the working directory for those that are typed."""
     if isinstance(tree, Mapping):
-        return {name: with_paths_from(folder, value, (*key, name)) for name, value in tree.items()}
-    return _path_from(folder, tree, key) if isinstance(tree, str) and key in LOCAL_PATHS else tree
+        return {name: with_absolute_paths(folder, value, (*key, name)) for name, value in tree.items()}
+    return _absolute_path(folder, tree, key) if isinstance(tree, str) and key in LOCAL_PATHS else tree
 
 
-def _path_from(folder: Path, value: str, key: tuple[Any, ...]) -> str:
-    if not value or is_looked_up(value) or "://" in value or re.match(r"\w+:/", value):
+def _absolute_path(folder: Path, value: str, key: tuple[Any, ...]) -> str:
+    if not value or is_env_reference(value) or "://" in value or re.match(r"\w+:/", value):
         return value
-    if key in (URL, CODE):
+    if key in (URL_PATH, CODE_PATH):
         value = os.path.expanduser(value)  # the others stay what they are on each machine of a cluster
-    is_name = "/" not in value and (key == RUN or (key == WEIGHTS and not os.path.isfile(folder / value)))
+    is_name = "/" not in value and (key == RUN_PATH or (key == WEIGHTS_PATH and not os.path.isfile(folder / value)))
     return value if is_name or value.startswith("~") else os.path.abspath(folder / value)
 
 
-def mapping(tree: Any, where: str) -> dict[str, Any]:
+def require_mapping(tree: Any, where: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise JobError("a job file is a mapping of keys to values", where=where)
     return tree
@@ -83,14 +83,14 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged: dict[str, Any] = dict(base)
     for key, value in over.items():
         below = merged.get(key)
-        if isinstance(below, dict) and isinstance(value, Mapping) and not _another_variant(below, value):
+        if isinstance(below, dict) and isinstance(value, Mapping) and not _is_other_variant(below, value):
             merged[key] = _merge(below, value)
         else:
             merged[key] = value
     return merged
 
 
-def _another_variant(below: Mapping[str, Any], over: Mapping[str, Any]) -> bool:
+def _is_other_variant(below: Mapping[str, Any], over: Mapping[str, Any]) -> bool:
     for tag in ("kind", "by"):
         if tag in over:
             default = over[tag] if over[tag] in DEFAULT_VARIANTS else None
@@ -99,25 +99,25 @@ def _another_variant(below: Mapping[str, Any], over: Mapping[str, Any]) -> bool:
     return False
 
 
-def _lengthen(tree: dict[str, Any], key: str) -> None:
+def _expand_short_form(tree: dict[str, Any], key: str) -> None:
     """Write a short form out, so that more can be laid on it."""
     value = tree.get(key)
     if key in SHORT_FORMS and value is not None and not isinstance(value, (dict, list)):
         tree[key] = {SHORT_FORMS[key]: value}
 
 
-def _with_environment(value: Any, where: str) -> Any:
+def _substitute_env(value: Any, where: str) -> Any:
     if isinstance(value, dict):
-        return {key: _with_environment(item, where) for key, item in value.items()}
+        return {key: _substitute_env(item, where) for key, item in value.items()}
     if isinstance(value, list):
-        return [_with_environment(item, where) for item in value]
+        return [_substitute_env(item, where) for item in value]
     if not isinstance(value, str) or "${" not in value:
         return value
 
     def fill(match: re.Match[str]) -> str:
         if match[1] not in os.environ:
             raise JobError(f"the environment has no {match[1]}", where=where, fix=f"export {match[1]}=... first")
-        if is_secret_name(match[1]) or holds_secret(os.environ[match[1]]):
+        if is_secret_name(match[1]) or has_secret(os.environ[match[1]]):
             raise JobError(
                 f"${{{match[1]}}} would write a secret into the run's job.yaml",
                 where=where,
@@ -130,7 +130,7 @@ def _with_environment(value: Any, where: str) -> Any:
     return parse_yaml(filled, where) if is_whole_value else filled
 
 
-def apply(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     for override in overrides:
         key, equals, text = override.partition("=")
         where = f"--set {override}"
@@ -139,13 +139,13 @@ def apply(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
         path = key.strip().split(".")
         if path[0] == "base":
             raise JobError("base stands in the job file alone", where=where, fix="write a job file with this base")
-        _set(tree, path, with_paths_from(Path.cwd(), parse_yaml(text, where), tuple(path)), where)
+        _set_at_path(tree, path, with_absolute_paths(Path.cwd(), parse_yaml(text, where), tuple(path)), where)
     return tree
 
 
-def _set(tree: dict[str, Any], path: list[str], value: Any, where: str) -> None:
+def _set_at_path(tree: dict[str, Any], path: list[str], value: Any, where: str) -> None:
     holder: Any = tree
-    _lengthen(tree, path[0] if len(path) > 1 else "")
+    _expand_short_form(tree, path[0] if len(path) > 1 else "")
     for depth, key in enumerate(path):
         slot: Any = key
         if isinstance(holder, list):
@@ -156,18 +156,18 @@ def _set(tree: dict[str, Any], path: list[str], value: Any, where: str) -> None:
             slot = int(key)
         below = holder[slot] if isinstance(holder, list) else holder.get(slot)
         if depth == len(path) - 1:
-            both = isinstance(below, dict) and isinstance(value, dict) and not _another_variant(below, value)
+            both = isinstance(below, dict) and isinstance(value, dict) and not _is_other_variant(below, value)
             holder[slot] = _merge(below, value) if both else value
         elif not isinstance(below, (dict, list)):
-            default = _default(tree, path[: depth + 1])
+            default = _default_at_path(tree, path[: depth + 1])
             holder[slot] = default if isinstance(default, list) else {}
         holder = holder[slot]
 
 
-def _default(tree: Mapping[str, Any], path: list[str]) -> Any:
+def _default_at_path(tree: Mapping[str, Any], path: list[str]) -> Any:
     """What stands at a path that the file leaves out, so that an entry of a default list can be overridden."""
     try:
-        value: Any = Job.model_validate({"name": "any", **tree}).resolved()
+        value: Any = JobConfig.model_validate({"name": "any", **tree}).to_dict()
     except ValidationError:
         return None
     for key in path:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipeline.job import Job, OwnModel, TorchvisionModel, UserFunctionDataConfig
+from pipeline.job import CustomModelConfig, JobConfig, TorchvisionModelConfig, UserFunctionDataConfig
 from pipeline.job_file.reading import SHORT_FORMS
 
 COMMAND = "python -m pipeline.job_file.reference > docs/job-file.md"
@@ -23,8 +23,8 @@ TAGS = ("source", "kind", "by")
 
 TITLES: dict[str, str] = {
     UserFunctionDataConfig.__name__: "source: {call: module:function}",
-    TorchvisionModel.__name__: "kind: torchvision:NAME",
-    OwnModel.__name__: "kind: module:Class",
+    TorchvisionModelConfig.__name__: "kind: torchvision:NAME",
+    CustomModelConfig.__name__: "kind: module:Class",
 }
 """Titles of the classes that no fixed value of the key in `TAGS` selects."""
 
@@ -81,7 +81,7 @@ is a fraction of 1.
 
 def reference() -> str:
     """The page as Markdown."""
-    schema = Job.model_json_schema()
+    schema = JobConfig.model_json_schema()
     return "\n\n".join([INTRODUCTION.rstrip(), *_Page(schema["$defs"]).sections(schema)]) + "\n"
 
 

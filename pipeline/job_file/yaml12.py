@@ -21,15 +21,15 @@ _SCALARS = {
 """The core schema of YAML 1.2 (section 10.3.2): only true and false are booleans, 1e-3 is a number, 010 is ten."""
 
 
-MOST_CHARACTERS, MOST_VALUES, MOST_DIGITS = 1_000_000, 100_000, 100
+MAX_CHARACTERS, MAX_VALUES, MAX_DIGITS = 1_000_000, 100_000, 100
 """Of a job file: a few lines of aliases can stand for more values than there is memory."""
 
 
-class _Loader(yaml.SafeLoader):
+class _YamlLoader(yaml.SafeLoader):
     """Safe YAML 1.2: plain values only, no dates, bytes or sets."""
 
 
-class Dumper(yaml.SafeDumper):
+class YamlDumper(yaml.SafeDumper):
     """Quotes what YAML 1.1 or 1.2 would take for anything but text."""
 
     def ignore_aliases(self, data: Any) -> bool:
@@ -37,25 +37,25 @@ class Dumper(yaml.SafeDumper):
         return True
 
 
-_Loader.yaml_implicit_resolvers = {}
-_Loader.yaml_constructors = {
+_YamlLoader.yaml_implicit_resolvers = {}
+_YamlLoader.yaml_constructors = {
     tag: constructor
     for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
     if tag is None or tag.rpartition(":")[2] in ("null", "bool", "float", "str", "seq")
 }
 for _name, (_pattern, _first) in _SCALARS.items():
-    for _class in (_Loader, Dumper):
+    for _class in (_YamlLoader, YamlDumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
-def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+def _construct_int(loader: _YamlLoader, node: yaml.ScalarNode) -> int:
     text = str(loader.construct_scalar(node))
-    if len(text) > MOST_DIGITS:
+    if len(text) > MAX_DIGITS:
         raise ValueError(f"a number of {len(text):,} digits")
     return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
 
 
-def _mapping_once(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+def _construct_unique_mapping(loader: _YamlLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     mapping: dict[Any, Any] = {}
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
@@ -67,8 +67,8 @@ def _mapping_once(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     return mapping
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_once)
+_YamlLoader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_YamlLoader.add_constructor("tag:yaml.org,2002:map", _construct_unique_mapping)
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -78,10 +78,10 @@ def parse_yaml(text: str, where: str) -> Any:
     ------
     JobError: not YAML, with line and column.
     """
-    if len(text) > MOST_CHARACTERS:
+    if len(text) > MAX_CHARACTERS:
         raise JobError(f"not a job file: {len(text):,} characters", where=where, fix="give the file of a job")
     try:
-        tree = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        tree = yaml.load(text, Loader=_YamlLoader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         location = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
@@ -89,19 +89,19 @@ def parse_yaml(text: str, where: str) -> Any:
         raise JobError(f"not valid YAML: {problem}", where=location) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
         raise JobError(f"not valid YAML: {error}", where=where) from None
-    if not _is_small(tree):
+    if not _has_few_values(tree):
         fix = "write fewer; what an alias stands for counts each time"
-        raise JobError(f"more than {MOST_VALUES:,} values", where=where, fix=fix)
+        raise JobError(f"more than {MAX_VALUES:,} values", where=where, fix=fix)
     return tree
 
 
-def _is_small(tree: Any) -> bool:
+def _has_few_values(tree: Any) -> bool:
     """Whether it holds no more than so many values, with all that aliases repeat."""
     pending, count = [tree], 0
     while pending:
         value = pending.pop()
         count += 1
-        if count + len(pending) > MOST_VALUES:
+        if count + len(pending) > MAX_VALUES:
             return False
         if isinstance(value, (dict, list)):
             pending += value.values() if isinstance(value, dict) else value

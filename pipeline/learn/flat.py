@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import JobError
-from pipeline.learn.models.freezing import frozen_norms
-from pipeline.learn.task import Sums
+from pipeline.learn.models.freezing import find_frozen_norms
+from pipeline.learn.task import LossSums
 
-SUMS = 4
+NUM_SUMS = 4
 """loss, weight, correct, count."""
 
 
-class FlatModel:
+class FlatParameters:
     """A model on its device, its parameters being views of `values`.
 
     code: `module:Class` of a model of the user's own; empty for others.
@@ -44,19 +44,21 @@ class FlatModel:
         self.parameters = list(trained.values())
         if not self.parameters:
             raise JobError("the model has no trainable parameters", where="model.kind")
-        self.sizes = {name: parameter.numel() for name, parameter in trained.items()}
-        self.values = torch.cat([p.detach().reshape(-1) for p in self.parameters])
-        self._frozen_norms = frozen_norms(self.model)
-        self.buffers = self._averaged() if world_size > 1 else []
-        self.exchange = self.values.new_zeros(self._size() + SUMS + 1 + sum(b.numel() for b in self.buffers))
-        self.gradient = self.exchange[: self._size()]
-        self.sums = self.exchange[self._size() : self._size() + SUMS]
-        self.loss, self.weight, self.correct, self.count = self.sums.unbind()
-        self.stop = self.exchange[self._size() + SUMS]
-        self._tail = self.exchange[self._size() + SUMS + 1 :]
-        self.gradients = self._views(self.gradient)
+        self.param_sizes = {name: parameter.numel() for name, parameter in trained.items()}
+        self.params = torch.cat([p.detach().reshape(-1) for p in self.parameters])
+        self._frozen_norms = find_frozen_norms(self.model)
+        self.buffers = self._buffers_to_average() if world_size > 1 else []
+        self.all_reduce_buffer = self.params.new_zeros(
+            self._num_params() + NUM_SUMS + 1 + sum(b.numel() for b in self.buffers)
+        )
+        self.grad = self.all_reduce_buffer[: self._num_params()]
+        self.loss_sums = self.all_reduce_buffer[self._num_params() : self._num_params() + NUM_SUMS]
+        self.loss_sum, self.weight_sum, self.num_correct, self.num_samples = self.loss_sums.unbind()
+        self.stop_flag = self.all_reduce_buffer[self._num_params() + NUM_SUMS]
+        self._tail = self.all_reduce_buffer[self._num_params() + NUM_SUMS + 1 :]
+        self.grads = self._split_into_views(self.grad)
         """The gradient of each parameter, a view of `gradient` of its shape."""
-        for parameter, view in zip(self.parameters, self._views(self.values), strict=True):
+        for parameter, view in zip(self.parameters, self._split_into_views(self.params), strict=True):
             parameter.data = view
         self.train()
 
@@ -66,62 +68,62 @@ class FlatModel:
         for norm in self._frozen_norms:
             norm.eval()
 
-    def add(self, sums: Sums) -> None:
+    def accumulate(self, sums: LossSums) -> None:
         """Add one piece's sums to the exchange vector."""
-        self.loss.add_(sums.loss)
-        self.weight.add_(sums.weight)
-        self.correct.add_(sums.correct)
+        self.loss_sum.add_(sums.loss_sum)
+        self.weight_sum.add_(sums.weight_sum)
+        self.num_correct.add_(sums.num_correct)
 
-    def pack_buffers(self, count: int) -> None:
+    def pack_buffers(self, num_samples: int) -> None:
         """Write the buffers, weighted by this rank's number of samples, where the ranks will sum them.
 
         An empty share leaves zeros there: a buffer may hold an infinity, such as a mask, and 0 times that is NaN.
         """
-        if self.buffers and count:
+        if self.buffers and num_samples:
             torch.cat([b.reshape(-1) for b in self.buffers], out=self._tail)
-            self._tail.mul_(float(count))
+            self._tail.mul_(float(num_samples))
 
     def unpack_buffers(self) -> None:
         """Take the ranks' average of the buffers, after the sum."""
         if self.buffers:
-            mean = self._tail / self.count
+            mean = self._tail / self.num_samples
             sizes = [b.numel() for b in self.buffers]
             for buffer, part in zip(self.buffers, mean.split(sizes), strict=True):
                 buffer.copy_(part.view_as(buffer))
 
-    def not_finite_gradients(self) -> list[str]:
+    def find_nonfinite_grads(self) -> list[str]:
         """Names of the parameters whose gradient holds NaN or infinity now. Waits for the device."""
         return [
-            name for name, one in zip(self.sizes, self.gradients, strict=True) if not bool(torch.isfinite(one).all())
+            name for name, one in zip(self.param_sizes, self.grads, strict=True) if not bool(torch.isfinite(one).all())
         ]
 
-    def weights(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """A copy of all tensors of the model on the CPU, by name."""
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
 
-    def load(self, weights: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         """Take over tensors of the same names and shapes, in place, so that the views stay views.
 
         Raises
         ------
         JobError: others.
         """
-        take_weights(self.model, weights, self._code)
+        load_state_dict_strict(self.model, state_dict, self._code)
 
-    def _averaged(self) -> list[Tensor]:
+    def _buffers_to_average(self) -> list[Tensor]:
         """The buffers that differ between ranks. An average of equal ones is rounded: what is frozen has no part."""
         frozen = {id(buffer) for norm in self._frozen_norms for buffer in norm.buffers()}
         return [b for b in self.model.buffers() if b.is_floating_point() and id(b) not in frozen]
 
-    def _size(self) -> int:
-        return self.values.numel()
+    def _num_params(self) -> int:
+        return self.params.numel()
 
-    def _views(self, flat: Tensor) -> list[Tensor]:
+    def _split_into_views(self, flat: Tensor) -> list[Tensor]:
         parts = flat.split([p.numel() for p in self.parameters])
         return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
 
 
-def take_weights(model: nn.Module, weights: Mapping[str, Tensor], code: str = "") -> None:
+def load_state_dict_strict(model: nn.Module, state_dict: Mapping[str, Tensor], code: str = "") -> None:
     """Copy a checkpoint's tensors into a model of the same names and shapes.
 
     Parameters
@@ -133,7 +135,7 @@ def take_weights(model: nn.Module, weights: Mapping[str, Tensor], code: str = ""
     JobError: others.
     """
     try:
-        model.load_state_dict(weights, strict=True)
+        model.load_state_dict(state_dict, strict=True)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:3]] or [str(error)]
         if code:

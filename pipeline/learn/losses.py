@@ -11,20 +11,20 @@ from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from pipeline import job as spec
 from pipeline.errors import JobError, TrainyardError, WorkError
-from pipeline.own_code import failed, imported
+from pipeline.own_code import import_user_function, wrap_user_error
 
 WHERE = "task.loss"
 
 Reduction = Literal["none", "sum"]
 
 
-class Loss(Protocol):
+class LossFn(Protocol):
     """(outputs (B, K) floating, targets as prepared) -> losses (B,), or with reduction "sum" their sum, a scalar."""
 
     def __call__(self, outputs: Tensor, targets: Tensor, reduction: Reduction = "none") -> Tensor: ...
 
 
-def build_loss(task: spec.Task) -> Loss:
+def build_loss(task: spec.TaskConfig) -> LossFn:
     """The loss of a job.
 
     Raises
@@ -32,7 +32,7 @@ def build_loss(task: spec.Task) -> Loss:
     JobError: there is no such function.
     """
     if task.loss is not None and ":" in task.loss:
-        return OwnLoss(task.loss)
+        return CustomLoss(task.loss)
     if task.kind == "multiclass":
         return cross_entropy
     if task.kind == "binary":
@@ -62,7 +62,7 @@ def _mean_over_columns(loss: Any, outputs: Tensor, targets: Tensor, reduction: R
     return losses.sum() if reduction == "sum" else losses
 
 
-class OwnLoss:
+class CustomLoss:
     """A function of the user's, `module:function`: (outputs (B, K), targets as prepared) -> losses (B,).
 
     Targets are int64 classes (B,), or probabilities (B, K) with mixup; floating 0 or 1 (B,), with mixup in between;
@@ -75,7 +75,7 @@ class OwnLoss:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._function = imported(name, where=WHERE, error=JobError)
+        self._function = import_user_function(name, where=WHERE, error=JobError)
 
     def __call__(self, outputs: Tensor, targets: Tensor, reduction: Reduction = "none") -> Tensor:
         """Raises
@@ -85,7 +85,7 @@ class OwnLoss:
         try:
             losses = self._function(outputs, targets)
         except Exception as raised:  # whatever the user's function raises is the user's to see
-            raise failed(raised, f"{WHERE}: {self.name}", WorkError) from raised
+            raise wrap_user_error(raised, f"{WHERE}: {self.name}", WorkError) from raised
         expected_shape = (len(outputs),)
         if not isinstance(losses, Tensor) or losses.shape != expected_shape:
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
@@ -97,7 +97,7 @@ class OwnLoss:
         return losses.sum() if reduction == "sum" else losses
 
 
-def check_loss(loss: OwnLoss, outputs: Tensor, targets: Tensor, *, mixes: bool) -> None:
+def check_custom_loss(loss: CustomLoss, outputs: Tensor, targets: Tensor, *, has_mixup: bool) -> None:
     """Try a loss of the user's on a few samples before training.
 
     Parameters
@@ -109,9 +109,9 @@ def check_loss(loss: OwnLoss, outputs: Tensor, targets: Tensor, *, mixes: bool) 
     ------
     JobError: it fails, has another shape, cannot be differentiated by the outputs, or is not finite on finite outputs.
     """
-    if mixes and not targets.is_floating_point():
+    if has_mixup and not targets.is_floating_point():
         mixed = F.one_hot(targets, outputs.shape[1]).to(outputs.dtype)
-        check_loss(loss, outputs, mixed, mixes=False)
+        check_custom_loss(loss, outputs, mixed, has_mixup=False)
     where = f"{WHERE}: {loss.name}"
     outputs = outputs.detach().clone().requires_grad_()
     try:
@@ -127,5 +127,7 @@ def check_loss(loss: OwnLoss, outputs: Tensor, targets: Tensor, *, mixes: bool) 
         if values is not None and outputs.isfinite().all() and not values.isfinite().all():
             nonfinite_value = values[~values.isfinite()][0].item()
             raise JobError(
-                f"its {what} is {nonfinite_value} for a sample of the training split", where=where, fix="see that it is finite"
+                f"its {what} is {nonfinite_value} for a sample of the training split",
+                where=where,
+                fix="see that it is finite",
             )

@@ -16,31 +16,31 @@ from pipeline.learn.task import Task
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
-class Metrics(Protocol):
+class TaskMetrics(Protocol):
     """What one task measures, and from what.
 
     Rows are outputs (n, K) and targets (n,) or (n, T), floating, as the model gives and learns them; losses (n,),
     unweighted. Sums of rows can be added up, within a rank and over ranks.
     """
 
-    def sums(self, outputs: Array, targets: Array, losses: Array, log_losses: Array) -> Array:
+    def compute_sums(self, outputs: Array, targets: Array, losses: Array, log_losses: Array) -> Array:
         """Sums over rows, as one float64 vector of a length that the task alone decides."""
 
-    def of_sums(self, sums: Array) -> dict[str, float]:
+    def from_sums(self, sums: Array) -> dict[str, float]:
         """The metrics that follow from sums over a whole split, and `samples`."""
 
-    def of_rows(self, outputs: Array, targets: Array) -> dict[str, float]:
+    def from_samples(self, outputs: Array, targets: Array) -> dict[str, float]:
         """The metrics that need all rows at once: (N, K), and (N, T) or (N, 1)."""
 
-    def people_see(self, outputs: Array, targets: Array) -> tuple[np.ndarray, np.ndarray]:
+    def to_user_units(self, outputs: Array, targets: Array) -> tuple[np.ndarray, np.ndarray]:
         """A whole split's outputs and targets as a metric of the user's own takes them, see `OwnMetric`."""
 
 
-def metrics_of(task: Task) -> Metrics:
-    return _OfClasses(task) if task.classes else _OfValues(task)
+def make_task_metrics(task: Task) -> TaskMetrics:
+    return ClassificationMetrics(task) if task.num_classes else RegressionMetrics(task)
 
 
-class _OfClasses:
+class ClassificationMetrics:
     """multiclass and binary.
 
     loss: weighted mean. accuracy, correct. balanced_accuracy: mean recall over the classes that occur. f1: of class 1,
@@ -52,11 +52,11 @@ class _OfClasses:
 
     def __init__(self, task: Task) -> None:
         self._binary = task.kind == "binary"
-        self._classes = task.classes
-        self._majority = task.majority
+        self._classes = task.num_classes
+        self._majority = task.majority_class
         self._weights = None if task.class_weights is None else task.class_weights.double().cpu().numpy()
 
-    def sums(self, outputs: Array, targets: Array, losses: Array, log_losses: Array) -> Array:
+    def compute_sums(self, outputs: Array, targets: Array, losses: Array, log_losses: Array) -> Array:
         count = self._classes
         labels = targets.astype(np.intp)
         predictions = (outputs[:, 0] > 0).astype(np.intp) if self._binary else outputs.argmax(1)
@@ -72,7 +72,7 @@ class _OfClasses:
         result[4 + 2 * count :] = np.bincount(labels[labels == predictions], minlength=count)
         return result
 
-    def of_sums(self, sums: Array) -> dict[str, float]:
+    def from_sums(self, sums: Array) -> dict[str, float]:
         loss, weight, samples, log_loss = sums[:4].tolist()
         actual, predicted, num_correct = sums[4:].reshape(3, self._classes)
         correct = float(num_correct.sum())
@@ -93,20 +93,20 @@ class _OfClasses:
             "samples": int(samples),
         }
 
-    def of_rows(self, outputs: Array, targets: Array) -> dict[str, float]:
+    def from_samples(self, outputs: Array, targets: Array) -> dict[str, float]:
         labels = targets[:, 0]
         if not np.isfinite(outputs).all():
             return {"auc": math.nan}
         if self._binary:  # the logit orders as the probability does, with fewer ties by rounding
-            return {"auc": auc(outputs[:, 0], labels == 1)}
-        class_aucs = [auc(column, labels == label) for label, column in enumerate(_softmax(outputs).T)]
+            return {"auc": compute_auc(outputs[:, 0], labels == 1)}
+        class_aucs = [compute_auc(column, labels == label) for label, column in enumerate(_softmax(outputs).T)]
         return {"auc": _mean(np.array([one for one in class_aucs if not math.isnan(one)]))}
 
-    def people_see(self, outputs: Array, targets: Array) -> tuple[np.ndarray, np.ndarray]:
-        return _logistic(outputs[:, 0]) if self._binary else _softmax(outputs), targets[:, 0].astype(np.int64)
+    def to_user_units(self, outputs: Array, targets: Array) -> tuple[np.ndarray, np.ndarray]:
+        return _sigmoid(outputs[:, 0]) if self._binary else _softmax(outputs), targets[:, 0].astype(np.int64)
 
 
-class _OfValues:
+class RegressionMetrics:
     """regression.
 
     loss: mean of what is learned. rmse, mae: errors in the target's unit. r2: coefficient of determination, NaN for
@@ -120,27 +120,31 @@ class _OfValues:
     """
 
     def __init__(self, task: Task) -> None:
-        self._columns = task.outputs
-        self._has_baseline = bool(task.means)
+        self._columns = task.num_outputs
+        self._has_baseline = bool(task.target_mean)
         # Squares are summed around the training mean: a column far from zero would lose its digits.
-        self._means = np.array(task.means or [0.0] * task.outputs)
-        self._std = np.array(task.unit.std if task.unit is not None else [1.0] * task.outputs)
-        self._zero = np.array(task.unit.mean if task.unit is not None else [0.0] * task.outputs)
+        self._target_mean = np.array(task.target_mean or [0.0] * task.num_outputs)
+        self._target_std = np.array(
+            task.target_scale.std if task.target_scale is not None else [1.0] * task.num_outputs
+        )
+        self._target_offset = np.array(
+            task.target_scale.mean if task.target_scale is not None else [0.0] * task.num_outputs
+        )
         self._names = task.target_names
         # Scaled targets have a spread of 1, to rounding; of others, an earlier version did not store it.
-        spreads = np.array(task.spreads or [1.0] * task.outputs)
-        self._shared = self._std if task.outputs == 1 else 1 / np.where(spreads == 0, 1.0, spreads)
+        spreads = np.array(task.target_std or [1.0] * task.num_outputs)
+        self._joint_scale = self._target_std if task.num_outputs == 1 else 1 / np.where(spreads == 0, 1.0, spreads)
 
-    def sums(self, outputs: Array, targets: Array, losses: Array, log_losses: Array) -> Array:
+    def compute_sums(self, outputs: Array, targets: Array, losses: Array, log_losses: Array) -> Array:
         targets = targets.reshape(outputs.shape).astype(np.float64)
-        errors, spread = outputs - targets, targets - self._means
+        errors, spread = outputs - targets, targets - self._target_mean
         result = np.empty(2 + 5 * self._columns)
         result[:2] = losses.sum(), len(losses)
         each = [np.abs(errors).sum(0), (errors**2).sum(0), spread.sum(0), np.abs(spread).sum(0), (spread**2).sum(0)]
         result[2:] = np.concatenate(each)
         return result
 
-    def of_sums(self, sums: Array) -> dict[str, float]:
+    def from_sums(self, sums: Array) -> dict[str, float]:
         loss, samples = sums[:2].tolist()
         absolute, squared, spread, absolute_spread, squared_spread = sums[2:].reshape(5, self._columns)
         rows = samples or math.nan
@@ -155,8 +159,8 @@ class _OfValues:
             "baseline_mae": absolute_spread / rows * baseline_factor,
         }
         r2 = np.where(varies, 1 - squared / np.where(varies, centered_squares, 1.0), math.nan)
-        per_target = {**{name: each * self._std for name, each in errors.items()}, "r2": r2}
-        joint = {**{name: each * self._shared for name, each in errors.items()}, "r2": r2}
+        per_target = {**{name: each * self._target_std for name, each in errors.items()}, "r2": r2}
+        joint = {**{name: each * self._joint_scale for name, each in errors.items()}, "r2": r2}
         return {
             "loss": _ratio(loss, samples),
             **{name: _mean(joint[name]) for name in TARGET_METRICS},
@@ -168,15 +172,17 @@ class _OfValues:
             "samples": int(samples),
         }
 
-    def of_rows(self, outputs: Array, targets: Array) -> dict[str, float]:
+    def from_samples(self, outputs: Array, targets: Array) -> dict[str, float]:
         return {}
 
-    def people_see(self, outputs: Array, targets: Array) -> tuple[np.ndarray, np.ndarray]:
-        seen = [values.reshape(-1, self._columns) * self._std + self._zero for values in (outputs, targets)]
+    def to_user_units(self, outputs: Array, targets: Array) -> tuple[np.ndarray, np.ndarray]:
+        seen = [
+            values.reshape(-1, self._columns) * self._target_std + self._target_offset for values in (outputs, targets)
+        ]
         return (seen[0], seen[1]) if self._columns > 1 else (seen[0][:, 0], seen[1][:, 0])
 
 
-def auc(scores: np.ndarray, positive: np.ndarray) -> float:
+def compute_auc(scores: np.ndarray, positive: np.ndarray) -> float:
     """The share of pairs (a positive row, a negative row) in which the positive row scores higher, ties counting half:
     the area under the ROC curve. NaN without a pair. Exact but for one division.
 
@@ -197,14 +203,14 @@ def _softmax(outputs: np.ndarray) -> np.ndarray:
     return exponentials
 
 
-def _logistic(logits: np.ndarray) -> np.ndarray:
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
     """(N,) float64."""
     with np.errstate(over="ignore"):  # 1 / inf is 0, as it should be
         return 1 / (1 + np.exp(-logits.astype(np.float64)))
 
 
-def _ratio(value: float, of: float) -> float:
-    return value / of if of else math.nan
+def _ratio(value: float, denominator: float) -> float:
+    return value / denominator if denominator else math.nan
 
 
 def _mean(values: np.ndarray) -> float:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import JobError, WorkError
-from pipeline.job import own_metric
-from pipeline.own_code import failed, imported
+from pipeline.job import metric_column
+from pipeline.own_code import import_user_function, wrap_user_error
 
 
 @dataclass(frozen=True)
-class OwnMetric:
+class CustomMetric:
     """`module:function` of (outputs, targets), both of a whole split in its order, read-only -> a number.
 
     outputs: float64. multiclass: probabilities (N, classes). binary: probabilities of class 1 (N,). regression: values
@@ -23,19 +23,19 @@ class OwnMetric:
     """
 
     name: str
-    function: Callable[..., Any]
+    metric_fn: Callable[..., Any]
 
     @classmethod
-    def named(cls, name: str) -> OwnMetric:
+    def from_name(cls, name: str) -> CustomMetric:
         """Raises
         ------
         JobError: there is no such function.
         """
-        return cls(name, imported(name, where=f"metrics: {name}", error=JobError))
+        return cls(name, import_user_function(name, where=f"metrics: {name}", error=JobError))
 
     @property
     def column(self) -> str:
-        return own_metric(self.name)
+        return metric_column(self.name)
 
     def __call__(self, outputs: np.ndarray, targets: np.ndarray) -> float:
         """Raises
@@ -43,6 +43,6 @@ class OwnMetric:
         WorkError: the function raised something itself, or gives no number.
         """
         try:
-            return float(self.function(outputs, targets))
+            return float(self.metric_fn(outputs, targets))
         except Exception as raised:  # whatever the user's function raises is the user's to see
-            raise failed(raised, f"metrics: {self.name}", WorkError) from raised
+            raise wrap_user_error(raised, f"metrics: {self.name}", WorkError) from raised

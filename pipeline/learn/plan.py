@@ -7,20 +7,20 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from pipeline.job import Job, Phase
+from pipeline.job import JobConfig, PhaseConfig
 
-FIRST_CELL_STEPS = 10
-MIN_CELL_STEPS = 100
-MAX_CELLS = 128
+FIRST_SEGMENT_STEPS = 10
+MIN_SEGMENT_STEPS = 100
+APPROX_MAX_SEGMENTS = 128
 """A run's metric log has about so many files at most: this, and a few small ones at its start."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingSchedule:
     """Steps count from 1; step 0 is the untrained model."""
 
-    job: Job
-    rows: int
+    job: JobConfig
+    num_rows: int
     """Rows of the training split."""
     max_steps: int | None = None
     """The flag `--max-steps`."""
@@ -29,11 +29,11 @@ class Plan:
     def batch_size(self) -> int:
         """Rows of a full global batch."""
         batch_size_setting = self.job.train.batch_size
-        return self.rows if batch_size_setting == "all" else batch_size_setting
+        return self.num_rows if batch_size_setting == "all" else batch_size_setting
 
     @cached_property
     def steps_per_epoch(self) -> int:
-        return -(-self.rows // self.batch_size)
+        return -(-self.num_rows // self.batch_size)
 
     @cached_property
     def phase_ends(self) -> list[int]:
@@ -49,57 +49,57 @@ class Plan:
         return min(self.phase_ends[-1], self.max_steps or self.phase_ends[-1])
 
     @property
-    def cell_steps(self) -> int:
+    def segment_steps(self) -> int:
         """Steps whose rows share a file of the metric log, once its cells have grown to their full size."""
-        return max(MIN_CELL_STEPS, -(-self.phase_ends[-1] // MAX_CELLS))
+        return max(MIN_SEGMENT_STEPS, -(-self.phase_ends[-1] // APPROX_MAX_SEGMENTS))
 
-    def phase_steps(self, phase: Phase) -> int:
+    def phase_steps(self, phase: PhaseConfig) -> int:
         return phase.steps if phase.steps is not None else (phase.epochs or 0) * self.steps_per_epoch
 
-    def epoch(self, step: int) -> int:
+    def epoch_of(self, step: int) -> int:
         """The epoch of a step, from 1; 0 for step 0."""
         return -(-step // self.steps_per_epoch)
 
-    def ends_epoch(self, step: int) -> bool:
+    def is_epoch_end(self, step: int) -> bool:
         return step % self.steps_per_epoch == 0
 
-    def lr(self, step: int) -> float:
+    def lr_at(self, step: int) -> float:
         """The learning rate of a step."""
         index = bisect.bisect_left(self.phase_ends, step)
         phase = self.job.train.phases[index]
         position = step - 1 - (self.phase_ends[index - 1] if index else 0)
-        return phase_lr(phase, position, self.phase_steps(phase), self.steps_per_epoch)
+        return compute_lr(phase, position, self.phase_steps(phase), self.steps_per_epoch)
 
-    def resets_optimizer_before(self, step: int) -> bool:
+    def should_reset_optimizer(self, step: int) -> bool:
         """Whether a phase that begins with this step forgets momentum and moments."""
         if step - 1 not in self.phase_ends[:-1]:
             return False
         return self.job.train.phases[self.phase_ends.index(step - 1) + 1].optimizer_state == "reset"
 
-    def phase(self, step: int) -> int:
+    def phase_of(self, step: int) -> int:
         """The phase of a step, from 1."""
         return bisect.bisect_left(self.phase_ends, step) + 1
 
-    def evaluation(self, step: int) -> int:
+    def evaluation_number(self, step: int) -> int:
         """The number of the evaluation after a step, from 1; 0 for the untrained one."""
         when = self.job.evaluate
         return -(-step // (when.every_steps or (when.every_epochs or 1) * self.steps_per_epoch))
 
-    def evaluates_after(self, step: int) -> bool:
+    def is_evaluation_due(self, step: int) -> bool:
         when = self.job.evaluate
-        return step == self.last_step or self._due(step, when.every_epochs, when.every_steps)
+        return step == self.last_step or self._is_due(step, when.every_epochs, when.every_steps)
 
-    def saves_after(self, step: int) -> bool:
+    def is_checkpoint_due(self, step: int) -> bool:
         when = self.job.checkpoint
-        return step == self.last_step or self._due(step, when.every_epochs, when.every_steps)
+        return step == self.last_step or self._is_due(step, when.every_epochs, when.every_steps)
 
-    def _due(self, step: int, every_epochs: int | None, every_steps: int | None) -> bool:
+    def _is_due(self, step: int, every_epochs: int | None, every_steps: int | None) -> bool:
         if every_steps is not None:
             return step % every_steps == 0
-        return self.ends_epoch(step) and self.epoch(step) % (every_epochs or 1) == 0
+        return self.is_epoch_end(step) and self.epoch_of(step) % (every_epochs or 1) == 0
 
 
-def phase_lr(phase: Phase, position: int, length: int, steps_per_epoch: int) -> float:
+def compute_lr(phase: PhaseConfig, position: int, length: int, steps_per_epoch: int) -> float:
     """The learning rate at a position (from 0) of a phase of `length` steps.
 
     cosine: Loshchilov and Hutter, SGDR, equation 5 without restarts. one_cycle: Smith and Topin, Super-Convergence, in
@@ -111,14 +111,14 @@ def phase_lr(phase: Phase, position: int, length: int, steps_per_epoch: int) -> 
     if phase.schedule == "step":
         return phase.lr * phase.factor ** (position // (phase.every_epochs * steps_per_epoch))
     if phase.schedule == "cosine":
-        return _cosine(phase.lr, 0.0, done / left)
+        return _cosine_annealing(phase.lr, 0.0, done / left)
     if phase.schedule == "one_cycle":
         low, lowest, peak = phase.lr / 25, phase.lr / 25 / 1e4, 0.3 * left - 1
         if done <= peak:
-            return _cosine(low, phase.lr, done / peak)
-        return _cosine(phase.lr, lowest, (done - peak) / max(left - 1 - peak, 1e-12))
+            return _cosine_annealing(low, phase.lr, done / peak)
+        return _cosine_annealing(phase.lr, lowest, (done - peak) / max(left - 1 - peak, 1e-12))
     return phase.lr
 
 
-def _cosine(start: float, end: float, share: float) -> float:
-    return end + (start - end) / 2 * (1 + math.cos(math.pi * min(share, 1.0)))
+def _cosine_annealing(start: float, end: float, fraction: float) -> float:
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * min(fraction, 1.0)))

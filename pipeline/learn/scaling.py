@@ -19,7 +19,7 @@ less, already loses digits, so a smaller scale makes room for nothing. From the 
 away. (torch's scaler has no such limit; DeepSpeed's is 1, fairseq's 1e-4.)"""
 
 
-class LossScale:
+class GradScaler:
     """state: factor (scalar float32), steps since it last changed (scalar int32), and updates skipped since the start
     of the run (scalar int64), on the device."""
 
@@ -31,12 +31,12 @@ class LossScale:
         }
 
     @property
-    def factor(self) -> Tensor:
+    def scale(self) -> Tensor:
         return self.state["factor"]
 
-    def found_inf(self, gradient: Tensor) -> Tensor:
+    def found_inf(self, grad: Tensor) -> Tensor:
         """1 where any element is NaN or infinite, else 0: a float32 scalar on the device."""
-        return (~torch.isfinite(gradient).all()).float()
+        return (~torch.isfinite(grad).all()).float()
 
     def update(self, found_inf: Tensor) -> None:
         """Halve the scale and count the update as skipped after an overflow, double the scale after 2,000 steps without
@@ -46,7 +46,7 @@ class LossScale:
             self.state["factor"], self.state["good_steps"], found_inf, GROWTH, BACKOFF, GROWTH_INTERVAL
         )
 
-    def load(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from a copy of `state`. That of an earlier version has no count of skipped updates."""
         for name, tensor in self.state.items():
             if name in state or name != "skipped":

@@ -10,24 +10,24 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import JobError
-from pipeline.job import Job
-from pipeline.learn.losses import Loss, OwnLoss, build_loss
-from pipeline.learn.own_metrics import OwnMetric
+from pipeline.job import JobConfig
+from pipeline.learn.losses import CustomLoss, LossFn, build_loss
+from pipeline.learn.own_metrics import CustomMetric
 
 
-class Sums(NamedTuple):
+class LossSums(NamedTuple):
     """Sums over a batch, each a scalar tensor on the device; the loss keeps its graph."""
 
-    loss: Tensor
+    loss_sum: Tensor
     """Weighted sum of the samples' losses."""
-    weight: Tensor | float
+    weight_sum: Tensor | float
     """Sum of the samples' weights: what the loss is divided by."""
-    correct: Tensor | float
+    num_correct: Tensor | float
     """Number of samples predicted correctly; NaN where a task has no such thing."""
 
 
 @dataclass(frozen=True)
-class Unit:
+class TargetScale:
     """How scaled targets become values: value = mean + std x target, column by column."""
 
     mean: tuple[float, ...]
@@ -49,25 +49,25 @@ class Task:
     """
 
     kind: str
-    outputs: int
-    loss: Loss
+    num_outputs: int
+    loss_fn: LossFn
     class_weights: Tensor | None = None
-    majority: int | None = None
-    means: tuple[float, ...] = ()
-    unit: Unit | None = None
-    metrics: tuple[OwnMetric, ...] = ()
-    spreads: tuple[float, ...] = ()
+    majority_class: int | None = None
+    target_mean: tuple[float, ...] = ()
+    target_scale: TargetScale | None = None
+    custom_metrics: tuple[CustomMetric, ...] = ()
+    target_std: tuple[float, ...] = ()
     target_names: tuple[str, ...] = ()
 
     @property
-    def classes(self) -> int:
+    def num_classes(self) -> int:
         """0 for regression."""
-        return {"multiclass": self.outputs, "binary": 2}.get(self.kind, 0)
+        return {"multiclass": self.num_outputs, "binary": 2}.get(self.kind, 0)
 
     @property
-    def loss_is_log_loss(self) -> bool:
+    def is_log_loss(self) -> bool:
         """Whether the unweighted loss of a sample is the cross-entropy."""
-        return self.classes > 0 and not isinstance(self.loss, OwnLoss)
+        return self.num_classes > 0 and not isinstance(self.loss_fn, CustomLoss)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Task:
         """The same task with its weights on a device."""
@@ -75,7 +75,7 @@ class Task:
             return self
         return replace(self, class_weights=self.class_weights.to(device, dtype))
 
-    def weights(self, targets: Tensor) -> Tensor | None:
+    def sample_weights(self, targets: Tensor) -> Tensor | None:
         """The weight of each sample: (B,), or None where all are 1. A mixed sample's is its classes' mixed weight."""
         weights = self.class_weights
         if weights is None:
@@ -85,7 +85,7 @@ class Task:
         targets = targets.to(weights.dtype)  # or the single weights below would take on the targets' type
         return targets @ weights if targets.ndim > 1 else weights[0] * (1 - targets) + weights[1] * targets
 
-    def correct(self, outputs: Tensor, targets: Tensor) -> Tensor | float:
+    def count_correct(self, outputs: Tensor, targets: Tensor) -> Tensor | float:
         """How many of a batch are predicted correctly; the class of a mixed sample is the one it has most of."""
         if self.kind == "multiclass":
             return (outputs.argmax(1) == (targets.argmax(1) if targets.ndim > 1 else targets)).sum()
@@ -93,35 +93,35 @@ class Task:
             return ((outputs.squeeze(1) > 0) == (targets > 0.5)).sum()
         return float("nan")
 
-    def sums(self, outputs: Tensor, targets: Tensor) -> Sums:
+    def compute_loss_sums(self, outputs: Tensor, targets: Tensor) -> LossSums:
         """The sums of a training batch, to be differentiated by `loss`.
 
         outputs: (B, outputs), any floating type; losses are computed in float32 at least.
         targets: (B,) int64 classes or (B, classes) probabilities, (B,) floating from 0 to 1, or (B, T) floating values.
         """
-        outputs = at_least_single(outputs)
-        weights = self.weights(targets)
-        correct = self.correct(outputs.detach(), targets)
+        outputs = upcast_to_fp32(outputs)
+        weights = self.sample_weights(targets)
+        correct = self.count_correct(outputs.detach(), targets)
         if weights is not None:
-            return Sums((self.loss(outputs, targets) * weights).sum(), weights.sum(), correct)
-        return Sums(self.loss(outputs, targets, "sum"), float(len(targets)), correct)
+            return LossSums((self.loss_fn(outputs, targets) * weights).sum(), weights.sum(), correct)
+        return LossSums(self.loss_fn(outputs, targets, "sum"), float(len(targets)), correct)
 
 
-def at_least_single(outputs: Tensor) -> Tensor:
+def upcast_to_fp32(outputs: Tensor) -> Tensor:
     """Outputs in float32 where they come in less."""
     return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
 
 
 def build_task(
-    job: Job,
-    classes: int,
-    target_columns: int,
+    job: JobConfig,
+    num_classes: int,
+    num_targets: int,
     *,
     class_counts: Sequence[int] = (),
-    means: Sequence[float] = (),
-    spreads: Sequence[float] = (),
-    unit: Unit | None = None,
-    number_of: Callable[[int | str], int] | None = None,
+    target_mean: Sequence[float] = (),
+    target_std: Sequence[float] = (),
+    target_scale: TargetScale | None = None,
+    label_index: Callable[[int | str], int] | None = None,
 ) -> Task:
     """The task of a job.
 
@@ -140,37 +140,37 @@ def build_task(
     JobError: a weight for a class that there is not, or code of the user's that there is not.
     """
     task = job.task
-    outputs = {"multiclass": classes, "binary": 1, "regression": target_columns}[task.kind]
+    outputs = {"multiclass": num_classes, "binary": 1, "regression": num_targets}[task.kind]
     built = Task(
         task.kind,
         outputs,
         build_loss(task),
-        majority=max(range(len(class_counts)), key=lambda label: class_counts[label]) if class_counts else None,
-        means=tuple(means),
-        unit=unit,
-        metrics=tuple(map(OwnMetric.named, job.metrics)),
-        spreads=tuple(spreads),
-        target_names=job.target_names(target_columns),
+        majority_class=max(range(len(class_counts)), key=lambda label: class_counts[label]) if class_counts else None,
+        target_mean=tuple(target_mean),
+        target_scale=target_scale,
+        custom_metrics=tuple(map(CustomMetric.from_name, job.metrics)),
+        target_std=tuple(target_std),
+        target_names=job.target_names(num_targets),
     )
     if task.class_weights is None:
         return built
     if task.class_weights == "balanced":
         total = sum(class_counts)
-        weights = [total / (built.classes * count) if count else 0.0 for count in class_counts]
-        assert len(weights) == built.classes, "balanced weights need the rows of each class"
+        weights = [total / (built.num_classes * count) if count else 0.0 for count in class_counts]
+        assert len(weights) == built.num_classes, "balanced weights need the rows of each class"
     else:
-        weights = [1.0] * built.classes
+        weights = [1.0] * built.num_classes
         for label, weight in task.class_weights.items():
-            weights[_class_number(label, built.classes, number_of)] = float(weight)
+            weights[_class_index(label, built.num_classes, label_index)] = float(weight)
     return replace(built, class_weights=torch.tensor(weights, dtype=torch.float64))
 
 
-def _class_number(label: int | str, classes: int, number_of: Callable[[int | str], int] | None) -> int:
-    number = number_of(label) if number_of is not None else label
-    if not isinstance(number, int) or not 0 <= number < classes:
+def _class_index(label: int | str, num_classes: int, label_index: Callable[[int | str], int] | None) -> int:
+    number = label_index(label) if label_index is not None else label
+    if not isinstance(number, int) or not 0 <= number < num_classes:
         raise JobError(
-            f"{label} is no class; there are {classes}",
+            f"{label} is no class; there are {num_classes}",
             where=f"task.class_weights.{label}",
-            fix=f"use 0 to {classes - 1}",
+            fix=f"use 0 to {num_classes - 1}",
         )
     return number

@@ -12,53 +12,57 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pipeline.device import Arithmetic
-from pipeline.job import Job, Mlp
-from pipeline.learn.flat import FlatModel
-from pipeline.learn.task import Sums, Task
-from pipeline.learn.written import WrittenMlp
+from pipeline.device import Precision
+from pipeline.job import JobConfig, MlpConfig
+from pipeline.learn.flat import FlatParameters
+from pipeline.learn.task import LossSums, Task
+from pipeline.learn.written import ManualMlpBackward
 
-Way = Callable[[Tensor, Tensor, Tensor | float], Sums]
+GradientFn = Callable[[Tensor, Tensor, Tensor | float], LossSums]
 """(inputs (B, ...), targets (B, ...), scale of the gradient) -> sums without graph; B is 1 at least."""
 
 
-def choose_way(job: Job, device: torch.device, code_sizes: tuple[int, ...] = ()) -> str:
+def select_gradient_backend(job: JobConfig, device: torch.device, code_sizes: tuple[int, ...] = ()) -> str:
     """`written` for plain MLPs in fp32 and fp64, `compiled` where the job says so, else `eager`.
 
     code_sizes: as `build_model` takes them: with embeddings and with frozen layers an MLP is not plain.
     """
     if job.train.compile == "on":
         return "compiled"
-    plain = isinstance(job.model, Mlp) and not job.model.dropout and not job.model.batch_norm
+    plain = isinstance(job.model, MlpConfig) and not job.model.dropout and not job.model.batch_norm
     plain = plain and not code_sizes and not job.model.freeze
-    if plain and WrittenMlp.knows(job) and device.type in ("cpu", "cuda"):
+    if plain and ManualMlpBackward.supports(job) and device.type in ("cpu", "cuda"):
         return "written"
     return "eager"
 
 
-def build_way(name: str, flat: FlatModel, task: Task, arithmetic: Arithmetic, device: torch.device) -> Way:
-    if name == "written":
-        return WrittenMlp(flat, task)
-    return _differentiated(flat, task, arithmetic, device, compiled=name == "compiled")
+def build_gradient_fn(
+    gradient_backend: str, flat: FlatParameters, task: Task, precision: Precision, device: torch.device
+) -> GradientFn:
+    if gradient_backend == "written":
+        return ManualMlpBackward(flat, task)
+    return _autograd_gradient_fn(flat, task, precision, device, compiled=gradient_backend == "compiled")
 
 
-def _differentiated(flat: FlatModel, task: Task, arithmetic: Arithmetic, device: torch.device, compiled: bool) -> Way:
+def _autograd_gradient_fn(
+    flat: FlatParameters, task: Task, precision: Precision, device: torch.device, compiled: bool
+) -> GradientFn:
     """The gradient by autograd, the forward pass and loss as written or compiled by torch."""
 
-    def forward(inputs: Tensor, targets: Tensor) -> Sums:
-        with arithmetic.context(device):
+    def forward(inputs: Tensor, targets: Tensor) -> LossSums:
+        with precision.autocast_context(device):
             outputs = flat.model(inputs)
-        return task.sums(outputs, targets)
+        return task.compute_loss_sums(outputs, targets)
 
     if compiled:
         # Code of its own for each shape: with dynamic shapes it would depend on the shape that a resume meets first.
         forward = torch.compile(forward, dynamic=False)
 
-    def gradient(inputs: Tensor, targets: Tensor, scale: Tensor | float) -> Sums:
+    def gradient(inputs: Tensor, targets: Tensor, scale: Tensor | float) -> LossSums:
         sums = forward(inputs, targets)
-        loss = sums.loss if isinstance(scale, float) and scale == 1.0 else sums.loss * scale
+        loss = sums.loss_sum if isinstance(scale, float) and scale == 1.0 else sums.loss_sum * scale
         gradients = torch.autograd.grad(loss, flat.parameters, materialize_grads=True)
-        torch._foreach_add_(flat.gradients, gradients)
-        return Sums(sums.loss.detach(), sums.weight, sums.correct)
+        torch._foreach_add_(flat.grads, gradients)
+        return LossSums(sums.loss_sum.detach(), sums.weight_sum, sums.num_correct)
 
     return gradient

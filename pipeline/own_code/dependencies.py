@@ -14,9 +14,9 @@ from pathlib import Path
 
 from pipeline.errors import JobError
 
-OURS = Path(__file__).parents[1]
+PACKAGE_FOLDER = Path(__file__).parents[1]
 """The package whose name a user's own must not have."""
-MOST_FILES, MOST_BYTES = 1_000, 10_000_000
+MAX_FILES, MAX_BYTES = 1_000, 10_000_000
 """Bounds of the code that is stored with a run."""
 
 _IMPORTS_BY_NAME = frozenset({"import_module", "__import__"})
@@ -26,7 +26,7 @@ _IMPORTS_BY_PATH = frozenset(
 
 
 @dataclass
-class Dependencies:
+class CodeDependencies:
     """The files that modules of the user's own import, directly or not.
 
     roots: folders in which these are looked for, in this order. Of what is found elsewhere only the modules that the
@@ -39,10 +39,10 @@ class Dependencies:
     where: str
     files: dict[str, bytes] = field(default_factory=dict)
     paths: dict[str, Path] = field(default_factory=dict)
-    _bytes: int = 0
+    _total_bytes: int = 0
 
     @classmethod
-    def of(cls, modules: Iterable[str], roots: Sequence[Path], where: str) -> Dependencies:
+    def collect(cls, modules: Iterable[str], roots: Sequence[Path], where: str) -> CodeDependencies:
         """The files of `modules` and of all that they import.
 
         A package's `__init__` belongs to its modules. Where a module is imported by a name or path that is computed,
@@ -73,52 +73,52 @@ class Dependencies:
             for path, file, root in self._locate(name):
                 if path in self.files:
                     continue
-                content = self._take(path, file)
-                package = _module_of(path) if file.name == "__init__.py" else _module_of(path).rpartition(".")[0]
-                tree = _parsed(content)
-                pending.extend(_imports(tree, package))
+                content = self._add_file(path, file)
+                package = _module_name(path) if file.name == "__init__.py" else _module_name(path).rpartition(".")[0]
+                tree = _parse_source(content)
+                pending.extend(_iter_imports(tree, package))
                 if file.name == "__init__.py":
-                    pending.extend(f"{package}.{name}" for name in _exported(tree))
-                if _imports_by_computed_name(tree):
-                    self._take_all(root)
+                    pending.extend(f"{package}.{name}" for name in _iter_exports(tree))
+                if _has_dynamic_import(tree):
+                    self._add_all_files(root)
 
     def _locate(self, module: str) -> list[tuple[str, Path, Path]]:
         """The files that importing a module runs: path below the root, file, root. Empty if it is not the user's."""
         parts = module.split(".")
-        if parts[0] in sys.stdlib_module_names or parts[0] == OURS.name:
+        if parts[0] in sys.stdlib_module_names or parts[0] == PACKAGE_FOLDER.name:
             return []
         self._add_root_of(parts[0], named=False)
-        regular = [root for root in self.roots if _file_of(root, parts[0]) is not None]
+        regular = [root for root in self.roots if _find_module_file(root, parts[0]) is not None]
         for root in regular[:1] or self.roots:
-            if files := [(file.relative_to(root).as_posix(), file, root) for file in _files_of(root, parts)]:
+            if files := [(file.relative_to(root).as_posix(), file, root) for file in _find_package_files(root, parts)]:
                 return files
         return []
 
     def _add_root_of(self, top: str, *, named: bool) -> None:
-        if any(_file_of(root, top) is not None or (root / top).is_dir() for root in self.roots):
+        if any(_find_module_file(root, top) is not None or (root / top).is_dir() for root in self.roots):
             return
         for folder in _import_locations(top):
             below = any(folder.is_relative_to(root) for root in self.roots)
             if (named or below) and folder not in self.roots:
                 self.roots.append(folder)
 
-    def _take(self, path: str, file: Path) -> bytes:
+    def _add_file(self, path: str, file: Path) -> bytes:
         content = self.files[path] = file.read_bytes()
         self.paths[path] = file
-        self._bytes += len(content)
-        if len(self.files) > MOST_FILES or self._bytes > MOST_BYTES:
+        self._total_bytes += len(content)
+        if len(self.files) > MAX_FILES or self._total_bytes > MAX_BYTES:
             raise JobError(
-                f"more than {MOST_FILES:,} Python files or {MOST_BYTES // 10**6} MB would be stored with the run",
+                f"more than {MAX_FILES:,} Python files or {MAX_BYTES // 10**6} MB would be stored with the run",
                 where=self.where,
                 fix="point code: at a smaller folder, one that holds the job's own modules alone",
             )
         return content
 
-    def _take_all(self, root: Path) -> None:
-        for file in _python_files(root):
+    def _add_all_files(self, root: Path) -> None:
+        for file in _iter_python_files(root):
             path = file.relative_to(root).as_posix()
             if path not in self.files:
-                self._take(path, file)
+                self._add_file(path, file)
 
 
 def is_installed(path: Path) -> bool:
@@ -127,11 +127,11 @@ def is_installed(path: Path) -> bool:
     return bool(packages) or path.is_relative_to(sysconfig.get_path("stdlib"))
 
 
-def _module_of(path: str) -> str:
+def _module_name(path: str) -> str:
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-def _file_of(folder: Path, name: str) -> Path | None:
+def _find_module_file(folder: Path, name: str) -> Path | None:
     """The file of a regular package, or of a module, called `name` in a folder."""
     for file in (folder / name / "__init__.py", folder / f"{name}.py"):
         if file.is_file():
@@ -139,11 +139,11 @@ def _file_of(folder: Path, name: str) -> Path | None:
     return None
 
 
-def _files_of(root: Path, parts: Sequence[str]) -> list[Path]:
+def _find_package_files(root: Path, parts: Sequence[str]) -> list[Path]:
     """The files of a module and of the packages above it, as far as they are there."""
     files, folder = [], root
     for part in parts:
-        file = _file_of(folder, part)
+        file = _find_module_file(folder, part)
         if file is not None:
             files.append(file)
         folder = folder / part
@@ -169,7 +169,7 @@ def _import_locations(top: str) -> list[Path]:
     return [] if is_installed(origin) else [origin.parent]
 
 
-def installed_file(module: str) -> Path | None:
+def find_installed_file(module: str) -> Path | None:
     """The source file of a module that belongs to an installed package; its package may be imported."""
     try:
         spec: importlib.machinery.ModuleSpec | None = importlib.util.find_spec(module)
@@ -180,7 +180,7 @@ def installed_file(module: str) -> Path | None:
     return Path(spec.origin)
 
 
-def _parsed(content: bytes) -> ast.Module:
+def _parse_source(content: bytes) -> ast.Module:
     """A file's syntax tree; an empty one for what is no Python, of which the import will tell, if it comes to that."""
     try:
         return ast.parse(content)
@@ -188,24 +188,24 @@ def _parsed(content: bytes) -> ast.Module:
         return ast.Module([], [])
 
 
-def _imports(tree: ast.Module, package: str) -> Iterator[str]:
+def _iter_imports(tree: ast.Module, package: str) -> Iterator[str]:
     """The absolute names of all modules that a file may import, and some that are none, such as `module.function`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = _absolute("." * node.level + (node.module or ""), package)
+            base = _resolve_module_name("." * node.level + (node.module or ""), package)
             if base:
                 yield base
                 yield from (f"{base}.{alias.name}" for alias in node.names if alias.name != "*")
-        elif isinstance(node, ast.Call) and _function_of(node) in _IMPORTS_BY_NAME and node.args:
+        elif isinstance(node, ast.Call) and _called_name(node) in _IMPORTS_BY_NAME and node.args:
             name = node.args[0]
             text = name.value if isinstance(name, ast.Constant) else None
-            if isinstance(text, str) and (module := _absolute(text, package)):
+            if isinstance(text, str) and (module := _resolve_module_name(text, package)):
                 yield module
 
 
-def _exported(tree: ast.Module) -> Iterator[str]:
+def _iter_exports(tree: ast.Module) -> Iterator[str]:
     """What `from package import *` imports: the constants of `__all__`."""
     for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else []
@@ -215,23 +215,23 @@ def _exported(tree: ast.Module) -> Iterator[str]:
                     yield item.value
 
 
-def _imports_by_computed_name(tree: ast.Module) -> bool:
+def _has_dynamic_import(tree: ast.Module) -> bool:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
-            function = _function_of(node)
+            function = _called_name(node)
             by_constant = bool(node.args) and isinstance(node.args[0], ast.Constant)
             if function in _IMPORTS_BY_PATH or (function in _IMPORTS_BY_NAME and not by_constant):
                 return True
     return False
 
 
-def _function_of(call: ast.Call) -> str:
+def _called_name(call: ast.Call) -> str:
     if isinstance(call.func, ast.Name):
         return call.func.id
     return call.func.attr if isinstance(call.func, ast.Attribute) else ""
 
 
-def _absolute(name: str, package: str) -> str:
+def _resolve_module_name(name: str, package: str) -> str:
     """`name` without leading dots; empty where it leads out of the package."""
     try:
         return importlib.util.resolve_name(name, package or None)
@@ -239,7 +239,7 @@ def _absolute(name: str, package: str) -> str:
         return ""
 
 
-def _python_files(folder: Path) -> Iterator[Path]:
+def _iter_python_files(folder: Path) -> Iterator[Path]:
     """All Python files below a folder; hidden folders, caches and virtual environments are left out."""
     for folder_path, folders, files in os.walk(folder):
         current_folder = Path(folder_path)
@@ -250,4 +250,8 @@ def _python_files(folder: Path) -> Iterator[Path]:
             and name not in ("__pycache__", "site-packages")
             and not (current_folder / name / "pyvenv.cfg").is_file()
         )
-        yield from (current_folder / name for name in sorted(files) if name.endswith(".py") and (current_folder / name).is_file())
+        yield from (
+            current_folder / name
+            for name in sorted(files)
+            if name.endswith(".py") and (current_folder / name).is_file()
+        )

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 from pipeline.errors import StorageError
-from pipeline.own_code.dependencies import MOST_BYTES, MOST_FILES
+from pipeline.own_code.dependencies import MAX_BYTES, MAX_FILES
 
 
-def pack(files: Mapping[str, bytes]) -> bytes:
+def to_zip(files: Mapping[str, bytes]) -> bytes:
     """`code.zip`: the same bytes for the same files. Nothing is compressed: that would differ between machines."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
@@ -23,7 +23,7 @@ def pack(files: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def unpack(archive: bytes) -> dict[str, bytes]:
+def from_zip(archive: bytes) -> dict[str, bytes]:
     """The Python files of a `code.zip`, by their paths below an import path.
 
     Raises
@@ -33,19 +33,19 @@ def unpack(archive: bytes) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(io.BytesIO(archive)) as opened:
             entries = opened.infolist()
-            if len(entries) > MOST_FILES or sum(entry.file_size for entry in entries) > MOST_BYTES:
-                raise _not_ours(f"it holds more than {MOST_FILES:,} files or {MOST_BYTES // 10**6} MB")
-            return {_safe(entry.filename): opened.read(entry) for entry in entries}
+            if len(entries) > MAX_FILES or sum(entry.file_size for entry in entries) > MAX_BYTES:
+                raise _invalid_archive_error(f"it holds more than {MAX_FILES:,} files or {MAX_BYTES // 10**6} MB")
+            return {_check_archive_path(entry.filename): opened.read(entry) for entry in entries}
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
-        raise _not_ours(str(error)) from None
+        raise _invalid_archive_error(str(error)) from None
 
 
-def _safe(name: str) -> str:
+def _check_archive_path(name: str) -> str:
     path = PurePosixPath(name)
     if path.suffix != ".py" or path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or "\0" in name:
-        raise _not_ours(f"it holds {name!r}")
+        raise _invalid_archive_error(f"it holds {name!r}")
     return path.as_posix()
 
 
-def _not_ours(what: str) -> StorageError:
+def _invalid_archive_error(what: str) -> StorageError:
     return StorageError(f"not the archive that Trainyard stored: {what}", where="code.zip", fix="restore it")

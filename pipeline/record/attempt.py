@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 from pipeline.errors import BusyError, InputError, SupersededError
 from pipeline.record import decisions, lock, spool
-from pipeline.record.checkpoint import Base, Checkpoint, DamagedError, first_valid, has_pickled_state
-from pipeline.record.entries import Claim, Entry, JournalState, Pair
-from pipeline.record.heartbeat import Heartbeat, interval
+from pipeline.record.checkpoint import Checkpoint, DamagedError, ResumeCheckpoint, find_first_valid, has_pickled_state
+from pipeline.record.entries import CheckpointPair, Claim, JournalEntry, JournalState
+from pipeline.record.heartbeat import Heartbeat, get_interval_s
 from pipeline.record.run import Run
-from pipeline.record.values import now
-from pipeline.record.watch import beats, busy, is_proven_dead, watch
+from pipeline.record.values import utc_now
+from pipeline.record.watch import is_heartbeat_fresh, is_proven_stopped, make_busy_error, watch_heartbeat
 
 
 @dataclass
@@ -27,24 +27,24 @@ class Attempt:
     nonce: str
     state: JournalState
     """What the journal amounts to, up to this attempt's own last entry."""
-    base: Base | None = None
+    resume_checkpoint: ResumeCheckpoint | None = None
     """The checkpoint to go on from; None: begin at step 0."""
-    kept: tuple[Pair, ...] = ()
+    retained: tuple[CheckpointPair, ...] = ()
     """What the commit before the next one kept and this attempt still counts on, newest first."""
-    damaged: list[str] = field(default_factory=list)
+    damaged_checkpoints: list[str] = field(default_factory=list)
     """Checkpoints that the journal names but that are not sound, for a message to the user."""
-    spooled: Checkpoint | None = None
+    local_checkpoint: Checkpoint | None = None
     """What an earlier attempt on this machine saved when storage was lost: to go on from in place of the base, and to
     commit first."""
-    remark: str = ""
+    local_checkpoint_message: str = ""
     """What to tell the user of it."""
-    previous_facts: Mapping[str, Any] = field(default_factory=dict)
+    previous_metadata: Mapping[str, Any] = field(default_factory=dict)
     """What the attempt before this one said of its surroundings; empty for the first."""
     heartbeat: Heartbeat | None = None
     lock: lock.ProcessLock | None = None
 
     @property
-    def ended_at(self) -> int | None:
+    def end_step(self) -> int | None:
         """The step of an end that binds this attempt."""
         return self.state.ended_at
 
@@ -53,7 +53,7 @@ class Attempt:
         """The journal's highest committed step; no early stop below it."""
         return self.state.highest_step
 
-    def append(self, entry: Entry) -> None:
+    def append(self, entry: JournalEntry) -> None:
         """Create this attempt's next entry.
 
         Raises
@@ -61,16 +61,16 @@ class Attempt:
         SupersededError: another attempt took the number; from here on this one writes nothing.
         """
         while not self.run.journal.append(entry):
-            taken = self.run.journal.entry(entry.number)
+            taken = self.run.journal.read_entry(entry.number)
             if taken.nonce != self.nonce:
-                raise self._superseded()
+                raise self._superseded_error()
             # An earlier entry of this attempt, given up when storage was away, did arrive.
-            self.state = decisions.apply(self.state, taken)
+            self.state = decisions.apply_entry(self.state, taken)
             entry = replace(entry, number=entry.number + 1, before=self.state)
-        self.state = decisions.apply(self.state, entry)
+        self.state = decisions.apply_entry(self.state, entry)
 
     @contextmanager
-    def reading_base(self) -> Iterator[None]:
+    def reading_resume_checkpoint(self) -> Iterator[None]:
         """While entered, the base is read. One that vanishes may have been deleted by a later attempt.
 
         Raises
@@ -81,27 +81,27 @@ class Attempt:
         try:
             yield
         except DamagedError:
-            last_claim = self.run.journal.state().claim
+            last_claim = self.run.journal.read_state().claim
             if last_claim is not None and last_claim.attempt > self.number:
-                raise self._superseded() from None
+                raise self._superseded_error() from None
             raise
 
-    def _superseded(self) -> SupersededError:
+    def _superseded_error(self) -> SupersededError:
         return SupersededError(
             f"attempt {self.number} was taken for dead, and a later one has taken over",
             where=self.run.url,
             fix="nothing is lost; `trainyard show` says how the run stands",
         )
 
-    def common(self) -> dict[str, Any]:
+    def next_entry_fields(self) -> dict[str, Any]:
         """What this attempt's next entry has in common with all others."""
-        common = {"nonce": self.nonce, "time": now(), "attempt": self.number}
+        common = {"nonce": self.nonce, "time": utc_now(), "attempt": self.number}
         return {"number": self.state.number + 1, "before": self.state, **common}
 
-    def beat(self, step: int, loss: float | None) -> None:
+    def update_heartbeat(self, step: int, loss: float | None) -> None:
         """What the next heartbeat says. Costs nothing."""
         if self.heartbeat is not None:
-            self.heartbeat.set(step, loss)
+            self.heartbeat.update(step, loss)
 
     def close(self) -> None:
         """Stop the heartbeat and let go of the lock."""
@@ -111,12 +111,12 @@ class Attempt:
             self.lock.release(remove=self.state.is_over)
 
 
-def claim(
+def acquire_lease(
     run: Run,
     *,
     driver: str,
-    facts: Mapping[str, Any],
-    dead: int | None = None,
+    metadata: Mapping[str, Any],
+    known_dead_attempt: int | None = None,
     on_watch: Callable[[str], None] | None = None,
 ) -> Attempt:
     """Take a run over: at once if nobody writes it for certain, else after watching its heartbeat in vain.
@@ -134,7 +134,7 @@ def claim(
     InputError: an earlier version wrote its checkpoints (see `refuse_pickled_state`).
     """
     nonce = secrets.token_hex(16)
-    interval_s = interval()
+    interval_s = get_interval_s()
     try:
         own_lock = lock.ProcessLock(nonce)  # held before the claim can be seen, so that a free one is proof
     except OSError:
@@ -147,22 +147,22 @@ def claim(
             time="",
             attempt=0,
             driver=driver,
-            boot=lock.boot() if own_lock is not None else "",
+            boot=lock.read_boot_id() if own_lock is not None else "",
             lock=own_lock.path if own_lock is not None else "",
             interval_s=interval_s,
-            facts=dict(facts),
+            facts=dict(metadata),
         )
-        attempt = take(run, template, dead, on_watch)
+        attempt = append_claim(run, template, known_dead_attempt, on_watch)
         attempt.lock = own_lock
         attempt.heartbeat = Heartbeat(run.storage, attempt.number, interval_s)
         attempt.heartbeat.start()
-        choose_base(attempt)
-        for previous in run.journal.claims(summary.claim for summary in attempt.state.attempts[-2:-1]):
-            attempt.previous_facts = previous.facts if previous is not None else {}
-        local_save = spool.find(run, attempt.base, attempt.state)
-        attempt.spooled, attempt.remark = local_save.checkpoint, local_save.remark
-        attempt.beat(attempt.base.step if attempt.base is not None else 0, None)
-        run.storage.sweep()
+        select_resume_checkpoint(attempt)
+        for previous in run.journal.read_claims(summary.claim for summary in attempt.state.attempts[-2:-1]):
+            attempt.previous_metadata = previous.facts if previous is not None else {}
+        local_save = spool.find_local_checkpoint(run, attempt.resume_checkpoint, attempt.state)
+        attempt.local_checkpoint, attempt.local_checkpoint_message = local_save.checkpoint, local_save.message
+        attempt.update_heartbeat(attempt.resume_checkpoint.step if attempt.resume_checkpoint is not None else 0, None)
+        run.storage.remove_temporary()
     except BaseException as error:
         if attempt is not None:
             attempt.close()
@@ -173,7 +173,9 @@ def claim(
     return attempt
 
 
-def take(run: Run, template: Claim, dead: int | None = None, on_watch: Callable[[str], None] | None = None) -> Attempt:
+def append_claim(
+    run: Run, template: Claim, known_dead_attempt: int | None = None, on_watch: Callable[[str], None] | None = None
+) -> Attempt:
     """Append a claim like `template` to the journal, once that is allowed. The attempt has no base yet.
 
     Raises
@@ -182,25 +184,29 @@ def take(run: Run, template: Claim, dead: int | None = None, on_watch: Callable[
     InputError: an earlier version wrote its checkpoints (see `refuse_pickled_state`).
     """
     while True:
-        state = run.journal.state()
+        state = run.journal.read_state()
         last_claim = state.claim
-        if last_claim is not None and not state.is_over and not is_proven_dead(last_claim, template.driver, dead):
-            watch(run, last_claim, template.interval_s, on_watch or (lambda _line: None))
+        if (
+            last_claim is not None
+            and not state.is_over
+            and not is_proven_stopped(last_claim, template.driver, known_dead_attempt)
+        ):
+            watch_heartbeat(run, last_claim, template.interval_s, on_watch or (lambda _line: None))
         refuse_pickled_state(run, state)  # of a later commit the append below fails, and this is asked again
         attempt = (last_claim.attempt if last_claim is not None else 0) + 1
-        run.journal.refuse_gap()
-        new_claim = replace(template, number=state.number + 1, time=now(), attempt=attempt, before=state)
+        run.journal.raise_if_gap()
+        new_claim = replace(template, number=state.number + 1, time=utc_now(), attempt=attempt, before=state)
         if run.journal.append(new_claim):
             if last_claim is not None:
-                lock.forget(last_claim)
-            return Attempt(run, attempt, new_claim.nonce, decisions.apply(state, new_claim))
-        winner = run.journal.entry(new_claim.number)
+                lock.delete_stale_lock(last_claim)
+            return Attempt(run, attempt, new_claim.nonce, decisions.apply_entry(state, new_claim))
+        winner = run.journal.read_entry(new_claim.number)
         if isinstance(winner, Claim):
-            raise busy(run, winner, "has just taken over this run")
+            raise make_busy_error(run, winner, "has just taken over this run")
         # A commit or leave of the older attempt took the number. It lives, or did until now: look again.
 
 
-def choose_base(attempt: Attempt) -> None:
+def select_resume_checkpoint(attempt: Attempt) -> None:
     """Choose what to go on from: the first sound one of what the newest commit keeps.
 
     Only ever after the claim: from then on no older attempt can commit, so no later one is overlooked.
@@ -208,8 +214,12 @@ def choose_base(attempt: Attempt) -> None:
     commit = attempt.state.commit
     if commit is None:
         return
-    attempt.base, attempt.damaged = first_valid(attempt.run, commit.kept)
-    attempt.kept = decisions.remaining(commit.kept, attempt.base.name) if attempt.base is not None else ()
+    attempt.resume_checkpoint, attempt.damaged_checkpoints = find_first_valid(attempt.run, commit.kept)
+    attempt.retained = (
+        decisions.retained_from(commit.kept, attempt.resume_checkpoint.name)
+        if attempt.resume_checkpoint is not None
+        else ()
+    )
 
 
 def refuse_pickled_state(run: Run, state: JournalState | None = None) -> None:
@@ -225,13 +235,13 @@ def refuse_pickled_state(run: Run, state: JournalState | None = None) -> None:
     ------
     InputError: training would go on from such a checkpoint.
     """
-    state = state if state is not None else run.journal.state()
+    state = state if state is not None else run.journal.read_state()
     kept = state.commit.kept if state.commit is not None else ()
     if not (has_pickled_state(run, kept) or spool.has_pickled_state(run)):
         return
-    base, _ = first_valid(run, kept)
-    found = base if base is not None else spool.find(run, None, state).checkpoint
-    if found is None or not found.has_pickled_state or (base is not None and base.end):
+    base, _ = find_first_valid(run, kept)
+    found = base if base is not None else spool.find_local_checkpoint(run, None, state).checkpoint
+    if found is None or not found.has_pickled_state or (base is not None and base.is_final):
         return
     weights_of = run.name if base is not None else found.run_url
     raise InputError(
@@ -243,7 +253,7 @@ def refuse_pickled_state(run: Run, state: JournalState | None = None) -> None:
     )
 
 
-def peek(run: Run, driver: str = "") -> Literal["free", "finished", "busy", "unproven"]:
+def probe_lease(run: Run, driver: str = "") -> Literal["free", "finished", "busy", "unproven"]:
     """Whether a claim would succeed, without writing or waiting.
 
     free: yes. finished: the newest commit is the end (what follows from it may be missing). busy: a process of this
@@ -251,7 +261,7 @@ def peek(run: Run, driver: str = "") -> Literal["free", "finished", "busy", "unp
     """
     if not run.exists():
         return "free"
-    state = run.journal.state()
+    state = run.journal.read_state()
     if state.commit is not None and state.commit.end:
         return "finished"
     last_claim = state.claim
@@ -260,4 +270,4 @@ def peek(run: Run, driver: str = "") -> Literal["free", "finished", "busy", "unp
     held = lock.is_held(last_claim)
     if held is False:
         return "free"
-    return "busy" if held and beats(run, last_claim) else "unproven"
+    return "busy" if held and is_heartbeat_fresh(run, last_claim) else "unproven"

@@ -8,10 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import StorageError
 from pipeline.record import decisions
-from pipeline.record.entries import BestSoFar, Pair
+from pipeline.record.entries import BestCheckpoint, CheckpointPair
 from pipeline.record.manifest import Manifest, parse_manifest
 from pipeline.record.run import Run
-from pipeline.record.saving import FOLDER, MANIFEST, PICKLED_STATE, PREPROCESS, ROWS, STATE, WEIGHTS
+from pipeline.record.saving import (
+    CHECKPOINTS_FOLDER,
+    MANIFEST_FILE,
+    PICKLED_STATE,
+    PREPROCESS_FILE,
+    ROWS_FILE,
+    STATE_FILE,
+    WEIGHTS_FILE,
+)
 from pipeline.record.values import from_json
 
 if TYPE_CHECKING:
@@ -39,7 +47,7 @@ class Checkpoint:
         self.name = name
         self.run_url = run.url
         """Where the run lies that holds it, printable."""
-        self._storage = run.storage.at(f"{FOLDER}/{name}")
+        self._storage = run.storage.subfolder(f"{CHECKPOINTS_FOLDER}/{name}")
         self._manifest = self._read_manifest()
 
     def __repr__(self) -> str:
@@ -61,7 +69,7 @@ class Checkpoint:
         return self._manifest.epoch
 
     @property
-    def end(self) -> bool:
+    def is_final(self) -> bool:
         """Whether training was over."""
         return self._manifest.end
 
@@ -76,47 +84,47 @@ class Checkpoint:
         return dict(self._manifest.metrics)
 
     @property
-    def best(self) -> BestSoFar | None:
+    def best(self) -> BestCheckpoint | None:
         """The best evaluation so far and where its weights are; None before the first."""
         return self._manifest.best
 
     @property
-    def patience(self) -> int | None:
+    def evaluations_since_best(self) -> int | None:
         """Evaluations since the best one."""
         return self._manifest.patience
 
     @property
-    def first_cell(self) -> int:
+    def first_segment(self) -> int:
         """The first cell of the metric log that its rows cover."""
         return self._manifest.first_cell
 
     @property
     def has_pickled_state(self) -> bool:
         """Whether an earlier version wrote it, with a `state.pt` that this version cannot resume from."""
-        return PICKLED_STATE in self._manifest.files and STATE not in self._manifest.files
+        return PICKLED_STATE in self._manifest.files and STATE_FILE not in self._manifest.files
 
     @property
     def files(self) -> list[str]:
         """Names of its files, the manifest left out."""
         return list(self._manifest.files)
 
-    def weights(self) -> dict[str, Tensor]:
+    def load_weights(self) -> dict[str, Tensor]:
         """The model's tensors by name, on the CPU.
 
         Raises
         ------
         DamagedError: not what Trainyard writes.
         """
-        return self._tensors(WEIGHTS)
+        return self._tensors(WEIGHTS_FILE)
 
-    def state(self) -> dict[str, Tensor]:
+    def load_state(self) -> dict[str, Tensor]:
         """What else training needs to go on: tensors by name, on the CPU.
 
         Raises
         ------
         DamagedError: not what Trainyard writes.
         """
-        return self._tensors(STATE)
+        return self._tensors(STATE_FILE)
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
         from pipeline.record.loading import decode_tensors
@@ -124,21 +132,21 @@ class Checkpoint:
         try:
             return decode_tensors(self.read(name))
         except ValueError as error:
-            raise self._damaged(f"{name} is not what Trainyard writes ({error})") from None
+            raise self._damaged_error(f"{name} is not what Trainyard writes ({error})") from None
 
-    def preprocess(self) -> dict[str, Any]:
+    def load_preprocess(self) -> dict[str, Any]:
         """What turns raw data into the model's input, as plain values."""
         try:
-            tree = from_json(self.read(PREPROCESS))
+            tree = from_json(self.read(PREPROCESS_FILE))
         except ValueError as error:
-            raise self._damaged(f"{PREPROCESS} is not JSON ({error})") from None
+            raise self._damaged_error(f"{PREPROCESS_FILE} is not JSON ({error})") from None
         if not isinstance(tree, dict):
-            raise self._damaged(f"{PREPROCESS} is no mapping of names to values")
+            raise self._damaged_error(f"{PREPROCESS_FILE} is no mapping of names to values")
         return tree
 
-    def rows(self) -> bytes:
+    def read_rows(self) -> bytes:
         """`rows.parquet`, for the metric log."""
-        return self.read(ROWS)
+        return self.read(ROWS_FILE)
 
     def verify(self) -> None:
         """Read every file and compare sizes and SHA-256.
@@ -159,50 +167,50 @@ class Checkpoint:
         """
         expected = self._manifest.files.get(name)
         if expected is None:
-            raise self._damaged(f"it holds no {name}")
+            raise self._damaged_error(f"it holds no {name}")
         try:
             data = self._storage.read(name)
         except FileNotFoundError:
-            raise self._damaged(f"{name} is missing") from None
+            raise self._damaged_error(f"{name} is missing") from None
         if len(data) != expected.size:
-            raise self._damaged(f"{name} has {len(data)} bytes instead of {expected.size}")
+            raise self._damaged_error(f"{name} has {len(data)} bytes instead of {expected.size}")
         if hashlib.sha256(data).hexdigest() != expected.sha256:
-            raise self._damaged(f"{name} was altered")
+            raise self._damaged_error(f"{name} was altered")
         return data
 
     def _read_manifest(self) -> Manifest:
         try:
-            return parse_manifest(self._storage.read(MANIFEST))
+            return parse_manifest(self._storage.read(MANIFEST_FILE))
         except FileNotFoundError:
-            raise self._damaged("it has no manifest") from None
+            raise self._damaged_error("it has no manifest") from None
         except ValueError as error:
-            raise self._damaged(f"its manifest is damaged ({error})") from None
+            raise self._damaged_error(f"its manifest is damaged ({error})") from None
 
-    def _damaged(self, what: str) -> DamagedError:
+    def _damaged_error(self, what: str) -> DamagedError:
         return DamagedError(f"the checkpoint cannot be used: {what}", where=self._storage.url, fix="use another one")
 
 
-Base = Checkpoint
+ResumeCheckpoint = Checkpoint
 """What an attempt goes on from."""
 
 
-def first_valid(run: Run, kept: tuple[Pair, ...]) -> tuple[Checkpoint | None, list[str]]:
+def find_first_valid(run: Run, retained: tuple[CheckpointPair, ...]) -> tuple[Checkpoint | None, list[str]]:
     """The first pair whose checkpoint and best are both sound, and the names of those that are not.
 
     The best counts, for a run that lost it could not end as one that was never touched.
     """
     verified: dict[str, Checkpoint | None] = {}
-    for pair in kept:
+    for pair in retained:
         names = [name for name in pair if name is not None]
         for name in names:
             if name not in verified:
-                verified[name] = _if_sound(run, name)
+                verified[name] = _load_if_valid(run, name)
         if all(verified[name] is not None for name in names):
-            return verified[names[0]], _damaged(verified)
-    return None, _damaged(verified)
+            return verified[names[0]], _damaged_names(verified)
+    return None, _damaged_names(verified)
 
 
-def has_pickled_state(run: Run, kept: tuple[Pair, ...]) -> bool:
+def has_pickled_state(run: Run, kept: tuple[CheckpointPair, ...]) -> bool:
     """Whether the newest checkpoint that has a sound manifest was written by an earlier version. One run holds no
     checkpoints of both, since none of the earlier is resumed."""
     for name, _ in kept:
@@ -211,11 +219,11 @@ def has_pickled_state(run: Run, kept: tuple[Pair, ...]) -> bool:
     return False
 
 
-def _damaged(looked_at: dict[str, Checkpoint | None]) -> list[str]:
-    return [name for name, checkpoint in looked_at.items() if checkpoint is None]
+def _damaged_names(verified: dict[str, Checkpoint | None]) -> list[str]:
+    return [name for name, checkpoint in verified.items() if checkpoint is None]
 
 
-def _if_sound(run: Run, name: str) -> Checkpoint | None:
+def _load_if_valid(run: Run, name: str) -> Checkpoint | None:
     try:
         checkpoint = Checkpoint(run, name)
         checkpoint.verify()
@@ -232,25 +240,27 @@ def find_checkpoint(run: Run, which: str) -> Checkpoint:
     StorageError: there is no such checkpoint (or not any more), or it is damaged.
     """
     for _ in range(3):  # one that vanishes was deleted by a newer commit: look again
-        name = _name_of(run, which)
+        name = _resolve_name(run, which)
         try:
             return Checkpoint(run, name)
         except DamagedError as error:
             failure = error
-        if _name_of(run, which) == name:
+        if _resolve_name(run, which) == name:
             break
     raise failure
 
 
-def _name_of(run: Run, which: str) -> str:
-    commit = run.journal.state().commit
+def _resolve_name(run: Run, which: str) -> str:
+    commit = run.journal.read_state().commit
     if commit is None:
         raise StorageError("it has no checkpoint yet", where=run.url, fix="wait for the first commit")
     if which == "last":
         return commit.checkpoint
     if which == "best":
         return commit.best.checkpoint if commit.best is not None else commit.checkpoint
-    parsed_names = {name: decisions.parse_checkpoint_name(name) for pair in commit.kept for name in pair if name is not None}
+    parsed_names = {
+        name: decisions.parse_checkpoint_name(name) for pair in commit.kept for name in pair if name is not None
+    }
     steps = {parsed[0]: name for name, parsed in parsed_names.items() if parsed is not None}
     if not which.isdigit() or int(which) not in steps:
         raise StorageError(

@@ -10,23 +10,23 @@ from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.job import plain_name
-from pipeline.learn.words import number
-from pipeline.record.values import moment, sealed, to_json, unsealed
+from pipeline.job import validate_name
+from pipeline.learn.words import format_number
+from pipeline.record.values import check_timestamp, to_json, verify_digest, with_digest
 
-Made = TypeVar("Made")
+Parsed = TypeVar("Parsed")
 
-Pair = tuple[str, str | None]
+CheckpointPair = tuple[str, str | None]
 """Names of a checkpoint and of the best one until then, where there is a best."""
 
-WHERE = ("host", "pid", "world_size", "device")
+LOCATION_KEYS = ("host", "pid", "world_size", "device")
 """Facts of a claim that say where an attempt runs; every later entry repeats them."""
 RECENT_ATTEMPTS = 10
 """Attempts that have a line in every later entry and in `run.json`: the last ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class BestSoFar:
+class BestCheckpoint:
     """The best evaluation so far, and the directory that holds its weights."""
 
     metric: str
@@ -41,16 +41,16 @@ class BestSoFar:
     """The metric's value at step 0, which is no candidate; None where it was not finite, or in an earlier version."""
 
     @property
-    def no_gain(self) -> str:
+    def no_improvement_message(self) -> str:
         """That no evaluation is better than that of the model before training, in words; else empty."""
         before = self.before_training
         if before is None or (self.value < before if self.mode == "min" else self.value > before):
             return ""
-        return f"no evaluation is better than before training ({self.metric} {number(before)})"
+        return f"no evaluation is better than before training ({self.metric} {format_number(before)})"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class JournalEntry:
     """What all entries have."""
 
     kind: ClassVar[str]
@@ -70,15 +70,15 @@ class Entry:
         tree = {"kind": self.kind, **asdict(self)}
         before = tree.pop("before")
         if before is not None:
-            for name in _ENTRIES_IN_STATE:
+            for name in _ENTRY_TYPES_IN_STATE:
                 if before[name] is not None:
                     del before[name]["before"]
             tree["before"] = before
-        return to_json(sealed(tree), indent=1) + "\n"
+        return to_json(with_digest(tree), indent=1) + "\n"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Claim(Entry):
+class Claim(JournalEntry):
     """An attempt takes the run over."""
 
     kind: ClassVar[str] = "claim"
@@ -95,7 +95,7 @@ class Claim(Entry):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Commit(Entry):
+class Commit(JournalEntry):
     """A checkpoint is complete and counts."""
 
     kind: ClassVar[str] = "commit"
@@ -104,9 +104,9 @@ class Commit(Entry):
     epoch: int
     end: bool
     """Training is over at this step, for every later attempt too."""
-    kept: tuple[Pair, ...]
+    kept: tuple[CheckpointPair, ...]
     """What stays, itself first."""
-    best: BestSoFar | None = None
+    best: BestCheckpoint | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the latest evaluation, such as "val/loss"."""
     patience: int | None = None
@@ -116,7 +116,7 @@ class Commit(Entry):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Leave(Entry):
+class Exit(JournalEntry):
     """An attempt stops before the end."""
 
     kind: ClassVar[str] = "leave"
@@ -160,7 +160,7 @@ class JournalState:
     """The last one: that of the attempt whose turn it is. Of its facts only those of `WHERE`."""
     commit: Commit | None = None
     """The newest one: a resume goes on from it, if its checkpoint is sound."""
-    leave: Leave | None = None
+    leave: Exit | None = None
     """The last entry, where that is a leave."""
     highest_step: int = 0
     """The highest step ever committed; no early stop may come before it."""
@@ -180,15 +180,15 @@ class JournalState:
         return not self.attempts or self.attempts[-1].outcome is not None
 
 
-_ENTRIES_IN_STATE: dict[str, type[Entry]] = {"claim": Claim, "commit": Commit, "leave": Leave}
-_KINDS: dict[str, type[Entry]] = {kind.kind: kind for kind in (Claim, Commit, Leave)}
+_ENTRY_TYPES_IN_STATE: dict[str, type[JournalEntry]] = {"claim": Claim, "commit": Commit, "leave": Exit}
+_ENTRY_TYPES: dict[str, type[JournalEntry]] = {kind.kind: kind for kind in (Claim, Commit, Exit)}
 
 
-LONGEST_INTERVAL_S = 86400.0
+MAX_INTERVAL_S = 86400.0
 """Between two heartbeats, at the most; whoever watches one waits for three."""
 
 
-def parse_entry(tree: Any, number: int) -> Entry:
+def parse_entry(tree: Any, number: int) -> JournalEntry:
     """An entry from the plain values of its file.
 
     Raises
@@ -196,41 +196,43 @@ def parse_entry(tree: Any, number: int) -> Entry:
     ValueError, TypeError, KeyError: altered since it was written, or not what a version of Trainyard would write: a
         value of another type, no time, a checkpoint whose name leads elsewhere.
     """
-    values = unsealed(tree)
+    values = verify_digest(tree)
     if values.get("number") != number:
         raise ValueError("its number is not that of its name")
-    entry = _parse(_KINDS[values["kind"]], values)
+    entry = _parse_without_state(_ENTRY_TYPES[values["kind"]], values)
     before = values.get("before")
     return entry if before is None else replace(entry, before=_parse_state(before, number - 1))
 
 
-def _parse(kind: type[Entry], tree: Any) -> Entry:
+def _parse_without_state(entry_type: type[JournalEntry], tree: Any) -> JournalEntry:
     """An entry without what stands before it."""
-    values = _known(kind, tree, without={"before"})
-    if kind is Commit:
+    values = _select_fields(entry_type, tree, exclude={"before"})
+    if entry_type is Commit:
         values["best"] = parse_best(values["best"])
-        values["metrics"] = numbers(values["metrics"])
-    entry = typed(kind, values)
-    moment(entry.time)
+        values["metrics"] = to_floats(values["metrics"])
+    entry = validate_as(entry_type, values)
+    check_timestamp(entry.time)
     if min(entry.attempt, getattr(entry, "step", 0), getattr(entry, "epoch", 0)) < 0:
         raise ValueError("a number below 0")
-    if isinstance(entry, Claim) and not 0 < entry.interval_s <= LONGEST_INTERVAL_S:
+    if isinstance(entry, Claim) and not 0 < entry.interval_s <= MAX_INTERVAL_S:
         raise ValueError(f"{entry.interval_s} s is no interval between heartbeats")
     if isinstance(entry, Claim) and not isinstance(entry.facts.get("code", {}), dict):
         raise ValueError("facts.code is no mapping of files to digests")
     if isinstance(entry, Commit):
         for name in {entry.checkpoint, *(member for pair in entry.kept for member in pair if member is not None)}:
-            plain_name(name)
-    if isinstance(entry, Leave) and entry.error is not None and not isinstance(entry.error.get("message"), str):
+            validate_name(name)
+    if isinstance(entry, Exit) and entry.error is not None and not isinstance(entry.error.get("message"), str):
         raise ValueError("an error without a message")
     return entry
 
 
 def _parse_state(tree: Any, number: int) -> JournalState:
     """What the entries up to a number amount to, from its plain values."""
-    state = typed(JournalState, _known(JournalState, tree, without=_ENTRIES_IN_STATE))
+    state = validate_as(JournalState, _select_fields(JournalState, tree, exclude=_ENTRY_TYPES_IN_STATE))
     entries: dict[str, Any] = {
-        name: _parse(kind, tree[name]) for name, kind in _ENTRIES_IN_STATE.items() if tree[name] is not None
+        name: _parse_without_state(kind, tree[name])
+        for name, kind in _ENTRY_TYPES_IN_STATE.items()
+        if tree[name] is not None
     }
     state = replace(state, **entries, attempts=state.attempts[-RECENT_ATTEMPTS:])
     if state.number != number:
@@ -246,26 +248,28 @@ def _parse_state(tree: Any, number: int) -> JournalState:
         raise ValueError("what stands before it names later entries")
     if min(state.highest_step, state.published_step, state.ended_at or 0) < 0:
         raise ValueError("a number below 0")
-    moment(state.started)
-    moment(state.updated)
+    check_timestamp(state.started)
+    check_timestamp(state.updated)
     for name in state.kept_by_ends:
-        plain_name(name)
+        validate_name(name)
     return state
 
 
-def _known(kind: type, tree: Any, without: Collection[str]) -> dict[str, Any]:
+def _select_fields(dataclass_type: type, tree: Any, exclude: Collection[str]) -> dict[str, Any]:
     """The values of a dataclass' fields: later versions may add some."""
     if not isinstance(tree, dict):
         raise ValueError("no mapping of names to values")
-    names = {one.name for one in fields(kind)} - set(without)
+    names = {one.name for one in fields(dataclass_type)} - set(exclude)
     return {key: value for key, value in tree.items() if key in names}
 
 
-def typed(kind: type[Made], values: Mapping[str, Any]) -> Made:
+def validate_as(dataclass_type: type[Parsed], values: Mapping[str, Any]) -> Parsed:
     """A dataclass from plain values of exactly its fields' types; ValueError for others."""
-    text = json.dumps({**values, **{name: asdict(value) for name, value in values.items() if isinstance(value, BestSoFar)}})
+    text = json.dumps(
+        {**values, **{name: asdict(value) for name, value in values.items() if isinstance(value, BestCheckpoint)}}
+    )
     try:
-        instance: Made = _adapter(cast("Any", kind)).validate_json(text, strict=True)
+        instance: Parsed = _type_adapter(cast("Any", dataclass_type)).validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -273,26 +277,26 @@ def typed(kind: type[Made], values: Mapping[str, Any]) -> Made:
 
 
 @cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
+def _type_adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def parse_best(tree: Any) -> BestSoFar | None:
+def parse_best(tree: Any) -> BestCheckpoint | None:
     """A best so far from its plain values."""
     if tree is None:
         return None
     before = tree.get("before_training")
-    return BestSoFar(
+    return BestCheckpoint(
         metric=str(tree["metric"]),
         step=int(tree["step"]),
         value=float(tree["value"]),
-        checkpoint=plain_name(tree["checkpoint"]) if tree["checkpoint"] else "",
-        metrics=numbers(tree.get("metrics", {})),
+        checkpoint=validate_name(tree["checkpoint"]) if tree["checkpoint"] else "",
+        metrics=to_floats(tree.get("metrics", {})),
         mode="max" if tree.get("mode") == "max" else "min",
         before_training=float(before) if before is not None else None,
     )
 
 
-def numbers(tree: Any) -> dict[str, float]:
+def to_floats(tree: Any) -> dict[str, float]:
     """Metrics from their plain values, where one that is not finite is a word."""
     return {str(key): float(value) for key, value in tree.items()}

@@ -8,18 +8,18 @@ import time
 from dataclasses import dataclass
 
 from pipeline.errors import InputError, TrainyardError
-from pipeline.record.entries import LONGEST_INTERVAL_S
-from pipeline.record.values import from_json, moment, now, to_json
+from pipeline.record.entries import MAX_INTERVAL_S
+from pipeline.record.values import check_timestamp, from_json, to_json, utc_now
 from pipeline.storage import Storage
-from pipeline.watchdog import waits_for
+from pipeline.watchdog import blocking_on
 
 INTERVAL_S = 10.0
-INTERVALS_OF_SILENCE = 3
+STALE_AFTER_INTERVALS = 3
 """An attempt whose heartbeat did not change for so many intervals may be taken for dead."""
 
 
 @dataclass(frozen=True)
-class Beat:
+class HeartbeatSample:
     """One heartbeat as read."""
 
     time: str
@@ -38,8 +38,8 @@ class Heartbeat:
     """
 
     def __init__(self, storage: Storage, attempt: int, interval_s: float) -> None:
-        self._storage = storage.within(interval_s)
-        self._path = path_of(attempt)
+        self._storage = storage.with_timeout(interval_s)
+        self._path = heartbeat_path(attempt)
         self._interval_s = interval_s
         self._values: tuple[int, float | None] = (0, None)
         self._count = 0
@@ -50,11 +50,11 @@ class Heartbeat:
         """Begin to write."""
         self._thread.start()
 
-    def set(self, step: int, loss: float | None) -> None:
+    def update(self, step: int, loss: float | None) -> None:
         """What the next beat says. Costs nothing."""
         self._values = (step, loss)
 
-    @waits_for("storage")
+    @blocking_on("storage")
     def stop(self) -> None:
         """Write no more."""
         self._stop.set()
@@ -71,7 +71,7 @@ class Heartbeat:
     def _write(self) -> None:
         step, loss = self._values
         self._count += 1
-        tree = {"time": now(), "step": step, "loss": loss, "count": self._count, "interval_s": self._interval_s}
+        tree = {"time": utc_now(), "step": step, "loss": loss, "count": self._count, "interval_s": self._interval_s}
         try:
             self._storage.replace(self._path, to_json(tree).encode())
         except TrainyardError:
@@ -79,29 +79,29 @@ class Heartbeat:
             return
 
 
-def read_beat(storage: Storage, attempt: int) -> tuple[bytes, Beat | None]:
+def read_heartbeat(storage: Storage, attempt: int) -> tuple[bytes, HeartbeatSample | None]:
     """The heartbeat file of an attempt as bytes, whose change is the sign of life, and what it says."""
     try:
-        data = storage.read(path_of(attempt))
+        data = storage.read(heartbeat_path(attempt))
     except FileNotFoundError:
         return b"", None
     try:
         tree = from_json(data)
         loss = None if tree["loss"] is None else float(tree["loss"])
         step, interval_s = int(tree["step"]), float(tree["interval_s"])
-        if step < 0 or not 0 < interval_s <= LONGEST_INTERVAL_S:
+        if step < 0 or not 0 < interval_s <= MAX_INTERVAL_S:
             return data, None
-        return data, Beat(time=moment(tree["time"]), step=step, loss=loss, interval_s=interval_s)
+        return data, HeartbeatSample(time=check_timestamp(tree["time"]), step=step, loss=loss, interval_s=interval_s)
     except (ValueError, TypeError, KeyError, OverflowError):
         return data, None
 
 
-def path_of(attempt: int) -> str:
+def heartbeat_path(attempt: int) -> str:
     """The heartbeat's path in the run."""
     return f"heartbeats/{attempt:04d}.json"
 
 
-def interval() -> float:
+def get_interval_s() -> float:
     """Seconds between two beats: 10, or what TRAINYARD_HEARTBEAT_S says.
 
     Raises
@@ -115,6 +115,6 @@ def interval() -> float:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not 0 < seconds <= LONGEST_INTERVAL_S:
+    if not 0 < seconds <= MAX_INTERVAL_S:
         raise InputError(f"{text!r} is no number of seconds", where="TRAINYARD_HEARTBEAT_S", fix="unset it, or use 10")
     return seconds

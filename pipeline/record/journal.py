@@ -24,11 +24,11 @@ from copy import copy
 
 from pipeline.errors import StorageError
 from pipeline.record import decisions
-from pipeline.record.entries import Claim, Entry, JournalState, parse_entry
+from pipeline.record.entries import Claim, JournalEntry, JournalState, parse_entry
 from pipeline.record.values import from_json
 from pipeline.storage import Storage
 
-FOLDER = "journal"
+JOURNAL_FOLDER = "journal"
 
 
 class Journal:
@@ -50,16 +50,16 @@ class Journal:
         self._hint = hint
         self._state = JournalState()
         self._claims: dict[int, Claim] = {}
-        self._entries: list[Entry] = []
+        self._entries: list[JournalEntry] = []
 
-    def on(self, storage: Storage) -> Journal:
+    def with_storage(self, storage: Storage) -> Journal:
         """The same journal through another `Storage` of the same folder."""
         journal = copy(self)
         journal._storage = storage
         journal._claims, journal._entries = dict(self._claims), list(self._entries)
         return journal
 
-    def state(self) -> JournalState:
+    def read_state(self) -> JournalState:
         """What all entries amount to, up to the first absent number."""
         newest = self._find_newest()
         if newest is None:
@@ -68,43 +68,43 @@ class Journal:
             first = self._state.number
             self._state = decisions.fold(self._read_up_to(newest.number)[first:], self._state)
         else:
-            self._state = decisions.apply(newest.before or JournalState(), newest)
+            self._state = decisions.apply_entry(newest.before or JournalState(), newest)
         return self._state
 
-    def entry(self, number: int) -> Entry:
+    def read_entry(self, number: int) -> JournalEntry:
         """An entry that is known to be there."""
-        data = self._bytes(number)
+        data = self._read_bytes(number)
         if data is None:
-            raise self._missing(number)
+            raise self._missing_error(number)
         return self._parse(number, data)
 
-    def claims(self, numbers: Iterable[int]) -> list[Claim | None]:
+    def read_claims(self, numbers: Iterable[int]) -> list[Claim | None]:
         """The claims under these numbers, with all their facts; None for one that cannot be read any more."""
 
-        def read(number: int) -> Entry | None:
+        def read(number: int) -> JournalEntry | None:
             try:
-                return self.entry(number)
+                return self.read_entry(number)
             except StorageError:  # no decision rests on it
                 return None
 
         requested = list(numbers)
         unknown = [number for number in requested if number not in self._claims]
-        for number, entry in zip(unknown, self._storage.each(read, unknown), strict=True):
+        for number, entry in zip(unknown, self._storage.map_concurrent(read, unknown), strict=True):
             if isinstance(entry, Claim):
                 self._claims[number] = entry
         return [self._claims.get(number) for number in requested]
 
-    def append(self, entry: Entry) -> bool:
+    def append(self, entry: JournalEntry) -> bool:
         """Create the entry under its number; False if another's took it."""
-        if not self._storage.create(_path(entry.number), entry.to_json().encode()):
+        if not self._storage.create(_entry_path(entry.number), entry.to_json().encode()):
             return False
         if entry.number == self._state.number + 1:
-            self._state = decisions.apply(self._state, entry)
+            self._state = decisions.apply_entry(self._state, entry)
         if isinstance(entry, Claim):
             self._claims[entry.number] = entry
         return True
 
-    def refuse_gap(self) -> None:
+    def raise_if_gap(self) -> None:
         """Look once past the end, before something is created there: an entry that was deleted is no end.
 
         Raises
@@ -112,72 +112,72 @@ class Journal:
         StorageError: the first absent number is not the end.
         """
         number = self._state.number + 1
-        if self._bytes(number + 1) is not None and self._bytes(number) is None:
-            raise self._missing(number)
+        if self._read_bytes(number + 1) is not None and self._read_bytes(number) is None:
+            raise self._missing_error(number)
 
-    def first_missing(self) -> int | None:
+    def find_missing_number(self) -> int | None:
         """The lowest number that a listing lacks though it holds a higher one: of an entry that was deleted."""
-        names = self._storage.list(FOLDER)
+        names = self._storage.list(JOURNAL_FOLDER)
         listed = {int(name[:8]) for name in names if re.fullmatch(r"[0-9]{8}\.json", name)}
         missing = next(number for number in range(1, len(listed) + 2) if number not in listed)
         return missing if max(listed, default=0) > missing else None
 
-    def latest_attempt_of(self, driver: str) -> int | None:
+    def find_latest_attempt(self, driver: str) -> int | None:
         """Number of the last attempt, if this driver started it."""
-        claim = self.state().claim
+        claim = self.read_state().claim
         return claim.attempt if claim is not None and claim.driver == driver else None
 
-    def highest_step(self) -> int:
+    def read_highest_step(self) -> int:
         """The highest step committed so far; 0 without a commit."""
-        return self.state().highest_step
+        return self.read_state().highest_step
 
-    def _find_newest(self) -> Entry | None:
+    def _find_newest(self) -> JournalEntry | None:
         """The newest entry, if it is a later one than that of the state known so far.
 
         At some moment of the search it was the newest: the number after it was absent when it was tried.
         """
         lower_bound, data, upper_bound = self._state.number, None, None
         if not lower_bound and (hint := self._hint()):
-            data = self._bytes(hint)
+            data = self._read_bytes(hint)
             lower_bound, upper_bound = (0, hint) if data is None else (hint, None)
         step = 1
         while upper_bound is None or upper_bound - lower_bound > 1:
             number = lower_bound + step if upper_bound is None else (lower_bound + upper_bound) // 2
-            number_data = self._bytes(number)
+            number_data = self._read_bytes(number)
             if number_data is None:
                 upper_bound = number
             else:
                 lower_bound, data, step = number, number_data, 2 * step
         return self._parse(lower_bound, data) if data is not None else None
 
-    def _read_up_to(self, number: int) -> tuple[Entry, ...]:
+    def _read_up_to(self, number: int) -> tuple[JournalEntry, ...]:
         unread = range(len(self._entries) + 1, number + 1)
-        self._entries += self._storage.each(self.entry, unread)
+        self._entries += self._storage.map_concurrent(self.read_entry, unread)
         return tuple(self._entries[:number])
 
-    def _bytes(self, number: int) -> bytes | None:
+    def _read_bytes(self, number: int) -> bytes | None:
         try:
-            return self._storage.read(_path(number))
+            return self._storage.read(_entry_path(number))
         except FileNotFoundError:
             return None
 
-    def _parse(self, number: int, data: bytes) -> Entry:
+    def _parse(self, number: int, data: bytes) -> JournalEntry:
         try:
             return parse_entry(from_json(data), number)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise StorageError(
                 f"not a journal entry that this version reads ({str(error).partition(chr(10))[0][:200]})",
-                where=f"{self._storage.url}/{_path(number)}",
+                where=f"{self._storage.url}/{_entry_path(number)}",
                 fix="restore the file, or use another --name",
             ) from None
 
-    def _missing(self, number: int) -> StorageError:
+    def _missing_error(self, number: int) -> StorageError:
         return StorageError(
             "this journal entry is missing, though later ones are there",
-            where=f"{self._storage.url}/{_path(number)}",
+            where=f"{self._storage.url}/{_entry_path(number)}",
             fix="restore the file, or use another --name",
         )
 
 
-def _path(number: int) -> str:
-    return f"{FOLDER}/{number:08d}.json"
+def _entry_path(number: int) -> str:
+    return f"{JOURNAL_FOLDER}/{number:08d}.json"

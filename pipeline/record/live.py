@@ -16,19 +16,19 @@ from typing import NamedTuple, TypeVar
 import pyarrow as pa
 
 from pipeline.errors import StorageError, TrainyardError
-from pipeline.record.cells import CellLayout, EvaluationRow, Rows, StepBlock
-from pipeline.record.columns import Columns, decode, encode
+from pipeline.record.cells import EvaluationRow, PendingRows, SegmentLayout, StepBlock
+from pipeline.record.columns import MetricSchema, decode_table, encode_table
 from pipeline.record.run import Run
 
 T = TypeVar("T")
 
-FOLDER = "live"
-STEPS = f"{FOLDER}/steps"
-EVALUATIONS = f"{FOLDER}/evals"
-MOST_ROWS = 500
+LIVE_FOLDER = "live"
+LIVE_STEPS_FOLDER = f"{LIVE_FOLDER}/steps"
+LIVE_EVALUATIONS_FOLDER = f"{LIVE_FOLDER}/evals"
+MAX_LIVE_ROWS = 500
 """So many rows a file at the most. Of more steps than that, every second is left out, or three of four, ...; of more
 evaluations the first."""
-LIMIT_S = 5.0
+LIVE_STORAGE_LIMIT_S = 5.0
 """How long storage may stay away; then this write is left out."""
 
 
@@ -43,37 +43,37 @@ class LiveWriter:
     layout, columns: of the run, as fixed at its birth.
     """
 
-    def __init__(self, run: Run, attempt: int, layout: CellLayout, columns: Columns) -> None:
+    def __init__(self, run: Run, attempt: int, layout: SegmentLayout, metric_schema: MetricSchema) -> None:
         self._run = run
-        self._storage = run.storage.within(LIMIT_S)
+        self._storage = run.storage.with_timeout(LIVE_STORAGE_LIMIT_S)
         self._attempt = attempt
-        self._rows = Rows(run.name, attempt, layout, columns)
+        self._rows = PendingRows(run.name, attempt, layout, metric_schema)
         self._first_step = 1
-        self._has_begun = False
+        self._has_resumed = False
         self._blocks: deque[StepBlock] = deque()
         self._evaluations: deque[EvaluationRow] = deque()
-        self._written: dict[str, pa.Table] = {}
+        self._written_tables: dict[str, pa.Table] = {}
 
     @property
     def has_new_rows(self) -> bool:
         """Whether rows came since the last write."""
         return bool(self._blocks or self._evaluations)
 
-    def steps(self, rows: StepBlock) -> None:
+    def log_steps(self, block: StepBlock) -> None:
         """A block of consecutive steps."""
-        self._blocks.append(rows)
+        self._blocks.append(block)
 
-    def evaluation(self, row: EvaluationRow) -> None:
+    def log_evaluation(self, row: EvaluationRow) -> None:
         """One evaluation of one split."""
         self._evaluations.append(row)
 
-    def begin(self, rows: Rows) -> None:
+    def resume(self, rows: PendingRows) -> None:
         """Begin with the rows from which the attempt goes on: those of its base that no cell holds."""
         self._rows.steps, self._rows.evaluations = rows.steps, rows.evaluations
         self._first_step = rows.first_step
-        self._has_begun = True
+        self._has_resumed = True
 
-    def drop(self, rows: Rows) -> None:
+    def drop_published(self, rows: PendingRows) -> None:
         """Forget the rows that lie in cells now. Only ever after those were written: whoever reads this first and the
         cells after it misses none.
 
@@ -84,32 +84,32 @@ class LiveWriter:
     def write(self) -> None:
         """Replace the files, where there is something new and `begin` was called. Faults of storage are passed over:
         the next write holds all that this one would have."""
-        self._rows.add(_drained(self._blocks), _drained(self._evaluations))
-        self._rows.steps = _thinned(self._rows.steps, self._first_step)
-        self._rows.evaluations = _newest(self._rows.evaluations, self._first_step)
-        if self._has_begun:
+        self._rows.add(_drain(self._blocks), _drain(self._evaluations))
+        self._rows.steps = _downsample(self._rows.steps, self._first_step)
+        self._rows.evaluations = _keep_newest(self._rows.evaluations, self._first_step)
+        if self._has_resumed:
             with suppress(TrainyardError):
                 self._replace()
 
     def close(self) -> None:
         """Remove all live rows, and write no more: training is over."""
-        self._has_begun = False
-        remove(self._run)
+        self._has_resumed = False
+        remove_live_tables(self._run)
 
     def _replace(self) -> None:
-        is_first = not self._written
-        for folder, table in ((EVALUATIONS, self._rows.evaluations), (STEPS, self._rows.steps)):
-            if not table.equals(self._written.get(folder)):
-                self._storage.replace(f"{folder}/{_name(self._attempt)}", encode(table))
-                self._written[folder] = table
+        is_first = not self._written_tables
+        for folder, table in ((LIVE_EVALUATIONS_FOLDER, self._rows.evaluations), (LIVE_STEPS_FOLDER, self._rows.steps)):
+            if not table.equals(self._written_tables.get(folder)):
+                self._storage.replace(f"{folder}/{_file_name(self._attempt)}", encode_table(table))
+                self._written_tables[folder] = table
         if is_first and self._attempt > 1:
-            for folder in (EVALUATIONS, STEPS):
-                for number in _numbers(self._storage.list(folder)):
+            for folder in (LIVE_EVALUATIONS_FOLDER, LIVE_STEPS_FOLDER):
+                for number in _attempt_numbers(self._storage.list(folder)):
                     if number < self._attempt:
-                        self._storage.delete(f"{folder}/{_name(number)}")
+                        self._storage.delete(f"{folder}/{_file_name(number)}")
 
 
-class LiveRows(NamedTuple):
+class LiveTables(NamedTuple):
     """The live rows of one attempt, as read."""
 
     attempt: int
@@ -117,58 +117,63 @@ class LiveRows(NamedTuple):
     evaluations: pa.Table
 
 
-def read(run: Run, columns: Columns) -> LiveRows | None:
+def read_live_tables(run: Run, metric_schema: MetricSchema) -> LiveTables | None:
     """The live rows of the newest attempt that has any; None where there are none, or none that can be used.
 
     Who wants what the log does not have yet reads these first, then lists the cells, and takes the rows after the last
     cell's last step. They mean nothing once the run is finished.
     """
-    attempt = max(_numbers(run.storage.list(STEPS)), default=0)
+    attempt = max(_attempt_numbers(run.storage.list(LIVE_STEPS_FOLDER)), default=0)
     if not attempt:
         return None
     tables = []
-    schemas = ((EVALUATIONS, columns.evaluation_schema()), (STEPS, columns.step_schema()))
+    schemas = (
+        (LIVE_EVALUATIONS_FOLDER, metric_schema.evaluation_schema()),
+        (LIVE_STEPS_FOLDER, metric_schema.step_schema()),
+    )
     for folder, schema in schemas:
-        path = f"{folder}/{_name(attempt)}"
+        path = f"{folder}/{_file_name(attempt)}"
         try:
-            tables.append(decode(run.storage.read(path), schema, MOST_ROWS + 1, path))
+            tables.append(decode_table(run.storage.read(path), schema, MAX_LIVE_ROWS + 1, path))
         except (FileNotFoundError, StorageError):  # a run that just ended; or damage, which the next write repairs
             return None
     evaluations, steps = tables
-    return LiveRows(attempt, steps, evaluations)
+    return LiveTables(attempt, steps, evaluations)
 
 
-def remove(run: Run) -> None:
+def remove_live_tables(run: Run) -> None:
     """Remove all live rows of a run that is over: each lies in a cell. Faults of storage are passed over."""
     with suppress(TrainyardError):
-        run.storage.within(LIMIT_S).delete_folder(FOLDER)
+        run.storage.with_timeout(LIVE_STORAGE_LIMIT_S).delete_folder(LIVE_FOLDER)
 
 
-def _name(attempt: int) -> str:
+def _file_name(attempt: int) -> str:
     return f"{attempt:04d}.parquet"
 
 
-def _numbers(names: Iterable[str]) -> list[int]:
+def _attempt_numbers(names: Iterable[str]) -> list[int]:
     return [int(name[:-8]) for name in names if re.fullmatch(r"[0-9]{4,9}\.parquet", name)]
 
 
-def _drained(waiting: deque[T]) -> list[T]:
+def _drain(queue: deque[T]) -> list[T]:
     """All that waits now; another thread may append meanwhile."""
-    return [waiting.popleft() for _ in range(len(waiting))]
+    return [queue.popleft() for _ in range(len(queue))]
 
 
-def _thinned(steps: pa.Table, first: int) -> pa.Table:
+def _downsample(steps: pa.Table, first: int) -> pa.Table:
     """Of the rows from step `first` on: those whose step is a multiple of a power of two, so that a later choice is a
     part of an earlier one; and the last."""
     step_numbers = steps["step"].to_numpy()
     stride = 1
-    while len(step_numbers) and (step_numbers[-1] - first) // stride >= MOST_ROWS:
+    while len(step_numbers) and (step_numbers[-1] - first) // stride >= MAX_LIVE_ROWS:
         stride *= 2
-    return steps.filter(pa.array((step_numbers >= first) & ((step_numbers % stride == 0) | (step_numbers == step_numbers[-1:])))).combine_chunks()
+    return steps.filter(
+        pa.array((step_numbers >= first) & ((step_numbers % stride == 0) | (step_numbers == step_numbers[-1:])))
+    ).combine_chunks()
 
 
-def _newest(evaluations: pa.Table, first: int) -> pa.Table:
+def _keep_newest(evaluations: pa.Table, first: int) -> pa.Table:
     """The last rows of those from step `first` on; step 0 belongs to step 1."""
     step_numbers = evaluations["step"].to_numpy()
     rows = evaluations.filter(pa.array(step_numbers >= (first if first > 1 else 0)))
-    return rows.slice(max(0, len(rows) - MOST_ROWS)).combine_chunks()
+    return rows.slice(max(0, len(rows) - MAX_LIVE_ROWS)).combine_chunks()

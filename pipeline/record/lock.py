@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pipeline.record.entries import Claim
 
-_HELD: dict[str, int] = {}
+_HELD_DESCRIPTORS: dict[str, int] = {}
 """Open files of the locks that this process holds, by path. A second opening and closing here would lose one."""
 
 
@@ -26,11 +26,11 @@ class ProcessLock:
         self.path = os.path.join(tempfile.gettempdir(), f"trainyard-{nonce}.lock")
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _HELD[self.path] = descriptor
+        _HELD_DESCRIPTORS[self.path] = descriptor
 
     def release(self, *, remove: bool) -> None:
         """Let go. The file stays as proof unless `remove`, which is for an attempt that has said it is over."""
-        descriptor = _HELD.pop(self.path, None)
+        descriptor = _HELD_DESCRIPTORS.pop(self.path, None)
         if descriptor is None:
             return
         if remove:
@@ -39,7 +39,7 @@ class ProcessLock:
         os.close(descriptor)
 
 
-def boot() -> str:
+def read_boot_id() -> str:
     """Identifies this life of this machine; empty where that cannot be known."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -52,9 +52,9 @@ def is_held(claim: Claim) -> bool | None:
 
     The proof of death: it ran in this life of this machine, its very lock file is still here, and its lock is free.
     """
-    if not claim.boot or claim.boot != boot() or not _is_ours(claim):
+    if not claim.boot or claim.boot != read_boot_id() or not _is_lock_path(claim):
         return None
-    if claim.lock in _HELD:
+    if claim.lock in _HELD_DESCRIPTORS:
         return True
     try:
         descriptor = os.open(claim.lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -71,14 +71,14 @@ def is_held(claim: Claim) -> bool | None:
     return False
 
 
-def forget(claim: Claim) -> None:
+def delete_stale_lock(claim: Claim) -> None:
     """Remove the lock file of an attempt that is proven dead and was followed by another."""
     if is_held(claim) is False:
         with suppress(OSError):
             os.unlink(claim.lock)
 
 
-def _is_ours(claim: Claim) -> bool:
+def _is_lock_path(claim: Claim) -> bool:
     """Whether the path is one that `ProcessLock` gives here: it comes from storage and must not name other files."""
     folder, name = os.path.split(claim.lock)
     return bool(re.fullmatch(r"trainyard-[0-9a-f]+\.lock", name)) and folder == tempfile.gettempdir()

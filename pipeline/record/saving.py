@@ -8,24 +8,24 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import StorageFullError, TrainyardError
-from pipeline.record.values import sealed, to_json
+from pipeline.record.values import to_json, with_digest
 from pipeline.storage import Storage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FOLDER = "checkpoints"
-MANIFEST = "manifest.json"
-WEIGHTS = "model.safetensors"
-STATE = "state.safetensors"
+CHECKPOINTS_FOLDER = "checkpoints"
+MANIFEST_FILE = "manifest.json"
+WEIGHTS_FILE = "model.safetensors"
+STATE_FILE = "state.safetensors"
 PICKLED_STATE = "state.pt"
 """What earlier versions wrote instead of `state.safetensors`: a pickle, which is never read."""
-ROWS = "rows.parquet"
-PREPROCESS = "preprocess.json"
-FORMAT = 1
+ROWS_FILE = "rows.parquet"
+PREPROCESS_FILE = "preprocess.json"
+MANIFEST_FORMAT = 1
 
 
-def write_checkpoint(storage: Storage, name: str, files: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
+def write_checkpoint(storage: Storage, name: str, files: Mapping[str, bytes], metadata: Mapping[str, Any]) -> None:
     """Write a checkpoint: its files, then the manifest that makes it whole.
 
     Parameters
@@ -37,13 +37,15 @@ def write_checkpoint(storage: Storage, name: str, files: Mapping[str, bytes], fa
     ------
     StorageFullError: there is no room for it; nothing of it is left.
     """
-    folder = storage.at(f"{FOLDER}/{name}")
-    file_entries = {file: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for file, data in files.items()}
-    tree = sealed({"format": FORMAT, **facts, "files": file_entries})
+    folder = storage.subfolder(f"{CHECKPOINTS_FOLDER}/{name}")
+    file_entries = {
+        file: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for file, data in files.items()
+    }
+    tree = with_digest({"format": MANIFEST_FORMAT, **metadata, "files": file_entries})
     try:
         for file, data in files.items():
             folder.replace(file, data, sync=True)
-        folder.replace(MANIFEST, to_json(tree, indent=1).encode(), sync=True)
+        folder.replace(MANIFEST_FILE, to_json(tree, indent=1).encode(), sync=True)
     except StorageFullError:  # what is there of it is no checkpoint, and others need the room
         with suppress(TrainyardError):
             delete_checkpoint(storage, name)
@@ -52,8 +54,8 @@ def write_checkpoint(storage: Storage, name: str, files: Mapping[str, bytes], fa
 
 def delete_checkpoint(storage: Storage, name: str) -> None:
     """Delete a checkpoint, manifest first: what a kill leaves of it is no checkpoint."""
-    storage.delete(f"{FOLDER}/{name}/{MANIFEST}")
-    storage.delete_folder(f"{FOLDER}/{name}")
+    storage.delete(f"{CHECKPOINTS_FOLDER}/{name}/{MANIFEST_FILE}")
+    storage.delete_folder(f"{CHECKPOINTS_FOLDER}/{name}")
 
 
 def encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:

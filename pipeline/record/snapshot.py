@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.record.entries import BestSoFar
+from pipeline.record.entries import BestCheckpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,14 +24,14 @@ class Snapshot:
     """Plain values for the worker that goes on from here."""
     metrics: dict[str, float]
     """Of the latest evaluation of each split, such as "val/loss"."""
-    best: BestSoFar | None = None
+    best: BestCheckpoint | None = None
     """The best evaluation so far; its `checkpoint` is for the writer to fill in."""
     best_weights: dict[str, Tensor] | None = None
     """Given where the best is neither of this step nor known from an earlier commit."""
     preprocess: dict[str, Any] | None = None
-    end: bool = False
+    is_final: bool = False
     """Training is over: at this step, for every later attempt too."""
-    patience: int | None = None
+    evaluations_since_best: int | None = None
     """Evaluations since the best one."""
 
     @property
@@ -40,7 +40,7 @@ class Snapshot:
         count = self.state.get("scale.skipped")
         return None if count is None else int(count)
 
-    def not_finite(self) -> str | None:
+    def find_nonfinite_tensor(self) -> str | None:
         """Name of the first tensor of weights that holds NaN or infinity."""
         import torch
 

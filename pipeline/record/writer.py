@@ -8,24 +8,32 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import NotFiniteError, TrainyardError
-from pipeline.learn.words import divergence_advice
+from pipeline.learn.words import format_divergence_advice
 from pipeline.record import decisions, saving, spool
 from pipeline.record.attempt import Attempt
-from pipeline.record.cells import Cell, CellLayout, Columns, EvaluationRow, Rows, StepBlock, encode
-from pipeline.record.drafts import Drafter, json_file, with_best_of
-from pipeline.record.entries import BestSoFar, Commit, Leave, Pair
-from pipeline.record.run import RESULT, Run
+from pipeline.record.cells import (
+    EvaluationRow,
+    MetricSchema,
+    PendingRows,
+    Segment,
+    SegmentLayout,
+    StepBlock,
+    encode_table,
+)
+from pipeline.record.drafts import CheckpointFilesBuilder, adopt_best_weights, encode_json_file
+from pipeline.record.entries import BestCheckpoint, CheckpointPair, Commit, Exit
+from pipeline.record.run import RESULT_FILE, Run
 from pipeline.record.snapshot import Snapshot
-from pipeline.record.standing import write_view
-from pipeline.storage.faults import scrub
+from pipeline.record.standing import write_summary
+from pipeline.storage.faults import redact
 
-__all__ = ["EVALUATIONS", "STEPS", "Snapshot", "Writer"]
+__all__ = ["EVALUATIONS_FOLDER", "STEPS_FOLDER", "Snapshot", "RunWriter"]
 
-STEPS = "metrics/steps"
-EVALUATIONS = "metrics/evals"
+STEPS_FOLDER = "metrics/steps"
+EVALUATIONS_FOLDER = "metrics/evals"
 
 
-class Writer:
+class RunWriter:
     """Writes commits and what follows from them.
 
     Parameters
@@ -34,39 +42,39 @@ class Writer:
     keep: pairs of a checkpoint and its best that stay.
     """
 
-    def __init__(self, attempt: Attempt, *, layout: CellLayout, keep: int, columns: Columns) -> None:
+    def __init__(self, attempt: Attempt, *, layout: SegmentLayout, keep: int, metric_schema: MetricSchema) -> None:
         self.attempt = attempt
-        self.rows = Rows(attempt.run.name, attempt.number, layout, columns)
-        self._drafter = Drafter(attempt.run.name, attempt.number, self.rows)
+        self.rows = PendingRows(attempt.run.name, attempt.number, layout, metric_schema)
+        self._builder = CheckpointFilesBuilder(attempt.run.name, attempt.number, self.rows)
         self._keep = keep
-        self._best = attempt.base.best if attempt.base is not None else None
-        self._last_good = attempt.base.name if attempt.base is not None else None
-        self.has_rows = attempt.base is None and attempt.spooled is None
+        self._best = attempt.resume_checkpoint.best if attempt.resume_checkpoint is not None else None
+        self._last_committed = attempt.resume_checkpoint.name if attempt.resume_checkpoint is not None else None
+        self.has_resume_rows = attempt.resume_checkpoint is None and attempt.local_checkpoint is None
         """Whether the rows from which this attempt goes on are read."""
-        self._under_way: Snapshot | None = None
+        self._pending_snapshot: Snapshot | None = None
         """What `commit` was given and has not made durable yet."""
 
     @property
     def _run(self) -> Run:
         return self.attempt.run
 
-    def begin(self) -> None:
+    def resume(self) -> None:
         """Take up the base's rows and publish the cells that it completes: its writer may have died before. What an
         earlier attempt saved on this machine becomes the first commit."""
-        checkpoint = self.attempt.base
+        checkpoint = self.attempt.resume_checkpoint
         if checkpoint is not None:
-            with self.attempt.reading_base():
-                rows = checkpoint.rows()
-            self.rows.load(rows, checkpoint.first_cell, checkpoint.step)
-            self.has_rows = self.attempt.spooled is None
-            self._publish(checkpoint.step, end=checkpoint.end)
-        write_view(self._run, self.attempt.state, "running")
-        local_checkpoint = self.attempt.spooled
+            with self.attempt.reading_resume_checkpoint():
+                rows = checkpoint.read_rows()
+            self.rows.load(rows, checkpoint.first_segment, checkpoint.step)
+            self.has_resume_rows = self.attempt.local_checkpoint is None
+            self._publish_segments(checkpoint.step, is_final=checkpoint.is_final)
+        write_summary(self._run, self.attempt.state, "running")
+        local_checkpoint = self.attempt.local_checkpoint
         if local_checkpoint is not None:
-            self.rows.load(local_checkpoint.rows(), local_checkpoint.first_cell)
-            self.has_rows = True
-            self.commit(spool.snapshot_of(self._run, local_checkpoint), [], [])
-            spool.forget(self._run)
+            self.rows.load(local_checkpoint.read_rows(), local_checkpoint.first_segment)
+            self.has_resume_rows = True
+            self.commit(spool.load_snapshot(self._run, local_checkpoint), [], [])
+            spool.delete_local(self._run)
 
     def commit(self, snapshot: Snapshot, blocks: Sequence[StepBlock], evaluations: Sequence[EvaluationRow]) -> None:
         """Make a checkpoint durable, with the rows since the last commit, and then what follows from it.
@@ -77,33 +85,33 @@ class Writer:
         SupersededError: a later attempt has taken over; what was written does no harm.
         """
         self.rows.add(blocks, evaluations)
-        self.rows.check(snapshot.step)
+        self.rows.check_contiguous(snapshot.step)
         self._check_finite(snapshot)
-        self._under_way = snapshot
-        name = decisions.checkpoint_name(snapshot.step, self.attempt.number)
-        best = self._place_best(snapshot, name)
-        if best is not None and self._is_apart(best, name):
-            saving.write_checkpoint(self._run.storage, *self._drafter.best_draft(snapshot, best))
-        saving.write_checkpoint(self._run.storage, *self._drafter.draft(snapshot, best, name))
-        pair: Pair = (name, best.checkpoint if best is not None else None)
+        self._pending_snapshot = snapshot
+        name = decisions.format_checkpoint_name(snapshot.step, self.attempt.number)
+        best = self._locate_best(snapshot, name)
+        if best is not None and self._needs_own_checkpoint(best, name):
+            saving.write_checkpoint(self._run.storage, *self._builder.build_best(snapshot, best))
+        saving.write_checkpoint(self._run.storage, *self._builder.build(snapshot, best, name))
+        pair: CheckpointPair = (name, best.checkpoint if best is not None else None)
         commit = Commit(
-            **self.attempt.common(),
+            **self.attempt.next_entry_fields(),
             checkpoint=name,
             step=snapshot.step,
             epoch=snapshot.epoch,
-            end=snapshot.end,
-            kept=decisions.kept_after(self.attempt.kept, pair, self._keep),
+            end=snapshot.is_final,
+            kept=decisions.retained_after(self.attempt.retained, pair, self._keep),
             best=best,
             metrics=dict(snapshot.metrics),
-            patience=snapshot.patience,
+            patience=snapshot.evaluations_since_best,
             skipped_updates=snapshot.skipped_updates,
         )
         self.attempt.append(commit)
-        self.attempt.kept, self._best, self._last_good = commit.kept, best, name
-        self._under_way = None
-        self._follow(commit)
+        self.attempt.retained, self._best, self._last_committed = commit.kept, best, name
+        self._pending_snapshot = None
+        self._after_commit(commit)
 
-    def save_here(
+    def save_locally(
         self, snapshot: Snapshot | None, blocks: Sequence[StepBlock], evaluations: Sequence[EvaluationRow]
     ) -> tuple[Path, int] | None:
         """Save a snapshot on this machine instead, with the rows since the last one, when storage is lost.
@@ -121,38 +129,44 @@ class Writer:
         NotFiniteError: a loss or a weight is NaN or infinite; nothing is written.
         TrainyardError, OSError: this machine cannot take it either.
         """
-        failed = self._under_way
+        failed = self._pending_snapshot
         self.rows.add(blocks, evaluations)
         snapshot = snapshot or failed
         if snapshot is None:
             return None
-        self.rows.check(snapshot.step)
+        self.rows.check_contiguous(snapshot.step)
         self._check_finite(snapshot)
         if failed is not None:
-            snapshot = with_best_of(failed, snapshot)
-        name = decisions.checkpoint_name(snapshot.step, self.attempt.number)
-        best = self._place_best(snapshot, name)
-        best_files = self._drafter.best_draft(snapshot, best) if best is not None and self._is_apart(best, name) else None
-        after = [self._last_good]
+            snapshot = adopt_best_weights(failed, snapshot)
+        name = decisions.format_checkpoint_name(snapshot.step, self.attempt.number)
+        best = self._locate_best(snapshot, name)
+        best_files = (
+            self._builder.build_best(snapshot, best)
+            if best is not None and self._needs_own_checkpoint(best, name)
+            else None
+        )
+        after = [self._last_committed]
         if failed is not None:  # of an entry whose reply is missing nobody knows whether it arrived
-            after.append(decisions.checkpoint_name(failed.step, self.attempt.number))
-        draft, nonce, attempt = self._drafter.draft(snapshot, best, name), self.attempt.nonce, self.attempt.number
-        return spool.save(self._run, snapshot, draft, best_files, after, nonce=nonce, attempt=attempt), snapshot.step
+            after.append(decisions.format_checkpoint_name(failed.step, self.attempt.number))
+        draft, nonce, attempt = self._builder.build(snapshot, best, name), self.attempt.nonce, self.attempt.number
+        return spool.save_locally(
+            self._run, snapshot, draft, best_files, after, nonce=nonce, attempt=attempt
+        ), snapshot.step
 
-    def complete(self) -> None:
+    def finalize(self) -> None:
         """Do what is missing after an end: cells, result, retention, `run.json`. The base must be that end."""
         commit = self.attempt.state.commit
-        checkpoint = self.attempt.base
+        checkpoint = self.attempt.resume_checkpoint
         assert checkpoint is not None
         assert commit is not None
-        assert checkpoint.end
+        assert checkpoint.is_final
         assert commit.checkpoint == checkpoint.name
-        with self.attempt.reading_base():
-            rows = checkpoint.rows()
-        self.rows.load(rows, checkpoint.first_cell, checkpoint.step)
-        self._follow(commit)
+        with self.attempt.reading_resume_checkpoint():
+            rows = checkpoint.read_rows()
+        self.rows.load(rows, checkpoint.first_segment, checkpoint.step)
+        self._after_commit(commit)
 
-    def leave(self, status: Literal["interrupted", "failed"], error: BaseException | None, step: int) -> None:
+    def write_exit(self, status: Literal["interrupted", "failed"], error: BaseException | None, step: int) -> None:
         """Say why this attempt stops before the end.
 
         Raises
@@ -161,38 +175,40 @@ class Writer:
         """
         row = getattr(error, "row", None)
         if row is None and isinstance(error, NotFiniteError):
-            row = self.rows.first_not_finite()
-        leave = Leave(**self.attempt.common(), status=status, step=step, error=_error_facts(error), row=row)
+            row = self.rows.find_nonfinite_row()
+        leave = Exit(**self.attempt.next_entry_fields(), status=status, step=step, error=_error_to_json(error), row=row)
         self.attempt.append(leave)
-        write_view(self._run, self.attempt.state, status)
+        write_summary(self._run, self.attempt.state, status)
 
-    def _follow(self, commit: Commit) -> None:
+    def _after_commit(self, commit: Commit) -> None:
         """What follows from a commit, in this order; each can be repeated."""
-        self._publish(commit.step, end=commit.end)
+        self._publish_segments(commit.step, is_final=commit.end)
         if commit.end:
-            self._run.storage.replace(RESULT, result_file(self._run.name, commit), sync=True)
-        self._retain(commit)
-        write_view(self._run, self.attempt.state, "finished" if commit.end else "running")
+            self._run.storage.replace(RESULT_FILE, encode_result(self._run.name, commit), sync=True)
+        self._apply_retention(commit)
+        write_summary(self._run, self.attempt.state, "finished" if commit.end else "running")
 
-    def _publish(self, step: int, *, end: bool) -> None:
+    def _publish_segments(self, step: int, *, is_final: bool) -> None:
         """Write the cells that a commit at `step` completes. A reader that sees a cell's steps sees its evaluations."""
-        for segment in self.rows.cells(step, end=end):
-            self._write_cell(segment)
-        if not end:
-            self.rows.drop(step)
+        for segment in self.rows.iter_segments(step, is_final=is_final):
+            self._write_segment(segment)
+        if not is_final:
+            self.rows.drop_published(step)
 
-    def _write_cell(self, cell: Cell) -> None:
+    def _write_segment(self, segment: Segment) -> None:
         storage = self._run.storage
-        storage.replace(f"{EVALUATIONS}/{cell.name}", encode(cell.evaluations), sync=True)
-        storage.replace(f"{STEPS}/{cell.name}", encode(cell.steps), sync=True)
+        storage.replace(f"{EVALUATIONS_FOLDER}/{segment.file_name}", encode_table(segment.evaluations), sync=True)
+        storage.replace(f"{STEPS_FOLDER}/{segment.file_name}", encode_table(segment.steps), sync=True)
 
-    def _retain(self, commit: Commit) -> None:
-        spare = decisions.spared(commit.kept, self.attempt.state)
-        names = self._run.storage.list(saving.FOLDER)
-        for name in decisions.doomed(names, attempt=self.attempt.number, step=commit.step, spare=spare):
+    def _apply_retention(self, commit: Commit) -> None:
+        spare = decisions.checkpoints_to_keep(commit.kept, self.attempt.state)
+        names = self._run.storage.list(saving.CHECKPOINTS_FOLDER)
+        for name in decisions.checkpoints_to_delete(
+            names, attempt=self.attempt.number, step=commit.step, protected=spare
+        ):
             saving.delete_checkpoint(self._run.storage, name)
 
-    def _place_best(self, snapshot: Snapshot, name: str) -> BestSoFar | None:
+    def _locate_best(self, snapshot: Snapshot, name: str) -> BestCheckpoint | None:
         """The best so far with the name of its directory."""
         best, committed_best = snapshot.best, self._best
         if best is None:
@@ -203,37 +219,37 @@ class Writer:
             return committed_best
         if snapshot.best_weights is None:
             raise ValueError(f"the weights of the best step {best.step} are neither given nor in a checkpoint")
-        return replace(best, checkpoint=decisions.checkpoint_name(best.step, self.attempt.number))
+        return replace(best, checkpoint=decisions.format_checkpoint_name(best.step, self.attempt.number))
 
-    def _is_apart(self, best: BestSoFar, name: str) -> bool:
+    def _needs_own_checkpoint(self, best: BestCheckpoint, name: str) -> bool:
         """Whether the best has weights that lie nowhere yet and are not those of checkpoint `name`."""
         return best.checkpoint != name and best is not self._best
 
     def _check_finite(self, snapshot: Snapshot) -> None:
-        row = self.rows.first_not_finite()
+        row = self.rows.find_nonfinite_row()
         if row is not None:
             split = f"{row['split']} " if row.get("split") else ""
             rate = f" (learning rate {row['lr']})" if row.get("lr") is not None else ""
-            raise self._not_finite(f"the {split}loss is {row['loss']} at step {row['step']}{rate}", row)
-        name = snapshot.not_finite()
+            raise self._nonfinite_error(f"the {split}loss is {row['loss']} at step {row['step']}{rate}", row)
+        name = snapshot.find_nonfinite_tensor()
         if name is not None:
-            rate = f" (learning rate {self.rows.learning_rate()})"
-            raise self._not_finite(f"the weights {name} are not finite at step {snapshot.step}{rate}", None)
+            rate = f" (learning rate {self.rows.last_learning_rate()})"
+            raise self._nonfinite_error(f"the weights {name} are not finite at step {snapshot.step}{rate}", None)
 
-    def _not_finite(self, what: str, row: dict[str, Any] | None) -> NotFiniteError:
-        best, last = self._best, decisions.parse_checkpoint_name(self._last_good or "")
-        fix = divergence_advice(
+    def _nonfinite_error(self, what: str, row: dict[str, Any] | None) -> NotFiniteError:
+        best, last = self._best, decisions.parse_checkpoint_name(self._last_committed or "")
+        fix = format_divergence_advice(
             self._run.name,
             best.step if best is not None else None,
             last[0] if last is not None else None,
-            best.no_gain if best is not None else "",
+            best.no_improvement_message if best is not None else "",
         )
         error = NotFiniteError(what, where=self._run.url, fix=fix)
         error.__dict__["row"] = row
         return error
 
 
-def result_file(run: str, commit: Commit) -> bytes:
+def encode_result(run: str, commit: Commit) -> bytes:
     """`result.json`, as a function of the end's entry."""
     best = commit.best
     tree = {
@@ -245,11 +261,11 @@ def result_file(run: str, commit: Commit) -> bytes:
         "chosen": best.checkpoint if best is not None else commit.checkpoint,
         "last": commit.checkpoint,
     }
-    return json_file(tree)
+    return encode_json_file(tree)
 
 
-def _error_facts(error: BaseException | None) -> dict[str, Any] | None:
+def _error_to_json(error: BaseException | None) -> dict[str, Any] | None:
     if error is None:
         return None
     what = error.what if isinstance(error, TrainyardError) else str(error)
-    return {"type": type(error).__name__, "message": scrub(what)[:2000]}
+    return {"type": type(error).__name__, "message": redact(what)[:2000]}

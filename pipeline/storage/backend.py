@@ -32,7 +32,7 @@ class Backend(Protocol):
     where unfinished files may lie; an object store has no use for it.
     """
 
-    far: bool
+    is_remote: bool
     """Whether requests take long enough that several at once pay."""
 
     def read(self, path: str) -> bytes:
@@ -59,11 +59,11 @@ class Backend(Protocol):
     def delete_folder(self, path: str) -> None:
         """Remove a folder with all in it. What others write there meanwhile may stay."""
 
-    def sweep(self, temporary: str) -> None:
+    def remove_temporary(self, temporary: str) -> None:
         """Remove what killed writers left in `temporary`. A live writer that loses its file writes it again."""
 
-    def conditional_writes(self, folder: str) -> bool:
+    def has_conditional_writes(self, folder: str) -> bool:
         """Whether `create` excludes, tried out on a key of its own."""
 
-    def renew(self) -> None:
+    def renew_credentials(self) -> None:
         """Look for credentials anew: those in use have expired."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.errors import StorageError, TrainyardError
-from pipeline.storage.faults import explain, longest_request_s, scrub
+from pipeline.storage.faults import redact, request_timeout_s, summarize_error
 
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
+PROTOCOL_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 """Protocols of object stores, and the extra of this package that brings each."""
-CONNECTIONS = 32
+MAX_CONNECTIONS = 32
 """To an S3 server, at the most: the libraries' usual ten would be less than what is asked for at once."""
 
 
@@ -28,26 +28,28 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 
     protocol = url.partition("://")[0] if "://" in url else "file"
     options: dict[str, object] = {}
-    if protocol in EXTRAS:
+    if protocol in PROTOCOL_EXTRAS:
         options["use_listings_cache"] = False
     if protocol in ("s3", "s3a"):  # faults are repeated in one place only, see `faults`
-        silent_s = longest_request_s()
+        silent_s = request_timeout_s()
         options["config_kwargs"] = {
             "connect_timeout": 5,
             "read_timeout": silent_s,
             "retries": {"max_attempts": 0},
-            "max_pool_connections": CONNECTIONS,
+            "max_pool_connections": MAX_CONNECTIONS,
         }
     try:
         fs, path = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
-        extra = EXTRAS.get(protocol)
-        fix = f"pip install 'trainyard[{extra}]'" if extra else explain(error)
-        raise StorageError(f"{protocol}:// needs a library that is not installed", where=scrub(url), fix=fix) from None
+        extra = PROTOCOL_EXTRAS.get(protocol)
+        fix = f"pip install 'trainyard[{extra}]'" if extra else summarize_error(error)
+        raise StorageError(f"{protocol}:// needs a library that is not installed", where=redact(url), fix=fix) from None
     except TrainyardError:
         raise
     except Exception as error:  # whatever a file system makes of a URL that it cannot read
-        raise StorageError(f"cannot be opened ({explain(error)})", where=scrub(url), fix="check the URL") from None
+        raise StorageError(
+            f"cannot be opened ({summarize_error(error)})", where=redact(url), fix="check the URL"
+        ) from None
     if protocol in ("s3", "s3a"):
         fs.retries = 1
     return fs, path

@@ -8,18 +8,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-from pipeline.redaction import hide
+from pipeline.redaction import register_secrets
 
-_NAMES: set[str] = set()
+_forwarded_names: set[str] = set()
 
 
-def take(environment: Mapping[str, str]) -> None:
+def set_credentials(environment: Mapping[str, str]) -> None:
     """Set these variables here, and keep their values out of everything that is written."""
     os.environ.update(environment)
-    _NAMES.update(environment)
-    hide(environment)
+    _forwarded_names.update(environment)
+    register_secrets(environment)
 
 
-def handed() -> dict[str, str]:
+def forwarded_credentials() -> dict[str, str]:
     """What this process was handed and hands on to its workers."""
-    return {name: os.environ[name] for name in sorted(_NAMES) if name in os.environ}
+    return {name: os.environ[name] for name in sorted(_forwarded_names) if name in os.environ}

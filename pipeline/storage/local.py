@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 
 from pipeline.errors import StorageError, StorageFullError
 
-_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NO_HARD_LINKS_ERRNOS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+_DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class LocalBackend:
@@ -25,14 +25,14 @@ class LocalBackend:
         write there at this very moment could still be quicker than the check.)
     """
 
-    far = False
-    _top = ""
+    is_remote = False
+    _root = ""
 
-    def __init__(self, top: str = "") -> None:
-        self._top = top
+    def __init__(self, root: str = "") -> None:
+        self._root = root
 
     def read(self, path: str) -> bytes:
-        self._refuse_links(path)
+        self._raise_if_symlink(path)
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
         except NotADirectoryError as error:  # below a file, as on an object store, nothing is
@@ -44,8 +44,8 @@ class LocalBackend:
             return file.read()
 
     def replace(self, path: str, data: bytes, temporary: str, sync: bool) -> None:
-        self._refuse_links(path, temporary)
-        with _room_for(path, len(data)), _written(temporary, data, sync) as unfinished:
+        self._raise_if_symlink(path, temporary)
+        with _translate_disk_full(path, len(data)), _temporary_file(temporary, data, sync) as unfinished:
             _make_folder(os.path.dirname(path))
             os.replace(unfinished, path)
         if sync:
@@ -55,13 +55,13 @@ class LocalBackend:
         return None
 
     def create(self, path: str, data: bytes, temporary: str) -> None:
-        self._refuse_links(path, temporary)
-        with _room_for(path, len(data)), _written(temporary, data, sync=True) as unfinished:
+        self._raise_if_symlink(path, temporary)
+        with _translate_disk_full(path, len(data)), _temporary_file(temporary, data, sync=True) as unfinished:
             _make_folder(os.path.dirname(path))
             try:
                 os.link(unfinished, path)
             except OSError as error:
-                if error.errno in _NO_LINKS:
+                if error.errno in _NO_HARD_LINKS_ERRNOS:
                     raise StorageError(
                         "this file system has no hard links, so no file can be created exclusively",
                         where=path,
@@ -71,38 +71,38 @@ class LocalBackend:
         _sync_folder(os.path.dirname(path))
 
     def list(self, path: str) -> list[str]:
-        self._refuse_links(path)
+        self._raise_if_symlink(path)
         return os.listdir(path)
 
     def exists(self, path: str) -> bool:
-        self._refuse_links(path)
+        self._raise_if_symlink(path)
         return os.path.exists(path)
 
     def delete(self, path: str) -> None:
-        self._refuse_links(path)
+        self._raise_if_symlink(path)
         os.unlink(path)
 
     def delete_folder(self, path: str) -> None:
-        self._refuse_links(path)
+        self._raise_if_symlink(path)
         # Late writes of a superseded attempt can put files here meanwhile: they stay, and are harmless.
-        shutil.rmtree(path, onerror=_unless_gone_or_refilled)
+        shutil.rmtree(path, onerror=_raise_unless_gone_or_refilled)
 
-    def sweep(self, temporary: str) -> None:
-        self._refuse_links(temporary)
+    def remove_temporary(self, temporary: str) -> None:
+        self._raise_if_symlink(temporary)
         with suppress(FileNotFoundError):
             for name in os.listdir(temporary):
                 with suppress(FileNotFoundError):
                     os.unlink(os.path.join(temporary, name))
 
-    def _refuse_links(self, *paths: str) -> None:
+    def _raise_if_symlink(self, *paths: str) -> None:
         """Refuse a path that goes through a symbolic link below the top.
 
         Raises
         ------
         StorageError: names the link.
         """
-        for path in paths if self._top else ():
-            while len(path) > len(self._top):
+        for path in paths if self._root else ():
+            while len(path) > len(self._root):
                 if os.path.islink(path):
                     raise StorageError(
                         "is a symbolic link, and none is followed in storage",
@@ -111,30 +111,30 @@ class LocalBackend:
                     )
                 path = os.path.dirname(path)
 
-    def conditional_writes(self, folder: str) -> bool:
+    def has_conditional_writes(self, folder: str) -> bool:
         return True
 
-    def renew(self) -> None:
+    def renew_credentials(self) -> None:
         return
 
 
 @contextmanager
-def _room_for(path: str, size: int) -> Iterator[None]:
+def _translate_disk_full(path: str, size: int) -> Iterator[None]:
     """Say what is wrong where a disk or a quota is full: no waiting cures that, but a person may."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in _DISK_FULL_ERRNOS:
             raise
         what = "the quota is used up" if error.errno == errno.EDQUOT else "the disk is full"
         raise StorageFullError(
-            f"{what}: {size:,} bytes are needed, {_free(path):,} are free",
+            f"{what}: {size:,} bytes are needed, {_free_bytes(path):,} are free",
             where=path,
             fix="make room there, and run the same command again: it goes on from the last checkpoint",
         ) from None
 
 
-def _free(path: str) -> int:
+def _free_bytes(path: str) -> int:
     """Bytes that are free on the disk of a path that may not be there yet."""
     while not os.path.exists(path):
         path = os.path.dirname(path)
@@ -142,7 +142,7 @@ def _free(path: str) -> int:
 
 
 @contextmanager
-def _written(temporary: str, data: bytes, sync: bool) -> Iterator[str]:
+def _temporary_file(temporary: str, data: bytes, sync: bool) -> Iterator[str]:
     """Path of a temporary file with this content, gone at the end.
 
     Where it or a folder vanishes (a sweep, a retention) the write raises a BlockingIOError, which the door repeats:
@@ -185,7 +185,7 @@ def _sync_folder(path: str) -> None:
             os.close(descriptor)
 
 
-def _unless_gone_or_refilled(_function: object, _path: str, info: tuple[object, BaseException, object]) -> None:
+def _raise_unless_gone_or_refilled(_function: object, _path: str, info: tuple[object, BaseException, object]) -> None:
     error = info[1]
     if not isinstance(error, OSError) or error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
         raise error

@@ -26,9 +26,9 @@ from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from pipeline.errors import DataError, StorageError
-from pipeline.storage.faults import Patience, explain, scrub
+from pipeline.storage.faults import RetryPolicy, redact, summarize_error
 from pipeline.storage.filesystems import open_filesystem
-from pipeline.watchdog import note_progress, waits_for
+from pipeline.watchdog import blocking_on, note_progress
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -72,9 +72,9 @@ class FileReader:
 
     def __init__(self, url: str, *, folder: str | None = None, printable: str | None = None) -> None:
         self.url = url
-        self.printable = scrub(url) if printable is None else printable
+        self.printable = redact(url) if printable is None else printable
         self._folder = folder
-        self._retry = Patience(self.printable)
+        self._retry = RetryPolicy(self.printable)
         self._filesystems: dict[int, tuple[Any, str]] = {}
         self._irregular: dict[str, str] = {}
 
@@ -97,7 +97,7 @@ class FileReader:
         except FileNotFoundError:
             return "missing"
 
-    @waits_for("storage")
+    @blocking_on("storage")
     def list_files(self, ignored: Sequence[str] = IGNORED_PREFIXES) -> dict[str, FileInfo]:
         """All files below the folder at any depth, sorted by path.
 
@@ -111,7 +111,7 @@ class FileReader:
             raise FileNotFoundError(folder)
         return self._relative(found, ignored)
 
-    @waits_for("storage")
+    @blocking_on("storage")
     def list_directory(self, path: str = "", ignored: Sequence[str] = IGNORED_PREFIXES) -> list[tuple[str, bool]]:
         """Paths of the files and folders directly in a folder, sorted, each with whether it is a folder."""
         fs, full = self._resolve(path) if path else self._open()
@@ -148,9 +148,9 @@ class FileReader:
     def location(self, path: str) -> str:
         """Where a file lies, for messages: a path of this machine, or a URL without secrets."""
         fs, full = self._resolve(path)
-        return full if is_local(fs) else scrub(fs.unstrip_protocol(full))
+        return full if is_local(fs) else redact(fs.unstrip_protocol(full))
 
-    @waits_for("storage")
+    @blocking_on("storage")
     def read(self, path: str) -> bytes:
         """The whole content of a file.
 
@@ -161,13 +161,13 @@ class FileReader:
         fs, full = self._resolve(path)
         return bytes(self.retry(lambda: fs.cat_file(full)))
 
-    @waits_for("storage")
+    @blocking_on("storage")
     def read_range(self, path: str, start: int, end: int) -> bytes:
         """The bytes of a file from `start` up to `end`. Some servers send whole files alone: see `read`."""
         fs, full = self._resolve(path)
         return bytes(self.retry(lambda: fs.cat_file(full, start=start, end=end)))
 
-    @waits_for("storage")
+    @blocking_on("storage")
     def download(self, path: str, target: str) -> None:
         """Copy a file to a path of this machine."""
         fs, full = self._resolve(path)
@@ -204,7 +204,7 @@ class FileReader:
         return self._filesystems[process]
 
 
-@waits_for("storage")
+@blocking_on("storage")
 def find_files(
     url: str, ignored: Sequence[str] = IGNORED_PREFIXES, *, expand_folders: bool = True
 ) -> tuple[FileReader, dict[str, FileInfo]]:
@@ -246,7 +246,7 @@ def _reader_below(url: str, end: int, folder: str) -> FileReader:
     """A reader of the folder in which a URL's last part lies, or all from its first wildcard at `end` on."""
     shown = url[:end].rpartition("/")[0] or ("/" if url.startswith("/") else ".")
     is_chain = "::" in url or ("://" in url) != ("://" in shown)
-    return FileReader(url, folder=folder, printable=scrub(url if is_chain else shown))
+    return FileReader(url, folder=folder, printable=redact(url if is_chain else shown))
 
 
 def is_ignored(path: str, prefixes: Sequence[str]) -> bool:
@@ -281,7 +281,7 @@ def as_data_errors(where: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        reason = f" ({explain(error)})" if "://" in where else ""  # a store's own words: it may be the bucket
+        reason = f" ({summarize_error(error)})" if "://" in where else ""  # a store's own words: it may be the bucket
         raise DataError(
             f"is not there{reason}", where=where, fix="check the URL, and the bucket where it has one"
         ) from None

@@ -10,23 +10,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
-from pipeline.storage.faults import longest_request_s
+from pipeline.storage.faults import request_timeout_s
 
 _MEMORY_LOCK = threading.RLock()
 """fsspec's memory file system is a plain dictionary: two threads of one process need a lock."""
-_CONDITIONAL: dict[tuple[str, str], bool] = {}
+_HAS_CONDITIONAL_WRITES: dict[tuple[str, str], bool] = {}
 """What was found out of each store in this process, by protocol and bucket."""
-S3 = ("s3", "s3a")
-LOCAL = ("file", "local")
+S3_PROTOCOLS = ("s3", "s3a")
+LOCAL_PROTOCOLS = ("file", "local")
 PART_BYTES = 16 * 2**20
 """Of an upload in parts; files of up to two parts go in one request."""
 FIRST_READ_BYTES = 8 * 2**20
 """Most files are shorter: entries, heartbeats, cells."""
-_NO_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist|ContainerNotFound")
+_MISSING_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist|ContainerNotFound")
 
 
 @contextmanager
-def _bucket_needed() -> Iterator[None]:
+def _translate_missing_bucket() -> Iterator[None]:
     """Around every request: a missing bucket is no missing name, for a person must make it.
 
     Raises
@@ -36,15 +36,15 @@ def _bucket_needed() -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        if _NO_BUCKET.search(f"{error} {error.__cause__}"):
+        if _MISSING_BUCKET.search(f"{error} {error.__cause__}"):
             raise ValueError("there is no such bucket") from None
         raise
 
 
-def _in_time(fs: Any, data: bytes) -> dict[str, float]:
+def _timeout_options(fs: Any, data: bytes) -> dict[str, float]:
     """The limit of a request that carries data. The libraries' own timeouts begin once all of it is sent: to a server
     that accepts a connection and stays silent they never begin (S3's `Expect: 100-continue`)."""
-    return {"timeout": longest_request_s(len(data))} if getattr(fs, "async_impl", False) else {}
+    return {"timeout": request_timeout_s(len(data))} if getattr(fs, "async_impl", False) else {}
 
 
 class S3Upload:
@@ -59,13 +59,13 @@ class S3Upload:
         self._target["UploadId"] = fs.call_s3("create_multipart_upload", **self._target)["UploadId"]
 
     def put(self, number: int, data: bytes) -> str:
-        with _bucket_needed():
+        with _translate_missing_bucket():
             part = {**self._target, "PartNumber": number, "Body": data}
-            return str(self._fs.call_s3("upload_part", **part, **_in_time(self._fs, data))["ETag"])
+            return str(self._fs.call_s3("upload_part", **part, **_timeout_options(self._fs, data))["ETag"])
 
     def complete(self, tags: Sequence[str]) -> None:
         parts = [{"PartNumber": number, "ETag": tag} for number, tag in enumerate(tags, start=1)]
-        with _bucket_needed():
+        with _translate_missing_bucket():
             self._fs.call_s3("complete_multipart_upload", **self._target, MultipartUpload={"Parts": parts})
 
     def abort(self) -> None:
@@ -84,20 +84,20 @@ class RemoteBackend:
     def __init__(self, fs: Any, protocol: str) -> None:
         self.fs = fs
         self.protocol = protocol
-        self.far = protocol not in ("memory", *LOCAL)
+        self.is_remote = protocol not in ("memory", *LOCAL_PROTOCOLS)
 
     @contextmanager
     def _request(self) -> Iterator[None]:
         lock: AbstractContextManager[Any] = _MEMORY_LOCK if self.protocol == "memory" else nullcontext()
-        with lock, _bucket_needed():
+        with lock, _translate_missing_bucket():
             yield
 
     def read(self, path: str) -> bytes:
         with self._request():
-            beginning = self._beginning(path) if self.protocol in S3 else None
+            beginning = self._read_small_file(path) if self.protocol in S3_PROTOCOLS else None
             return beginning if beginning is not None else bytes(self.fs.cat_file(path))
 
-    def _beginning(self, path: str) -> bytes | None:
+    def _read_small_file(self, path: str) -> bytes | None:
         """A file of S3's that is no longer than `FIRST_READ_BYTES`, else None: in one request, where s3fs makes two (it
         asks for the size first, so as to read large files in parallel)."""
         try:
@@ -113,7 +113,7 @@ class RemoteBackend:
             self._put(path, data)
 
     def upload(self, path: str, size: int) -> S3Upload | None:
-        if self.protocol not in S3 or size <= 2 * PART_BYTES:
+        if self.protocol not in S3_PROTOCOLS or size <= 2 * PART_BYTES:
             return None
         with self._request():
             return S3Upload(self.fs, path)
@@ -136,7 +136,7 @@ class RemoteBackend:
             try:
                 self.fs.info(path)
             except FileNotFoundError as error:
-                if _NO_BUCKET.search(f"{error} {error.__cause__}"):
+                if _MISSING_BUCKET.search(f"{error} {error.__cause__}"):
                     raise
                 return False
         return True
@@ -151,24 +151,26 @@ class RemoteBackend:
             for file in self.fs.find(path):
                 with suppress(FileNotFoundError):
                     self.fs.rm_file(file)
-            if not self.far:  # object stores have no folders to remove
+            if not self.is_remote:  # object stores have no folders to remove
                 with suppress(FileNotFoundError):
                     self.fs.rm(path, recursive=True)
 
-    def sweep(self, temporary: str) -> None:
+    def remove_temporary(self, temporary: str) -> None:
         return
 
-    def conditional_writes(self, folder: str) -> bool:
+    def has_conditional_writes(self, folder: str) -> bool:
         store = (self.protocol, folder.strip("/").partition("/")[0])
-        if store not in _CONDITIONAL:
-            _CONDITIONAL[store] = self._excludes(f"{folder.rstrip('/')}/.probe-{secrets.token_hex(8)}")
-        return _CONDITIONAL[store]
+        if store not in _HAS_CONDITIONAL_WRITES:
+            _HAS_CONDITIONAL_WRITES[store] = self._probe_exclusive_create(
+                f"{folder.rstrip('/')}/.probe-{secrets.token_hex(8)}"
+            )
+        return _HAS_CONDITIONAL_WRITES[store]
 
-    def renew(self) -> None:
-        if self.protocol in S3:  # other libraries renew by themselves
+    def renew_credentials(self) -> None:
+        if self.protocol in S3_PROTOCOLS:  # other libraries renew by themselves
             self.fs.connect(refresh=True)
 
-    def _excludes(self, path: str) -> bool:
+    def _probe_exclusive_create(self, path: str) -> bool:
         """Create a random key twice; a store that lets the second pass does not exclude.
 
         Nobody else creates this key, so a refusal of the first is one of the second, too: its reply was lost, and the
@@ -190,13 +192,13 @@ class RemoteBackend:
 
     def _put(self, path: str, data: bytes, **mode: str) -> None:
         try:
-            self.fs.pipe_file(path, data, **mode, **_in_time(self.fs, data))
+            self.fs.pipe_file(path, data, **mode, **_timeout_options(self.fs, data))
         except FileNotFoundError as error:
-            if _NO_BUCKET.search(f"{error} {error.__cause__}"):
+            if _MISSING_BUCKET.search(f"{error} {error.__cause__}"):
                 raise
             # File systems with real folders (sftp, smb) want them made first.
             self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             try:
-                self.fs.pipe_file(path, data, **mode, **_in_time(self.fs, data))
+                self.fs.pipe_file(path, data, **mode, **_timeout_options(self.fs, data))
             except FileNotFoundError as again:  # no answer to a write
                 raise ValueError(f"nothing can be written there ({again})") from again

@@ -5,7 +5,7 @@ the faults that the environment variable TRAINYARD_FAULTS asks for; see `Faults`
 workers of a cluster too.
 """
 
-from pipeline.testing.faults import Faults, faults
+from pipeline.testing.faults import FaultSettings, inject_faults
 from pipeline.testing.filesystem import FaultyFileSystem
 
-__all__ = ["Faults", "FaultyFileSystem", "faults"]
+__all__ = ["FaultSettings", "FaultyFileSystem", "inject_faults"]

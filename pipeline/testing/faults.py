@@ -13,19 +13,19 @@ from typing import Literal, get_args
 
 from pipeline.errors import InputError
 
-VARIABLE = "TRAINYARD_FAULTS"
-Kind = Literal["error", "lost", "slow_down", "truncated", "stale", "expired"]
-Group = Literal["read", "write", "list", "delete"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-GROUPS: tuple[Group, ...] = get_args(Group)
+FAULTS_VARIABLE = "TRAINYARD_FAULTS"
+FaultKind = Literal["error", "lost", "slow_down", "truncated", "stale", "expired"]
+RequestGroup = Literal["read", "write", "list", "delete"]
+FAULT_KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
+REQUEST_GROUPS: tuple[RequestGroup, ...] = get_args(RequestGroup)
 _HELP = (
-    f"words such as error=0.05 (a rate) or error@3 (the third request), of {', '.join(KINDS)}; and seed=1, on=write, "
+    f"words such as error=0.05 (a rate) or error@3 (the third request), of {', '.join(FAULT_KINDS)}; and seed=1, on=write, "
     "delay_s=0.1, bytes_per_s=1e6, expires_after=100, renewals=1, log=FILE"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Faults:
+class FaultSettings:
     """Which requests fail, and how: the n-th request of a process meets what the seed and n say.
 
     error: the connection breaks, and nothing was done.
@@ -37,11 +37,11 @@ class Faults:
     """
 
     seed: int = 0
-    rates: Mapping[Kind, float] = field(default_factory=dict)
+    rates: Mapping[FaultKind, float] = field(default_factory=dict)
     """Share of all requests, by kind; 1 in all at the most."""
-    at: Mapping[int, Kind] = field(default_factory=dict)
+    at: Mapping[int, FaultKind] = field(default_factory=dict)
     """Requests by number, counted from 1 in each process."""
-    on: frozenset[Group] = frozenset(GROUPS)
+    on: frozenset[RequestGroup] = frozenset(REQUEST_GROUPS)
     """The groups of requests that count and that faults happen to: read, write, list, delete."""
     delay_s: float = 0.0
     """A slow link: how long each request waits."""
@@ -56,23 +56,23 @@ class Faults:
 
     def __post_init__(self) -> None:
         if any(not 0 <= rate <= 1 for rate in self.rates.values()) or sum(self.rates.values()) > 1:
-            raise InputError("the rates of faults must be from 0 to 1, and 1 in all at the most", where=VARIABLE)
+            raise InputError("the rates of faults must be from 0 to 1, and 1 in all at the most", where=FAULTS_VARIABLE)
         if self.delay_s < 0 or self.bytes_per_s <= 0 or min(self.expires_after, self.renewals) < 0:
-            raise InputError("a number of TRAINYARD_FAULTS is out of range", where=VARIABLE, fix=_HELP)
+            raise InputError("a number of TRAINYARD_FAULTS is out of range", where=FAULTS_VARIABLE, fix=_HELP)
 
     @classmethod
-    def parse(cls, text: str) -> Faults:
+    def parse(cls, text: str) -> FaultSettings:
         """Faults in words: "seed=1 error=0.05 lost@3 on=write,list delay_s=0.1".
 
         Raises
         ------
         InputError: a word that is none of these.
         """
-        rates: dict[Kind, float] = {}
-        at: dict[int, Kind] = {}
+        rates: dict[FaultKind, float] = {}
+        at: dict[int, FaultKind] = {}
         rest: dict[str, str] = {}
         for word in text.split():
-            kind = next((kind for kind in KINDS if word.startswith((f"{kind}=", f"{kind}@"))), None)
+            kind = next((kind for kind in FAULT_KINDS if word.startswith((f"{kind}=", f"{kind}@"))), None)
             name, _, value = word.partition("=")
             try:
                 if kind is not None and "@" in word:
@@ -83,17 +83,19 @@ class Faults:
                     rest[name] = str(int(value))
                 elif name in ("delay_s", "bytes_per_s"):
                     rest[name] = str(float(value))
-                elif (name == "log" and value) or (name == "on" and set(value.split(",")) <= set(GROUPS)):
+                elif (name == "log" and value) or (name == "on" and set(value.split(",")) <= set(REQUEST_GROUPS)):
                     rest[name] = value
                 else:
                     raise ValueError
             except ValueError:
-                raise InputError(f"{word!r} is no fault", where=VARIABLE, fix=_HELP) from None
+                raise InputError(f"{word!r} is no fault", where=FAULTS_VARIABLE, fix=_HELP) from None
         return cls(
             seed=int(rest.get("seed", 0)),
             rates=rates,
             at=at,
-            on=frozenset(group for group in GROUPS if group in rest.get("on", ",".join(GROUPS)).split(",")),
+            on=frozenset(
+                group for group in REQUEST_GROUPS if group in rest.get("on", ",".join(REQUEST_GROUPS)).split(",")
+            ),
             delay_s=float(rest.get("delay_s", 0)),
             bytes_per_s=float(rest.get("bytes_per_s", "inf")),
             expires_after=int(rest.get("expires_after", 0)),
@@ -102,45 +104,49 @@ class Faults:
         )
 
 
-class Dice:
+class FaultInjector:
     """Counts the requests of this process and says what each of them meets. Safe in several threads."""
 
-    def __init__(self, faults: Faults) -> None:
+    def __init__(self, faults: FaultSettings) -> None:
         self.faults = faults
-        self.requests = 0
-        self.met: Counter[str] = Counter()
+        self.request_count = 0
+        self.counts: Counter[str] = Counter()
         """What happened so far, by kind."""
-        self._good_for = faults.expires_after
+        self._requests_until_expiry = faults.expires_after
         self._renewals = faults.renewals
         self._lock = threading.Lock()
 
-    def throw(self, group: Group) -> Kind | None:
+    def next_fault(self, group: RequestGroup) -> FaultKind | None:
         """The fault that the next request of a group meets."""
         if group not in self.faults.on:
             return None
         with self._lock:
-            self.requests += 1
-            self._good_for -= 1
-            has_expired = self.faults.expires_after > 0 and self._good_for < 0
-            kind = "expired" if has_expired else self.faults.at.get(self.requests) or self._drawn(self.requests)
+            self.request_count += 1
+            self._requests_until_expiry -= 1
+            has_expired = self.faults.expires_after > 0 and self._requests_until_expiry < 0
+            kind = (
+                "expired"
+                if has_expired
+                else self.faults.at.get(self.request_count) or self._sample_fault(self.request_count)
+            )
             if kind is not None:
-                self.met[kind] += 1
-                self._write_down(group, kind)
+                self.counts[kind] += 1
+                self._log_fault(group, kind)
             return kind
 
-    def renew(self) -> None:
+    def renew_credentials(self) -> None:
         """New credentials, where there are any left."""
         with self._lock:
             if self._renewals > 0:
                 self._renewals -= 1
-                self._good_for = self.faults.expires_after
+                self._requests_until_expiry = self.faults.expires_after
 
-    def _write_down(self, group: Group, kind: Kind) -> None:
+    def _log_fault(self, group: RequestGroup, kind: FaultKind) -> None:
         if self.faults.log:
             with open(self.faults.log, "a") as file:
-                file.write(f"{os.getpid()} {self.requests} {group} {kind}\n")
+                file.write(f"{os.getpid()} {self.request_count} {group} {kind}\n")
 
-    def _drawn(self, number: int) -> Kind | None:
+    def _sample_fault(self, number: int) -> FaultKind | None:
         draw = random.Random(f"{self.faults.seed}/{number}").random()
         for kind, rate in self.faults.rates.items():
             draw -= rate
@@ -149,35 +155,35 @@ class Dice:
         return None
 
 
-_DICE: dict[str, Dice] = {}
+_INJECTORS: dict[str, FaultInjector] = {}
 """One for each setting: fsspec makes a file system a thread, and all of them count together."""
 
 
-def dice_of(text: str) -> Dice:
+def get_injector(text: str) -> FaultInjector:
     """This process' dice for settings in words. InputError: settings that cannot be read."""
-    if text not in _DICE:
-        _DICE[text] = Dice(Faults.parse(text))
-    return _DICE[text]
+    if text not in _INJECTORS:
+        _INJECTORS[text] = FaultInjector(FaultSettings.parse(text))
+    return _INJECTORS[text]
 
 
 @contextmanager
-def faults(text: str) -> Iterator[Dice]:
+def inject_faults(text: str) -> Iterator[FaultInjector]:
     """Set TRAINYARD_FAULTS while entered, for this process and those that it starts, and count from 1.
 
     Raises
     ------
     InputError: a word that cannot be read.
     """
-    before = os.environ.get(VARIABLE)
-    _DICE.pop(text, None)
-    dice = dice_of(text)
-    os.environ[VARIABLE] = text
+    before = os.environ.get(FAULTS_VARIABLE)
+    _INJECTORS.pop(text, None)
+    dice = get_injector(text)
+    os.environ[FAULTS_VARIABLE] = text
     try:
         yield dice
     finally:
-        os.environ.pop(VARIABLE)
+        os.environ.pop(FAULTS_VARIABLE)
         if before is not None:
-            os.environ[VARIABLE] = before
+            os.environ[FAULTS_VARIABLE] = before
 
 
 def _positive(text: str) -> int:

@@ -14,12 +14,12 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.errors import StorageError
 from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.local import LocalBackend
-from pipeline.testing.faults import VARIABLE, Dice, Group, Kind, dice_of
+from pipeline.testing.faults import FAULTS_VARIABLE, FaultInjector, FaultKind, RequestGroup, get_injector
 
 T = TypeVar("T")
 
-SLOW_DOWN = "Please reduce your request rate."
-EXPIRED = "The provided token has expired."
+SLOW_DOWN_MESSAGE = "Please reduce your request rate."
+EXPIRED_MESSAGE = "The provided token has expired."
 _LISTINGS: dict[tuple[str, str, str], Any] = {}
 """What each folder last answered in this process: by settings, store and path."""
 
@@ -42,14 +42,14 @@ class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]
         if not store or store == self.protocol:
             raise StorageError("the URL names no store", where="faulty://", fix="use faulty://s3/bucket/folder")
         self.store_protocol = store
-        self.fs: Any = _AtomicFiles() if store in ("file", "local") else open_filesystem(f"{store}://")[0]
+        self.fs: Any = _AtomicLocalFileSystem() if store in ("file", "local") else open_filesystem(f"{store}://")[0]
         self._faults = faults
-        dice_of(faults)  # so that settings which cannot be read are told now
+        get_injector(faults)  # so that settings which cannot be read are told now
 
     @property
-    def dice(self) -> Dice:
+    def injector(self) -> FaultInjector:
         """What says which request fails. fsspec keeps file systems for long; `faults` may have begun anew since."""
-        return dice_of(self._faults)
+        return get_injector(self._faults)
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
@@ -62,38 +62,38 @@ class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]
     @staticmethod
     def _get_kwargs_from_urls(path: str) -> dict[str, str]:
         store = path.removeprefix("faulty://").partition("/")[0]
-        return {"store": store, "faults": os.environ.get(VARIABLE, "")}
+        return {"store": store, "faults": os.environ.get(FAULTS_VARIABLE, "")}
 
     def unstrip_protocol(self, name: str) -> str:
         return f"faulty://{self.store_protocol}/{str(name).lstrip('/')}"
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
-        data = self._ask("read", lambda: self.fs.cat_file(path, start=start, end=end, **options))
-        self._carry(len(data))
+        data = self._run_request("read", lambda: self.fs.cat_file(path, start=start, end=end, **options))
+        self._simulate_transfer(len(data))
         return bytes(data)
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> Any:
-        self._carry(len(value))
+        self._simulate_transfer(len(value))
 
         def half() -> None:
             if mode != "create":
                 self.fs.pipe_file(path, value[: len(value) // 2], mode=mode, **options)
 
-        return self._ask("write", lambda: self.fs.pipe_file(path, value, mode=mode, **options), half=half)
+        return self._run_request("write", lambda: self.fs.pipe_file(path, value, mode=mode, **options), write_half=half)
 
-    def call_s3(self, method: str, *words: Any, **options: Any) -> Any:
+    def call_s3(self, method: str, *args: Any, **options: Any) -> Any:
         """A request of S3's own, where that lies beneath."""
         body = options.get("Body", b"")
-        self._carry(len(body))
+        self._simulate_transfer(len(body))
 
         def half() -> None:
             if body:
-                self.fs.call_s3(method, *words, **{**options, "Body": body[: len(body) // 2]})
+                self.fs.call_s3(method, *args, **{**options, "Body": body[: len(body) // 2]})
 
-        group: Group = (
+        group: RequestGroup = (
             "read" if method.startswith(("get", "head")) else "list" if method.startswith("list") else "write"
         )
-        return self._ask(group, lambda: self.fs.call_s3(method, *words, **options), half=half)
+        return self._run_request(group, lambda: self.fs.call_s3(method, *args, **options), write_half=half)
 
     def split_path(self, path: str) -> Any:
         """S3's bucket, key and version."""
@@ -101,68 +101,75 @@ class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     def connect(self, **options: Any) -> None:
         """Begin with new credentials."""
-        self.dice.renew()
+        self.injector.renew_credentials()
         if hasattr(self.fs, "connect"):
             self.fs.connect(**options)
 
     def ls(self, path: str, detail: bool = True, **options: Any) -> Any:
-        return self._ask("list", lambda: self.fs.ls(path, detail=detail, **options), listed=f"{path} {detail}")
+        return self._run_request(
+            "list", lambda: self.fs.ls(path, detail=detail, **options), listing_key=f"{path} {detail}"
+        )
 
     def info(self, path: str, **options: Any) -> Any:
-        return self._ask("read", lambda: self.fs.info(path, **options))
+        return self._run_request("read", lambda: self.fs.info(path, **options))
 
-    def find(self, path: str, *words: Any, **options: Any) -> Any:
-        return self._ask("list", lambda: self.fs.find(path, *words, **options))
+    def find(self, path: str, *args: Any, **options: Any) -> Any:
+        return self._run_request("list", lambda: self.fs.find(path, *args, **options))
 
     def rm_file(self, path: str) -> None:
-        self._ask("delete", lambda: self.fs.rm_file(path))
+        self._run_request("delete", lambda: self.fs.rm_file(path))
 
     def rm(self, path: Any, recursive: bool = False, maxdepth: int | None = None) -> None:
-        self._ask("delete", lambda: self.fs.rm(path, recursive=recursive, maxdepth=maxdepth))
+        self._run_request("delete", lambda: self.fs.rm(path, recursive=recursive, maxdepth=maxdepth))
 
     def mkdir(self, path: str, create_parents: bool = True, **options: Any) -> None:
-        self._ask("write", lambda: self.fs.mkdir(path, create_parents=create_parents, **options))
+        self._run_request("write", lambda: self.fs.mkdir(path, create_parents=create_parents, **options))
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        self._ask("write", lambda: self.fs.makedirs(path, exist_ok=exist_ok))
+        self._run_request("write", lambda: self.fs.makedirs(path, exist_ok=exist_ok))
 
     def open(self, path: str, mode: str = "rb", **options: Any) -> Any:
-        group: Group = "read" if "r" in mode else "write"
-        return self._ask(group, lambda: self.fs.open(self._strip_protocol(path), mode, **options))
+        group: RequestGroup = "read" if "r" in mode else "write"
+        return self._run_request(group, lambda: self.fs.open(self._strip_protocol(path), mode, **options))
 
     def invalidate_cache(self, path: str | None = None) -> None:
         self.fs.invalidate_cache(path)
 
-    def _ask(
-        self, group: Group, request: Callable[[], T], *, half: Callable[[], None] | None = None, listed: str = ""
+    def _run_request(
+        self,
+        group: RequestGroup,
+        request: Callable[[], T],
+        *,
+        write_half: Callable[[], None] | None = None,
+        listing_key: str = "",
     ) -> T:
         """One request, and what becomes of it."""
-        if group in self.dice.faults.on:
-            time.sleep(self.dice.faults.delay_s)
-        kind = self.dice.throw(group)
-        cache_key = (self._faults, self.store_protocol, listed)
-        if kind == "stale" and listed:
+        if group in self.injector.faults.on:
+            time.sleep(self.injector.faults.delay_s)
+        kind = self.injector.next_fault(group)
+        cache_key = (self._faults, self.store_protocol, listing_key)
+        if kind == "stale" and listing_key:
             if cache_key in _LISTINGS:
                 stale: T = _LISTINGS[cache_key]
                 return stale
             kind = None
         if kind is None or kind == "stale":
             answer = request()
-            if listed:
+            if listing_key:
                 _LISTINGS[cache_key] = answer
             return answer
-        if kind == "truncated" and half is not None:
-            half()
+        if kind == "truncated" and write_half is not None:
+            write_half()
         if kind == "lost":
             request()
-        raise _refusal(kind)
+        raise _make_error(kind)
 
-    def _carry(self, size: int) -> None:
+    def _simulate_transfer(self, num_bytes: int) -> None:
         """The time that content takes through the link."""
-        time.sleep(size / self.dice.faults.bytes_per_s)
+        time.sleep(num_bytes / self.injector.faults.bytes_per_s)
 
 
-class S3Answer(Exception):
+class InjectedS3Error(Exception):
     """What S3's own library would raise, as the cause of an error."""
 
     def __init__(self, code: str, message: str) -> None:
@@ -170,19 +177,19 @@ class S3Answer(Exception):
         self.response = {"Error": {"Code": code, "Message": message}}
 
 
-def _refusal(kind: Kind) -> OSError:
+def _make_error(kind: FaultKind) -> OSError:
     """The error that s3fs would raise."""
     if kind == "lost":
         return TimeoutError(errno.ETIMEDOUT, "injected: no reply")
     if kind not in ("slow_down", "expired"):
         return ConnectionResetError(errno.ECONNRESET, "injected: the connection broke")
-    code, text = ("SlowDown", SLOW_DOWN) if kind == "slow_down" else ("ExpiredToken", EXPIRED)
+    code, text = ("SlowDown", SLOW_DOWN_MESSAGE) if kind == "slow_down" else ("ExpiredToken", EXPIRED_MESSAGE)
     error = OSError(errno.EBUSY, f"injected: {text}") if kind == "slow_down" else PermissionError(f"injected: {text}")
-    error.__cause__ = S3Answer(code, text)
+    error.__cause__ = InjectedS3Error(code, text)
     return error
 
 
-class _AtomicFiles(LocalFileSystem):  # type: ignore[misc]
+class _AtomicLocalFileSystem(LocalFileSystem):  # type: ignore[misc]
     """Files of this machine, written as `pipeline.storage` writes them: fsspec's own create is no exclusive one."""
 
     cachable = False

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import WorkError
-from pipeline.job import FileDataConfig, Job
+from pipeline.job import FileDataConfig, JobConfig
 from pipeline.job_file import dump_job, resolve_job
-from pipeline.own_code import collect
-from pipeline.verbs.places import storage_url
+from pipeline.own_code import collect_user_code
+from pipeline.verbs.places import resolve_storage_url
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pipeline.assembly import Built, Prepared
+    from pipeline.assembly import PreparedData, TrainingSetup
 
 OVERFIT_STEPS = 2000
 OVERFIT_LOSS = 0.01
@@ -24,24 +24,24 @@ OVERFIT_LOSS = 0.01
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckResult:
     """What `check` found; `batch` and `overfit` where they were asked for."""
 
-    job: Job
+    job: JobConfig
     batch: dict[str, Any] | None = None
     overfit: dict[str, Any] | None = None
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "job": self.job.resolved(),
+            "job": self.job.to_dict(),
             "batch": self.batch,
             "overfit": self.overfit,
             "warnings": list(self.warnings),
             "error": None,
         }
 
-    def lines(self) -> list[str]:
+    def format_lines(self) -> list[str]:
         lines = [f"warning: {text}" for text in self.warnings]
         if self.batch is None and self.overfit is None:
             return [*lines, *dump_job(self.job).rstrip().splitlines()]
@@ -49,14 +49,14 @@ class Checked:
             section = self.batch
             lines += ["parameters"]
             width = max((len(name) for name, _ in section["parameters"]), default=0)
-            lines += [f"  {name.ljust(width)}  {_shape(shape)}" for name, shape in section["parameters"]]
+            lines += [f"  {name.ljust(width)}  {_format_shape(shape)}" for name, shape in section["parameters"]]
             lines += [
                 f"  {section['parameter_count']:,} in all",
                 f"rows       {', '.join(f'{split} {rows:,}' for split, rows in section['rows'].items())}",
                 f"steps      {section['steps_per_epoch']:,} an epoch, {section['total_steps']:,} in all",
-                f"batch      inputs {_shape(section['inputs'])} {section['input_type']}, targets "
-                f"{_shape(section['targets'])}, on {section['device']}",
-                f"outputs    {_shape(section['outputs'])}, untrained: from {section['lowest']:.4f} to "
+                f"batch      inputs {_format_shape(section['inputs'])} {section['input_type']}, targets "
+                f"{_format_shape(section['targets'])}, on {section['device']}",
+                f"outputs    {_format_shape(section['outputs'])}, untrained: from {section['lowest']:.4f} to "
                 f"{section['highest']:.4f}, mean {section['mean']:.4f}",
                 f"loss       {section['loss_before']:.4f} before one update, {section['loss_after']:.4f} after it, with "
                 f"learning rate {section['lr']:g}",
@@ -70,13 +70,13 @@ class Checked:
 
 
 def check(
-    job: Job | Mapping[str, Any] | str | Path,
+    job: JobConfig | Mapping[str, Any] | str | Path,
     set: Iterable[str] = (),  # noqa: A002 - the public name of the option
     *,
     storage: str | None = None,
     batch: bool = False,
     overfit: bool = False,
-) -> Checked:
+) -> CheckResult:
     """Validate a job, and look whether the data at its `data.url` is there and of the right kind; with `batch` and
     `overfit` also load the data and build the model.
 
@@ -91,42 +91,42 @@ def check(
     """
     where = str(job) if isinstance(job, (str, Path)) else "job"
     job = resolve_job(job, set)
-    job = job.model_copy(update={"storage": storage_url(storage, job.storage)})
+    job = job.model_copy(update={"storage": resolve_storage_url(storage, job.storage)})
     if not (batch or overfit):
         if isinstance(job.data, FileDataConfig):
-            from pipeline.data.sources.presence import check_present
+            from pipeline.data.sources.presence import check_data_exists
 
-            check_present(job)
-        return Checked(job)
-    from pipeline.assembly import build, prepare
-    from pipeline.device import leave_as_found
-    from pipeline.starting import find_start
+            check_data_exists(job)
+        return CheckResult(job)
+    from pipeline.assembly import build_training, prepare_data
+    from pipeline.device import restore_torch_settings
+    from pipeline.starting import find_initial_weights
 
-    code = collect(job)
-    with code.in_use(), leave_as_found():
-        prepared = prepare(job, start=find_start(job, job.storage), code=code)
-        return Checked(
+    code = collect_user_code(job)
+    with code.activated(), restore_torch_settings():
+        prepared = prepare_data(job, initial_weights=find_initial_weights(job, job.storage), code=code)
+        return CheckResult(
             job,
-            _one_batch(prepared, build(prepared)) if batch else None,
-            _overfit(prepared, build(prepared), where) if overfit else None,
+            _inspect_batch(prepared, build_training(prepared)) if batch else None,
+            _overfit_batch(prepared, build_training(prepared), where) if overfit else None,
             tuple(prepared.warnings),
         )
 
 
-def _first_batch(prepared: Prepared, built: Built) -> tuple[Tensor, Tensor]:
-    from pipeline.assembly import train_loader
+def _load_first_batch(prepared: PreparedData, built: TrainingSetup) -> tuple[Tensor, Tensor]:
+    from pipeline.assembly import build_train_loader
 
-    batch = next(iter(train_loader(prepared, built, first_step=1, last_step=1)))
+    batch = next(iter(build_train_loader(prepared, built, first_step=1, last_step=1)))
     return batch.inputs, batch.targets
 
 
-def _one_batch(prepared: Prepared, built: Built) -> dict[str, Any]:
-    engine, schedule = built.trainee, prepared.plan
-    inputs, targets = _first_batch(prepared, built)
-    outputs = engine.outputs(inputs).float()
-    before = _update(built, 1, inputs, targets, schedule.lr(1))
-    engine.gradient(1, inputs, targets)
-    after = float(engine.flat.sums[0] / engine.flat.sums[1])
+def _inspect_batch(prepared: PreparedData, built: TrainingSetup) -> dict[str, Any]:
+    engine, schedule = built.engine, prepared.schedule
+    inputs, targets = _load_first_batch(prepared, built)
+    outputs = engine.predict_logits(inputs).float()
+    before = _run_step(built, 1, inputs, targets, schedule.lr_at(1))
+    engine.forward_backward(1, inputs, targets)
+    after = float(engine.flat.loss_sums[0] / engine.flat.loss_sums[1])
     model = engine.flat.model
     return {
         "parameters": [(name, list(tensor.shape)) for name, tensor in model.named_parameters()],
@@ -144,23 +144,23 @@ def _one_batch(prepared: Prepared, built: Built) -> dict[str, Any]:
         "mean": float(outputs.mean()),
         "loss_before": before,
         "loss_after": after,
-        "lr": schedule.lr(1),
+        "lr": schedule.lr_at(1),
     }
 
 
-def _overfit(prepared: Prepared, built: Built, where: str) -> dict[str, Any]:
+def _overfit_batch(prepared: PreparedData, built: TrainingSetup, where: str) -> dict[str, Any]:
     """Train on the first batch alone, with the job's own optimizer and first learning rate.
 
     Raises
     ------
     WorkError: the loss is not near zero after 2,000 steps.
     """
-    inputs, targets = _first_batch(prepared, built)
+    inputs, targets = _load_first_batch(prepared, built)
     lr = prepared.job.train.phases[0].lr
     loss, step = float("inf"), 0
     while loss >= OVERFIT_LOSS and step < OVERFIT_STEPS:
         step += 1
-        loss = _update(built, step, inputs, targets, lr)
+        loss = _run_step(built, step, inputs, targets, lr)
         if loss != loss:
             break
     if not loss < OVERFIT_LOSS:
@@ -173,14 +173,14 @@ def _overfit(prepared: Prepared, built: Built, where: str) -> dict[str, Any]:
     return {"rows": len(targets), "steps": step, "loss": loss, "lr": lr}
 
 
-def _update(built: Built, step: int, inputs: Tensor, targets: Tensor, lr: float) -> float:
+def _run_step(built: TrainingSetup, step: int, inputs: Tensor, targets: Tensor, lr: float) -> float:
     """One update; returns the loss before it."""
-    engine = built.trainee
-    engine.gradient(step, inputs, targets)
-    loss = float(engine.flat.sums[0] / engine.flat.sums[1])
-    engine.update(lr)
+    engine = built.engine
+    engine.forward_backward(step, inputs, targets)
+    loss = float(engine.flat.loss_sums[0] / engine.flat.loss_sums[1])
+    engine.optimizer_step(lr)
     return loss
 
 
-def _shape(shape: Iterable[int]) -> str:
+def _format_shape(shape: Iterable[int]) -> str:
     return " x ".join(str(size) for size in shape)

@@ -11,31 +11,38 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline import loop
-from pipeline.assembly import Say, build, check_weights, eval_loader, prepare, prepare_rows
+from pipeline.assembly import (
+    ProgressFn,
+    build_eval_loader,
+    build_training,
+    check_state_dict,
+    prepare_all_rows,
+    prepare_data,
+)
 from pipeline.context import SingleProcessContext
-from pipeline.data.fitted import Fitted
+from pipeline.data.fitted import FittedTransforms
 from pipeline.data.preprocess import DataReport
-from pipeline.device import leave_as_found
+from pipeline.device import restore_torch_settings
 from pipeline.errors import InputError
-from pipeline.job import FileDataConfig, Job, ParquetDataConfig, RandomSplits, digest, identity
+from pipeline.job import FileDataConfig, JobConfig, ParquetDataConfig, RandomSplitsConfig, compute_identity, digest_tree
 from pipeline.job_file import override_job, parse_job
-from pipeline.learn.words import no_better_words, table_lines
-from pipeline.own_code import UserCode, named_in
+from pipeline.learn.words import baseline_warning, format_metric_table
+from pipeline.own_code import UserCode, list_user_references
 from pipeline.record.checkpoint import find_checkpoint
-from pipeline.record.reads import record_read
+from pipeline.record.reads import log_test_access
 from pipeline.record.run import Run
-from pipeline.redaction import scrub
-from pipeline.storage.filesystems import EXTRAS
-from pipeline.verbs.load import trust_code
-from pipeline.verbs.places import find_run, whole_url
+from pipeline.redaction import redact
+from pipeline.storage.filesystems import PROTOCOL_EXTRAS
+from pipeline.verbs.load import load_trusted_code
+from pipeline.verbs.places import absolute_url, find_run
 
 PLAIN_PROTOCOLS = ("file", "local", "memory", "http", "https", "hf", "sftp", "ssh")
 """Besides those of object stores: protocols by which a stored job may have its data read."""
-SPLITS = ("train", "val", "test")
+SPLIT_NAMES = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluateResult:
     """What a checkpoint is worth on a split."""
 
     run: str
@@ -51,7 +58,7 @@ class Evaluation:
     @property
     def warnings(self) -> list[str]:
         """What should not be overlooked."""
-        return self.report.warnings()
+        return self.report.format_warnings()
 
     def to_json(self) -> dict[str, Any]:
         metrics = {name: None if value != value else value for name, value in self.metrics.items()}
@@ -59,17 +66,17 @@ class Evaluation:
         report = {"columns": self.report.to_json(), "warnings": self.warnings}
         return {**fields, "metrics": metrics, **report, "error": None}
 
-    def lines(self) -> list[str]:
+    def format_lines(self) -> list[str]:
         rows, correct = (self.metrics.get(f"{self.split}/{name}") for name in ("samples", "correct"))
         counted = f"{rows:,.0f} rows" if correct is None else f"{correct:,.0f} of {rows:,.0f} rows correct"
         lines = [f"{self.run} at step {self.step}, {self.split}: {counted}"]
-        lines += [f"  {line}" for line in table_lines(self.metrics, self.split)]
-        lines += [f"  {line}" for line in self.report.lines()]
-        warning = no_better_words(self.metrics, self.split)
+        lines += [f"  {line}" for line in format_metric_table(self.metrics, self.split)]
+        lines += [f"  {line}" for line in self.report.format_lines()]
+        warning = baseline_warning(self.metrics, self.split)
         return [*lines, f"  warning: {warning}"] if warning else lines
 
 
-@leave_as_found()
+@restore_torch_settings()
 def evaluate(
     run: str,
     *,
@@ -79,8 +86,8 @@ def evaluate(
     set: Iterable[str] = (),  # noqa: A002 - the public name of the option
     storage: str | None = None,
     trust: bool = False,
-    say: Say = lambda text: None,
-) -> Evaluation:
+    on_progress: ProgressFn = lambda text: None,
+) -> EvaluateResult:
     """Evaluate a run's checkpoint on a whole split, or on other data with the same columns or kind of pictures.
 
     Preprocessing and classes are those of the checkpoint. A read of the test split is recorded before it happens.
@@ -96,44 +103,53 @@ def evaluate(
     ------
     InputError: no such run, checkpoint or split, or data that is not the run's or does not fit it.
     """
-    if split not in SPLITS:
+    if split not in SPLIT_NAMES:
         raise InputError(f"{split!r} is no split", where="--split", fix="train, val or test")
     opened_run = find_run(run, storage)
     saved = find_checkpoint(opened_run, checkpoint)
-    job, code = _stored_job(opened_run, list(set), trust)
+    job, code = _load_stored_job(opened_run, list(set), trust)
     job = job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"limit": None})})
-    fitted, weights = Fitted.from_json(saved.preprocess()), saved.weights()
-    check_weights(job, fitted, weights, saved.url)
+    fitted, weights = FittedTransforms.from_json(saved.load_preprocess()), saved.load_weights()
+    check_state_dict(job, fitted, weights, saved.url)
     if data is not None:
-        split, prepared = "data", prepare_rows(_on_other_data(job, data, fitted), fitted, "data", say, code=code)
+        split, prepared = (
+            "data",
+            prepare_all_rows(_with_other_data(job, data, fitted), fitted, "data", on_progress, code=code),
+        )
     else:
-        prepared = prepare(job, fitted=fitted, fingerprint=opened_run.facts()["fingerprint"], say=say, code=code)
+        prepared = prepare_data(
+            job,
+            fitted=fitted,
+            fingerprint=opened_run.read_metadata()["fingerprint"],
+            on_progress=on_progress,
+            code=code,
+        )
         if split not in prepared.splits:
             available = ", ".join(prepared.splits)
             raise InputError(f"this run has no {split} split", where=opened_run.url, fix=f"it has: {available}")
-    built = build(prepared, to_train=False)
-    built.trainee.flat.load(weights)
+    built = build_training(prepared, for_training=False)
+    built.engine.flat.load_state_dict(weights)
     if split == "test":
         metadata = {"checkpoint": saved.name, "step": saved.step, "host": socket.gethostname(), "pid": os.getpid()}
-        record_read(opened_run, metadata)
-    result = loop.evaluate(built.trainee, eval_loader(prepared, built, split), SingleProcessContext())
+        log_test_access(opened_run, metadata)
+    result = loop.evaluate(built.engine, build_eval_loader(prepared, built, split), SingleProcessContext())
     metrics = {f"{split}/{name}": value for name, value in result.items()}
-    report = DataReport(fitted.preprocess)
+    report = DataReport(fitted.input_transform)
     rows = prepared.splits[split]
-    report.add(prepared.source.part(rows.part).inputs, rows.ids, prepared.source.schema)
-    return Evaluation(opened_run.name, opened_run.url, saved.name, saved.step, split, metrics, report)
+    report.add(prepared.dataset.part(rows.part).inputs, rows.indices, prepared.dataset.schema)
+    return EvaluateResult(opened_run.name, opened_run.url, saved.name, saved.step, split, metrics, report)
 
 
-def _on_other_data(job: Job, url: str, fitted: Fitted) -> Job:
+def _with_other_data(job: JobConfig, url: str, fitted: FittedTransforms) -> JobConfig:
     """The job on all rows of a URL. What it learns from is what was learned from; keys and a column for splits are not
     asked of the new data."""
     if not isinstance(job.data, FileDataConfig):
         raise InputError(
             f"this run was trained on {job.data.source}, which has no URL", where=f"--data {url}", fix="use --split"
         )
-    update: dict[str, Any] = {"url": whole_url(url), "splits": RandomSplits()}
-    if isinstance(job.data, ParquetDataConfig) and fitted.preprocess.schema is not None:
-        names = [column.name for column in fitted.preprocess.schema.columns]
+    update: dict[str, Any] = {"url": absolute_url(url), "splits": RandomSplitsConfig()}
+    if isinstance(job.data, ParquetDataConfig) and fitted.input_transform.schema is not None:
+        names = [column.name for column in fitted.input_transform.schema.columns]
         update |= {"features": [glob.escape(name) for name in names], "keys": []}
         update |= {"categorical": [name for name in job.data.categorical if fnmatch.filter(names, name)]}
     elif isinstance(job.data, ParquetDataConfig) and job.data.splits_column is not None:
@@ -141,7 +157,7 @@ def _on_other_data(job: Job, url: str, fitted: Fitted) -> Job:
     return job.model_copy(update={"data": job.data.model_copy(update=update)})
 
 
-def _check_place(job: Job, stored: Job, where: str) -> None:
+def _check_data_url(job: JobConfig, stored: JobConfig, where: str) -> None:
     """Refuse to open data by more than a file system when a stored job asks for it: some of fsspec's protocols start
     programs, talk to servers in their own language or fill in templates.
 
@@ -155,15 +171,15 @@ def _check_place(job: Job, stored: Job, where: str) -> None:
     if not isinstance(stored.data, FileDataConfig) or url != stored.data.url:
         return
     protocol, separator, _ = url.partition("://")
-    if "::" in url or (separator and protocol not in (*EXTRAS, *PLAIN_PROTOCOLS)):
+    if "::" in url or (separator and protocol not in (*PROTOCOL_EXTRAS, *PLAIN_PROTOCOLS)):
         raise InputError(
-            f"this job would read its data from {scrub(url)}",
+            f"this job would read its data from {redact(url)}",
             where=where,
             fix="--trust (in Python: trust=True) allows it; --set data.url=URL names another",
         )
 
 
-def _stored_job(run: Run, overrides: list[str], trust: bool) -> tuple[Job, UserCode]:
+def _load_stored_job(run: Run, overrides: list[str], trust: bool) -> tuple[JobConfig, UserCode]:
     """The job as stored with the run, with overrides of where and how; and its own code.
 
     Raises
@@ -171,14 +187,14 @@ def _stored_job(run: Run, overrides: list[str], trust: bool) -> tuple[Job, UserC
     InputError: it names modules and is not trusted, or an override changes what the run is.
     """
     where = f"{run.url}/job.yaml"
-    stored = parse_job(run.job_yaml(), where)
-    code = trust_code(run, stored, named_in(stored), trust)
+    stored = parse_job(run.read_job_yaml(), where)
+    code = load_trusted_code(run, stored, list_user_references(stored), trust)
     job = override_job(stored, overrides)
     if not trust:
         # What it names is imported from there, and so could be any module that some library looks for in vain.
         job = job.model_copy(update={"code": None})
-        _check_place(job, stored, where)
-    if digest(identity(job, fingerprint="")) != digest(identity(stored, fingerprint="")):
+        _check_data_url(job, stored, where)
+    if digest_tree(compute_identity(job, fingerprint="")) != digest_tree(compute_identity(stored, fingerprint="")):
         raise InputError(
             "an override may not change what was trained", where=f"--set {' '.join(overrides)}", fix="train a new run"
         )

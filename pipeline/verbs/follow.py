@@ -10,41 +10,43 @@ from typing import Any, cast, get_args
 
 from pipeline.errors import InputError, TrainyardError, WorkError
 from pipeline.events import EventHandler, Message, WarningMessage, ignore_event
-from pipeline.followers import Follower, MetricLog, Name, make
-from pipeline.followers.log import STORAGE_LIMIT_S
+from pipeline.followers import MetricLogReader, Tracker, TrackerName, create_tracker
+from pipeline.followers.log import TRACKER_STORAGE_LIMIT_S
 from pipeline.job_file import parse_job
-from pipeline.record.run import JOB, Run
-from pipeline.record.standing import Status, standing
+from pipeline.record.run import JOB_FILE, Run
+from pipeline.record.standing import StatusName, read_run_status
 from pipeline.verbs.places import find_run
 
-PAUSE_S = 5.0
+POLL_INTERVAL_S = 5.0
 """Between two looks at the metric log."""
-PATIENCE_S = 60.0
+RETRY_LIMIT_S = 60.0
 """How long what is away when the run is over is tried again."""
 
 
 @dataclass(frozen=True)
-class Followed:
+class FollowResult:
     """What was told to whom."""
 
     run: str
     url: str
-    status: Status
-    cells: Mapping[str, int]
+    status: StatusName
+    segments: Mapping[str, int]
     """By follower: parts of the metric log that were told now."""
-    where: Mapping[str, str]
+    locations: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        trackers = {name: {"where": self.where[name], "cells": num_segments} for name, num_segments in self.cells.items()}
+        trackers = {
+            name: {"where": self.locations[name], "cells": num_segments} for name, num_segments in self.segments.items()
+        }
         return {"run": self.run, "url": self.url, "status": self.status, "followers": trackers}
 
-    def lines(self) -> list[str]:
+    def format_lines(self) -> list[str]:
         """For people."""
         words = {"tensorboard": "tensorboard --logdir", "mlflow": "at"}
         return [
-            f"{name}: {num_segments} new part{'' if num_segments == 1 else 's'} of {self.run}; {words[name]} {self.where[name]}"
-            for name, num_segments in self.cells.items()
+            f"{name}: {num_segments} new part{'' if num_segments == 1 else 's'} of {self.run}; {words[name]} {self.locations[name]}"
+            for name, num_segments in self.segments.items()
         ]
 
 
@@ -54,9 +56,9 @@ def follow(
     to: Sequence[str] = (),
     storage: str | None = None,
     once: bool = False,
-    driven: threading.Event | None = None,
+    driver_done: threading.Event | None = None,
     on_event: EventHandler = ignore_event,
-) -> Followed:
+) -> FollowResult:
     """Tell followers what they do not know yet of a run, until it is over or as it is now.
 
     Parameters
@@ -72,83 +74,91 @@ def follow(
     WorkError: a tracker stayed away for so long after the run's end, or at the one look.
     """
     opened_run = find_run(run, storage)
-    log = MetricLog(opened_run)
-    names = _names(to or parse_job(opened_run.job_yaml(), f"{opened_run.url}/{JOB}").follow)
+    log = MetricLogReader(opened_run)
+    names = _parse_tracker_names(to or parse_job(opened_run.read_job_yaml(), f"{opened_run.url}/{JOB_FILE}").follow)
     if not names:
         raise InputError(
             "the job names no follower",
             where=opened_run.url,
             fix="say --to tensorboard or --to mlflow, or follow: in the job",
         )
-    watched = [_Told(name, log, on_event, lenient=driven is not None, tries_again=not once) for name in names]
-    poller = _Seen(opened_run)
-    statuses: Iterator[Status]
-    if driven is not None:
-        statuses = _while_driven(poller, driven)
+    watched = [
+        _TrackerSync(name, log, on_event, is_lenient=driver_done is not None, will_retry=not once) for name in names
+    ]
+    poller = _RunStatusPoller(opened_run)
+    statuses: Iterator[StatusName]
+    if driver_done is not None:
+        statuses = _poll_while_driven(poller, driver_done)
     elif once:
-        statuses = iter([poller.status()])
+        statuses = iter([poller.poll()])
     else:
-        statuses = _until_over(poller, watched, on_event)
+        statuses = _poll_until_over(poller, watched, on_event)
     for status in statuses:
         for tracker in watched:
             tracker.catch_up(log, status)
     for tracker in watched:
-        if tracker.fault is not None and driven is None:
-            raise tracker.fault
-        if tracker.fault is not None and not tracker.is_hopeless:
-            on_event(WarningMessage(f"{tracker.name} does not know all; `trainyard follow {opened_run.name}` tells the rest"))
-    segments: dict[str, int] = {tracker.name: tracker.cells for tracker in watched}
-    return Followed(opened_run.name, opened_run.url, status, segments, {tracker.name: tracker.where for tracker in watched})
+        if tracker.error is not None and driver_done is None:
+            raise tracker.error
+        if tracker.error is not None and not tracker.has_failed_permanently:
+            on_event(
+                WarningMessage(f"{tracker.name} does not know all; `trainyard follow {opened_run.name}` tells the rest")
+            )
+    segments: dict[str, int] = {tracker.name: tracker.num_segments for tracker in watched}
+    return FollowResult(
+        opened_run.name, opened_run.url, status, segments, {tracker.name: tracker.location for tracker in watched}
+    )
 
 
-def _names(words: Sequence[str]) -> list[Name]:
-    unknown = [word for word in words if word not in get_args(Name)]
+def _parse_tracker_names(words: Sequence[str]) -> list[TrackerName]:
+    unknown = [word for word in words if word not in get_args(TrackerName)]
     if unknown:
-        raise InputError(f"{unknown[0]!r} is no follower", where="--to", fix=" or ".join(get_args(Name)))
-    return list(dict.fromkeys(cast("Sequence[Name]", words)))
+        raise InputError(f"{unknown[0]!r} is no follower", where="--to", fix=" or ".join(get_args(TrackerName)))
+    return list(dict.fromkeys(cast("Sequence[TrackerName]", words)))
 
 
-def _while_driven(seen: _Seen, driven: threading.Event) -> Iterator[Status]:
+def _poll_while_driven(poller: _RunStatusPoller, driver_done: threading.Event) -> Iterator[StatusName]:
     """How the run stands, look by look; the last one after the driver is gone, whose run is over by that."""
     while True:
-        is_last = driven.is_set()
-        status = seen.status()
+        is_last = driver_done.is_set()
+        status = poller.poll()
         yield "interrupted" if is_last and status in ("running", "stalled") else status
         if is_last:
             return
-        driven.wait(PAUSE_S)
+        driver_done.wait(POLL_INTERVAL_S)
 
 
-def _until_over(seen: _Seen, watched: Sequence[_Told], on_event: EventHandler) -> Iterator[Status]:
+def _poll_until_over(
+    poller: _RunStatusPoller, trackers: Sequence[_TrackerSync], on_event: EventHandler
+) -> Iterator[StatusName]:
     """How the run stands, look by look, until it is over and all is told, or was tried for long enough."""
     over_since: float | None = None
-    before: Status = "running"
+    before: StatusName = "running"
     while True:
-        status = seen.status()
+        status = poller.poll()
         if status == "stalled" != before:
             on_event(Message("no sign of life from the run; waiting for it to go on"))
         before = status
         yield status
-        if seen.is_over or status == "finished":  # whoever wrote its end may have died before the last cells
+        if poller.is_over or status == "finished":  # whoever wrote its end may have died before the last cells
             over_since = over_since or time.monotonic()
-            is_caught_up = seen.is_over and all(tracker.fault is None for tracker in watched)
-            if is_caught_up or time.monotonic() - over_since > PATIENCE_S:
+            is_caught_up = poller.is_over and all(tracker.error is None for tracker in trackers)
+            if is_caught_up or time.monotonic() - over_since > RETRY_LIMIT_S:
                 return
-        time.sleep(PAUSE_S)
+        time.sleep(POLL_INTERVAL_S)
 
 
-class _Seen:
+class _RunStatusPoller:
     """How a run stands, as storage tells; while storage is away, as it last told."""
 
     def __init__(self, run: Run) -> None:
-        self._run = run.within(STORAGE_LIMIT_S)
-        self._status: Status = "running"
+        self._run = run.with_timeout(TRACKER_STORAGE_LIMIT_S)
+        self._status: StatusName = "running"
         self.is_over = False
         """Nothing more comes, unless somebody resumes it."""
 
-    def status(self) -> Status:
+    def poll(self) -> StatusName:
         try:
-            self._status = standing(self._run).status
+            self._status = read_run_status(self._run).status
             self.is_over = self._status in ("failed", "interrupted") or self._run.has_result()
         except WorkError:
             pass
@@ -156,47 +166,49 @@ class _Seen:
 
 
 @dataclass
-class _Told:
+class _TrackerSync:
     """One follower, and what is wrong with it: said once when it begins, and once when it is over."""
 
-    name: Name
-    log: MetricLog
+    name: TrackerName
+    log: MetricLogReader
     on_event: EventHandler
-    lenient: bool
+    is_lenient: bool
     """Whether even what is hopeless is only a warning."""
-    tries_again: bool
-    cells: int = 0
-    fault: TrainyardError | None = None
-    is_hopeless: bool = False
-    where: str = ""
-    _follower: Follower | None = field(default=None, init=False)
+    will_retry: bool
+    num_segments: int = 0
+    error: TrainyardError | None = None
+    has_failed_permanently: bool = False
+    location: str = ""
+    _tracker: Tracker | None = field(default=None, init=False)
 
-    def catch_up(self, log: MetricLog, status: Status) -> None:
-        if self.is_hopeless:
+    def catch_up(self, log: MetricLogReader, status: StatusName) -> None:
+        if self.has_failed_permanently:
             return
         try:
-            self._follower = self._follower or make(self.name, log)
-            self.where = self._follower.where
-            self.cells += self._follower.catch_up(log, log.look(status))
+            self._tracker = self._tracker or create_tracker(self.name, log)
+            self.location = self._tracker.location
+            self.num_segments += self._tracker.catch_up(log, log.read_view(status))
         except InputError as error:
-            if not self.lenient:
+            if not self.is_lenient:
                 raise
-            self.fault, self.is_hopeless = error, True
-            self._emit(WarningMessage, f"{_one_line(error)}; the run goes on without it. {error.fix}".rstrip())
+            self.error, self.has_failed_permanently = error, True
+            self._emit(WarningMessage, f"{_format_error(error)}; the run goes on without it. {error.fix}".rstrip())
         except WorkError as error:
-            if self.fault is None and self.lenient:
-                self._emit(WarningMessage, f"{_one_line(error)}; the run goes on, and what is missing is told later")
-            elif self.fault is None and self.tries_again:
-                self._emit(Message, f"{_one_line(error)}; trying again")
-            self.fault = error
+            if self.error is None and self.is_lenient:
+                self._emit(
+                    WarningMessage, f"{_format_error(error)}; the run goes on, and what is missing is told later"
+                )
+            elif self.error is None and self.will_retry:
+                self._emit(Message, f"{_format_error(error)}; trying again")
+            self.error = error
         else:
-            if self.fault is not None:
+            if self.error is not None:
                 self._emit(Message, "back, and all is told")
-            self.fault = None
+            self.error = None
 
     def _emit(self, kind: type[Message] | type[WarningMessage], text: str) -> None:
         self.on_event(kind(f"{self.name}: {text}"))
 
 
-def _one_line(error: TrainyardError) -> str:
+def _format_error(error: TrainyardError) -> str:
     return f"{error.what} ({error.where})" if error.where else error.what

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.errors import InputError
-from pipeline.job import plain_name
+from pipeline.job import validate_name
 
 TEMPLATE = """\
 # A Trainyard job. `trainyard check {name}.yaml` prints it with every default spelled out.
@@ -69,7 +69,7 @@ def init(name: str) -> str:
     """
     name = name.removesuffix(".yaml")
     try:
-        path = Path(f"{plain_name(name)}.yaml")
+        path = Path(f"{validate_name(name)}.yaml")
     except ValueError as error:
         raise InputError(str(error), where="NAME") from None
     try:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pipeline import own_code
-from pipeline.assembly import check_weights
-from pipeline.data.fitted import Fitted
-from pipeline.device import Arithmetic, choose, default_settings
+from pipeline.assembly import check_state_dict
+from pipeline.data.fitted import FittedTransforms
+from pipeline.device import Precision, default_settings, select_device
 from pipeline.errors import InputError
-from pipeline.job import Job, OwnModel
+from pipeline.job import CustomModelConfig, JobConfig
 from pipeline.job_file import parse_job
-from pipeline.learn.flat import take_weights
+from pipeline.learn.flat import load_state_dict_strict
 from pipeline.learn.models import build_model
 from pipeline.predictor import Predictor
 from pipeline.record.checkpoint import find_checkpoint
-from pipeline.record.run import Run, run_and_checkpoint
+from pipeline.record.run import Run, parse_run_ref
 from pipeline.verbs.places import find_run
 
 
@@ -32,24 +32,26 @@ def load(model: str, *, storage: str | None = None, device: str = "cpu", trust: 
     ------
     InputError: there is no such run or checkpoint, it is damaged, or it needs `trust`.
     """
-    name, which = run_and_checkpoint(model)
+    name, which = parse_run_ref(model)
     run = find_run(name, storage)
-    job = parse_job(run.job_yaml(), f"{run.url}/job.yaml")
-    custom_modules = [job.model.kind] if isinstance(job.model, OwnModel) else []
-    code = trust_code(run, job, custom_modules, trust)
+    job = parse_job(run.read_job_yaml(), f"{run.url}/job.yaml")
+    custom_modules = [job.model.kind] if isinstance(job.model, CustomModelConfig) else []
+    code = load_trusted_code(run, job, custom_modules, trust)
     saved = find_checkpoint(run, which)
-    fitted, target_device = Fitted.from_json(saved.preprocess()), choose(device)
-    preprocess = fitted.preprocess
-    weights = saved.weights()
-    check_weights(job, fitted, weights, saved.url)
-    with code.in_use(), default_settings():
-        net = build_model(job, preprocess.output_shape, fitted.outputs, 0, preprocess.code_sizes)
-        net.to(target_device, Arithmetic.of(job.train.precision, target_device).dtype)  # first: fp64 stays what it is
-        take_weights(net, weights, "".join(custom_modules))
+    fitted, target_device = FittedTransforms.from_json(saved.load_preprocess()), select_device(device)
+    preprocess = fitted.input_transform
+    weights = saved.load_weights()
+    check_state_dict(job, fitted, weights, saved.url)
+    with code.activated(), default_settings():
+        net = build_model(job, preprocess.output_shape, fitted.num_outputs, 0, preprocess.code_sizes)
+        net.to(
+            target_device, Precision.from_name(job.train.precision, target_device).dtype
+        )  # first: fp64 stays what it is
+        load_state_dict_strict(net, weights, "".join(custom_modules))
     return Predictor(net, fitted, job, run.name, saved.step, code)
 
 
-def trust_code(run: Run, job: Job, names: list[str], trust: bool) -> own_code.UserCode:
+def load_trusted_code(run: Run, job: JobConfig, names: list[str], trust: bool) -> own_code.UserCode:
     """The code that the modules which a stored job names are imported from: the code stored with it, or what lies where
     they were then if none was stored.
 
@@ -65,5 +67,5 @@ def trust_code(run: Run, job: Job, names: list[str], trust: bool) -> own_code.Us
             where=f"{run.url}/job.yaml",
             fix="--trust (in Python: trust=True) allows it, if you trust this storage",
         )
-    archive = run.code()
-    return own_code.stored(archive) if archive is not None else own_code.collect(job)
+    archive = run.read_code()
+    return own_code.load_stored_code(archive) if archive is not None else own_code.collect_user_code(job)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 
 from pipeline.record.run import Run, open_run
-from pipeline.redaction import is_looked_up, looked_up
+from pipeline.redaction import is_env_reference, resolve_env
 
 DEFAULT_STORAGE = "./runs"
 
 
-def storage_url(flag: str | None, job_storage: str | None = None) -> str:
+def resolve_storage_url(flag: str | None, job_storage: str | None = None) -> str:
     """The flag, else TRAINYARD_STORAGE, else the job's `storage`, else ./runs; `env:NAME` looked up."""
-    return looked_up(flag or os.environ.get("TRAINYARD_STORAGE") or job_storage or DEFAULT_STORAGE, "storage")
+    return resolve_env(flag or os.environ.get("TRAINYARD_STORAGE") or job_storage or DEFAULT_STORAGE, "storage")
 
 
-def whole_url(url: str) -> str:
+def absolute_url(url: str) -> str:
     """A local path from the root; any other URL, and `env:NAME`, as it is."""
-    return url if "://" in url or is_looked_up(url) else os.path.abspath(os.path.expanduser(url))
+    return url if "://" in url or is_env_reference(url) else os.path.abspath(os.path.expanduser(url))
 
 
 def find_run(run: str, flag: str | None = None) -> Run:
@@ -27,4 +27,4 @@ def find_run(run: str, flag: str | None = None) -> Run:
     ------
     InputError: there is no such run.
     """
-    return open_run(run, storage_url(flag))
+    return open_run(run, resolve_storage_url(flag))

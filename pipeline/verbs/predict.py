@@ -16,18 +16,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.pictures import BrokenPictureError, is_image_path, quiet
+from pipeline.data.pictures import InvalidImageError, is_image_path, silence_pillow_warnings
 from pipeline.data.preprocess import DataReport
-from pipeline.data.raw import input_columns, picture
-from pipeline.data.sources.digests import reading_threads
-from pipeline.data.sources.parquet.files import Files
-from pipeline.data.tables.encode import near
+from pipeline.data.raw import decode_input_image, find_input_columns
+from pipeline.data.sources.digests import select_num_read_threads
+from pipeline.data.sources.parquet.files import ParquetFiles
+from pipeline.data.tables.encode import suggest_columns
 from pipeline.errors import DataError, InputError, StorageError, TrainyardError
-from pipeline.job import Cache, ImageFolderDataConfig, ParquetDataConfig
+from pipeline.job import CacheConfig, ImageFolderDataConfig, ParquetDataConfig
 from pipeline.predictor import Predictor
-from pipeline.redaction import scrub
+from pipeline.redaction import redact
 from pipeline.storage import Storage
-from pipeline.storage.faults import Patience
+from pipeline.storage.faults import RetryPolicy
 from pipeline.storage.filesystems import open_filesystem
 from pipeline.storage.read_files import (
     IGNORED_IMAGE_PREFIXES,
@@ -41,16 +41,16 @@ from pipeline.verbs.load import load
 
 BATCH_ROWS = 16_384
 """Rows of a table in memory at once."""
-BATCH_PICTURES = 256
+BATCH_IMAGES = 256
 
-MOST_NAMED = 10
+MAX_LISTED = 10
 """Pictures that a message names."""
 
-Columns = dict[str, pa.Array]
+ArrowColumns = dict[str, pa.Array]
 
 
 @dataclass(frozen=True)
-class Predicted:
+class PredictResult:
     """What was written."""
 
     run: str
@@ -69,9 +69,9 @@ class Predicted:
         fields |= {"columns": self.report.to_json(), "skipped": list(self.skipped), "warnings": list(self.warnings)}
         return {**fields, "error": None}
 
-    def lines(self) -> list[str]:
+    def format_lines(self) -> list[str]:
         lines = [f"{self.rows:,} rows by {self.run} at step {self.step} to {self.output}"]
-        return lines + [f"  {line}" for line in self.report.lines()]
+        return lines + [f"  {line}" for line in self.report.format_lines()]
 
 
 def predict(
@@ -82,9 +82,9 @@ def predict(
     storage: str | None = None,
     device: str = "auto",
     trust: bool = False,
-    say: Callable[[str], None] = lambda text: None,
-    warn: Callable[[str], None] = lambda text: None,
-) -> Predicted:
+    on_progress: Callable[[str], None] = lambda text: None,
+    on_warning: Callable[[str], None] = lambda text: None,
+) -> PredictResult:
     """Write one row for each row of a table, or each picture, in their order.
 
     The columns: the job's `keys` that are there (of pictures: `path`); `prediction`, a class or the value (of several
@@ -108,25 +108,27 @@ def predict(
         written or would replace the input.
     """
     predictor = load(model, storage=storage, device=device, trust=trust)
-    folder, name = _place(output)
+    folder, name = _split_output_url(output)
     warnings: list[str] = []
 
     def tell(text: str) -> None:
         warnings.append(text)
-        warn(text)
+        on_warning(text)
 
-    count, writer, report = 0, None, DataReport(predictor.fitted.preprocess)
+    count, writer, report = 0, None, DataReport(predictor.fitted.input_transform)
     with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="trainyard-predict-") as scratch:
-        source = _open(predictor, input, output, tell, stack)
-        _check_output(folder, name, output)
+        source = _open_input(predictor, input, output, tell, stack)
+        _check_output_writable(folder, name, output)
         path = Path(scratch) / "output.parquet"
         try:
-            for key_columns, data in source.batches():
-                table = pa.table({**key_columns, **_answers(predictor, predictor.scores(data, report))})
+            for key_columns, data in source.iter_batches():
+                table = pa.table(
+                    {**key_columns, **_prediction_columns(predictor, predictor.predict_scores(data, report))}
+                )
                 writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
                 writer.write_table(table)
                 count += table.num_rows
-                say(f"{count:,} rows")
+                on_progress(f"{count:,} rows")
         finally:
             if writer is not None:
                 writer.close()
@@ -134,25 +136,25 @@ def predict(
             raise InputError("has no rows", where=f"--input {input}", fix="check the URL")
         folder.replace(name, path.read_bytes(), sync=True)
     if source.skipped:
-        listed = ", ".join(source.skipped[:MOST_NAMED]) + (", ..." if len(source.skipped) > MOST_NAMED else "")
+        listed = ", ".join(source.skipped[:MAX_LISTED]) + (", ..." if len(source.skipped) > MAX_LISTED else "")
         tell(f"{len(source.skipped):,} pictures are broken and left out: {listed}")
-    for text in report.warnings():
+    for text in report.format_warnings():
         tell(text)
     skipped = tuple(source.skipped)
-    return Predicted(predictor.run, predictor.step, count, output, report, skipped, tuple(warnings))
+    return PredictResult(predictor.run, predictor.step, count, output, report, skipped, tuple(warnings))
 
 
-def _open(
-    predictor: Predictor, url: str, output: str, tell: Callable[[str], None], stack: ExitStack
-) -> _Tables | _Pictures:
+def _open_input(
+    predictor: Predictor, url: str, output: str, on_warning: Callable[[str], None], stack: ExitStack
+) -> _TableInput | _ImageInput:
     """The input, looked at. stack: what ends its reading."""
     data = predictor.job.data
     if isinstance(data, ParquetDataConfig):
-        files = Files(url, Cache())
-        _check_apart(url, files.paths, output)
-        return _Tables(predictor, data, stack.enter_context(files), tell)
+        files = ParquetFiles(url, CacheConfig())
+        _check_output_outside_input(url, files.paths, output)
+        return _TableInput(predictor, data, stack.enter_context(files), on_warning)
     if isinstance(data, ImageFolderDataConfig):
-        return _Pictures(predictor, data, url)
+        return _ImageInput(predictor, data, url)
     raise InputError(
         f"this model was trained on {data.source}, which is neither tables nor pictures",
         where=f"--input {url}",
@@ -160,35 +162,39 @@ def _open(
     )
 
 
-class _Tables:
+class _TableInput:
     """Rows of Parquet files, with their keys. All that footers tell is checked when it is made."""
 
     def __init__(
-        self, predictor: Predictor, data: ParquetDataConfig, files: Files, tell: Callable[[str], None]
+        self, predictor: Predictor, data: ParquetDataConfig, files: ParquetFiles, on_warning: Callable[[str], None]
     ) -> None:
         self.skipped: list[str] = []
         self._files = files
-        self._inputs = _input_columns(predictor, files)
-        self._keys = _key_types(data.keys, files, tell)
+        self._inputs = _select_input_columns(predictor, files)
+        self._keys = _unify_key_types(data.keys, files, on_warning)
         _check_casts(files, self._keys)
-        taken = set(_answers(predictor, np.empty((0, len(predictor.classes) or predictor.fitted.outputs))))
-        self._names = [_free_name(key, {*taken, *self._keys} - {key}, taken, tell) for key in self._keys]
+        taken = set(
+            _prediction_columns(predictor, np.empty((0, len(predictor.classes) or predictor.fitted.num_outputs)))
+        )
+        self._names = [_unique_name(key, {*taken, *self._keys} - {key}, taken, on_warning) for key in self._keys]
 
-    def batches(self) -> Iterator[tuple[Columns, pa.RecordBatch]]:
+    def iter_batches(self) -> Iterator[tuple[ArrowColumns, pa.RecordBatch]]:
         """Keys, and what the model takes of the same rows."""
         for number in range(len(self._files.files)):
-            for batch in self._files.batches(number, [*self._keys, *self._inputs], BATCH_ROWS):
+            for batch in self._files.iter_batches(number, [*self._keys, *self._inputs], BATCH_ROWS):
                 columns = [_cast(batch.column(key), kind) for key, kind in self._keys.items()]
                 yield dict(zip(self._names, columns, strict=True)), batch.select(self._inputs)
-            self._files.forget(number)
+            self._files.release(number)
 
 
-def _input_columns(predictor: Predictor, files: Files) -> list[str]:
+def _select_input_columns(predictor: Predictor, files: ParquetFiles) -> list[str]:
     """The columns that the model takes, which every file has."""
     columns: list[str] = []
     for number, file in enumerate(files.files):
         rows = files.row_counts[number]
-        file_columns = input_columns(files.contents(number), predictor.fitted.preprocess, predictor.job, rows, file.where)
+        file_columns = find_input_columns(
+            files.column_kinds(number), predictor.fitted.input_transform, predictor.job, rows, file.where
+        )
         if columns and file_columns != columns:
             raise DataError(
                 f"the samples are in column {file_columns[0]!r}, but in {columns[0]!r} of {files.files[0].where}",
@@ -199,7 +205,9 @@ def _input_columns(predictor: Predictor, files: Files) -> list[str]:
     return columns
 
 
-def _key_types(keys: Iterable[str], files: Files, tell: Callable[[str], None]) -> dict[str, pa.DataType]:
+def _unify_key_types(
+    keys: Iterable[str], files: ParquetFiles, on_warning: Callable[[str], None]
+) -> dict[str, pa.DataType]:
     """For each key that is there, the type that holds its values of all files.
 
     Raises
@@ -207,12 +215,12 @@ def _key_types(keys: Iterable[str], files: Files, tell: Callable[[str], None]) -
     DataError: a key that some files have and others have not, or types that nothing holds together.
     """
     unified: dict[str, pa.DataType] = {}
-    types = [files.types(number) for number in range(len(files.files))]
+    types = [files.column_types(number) for number in range(len(files.files))]
     for key in dict.fromkeys(keys):
         files_without_key = [file for file, file_types in zip(files.files, types, strict=True) if key not in file_types]
         if len(files_without_key) == len(types):
-            suggestions = near(key, types[0])
-            tell(f"the key {key!r} is not in {files.url}, and not in the output ({suggestions})")
+            suggestions = suggest_columns(key, types[0])
+            on_warning(f"the key {key!r} is not in {files.url}, and not in the output ({suggestions})")
             continue
         if files_without_key:
             raise DataError(
@@ -221,7 +229,7 @@ def _key_types(keys: Iterable[str], files: Files, tell: Callable[[str], None]) -
                 fix="write all files with the same columns",
             )
         for file, file_types in zip(files.files, types, strict=True):
-            kind = _plain_type(file_types[key])
+            kind = _value_type(file_types[key])
             try:
                 both = [pa.schema([(key, unified.get(key, kind))]), pa.schema([(key, kind)])]
                 unified[key] = pa.unify_schemas(both, promote_options="permissive").field(key).type
@@ -234,16 +242,16 @@ def _key_types(keys: Iterable[str], files: Files, tell: Callable[[str], None]) -
     return unified
 
 
-def _plain_type(kind: pa.DataType) -> pa.DataType:
-    return _plain_type(kind.value_type) if pa.types.is_dictionary(kind) else kind
+def _value_type(data_type: pa.DataType) -> pa.DataType:
+    return _value_type(data_type.value_type) if pa.types.is_dictionary(data_type) else data_type
 
 
-def _cast(array: pa.Array, kind: pa.DataType) -> pa.Array:
+def _cast(array: pa.Array, data_type: pa.DataType) -> pa.Array:
     array = array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
-    return array if array.type == kind else array.cast(kind)
+    return array if array.type == data_type else array.cast(data_type)
 
 
-def _check_casts(files: Files, keys: dict[str, pa.DataType]) -> None:
+def _check_casts(files: ParquetFiles, keys: dict[str, pa.DataType]) -> None:
     """Read the keys of files whose types are others than the common ones: not every whole number is a float.
 
     Raises
@@ -251,11 +259,11 @@ def _check_casts(files: Files, keys: dict[str, pa.DataType]) -> None:
     DataError: a value that the common type cannot hold.
     """
     for number, file in enumerate(files.files):
-        file_types = files.types(number)
+        file_types = files.column_types(number)
         for key, kind in keys.items():
-            if _plain_type(file_types[key]) == kind:
+            if _value_type(file_types[key]) == kind:
                 continue
-            for batch in files.batches(number, [key], BATCH_ROWS):
+            for batch in files.iter_batches(number, [key], BATCH_ROWS):
                 try:
                     _cast(batch.column(key), kind)
                 except pa.ArrowException as error:
@@ -267,33 +275,39 @@ def _check_casts(files: Files, keys: dict[str, pa.DataType]) -> None:
                     ) from None
 
 
-def _free_name(key: str, others: set[str], taken: set[str], tell: Callable[[str], None]) -> str:
+def _unique_name(key: str, others: set[str], taken: set[str], on_warning: Callable[[str], None]) -> str:
     """What a key is called in the output, where the model's columns have their names."""
     name = key
     while name in taken or (name != key and name in others):
         name = f"key_{name}"
     if name != key:
-        tell(f"the key {key!r} is called {name!r} in the output, where {key!r} is what the model says")
+        on_warning(f"the key {key!r} is called {name!r} in the output, where {key!r} is what the model says")
     return name
 
 
-class _Pictures:
+class _ImageInput:
     """Pictures by path."""
 
     def __init__(self, predictor: Predictor, data: ImageFolderDataConfig, url: str) -> None:
         self.skipped: list[str] = []
-        self._data, self._shape = data, predictor.fitted.preprocess.output_shape
-        self._where = f"--input {scrub(url)}"
-        self._files, self._paths = _find_pictures(url, self._where)
+        self._data, self._shape = data, predictor.fitted.input_transform.output_shape
+        self._where = f"--input {redact(url)}"
+        self._files, self._paths = _find_images(url, self._where)
 
-    def batches(self) -> Iterator[tuple[Columns, np.ndarray]]:
+    def iter_batches(self) -> Iterator[tuple[ArrowColumns, np.ndarray]]:
         """Paths, and their pictures."""
         reason = ""
-        for first in range(0, len(self._paths), BATCH_PICTURES):
-            paths = self._paths[first : first + BATCH_PICTURES]
-            with quiet():
-                images_or_reasons = list(map_in_threads(self._decoded, paths, reading_threads(self._files.is_remote)))
-            images = {path: pixels for path, pixels in zip(paths, images_or_reasons, strict=True) if isinstance(pixels, np.ndarray)}
+        for first in range(0, len(self._paths), BATCH_IMAGES):
+            paths = self._paths[first : first + BATCH_IMAGES]
+            with silence_pillow_warnings():
+                images_or_reasons = list(
+                    map_in_threads(self._decode, paths, select_num_read_threads(self._files.is_remote))
+                )
+            images = {
+                path: pixels
+                for path, pixels in zip(paths, images_or_reasons, strict=True)
+                if isinstance(pixels, np.ndarray)
+            }
             reason = reason or next((text for text in images_or_reasons if isinstance(text, str)), "")
             self.skipped += [path for path in paths if path not in images]
             if images:
@@ -305,14 +319,14 @@ class _Pictures:
                 fix="see that they are pictures",
             )
 
-    def _decoded(self, path: str) -> np.ndarray | str:
+    def _decode(self, path: str) -> np.ndarray | str:
         """A picture, or why there is none where the job skips such."""
         name = f"{self._files.printable}/{path}"
         try:
-            return picture(self._files.read(path), name, self._data, self._shape)
+            return decode_input_image(self._files.read(path), name, self._data, self._shape)
         except FileNotFoundError:
             raise DataError("is gone", where=name, fix="leave the input as it is") from None
-        except BrokenPictureError as error:
+        except InvalidImageError as error:
             if self._data.on_error == "skip":
                 return str(error)
             raise DataError(
@@ -322,7 +336,7 @@ class _Pictures:
             ) from None
 
 
-def _find_pictures(url: str, where: str) -> tuple[FileReader, list[str]]:
+def _find_images(url: str, where: str) -> tuple[FileReader, list[str]]:
     """A folder, and the pictures below it that a URL means: one, what a glob matches, or all.
 
     Raises
@@ -338,13 +352,15 @@ def _find_pictures(url: str, where: str) -> tuple[FileReader, list[str]]:
         return files, list(file_names)
     image_names = [name for name in file_names if is_image_path(name)]
     if not image_names:
-        raise InputError(f"no pictures among {len(file_names):,} files", where=where, fix=f"{fix}, such as .png and .jpg")
+        raise InputError(
+            f"no pictures among {len(file_names):,} files", where=where, fix=f"{fix}, such as .png and .jpg"
+        )
     return files, image_names
 
 
-def _answers(predictor: Predictor, scores: np.ndarray) -> dict[str, np.ndarray]:
+def _prediction_columns(predictor: Predictor, scores: np.ndarray) -> dict[str, np.ndarray]:
     """What the model says, by the names of the output's columns."""
-    answers = predictor.answers(scores)
+    answers = predictor.decode_predictions(scores)
     labels = predictor.job.data.labels
     if answers.ndim == 2:
         columns = {f"prediction_{name}": answers[:, index] for index, name in enumerate(labels)}
@@ -355,14 +371,14 @@ def _answers(predictor: Predictor, scores: np.ndarray) -> dict[str, np.ndarray]:
     return columns
 
 
-def _place(output: str) -> tuple[Storage, str]:
+def _split_output_url(output: str) -> tuple[Storage, str]:
     folder, slash, name = output.rpartition("/")
     if not name.endswith(".parquet"):
         raise InputError("must end in .parquet", where=f"--output {output}", fix=f"{output.rstrip('/')}/out.parquet")
     return Storage.open(folder + slash if folder else "." if not slash else "/"), name
 
 
-def _check_apart(url: str, paths: Iterable[str], output: str) -> None:
+def _check_output_outside_input(url: str, paths: Iterable[str], output: str) -> None:
     """Refuse an output that is part of the input: it would replace the user's data, or be read as data the next time.
 
     Raises
@@ -389,20 +405,20 @@ def _check_apart(url: str, paths: Iterable[str], output: str) -> None:
         problem = "lies in the input's folder: it would be read as input the next time"
     if problem:
         raise InputError(
-            problem, where=f"--output {scrub(output)}", fix=f"write it elsewhere than --input {scrub(url)}"
+            problem, where=f"--output {redact(output)}", fix=f"write it elsewhere than --input {redact(url)}"
         )
 
 
-def _check_output(folder: Storage, name: str, output: str) -> None:
+def _check_output_writable(folder: Storage, name: str, output: str) -> None:
     """Try to write beside the output.
 
     Raises
     ------
     InputError: it is a folder, perhaps that of the input, or nothing can be written there.
     """
-    where = f"--output {scrub(output)}"
+    where = f"--output {redact(output)}"
     fs, path = open_filesystem(output)
-    if Patience(scrub(output)).call(lambda: fs.isdir(path)):
+    if RetryPolicy(redact(output)).call(lambda: fs.isdir(path)):
         raise InputError("is a folder", where=where, fix="name a file that is not there yet, or one to replace")
     probe_name = f".{name}-{uuid.uuid4().hex[:8]}"
     try:

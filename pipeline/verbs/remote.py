@@ -6,21 +6,21 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.cluster.jobs.client import Cluster, connect
-from pipeline.cluster.jobs.following import Progress, follow, look, progress_of
-from pipeline.cluster.jobs.records import lines_for_people
+from pipeline.cluster.jobs.client import ClusterClient, connect
+from pipeline.cluster.jobs.following import JobStatus, get_status, status_from, tail_until_done
+from pipeline.cluster.jobs.records import human_lines
 from pipeline.errors import ClusterError, InputError, WorkError
 from pipeline.verbs.submit import POLL_S, STOP_WAIT_S
 
-OURS = "trainyard_job"
+JOB_METADATA_KEY = "trainyard_job"
 """In the metadata of every job that `submit` starts."""
-SLACK_S = 30.0
+STOP_SLACK_S = 30.0
 """So much later than the entry point Ray may say that it has ended."""
 
 
 def status(
     job_or_run: str | None = None, *, address: str | None = None, token_file: str | None = None
-) -> tuple[str, list[Progress]]:
+) -> tuple[str, list[JobStatus]]:
     """The cluster's address, and how its jobs stand, oldest first; or one of them.
 
     Raises
@@ -29,8 +29,12 @@ def status(
     """
     cluster = connect(address, token_file)
     if job_or_run is not None:
-        return cluster.url, [look(cluster, find_job(cluster, job_or_run))]
-    statuses = [progress_of(info, _log(cluster, info)) for info in cluster.infos() if OURS in (info.metadata or {})]
+        return cluster.url, [get_status(cluster, find_job(cluster, job_or_run))]
+    statuses = [
+        status_from(info, _read_log(cluster, info))
+        for info in cluster.list_jobs()
+        if JOB_METADATA_KEY in (info.metadata or {})
+    ]
     return cluster.url, statuses
 
 
@@ -39,11 +43,11 @@ def logs(
     *,
     address: str | None = None,
     token_file: str | None = None,
-    until_its_end: bool = False,
-    show: Callable[[str], None],
-    say: Callable[[str], None] = lambda text: None,
+    until_end: bool = False,
+    on_line: Callable[[str], None],
+    on_progress: Callable[[str], None] = lambda text: None,
     on_job: Callable[[str], None] = lambda job_id: None,
-) -> Progress:
+) -> JobStatus:
     """Show what a job has written, and with `until_its_end` what it writes until it ends.
 
     Raises
@@ -54,13 +58,13 @@ def logs(
     cluster = connect(address, token_file)
     job_id = find_job(cluster, job_or_run)
     on_job(job_id)
-    if until_its_end:
-        return follow(cluster, job_id, show, say)
-    info = cluster.info(job_id)
-    log = _log(cluster, info)
-    for line in lines_for_people(log):
-        show(line)
-    return progress_of(info, log)
+    if until_end:
+        return tail_until_done(cluster, job_id, on_line, on_progress)
+    info = cluster.get_job_info(job_id)
+    log = _read_log(cluster, info)
+    for line in human_lines(log):
+        on_line(line)
+    return status_from(info, log)
 
 
 def stop(
@@ -68,8 +72,8 @@ def stop(
     *,
     address: str | None = None,
     token_file: str | None = None,
-    say: Callable[[str], None] = lambda text: None,
-) -> Progress:
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> JobStatus:
     """Have a job save and leave; returns how it ended.
 
     Raises
@@ -79,66 +83,68 @@ def stop(
     """
     cluster = connect(address, token_file)
     job_id = find_job(cluster, job_or_run)
-    job_status = look(cluster, job_id)
+    job_status = get_status(cluster, job_id)
     if job_status.is_over:
-        say("had ended before")
+        on_progress("had ended before")
         return job_status
-    cluster.stop(job_id)
-    say(f"stopping {job_id}: it has {STOP_WAIT_S} s to save and leave")
+    cluster.stop_job(job_id)
+    on_progress(f"stopping {job_id}: it has {STOP_WAIT_S} s to save and leave")
     began = time.monotonic()
-    while time.monotonic() - began < STOP_WAIT_S + SLACK_S:
-        job_status = look(cluster, job_id)
+    while time.monotonic() - began < STOP_WAIT_S + STOP_SLACK_S:
+        job_status = get_status(cluster, job_id)
         if job_status.is_over:
             return job_status
         time.sleep(POLL_S)
     raise WorkError(
-        f"has not ended {STOP_WAIT_S + SLACK_S:.0f} s after it was told to",
+        f"has not ended {STOP_WAIT_S + STOP_SLACK_S:.0f} s after it was told to",
         where=f"{job_id} on {cluster.url}",
         fix=f"see `trainyard logs {job_id} --address {cluster.url}`",
     )
 
 
-def how_it_ended(found: Progress) -> str:
+def format_outcome(job_status: JobStatus) -> str:
     """In a line for people, with what to do next."""
-    head = f"{found.id}: {found.status}"
-    if found.outcome is not None and "error" in found.outcome:
-        return f"{head}: {found.outcome['error']['message']}"
-    if found.outcome is not None:
+    head = f"{job_status.id}: {job_status.status}"
+    if job_status.outcome is not None and "error" in job_status.outcome:
+        return f"{head}: {job_status.outcome['error']['message']}"
+    if job_status.outcome is not None:
         return head
-    if found.ray_status == "STOPPED":
+    if job_status.ray_status == "STOPPED":
         return f"{head}: killed before it could save\n  the same submit goes on from the last checkpoint"
-    message_lines = [line.strip() for line in found.message.splitlines() if line.strip()] or ["no reason was given"]
+    message_lines = [line.strip() for line in job_status.message.splitlines() if line.strip()] or [
+        "no reason was given"
+    ]
     # The end of the log, where there is one; else what Ray itself begins to say.
-    reason = found.loss or message_lines[-1 if found.driver_exit_code is not None else 0]
+    reason = job_status.failure or message_lines[-1 if job_status.driver_exit_code is not None else 0]
     return f"{head}: {reason}\n  the same submit goes on from the last checkpoint"
 
 
-def find_job(cluster: Cluster, job_or_run: str) -> str:
+def find_job(cluster: ClusterClient, job_or_run: str) -> str:
     """The id of a job: itself, or of the latest that works on a run of this name.
 
     Raises
     ------
     InputError: there is none.
     """
-    if cluster.info(job_or_run) is not None:
+    if cluster.get_job_info(job_or_run) is not None:
         return job_or_run
-    for info in reversed(cluster.infos()):
+    for info in reversed(cluster.list_jobs()):
         metadata = info.metadata or {}
         run_name = metadata.get("trainyard_run")
-        if OURS not in metadata or not job_or_run.startswith(run_name or metadata[OURS]):
+        if JOB_METADATA_KEY not in metadata or not job_or_run.startswith(run_name or metadata[JOB_METADATA_KEY]):
             continue
-        if run_name == job_or_run or progress_of(info, _log(cluster, info)).run == job_or_run:
+        if run_name == job_or_run or status_from(info, _read_log(cluster, info)).run == job_or_run:
             return str(info.submission_id)
     raise InputError(
         f"no job and no run {job_or_run!r}", where=cluster.url, fix="`trainyard status` lists those that are there"
     )
 
 
-def _log(cluster: Cluster, info: Any) -> str:
+def _read_log(cluster: ClusterClient, info: Any) -> str:
     """Empty where there is none: the job has not begun, or the node that has it is gone."""
     if str(info.status.value) == "PENDING":
         return ""
     try:
-        return cluster.logs(info.submission_id)
+        return cluster.get_job_logs(info.submission_id)
     except ClusterError:
         return ""

@@ -13,60 +13,66 @@ from typing import Any
 from pipeline.errors import JobError, StorageError
 from pipeline.job import SOURCES, UserFunctionDataConfig
 from pipeline.job_file import parse_yaml
-from pipeline.record.run import HEADER, JOB, Run, folders_of_runs
-from pipeline.record.standing import Listed, Standing, standing
-from pipeline.record.values import digest_of
+from pipeline.record.run import HEADER_PREFIX, JOB_FILE, Run, list_run_names
+from pipeline.record.standing import ListedRun, RunStatus, read_run_status
+from pipeline.record.values import compute_digest
 from pipeline.storage import Storage
-from pipeline.verbs.places import find_run, storage_url
+from pipeline.verbs.places import find_run, resolve_storage_url
 
-PLACES = ("name", "storage", "code", "schema")
+IGNORED_FIELDS = ("name", "storage", "code", "schema")
 """Fields of a job in which a difference tells nothing of what was trained."""
-DATA_FACTS = ("fingerprint", "start", "code")
+DATA_METADATA_KEYS = ("fingerprint", "start", "code")
 """Facts of a birth that belong to a run's identity and stand in no field of the job."""
-NAME = re.compile(r"^name: *(.+)$", re.MULTILINE)
-DEEPEST_SPLIT = 8
+JOB_NAME_PATTERN = re.compile(r"^name: *(.+)$", re.MULTILINE)
+MAX_SPLIT_DEPTH = 8
 """Levels of fields in fields that are told apart."""
-SHOWN_DIGITS = 8
+DIGEST_DIGITS = 8
 """Of a digest."""
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _ScannedRun:
     """What was read of one run."""
 
-    standing: Standing
-    born: str
-    facts: Mapping[str, Any]
-    job: str
-    fields: Mapping[str, str]
+    status: RunStatus
+    created_at: str
+    metadata: Mapping[str, Any]
+    job_name: str
+    job_fields: Mapping[str, str]
     """Text of each field of its job."""
 
 
-def runs(storage: str | None = None) -> tuple[str, list[Listed], dict[str, str]]:
+def runs(storage: str | None = None) -> tuple[str, list[ListedRun], dict[str, str]]:
     """The storage's URL, the runs in it from the oldest to the newest, and what is wrong with what cannot be read.
 
     A run takes five requests, however long it is; several runs are read at the same time where storage is far away.
     """
-    root = Storage.open(storage_url(storage))
+    root = Storage.open(resolve_storage_url(storage))
 
-    def look(name: str) -> _Seen | str | None:
+    def scan_run(name: str) -> _ScannedRun | str | None:
         run = Run(root, name)
         try:
-            fields = _fields(run.job_yaml())
-            job = NAME.search(run.job_yaml())
-            return _Seen(standing(run), run.born(), run.facts(), job[1].strip("'") if job is not None else "", fields)
+            fields = _parse_fields(run.read_job_yaml())
+            job = JOB_NAME_PATTERN.search(run.read_job_yaml())
+            return _ScannedRun(
+                read_run_status(run),
+                run.created_at(),
+                run.read_metadata(),
+                job[1].strip("'") if job is not None else "",
+                fields,
+            )
         except FileNotFoundError:
             return None  # never born: some other folder
         except StorageError as error:
             return f"{error.where}: {error.what}"
 
-    names = folders_of_runs(root)
-    results = dict(zip(names, root.each(look, names), strict=True))
+    names = list_run_names(root)
+    results = dict(zip(names, root.map_concurrent(scan_run, names), strict=True))
     unreadable = {name: result for name, result in results.items() if isinstance(result, str)}
-    return root.url, _listed([result for result in results.values() if isinstance(result, _Seen)]), unreadable
+    return root.url, _list_runs([result for result in results.values() if isinstance(result, _ScannedRun)]), unreadable
 
 
-def show(run: str, storage: str | None = None, *, verify: bool = False) -> Standing:
+def show(run: str, storage: str | None = None, *, verify: bool = False) -> RunStatus:
     """The standing of one run, and what of its directory is missing or damaged.
 
     Parameters
@@ -78,60 +84,70 @@ def show(run: str, storage: str | None = None, *, verify: bool = False) -> Stand
     InputError: there is no such run, or its journal or `job.yaml` cannot be read.
     """
     opened_run = find_run(run, storage)
-    status = standing(opened_run)
+    status = read_run_status(opened_run)
     if status.checkpoint is None:  # nothing was promised yet
         return status
-    from pipeline.record.soundness import damage  # pyarrow: half a second that `runs` does not need
+    from pipeline.record.soundness import find_damage  # pyarrow: half a second that `runs` does not need
 
-    return replace(status, damaged=tuple(damage(opened_run, every_file=verify)))
+    return replace(status, damaged=tuple(find_damage(opened_run, read_all_files=verify)))
 
 
-def _listed(seen: Sequence[_Seen]) -> list[Listed]:
+def _list_runs(scanned: Sequence[_ScannedRun]) -> list[ListedRun]:
     """From the oldest to the newest, with what differs between the runs of one job."""
-    listed: list[Listed] = []
-    for job, group in groupby(sorted(seen, key=lambda one: one.job), key=lambda one: one.job):
+    listed: list[ListedRun] = []
+    for job, group in groupby(sorted(scanned, key=lambda one: one.job_name), key=lambda one: one.job_name):
         same_job = list(group)
-        differences = _differences(same_job)
+        differences = _find_differences(same_job)
         listed += [
-            Listed(standing=scanned_run.standing, job=job, born=scanned_run.born, differs=differs)
+            ListedRun(status=scanned_run.status, job=job, created_at=scanned_run.created_at, differs=differs)
             for scanned_run, differs in zip(same_job, differences, strict=True)
         ]
-    return sorted(listed, key=lambda one: (one.born, one.standing.run))
+    return sorted(listed, key=lambda one: (one.created_at, one.status.run))
 
 
-def _differences(same_job: Sequence[_Seen]) -> list[dict[str, Any]]:
+def _find_differences(same_job: Sequence[_ScannedRun]) -> list[dict[str, Any]]:
     """For each of the runs of one job, what is not the same in all of them."""
-    fields = _varying([one.fields for one in same_job])
-    values = _varying([_values(values_of_run) for values_of_run in fields])
-    flags = _varying([{"max_steps": one.facts.get("max_steps")} for one in same_job])
+    fields = _varying_fields([one.job_fields for one in same_job])
+    values = _varying_fields([_parse_values(values_of_run) for values_of_run in fields])
+    flags = _varying_fields([{"max_steps": one.metadata.get("max_steps")} for one in same_job])
     distinct = [{**values_of_run, **flags_of_run} for values_of_run, flags_of_run in zip(values, flags, strict=True)]
     if len({repr(values_of_run) for values_of_run in distinct}) == len(distinct):
         return distinct
-    digests = _varying([{name: _short(one.facts.get(name)) for name in DATA_FACTS} for one in same_job])
+    digests = _varying_fields(
+        [{name: _shorten_digest(one.metadata.get(name)) for name in DATA_METADATA_KEYS} for one in same_job]
+    )
     return [{**values_of_run, **digest} for values_of_run, digest in zip(distinct, digests, strict=True)]
 
 
-def _varying(trees: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _varying_fields(trees: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Of each mapping, what is not the same in all; None for what it lacks."""
     names = list(dict.fromkeys(name for tree in trees for name in tree))
     varying = [name for name in names if len({repr(tree.get(name)) for tree in trees}) > 1]
     return [{name: tree.get(name) for name in varying} for tree in trees]
 
 
-def _fields(job_yaml: str) -> dict[str, str]:
+def _parse_fields(job_yaml: str) -> dict[str, str]:
     """The fields of a stored job by their path, such as "train.phases.0", and the text of each.
 
     Equal text stands for equal values, so of many runs of one job little has to be parsed, which takes long. It counts
     on no more than the lines that `dump_job` writes: text of another form is compared in larger parts.
     """
-    text = job_yaml.partition("\n")[2] if job_yaml.startswith(HEADER) else job_yaml
-    fields = {path: field_text for path, field_text in _split(text, "", 0) if path.partition(".")[0] not in PLACES}
+    text = job_yaml.partition("\n")[2] if job_yaml.startswith(HEADER_PREFIX) else job_yaml
+    fields = {
+        path: field_text
+        for path, field_text in _split_fields(text, "", 0)
+        if path.partition(".")[0] not in IGNORED_FIELDS
+    }
     # Jobs of earlier versions have the keys of every source, and would differ from all others in them.
     keys = SOURCES.get(fields.get("data.source", "").strip(), UserFunctionDataConfig).model_fields
-    return {path: field_text for path, field_text in fields.items() if not path.startswith("data.") or path.split(".")[1] in keys}
+    return {
+        path: field_text
+        for path, field_text in fields.items()
+        if not path.startswith("data.") or path.split(".")[1] in keys
+    }
 
 
-def _split(text: str, path: str, depth: int) -> Iterator[tuple[str, str]]:
+def _split_fields(text: str, path: str, depth: int) -> Iterator[tuple[str, str]]:
     key, item = "", 0
     for block in re.split(r"\n(?=\S)", textwrap.dedent(text).strip("\n")):
         if block.startswith("- "):
@@ -143,35 +159,35 @@ def _split(text: str, path: str, depth: int) -> Iterator[tuple[str, str]]:
             name, item = key, 0
             is_mapping = field_text.startswith("\n")
         name = f"{path}.{name}" if path else name
-        if is_mapping and depth < DEEPEST_SPLIT:
-            yield from _split(field_text, name, depth + 1)
+        if is_mapping and depth < MAX_SPLIT_DEPTH:
+            yield from _split_fields(field_text, name, depth + 1)
         elif field_text.strip():
             yield name, field_text
 
 
-def _values(fields: Mapping[str, str | None]) -> dict[str, Any]:
+def _parse_values(fields: Mapping[str, str | None]) -> dict[str, Any]:
     """Fields with their values, such as "train.phases.0.lr"; without those that the job lacks."""
     present = {path: text for path, text in fields.items() if text is not None}
-    return {name: value for path, text in present.items() for name, value in _leaves(_value(text), path)}
+    return {name: value for path, text in present.items() for name, value in _iter_leaves(_parse_value(text), path)}
 
 
 @lru_cache(maxsize=1000)
-def _value(text: str) -> Any:
+def _parse_value(text: str) -> Any:
     try:
-        return parse_yaml(text.strip(), JOB)
+        return parse_yaml(text.strip(), JOB_FILE)
     except JobError:  # whoever uses the job is told
         return text.strip()
 
 
-def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+def _iter_leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     if not items:
         yield path, tree
     for key, value in items:
-        yield from _leaves(value, f"{path}.{key}")
+        yield from _iter_leaves(value, f"{path}.{key}")
 
 
-def _short(fact: Any) -> Any:
+def _shorten_digest(value: Any) -> Any:
     """A digest as people compare them; that of a mapping of files to digests in place of it."""
-    digest = digest_of(fact) if isinstance(fact, dict) else fact
-    return digest[:SHOWN_DIGITS] if isinstance(digest, str) else digest
+    digest = compute_digest(value) if isinstance(value, dict) else value
+    return digest[:DIGEST_DIGITS] if isinstance(digest, str) else digest

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import own_code
-from pipeline.cluster.jobs.client import Cluster, connect
-from pipeline.cluster.jobs.environment import environment_of
-from pipeline.cluster.jobs.following import Progress, follow, look
-from pipeline.cluster.jobs.identity import key_of, numbered
-from pipeline.cluster.jobs.letter import Letter
-from pipeline.cluster.jobs.preflight import Clearance, clear
-from pipeline.cluster.jobs.shipping import CODE_FOLDER, ENTRYPOINT_MODULE, staged
+from pipeline.cluster.jobs.client import ClusterClient, connect
+from pipeline.cluster.jobs.environment import collect_env_vars
+from pipeline.cluster.jobs.following import JobStatus, get_status, tail_until_done
+from pipeline.cluster.jobs.identity import find_numbered_ids, submission_key
+from pipeline.cluster.jobs.letter import SubmissionPayload
+from pipeline.cluster.jobs.preflight import PreflightResult, run_preflight
+from pipeline.cluster.jobs.shipping import CODE_FOLDER, ENTRYPOINT_MODULE, stage_package
 from pipeline.errors import InputError
-from pipeline.job import Job, plain_name
+from pipeline.job import JobConfig, validate_name
 from pipeline.job_file import dump_job, resolve_job
-from pipeline.redaction import hide
-from pipeline.verbs.places import storage_url
+from pipeline.redaction import register_secrets
+from pipeline.verbs.places import resolve_storage_url
 
 POLL_S = 0.5
 STOP_WAIT_S = 300
@@ -27,7 +27,7 @@ STOP_WAIT_S = 300
 
 
 def submit(
-    job: Job | Mapping[str, Any] | str | Path,
+    job: JobConfig | Mapping[str, Any] | str | Path,
     *,
     address: str | None = None,
     set: Iterable[str] = (),  # noqa: A002 - the public name of the option
@@ -40,10 +40,10 @@ def submit(
     token_file: str | None = None,
     wait: bool = True,
     verbose: bool = False,
-    say: Callable[[str], None] = lambda text: None,
-    show: Callable[[str], None] = lambda line: None,
+    on_progress: Callable[[str], None] = lambda text: None,
+    on_log_line: Callable[[str], None] = lambda line: None,
     on_job: Callable[[str], None] = lambda job_id: None,
-) -> Progress:
+) -> JobStatus:
     """Run a job on a cluster, or attach to the same submission where it goes on there.
 
     Parameters
@@ -72,68 +72,78 @@ def submit(
     KeyboardInterrupt: as pressed; a job that was started goes on.
     """
     resolved_job = resolve_job(job, set)
-    code = own_code.collect(resolved_job)
-    environment = environment_of(env, env_files)
-    hide(environment)
+    code = own_code.collect_user_code(resolved_job)
+    environment = collect_env_vars(env, env_files)
+    register_secrets(environment)
     if name is not None:
-        _plain(name)
+        _check_run_name(name)
     cluster = connect(address, token_file, verbose=verbose)
-    storage_argument = storage_url(storage, resolved_job.storage)
-    preflight = clear(cluster, storage=storage_argument, scale=resolved_job.scale, environment=environment, say=say)
-    say(f"cluster {preflight.text}")
-    key = key_of(resolved_job, storage=preflight.storage, name=name, max_steps=max_steps, code=code.digests)
+    storage_argument = resolve_storage_url(storage, resolved_job.storage)
+    preflight = run_preflight(
+        cluster, storage=storage_argument, scale=resolved_job.scale, environment=environment, on_progress=on_progress
+    )
+    on_progress(f"cluster {preflight.description}")
+    key = submission_key(resolved_job, storage=preflight.storage, name=name, max_steps=max_steps, code=code.digests)
     packaged_job = resolved_job.model_copy(update={"code": CODE_FOLDER if code.files else None})
-    payload = Letter(
-        dump_job(packaged_job), preflight.storage, name, max_steps, verbose, environment, allow_code_change=allow_code_change
+    payload = SubmissionPayload(
+        dump_job(packaged_job),
+        preflight.storage,
+        name,
+        max_steps,
+        verbose,
+        environment,
+        allow_code_change=allow_code_change,
     )
     num_failures = 0
     while True:
-        job_id = _start_or_attach(cluster, preflight, key, payload, code.files, resolved_job, say)
+        job_id = _start_or_attach(cluster, preflight, key, payload, code.files, resolved_job, on_progress)
         on_job(job_id)
         if not wait:
-            return look(cluster, job_id)
-        job_status = follow(cluster, job_id, show, say)
-        if not job_status.loss or num_failures == resolved_job.scale.retries:
+            return get_status(cluster, job_id)
+        job_status = tail_until_done(cluster, job_id, on_log_line, on_progress)
+        if not job_status.failure or num_failures == resolved_job.scale.retries:
             return job_status
         num_failures += 1
-        say(f"warning: {job_id}: {job_status.loss}; starting again ({num_failures} of {resolved_job.scale.retries})")
+        on_progress(
+            f"warning: {job_id}: {job_status.failure}; starting again ({num_failures} of {resolved_job.scale.retries})"
+        )
 
 
 def _start_or_attach(
-    cluster: Cluster,
-    clearance: Clearance,
+    cluster: ClusterClient,
+    preflight: PreflightResult,
     key: str,
-    letter: Letter,
+    payload: SubmissionPayload,
     code: dict[str, bytes],
-    job: Job,
-    say: Callable[[str], None],
+    job: JobConfig,
+    on_progress: Callable[[str], None],
 ) -> str:
     """The id of the one job of this key that goes on."""
-    with staged(code) as package:
+    with stage_package(code) as package:
         while True:
-            jobs = {info.submission_id: info for info in cluster.infos()}
-            numbered_ids = numbered(key, jobs)
+            jobs = {info.submission_id: info for info in cluster.list_jobs()}
+            numbered_ids = find_numbered_ids(key, jobs)
             active_ids = [one for one in numbered_ids.values() if not jobs[one].status.is_terminal()]
-            if active_ids and look(cluster, active_ids[-1]).is_over:  # it said so, and Ray has not seen it yet
+            if active_ids and get_status(cluster, active_ids[-1]).is_over:  # it said so, and Ray has not seen it yet
                 time.sleep(POLL_S)
                 continue
             if active_ids:
-                say("the same submission goes on there: attached to it")
+                on_progress("the same submission goes on there: attached to it")
                 return active_ids[-1]
             job_id = f"{key}-{max(numbered_ids, default=0) + 1}"
-            say(f"ships {package.words()}")
-            payload_name = cluster.post(letter.sealed())
-            if cluster.submit(
+            on_progress(f"ships {package.describe()}")
+            payload_name = cluster.upload_payload(payload.to_bytes())
+            if cluster.submit_job(
                 job_id,
-                f"exec '{clearance.python}' -m {ENTRYPOINT_MODULE} {payload_name}",
+                f"exec '{preflight.python_executable}' -m {ENTRYPOINT_MODULE} {payload_name}",
                 runtime_env={**package.runtime_env(), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}},
-                metadata={"trainyard_job": job.name, "trainyard_run": letter.name or ""},
+                metadata={"trainyard_job": job.name, "trainyard_run": payload.name or ""},
             ):
                 return job_id
 
 
-def _plain(name: str) -> None:
+def _check_run_name(name: str) -> None:
     try:
-        plain_name(name)
+        validate_name(name)
     except ValueError as error:
         raise InputError(str(error), where="--name") from None

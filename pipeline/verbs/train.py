@@ -12,32 +12,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.context import SingleProcessContext, StopSignals
-from pipeline.data.sources import Source, identify
+from pipeline.data.sources import Dataset, fingerprint_dataset
 from pipeline.errors import BusyError, InputError, TrainyardError
 from pipeline.events import EventHandler, Message, PhaseStarted, RunOpened, WarningMessage, ignore_event
-from pipeline.job import IN_PLACE_WORKERS, Job
+from pipeline.job import IN_PLACE_WORKERS, JobConfig
 from pipeline.job_file import resolve_job
-from pipeline.own_code import collect
-from pipeline.record.attempt import peek, refuse_pickled_state
+from pipeline.own_code import collect_user_code
+from pipeline.record.attempt import probe_lease, refuse_pickled_state
 from pipeline.record.journal import Journal
 from pipeline.record.run import Run
-from pipeline.record.standing import Standing, standing
-from pipeline.record.watch import refuse_where_it_beats
+from pipeline.record.standing import RunStatus, read_run_status
+from pipeline.record.watch import raise_if_alive
 from pipeline.storage import handed
-from pipeline.verbs.places import storage_url
+from pipeline.verbs.places import resolve_storage_url
 from pipeline.verbs.run_creation import RunCreation
 
 if TYPE_CHECKING:  # they import torch, which takes longer than to find that there is nothing to do
-    from pipeline.assembly import Prepared
-    from pipeline.followers.attached import AttachedFollowers
-    from pipeline.starting import Start
-    from pipeline.worker import Order
+    from pipeline.assembly import PreparedData
+    from pipeline.followers.attached import TrackerSidecar
+    from pipeline.starting import InitialWeights
+    from pipeline.worker import WorkerSpec
 
 NOTHING_TO_DO = "already finished: nothing to do"
 
 
 def train(
-    job: Job | Mapping[str, Any] | str | Path,
+    job: JobConfig | Mapping[str, Any] | str | Path,
     *,
     set: Mapping[str, Any] | Iterable[str] = (),  # noqa: A002 - the public name of the option
     name: str | None = None,
@@ -47,7 +47,7 @@ def train(
     allow_code_change: bool = False,
     on_event: EventHandler = ignore_event,
     verbose: bool = False,
-) -> Standing:
+) -> RunStatus:
     """Run a job to its end, or resume the run that it already has.
 
     It leaves the calling process as it found it: torch's threads, flags, default type and random generators, the import
@@ -79,32 +79,32 @@ def train(
             where="--allow-code-change",
             fix="add --name RUN, or leave it out",
         )
-    job = resolve_job(job, _words(set) if isinstance(set, Mapping) else set)
-    code = collect(job)
-    with code.in_use(), _own_settings():
+    job = resolve_job(job, _to_override_strings(set) if isinstance(set, Mapping) else set)
+    code = collect_user_code(job)
+    with code.activated(), _default_torch_settings():
         # The identity of job, code and data says which run it is, before any data is decoded or torch is imported:
         # there may be nothing to do, or nothing to do now.
-        root = storage_url(storage, job.storage)
+        root = resolve_storage_url(storage, job.storage)
         start = _initial_weights(job, root)
-        fingerprint, source = identify(job, lambda text: on_event(PhaseStarted(text)))
-        creation = RunCreation.of(
+        fingerprint, source = fingerprint_dataset(job, lambda text: on_event(PhaseStarted(text)))
+        creation = RunCreation.from_job(
             job,
             code,
             fingerprint=fingerprint,
-            start=start.digest if start is not None else None,
+            initial_weights_digest=start.digest if start is not None else None,
             name=name,
             storage_url=root,
             max_steps=max_steps,
             allow_code_change=allow_code_change,
         )
-        exists = creation.is_there()
+        exists = creation.exists()
         if exists and _is_complete(creation, on_event):
-            return standing(creation.run)
-        from pipeline.device import leave_as_found
+            return read_run_status(creation.run)
+        from pipeline.device import restore_torch_settings
 
-        with leave_as_found():
+        with restore_torch_settings():
             run = _train_run(creation, start, source, exists, on_event, address=address, verbose=verbose)
-        return standing(run)
+        return read_run_status(run)
 
 
 def _is_complete(creation: RunCreation, on_event: EventHandler) -> bool:
@@ -120,7 +120,7 @@ def _is_complete(creation: RunCreation, on_event: EventHandler) -> bool:
         on_event(RunOpened(run.name, run.url, is_new=False))
         on_event(Message(NOTHING_TO_DO))
         return True
-    if peek(run) == "busy":
+    if probe_lease(run) == "busy":
         raise BusyError("another process is writing this run", where=run.url, fix="`trainyard show` says how it stands")
     refuse_pickled_state(run)
     return False
@@ -128,8 +128,8 @@ def _is_complete(creation: RunCreation, on_event: EventHandler) -> bool:
 
 def _train_run(
     creation: RunCreation,
-    start: Start | None,
-    source: Source | None,
+    initial_weights: InitialWeights | None,
+    source: Dataset | None,
     exists: bool,
     on_event: EventHandler,
     *,
@@ -143,48 +143,52 @@ def _train_run(
     source: the opened data, where its fingerprint took opening it.
     exists: whether the run exists, so that its fitted transforms are taken over.
     """
-    from pipeline.assembly import build, prepare, stored_transforms
-    from pipeline.followers.attached import AttachedFollowers
-    from pipeline.record.soundness import has_end
-    from pipeline.worker import Order, run_worker
+    from pipeline.assembly import build_training, load_stored_transforms, prepare_data
+    from pipeline.followers.attached import TrackerSidecar
+    from pipeline.record.soundness import is_finalized
+    from pipeline.worker import WorkerSpec, run_worker
 
     job, driver = creation.job, uuid.uuid4().hex
-    prepared = prepare(
+    prepared = prepare_data(
         job,
         creation.max_steps,
-        start=start,
-        source=source,
-        fitted=stored_transforms(creation.run) if exists else None,
-        say=lambda text: on_event(PhaseStarted(text)),
+        initial_weights=initial_weights,
+        dataset=source,
+        fitted=load_stored_transforms(creation.run) if exists else None,
+        on_progress=lambda text: on_event(PhaseStarted(text)),
         code=creation.code,
     )
-    if prepared.source.fingerprint != creation.fingerprint:  # arrays of a function that had to be held in float64
-        creation = creation.of_data(prepared.source.fingerprint)
-        if creation.is_there() and _is_complete(creation, on_event):
+    if prepared.dataset.fingerprint != creation.fingerprint:  # arrays of a function that had to be held in float64
+        creation = creation.with_fingerprint(prepared.dataset.fingerprint)
+        if creation.exists() and _is_complete(creation, on_event):
             return creation.run
     run = creation.run
     in_process = job.scale.workers == IN_PLACE_WORKERS
     # Before the run is created, so that a job that cannot be built leaves nothing behind. Workers build their own.
-    built = build(prepared, device_kind="" if in_process else "cpu")
-    misfits = [f"not taken from {start.name}: {text}" for text in built.misfits] if start is not None else []
+    built = build_training(prepared, device_kind="" if in_process else "cpu")
+    misfits = (
+        [f"not taken from {initial_weights.name}: {text}" for text in built.weight_mismatches]
+        if initial_weights is not None
+        else []
+    )
     for text in (*prepared.warnings, *misfits):
         on_event(WarningMessage(text))
-    order = Order(
+    order = WorkerSpec(
         job=job,
         storage_url=run.open_url,
         run_name=run.name,
         driver=driver,
         max_steps=creation.max_steps,
         code=creation.code,
-        environment=handed.handed(),
+        environment=handed.forwarded_credentials(),
     )
-    is_over = peek(run, driver) == "finished"
-    with StopSignals() as signals, AttachedFollowers(run, job.follow, on_event) as followers:
+    is_over = probe_lease(run, driver) == "finished"
+    with StopSignals() as signals, TrackerSidecar(run, job.follow, on_event) as followers:
         if not in_process and not is_over:
             _train_on_cluster(order, creation, prepared, followers, on_event, signals, address, verbose)
             return run
         creation.find_or_create(prepared, on_event)
-        if is_over and has_end(run):  # only its splits or code were missing, or an earlier version made it
+        if is_over and is_finalized(run):  # only its splits or code were missing, or an earlier version made it
             on_event(Message(NOTHING_TO_DO))
             return run
         followers.start()
@@ -195,10 +199,10 @@ def _train_run(
 
 
 def _train_on_cluster(
-    order: Order,
+    spec: WorkerSpec,
     creation: RunCreation,
-    prepared: Prepared,
-    followers: AttachedFollowers,
+    prepared: PreparedData,
+    followers: TrackerSidecar,
     on_event: EventHandler,
     signals: StopSignals,
     address: str | None,
@@ -206,44 +210,44 @@ def _train_on_cluster(
 ) -> None:
     """Have Ray Train workers train the run, and record why where they could not do so themselves."""
     from pipeline.cluster.driver import train_on_workers
-    from pipeline.worker import say_for_the_dead
+    from pipeline.worker import record_driver_exit
 
     run = creation.run
 
-    def create_run() -> tuple[Order, Journal]:
+    def create_run() -> tuple[WorkerSpec, Journal]:
         creation.find_or_create(prepared, on_event)
-        refuse_where_it_beats(run, order.driver)  # before workers are started, or waited for
+        raise_if_alive(run, spec.driver)  # before workers are started, or waited for
         followers.start()
-        return replace(order, code_changes=creation.code_changes), run.journal
+        return replace(spec, code_changes=creation.code_changes), run.journal
 
-    scale = order.job.scale
+    scale = spec.job.scale
     try:
         train_on_workers(
             create_run, scale, on_event, signals, storage_url=run.open_url, address=address, verbose=verbose
         )
     except TrainyardError as error:
-        say_for_the_dead(run, order, error)
+        record_driver_exit(run, spec, error)
         raise
 
 
-def _own_settings() -> AbstractContextManager[None]:
+def _default_torch_settings() -> AbstractContextManager[None]:
     """While entered, torch's settings are its defaults, and afterwards what they were; nothing where it is not
     imported."""
     if "torch" not in sys.modules:
         return nullcontext()
-    from pipeline.device import leave_as_found
+    from pipeline.device import restore_torch_settings
 
-    return leave_as_found()
+    return restore_torch_settings()
 
 
-def _initial_weights(job: Job, storage_url: str) -> Start | None:
+def _initial_weights(job: JobConfig, storage_url: str) -> InitialWeights | None:
     if job.model.init_from is None and getattr(job.model, "weights", None) is None:
         return None
-    from pipeline.starting import find_start  # it imports torch
+    from pipeline.starting import find_initial_weights  # it imports torch
 
-    return find_start(job, storage_url)
+    return find_initial_weights(job, storage_url)
 
 
-def _words(overrides: Mapping[str, Any]) -> list[str]:
+def _to_override_strings(overrides: Mapping[str, Any]) -> list[str]:
     """As on the command line. JSON is YAML, and keeps text, numbers and null apart."""
     return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]

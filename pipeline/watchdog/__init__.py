@@ -4,18 +4,18 @@ Nothing else ends a deadlock, a call that never returns or storage that never an
 Ray and to the operating system.
 """
 
-from pipeline.watchdog.progress import note_progress, on_progress, unlimited, waits_for
-from pipeline.watchdog.stacks import Stacks
-from pipeline.watchdog.verdict import Limits
-from pipeline.watchdog.watching import PULSE_S, Watchdog
+from pipeline.watchdog.progress import blocking_on, listening_to_progress, note_progress, watchdog_suspended
+from pipeline.watchdog.stacks import StackDump
+from pipeline.watchdog.verdict import HangTimeouts
+from pipeline.watchdog.watching import HEARTBEAT_TIMEOUT_S, Watchdog
 
 __all__ = [
-    "PULSE_S",
-    "Limits",
-    "Stacks",
+    "HEARTBEAT_TIMEOUT_S",
+    "HangTimeouts",
+    "StackDump",
     "Watchdog",
     "note_progress",
-    "on_progress",
-    "unlimited",
-    "waits_for",
+    "listening_to_progress",
+    "watchdog_suspended",
+    "blocking_on",
 ]

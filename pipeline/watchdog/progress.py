@@ -8,15 +8,15 @@ from contextvars import ContextVar
 from types import CodeType, FrameType
 from typing import Any, TypeVar
 
-from pipeline.context import Awaited
+from pipeline.context import WaitTarget
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-Suspend = Callable[[], AbstractContextManager[None]]
+SuspendFn = Callable[[], AbstractContextManager[None]]
 
-_WAITS: dict[CodeType, Awaited] = {}
+_WAIT_TARGETS: dict[CodeType, WaitTarget] = {}
 _LISTENERS: ContextVar[tuple[Callable[[], None], ...]] = ContextVar("listeners", default=())
-_SUSPEND: ContextVar[Suspend] = ContextVar("suspend", default=nullcontext)
+_SUSPEND: ContextVar[SuspendFn] = ContextVar("suspend", default=nullcontext)
 
 
 def note_progress() -> None:
@@ -29,7 +29,7 @@ def note_progress() -> None:
 
 
 @contextmanager
-def on_progress(listener: Callable[[], None]) -> Iterator[None]:
+def listening_to_progress(listener: Callable[[], None]) -> Iterator[None]:
     """While entered, `listener` is called whenever this thread notes progress."""
     token = _LISTENERS.set((*_LISTENERS.get(), listener))
     try:
@@ -38,12 +38,12 @@ def on_progress(listener: Callable[[], None]) -> Iterator[None]:
         _LISTENERS.reset(token)
 
 
-def progress_listeners() -> tuple[Callable[[], None], ...]:
+def get_progress_listeners() -> tuple[Callable[[], None], ...]:
     """Those of this thread: for another one that sees its progress from outside."""
     return _LISTENERS.get()
 
 
-def unlimited() -> AbstractContextManager[None]:
+def watchdog_suspended() -> AbstractContextManager[None]:
     """While entered, this thread may take as long as it likes: its watchdog, where it has one, does not judge it.
 
     For code whose progress nobody can see from outside, such as a function of the user's that returns the data.
@@ -52,7 +52,7 @@ def unlimited() -> AbstractContextManager[None]:
 
 
 @contextmanager
-def suspended_by(suspend: Suspend) -> Iterator[None]:
+def suspending_with(suspend: SuspendFn) -> Iterator[None]:
     """While entered, `unlimited` in this thread enters `suspend()`."""
     token = _SUSPEND.set(suspend)
     try:
@@ -61,20 +61,20 @@ def suspended_by(suspend: Suspend) -> Iterator[None]:
         _SUSPEND.reset(token)
 
 
-def waits_for(what: Awaited) -> Callable[[F], F]:
+def blocking_on(target: WaitTarget) -> Callable[[F], F]:
     """Mark a function in which a thread waits for others. Calls of it cost nothing more."""
 
     def mark(function: F) -> F:
-        _WAITS[function.__code__] = what
+        _WAIT_TARGETS[function.__code__] = target
         return function
 
     return mark
 
 
-def awaited(frame: FrameType | None) -> tuple[Awaited, int]:
+def current_wait(frame: FrameType | None) -> tuple[WaitTarget, int]:
     """What a thread waits for whose innermost frame is this one, and in which call: another one is progress."""
     while frame is not None:
-        if target := _WAITS.get(frame.f_code):
+        if target := _WAIT_TARGETS.get(frame.f_code):
             return target, id(frame)
         frame = frame.f_back
     return "", 0

@@ -14,18 +14,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-Save = Callable[[str, bytes], str]
+SaveFn = Callable[[str, bytes], str]
 """Puts a file into the run's storage; gives its URL."""
 
-PACKAGE = Path(__file__).parents[1]
+PACKAGE_FOLDER = Path(__file__).parents[1]
 _LIBRARIES = ("/site-packages/", "/dist-packages/", f"{sysconfig.get_path('stdlib')}/", "<frozen", "<string>")
 _THREAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+)", re.MULTILINE)
 _FRAME = re.compile(r'^  File "(.*)", line (\d+) in (.*)$', re.MULTILINE)
-_TRAINS = re.compile(r"^# thread 0x([0-9a-f]+) trains$", re.MULTILINE)
-_LOCAL = re.compile(r"[0-9a-f]+-(\d+)-((?:attempt-\d+|preparing)-rank-\d+\.txt)")
+_TRAINING_THREAD = re.compile(r"^# thread 0x([0-9a-f]+) trains$", re.MULTILINE)
+_LOCAL_FILE_NAME = re.compile(r"[0-9a-f]+-(\d+)-((?:attempt-\d+|preparing)-rank-\d+\.txt)")
 
 
-class Stacks:
+class StackDump:
     """One rank's file of stacks. It is open from the start: who holds Python's lock lets nobody open one.
 
     Parameters
@@ -35,13 +35,13 @@ class Stacks:
     save_s: seconds that saving may take.
     """
 
-    def __init__(self, run_url: str, rank: int, save: Save, *, save_s: float = 10.0) -> None:
+    def __init__(self, run_url: str, rank: int, save: SaveFn, *, save_timeout_s: float = 10.0) -> None:
         self._rank = rank
         self._save = save
-        self._save_s = save_s
+        self._save_timeout_s = save_timeout_s
         self._thread = threading.get_ident()
-        self._run = hashlib.sha256(run_url.encode()).hexdigest()[:16]
-        self._folder = _own_folder()
+        self._run_digest = hashlib.sha256(run_url.encode()).hexdigest()[:16]
+        self._folder = _get_user_folder()
         self._file: BinaryIO | None = None
         self._is_written = False
         self.attempt = 0
@@ -53,7 +53,7 @@ class Stacks:
         """Where faulthandler may write: the file, or standard error where there can be none."""
         return self._file if self._file is not None else 2
 
-    def of_attempt(self, number: int) -> None:
+    def set_attempt(self, number: int) -> None:
         """From now on they are those of an attempt."""
         before = self._path if self._file is not None else None
         self.attempt, self.name = number, f"attempt-{number:04d}-rank-{self._rank}.txt"
@@ -71,27 +71,27 @@ class Stacks:
             self._file.flush()
             faulthandler.dump_traceback(self._file, all_threads=True)
 
-    def place(self) -> str:
+    def innermost_user_frame(self) -> str:
         """The innermost line of the user's code or ours in which the training thread stands, by what was written."""
-        return place_in(self._text())
+        return find_user_frame(self._read_text())
 
-    def keep(self) -> str:
+    def save(self) -> str:
         """Save what was written, in storage if it answers in time; where it is now, or empty."""
         if self._file is None:
             return ""
-        return self._saved(self.name, self._text().encode(), self._path) or str(self._path)
+        return self._upload(self.name, self._read_text().encode(), self._path) or str(self._path)
 
-    def bring_leftovers(self) -> Iterator[tuple[str, str]]:
+    def upload_stale_dumps(self) -> Iterator[tuple[str, str]]:
         """Save what processes left here that could not: the URL, and the place in which each stood."""
-        for path in sorted(self._folder.glob(f"{self._run}-*.txt")) if self._folder is not None else ():
-            match = _LOCAL.fullmatch(path.name)
-            if match is None or _is_alive(int(match[1])):
+        for path in sorted(self._folder.glob(f"{self._run_digest}-*.txt")) if self._folder is not None else ():
+            match = _LOCAL_FILE_NAME.fullmatch(path.name)
+            if match is None or _is_process_running(int(match[1])):
                 continue
             text = path.read_text(errors="replace")
             if not _THREAD.search(text):  # its process was killed from outside
                 path.unlink(missing_ok=True)
-            elif url := self._saved(match[2], text.encode(), path):
-                yield url, place_in(text)
+            elif url := self._upload(match[2], text.encode(), path):
+                yield url, find_user_frame(text)
 
     def close(self) -> None:
         """Remove the file, unless there are stacks in it that could not be saved elsewhere."""
@@ -103,7 +103,7 @@ class Stacks:
     @property
     def _path(self) -> Path:
         assert self._folder is not None
-        return self._folder / f"{self._run}-{os.getpid()}-{self.name}"
+        return self._folder / f"{self._run_digest}-{os.getpid()}-{self.name}"
 
     def _open(self) -> None:
         if self._folder is None:
@@ -112,13 +112,13 @@ class Stacks:
             self._file = open(self._path, "w+b", buffering=0)  # noqa: SIM115 - closed by close()
             self._file.write(f"# thread 0x{self._thread:016x} trains\n".encode())
 
-    def _text(self) -> str:
+    def _read_text(self) -> str:
         if self._file is None:
             return ""
         self._file.seek(0)  # not by its name: temporary folders are swept
         return self._file.read().decode(errors="replace")
 
-    def _saved(self, name: str, text: bytes, path: Path) -> str:
+    def _upload(self, name: str, text: bytes, path: Path) -> str:
         """The URL in storage, where the local file is then removed; empty if storage does not take it in time."""
         urls: list[str] = []
 
@@ -127,30 +127,30 @@ class Stacks:
             path.unlink(missing_ok=True)
             urls.append(url)
 
-        thread = threading.Thread(target=_quietly, args=(save,), name="trainyard-stacks", daemon=True)
+        thread = threading.Thread(target=_call_suppressing_errors, args=(save,), name="trainyard-stacks", daemon=True)
         thread.start()
-        thread.join(self._save_s)
+        thread.join(self._save_timeout_s)
         return urls[0] if urls else ""
 
 
-def place_in(text: str) -> str:
+def find_user_frame(text: str) -> str:
     """`model.py:12 (forward)`: the innermost line of the user's code or ours in the thread that trains; empty if none.
 
     text: a dump of faulthandler's, below the line that names the thread.
     """
-    training_thread = _TRAINS.search(text)
+    training_thread = _TRAINING_THREAD.search(text)
     threads = _THREAD.split(text)
     stacks = dict(zip(threads[1::2], threads[2::2], strict=True))
     frames = _FRAME.findall(stacks.get(training_thread[1], "") if training_thread is not None else "")
     for file, line, function in frames:
-        is_package_file = Path(file).is_relative_to(PACKAGE)
+        is_package_file = Path(file).is_relative_to(PACKAGE_FOLDER)
         if is_package_file or not any(library in file for library in _LIBRARIES):
-            display_path = Path(file).relative_to(PACKAGE.parent) if is_package_file else Path(file).name
+            display_path = Path(file).relative_to(PACKAGE_FOLDER.parent) if is_package_file else Path(file).name
             return f"{display_path}:{line} ({function})"
     return ""
 
 
-def _own_folder() -> Path | None:
+def _get_user_folder() -> Path | None:
     """A folder of this user's alone; None where there can be none."""
     folder = Path(tempfile.gettempdir()) / f"trainyard-stacks-{os.getuid()}"
     try:
@@ -161,7 +161,7 @@ def _own_folder() -> Path | None:
     return folder if is_ours else None
 
 
-def _is_alive(pid: int) -> bool:
+def _is_process_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -171,6 +171,6 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-def _quietly(save: Callable[[], None]) -> None:
+def _call_suppressing_errors(save: Callable[[], None]) -> None:
     with suppress(Exception):  # storage is away: the file stays where it is, and the message says where
         save()

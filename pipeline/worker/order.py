@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pipeline.job import Job
+from pipeline.job import JobConfig
 from pipeline.own_code import UserCode
 
 
 @dataclass(frozen=True)
-class Order:
+class WorkerSpec:
     """What a driver asks of its workers; picklable."""
 
-    job: Job
+    job: JobConfig
     storage_url: str = field(repr=False)  # it may hold a password
     run_name: str
     driver: str
     """Nonce of the driving process."""
     max_steps: int | None = None
-    dead_attempt: int | None = None
+    ended_attempt: int | None = None
     """An attempt of this driver's whose workers are known to have ended."""
     code: UserCode | None = None
     """The user's own code that the job imports; None: what is there now. (Its repr is short.)"""

@@ -14,35 +14,47 @@ from torch import Tensor
 
 from pipeline import __version__, own_code
 from pipeline import device as devices
-from pipeline.assembly import Built, Prepared, build, eval_loader, prepare, stored_transforms, train_loader
-from pipeline.bookkeeping import Bookkeeper, Reporter
+from pipeline.assembly import (
+    PreparedData,
+    TrainingSetup,
+    build_eval_loader,
+    build_train_loader,
+    build_training,
+    load_stored_transforms,
+    prepare_data,
+)
+from pipeline.bookkeeping import Rank0Reporter, RankReporter
 from pipeline.context import PeerFailure, WorkerContext
 from pipeline.errors import Interrupted, JobError, OutOfMemoryError, StorageError, TrainyardError
 from pipeline.events import Message, PhaseStarted, TrainingStarted, WarningMessage
-from pipeline.job import Job
-from pipeline.loop import Batch, Bounds, Position, fit
+from pipeline.job import JobConfig
+from pipeline.loop import BatchLike, StopBounds, TrainProgress, fit
 from pipeline.own_code import UserCode
-from pipeline.record.attempt import Attempt, claim
-from pipeline.record.checkpoint import Base
-from pipeline.record.columns import Columns
-from pipeline.record.entries import typed
-from pipeline.record.recorder import Recorder, complete
+from pipeline.record.attempt import Attempt, acquire_lease
+from pipeline.record.checkpoint import ResumeCheckpoint
+from pipeline.record.columns import MetricSchema
+from pipeline.record.entries import validate_as
+from pipeline.record.recorder import AsyncRunWriter, finish_ended_run
 from pipeline.record.run import Run
-from pipeline.starting import find_start
+from pipeline.starting import find_initial_weights
 from pipeline.storage import Storage
-from pipeline.storage.faults import longest_request_s, usual_limit_s
+from pipeline.storage.faults import get_limit_s, request_timeout_s
 from pipeline.storage.remote import PART_BYTES
-from pipeline.watchdog import Limits, Stacks, Watchdog
-from pipeline.worker.leaving import leaving_word
-from pipeline.worker.order import Order
+from pipeline.watchdog import HangTimeouts, StackDump, Watchdog
+from pipeline.worker.leaving import record_exit
+from pipeline.worker.order import WorkerSpec
 
 MAX_LISTED = 4
 """Files that a warning names."""
 
 
 def run_worker(
-    order: Order, context: WorkerContext, *, prepared: Prepared | None = None, built: Built | None = None
-) -> Position:
+    spec: WorkerSpec,
+    context: WorkerContext,
+    *,
+    prepared: PreparedData | None = None,
+    built: TrainingSetup | None = None,
+) -> TrainProgress:
     """One rank's whole part of one attempt. Rank 0 claims the attempt and writes the run directory.
 
     Parameters
@@ -61,63 +73,65 @@ def run_worker(
     OutOfMemoryError: a batch did not fit.
     TrainyardError: what else went wrong; the run's journal has it too.
     """
-    run = Run(Storage.open(order.storage_url), order.run_name)
+    run = Run(Storage.open(spec.storage_url), spec.run_name)
     rank, world_size = context.rank, context.world_size
 
-    with _watchdog_for(order, context, run), ExitStack() as stack:
+    with _watchdog_for(spec, context, run), ExitStack() as stack:
         # Build: the same data, model and schedule on every rank.
-        code = order.code or own_code.collect(order.job)
-        stack.enter_context(code.in_use())
-        prepared = prepared or _prepare(order, context, run, code)
+        code = spec.code or own_code.collect_user_code(spec.job)
+        stack.enter_context(code.activated())
+        prepared = prepared or _prepare_data(spec, context, run, code)
         _check_belongs_to_run(prepared, run)
-        way = run.journal.state().way  # that of the first attempt: another one gives other bits
-        if built is None or way not in ("", built.way):
-            built = build(prepared, way=way, rank=rank, world_size=world_size, local_rank=context.local_rank)
-        trainee, plan = built.trainee, prepared.plan
+        way = run.journal.read_state().way  # that of the first attempt: another one gives other bits
+        if built is None or way not in ("", built.gradient_backend):
+            built = build_training(
+                prepared, gradient_backend=way, rank=rank, world_size=world_size, local_rank=context.local_rank
+            )
+        trainee, plan = built.engine, prepared.schedule
 
         # Claim: rank 0 acquires the run, and every rank learns from it where to start.
         attempt = None
         if rank == 0:
-            attempt = _claim(run, order, context, built, prepared.code)
+            attempt = _acquire_lease(run, spec, context, built, prepared.code)
             stack.callback(attempt.close)
             context.progress.attempt = attempt.number
             if attempt.heartbeat is not None:
-                context.progress.give_up = attempt.heartbeat.stop
-        start = context.broadcast(_resume_state(attempt, order.job.checkpoint.keep) if attempt is not None else None)
+                context.progress.release_run = attempt.heartbeat.stop
+        start = context.broadcast(_resume_state(attempt, spec.job.checkpoint.keep) if attempt is not None else None)
         context.progress.attempt = start.attempt
         if start.is_over:
-            return start.position
-        reporter, recorder, not_stored = Reporter(context), None, dict[str, str]()
+            return start.progress
+        reporter, recorder, not_stored = RankReporter(context), None, dict[str, str]()
         if attempt is not None:
-            recorder = Recorder(attempt, keep=order.job.checkpoint.keep)
+            recorder = AsyncRunWriter(attempt, keep=spec.job.checkpoint.keep)
             stack.callback(recorder.close)
-            reporter = Bookkeeper(context, trainee, plan, recorder, attempt, prepared.fitted.to_json())
-            stack.enter_context(leaving_word(recorder, reporter))
-            not_stored = prepared.code.not_stored()
+            reporter = Rank0Reporter(context, trainee, plan, recorder, attempt, prepared.fitted.to_json())
+            stack.enter_context(record_exit(recorder, reporter))
+            not_stored = prepared.code.find_unstored_files()
 
         # Restore.
         if start.weights is not None:
-            trainee.load(start.weights, start.state)
+            trainee.load_state_dict(start.weights, start.state)
 
         # Train.
         last_step = start.bounds.ended_at or plan.last_step
         workers = f"{world_size} workers, {built.device}" if world_size > 1 else str(built.device)
         context.emit(
-            TrainingStarted(start.position.step, last_step, plan.evaluation(last_step), workers, start.attempt)
+            TrainingStarted(start.progress.step, last_step, plan.evaluation_number(last_step), workers, start.attempt)
         )
-        count = context.progress.each
+        count = context.progress.track
         splits = {
-            split: count(eval_loader(prepared, built, split, rank=rank, world_size=world_size))
-            for split in prepared.evaluated
+            split: count(build_eval_loader(prepared, built, split, rank=rank, world_size=world_size))
+            for split in prepared.evaluation_splits
         }
-        first_step = start.position.step + 1
-        with train_loader(
+        first_step = start.progress.step + 1
+        with build_train_loader(
             prepared, built, first_step=first_step, last_step=last_step, rank=rank, world_size=world_size
         ) as loader:
             batches = _BatchTracker(count(loader))
-            with _annotate_errors(batches, order.job, context, str(built.device)):
+            with _annotate_errors(batches, spec.job, context, str(built.device)):
                 position, signal_number = fit(
-                    trainee, plan, batches, splits, reporter, context, start.position, start.bounds
+                    trainee, plan, batches, splits, reporter, context, start.progress, start.bounds
                 )
         if signal_number:
             raise Interrupted(
@@ -129,45 +143,51 @@ def run_worker(
         # Report: to the cluster, and on rank 0 the end of the run.
         context.report({"step": position.step, **(position.metrics or {})}, last=True)
         if recorder is not None:
-            _warn_of_code_not_stored(context, prepared.code.not_stored().keys() - not_stored.keys())
+            _warn_of_code_not_stored(context, prepared.code.find_unstored_files().keys() - not_stored.keys())
             recorder.finish()
         return position
 
 
-def hang_limits(hang_s: float) -> Limits:
+def hang_limits(hang_s: float) -> HangTimeouts:
     """How long a process may make no progress. Storage that is away is given up before, by itself: at its own limit,
     once the request that was under way then has failed too."""
-    return Limits(hang_s, storage_s=usual_limit_s() + longest_request_s(2 * PART_BYTES))
+    return HangTimeouts(hang_s, storage_s=get_limit_s() + request_timeout_s(2 * PART_BYTES))
 
 
-def _watchdog_for(order: Order, context: WorkerContext, run: Run) -> AbstractContextManager[object]:
+def _watchdog_for(spec: WorkerSpec, context: WorkerContext, run: Run) -> AbstractContextManager[object]:
     """The watchdog of this thread, where the job wants it."""
-    hang_s = order.job.scale.hang_s
+    hang_s = spec.job.scale.hang_s
     if hang_s is None:
         return nullcontext()
-    stacks = Stacks(run.url, context.rank, run.write_stacks, save_s=min(10.0, 3 * hang_s))
-    return Watchdog(context, hang_limits(hang_s), stacks, where=run.url, answers=lambda: run.storage.answers)
+    stacks = StackDump(run.url, context.rank, run.write_stack_dump, save_timeout_s=min(10.0, 3 * hang_s))
+    return Watchdog(
+        context, hang_limits(hang_s), stacks, where=run.url, response_count=lambda: run.storage.response_count
+    )
 
 
-def _prepare(order: Order, context: WorkerContext, run: Run, code: UserCode) -> Prepared:
+def _prepare_data(spec: WorkerSpec, context: WorkerContext, run: Run, code: UserCode) -> PreparedData:
     def on_progress(text: str) -> None:
         context.progress.count += 1
         context.emit(PhaseStarted(text))
 
-    start, fitted = find_start(order.job, order.storage_url), stored_transforms(run)
-    return prepare(order.job, order.max_steps, start=start, fitted=fitted, say=on_progress, code=code)
+    start, fitted = find_initial_weights(spec.job, spec.storage_url), load_stored_transforms(run)
+    return prepare_data(
+        spec.job, spec.max_steps, initial_weights=start, fitted=fitted, on_progress=on_progress, code=code
+    )
 
 
-def _check_belongs_to_run(prepared: Prepared, run: Run) -> None:
+def _check_belongs_to_run(prepared: PreparedData, run: Run) -> None:
     """Raise JobError where the data, the initial weights or the metrics are not those of the run."""
-    facts = run.facts()
-    if facts["fingerprint"] != prepared.source.fingerprint:
+    facts = run.read_metadata()
+    if facts["fingerprint"] != prepared.dataset.fingerprint:
         raise JobError(
             "the data here is not the data of this run", where=run.url, fix="see data.root and data.url on every node"
         )
-    if facts.get("start") != (prepared.start.digest if prepared.start is not None else None):
+    if facts.get("start") != (prepared.initial_weights.digest if prepared.initial_weights is not None else None):
         raise JobError("the weights to start from are not those of this run", where=run.url, fix="see model.init_from")
-    if unlogged := Columns.of_job(prepared.job, prepared.fitted.outputs).beyond(Columns.from_facts(facts)):
+    if unlogged := MetricSchema.from_job(prepared.job, prepared.fitted.num_outputs).columns_missing_from(
+        MetricSchema.from_metadata(facts)
+    ):
         raise JobError(
             f"this run was begun by a version that did not measure {', '.join(unlogged)}",
             where=run.url,
@@ -175,38 +195,38 @@ def _check_belongs_to_run(prepared: Prepared, run: Run) -> None:
         )
 
 
-def _claim(run: Run, order: Order, context: WorkerContext, built: Built, code: UserCode) -> Attempt:
+def _acquire_lease(run: Run, spec: WorkerSpec, context: WorkerContext, built: TrainingSetup, code: UserCode) -> Attempt:
     """Claim the next attempt, and warn of what differs from the one before."""
     facts: dict[str, Any] = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "world_size": context.world_size,
-        "way": built.way,
-        "code": {**code.digests, **code.installed()},
+        "way": built.gradient_backend,
+        "code": {**code.digests, **code.installed_module_digests()},
         "trainyard": __version__,
         "python": platform.python_version(),
-        **devices.facts(built.device),
+        **devices.environment_info(built.device),
     }
-    if not_stored := code.not_stored():
+    if not_stored := code.find_unstored_files():
         facts["code_not_stored"] = not_stored
         _warn_of_code_not_stored(context, not_stored)
-    if order.code_changes:
-        facts["code_changes_allowed"] = list(order.code_changes)
-    attempt = claim(
+    if spec.code_changes:
+        facts["code_changes_allowed"] = list(spec.code_changes)
+    attempt = acquire_lease(
         run,
-        driver=order.driver,
-        facts=facts,
-        dead=order.dead_attempt,
+        driver=spec.driver,
+        metadata=facts,
+        known_dead_attempt=spec.ended_attempt,
         on_watch=lambda text: context.emit(Message(text)),
     )
-    for name in attempt.damaged:
+    for name in attempt.damaged_checkpoints:
         context.emit(WarningMessage(f"checkpoint {name} is damaged and not used"))
-    if attempt.remark:
-        context.emit(Message(attempt.remark))
-    before = attempt.previous_facts
+    if attempt.local_checkpoint_message:
+        context.emit(Message(attempt.local_checkpoint_message))
+    before = attempt.previous_metadata
     if code.files:
         run.write_code(code.archive)
-    if before and (files := own_code.changed(_code_digests(before), _code_digests(facts))):
+    if before and (files := own_code.find_changed_files(_code_digests(before), _code_digests(facts))):
         context.emit(WarningMessage(f"code changed since the last attempt: {', '.join(files)}: the result may differ"))
     for name in ("torch", "device", "cpu_capability", "threads", "world_size") if before else ():
         if before.get(name) != facts[name]:
@@ -235,8 +255,8 @@ def _warn_of_code_not_stored(context: WorkerContext, files: Collection[str]) -> 
 class ResumeState:
     """Where an attempt begins: the same on every rank."""
 
-    position: Position
-    bounds: Bounds
+    progress: TrainProgress
+    bounds: StopBounds
     weights: dict[str, Tensor] | None = None
     state: dict[str, Any] = field(default_factory=dict)
     is_over: bool = False
@@ -245,21 +265,21 @@ class ResumeState:
 
 def _resume_state(attempt: Attempt, keep: int) -> ResumeState:
     """What the claim found to resume from. An attempt based on an end has nothing left to train."""
-    bounds = Bounds(attempt.ended_at, attempt.highest_step)
-    base = attempt.spooled or attempt.base
+    bounds = StopBounds(attempt.end_step, attempt.highest_step)
+    base = attempt.local_checkpoint or attempt.resume_checkpoint
     if base is None:
-        return ResumeState(Position(), bounds, attempt=attempt.number)
-    position = _position(base)
-    if base.end:
-        complete(attempt, keep)
+        return ResumeState(TrainProgress(), bounds, attempt=attempt.number)
+    position = _read_progress(base)
+    if base.is_final:
+        finish_ended_run(attempt, keep)
         return ResumeState(position, bounds, is_over=True, attempt=attempt.number)
-    with attempt.reading_base():
-        return ResumeState(position, bounds, base.weights(), base.state(), attempt=attempt.number)
+    with attempt.reading_resume_checkpoint():
+        return ResumeState(position, bounds, base.load_weights(), base.load_state(), attempt=attempt.number)
 
 
-def _position(base: Base) -> Position:
+def _read_progress(base: ResumeCheckpoint) -> TrainProgress:
     try:
-        position = typed(Position, base.position)
+        position = validate_as(TrainProgress, base.position)
     except ValueError as error:
         raise StorageError(f"its position cannot be used: {error}", where=base.url, fix="use another --name") from None
     if position.step != base.step:
@@ -270,19 +290,19 @@ def _position(base: Base) -> Position:
 class _BatchTracker:
     """The batches of a rank; notes step and rows of the one that was handed out last."""
 
-    def __init__(self, batches: Iterable[Batch]) -> None:
+    def __init__(self, batches: Iterable[BatchLike]) -> None:
         self._batches = batches
         self.step: int | None = None
         self.num_rows = 0
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[BatchLike]:
         for batch in self._batches:
             self.step, self.num_rows = batch.step, len(batch.inputs)
             yield batch
 
 
 @contextmanager
-def _annotate_errors(batches: _BatchTracker, job: Job, context: WorkerContext, device: str) -> Iterator[None]:
+def _annotate_errors(batches: _BatchTracker, job: JobConfig, context: WorkerContext, device: str) -> Iterator[None]:
     """Note on an error which step it was in; where memory ran out, say what to lower.
 
     Raises

@@ -17,12 +17,12 @@ def main() -> None:
     torch.set_num_threads(1)  # quicker than two for layers so small, for both sides
     torch.manual_seed(1)
     if sys.argv[1] == "disc":
-        disc()
+        make_disc_dataset()
     else:
-        mnist(sys.argv[2])
+        load_mnist(sys.argv[2])
 
 
-def disc() -> None:
+def make_disc_dataset() -> None:
     points = torch.rand(1000, 2)
     labels = ((points**2).sum(1) < 1 / (2 * torch.pi)).long()
     points = (points - points.mean()) / points.std()
@@ -30,10 +30,12 @@ def disc() -> None:
     for width in (2, 4, 8, 16, 32, 64, 128):
         layers += [nn.Linear(width, 2 * width), nn.ReLU()]
     model = nn.Sequential(*layers, nn.Linear(256, 2))
-    fit(model, points, labels, epochs=100, lr=0.1, shuffle=False, evaluate_every=10, held_out=(points, labels))
+    train_model(
+        model, points, labels, epochs=100, lr=0.1, shuffle=False, evaluate_every=10, validation=(points, labels)
+    )
 
 
-def mnist(root: str) -> None:
+def load_mnist(root: str) -> None:
     from torchvision.datasets import MNIST
 
     data = MNIST(root)
@@ -42,10 +44,12 @@ def mnist(root: str) -> None:
     train, val = order[:48000], order[48000:]
     model = nn.Sequential(nn.Linear(784, 32), nn.ReLU(), nn.Linear(32, 10))
     for lr in (0.5, 0.1):
-        fit(model, images[train], labels[train], epochs=5, lr=lr, shuffle=True, held_out=(images[val], labels[val]))
+        train_model(
+            model, images[train], labels[train], epochs=5, lr=lr, shuffle=True, validation=(images[val], labels[val])
+        )
 
 
-def fit(
+def train_model(
     model: nn.Module,
     inputs: Tensor,
     targets: Tensor,
@@ -53,7 +57,7 @@ def fit(
     epochs: int,
     lr: float,
     shuffle: bool,
-    held_out: tuple[Tensor, Tensor],
+    validation: tuple[Tensor, Tensor],
     evaluate_every: int = 1,
 ) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
@@ -66,9 +70,9 @@ def fit(
             optimizer.step()
         if (epoch + 1) % evaluate_every == 0:
             with torch.no_grad():
-                outputs = model(held_out[0])
-                loss = nn.functional.cross_entropy(outputs, held_out[1])
-                accuracy = (outputs.argmax(1) == held_out[1]).float().mean()
+                outputs = model(validation[0])
+                loss = nn.functional.cross_entropy(outputs, validation[1])
+                accuracy = (outputs.argmax(1) == validation[1]).float().mean()
             print(f"epoch {epoch + 1} loss {loss:.4f} accuracy {accuracy:.4f}")
 
 

@@ -28,17 +28,17 @@ from sklearn.preprocessing import StandardScaler
 from pipeline import load, train
 from pipeline.job_file import build_job
 
-SETS = {
+DATASETS = {
     "breast_cancer": (load_breast_cancer, "binary", [32], 40),
     "digits": (load_digits, "multiclass", [64], 40),
     "diabetes": (load_diabetes, "regression", [16], 60),
 }
 """Loader, task, hidden layers, epochs."""
 
-BATCH, RATE = 32, 0.001
+BATCH, LEARNING_RATE = 32, 0.001
 
 
-def ours(kind: str, hidden: list[int], epochs: int, seed: int, fit: Path, folder: Path) -> Any:
+def train_pipeline(kind: str, hidden: list[int], epochs: int, seed: int, fit: Path, folder: Path) -> Any:
     """The last model of a run on all rows of a Parquet file."""
     tree = {
         "name": f"{fit.stem}-{seed}",
@@ -49,7 +49,7 @@ def ours(kind: str, hidden: list[int], epochs: int, seed: int, fit: Path, folder
         "train": {
             "batch_size": BATCH,
             "optimizer": {"kind": "adam", "weight_decay": 0.0},
-            "phases": [{"epochs": epochs, "lr": RATE}],
+            "phases": [{"epochs": epochs, "lr": LEARNING_RATE}],
         },
         "evaluate": {"every_epochs": epochs},
     }
@@ -57,12 +57,12 @@ def ours(kind: str, hidden: list[int], epochs: int, seed: int, fit: Path, folder
     return load(f"{run.url}@last")
 
 
-def theirs(kind: str, hidden: list[int], epochs: int, seed: int, inputs: np.ndarray, targets: np.ndarray) -> Any:
+def train_sklearn(kind: str, hidden: list[int], epochs: int, seed: int, inputs: np.ndarray, targets: np.ndarray) -> Any:
     """scikit-learn's, with targets scaled as ours are."""
     settings = {
         "hidden_layer_sizes": hidden,
         "batch_size": BATCH,
-        "learning_rate_init": RATE,
+        "learning_rate_init": LEARNING_RATE,
         "max_iter": epochs,
         "alpha": 0.0,
         "n_iter_no_change": epochs,
@@ -81,7 +81,7 @@ def main() -> None:
     print(f"{'dataset':14s} {'score':9s} {'ours: mean':>11s} {'sd':>6s} {'theirs: mean':>13s} {'sd':>6s}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for dataset, (loader, kind, hidden, epochs) in SETS.items():
+        for dataset, (loader, kind, hidden, epochs) in DATASETS.items():
             inputs, targets = loader(return_X_y=True)
             scores: dict[str, list[float]] = {"ours": [], "theirs": []}
             for seed in seeds:
@@ -94,14 +94,16 @@ def main() -> None:
                 pq.write_table(pa.table({**columns, "label": y}), fit)
                 held = {f"x{number:02d}": held_x[:, number] for number in range(x.shape[1])}
                 score = r2_score if kind == "regression" else accuracy_score
-                answers = ours(kind, hidden, epochs, seed, fit, folder).predict(pa.table(held))
+                answers = train_pipeline(kind, hidden, epochs, seed, fit, folder).predict(pa.table(held))
                 scores["ours"].append(score(held_y, answers))
                 if kind == "regression":
                     mean, deviation = y.mean(), y.std()
-                    model = theirs(kind, hidden, epochs, seed, x, (y - mean) / deviation)
+                    model = train_sklearn(kind, hidden, epochs, seed, x, (y - mean) / deviation)
                     scores["theirs"].append(score(held_y, model.predict(held_x) * deviation + mean))
                 else:
-                    scores["theirs"].append(score(held_y, theirs(kind, hidden, epochs, seed, x, y).predict(held_x)))
+                    scores["theirs"].append(
+                        score(held_y, train_sklearn(kind, hidden, epochs, seed, x, y).predict(held_x))
+                    )
             own_score, other = scores["ours"], scores["theirs"]
             print(
                 f"{dataset:14s} {'R2' if kind == 'regression' else 'accuracy':9s} {np.mean(own_score):11.4f} "

@@ -36,7 +36,7 @@ def compare(job: str, runs: int, ours: list[str], bare: list[str]) -> None:
     for number in range(runs + 1):
         with tempfile.TemporaryDirectory() as storage:
             train = [python, "-m", "pipeline", "train", f"jobs/{job}.yaml", "--storage", storage, *ours]
-            pair = (timed(train), timed([python, "tests/bench/bare.py", job, *bare]))
+            pair = (time_command(train), time_command([python, "tests/bench/bare.py", job, *bare]))
         if number:
             seconds.append(pair)
             print(f"{job}: trainyard {pair[0][0]:.2f} s wall {pair[0][1]:.2f} s CPU, "
@@ -48,7 +48,7 @@ def compare(job: str, runs: int, ours: list[str], bare: list[str]) -> None:
               f"ratio {ratio:.2f}")  # fmt: skip
 
 
-def timed(command: list[str]) -> tuple[float, float]:
+def time_command(command: list[str]) -> tuple[float, float]:
     """Wall and CPU seconds of a command."""
     before, begun = os.times(), time.perf_counter()
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)

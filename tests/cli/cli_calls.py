@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-Trainyard = Callable[..., Any]
+RunCommand = Callable[..., Any]
 
-SMALL: dict[str, Any] = {
+SMALL_JOB: dict[str, Any] = {
     "name": "small",
     "data": {"source": "disc", "normalize": "scalar", "splits": {"val": 0.2}},
     "model": {"kind": "mlp", "hidden": [16]},
@@ -22,5 +22,5 @@ SMALL: dict[str, Any] = {
 def write_job(folder: Path, **changes: Any) -> str:
     """Write SMALL with changes as `small.yaml`; its path."""
     path = folder / "small.yaml"
-    path.write_text(yaml.safe_dump({**SMALL, **changes}))
+    path.write_text(yaml.safe_dump({**SMALL_JOB, **changes}))
     return str(path)

@@ -14,35 +14,35 @@ from pipeline.cli import main
 
 
 @dataclass(frozen=True)
-class Ended:
+class CompletedCommand:
     """A command that has ended."""
 
-    code: int
-    out: str
-    err: str
+    exit_code: int
+    stdout: str
+    stderr: str
 
     @property
     def json(self) -> dict[str, Any]:
         """The last line of standard output."""
-        tree: dict[str, Any] = json.loads(self.out.splitlines()[-1])
+        tree: dict[str, Any] = json.loads(self.stdout.splitlines()[-1])
         return tree
 
 
 @pytest.fixture
 def trainyard(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Ended]:
+) -> Callable[..., CompletedCommand]:
     """Call `trainyard ARG...` in an empty working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TRAINYARD_STORAGE", raising=False)
 
-    def call(*arguments: str) -> Ended:
+    def call(*arguments: str) -> CompletedCommand:
         monkeypatch.setattr(sys, "argv", ["trainyard", *arguments])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()
         printed = capsys.readouterr()
         code = ended.value.code
-        return Ended(code if isinstance(code, int) else 0 if code is None else 1, printed.out, printed.err)
+        return CompletedCommand(code if isinstance(code, int) else 0 if code is None else 1, printed.out, printed.err)
 
     return call

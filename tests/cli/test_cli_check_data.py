@@ -13,11 +13,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from tests.cli.cli_calls import Trainyard
+from tests.cli.cli_calls import RunCommand
 
 
 @pytest.fixture
-def here(tmp_path: Path) -> Path:
+def data_folder(tmp_path: Path) -> Path:
     """Data of all kinds."""
     for path in ("csv", "table", "classes/a/deep", "classes/b", "none/a", "loose", "empty"):
         (tmp_path / path).mkdir(parents=True)
@@ -31,7 +31,7 @@ def here(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def job_on(url: str, source: str) -> str:
+def make_job(url: str, source: str) -> str:
     data: dict[str, Any] = {"source": source, "url": url}
     if source == "parquet" or url.endswith(".parquet"):
         data["label"] = "y"
@@ -51,12 +51,12 @@ def job_on(url: str, source: str) -> str:
         ("table/t.parquet", "image_folder"),
     ],
 )
-def test_data_that_is_there(
-    trainyard: Trainyard, here: Path, monkeypatch: pytest.MonkeyPatch, url: str, source: str
+def test_check_accepts_existing_data(
+    trainyard: RunCommand, data_folder: Path, monkeypatch: pytest.MonkeyPatch, url: str, source: str
 ) -> None:
     if url == "env:DATA":  # what is looked up is kept secret, and a job that holds it in clear would be refused
-        monkeypatch.setenv("DATA", str(here / "table"))
-    ended = trainyard("check", job_on(url, source))
+        monkeypatch.setenv("DATA", str(data_folder / "table"))
+    ended = trainyard("check", make_job(url, source))
     assert ended.code == 0, ended.err
 
 
@@ -78,35 +78,35 @@ def test_data_that_is_there(
         ("nothing://x", "parquet", ["nothing://x"]),
     ],
 )
-def test_data_that_is_not_there_or_of_another_kind(
-    trainyard: Trainyard, here: Path, url: str, source: str, words: list[str]
+def test_check_rejects_missing_or_wrong_data(
+    trainyard: RunCommand, data_folder: Path, url: str, source: str, words: list[str]
 ) -> None:
-    ended = trainyard("check", job_on(url, source))
+    ended = trainyard("check", make_job(url, source))
     assert ended.code == 2
     assert "Traceback" not in ended.err
     for word in words:
         assert word in ended.err
 
 
-def test_data_in_a_store(trainyard: Trainyard, here: Path, s3_url: str) -> None:
+def test_check_data_in_object_storage(trainyard: RunCommand, data_folder: Path, s3_url: str) -> None:
     import fsspec
 
     fs, path = fsspec.core.url_to_fs(s3_url)
-    fs.put(str(here / "table" / "t.parquet"), f"{path}/table/t.parquet")
-    fs.put(str(here / "classes" / "b" / "1.png"), f"{path}/classes/b/1.png")
-    assert trainyard("check", job_on(f"{s3_url}/table", "parquet")).code == 0
-    assert trainyard("check", job_on(f"{s3_url}/classes", "image_folder")).code == 0
+    fs.put(str(data_folder / "table" / "t.parquet"), f"{path}/table/t.parquet")
+    fs.put(str(data_folder / "classes" / "b" / "1.png"), f"{path}/classes/b/1.png")
+    assert trainyard("check", make_job(f"{s3_url}/table", "parquet")).code == 0
+    assert trainyard("check", make_job(f"{s3_url}/classes", "image_folder")).code == 0
     for url, source in (
         ("none", "parquet"),
         ("classes", "parquet"),
         ("none", "image_folder"),
         ("table", "image_folder"),
     ):
-        assert trainyard("check", job_on(f"{s3_url}/{url}", source)).code == 2
+        assert trainyard("check", make_job(f"{s3_url}/{url}", source)).code == 2
 
 
-def test_torch_is_not_loaded_for_it(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(here)
+def test_check_data_does_not_import_torch(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(data_folder)
     code = (
         "import sys; sys.argv = ['trainyard', 'check', 'job.yaml']\n"
         "from pipeline.cli import main\n"
@@ -115,6 +115,6 @@ def test_torch_is_not_loaded_for_it(here: Path, monkeypatch: pytest.MonkeyPatch)
         "print({'torch', 'ray'} & set(sys.modules))"
     )
     for url, source in (("table", "parquet"), ("classes", "image_folder")):
-        job_on(url, source)
+        make_job(url, source)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.splitlines()[-1] == "set()"

@@ -12,7 +12,7 @@ import pytest
 from pipeline import load, train
 from pipeline.errors import Interrupted
 from pipeline.events import EvaluationLogged, Event
-from tests.cli.cli_calls import Trainyard, write_job
+from tests.cli.cli_calls import RunCommand, write_job
 from tests.record.earlier_checkpoints import contents, pickle_states
 
 
@@ -35,7 +35,7 @@ def interrupted(job: str, tmp_path: Path) -> Path:
     return tmp_path / "runs/cut"
 
 
-def test_training_is_refused_and_loses_nothing(trainyard: Trainyard, job: str, interrupted: Path) -> None:
+def test_training_is_refused_and_loses_nothing(trainyard: RunCommand, job: str, interrupted: Path) -> None:
     before = contents(interrupted)
     for workers in (0, 2):
         refused = trainyard("train", job, "--name", "cut", "--set", f"scale.workers={workers}")
@@ -48,7 +48,7 @@ def test_training_is_refused_and_loses_nothing(trainyard: Trainyard, job: str, i
 
 
 def test_a_new_run_starts_from_its_weights_as_the_message_says(
-    trainyard: Trainyard, job: str, interrupted: Path
+    trainyard: RunCommand, job: str, interrupted: Path
 ) -> None:
     message = trainyard("train", job, "--name", "cut").err
     start = message.split("model.init_from: ")[1].split()[0]
@@ -57,7 +57,7 @@ def test_a_new_run_starts_from_its_weights_as_the_message_says(
     assert len(list(interrupted.parent.iterdir())) == 2
 
 
-def test_what_reads_the_run_works_as_before(trainyard: Trainyard, interrupted: Path) -> None:
+def test_what_reads_the_run_works_as_before(trainyard: RunCommand, interrupted: Path) -> None:
     shown = trainyard("show", "cut")
     assert (shown.code, "interrupted at step" in shown.out) == (0, True)
     assert trainyard("evaluate", "cut").code == 0
@@ -65,7 +65,7 @@ def test_what_reads_the_run_works_as_before(trainyard: Trainyard, interrupted: P
 
 
 def test_a_finished_run_of_an_earlier_version_has_nothing_left_to_do(
-    trainyard: Trainyard, job: str, tmp_path: Path
+    trainyard: RunCommand, job: str, tmp_path: Path
 ) -> None:
     assert trainyard("train", job, "--name", "done").code == 0
     run = tmp_path / "runs/done"

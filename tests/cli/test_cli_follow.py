@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from pipeline.followers import attached
-from tests.cli.cli_calls import Trainyard, write_job
+from tests.cli.cli_calls import RunCommand, write_job
 
 
-def test_a_job_that_is_followed_is_told_to_its_end_and_a_tracker_that_nobody_named_is_one_warning(
-    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_follows_until_the_end_and_warns_once_on_unreachable_tracker(
+    trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attached, "LAST_S", 120.0)
+    monkeypatch.setattr(attached, "FINISH_TIMEOUT_S", 120.0)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     ended = trainyard("train", write_job(tmp_path, follow=["tensorboard", "mlflow"]), "--json", "--quiet")
     assert ended.code == 0, ended.err
@@ -32,7 +32,7 @@ def test_a_job_that_is_followed_is_told_to_its_end_and_a_tracker_that_nobody_nam
     assert (refused.code, "MLFLOW_TRACKING_URI" in refused.err) == (2, True)
 
 
-def test_nobody_to_tell_and_nobody_known(trainyard: Trainyard, tmp_path: Path) -> None:
+def test_follow_without_trackers_or_with_an_unknown_one(trainyard: RunCommand, tmp_path: Path) -> None:
     run = trainyard("train", write_job(tmp_path), "--json").json["run"]
     assert trainyard("follow", run).code == 2
     unknown = trainyard("follow", run, "--to", "tensorbord")

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.cpus import available_cpus
 from pipeline.events import EvaluationLogged, Event, RunOpened, TrainingStarted
-from tests.cli.cli_calls import Trainyard, write_job
+from tests.cli.cli_calls import RunCommand, write_job
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -30,19 +30,19 @@ def test_help_loads_neither_torch_nor_ray() -> None:
 
 
 @pytest.mark.parametrize("command", ["train", "check", "init", "evaluate", "runs", "show"])
-def test_every_command_has_help_with_an_example(trainyard: Trainyard, command: str) -> None:
+def test_every_command_has_help_with_an_example(trainyard: RunCommand, command: str) -> None:
     ended = trainyard(command, "--help")
     assert ended.code == 0
     assert f"Example: trainyard {command}" in ended.out
 
 
-def test_python_m_pipeline_is_trainyard(tmp_path: Path) -> None:
+def test_python_m_pipeline_is_the_same_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pipeline", "runs", "--storage", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert done.stdout == f"no runs in {tmp_path}\n"
 
 
-def test_init_writes_a_job_that_checks(trainyard: Trainyard, tmp_path: Path) -> None:
+def test_init_writes_a_valid_job(trainyard: RunCommand, tmp_path: Path) -> None:
     assert trainyard("init", "churn").code == 0
     checked = trainyard("check", "churn.yaml", "--json")
     assert checked.code == 0
@@ -53,7 +53,7 @@ def test_init_writes_a_job_that_checks(trainyard: Trainyard, tmp_path: Path) -> 
     assert trainyard("init", "../churn").code == 2
 
 
-def test_check_prints_a_job_that_is_the_same_job(trainyard: Trainyard, tmp_path: Path) -> None:
+def test_check_prints_an_equivalent_job(trainyard: RunCommand, tmp_path: Path) -> None:
     job = write_job(tmp_path)
     printed = trainyard("check", job).out
     (tmp_path / "resolved.yaml").write_text(printed)
@@ -61,7 +61,7 @@ def test_check_prints_a_job_that_is_the_same_job(trainyard: Trainyard, tmp_path:
     assert trainyard("train", "resolved.yaml", "--max-steps", "1", "--json").json["run"] == first["run"]
 
 
-def test_check_batch_says_what_the_model_and_batch_are(trainyard: Trainyard, tmp_path: Path) -> None:
+def test_check_batch_reports_model_and_batch(trainyard: RunCommand, tmp_path: Path) -> None:
     found = trainyard("check", write_job(tmp_path), "--batch", "--json").json["batch"]
     assert found["parameters"] == [["0.weight", [16, 2]], ["0.bias", [16]], ["2.weight", [2, 16]], ["2.bias", [2]]]
     assert found["parameter_count"] == 82
@@ -73,7 +73,7 @@ def test_check_batch_says_what_the_model_and_batch_are(trainyard: Trainyard, tmp
     assert not (tmp_path / "runs").exists(), "check writes nothing"
 
 
-def test_check_overfit_learns_a_batch_by_heart_or_says_that_it_cannot(trainyard: Trainyard, tmp_path: Path) -> None:
+def test_check_overfit_fits_a_batch_or_reports_failure(trainyard: RunCommand, tmp_path: Path) -> None:
     able = {"hidden": [64], "kind": "mlp"}
     job = write_job(tmp_path, model=able, train={"batch_size": 16, "phases": [{"epochs": 1, "lr": 0.5}]})
     ended = trainyard("check", job, "--overfit", "--json")
@@ -108,7 +108,7 @@ def test_check_overfit_learns_a_batch_by_heart_or_says_that_it_cannot(trainyard:
     ],
 )  # fmt: skip
 def test_bad_input_is_one_message_and_exit_2(
-    trainyard: Trainyard, tmp_path: Path, arguments: list[str], words: list[str]
+    trainyard: RunCommand, tmp_path: Path, arguments: list[str], words: list[str]
 ) -> None:
     import torch
 
@@ -123,13 +123,13 @@ def test_bad_input_is_one_message_and_exit_2(
     assert not (tmp_path / "runs").exists(), "nothing is made before the input is good"
 
 
-def test_errors_are_json_too(trainyard: Trainyard, tmp_path: Path) -> None:
+def test_errors_are_json_too(trainyard: RunCommand, tmp_path: Path) -> None:
     ended = trainyard("train", "nowhere.yaml", "--json")
     assert ended.code == 2
     assert ended.json["error"]["type"] == "JobError"
 
 
-def test_evaluate_refuses_what_is_not_there(trainyard: Trainyard, tmp_path: Path) -> None:
+def test_evaluate_rejects_missing_runs_and_splits(trainyard: RunCommand, tmp_path: Path) -> None:
     run = trainyard("train", write_job(tmp_path), "--json").json["run"]
     for arguments in (["--checkpoint", "7"], ["--split", "nosuch"], ["--set", "train.batch_size=7"]):
         ended = trainyard("evaluate", run, *arguments)
@@ -138,7 +138,7 @@ def test_evaluate_refuses_what_is_not_there(trainyard: Trainyard, tmp_path: Path
     assert trainyard("evaluate", run, "--checkpoint", "24", "--set", "data.loader.eval_batch_size=7").code == 0
 
 
-def test_a_stored_job_imports_nothing_without_trust(trainyard: Trainyard, tmp_path: Path) -> None:
+def test_a_stored_job_imports_nothing_without_trust(trainyard: RunCommand, tmp_path: Path) -> None:
     (tmp_path / "own_data_module.py").write_text(
         "import numpy as np\n"
         "def load(rows):\n"
@@ -159,7 +159,7 @@ def test_a_stored_job_imports_nothing_without_trust(trainyard: Trainyard, tmp_pa
 
 @pytest.mark.parametrize("words", [("train", "--trust"), ("check", "--trust"), ("check", "--quiet"), ("check", "-q")])
 def test_an_option_that_a_command_has_no_use_for_is_refused(
-    trainyard: Trainyard, tmp_path: Path, words: tuple[str, str]
+    trainyard: RunCommand, tmp_path: Path, words: tuple[str, str]
 ) -> None:
     command, option = words
     ended = trainyard(command, write_job(tmp_path), option)
@@ -167,7 +167,7 @@ def test_an_option_that_a_command_has_no_use_for_is_refused(
     assert f"No such option: {option}" in ended.err
 
 
-def test_the_python_api_is_the_same_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_api_matches_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     from pipeline import train
 
@@ -181,7 +181,7 @@ def test_the_python_api_is_the_same_verb(tmp_path: Path, monkeypatch: pytest.Mon
     assert json.loads((Path(run.url) / "run.json").read_text())["status"] == "finished"
 
 
-def test_what_is_probably_not_meant_is_a_warning(trainyard: Trainyard, tmp_path: Path) -> None:
+def test_suspicious_settings_are_warnings(trainyard: RunCommand, tmp_path: Path) -> None:
     job = write_job(
         tmp_path,
         data={
@@ -201,7 +201,7 @@ def test_what_is_probably_not_meant_is_a_warning(trainyard: Trainyard, tmp_path:
     assert "warning: train.batch_size is 1,001, but only 800 rows" in few.err
 
 
-def test_batch_normalisation_of_a_single_row_is_found_before_training(trainyard: Trainyard, tmp_path: Path) -> None:
+def test_batch_norm_on_a_single_row_is_rejected_before_training(trainyard: RunCommand, tmp_path: Path) -> None:
     model = {"hidden": [4], "batch_norm": True}
     job = write_job(tmp_path, model=model, train={"batch_size": 17, "phases": [{"epochs": 1, "lr": 0.1}]})
     ended = trainyard("train", job)

@@ -10,9 +10,9 @@ import pytest
 
 from pipeline import load
 from pipeline.job import METRICS
-from tests.cli.cli_calls import Trainyard, write_job
+from tests.cli.cli_calls import RunCommand, write_job
 
-MODULE = """
+USER_MODULE = """
 import numpy as np
 import torch
 
@@ -32,20 +32,20 @@ def total(outputs, targets):
 
 
 @pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A module of the user's in the working directory."""
-    (tmp_path / "own_measures_of_cost.py").write_text(MODULE)
+    (tmp_path / "own_measures_of_cost.py").write_text(USER_MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     return "own_measures_of_cost"
 
 
-def test_a_job_with_its_own_loss_and_metric_goes_by_another_metric(
-    trainyard: Trainyard, tmp_path: Path, own: str
+def test_custom_loss_and_metric_with_another_selection_metric(
+    trainyard: RunCommand, tmp_path: Path, user_module: str
 ) -> None:
     job = write_job(
         tmp_path,
-        task={"kind": "binary", "loss": f"{own}:focal"},
-        metrics=[f"{own}:cost"],
+        task={"kind": "binary", "loss": f"{user_module}:focal"},
+        metrics=[f"{user_module}:cost"],
         best={"metric": "val/auc"},
     )
     ended = trainyard("train", job, "--json")
@@ -70,7 +70,7 @@ def test_a_job_with_its_own_loss_and_metric_goes_by_another_metric(
     assert "of 200 rows correct" in words
 
 
-def test_a_regression_has_errors_and_no_accuracy(trainyard: Trainyard, tmp_path: Path) -> None:
+def test_regression_reports_errors_and_no_accuracy(trainyard: RunCommand, tmp_path: Path) -> None:
     job = write_job(tmp_path, task={"kind": "regression", "loss": "huber"}, best={"metric": "val/r2"})
     found = trainyard("train", job, "--json").json
     rows = pd.read_parquet(Path(found["url"]) / "metrics/evals")
@@ -82,7 +82,7 @@ def test_a_regression_has_errors_and_no_accuracy(trainyard: Trainyard, tmp_path:
     assert "(always the mean: " in words
 
 
-def test_each_of_several_targets_is_measured_in_its_own_unit(trainyard: Trainyard, tmp_path: Path) -> None:
+def test_each_target_is_measured_in_its_own_unit(trainyard: RunCommand, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=200)
     frame = pd.DataFrame({"x": x, "temp (°C)": 15 + 8 * x, "hPa": 1013 + 4000 * rng.normal(size=200)})
@@ -109,37 +109,37 @@ def test_each_of_several_targets_is_measured_in_its_own_unit(trainyard: Trainyar
         assert f"{metric} is not measured" in refused.err
 
 
-def test_a_collapsed_model_is_told(trainyard: Trainyard, tmp_path: Path) -> None:
+def test_collapsed_model_is_reported(trainyard: RunCommand, tmp_path: Path) -> None:
     phases = [{"steps": 1, "lr": 1e-9}]
     ended = trainyard("train", write_job(tmp_path, task="regression", train={"phases": phases}))
     assert ended.code == 0, ended.err
     assert "  warning   on val no better than always answering the mean of the training targets" in ended.out
 
 
-def test_an_own_metric_that_fails_ends_the_run_before_training(trainyard: Trainyard, tmp_path: Path, own: str) -> None:
-    ended = trainyard("train", write_job(tmp_path, task="binary", metrics=[f"{own}:fails"]))
+def test_failing_custom_metric_stops_before_training(trainyard: RunCommand, tmp_path: Path, user_module: str) -> None:
+    ended = trainyard("train", write_job(tmp_path, task="binary", metrics=[f"{user_module}:fails"]))
     assert ended.code == 2
-    assert f"metrics: {own}:fails: ValueError: no cost today" in ended.err
+    assert f"metrics: {user_module}:fails: ValueError: no cost today" in ended.err
     assert "Traceback" not in ended.err
 
 
-def test_an_own_loss_that_cannot_be_used_leaves_nothing_behind(trainyard: Trainyard, tmp_path: Path, own: str) -> None:
-    ended = trainyard("train", write_job(tmp_path, task={"kind": "binary", "loss": f"{own}:total"}))
+def test_unusable_custom_loss_leaves_no_run(trainyard: RunCommand, tmp_path: Path, user_module: str) -> None:
+    ended = trainyard("train", write_job(tmp_path, task={"kind": "binary", "loss": f"{user_module}:total"}))
     assert ended.code == 2
-    assert f"task.loss: {own}:total: gives ()" in ended.err
+    assert f"task.loss: {user_module}:total: gives ()" in ended.err
     assert not (tmp_path / "runs").exists()
 
 
-def test_weights_go_by_class_names(trainyard: Trainyard, tmp_path: Path) -> None:
+def test_class_weights_are_given_by_name(trainyard: RunCommand, tmp_path: Path) -> None:
     stray = trainyard("train", write_job(tmp_path, task={"class_weights": {"9": 2.0}}))
     assert stray.code == 2
     assert "task.class_weights" in stray.err
 
 
-def test_a_split_too_large_to_gather_is_told_before_training(
-    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_large_split_is_reported_before_training(
+    trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.learn.tally.MOST_GATHERED", 399)
+    monkeypatch.setattr("pipeline.learn.tally.MAX_GATHERED_VALUES", 399)
     ended = trainyard("train", write_job(tmp_path, task="binary"), "--json")
     assert "warning: val has 200 rows, too many for auc" in ended.err
     assert pd.read_parquet(Path(ended.json["url"]) / "metrics/evals")["auc"].isna().all()
@@ -150,7 +150,7 @@ def test_a_split_too_large_to_gather_is_told_before_training(
     assert trainyard("train", bounded).code == 0
 
 
-SORTED = """
+SORTED_DATA_MODULE = """
 import numpy as np
 
 def rows():
@@ -160,10 +160,10 @@ def rows():
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_limit_takes_a_sample_that_stands_for_the_split(
-    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
+def test_limited_evaluation_uses_a_representative_sample(
+    trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
 ) -> None:
-    (tmp_path / "rows_in_the_order_of_their_classes.py").write_text(SORTED)
+    (tmp_path / "rows_in_the_order_of_their_classes.py").write_text(SORTED_DATA_MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     job = write_job(
         tmp_path,

@@ -21,26 +21,26 @@ train: {batch_size: 20, phases: [{epochs: 3, lr: 0.5}]}
 """
 
 
-def table(rows: int = 200, seed: int = 0) -> pa.Table:
+def make_table(rows: int = 200, seed: int = 0) -> pa.Table:
     x = np.random.default_rng(seed).normal(size=rows)
     return pa.table({"id": np.arange(rows), "x": x, "color": np.where(x > 0.3, "red", "blue")})
 
 
 @pytest.fixture
-def run(trainyard: Any, tmp_path: Path) -> str:
-    pq.write_table(table(), tmp_path / "colors.parquet")
+def run_name(trainyard: Any, tmp_path: Path) -> str:
+    pq.write_table(make_table(), tmp_path / "colors.parquet")
     (tmp_path / "job.yaml").write_text(JOB.replace("URL", "colors.parquet"))
     ended = trainyard("train", "job.yaml", "--json")
     assert ended.code == 0, ended.err
     return str(ended.json["run"])
 
 
-def test_predictions_stand_beside_their_keys_in_order(trainyard: Any, tmp_path: Path, run: str) -> None:
+def test_predictions_are_written_with_their_keys_in_order(trainyard: Any, tmp_path: Path, run_name: str) -> None:
     (tmp_path / "new").mkdir()
-    new = table(100, seed=1).drop_columns("color")
+    new = make_table(100, seed=1).drop_columns("color")
     pq.write_table(new.slice(0, 60), tmp_path / "new" / "a.parquet")
     pq.write_table(new.slice(60), tmp_path / "new" / "b.parquet")
-    ended = trainyard("predict", run, "--input", "new", "--output", "out.parquet", "--json")
+    ended = trainyard("predict", run_name, "--input", "new", "--output", "out.parquet", "--json")
     assert ended.code == 0, ended.err
     assert ended.json["rows"] == 100
     out = pq.read_table("out.parquet")
@@ -51,18 +51,18 @@ def test_predictions_stand_beside_their_keys_in_order(trainyard: Any, tmp_path: 
     assert [one for one in tmp_path.iterdir() if "tmp" in one.name and one.name != ".tmp"] == []
 
 
-def test_other_data_is_evaluated_as_the_same_rows_were(trainyard: Any, tmp_path: Path, run: str) -> None:
-    splits = pq.read_table(f"runs/{run}/splits.parquet").to_pandas()
+def test_evaluation_of_copied_data_matches(trainyard: Any, tmp_path: Path, run_name: str) -> None:
+    splits = pq.read_table(f"runs/{run_name}/splits.parquet").to_pandas()
     held = splits[splits.split == "val"].row.to_numpy()
-    pq.write_table(table().take(held), tmp_path / "held.parquet")
-    there = trainyard("evaluate", run, "--data", "held.parquet", "--json").json["metrics"]
-    metrics = trainyard("evaluate", run, "--json").json["metrics"]
+    pq.write_table(make_table().take(held), tmp_path / "held.parquet")
+    there = trainyard("evaluate", run_name, "--data", "held.parquet", "--json").json["metrics"]
+    metrics = trainyard("evaluate", run_name, "--json").json["metrics"]
     assert there["data/samples"] == len(held)
     for name in ("loss", "accuracy", "f1", "auc"):
         assert there[f"data/{name}"] == pytest.approx(metrics[f"val/{name}"], abs=1e-9)
 
 
-def test_other_data_needs_the_features_and_the_label_alone_in_any_order(trainyard: Any, tmp_path: Path) -> None:
+def test_evaluation_needs_only_features_and_label_in_any_order(trainyard: Any, tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     columns = {
         "id": np.arange(300),
@@ -88,7 +88,7 @@ def test_other_data_needs_the_features_and_the_label_alone_in_any_order(trainyar
 
 
 @pytest.mark.parametrize("kind", ["bytes", "numbers"])
-def test_samples_of_one_column_are_found_again(trainyard: Any, tmp_path: Path, kind: str) -> None:
+def test_predict_single_column_samples(trainyard: Any, tmp_path: Path, kind: str) -> None:
     draw = np.random.default_rng(0)
     red = draw.integers(0, 2, 200)
     pixels = (draw.integers(0, 100, (200, 16)) + 120 * red[:, None]).astype(np.uint8)
@@ -132,12 +132,12 @@ def test_samples_of_one_column_are_found_again(trainyard: Any, tmp_path: Path, k
         (["evaluate", "RUN", "--data", "green.parquet"], ["'green'", "blue, red"]),
     ],
 )
-def test_what_cannot_be_answered_is_one_message(
-    trainyard: Any, tmp_path: Path, run: str, arguments: list[str], words: list[str]
+def test_invalid_arguments_are_one_message(
+    trainyard: Any, tmp_path: Path, run_name: str, arguments: list[str], words: list[str]
 ) -> None:
-    pq.write_table(table().rename_columns(["id", "y", "color"]), tmp_path / "other.parquet")
+    pq.write_table(make_table().rename_columns(["id", "y", "color"]), tmp_path / "other.parquet")
     pq.write_table(pa.table({"id": [1, 2], "x": [0.0, 1.0], "color": ["green", "red"]}), tmp_path / "green.parquet")
-    ended = trainyard(*[one.replace("RUN", run) for one in arguments])
+    ended = trainyard(*[one.replace("RUN", run_name) for one in arguments])
     assert ended.code == 2
     assert "Traceback" not in ended.err
     for word in words:
@@ -145,7 +145,7 @@ def test_what_cannot_be_answered_is_one_message(
     assert not Path("o.parquet").exists()
 
 
-def test_values_that_training_never_saw_are_told(trainyard: Any, tmp_path: Path) -> None:
+def test_unseen_values_are_reported(trainyard: Any, tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     x, work = draw.normal(size=200), draw.choice(["Private", "State"], 200)
     rows = {"id": np.arange(200), "x": x, "work": work, "color": np.where(x + (work == "State") > 0.3, "red", "blue")}
@@ -180,7 +180,7 @@ def test_values_that_training_never_saw_are_told(trainyard: Any, tmp_path: Path)
     assert "'work' holds numbers, in training holds text or levels" in refused.err
 
 
-def parts(folder: Path, *keys: pa.Array) -> None:
+def write_parts(folder: Path, *keys: pa.Array) -> None:
     """A file for each key column, of two rows each."""
     folder.mkdir(exist_ok=True)
     for number, key in enumerate(keys):
@@ -200,10 +200,10 @@ def parts(folder: Path, *keys: pa.Array) -> None:
     ids=["wider", "narrower", "dictionary", "dictionary of other text", "floats", "nulls"],
 )
 def test_keys_of_several_files_have_one_type(
-    trainyard: Any, tmp_path: Path, run: str, first: pa.Array, second: pa.Array, wanted: pa.DataType
+    trainyard: Any, tmp_path: Path, run_name: str, first: pa.Array, second: pa.Array, wanted: pa.DataType
 ) -> None:
-    parts(tmp_path / "new", first, second)
-    ended = trainyard("predict", run, "--input", "new", "--output", "out.parquet")
+    write_parts(tmp_path / "new", first, second)
+    ended = trainyard("predict", run_name, "--input", "new", "--output", "out.parquet")
     assert ended.code == 0, ended.err
     keys = pq.read_table("out.parquet")["id"]
     assert keys.type == wanted
@@ -218,56 +218,56 @@ def test_keys_of_several_files_have_one_type(
         (None, "the key 'id' is not in this file, but in others"),
     ],
 )
-def test_keys_that_do_not_go_together_are_found_before_the_work(
-    trainyard: Any, tmp_path: Path, run: str, monkeypatch: pytest.MonkeyPatch, second: pa.Array | None, words: str
+def test_conflicting_keys_are_rejected_before_predicting(
+    trainyard: Any, tmp_path: Path, run_name: str, monkeypatch: pytest.MonkeyPatch, second: pa.Array | None, words: str
 ) -> None:
-    parts(tmp_path / "new", pa.array([2**53 + 1, 1]), pa.nulls(2) if second is None else second)
+    write_parts(tmp_path / "new", pa.array([2**53 + 1, 1]), pa.nulls(2) if second is None else second)
     if second is None:
         pq.write_table(pa.table({"x": [0.0, 1.0]}), tmp_path / "new" / "1.parquet")
 
     def work(*_: Any) -> None:
         raise AssertionError("nothing is predicted")
 
-    monkeypatch.setattr(Predictor, "scores", work)
-    ended = trainyard("predict", run, "--input", "new", "--output", "out.parquet")
+    monkeypatch.setattr(Predictor, "predict_scores", work)
+    ended = trainyard("predict", run_name, "--input", "new", "--output", "out.parquet")
     assert ended.code == 2
     assert words in ended.err
     assert not Path("out.parquet").exists()
 
 
-def test_a_later_file_of_other_columns_is_found_before_the_work(
-    trainyard: Any, tmp_path: Path, run: str, monkeypatch: pytest.MonkeyPatch
+def test_file_with_other_columns_is_rejected_before_predicting(
+    trainyard: Any, tmp_path: Path, run_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts(tmp_path / "new", pa.array([1, 2]), pa.array([3, 4]))
-    monkeypatch.setattr(Predictor, "scores", None)
+    write_parts(tmp_path / "new", pa.array([1, 2]), pa.array([3, 4]))
+    monkeypatch.setattr(Predictor, "predict_scores", None)
     for table, words in (
         (pa.table({"id": [3, 4], "y": [0.0, 1.0]}), "1.parquet: there is no column 'x'"),
         (pa.table({"id": [3, 4], "x": ["a", "b"]}), "1.parquet: the column 'x' holds text"),
     ):
         pq.write_table(table, tmp_path / "new" / "1.parquet")
-        ended = trainyard("predict", run, "--input", "new", "--output", "out.parquet")
+        ended = trainyard("predict", run_name, "--input", "new", "--output", "out.parquet")
         assert ended.code == 2
         assert words in ended.err
 
 
-def test_columns_that_no_one_asked_for_may_come_and_go(trainyard: Any, tmp_path: Path, run: str) -> None:
-    parts(tmp_path / "new", pa.array([1, 2]), pa.array([3, 4]))
+def test_unused_columns_may_differ_between_files(trainyard: Any, tmp_path: Path, run_name: str) -> None:
+    write_parts(tmp_path / "new", pa.array([1, 2]), pa.array([3, 4]))
     pq.write_table(pa.table({"note": ["a", "b"], "id": [1, 2], "x": [0.0, 1.0]}), tmp_path / "new" / "0.parquet")
-    assert trainyard("predict", run, "--input", "new", "--output", "out.parquet").code == 0
+    assert trainyard("predict", run_name, "--input", "new", "--output", "out.parquet").code == 0
     assert pq.read_table("out.parquet")["id"].to_pylist() == [1, 2, 3, 4]
 
 
-def test_a_key_that_is_not_there_is_told(trainyard: Any, tmp_path: Path, run: str) -> None:
+def test_missing_key_is_reported(trainyard: Any, tmp_path: Path, run_name: str) -> None:
     pq.write_table(pa.table({"ids": [1, 2], "x": [0.0, 1.0]}), tmp_path / "new.parquet")
-    ended = trainyard("predict", run, "--input", "new.parquet", "--output", "out.parquet", "--json", "--quiet")
+    ended = trainyard("predict", run_name, "--input", "new.parquet", "--output", "out.parquet", "--json", "--quiet")
     assert ended.code == 0
     assert "warning: the key 'id' is not in" in ended.err
     assert "did you mean ids?" in ended.json["warnings"][0]
 
 
-def test_keys_called_as_the_models_columns_are_kept_beside_them(trainyard: Any, tmp_path: Path) -> None:
+def test_keys_named_like_prediction_columns_are_kept(trainyard: Any, tmp_path: Path) -> None:
     rows = {name: np.arange(200) for name in ("prediction", "probability_red", "key_prediction")}
-    columns = {**rows, **{name: table()[name] for name in ("x", "color")}}
+    columns = {**rows, **{name: make_table()[name] for name in ("x", "color")}}
     pq.write_table(pa.table(columns), tmp_path / "c.parquet")
     job = JOB.replace("URL", "c.parquet").replace("[id]", f"[{', '.join(rows)}]")
     (tmp_path / "named.yaml").write_text(job)
@@ -301,51 +301,53 @@ def test_keys_called_as_the_models_columns_are_kept_beside_them(trainyard: Any, 
         ("data/new.parquet", "data/new.parquet/out.parquet", "data/new.parquet"),
     ],
 )
-def test_an_output_never_replaces_its_input(
-    trainyard: Any, tmp_path: Path, run: str, source: str, output: str, words: str
+def test_output_never_replaces_its_input(
+    trainyard: Any, tmp_path: Path, run_name: str, source: str, output: str, words: str
 ) -> None:
     for path in ("data/new.parquet", "whole.parquet/a/new.parquet"):
         (tmp_path / path).parent.mkdir(parents=True)
-        pq.write_table(table(20).drop_columns("color"), tmp_path / path)
+        pq.write_table(make_table(20).drop_columns("color"), tmp_path / path)
     (tmp_path / "link").symlink_to("data")
     before = (tmp_path / "data" / "new.parquet").read_bytes()
-    ended = trainyard("predict", run, "--input", source, "--output", output)
+    ended = trainyard("predict", run_name, "--input", source, "--output", output)
     assert ended.code == 2
     assert words in ended.err
     assert "Traceback" not in ended.err
     assert (tmp_path / "data" / "new.parquet").read_bytes() == before
 
 
-def test_an_output_beside_its_input_is_fine(trainyard: Any, tmp_path: Path, run: str) -> None:
-    pq.write_table(table(20), tmp_path / "new.parquet")
+def test_output_next_to_its_input_is_allowed(trainyard: Any, tmp_path: Path, run_name: str) -> None:
+    pq.write_table(make_table(20), tmp_path / "new.parquet")
     (tmp_path / "new").mkdir()
-    pq.write_table(table(20), tmp_path / "new" / "a.parquet")
+    pq.write_table(make_table(20), tmp_path / "new" / "a.parquet")
     for source in ("new.parquet", "new", "n*w/*.parquet"):
         for output in ("out.parquet", "new2/out.parquet", "out.parquet"):
-            assert trainyard("predict", run, "--input", source, "--output", output).code == 0
+            assert trainyard("predict", run_name, "--input", source, "--output", output).code == 0
     assert sorted(path.name for path in (tmp_path / "new2").iterdir() if path.name != ".tmp") == ["out.parquet"]
 
 
-def test_an_input_in_a_store_is_not_replaced_either(trainyard: Any, tmp_path: Path, run: str, s3_url: str) -> None:
+def test_output_never_replaces_an_input_in_object_storage(
+    trainyard: Any, tmp_path: Path, run_name: str, s3_url: str
+) -> None:
     import fsspec
 
-    pq.write_table(table(20), tmp_path / "new.parquet")
+    pq.write_table(make_table(20), tmp_path / "new.parquet")
     fs, path = fsspec.core.url_to_fs(s3_url)
     fs.put(str(tmp_path / "new.parquet"), f"{path}/new/a.parquet")
     for source, output in (("new/a.parquet", "new/a.parquet"), ("new", "new/b.parquet"), ("new/*", "new/b.parquet")):
-        ended = trainyard("predict", run, "--input", f"{s3_url}/{source}", "--output", f"{s3_url}/{output}")
+        ended = trainyard("predict", run_name, "--input", f"{s3_url}/{source}", "--output", f"{s3_url}/{output}")
         assert ended.code == 2
         assert "input" in ended.err
-    assert trainyard("predict", run, "--input", f"{s3_url}/new", "--output", f"{s3_url}/out.parquet").code == 0
-    assert trainyard("predict", run, "--input", f"{s3_url}/new", "--output", "new.parquet").code == 0
+    assert trainyard("predict", run_name, "--input", f"{s3_url}/new", "--output", f"{s3_url}/out.parquet").code == 0
+    assert trainyard("predict", run_name, "--input", f"{s3_url}/new", "--output", "new.parquet").code == 0
 
 
-def test_an_output_that_cannot_be_written_is_found_before_the_work(
-    trainyard: Any, tmp_path: Path, run: str, monkeypatch: pytest.MonkeyPatch, s3_endpoint: str
+def test_unwritable_output_is_rejected_before_predicting(
+    trainyard: Any, tmp_path: Path, run_name: str, monkeypatch: pytest.MonkeyPatch, s3_endpoint: str
 ) -> None:
-    pq.write_table(table(20), tmp_path / "new.parquet")
-    monkeypatch.setattr(Predictor, "scores", None)
+    pq.write_table(make_table(20), tmp_path / "new.parquet")
+    monkeypatch.setattr(Predictor, "predict_scores", None)
     for output in ("new.parquet/out.parquet", "s3://no-such-bucket-of-ours/out.parquet"):
-        ended = trainyard("predict", run, "--input", "new.parquet", "--output", output)
+        ended = trainyard("predict", run_name, "--input", "new.parquet", "--output", output)
         assert ended.code == 2
         assert f"--output {output}" in ended.err

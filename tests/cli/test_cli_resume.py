@@ -20,10 +20,10 @@ from pipeline.errors import InputError
 from pipeline.events import EvaluationLogged, Event, RunOpened
 from pipeline.learn.models import build_model
 from pipeline.record.run import Run
-from tests.cli.cli_calls import Trainyard
-from tests.faults.fault_evidence import evidence
+from tests.cli.cli_calls import RunCommand
+from tests.faults.fault_evidence import final_state
 
-WATCHING = """
+IMPORT_TRACKING = """
 import sys
 sys.argv[0] = "trainyard"
 from pipeline.cli import main
@@ -32,7 +32,7 @@ try:
 except SystemExit as ended:
     print(ended.code, sorted({"torch", "torchvision", "ray"} & set(sys.modules)))
 """
-FUNCTION = """
+DATA_MODULE = """
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ def data(name):
 """
 
 
-def write(folder: Path, **data: Any) -> str:
+def write_job_file(folder: Path, **data: Any) -> str:
     tree = {
         "name": "small",
         "data": {**data, "splits": {"by": "random", "val": 0.2}},
@@ -66,9 +66,9 @@ def write_table(folder: Path, name: str = "t.parquet") -> Path:
 
 
 @pytest.mark.parametrize("source", ["disc", "parquet", "call", "named"])
-def test_nothing_to_do_is_found_without_torch(trainyard: Trainyard, tmp_path: Path, source: str) -> None:
+def test_resume_of_a_finished_run_does_not_import_torch(trainyard: RunCommand, tmp_path: Path, source: str) -> None:
     """And a function that makes the data is called once by each command."""
-    (tmp_path / "makes.py").write_text(FUNCTION)
+    (tmp_path / "makes.py").write_text(DATA_MODULE)
     sources: dict[str, dict[str, Any]] = {
         "disc": {"source": "disc"},
         "parquet": {"source": "parquet", "url": str(write_table(tmp_path)), "label": "y"},
@@ -76,11 +76,11 @@ def test_nothing_to_do_is_found_without_torch(trainyard: Trainyard, tmp_path: Pa
         "named": {"source": "disc"},
     }
     name = ["--name", "mine"] if source == "named" else []
-    job = write(tmp_path, **sources[source])
+    job = write_job_file(tmp_path, **sources[source])
     first = trainyard("train", job, *name)
     assert first.code == 0, first.err
     again = subprocess.run(
-        [sys.executable, "-c", WATCHING, "train", job, *name],
+        [sys.executable, "-c", IMPORT_TRACKING, "train", job, *name],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
@@ -93,10 +93,10 @@ def test_nothing_to_do_is_found_without_torch(trainyard: Trainyard, tmp_path: Pa
         assert len((tmp_path / "calls.txt").read_text().splitlines()) == 2
 
 
-def test_what_is_missing_of_a_finished_run_is_made_again(trainyard: Trainyard, tmp_path: Path) -> None:
-    job = write(tmp_path, source="parquet", url=str(write_table(tmp_path)), label="y")
+def test_missing_files_of_a_finished_run_are_rewritten(trainyard: RunCommand, tmp_path: Path) -> None:
+    job = write_job_file(tmp_path, source="parquet", url=str(write_table(tmp_path)), label="y")
     run = Path(trainyard("train", job, "--json").json["url"])
-    before = evidence(run)
+    before = final_state(run)
     for path in ("splits.parquet", "result.json", "run.json"):
         whole = (run / path).read_bytes()
         for damage in (b"damaged", whole[:-1]):
@@ -104,28 +104,28 @@ def test_what_is_missing_of_a_finished_run_is_made_again(trainyard: Trainyard, t
             again = trainyard("train", job)
             assert again.code == 0, again.err
             assert (run / path).read_bytes() != damage
-            assert evidence(run) == before
+            assert final_state(run) == before
             assert "nothing to do" in trainyard("train", job).err
 
 
-def test_a_finished_run_of_an_earlier_version_has_nothing_to_do_either(
-    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_finished_run_of_an_earlier_version_needs_no_work(
+    trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It recorded no digest of its splits."""
-    job = write(tmp_path, source="disc")
-    birth = Run.birth
+    job = write_job_file(tmp_path, source="disc")
+    birth = Run.create
 
     def older(run: Run, job_yaml: str, facts: dict[str, Any]) -> bool:
         return birth(run, job_yaml, {name: value for name, value in facts.items() if name != "splits"})
 
-    monkeypatch.setattr(Run, "birth", older)
+    monkeypatch.setattr(Run, "create", older)
     assert trainyard("train", job).code == 0
     again = trainyard("train", job, "--json")
     assert "nothing to do" in again.err
     assert again.json["attempts"] == 1
 
 
-def interrupted(job: str, storage: Path, epoch: int) -> str:
+def make_interrupted_run(job: str, storage: Path, epoch: int) -> str:
     """A run that was stopped after an epoch, by its name."""
 
     class StoppedError(Exception):
@@ -155,35 +155,33 @@ def test_a_run_in_this_process_builds_its_model_once_an_attempt(
         return made[-1]
 
     monkeypatch.setattr(built, "build_model", build_and_count)
-    job = write(tmp_path, source="parquet", url=str(write_table(tmp_path)), label="y")
-    interrupted(job, tmp_path / "runs", 4)
+    job = write_job_file(tmp_path, source="parquet", url=str(write_table(tmp_path)), label="y")
+    make_interrupted_run(job, tmp_path / "runs", 4)
     assert len(made) == 1
     assert train(job, storage=str(tmp_path / "runs")).attempts == 2
     assert len(made) == 2
 
 
-def test_a_resume_takes_what_was_fitted_instead_of_fitting_it_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_reuses_fitted_transforms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For another version of a library could fit something else."""
-    job = write(tmp_path, source="parquet", url=str(write_table(tmp_path)), label="y")
+    job = write_job_file(tmp_path, source="parquet", url=str(write_table(tmp_path)), label="y")
     untouched = train(job, storage=str(tmp_path / "untouched"))
-    name = interrupted(job, tmp_path / "runs", 4)
+    name = make_interrupted_run(job, tmp_path / "runs", 4)
 
     def fit(*of: Any) -> Any:
         raise AssertionError("fitted again")
 
-    monkeypatch.setattr(fitting, "fit", fit)
-    monkeypatch.setattr(prepared, "fit", fit)
+    monkeypatch.setattr(fitting, "fit_transforms", fit)
+    monkeypatch.setattr(prepared, "fit_transforms", fit)
     resumed = train(job, storage=str(tmp_path / "runs"))
     assert (resumed.run, resumed.status, resumed.attempts) == (name, "finished", 2)
-    assert evidence(tmp_path / "runs" / name) == evidence(tmp_path / "untouched" / name)
+    assert final_state(tmp_path / "runs" / name) == final_state(tmp_path / "untouched" / name)
     assert untouched.run == name
 
 
-def test_other_data_under_the_name_of_a_run_is_refused_before_it_is_loaded_as_that_runs(tmp_path: Path) -> None:
+def test_changed_data_is_rejected_before_loading(tmp_path: Path) -> None:
     write_table(tmp_path)
-    job = write(tmp_path, source="parquet", url=str(tmp_path / "t.parquet"), label="y")
+    job = write_job_file(tmp_path, source="parquet", url=str(tmp_path / "t.parquet"), label="y")
     train(job, name="mine", storage=str(tmp_path / "runs"))
     frame = pd.read_parquet(tmp_path / "t.parquet")
     frame.assign(x=frame.x + 1).to_parquet(tmp_path / "t.parquet")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from tests.cli.cli_calls import Trainyard, write_job
+from tests.cli.cli_calls import RunCommand, write_job
 
 
-def test_a_run_on_s3_is_trained_shown_evaluated_and_read(trainyard: Trainyard, tmp_path: Path, s3_url: str) -> None:
+def test_train_show_evaluate_and_load_on_s3(trainyard: RunCommand, tmp_path: Path, s3_url: str) -> None:
     job = write_job(tmp_path)
     storage = ("--storage", s3_url)
     trained = trainyard("train", job, *storage, "--json")
@@ -27,7 +27,7 @@ def test_a_run_on_s3_is_trained_shown_evaluated_and_read(trainyard: Trainyard, t
     assert not list(tmp_path.glob("runs*")), "nothing is left on this machine"
 
 
-def test_the_bits_do_not_depend_on_the_storage(trainyard: Trainyard, tmp_path: Path, s3_url: str) -> None:
+def test_weights_do_not_depend_on_the_storage(trainyard: RunCommand, tmp_path: Path, s3_url: str) -> None:
     import fsspec
 
     job = write_job(tmp_path)

@@ -14,13 +14,13 @@ import pytest
 
 from pipeline.cli import main
 from pipeline.cli.app import print_json
-from tests.cli.cli_calls import Trainyard, write_job
+from tests.cli.cli_calls import RunCommand, write_job
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(params=["/dev/full", "a pipe that nobody reads"])
-def broken(request: pytest.FixtureRequest) -> Iterator[TextIO]:
+def broken_stream(request: pytest.FixtureRequest) -> Iterator[TextIO]:
     """A stream that cannot be written."""
     if request.param == "/dev/full":
         target: int | str = request.param
@@ -31,7 +31,7 @@ def broken(request: pytest.FixtureRequest) -> Iterator[TextIO]:
         yield stream
 
 
-def ended(*arguments: str) -> int:
+def exit_code_of(*arguments: str) -> int:
     """The exit code of a command whose output goes wherever it goes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["trainyard", *arguments])
@@ -42,40 +42,38 @@ def ended(*arguments: str) -> int:
 
 
 @pytest.mark.parametrize("form", [(), ("--json",)])
-def test_a_run_whose_result_cannot_be_printed_has_ended_well(
-    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: TextIO, form: tuple[str, ...]
+def test_unprintable_result_does_not_fail_the_run(
+    trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken_stream: TextIO, form: tuple[str, ...]
 ) -> None:
     job = write_job(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", broken)
-        assert ended("train", job, "--name", "told-nobody", *form) == 0
+        patch.setattr(sys, "stdout", broken_stream)
+        assert exit_code_of("train", job, "--name", "told-nobody", *form) == 0
     assert trainyard("show", "told-nobody", "--json").json["status"] == "finished"
 
 
-def test_progress_that_cannot_be_shown_ends_no_run(
-    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: TextIO
+def test_unprintable_progress_does_not_fail_the_run(
+    trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken_stream: TextIO
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", broken)
+        patch.setattr(sys, "stderr", broken_stream)
         assert trainyard("train", write_job(tmp_path), "--json").json["status"] == "finished"
 
 
-def test_a_live_bar_that_cannot_be_drawn_ends_no_run(
-    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: TextIO
+def test_failing_progress_bar_does_not_fail_the_run(
+    trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken_stream: TextIO
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(broken, "isatty", lambda: True, raising=False)
-        patch.setattr(sys, "stderr", broken)
+        patch.setattr(broken_stream, "isatty", lambda: True, raising=False)
+        patch.setattr(sys, "stderr", broken_stream)
         assert trainyard("train", write_job(tmp_path), "--json").json["status"] == "finished"
 
 
-def test_a_process_without_standard_streams_trains(
-    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_train_without_standard_streams(trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         for name in ("stdout", "stderr"):
             patch.setattr(sys, name, None)
-        assert ended("train", write_job(tmp_path), "--name", "mute") == 0
+        assert exit_code_of("train", write_job(tmp_path), "--name", "mute") == 0
     assert trainyard("show", "mute", "--json").json["status"] == "finished"
 
 
@@ -88,7 +86,7 @@ def test_a_process_without_standard_streams_trains(
         (">&-", 0, ""),
     ],
 )
-def test_the_interpreter_ends_without_a_word_of_its_own(tmp_path: Path, redirection: str, code: int, said: str) -> None:
+def test_interpreter_exits_without_extra_output(tmp_path: Path, redirection: str, code: int, said: str) -> None:
     """Whatever stood in a buffer when writing failed would fail once more at the very end."""
     command = f"sleep 1; {sys.executable} -m pipeline runs --storage {tmp_path}"
     shell = f"({command}; echo $? >{tmp_path}/code) {redirection}"
@@ -109,9 +107,7 @@ def test_the_interpreter_ends_without_a_word_of_its_own(tmp_path: Path, redirect
         ["train", "nowhere.yaml", "--json"],
     ],
 )
-def test_every_error_is_json_where_that_was_asked_for(
-    trainyard: Trainyard, tmp_path: Path, arguments: list[str]
-) -> None:
+def test_every_error_is_json_with_json_output(trainyard: RunCommand, tmp_path: Path, arguments: list[str]) -> None:
     write_job(tmp_path)
     completed = trainyard(*arguments)
     assert completed.code == 2
@@ -121,7 +117,7 @@ def test_every_error_is_json_where_that_was_asked_for(
     assert len(completed.out.splitlines()) == 1
 
 
-def test_ctrl_c_is_json_too(trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keyboard_interrupt_is_json(trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -131,20 +127,20 @@ def test_ctrl_c_is_json_too(trainyard: Trainyard, tmp_path: Path, monkeypatch: p
     assert "interrupted" in completed.err
 
 
-def test_numbers_that_are_not_finite_are_null(
-    trainyard: Trainyard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_nonfinite_numbers_are_null_in_json(
+    trainyard: RunCommand, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wild = {"batch_size": 100, "phases": [{"epochs": 1, "lr": 1e30}]}
     completed = trainyard("check", write_job(tmp_path, train=wild), "--batch", "--json")
     assert completed.code == 0, completed.err
-    batch = json.loads(completed.out.splitlines()[-1], parse_constant=_refused)["batch"]
+    batch = json.loads(completed.out.splitlines()[-1], parse_constant=raise_refused)["batch"]
     assert batch["loss_after"] is None
     assert batch["loss_before"] > 0
     print_json({"a": [1.5, float("inf"), {"b": (float("-inf"), float("nan"), "nan")}]})
-    assert json.loads(capsys.readouterr().out, parse_constant=_refused) == {
+    assert json.loads(capsys.readouterr().out, parse_constant=raise_refused) == {
         "a": [1.5, None, {"b": [None, None, "nan"]}]
     }
 
 
-def _refused(word: str) -> Any:
+def raise_refused(word: str) -> Any:
     raise AssertionError(f"{word} is not JSON")

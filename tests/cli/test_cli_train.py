@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pipeline.job import METRICS
-from pipeline.record.columns import Columns
-from tests.cli.cli_calls import SMALL, Trainyard, write_job
+from pipeline.record.columns import MetricSchema
+from tests.cli.cli_calls import SMALL_JOB, RunCommand, write_job
 
 
-def test_a_run_leaves_the_documented_files(trainyard: Trainyard, tmp_path: Path) -> None:
+def test_a_run_leaves_the_documented_files(trainyard: RunCommand, tmp_path: Path) -> None:
     ended = trainyard("train", write_job(tmp_path), "--json")
     assert ended.code == 0, ended.err
     found = ended.json
@@ -39,7 +39,7 @@ def test_a_run_leaves_the_documented_files(trainyard: Trainyard, tmp_path: Path)
     assert len([line for line in ended.err.splitlines() if line.startswith("epoch")]) == 4, "one line an evaluation"
 
 
-def test_every_reader_sees_every_step_once(trainyard: Trainyard, tmp_path: Path) -> None:
+def test_all_readers_see_each_step_once(trainyard: RunCommand, tmp_path: Path) -> None:
     run = Path(trainyard("train", write_job(tmp_path), "--json").json["url"])
     steps, evals = run / "metrics/steps", run / "metrics/evals"
     assert pd.read_parquet(steps).sort_values("step")["step"].tolist() == list(range(1, 25))
@@ -50,7 +50,7 @@ def test_every_reader_sees_every_step_once(trainyard: Trainyard, tmp_path: Path)
     assert [(step, split) for step, split, _ in rows] == [(0, "val"), (8, "val"), (16, "val"), (24, "val")]
 
 
-def test_plain_torch_loads_the_best_and_gets_the_recorded_accuracy(trainyard: Trainyard, tmp_path: Path) -> None:
+def test_plain_torch_reproduces_the_recorded_accuracy(trainyard: RunCommand, tmp_path: Path) -> None:
     run = Path(trainyard("train", write_job(tmp_path), "--json").json["url"])
     result = json.loads((run / "result.json").read_text())
     model = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 2))
@@ -60,20 +60,20 @@ def test_plain_torch_loads_the_best_and_gets_the_recorded_accuracy(trainyard: Tr
     assert evaluated["metrics"]["val/loss"] == result["best"]["value"]
     splits = pd.read_parquet(run / "splits.parquet")
     rows = splits.loc[splits["split"] == "val", "row"].to_numpy()
-    from pipeline.data.preprocess import fit_preprocess
-    from pipeline.data.sources import open_source
+    from pipeline.data.preprocess import fit_input_transform
+    from pipeline.data.sources import open_dataset
     from pipeline.job_file import load_job
 
     job = load_job(tmp_path / "small.yaml")
-    source = open_source(job)
+    source = open_dataset(job)
     train_rows = splits.loc[splits["split"] == "train", "row"].to_numpy()
-    prepare = fit_preprocess(job, source, train_rows).to(torch.device("cpu"), torch.float32)
+    prepare = fit_input_transform(job, source, train_rows).make_transform_fn(torch.device("cpu"), torch.float32)
     outputs = model(prepare(torch.from_numpy(source.train.inputs[rows])))
     correct = int((outputs.argmax(1) == torch.from_numpy(source.train.targets[rows])).sum())
     assert evaluated["metrics"]["val/correct"] == correct
 
 
-def test_the_same_command_does_nothing_and_a_changed_job_is_a_new_run(trainyard: Trainyard, tmp_path: Path) -> None:
+def test_repeated_command_is_a_no_op_and_changed_job_is_a_new_run(trainyard: RunCommand, tmp_path: Path) -> None:
     job = write_job(tmp_path)
     first = trainyard("train", job, "--json").json
     again = trainyard("train", job, "--json")
@@ -90,9 +90,7 @@ def test_the_same_command_does_nothing_and_a_changed_job_is_a_new_run(trainyard:
     assert {run["run"] for run in trainyard("runs", "--json").json["runs"]} == {first["run"], other["run"]}
 
 
-def test_a_name_that_is_taken_by_another_job_is_refused_with_the_differences(
-    trainyard: Trainyard, tmp_path: Path
-) -> None:
+def test_name_of_another_job_is_rejected_with_differences(trainyard: RunCommand, tmp_path: Path) -> None:
     job = write_job(tmp_path)
     assert trainyard("train", job, "--name", "mine", "--max-steps", "3").code == 0
     refused = trainyard("train", job, "--name", "mine", "--set", "train.batch_size=50")
@@ -102,8 +100,8 @@ def test_a_name_that_is_taken_by_another_job_is_refused_with_the_differences(
     assert trainyard("show", "mine", "--json").json["step"] == 3
 
 
-def test_storage_is_the_flag_then_the_environment_then_the_job(
-    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_storage_precedence_is_flag_environment_job(
+    trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = write_job(tmp_path, storage="./from_job")
     short = ("--max-steps", "1", "--json")
@@ -114,15 +112,13 @@ def test_storage_is_the_flag_then_the_environment_then_the_job(
     assert "/memory" not in trainyard("runs").out
 
 
-def test_quiet_is_quiet(trainyard: Trainyard, tmp_path: Path) -> None:
+def test_quiet_prints_nothing(trainyard: RunCommand, tmp_path: Path) -> None:
     ended = trainyard("train", write_job(tmp_path), "--quiet", "--max-steps", "2")
     assert ended.err == ""
     assert "finished" in ended.out
 
 
-def test_the_test_split_is_read_by_evaluate_alone_and_each_read_is_on_record(
-    trainyard: Trainyard, tmp_path: Path
-) -> None:
+def test_only_evaluate_reads_the_test_split_and_each_read_is_logged(trainyard: RunCommand, tmp_path: Path) -> None:
     run = Path(trainyard("train", write_job(tmp_path), "--json").json["url"])
     assert not (run / "reads").exists()
     assert trainyard("evaluate", run.name, "--split", "val").code == 0
@@ -134,10 +130,8 @@ def test_the_test_split_is_read_by_evaluate_alone_and_each_read_is_on_record(
     assert json.loads((run / "reads/00000001.json").read_text())["checkpoint"] == first["checkpoint"]
 
 
-def test_a_loss_that_is_not_finite_fails_with_its_step_and_the_run_says_so(
-    trainyard: Trainyard, tmp_path: Path
-) -> None:
-    job = write_job(tmp_path, train={**SMALL["train"], "phases": [{"epochs": 3, "lr": 1e30}]})
+def test_nonfinite_loss_fails_with_its_step(trainyard: RunCommand, tmp_path: Path) -> None:
+    job = write_job(tmp_path, train={**SMALL_JOB["train"], "phases": [{"epochs": 3, "lr": 1e30}]})
     ended = trainyard("train", job, "--json", "--name", "wild")
     assert ended.code == 1
     assert "at step" in ended.err
@@ -152,8 +146,8 @@ def test_a_loss_that_is_not_finite_fails_with_its_step_and_the_run_says_so(
     assert "goes on from" not in words
 
 
-def test_a_run_that_only_got_worse_says_so_and_recommends_nothing_of_it(trainyard: Trainyard, tmp_path: Path) -> None:
-    train = {**SMALL["train"], "phases": [{"steps": 6, "lr": 100.0}]}
+def test_run_that_only_worsens_recommends_no_checkpoint(trainyard: RunCommand, tmp_path: Path) -> None:
+    train = {**SMALL_JOB["train"], "phases": [{"steps": 6, "lr": 100.0}]}
     job = write_job(tmp_path, train=train, evaluate={"every_steps": 2})
     ended = trainyard("train", job, "--json")
     rows = pd.read_parquet(Path(ended.json["url"]) / "metrics/evals").sort_values("step")
@@ -174,10 +168,10 @@ def test_a_run_that_only_got_worse_says_so_and_recommends_nothing_of_it(trainyar
     assert "before training" not in good.err + trainyard("show", good.json["run"]).out
 
 
-def test_best_is_the_earliest_of_the_lowest_and_patience_stops(trainyard: Trainyard, tmp_path: Path) -> None:
+def test_best_is_the_earliest_minimum_and_patience_stops(trainyard: RunCommand, tmp_path: Path) -> None:
     job = write_job(
         tmp_path,
-        train={**SMALL["train"], "phases": [{"epochs": 200, "lr": 0.5}]},
+        train={**SMALL_JOB["train"], "phases": [{"epochs": 200, "lr": 0.5}]},
         evaluate={"every_steps": 4},
         best={"metric": "val/accuracy", "mode": "max", "patience": 3},
     )
@@ -195,7 +189,7 @@ def test_best_is_the_earliest_of_the_lowest_and_patience_stops(trainyard: Trainy
     assert "early" not in trainyard("train", write_job(tmp_path)).out
 
 
-HUNGRY = """
+OUT_OF_MEMORY_MODULE = """
 import torch
 
 class Hungry(torch.nn.Module):
@@ -210,8 +204,8 @@ class Hungry(torch.nn.Module):
 """
 
 
-def test_memory_that_runs_out_names_what_to_lower(trainyard: Trainyard, tmp_path: Path) -> None:
-    (tmp_path / "hungry_model.py").write_text(HUNGRY)
+def test_out_of_memory_names_settings_to_lower(trainyard: RunCommand, tmp_path: Path) -> None:
+    (tmp_path / "hungry_model.py").write_text(OUT_OF_MEMORY_MODULE)
     job = write_job(tmp_path, model={"kind": "hungry_model:Hungry"}, code=".")
     ended = trainyard("train", job)
     assert ended.code == 1
@@ -221,12 +215,12 @@ def test_memory_that_runs_out_names_what_to_lower(trainyard: Trainyard, tmp_path
     assert "failed" in trainyard("runs").out
 
 
-MEASURES = "tests.learn.own_measures"
+CUSTOM_METRICS = "tests.learn.own_measures"
 
 
-def test_fp16_counts_the_updates_that_it_skips(trainyard: Trainyard, tmp_path: Path) -> None:
-    train = {**SMALL["train"], "precision": "fp16", "phases": [{"epochs": 3, "lr": 1e-4}]}
-    job = write_job(tmp_path, train=train, task={"loss": f"{MEASURES}:steep"})
+def test_fp16_counts_skipped_updates(trainyard: RunCommand, tmp_path: Path) -> None:
+    train = {**SMALL_JOB["train"], "precision": "fp16", "phases": [{"epochs": 3, "lr": 1e-4}]}
+    job = write_job(tmp_path, train=train, task={"loss": f"{CUSTOM_METRICS}:steep"})
     ended = trainyard("train", job, "--json")
     found = ended.json
     skipped = pd.read_parquet(Path(found["url"]) / "metrics/steps").sort_values("step")["skipped"]
@@ -237,17 +231,17 @@ def test_fp16_counts_the_updates_that_it_skips(trainyard: Trainyard, tmp_path: P
     assert trainyard("train", write_job(tmp_path), "--json").json["skipped_updates"] is None
 
 
-def test_a_run_in_fp16_of_an_earlier_version_goes_on(
-    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_fp16_run_of_an_earlier_version_is_resumed(
+    trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of_job = Columns.of_job
-    monkeypatch.setattr(Columns, "of_job", lambda *of: replace(of_job(*of), steps={}))
-    found = trainyard("train", write_job(tmp_path, train={**SMALL["train"], "precision": "fp16"}), "--json").json
+    of_job = MetricSchema.from_job
+    monkeypatch.setattr(MetricSchema, "from_job", lambda *of: replace(of_job(*of), steps={}))
+    found = trainyard("train", write_job(tmp_path, train={**SMALL_JOB["train"], "precision": "fp16"}), "--json").json
     assert (found["status"], found["skipped_updates"]) == ("finished", 0)
     assert "loss_scale" not in pd.read_parquet(Path(found["url"]) / "metrics/steps")
 
 
-GRADIENTLESS = """
+GRADIENTLESS_MODULE = """
 import torch
 
 class Gradientless(torch.nn.Module):
@@ -265,11 +259,9 @@ class Gradientless(torch.nn.Module):
 @pytest.mark.parametrize(
     ("epochs", "words"), [(3, "all 24 updates were skipped"), (9, "layer.weight, layer.bias are not finite at step 32")]
 )
-def test_fp16_does_not_hide_a_run_that_learns_nothing(
-    trainyard: Trainyard, tmp_path: Path, epochs: int, words: str
-) -> None:
-    train = {**SMALL["train"], "precision": "fp16", "phases": [{"epochs": epochs, "lr": 0.1}]}
-    (tmp_path / "gradientless_model.py").write_text(GRADIENTLESS)
+def test_fp16_reports_a_model_without_gradients(trainyard: RunCommand, tmp_path: Path, epochs: int, words: str) -> None:
+    train = {**SMALL_JOB["train"], "precision": "fp16", "phases": [{"epochs": epochs, "lr": 0.1}]}
+    (tmp_path / "gradientless_model.py").write_text(GRADIENTLESS_MODULE)
     job = write_job(tmp_path, train=train, model={"kind": "gradientless_model:Gradientless"}, code=".")
     ended = trainyard("train", job, "--json")
     assert (ended.code, ended.json["error"]["type"]) == (1, "NotFiniteError")
@@ -284,13 +276,13 @@ def test_fp16_does_not_hide_a_run_that_learns_nothing(
     [
         ({}, 1),
         ({"model": {"hidden": [1024, 1024]}}, 3),
-        ({"model": {"hidden": [1024, 1024]}, "train": {**SMALL["train"], "micro_batch": 70}}, 2),
+        ({"model": {"hidden": [1024, 1024]}, "train": {**SMALL_JOB["train"], "micro_batch": 70}}, 2),
         ({"model": {"hidden": [1024, 1024]}, "scale": {"threads": 1}}, 1),
         ({"scale": {"threads": 2}}, 2),
     ],
 )
-def test_threads_go_by_the_model(
-    trainyard: Trainyard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], threads: int
+def test_thread_count_depends_on_the_model(
+    trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], threads: int
 ) -> None:
     monkeypatch.setattr("pipeline.assembly.built.available_cpus", lambda: 4)
     before = torch.get_num_threads()
@@ -299,7 +291,7 @@ def test_threads_go_by_the_model(
     assert json.loads((run / "journal/00000001.json").read_text())["facts"]["threads"] == threads
 
 
-def test_a_run_of_many_epochs_has_about_a_hundred_lines(trainyard: Trainyard, tmp_path: Path) -> None:
+def test_run_of_many_epochs_prints_about_a_hundred_lines(trainyard: RunCommand, tmp_path: Path) -> None:
     train = {"batch_size": "all", "phases": [{"epochs": 120, "lr": 0.1}, {"epochs": 121, "lr": 0.05}]}
     ended = trainyard("train", write_job(tmp_path, train=train), "--json")
     epochs = [int(line.split()[1]) for line in ended.err.splitlines() if line.startswith("epoch")]

@@ -22,85 +22,87 @@ from pipeline.events import (
     StepsLogged,
     TrainingStarted,
 )
-from pipeline.learn.words import rate
-from pipeline.terminal import Progress
+from pipeline.learn.words import format_rate
+from pipeline.terminal import ProgressDisplay
 
 
-def shown(capsys: pytest.CaptureFixture[str], quiet: bool = False) -> str:
-    with Progress(quiet=quiet) as progress:
+def render(capsys: pytest.CaptureFixture[str], quiet: bool = False) -> str:
+    with ProgressDisplay(quiet=quiet) as progress:
         for text in ("caching 9.2 of 10.9 GB", "caching 10.9 of 10.9 GB"):
             progress.show(PhaseStarted(text))
         progress.show(Message("done"))
     return capsys.readouterr().err
 
 
-def test_on_a_terminal_each_phase_takes_the_place_of_the_one_before(
+def test_phases_replace_each_other_on_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    output = shown(capsys)
+    output = render(capsys)
     assert output.count("\n") == 1
-    assert output.split("\r")[-1] == f"{terminal.ERASE}done\n"
+    assert output.split("\r")[-1] == f"{terminal.ERASE_LINE}done\n"
     assert "caching 9.2 of 10.9 GB ..." in output
-    assert shown(capsys, quiet=True) == ""
+    assert render(capsys, quiet=True) == ""
 
 
-def test_elsewhere_only_what_takes_long_is_said(
+def test_only_long_phases_are_printed_without_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert shown(capsys) == "done\n"
-    monkeypatch.setattr(terminal, "PHASE_S", -1.0)
-    assert shown(capsys).splitlines() == ["caching 9.2 of 10.9 GB ...", "caching 10.9 of 10.9 GB ...", "done"]
+    assert render(capsys) == "done\n"
+    monkeypatch.setattr(terminal, "PHASE_INTERVAL_S", -1.0)
+    assert render(capsys).splitlines() == ["caching 9.2 of 10.9 GB ...", "caching 10.9 of 10.9 GB ...", "done"]
 
 
-START = TrainingStarted(step=0, last_step=3000, num_evaluations=3000, workers="cpu")
+START_EVENT = TrainingStarted(step=0, last_step=3000, num_evaluations=3000, workers="cpu")
 
 
-def evaluation(number: int, **changes: Any) -> EvaluationLogged:
+def make_evaluation(number: int, **changes: Any) -> EvaluationLogged:
     """Of a regression, an evaluation a step."""
     metrics = {"val/loss": 1.5 * number, "val/rmse": 12345.678 / (number + 1), "val/mae": 1.0, "val/r2": -1 / 3}
     values: dict[str, Any] = {"is_best": False, "no_gain": False, "phase": 1, "ends_epoch": True, **changes}
     return EvaluationLogged(step=number, epoch=number, number=number, metrics=metrics, best_metric="val/rmse", **values)
 
 
-def epochs(said: str) -> list[int]:
+def shown_epochs(said: str) -> list[int]:
     return [int(line.split()[1]) for line in said.splitlines() if line.startswith("epoch")]
 
 
-def test_of_thousands_of_evaluations_some_have_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(quiet=False) as progress:
-        progress.show(START)
+def test_output_of_thousands_of_evaluations_is_thinned(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressDisplay(quiet=False) as progress:
+        progress.show(START_EVENT)
         for number in range(2991):
             best, phase = number in (70, 1234, 2985), 1 if number < 2107 else 2
-            progress.show(evaluation(number, is_best=best, phase=phase))
+            progress.show(make_evaluation(number, is_best=best, phase=phase))
         progress.show(EarlyStopped(step=2990, last_step=3000, evaluations_since_best=5, metric="val/rmse"))
     output = capsys.readouterr().err
     assert "of 3,000 evaluations 1 in 50 is shown here" in output
-    assert epochs(output) == sorted([*range(0, 2951, 50), 2107, 2990])
+    assert shown_epochs(output) == sorted([*range(0, 2951, 50), 2107, 2990])
     lines = {line.split()[1]: line for line in output.splitlines() if line.startswith("epoch")}
     assert [epoch for epoch, line in lines.items() if "best" in line] == ["100", "1250", "2990"]
     assert lines["1250"].endswith("best at step 1234")
     assert output.splitlines()[-1].startswith("early stop at step 2990 of 3000")
-    with Progress(quiet=False) as progress:  # one that is interrupted, and of which every evaluation is shown
-        progress.show(replace(START, num_evaluations=100))
+    with ProgressDisplay(quiet=False) as progress:  # one that is interrupted, and of which every evaluation is shown
+        progress.show(replace(START_EVENT, num_evaluations=100))
         for number in range(8):
-            progress.show(evaluation(number))
-    assert epochs(capsys.readouterr().err) == list(range(8))
+            progress.show(make_evaluation(number))
+    assert shown_epochs(capsys.readouterr().err) == list(range(8))
 
 
-def test_an_interrupted_run_shows_its_last_evaluation_and_one_in_a_long_while(
+def test_interrupted_run_prints_its_last_evaluation(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Progress(quiet=False) as progress:
-        progress.show(replace(START, step=20))
+    with ProgressDisplay(quiet=False) as progress:
+        progress.show(replace(START_EVENT, step=20))
         for number in range(21, 26):
-            monkeypatch.setattr(terminal, "SILENT_S", -1.0 if number == 23 else 600.0)
-            progress.show(evaluation(number))
-    assert epochs(capsys.readouterr().err) == [21, 23, 25]
+            monkeypatch.setattr(terminal, "MAX_SILENCE_S", -1.0 if number == 23 else 600.0)
+            progress.show(make_evaluation(number))
+    assert shown_epochs(capsys.readouterr().err) == [21, 23, 25]
 
 
 @pytest.mark.parametrize(("columns", "fields"), [(120, 4), (80, 2), (60, 1), (40, 0)])
-def test_the_live_line_fits_and_holds_still(columns: int, fields: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_line_fits_the_width_and_keeps_its_layout(
+    columns: int, fields: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a real pseudo-terminal: step, bar and time left always, then as many fields as there is room for."""
     master, slave = pty.openpty()
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -116,13 +118,13 @@ def test_the_live_line_fits_and_holds_still(columns: int, fields: int, monkeypat
 
     reader = threading.Thread(target=read)
     reader.start()
-    with Progress(quiet=False) as progress:
-        progress.show(replace(START, step=2000))
-        progress.show(evaluation(2000))
+    with ProgressDisplay(quiet=False) as progress:
+        progress.show(replace(START_EVENT, step=2000))
+        progress.show(make_evaluation(2000))
         for step in range(2000, 3001, 100):
             loss, rate_now = 10.0 ** (step % 700 / 100 - 3), 3.0 ** (step / 200)
             progress.show(StepsLogged(step=step, epoch=1, loss=loss, lr=0.1, samples=100, samples_per_s=rate_now))
-            progress.show(evaluation(step))
+            progress.show(make_evaluation(step))
             assert progress._bar is not None
             progress._bar._progress.refresh()
     terminal_end.close()
@@ -140,8 +142,8 @@ def test_the_live_line_fits_and_holds_still(columns: int, fields: int, monkeypat
 
 
 @pytest.mark.parametrize("value", [0, 0.9996, 912.4, 999.7, 1000, 52_134, 999_600, 1_234_567, 99_999_999, 4.2e9])
-def test_a_rate_takes_five_characters_at_most(value: float) -> None:
-    shown = rate(value)
+def test_throughput_takes_at_most_five_characters(value: float) -> None:
+    shown = format_rate(value)
     assert len(shown) <= 5
     unit = {"k": 1e3, "M": 1e6, "G": 1e9}.get(shown[-1], 1)
     assert float(shown.rstrip("kMG")) * unit == pytest.approx(value, rel=6e-3, abs=0.5)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.jobs_cluster import JobsCluster, started
+from tests.cluster.jobs_cluster import JobsCluster, start_cluster
 
 CPUS = 3
 
@@ -16,9 +16,9 @@ CPUS = 3
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Any]:
     """Ray, connected to a cluster of this machine with `CPUS` processors."""
-    from pipeline.cluster.ray_internals import RAY_ENVIRONMENT
+    from pipeline.cluster.ray_internals import RAY_ENV_DEFAULTS
 
-    environment = {**RAY_ENVIRONMENT, "RAY_metrics_report_interval_ms": "300"}
+    environment = {**RAY_ENV_DEFAULTS, "RAY_metrics_report_interval_ms": "300"}
     before = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     import ray
@@ -37,5 +37,5 @@ def cluster() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def jobs_cluster() -> Iterator[JobsCluster]:
     """Another cluster, with a dashboard and token authentication; nothing here is connected to it."""
-    with started() as cluster:
+    with start_cluster() as cluster:
         yield cluster

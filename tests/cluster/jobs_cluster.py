@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tests.faults.fault_evidence import wait_for
 
-CURRENT = "ray_current_cluster"
+CURRENT_CLUSTER_FILE = "ray_current_cluster"
 """Ray's file of a cluster's address, written when all of it runs."""
 TOKEN = "jobs-cluster-token-0123456789abcdef"
 
@@ -33,10 +33,10 @@ class JobsCluster:
 
     def processes(self) -> dict[int, str]:
         """Command lines of this cluster's processes that show its folder, by process id."""
-        return {pid: words for pid, words in command_lines().items() if str(self.folder) in words}
+        return {pid: words for pid, words in list_command_lines().items() if str(self.folder) in words}
 
 
-def command_lines() -> dict[int, str]:
+def list_command_lines() -> dict[int, str]:
     """Of every process on this machine."""
     by_pid = {}
     for path in Path("/proc").glob("[0-9]*"):
@@ -46,19 +46,23 @@ def command_lines() -> dict[int, str]:
 
 
 @contextmanager
-def started(cpus: int = 2) -> Iterator[JobsCluster]:
+def start_cluster(cpus: int = 2) -> Iterator[JobsCluster]:
     """A cluster of one node, ended with all its processes."""
     folder = Path(tempfile.mkdtemp(prefix="tyj-"))  # short: it holds sockets
-    dashboard, client = free_port(), free_port()
+    dashboard, client = find_free_port(), find_free_port()
     cluster = JobsCluster(f"http://127.0.0.1:{dashboard}", folder / "ray")
     head = (
         "--head", "--port", "0", "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard),
         "--ray-client-server-port", str(client), "--temp-dir", str(cluster.folder),
     )  # fmt: skip
     try:
-        with node(folder, cpus, *head) as process:
-            wait_for(lambda: process.poll() is not None or _answers(cluster.url), 120, "a Ray cluster")
-            wait_for(lambda: process.poll() is not None or (cluster.folder / CURRENT).exists(), 60, "its address")
+        with start_node(folder, cpus, *head) as process:
+            wait_for(lambda: process.poll() is not None or _is_reachable(cluster.url), 120, "a Ray cluster")
+            wait_for(
+                lambda: process.poll() is not None or (cluster.folder / CURRENT_CLUSTER_FILE).exists(),
+                60,
+                "its address",
+            )
             assert process.poll() is None, (folder / "ray-start.log").read_text()
             yield cluster
     finally:
@@ -70,22 +74,22 @@ def started(cpus: int = 2) -> Iterator[JobsCluster]:
 
 
 @contextmanager
-def another_node(cluster: JobsCluster) -> Iterator[None]:
+def add_node(cluster: JobsCluster) -> Iterator[None]:
     """One more node, on this machine too."""
-    address = (cluster.folder / CURRENT).read_text().strip()
-    with node(cluster.folder.parent, 1, "--address", address):
+    address = (cluster.folder / CURRENT_CLUSTER_FILE).read_text().strip()
+    with start_node(cluster.folder.parent, 1, "--address", address):
         wait_for(lambda: _get(f"{cluster.url}/nodes?view=summary").count(b'"ALIVE"') == 2, 120, "a second node")
         yield
 
 
 @contextmanager
-def node(folder: Path, cpus: int, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+def start_node(folder: Path, cpus: int, *options: str) -> Iterator[subprocess.Popen[bytes]]:
     """`ray start` with these options, and at the end the end of all that it started."""
     environment = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
     environment |= {"HOME": str(folder), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_worker_niceness": "0"}
     command = [
         str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats",
-        "--node-ip-address", "127.0.0.1", "--dashboard-agent-listen-port", str(free_port()),
+        "--node-ip-address", "127.0.0.1", "--dashboard-agent-listen-port", str(find_free_port()),
         "--min-worker-port", "0", "--max-worker-port", "0", "--num-cpus", str(cpus), *options,
     ]  # fmt: skip
     with open(folder / "ray-start.log", "ab") as log:
@@ -95,19 +99,19 @@ def node(folder: Path, cpus: int, *options: str) -> Iterator[subprocess.Popen[by
     finally:
         process.kill()  # it would take its time
         process.wait()
-        for pid, words in command_lines().items():
+        for pid, words in list_command_lines().items():
             if str(folder) in words:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _answers(url: str) -> bool:
+def _is_reachable(url: str) -> bool:
     try:
         return bool(_get(f"{url}/api/version"))
     except OSError:
@@ -120,7 +124,7 @@ def _get(url: str) -> bytes:
         return bytes(reply.read())
 
 
-class Wire:
+class TcpProxy:
     """A way to a port of this machine that can be cut and mended."""
 
     def __init__(self, to: int) -> None:
@@ -130,7 +134,7 @@ class Wire:
         self._open: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def sever(self, seconds: float) -> None:
+    def disconnect(self, seconds: float) -> None:
         """Break every connection, and let nobody through for a while."""
         self.cut = True
         for connection in self._open:
@@ -156,10 +160,10 @@ class Wire:
             far = socket.create_connection(("127.0.0.1", self.to))
             self._open += [near, far]
             for source, sink in ((near, far), (far, near)):
-                threading.Thread(target=_carry, args=(source, sink), daemon=True).start()
+                threading.Thread(target=_forward, args=(source, sink), daemon=True).start()
 
 
-def _carry(source: socket.socket, sink: socket.socket) -> None:
+def _forward(source: socket.socket, sink: socket.socket) -> None:
     with suppress(OSError):
         while data := source.recv(65536):
             sink.sendall(data)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 
-def processes_of(cluster: Any, actor: str) -> set[int]:
+def find_actor_processes(cluster: Any, actor: str) -> set[int]:
     """Processes of a class of actors in this cluster. (Other clusters may run on this machine.)"""
     socket = cluster.nodes()[0]["RayletSocketName"]
-    listing = _listing()
+    listing = _list_processes()
     raylets = {pid for pid, (_, words) in listing.items() if "/raylet\0" in words and socket in words}
     return {
         pid
@@ -18,7 +18,7 @@ def processes_of(cluster: Any, actor: str) -> set[int]:
     }
 
 
-def _listing() -> dict[int, tuple[int, str]]:
+def _list_processes() -> dict[int, tuple[int, str]]:
     """Parent and command line of every process."""
     processes = {}
     for path in Path("/proc").glob("[0-9]*"):

@@ -22,14 +22,14 @@ def dashboard() -> dict[str, Any]:
     return tree
 
 
-def expressions(dashboard: dict[str, Any]) -> list[str]:
+def panel_expressions(dashboard: dict[str, Any]) -> list[str]:
     return [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
 
 
-def test_every_metric_is_in_a_panel_and_every_panel_has_its_metrics(dashboard: dict[str, Any]) -> None:
-    asked = {name for text in expressions(dashboard) for name in re.findall(r"ray_\w+", text)}
+def test_every_metric_has_a_panel_and_every_panel_has_metrics(dashboard: dict[str, Any]) -> None:
+    asked = {name for text in panel_expressions(dashboard) for name in re.findall(r"ray_\w+", text)}
     assert asked == EXPORTED
-    for text in expressions(dashboard):
+    for text in panel_expressions(dashboard):
         by = re.findall(r"by \(([^)]*)\)", text)
         labels = set(re.findall(r"(\w+)=", text)) | {label.strip() for group in by for label in group.split(",")}
         assert labels <= set(LABELS), text
@@ -38,7 +38,7 @@ def test_every_metric_is_in_a_panel_and_every_panel_has_its_metrics(dashboard: d
         assert text.count("(") == text.count(")")
 
 
-def test_it_has_the_shape_that_grafana_imports(dashboard: dict[str, Any]) -> None:
+def test_dashboard_is_importable_by_grafana(dashboard: dict[str, Any]) -> None:
     assert dashboard["title"] == "Trainyard"
     assert dashboard["id"] is None, "Grafana gives the number; the uid finds it again at the next import"
     assert re.fullmatch(r"[a-z-]{1,40}", dashboard["uid"])

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from pipeline.events import Event, EventHandler, StepsLogged, TrainingStarted, WarningMessage, ignore_event
-from pipeline.record.standing import Standing
+from pipeline.record.standing import RunStatus
 from pipeline.verbs.train import train
-from tests.cluster.ray_processes import processes_of
-from tests.faults.fault_evidence import entries, read_log, wait_for
+from tests.cluster.ray_processes import find_actor_processes
+from tests.faults.fault_evidence import read_entries, read_log, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, and those of what it imports
 
 HANG_S = 4.0
-CODE = """
+USER_MODEL = """
 import os
 import re
 import signal
@@ -76,7 +76,7 @@ scale: {{workers: 2, device: cpu, hang_s: {HANG_S}}}
 """
 
 
-class Told:
+class EventLog:
     """What a driver said, and when."""
 
     def __init__(self) -> None:
@@ -89,52 +89,52 @@ class Told:
     def warnings(self) -> list[str]:
         return [event.text for _, event in self.events if isinstance(event, WarningMessage)]
 
-    def when(self, kind: type[Event], count: int) -> float:
+    def time_of(self, kind: type[Event], count: int) -> float:
         return [moment for moment, event in self.events if isinstance(event, kind)][count]
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "cluster_hang_code.py").write_text(CODE)
+    (tmp_path / "cluster_hang_code.py").write_text(USER_MODEL)
     (tmp_path / "job.yaml").write_text(JOB.replace("FOLDER", str(tmp_path)))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path
 
 
-def train_here(folder: Path, told: EventHandler = ignore_event, **more: Any) -> Standing:
+def train_in_process(folder: Path, event_log: EventHandler = ignore_event, **more: Any) -> RunStatus:
     settings = {f"scale.{name}": value for name, value in more.items()}
-    return train("job.yaml", set=settings, storage=str(folder / f"runs-{more.get('workers', 2)}"), on_event=told)
+    return train("job.yaml", set=settings, storage=str(folder / f"runs-{more.get('workers', 2)}"), on_event=event_log)
 
 
-def check_recovered(folder: Path, outcome: Standing) -> None:
+def check_recovered(folder: Path, outcome: RunStatus) -> None:
     """Two attempts, and the curve of a run in this process."""
     run = Path(outcome.url)
     assert outcome.status == "finished"
-    assert [entry["attempt"] for entry in entries(run) if entry["kind"] == "claim"] == [1, 2]
-    alone = train_here(folder, workers=0)
+    assert [entry["attempt"] for entry in read_entries(run) if entry["kind"] == "claim"] == [1, 2]
+    alone = train_in_process(folder, workers=0)
     curves = [read_log(Path(one.url), "steps")["loss"].to_pylist() for one in (outcome, alone)]
     assert len(curves[0]) == 130
     assert curves[0] == pytest.approx(curves[1], abs=1e-9, rel=0)
 
 
-def times(told: Told, hung: float) -> str:
-    noticed, trains = told.when(WarningMessage, 0) - hung, told.when(StepsLogged, -1) - hung
-    again = told.when(TrainingStarted, 1) - hung
+def format_times(event_log: EventLog, hung: float) -> str:
+    noticed, trains = event_log.time_of(WarningMessage, 0) - hung, event_log.time_of(StepsLogged, -1) - hung
+    again = event_log.time_of(TrainingStarted, 1) - hung
     return f"noticed after {noticed:.1f} s, training again after {again:.1f} s (done after {trains:.1f} s)"
 
 
-def hung_at(folder: Path) -> float:
+def hang_time(folder: Path) -> float:
     """When the file was taken away, by this process' monotonic clock."""
     (done,) = folder.glob("done-*")
     return float(done.name.removeprefix("done-")) - time.time() + time.monotonic()
 
 
-def test_the_worker_that_hangs_is_named_and_the_run_goes_on(cluster: Any, folder: Path) -> None:
+def test_hung_worker_is_named_and_the_run_restarts(cluster: Any, folder: Path) -> None:
     """Fits: 2. Rank 0 waits for the one that hangs, and must not be taken for it."""
     (folder / "deadlock-1").touch()
-    event_log = Told()
-    outcome = train_here(folder, event_log)
+    event_log = EventLog()
+    outcome = train_in_process(folder, event_log)
     stacks = Path(outcome.url) / "stacks" / "attempt-0001-rank-1.txt"
     (warning,) = event_log.warnings
     assert "worker 1 stood still for 4 s in cluster_hang_code.py:" in warning
@@ -142,34 +142,38 @@ def test_the_worker_that_hangs_is_named_and_the_run_goes_on(cluster: Any, folder
     assert "in forward" in stacks.read_text()
     assert [path.name for path in stacks.parent.iterdir()] == [stacks.name]
     check_recovered(folder, outcome)
-    noticed = event_log.when(WarningMessage, 0) - hung_at(folder)
+    noticed = event_log.time_of(WarningMessage, 0) - hang_time(folder)
     assert HANG_S < noticed < HANG_S + 60
-    print(f"\na deadlock in rank 1: {times(event_log, hung_at(folder))}, with a limit of {HANG_S:.0f} s")
+    print(f"\na deadlock in rank 1: {format_times(event_log, hang_time(folder))}, with a limit of {HANG_S:.0f} s")
 
 
 @pytest.mark.slow
-def test_a_worker_that_holds_pythons_lock(cluster: Any, folder: Path) -> None:
+def test_hang_while_holding_the_gil(cluster: Any, folder: Path) -> None:
     """Its watchdog cannot run; the stacks are saved by who comes next."""
     (folder / "hold_pythons_lock-1").touch()
-    event_log = Told()
-    outcome = train_here(folder, event_log)
+    event_log = EventLog()
+    outcome = train_in_process(folder, event_log)
     lost, later = event_log.warnings
     assert "starting again from step" in lost
     assert "an earlier process stood still in cluster_hang_code.py:" in later
     assert "in hold_pythons_lock" in (Path(outcome.url) / "stacks" / "attempt-0001-rank-1.txt").read_text()
     check_recovered(folder, outcome)
-    print(f"\nPython's lock held in rank 1: {times(event_log, hung_at(folder))}, with a limit of {HANG_S:.0f} s")
+    print(
+        f"\nPython's lock held in rank 1: {format_times(event_log, hang_time(folder))}, with a limit of {HANG_S:.0f} s"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "victim"), [(2, 0), (2, 1), (1, 0)])
-def test_a_worker_that_is_stopped(cluster: Any, folder: Path, workers: int, victim: int) -> None:
+def test_stopped_worker_is_detected(cluster: Any, folder: Path, workers: int, victim: int) -> None:
     """SIGSTOP: it cannot say anything. Another one notices, or Ray where there is none, and then ends it."""
     (folder / f"stop-{victim}").touch()
-    event_log = Told()
-    outcome = train_here(folder, event_log, workers=workers)
+    event_log = EventLog()
+    outcome = train_in_process(folder, event_log, workers=workers)
     words = f"worker {victim}, which gives no sign of life" if workers > 1 else "worker 0 was lost (it did not answer)"
     assert words in event_log.warnings[0]
     check_recovered(folder, outcome)
-    wait_for(lambda: not processes_of(cluster, "RayTrainWorker"), 60, "the stopped process is ended")
-    print(f"\n{victim} of {workers} stopped: {times(event_log, hung_at(folder))}, with a limit of {HANG_S:.0f} s")
+    wait_for(lambda: not find_actor_processes(cluster, "RayTrainWorker"), 60, "the stopped process is ended")
+    print(
+        f"\n{victim} of {workers} stopped: {format_times(event_log, hang_time(folder))}, with a limit of {HANG_S:.0f} s"
+    )

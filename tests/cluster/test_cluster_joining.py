@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 
 from tests.cli.cli_calls import write_job
-from tests.cluster.jobs_cluster import CURRENT, TOKEN, JobsCluster
+from tests.cluster.jobs_cluster import CURRENT_CLUSTER_FILE, TOKEN, JobsCluster
 
 COMMAND = str(Path(sys.executable).with_name("trainyard"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_token_is_shown_and_a_missing_or_wrong_one_is_one_message(jobs_cluster: JobsCluster, tmp_path: Path) -> None:
+def test_token_is_used_and_a_missing_or_wrong_token_is_one_message(jobs_cluster: JobsCluster, tmp_path: Path) -> None:
     """Fits: 1."""
     job = write_job(tmp_path, scale={"workers": 1, "device": "cpu"})
-    address = (jobs_cluster.folder / CURRENT).read_text().strip()
+    address = (jobs_cluster.folder / CURRENT_CLUSTER_FILE).read_text().strip()
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
     def train(**environment: str) -> subprocess.CompletedProcess[str]:

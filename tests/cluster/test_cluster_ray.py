@@ -33,19 +33,19 @@ from pipeline.events import (
     WarningMessage,
     ignore_event,
 )
-from pipeline.record.standing import Standing
+from pipeline.record.standing import RunStatus
 from pipeline.verbs.load import load
 from pipeline.verbs.show import show
 from pipeline.verbs.train import train
-from tests.cluster.ray_processes import processes_of
-from tests.faults.fault_evidence import Watcher, entries, evidence, read_log, wait_for
+from tests.cluster.ray_processes import find_actor_processes
+from tests.faults.fault_evidence import RunReader, final_state, read_entries, read_log, wait_for
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, and those of what it imports
 
 EVENTS = list[Event]
 COMMAND = str(Path(sys.executable).with_name("trainyard"))
 
-CODE = """
+USER_MODEL = """
 import os
 import time
 
@@ -106,53 +106,55 @@ scale: {workers: 2, device: cpu}
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cluster")
-    (folder / "cluster_code.py").write_text(CODE)
+    (folder / "cluster_code.py").write_text(USER_MODEL)
     (folder / "job.yaml").write_text(JOB)
     return folder
 
 
 @pytest.fixture(autouse=True)
-def _here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _working_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
 
 
 @pytest.fixture(scope="session")
-def untouched(cluster: Any, folder: Path) -> Callable[[int], Path]:
+def reference_run(cluster: Any, folder: Path) -> Callable[[int], Path]:
     """The run of this job on so many workers that nobody touched."""
     made: dict[int, Path] = {}
 
     def of(workers: int) -> Path:
         if workers not in made:
-            made[workers] = Path(train_here(folder / f"untouched-{workers}", workers).url)
+            made[workers] = Path(train_in_process(folder / f"untouched-{workers}", workers).url)
         return made[workers]
 
     return of
 
 
-def train_here(storage: Path, workers: int, on_event: EventHandler = ignore_event) -> Standing:
+def train_in_process(storage: Path, workers: int, on_event: EventHandler = ignore_event) -> RunStatus:
     return train("job.yaml", set={"scale.workers": workers}, storage=str(storage), on_event=on_event)
 
 
-def losses(run: Path) -> list[float]:
+def read_losses(run: Path) -> list[float]:
     return list(read_log(run, "steps")["loss"].to_pylist())
 
 
-def claims(run: Path) -> list[dict[str, Any]]:
-    return [entry for entry in entries(run) if entry["kind"] == "claim"]
+def read_claims(run: Path) -> list[dict[str, Any]]:
+    return [entry for entry in read_entries(run) if entry["kind"] == "claim"]
 
 
-def journals(storage: Path) -> list[Path]:
+def list_journals(storage: Path) -> list[Path]:
     return [path.parent for path in storage.glob("*/journal")]
 
 
-def commits(storage: Path, attempt: int = 1) -> int:
+def count_commits(storage: Path, attempt: int = 1) -> int:
     return sum(
-        entry["kind"] == "commit" and entry["attempt"] == attempt for run in journals(storage) for entry in entries(run)
+        entry["kind"] == "commit" and entry["attempt"] == attempt
+        for run in list_journals(storage)
+        for entry in read_entries(run)
     )
 
 
-class Scrape(threading.Thread):
+class MetricsScraper(threading.Thread):
     """Reads the node's Prometheus endpoint until it is told to stop."""
 
     def __init__(self, url: str) -> None:
@@ -178,18 +180,18 @@ class Scrape(threading.Thread):
         return {line.partition("{")[0] for line in self.text.splitlines() if f'run="{run}"' in line}
 
 
-def test_two_workers_give_the_curve_of_one_process_and_show_it_on_the_head(cluster: Any, folder: Path) -> None:
+def test_two_workers_match_one_process_and_export_metrics(cluster: Any, folder: Path) -> None:
     """Fits: 1. The run is also the untouched one of the next tests."""
     node = cluster.nodes()[0]
-    scrape = Scrape(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics")
+    scrape = MetricsScraper(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics")
     scrape.start()
     seen: EVENTS = []
-    two = Path(train_here(folder / "untouched-2", 2, seen.append).url)
+    two = Path(train_in_process(folder / "untouched-2", 2, seen.append).url)
     scrape.over.set()
-    alone = Path(train_here(folder / "alone", 0).url)
+    alone = Path(train_in_process(folder / "alone", 0).url)
     assert two.name == alone.name
-    assert len(losses(two)) == 286
-    assert losses(two) == pytest.approx(losses(alone), abs=1e-9, rel=0)
+    assert len(read_losses(two)) == 286
+    assert read_losses(two) == pytest.approx(read_losses(alone), abs=1e-9, rel=0)
     for column in ("correct", "samples", "lr", "epoch"):
         assert read_log(two, "steps")[column].to_pylist() == read_log(alone, "steps")[column].to_pylist()
     assert read_log(two, "evals")["loss"].to_pylist() == pytest.approx(
@@ -213,7 +215,7 @@ def test_two_workers_give_the_curve_of_one_process_and_show_it_on_the_head(clust
     assert set(scrape.values(two.name, "trainyard_learning_rate", "train_steps")) <= {0.3, 0.1}
     assert 0.5 < max(scrape.values(two.name, "trainyard_accuracy", "val")) <= 1
     assert 800 < max(scrape.values(two.name, "trainyard_samples_total")) <= 8800
-    assert 1 <= max(scrape.values(two.name, "trainyard_commits_total")) <= commits(folder / "untouched-2")
+    assert 1 <= max(scrape.values(two.name, "trainyard_commits_total")) <= count_commits(folder / "untouched-2")
     assert 0 < max(scrape.values(two.name, "trainyard_upload_seconds")) < 60
     assert set(scrape.values(two.name, "trainyard_restarts")) == {0}
     ages = scrape.values(two.name, "trainyard_checkpoint_age_seconds")
@@ -224,8 +226,8 @@ def test_two_workers_give_the_curve_of_one_process_and_show_it_on_the_head(clust
 @pytest.mark.parametrize(
     ("workers", "victim"), [(2, "rank 0"), pytest.param(3, "another", marks=pytest.mark.slow, id="3-another")]
 )
-def test_a_killed_worker_is_made_good_to_the_bit(
-    cluster: Any, folder: Path, untouched: Callable[[int], Path], workers: int, victim: str
+def test_killed_worker_is_recovered_bit_identically(
+    cluster: Any, folder: Path, reference_run: Callable[[int], Path], workers: int, victim: str
 ) -> None:
     """Fits: 2, and 1 for the untouched run of three."""
     storage = folder / f"killed-{workers}"
@@ -233,11 +235,11 @@ def test_a_killed_worker_is_made_good_to_the_bit(
     seen: EVENTS = []
 
     def kill() -> None:
-        wait_for(lambda: commits(storage), 120, "a checkpoint")
+        wait_for(lambda: count_commits(storage), 120, "a checkpoint")
         time.sleep(0.5)
-        (run,) = journals(storage)
-        rank_0 = claims(run)[0]["facts"]["pid"]
-        others = processes_of(cluster, "RayTrainWorker") - {rank_0}
+        (run,) = list_journals(storage)
+        rank_0 = read_claims(run)[0]["facts"]["pid"]
+        others = find_actor_processes(cluster, "RayTrainWorker") - {rank_0}
         assert len(others) == workers - 1
         moments["killed"] = time.monotonic()
         os.kill(rank_0 if victim == "rank 0" else min(others), signal.SIGKILL)
@@ -249,25 +251,25 @@ def test_a_killed_worker_is_made_good_to_the_bit(
 
     killer = threading.Thread(target=kill)
     killer.start()
-    outcome = train_here(storage, workers, on_event)
+    outcome = train_in_process(storage, workers, on_event)
     killer.join()
     run = Path(outcome.url)
     assert outcome.status == "finished"
-    assert [claim["attempt"] for claim in claims(run)] == [1, 2]
+    assert [claim["attempt"] for claim in read_claims(run)] == [1, 2]
     assert [event.step for event in seen if isinstance(event, TrainingStarted)][1] > 0
     assert set(read_log(run, "steps")["attempt"].to_pylist()) == {1, 2}
-    assert evidence(run) == evidence(untouched(workers))
+    assert final_state(run) == final_state(reference_run(workers))
     took = {name: round(moments[name] - moments["killed"], 1) for name in ("warning", "start")}
     print(f"\n{workers} workers, {victim} killed: noticed after {took['warning']} s, training after {took['start']} s")
 
 
-def test_the_true_command_survives_the_loss_of_its_controller_and_ctrl_c_and_fewer_workers_go_on(
-    cluster: Any, folder: Path, untouched: Callable[[int], Path]
+def test_command_survives_controller_failure_interrupt_and_fewer_workers(
+    cluster: Any, folder: Path, reference_run: Callable[[int], Path]
 ) -> None:
     """Fits: 3. The driver is a process of its own."""
     storage, copy = folder / "interrupted", folder / "interrupted-copy"
     address = cluster.get_runtime_context().gcs_address
-    with Watcher(storage):
+    with RunReader(storage):
         driver = subprocess.Popen(
             [COMMAND, "train", "job.yaml", "--storage", str(storage), "--address", address],
             stdout=subprocess.PIPE,
@@ -275,10 +277,12 @@ def test_the_true_command_survives_the_loss_of_its_controller_and_ctrl_c_and_few
             text=True,
             start_new_session=True,
         )
-        wait_for(lambda: commits(storage) or driver.poll() is not None, 120, "a checkpoint")
-        (controller,) = processes_of(cluster, "TrainController")
+        wait_for(lambda: count_commits(storage) or driver.poll() is not None, 120, "a checkpoint")
+        (controller,) = find_actor_processes(cluster, "TrainController")
         os.kill(controller, signal.SIGKILL)
-        wait_for(lambda: commits(storage, attempt=2) or driver.poll() is not None, 120, "a checkpoint after the loss")
+        wait_for(
+            lambda: count_commits(storage, attempt=2) or driver.poll() is not None, 120, "a checkpoint after the loss"
+        )
         os.killpg(driver.pid, signal.SIGINT)
         out, err = driver.communicate(timeout=60)
     assert driver.returncode == 130, err
@@ -287,23 +291,23 @@ def test_the_true_command_survives_the_loss_of_its_controller_and_ctrl_c_and_few
     assert "same command" in err
     assert out == ""
     assert "raylet" not in err, "only --verbose shows Ray's lines"
-    (run,) = journals(storage)
-    *_, commit, leave = entries(run)
+    (run,) = list_journals(storage)
+    *_, commit, leave = read_entries(run)
     assert (commit["kind"], leave["kind"], leave["status"]) == ("commit", "leave", "interrupted")
     assert 0 < commit["step"] == leave["step"] < 286
 
     shutil.copytree(storage, copy)
     for workers, storage_url in ((0, storage), (1, copy)):
         seen: EVENTS = []
-        again = train_here(storage_url, workers, seen.append)
+        again = train_in_process(storage_url, workers, seen.append)
         assert again.status == "finished"
         assert any("world_size is 1, was 2" in event.text for event in seen if isinstance(event, WarningMessage))
-        assert losses(Path(again.url)) == pytest.approx(losses(untouched(2)), abs=1e-9, rel=0)
+        assert read_losses(Path(again.url)) == pytest.approx(read_losses(reference_run(2)), abs=1e-9, rel=0)
         assert read_log(Path(again.url), "steps")["step"].to_pylist() == list(range(1, 287))
         assert set(read_log(Path(again.url), "steps")["attempt"].to_pylist()) == {1, 2, 3}
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_at_once_and_says_where(cluster: Any, folder: Path) -> None:
+def test_nonfinite_loss_ends_the_run_at_once(cluster: Any, folder: Path) -> None:
     """Fits: 1."""
     storage = folder / "not-finite"
     settings = {"train.phases": [{"epochs": 20, "lr": 1.0e300}], "task": "regression", "model.args.pause_s": 0}
@@ -311,16 +315,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once_and_says_where(cluster: 
     with pytest.raises(NotFiniteError, match=r"at step \d+, with learning rate 1e\+300") as raised:
         train("job.yaml", set=settings, storage=str(storage))
     assert raised.value.exit_code == 1
-    (run,) = journals(storage)
-    assert len(claims(run)) == 1
-    leave = entries(run)[-1]
+    (run,) = list_journals(storage)
+    assert len(read_claims(run)) == 1
+    leave = read_entries(run)[-1]
     assert (leave["kind"], leave["status"], leave["error"]["type"]) == ("leave", "failed", "NotFiniteError")
     assert leave["row"]["step"] >= 1
 
 
-def test_an_error_of_the_users_own_is_tried_again_and_the_same_at_the_same_step_is_shown_whole(
-    cluster: Any, folder: Path
-) -> None:
+def test_user_error_is_retried_once_and_then_shown_in_full(cluster: Any, folder: Path) -> None:
     """Fits: 2."""
     storage, seen = folder / "trouble", list[Event]()
     settings = {"model.args.trouble_on_rank": 1, "checkpoint.every_steps": 500}
@@ -329,8 +331,8 @@ def test_an_error_of_the_users_own_is_tried_again_and_the_same_at_the_same_step_
     assert raised.value.exit_code == 1
     assert 'raise RuntimeError("no such luck")' in str(raised.value), "the failing rank's own traceback"
     assert "PeerFailure" not in str(raised.value)
-    (run,) = journals(storage)
-    assert len(claims(run)) == 2 + 1  # the last one only says why
+    (run,) = list_journals(storage)
+    assert len(read_claims(run)) == 2 + 1  # the last one only says why
     status = show(str(run))
     assert (status.status, status.step) == ("failed", 0)
     assert status.error is not None
@@ -340,49 +342,49 @@ def test_an_error_of_the_users_own_is_tried_again_and_the_same_at_the_same_step_
 
 
 @pytest.mark.slow
-def test_a_batch_that_does_not_fit_into_memory_is_not_tried_again(cluster: Any, folder: Path) -> None:
+def test_out_of_memory_is_not_retried(cluster: Any, folder: Path) -> None:
     """Fits: 1. On one rank alone."""
     storage = folder / "hungry"
     settings = {"model.args.trouble_on_rank": 1, "model.args.is_hungry": True}
     with pytest.raises(OutOfMemoryError, match="out of memory on cpu of rank 1") as raised:
         train("job.yaml", set=settings, storage=str(storage))
     assert "train.micro_batch: 8" in raised.value.fix
-    (run,) = journals(storage)
+    (run,) = list_journals(storage)
     status = show(str(run))
     assert status.status == "failed"
     assert status.step <= 50
     assert status.error is not None
     assert status.error["type"] == "OutOfMemoryError"
-    assert {entry["attempt"] for entry in entries(run) if entry["kind"] == "commit"} == {1}
+    assert {entry["attempt"] for entry in read_entries(run) if entry["kind"] == "commit"} == {1}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
-def test_a_notice_to_one_worker_has_all_save_at_one_step_and_start_again(
-    cluster: Any, folder: Path, untouched: Callable[[int], Path], number: int
+def test_preemption_notice_saves_all_ranks_at_one_step_and_restarts(
+    cluster: Any, folder: Path, reference_run: Callable[[int], Path], number: int
 ) -> None:
     """Fits: 2. SIGTERM, as a pod or a machine that is about to go sends it; or SIGHUP."""
     storage, seen = folder / f"noticed-{number}", list[Event]()
 
     def notice() -> None:
-        wait_for(lambda: commits(storage), 240, "a checkpoint")
-        rank_0 = claims(journals(storage)[0])[0]["facts"]["pid"]
-        os.kill(min(processes_of(cluster, "RayTrainWorker") - {rank_0}), number)
+        wait_for(lambda: count_commits(storage), 240, "a checkpoint")
+        rank_0 = read_claims(list_journals(storage)[0])[0]["facts"]["pid"]
+        os.kill(min(find_actor_processes(cluster, "RayTrainWorker") - {rank_0}), number)
 
     thread = threading.Thread(target=notice)
     thread.start()
-    outcome = train_here(storage, 2, seen.append)
+    outcome = train_in_process(storage, 2, seen.append)
     thread.join()
     run = Path(outcome.url)
-    *_, commit, leave = [entry for entry in entries(run) if entry["attempt"] == 1]
+    *_, commit, leave = [entry for entry in read_entries(run) if entry["attempt"] == 1]
     assert (commit["kind"], leave["kind"], leave["status"]) == ("commit", "leave", "interrupted")
     assert commit["step"] == leave["step"], "no step since the notice is lost"
     starts = [event.step for event in seen if isinstance(event, TrainingStarted)]
     assert starts == [0, commit["step"]]
     assert any("and saved; starting again" in event.text for event in seen if isinstance(event, WarningMessage))
-    assert evidence(run) == evidence(untouched(2))
+    assert final_state(run) == final_state(reference_run(2))
 
 
-def test_an_input_error_on_a_worker_is_one_for_the_user(cluster: Any, folder: Path) -> None:
+def test_input_error_on_a_worker_is_reported_as_bad_input(cluster: Any, folder: Path) -> None:
     """Fits: 1. Such as other files under the same name on another machine."""
     settings = {"data.source": {"call": "cluster_code:other_data_on_workers"}, "scale.workers": 1}
     with pytest.raises(JobError, match="not the data of this run") as raised:
@@ -390,7 +392,7 @@ def test_an_input_error_on_a_worker_is_one_for_the_user(cluster: Any, folder: Pa
     assert raised.value.exit_code == 2
 
 
-def test_workers_run_the_code_that_the_driver_read(cluster: Any, folder: Path, tmp_path: Path) -> None:
+def test_workers_run_the_code_read_by_the_driver(cluster: Any, folder: Path, tmp_path: Path) -> None:
     """Fits: 1. The file is edited, as on a node where another version of it lies, before a worker can import it."""
     code = tmp_path / "code"
     code.mkdir()
@@ -409,8 +411,8 @@ def test_workers_run_the_code_that_the_driver_read(cluster: Any, folder: Path, t
     assert list(load(outcome.url, trust=True).model.state_dict()) == ["weight", "bias"]
 
 
-def test_more_workers_than_the_cluster_holds_are_refused_at_once(cluster: Any, folder: Path) -> None:
+def test_more_workers_than_the_cluster_are_rejected_at_once(cluster: Any, folder: Path) -> None:
     with pytest.raises(InputError, match=r"4 workers of 1 CPU each do not fit: the cluster has 3 CPU") as raised:
-        train_here(folder / "too-many", 4)
+        train_in_process(folder / "too-many", 4)
     assert raised.value.exit_code == 2
     assert not (folder / "too-many").exists(), "nothing is left behind"

@@ -16,7 +16,7 @@ import yaml
 
 from pipeline import __version__
 from tests.cluster.jobs_cluster import TOKEN, JobsCluster
-from tests.faults.fault_evidence import entries
+from tests.faults.fault_evidence import read_entries
 
 REPOSITORY = Path(__file__).parents[2]
 MARKED_VERSION = f"{__version__}+wheel"
@@ -76,8 +76,8 @@ def test_a_wheel_holds_every_module_and_the_marker_of_its_types(wheel: Path) -> 
 
 def test_what_is_sent_from_an_installed_wheel_is_the_package_alone(site_packages: Path, tmp_path: Path) -> None:
     program = (
-        "import json; from pipeline.cluster.jobs.shipping import staged\n"
-        "with staged({'nets.py': b''}) as cargo: print(json.dumps(sorted(cargo.files())))"
+        "import json; from pipeline.cluster.jobs.shipping import stage_package\n"
+        "with stage_package({'nets.py': b''}) as cargo: print(json.dumps(sorted(cargo.list_files())))"
     )
     done = run_installed(site_packages, tmp_path, "-c", program)
     assert done.returncode == 0, done.stderr
@@ -95,4 +95,4 @@ def test_submit_from_an_installed_wheel_runs_its_package_on_the_cluster(
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["status"] == "finished"
     (run,) = (path.parent for path in (tmp_path / "runs").glob("*/job.yaml"))
-    assert MARKED_VERSION in json.dumps(entries(run))
+    assert MARKED_VERSION in json.dumps(read_entries(run))

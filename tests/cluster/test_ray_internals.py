@@ -80,7 +80,7 @@ def test_every_private_import_of_the_module_is_among_those_that_are_looked_for()
     modules = {name.partition(":")[0] for name in USED}
     for module, name in private_imports(HERE):
         assert f"{module}.{name}" in modules or looked_for.get(name) == module, f"from {module} import {name}"
-    variables = {*ray_internals.RAY_ENVIRONMENT, ray_internals.WORKER_HEALTH_CHECK_VARIABLE}
+    variables = {*ray_internals.RAY_ENV_DEFAULTS, ray_internals.WORKER_HEALTH_CHECK_VARIABLE}
     assert variables <= {text for texts in TEXTS.values() for text in texts}
 
 

@@ -16,22 +16,22 @@ import yaml
 
 from pipeline import train
 from pipeline.storage import handed
-from pipeline.testing import faults
-from tests.faults.fault_evidence import check_at_rest, evidence, only_run
+from pipeline.testing import inject_faults
+from tests.faults.fault_evidence import check_checkpoints, final_state, find_run
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, and those of what it imports
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DATA = REPOSITORY.parent / "shared" / "data"
-ONE_IN_TWENTY = "error=0.02 lost=0.015 truncated=0.01 slow_down=0.005"
-AT_WORK = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL")
+FAULT_RATES = "error=0.02 lost=0.015 truncated=0.01 slow_down=0.005"
+FORWARDED_VARIABLES = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL")
 
 needs_mnist = pytest.mark.skipif(
     not (DATA / "MNIST").is_dir(), reason="MNIST's files do not lie in ../shared/data, seen from the repository"
 )
 
 
-def job(**changes: Any) -> dict[str, Any]:
+def make_job(**changes: Any) -> dict[str, Any]:
     """The tutorial's job on two workers, as a tree."""
     tree: dict[str, Any] = yaml.safe_load((REPOSITORY / "jobs" / "mnist.yaml").read_text())
     tree["data"]["root"] = str(DATA)
@@ -44,7 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def undisturbed(folder: Path) -> subprocess.Popen[bytes]:
+def start_reference_run(folder: Path) -> subprocess.Popen[bytes]:
     """The same job on two plain processes and files of this machine."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -52,48 +52,50 @@ def undisturbed(folder: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(words, cwd=folder, env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin"})
 
 
-def trained_on_a_bad_day(folder: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Counter[str]]:
+def train_with_storage_faults(folder: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Counter[str]]:
     """The run as it lies on S3 in the end, brought here; and the faults that its processes met."""
     log = folder / "faults.log"
-    with faults(f"seed=7 {ONE_IN_TWENTY} log={log}"):
-        monkeypatch.setattr(handed, "_NAMES", {*AT_WORK, "TRAINYARD_FAULTS"})
+    with inject_faults(f"seed=7 {FAULT_RATES} log={log}"):
+        monkeypatch.setattr(handed, "_forwarded_names", {*FORWARDED_VARIABLES, "TRAINYARD_FAULTS"})
         outcome = train("job.yaml", storage=s3_url.replace("s3://", "faulty://s3/"))
     assert outcome.status == "finished"
     s3 = s3fs.S3FileSystem()
     s3.get(s3_url, str(folder / "on-s3"), recursive=True)
     lines = [line.split() for line in log.read_text().splitlines()]
     assert len({line[0] for line in lines}) > 1, "faults in the workers, too"
-    return only_run(folder / "on-s3"), Counter(line[3] for line in lines)
+    return find_run(folder / "on-s3"), Counter(line[3] for line in lines)
 
 
-def same_as_undisturbed(folder: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def check_matches_reference(folder: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     began = time.monotonic()
-    with undisturbed(folder) as reference:
-        run, met = trained_on_a_bad_day(folder, s3_url, monkeypatch)
+    with start_reference_run(folder) as reference:
+        run, met = train_with_storage_faults(folder, s3_url, monkeypatch)
     assert reference.returncode == 0
-    expected, actual = evidence(only_run(folder / "undisturbed")), evidence(run)
+    expected, actual = final_state(find_run(folder / "undisturbed")), final_state(run)
     assert actual.keys() == expected.keys()
     for what in expected:
         assert actual[what] == expected[what], what
     assert [row["step"] for row in actual["steps"]] == list(range(1, len(actual["steps"]) + 1))
-    check_at_rest(run)
+    check_checkpoints(run)
     print(f"\n{len(actual['steps'])} steps, {time.monotonic() - began:.0f} s, faults: {dict(met)}")
     return met
 
 
 @needs_mnist
-def test_a_short_training(cluster: Any, folder: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_with_storage_faults(cluster: Any, folder: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"batch_size": 1000, "optimizer": {"kind": "sgd", "momentum": 0.9}, "phases": [{"epochs": 2, "lr": 0.1}]}
-    tree = job(train=settings, checkpoint={"every_steps": 4, "keep": 2}, evaluate={"every_steps": 24})
+    tree = make_job(train=settings, checkpoint={"every_steps": 4, "keep": 2}, evaluate={"every_steps": 24})
     (folder / "job.yaml").write_text(yaml.safe_dump(tree))
-    met = same_as_undisturbed(folder, s3_url, monkeypatch)
+    met = check_matches_reference(folder, s3_url, monkeypatch)
     assert met.total() >= 3
 
 
 @needs_mnist
 @pytest.mark.slow
-def test_a_whole_training(cluster: Any, folder: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_training_with_storage_faults(
+    cluster: Any, folder: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The tutorial's job: 4,800 steps."""
-    (folder / "job.yaml").write_text(yaml.safe_dump(job(checkpoint={"every_steps": 100, "keep": 3})))
-    met = same_as_undisturbed(folder, s3_url, monkeypatch)
+    (folder / "job.yaml").write_text(yaml.safe_dump(make_job(checkpoint={"every_steps": 100, "keep": 3})))
+    met = check_matches_reference(folder, s3_url, monkeypatch)
     assert met.total() >= 10

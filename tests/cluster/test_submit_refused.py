@@ -12,26 +12,26 @@ from typing import Any
 import pytest
 
 from pipeline.cluster.jobs import preflight
-from pipeline.cluster.jobs.client import Cluster, connect
-from pipeline.cluster.jobs.discretion import be_discreet
-from pipeline.cluster.jobs.environment import environment_of
-from pipeline.cluster.jobs.identity import key_of, numbered
-from pipeline.cluster.jobs.letter import take_out
-from pipeline.cluster.jobs.places import must_be_here, storage_for
-from pipeline.cluster.jobs.records import last, lines_for_people, record_line
-from pipeline.cluster.jobs.shipping import staged
+from pipeline.cluster.jobs.client import ClusterClient, connect
+from pipeline.cluster.jobs.discretion import redact_stdout_and_stderr
+from pipeline.cluster.jobs.environment import collect_env_vars
+from pipeline.cluster.jobs.identity import find_numbered_ids, submission_key
+from pipeline.cluster.jobs.letter import fetch_payload
+from pipeline.cluster.jobs.places import is_folder_of_this_machine, resolve_cluster_storage
+from pipeline.cluster.jobs.records import find_last_record, format_record, human_lines
+from pipeline.cluster.jobs.shipping import stage_package
 from pipeline.errors import ClusterError, InputError, WorkError
 from pipeline.job_file import build_job, load_job
-from pipeline.redaction import hide
+from pipeline.redaction import register_secrets
 from tests.cli.cli_calls import write_job
-from tests.cli.conftest import Ended, trainyard
-from tests.cluster.jobs_cluster import TOKEN, JobsCluster, free_port
+from tests.cli.conftest import CompletedCommand, trainyard
+from tests.cluster.jobs_cluster import TOKEN, JobsCluster, find_free_port
 
 __all__ = ["trainyard"]  # a fixture
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, and those of what it imports
 
-Call = Callable[..., Ended]
+RunCommand = Callable[..., CompletedCommand]
 
 
 @pytest.fixture(autouse=True)
@@ -41,104 +41,112 @@ def _no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
-def refused(ended: Ended, *words: str) -> None:
-    assert ended.code == 2, ended.err
-    assert ended.err.count("error: ") == 1
-    assert "Traceback" not in ended.err
+def check_refused(ended: CompletedCommand, *words: str) -> None:
+    assert ended.exit_code == 2, ended.stderr
+    assert ended.stderr.count("error: ") == 1
+    assert "Traceback" not in ended.stderr
     for word in words:
-        assert word in ended.err
+        assert word in ended.stderr
 
 
-def test_a_token_is_asked_for_by_its_three_ways_and_never_shown(
-    trainyard: Call, jobs_cluster: JobsCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_token_sources_are_named_and_the_token_is_never_shown(
+    trainyard: RunCommand, jobs_cluster: JobsCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = ("--address", jobs_cluster.url)
-    refused(trainyard("status", *there), "asks for a token", "--token-file", "RAY_AUTH_TOKEN", "~/.ray/auth_token")
-    refused(trainyard("submit", write_job(tmp_path), *there), "asks for a token")
-    refused(trainyard("logs", "a-job", *there), "asks for a token")
-    refused(trainyard("stop", "a-job", *there), "asks for a token")
+    check_refused(
+        trainyard("status", *there), "asks for a token", "--token-file", "RAY_AUTH_TOKEN", "~/.ray/auth_token"
+    )
+    check_refused(trainyard("submit", write_job(tmp_path), *there), "asks for a token")
+    check_refused(trainyard("logs", "a-job", *there), "asks for a token")
+    check_refused(trainyard("stop", "a-job", *there), "asks for a token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a-wrong-token-of-the-environment")
     wrong = trainyard("status", *there)
-    refused(wrong, "refuses the token of RAY_AUTH_TOKEN")
-    assert "a-wrong-token" not in wrong.err
+    check_refused(wrong, "refuses the token of RAY_AUTH_TOKEN")
+    assert "a-wrong-token" not in wrong.stderr
     (tmp_path / "token").write_text(f"{TOKEN}\n")
-    assert trainyard("status", *there, "--token-file", str(tmp_path / "token")).code == 0, "the flag comes first"
+    assert trainyard("status", *there, "--token-file", str(tmp_path / "token")).exit_code == 0, "the flag comes first"
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-    assert trainyard("status", *there).code == 0
+    assert trainyard("status", *there).exit_code == 0
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    assert trainyard("status", *there).code == 0
+    assert trainyard("status", *there).exit_code == 0
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
     (tmp_path / "home/.ray").mkdir(parents=True)
     (tmp_path / "home/.ray/auth_token").write_text(TOKEN)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", jobs_cluster.url)
-    assert trainyard("status").code == 0
-    refused(trainyard("status", *there, "--token-file", str(tmp_path / "none")), "cannot be read", "--token-file")
-    refused(trainyard("stop", "nobody"), "no job and no run 'nobody'", "trainyard status")
+    assert trainyard("status").exit_code == 0
+    check_refused(trainyard("status", *there, "--token-file", str(tmp_path / "none")), "cannot be read", "--token-file")
+    check_refused(trainyard("stop", "nobody"), "no job and no run 'nobody'", "trainyard status")
 
 
-def test_an_address_where_no_cluster_is(trainyard: Call, tmp_path: Path) -> None:
+def test_address_without_a_cluster(trainyard: RunCommand, tmp_path: Path) -> None:
     job = write_job(tmp_path)
-    refused(trainyard("submit", job), "no cluster is named", "RAY_API_SERVER_ADDRESS")
-    refused(trainyard("submit", job, "--address", "ray://head:10001"), "Ray Client", "http://HEAD:8265")
-    refused(trainyard("submit", job, "--address", f"http://127.0.0.1:{free_port()}"), "no Ray cluster answers")
-    refused(trainyard("train", job, "--workers", "1", "--address", "ray://head:10001"), "trainyard submit JOB")
+    check_refused(trainyard("submit", job), "no cluster is named", "RAY_API_SERVER_ADDRESS")
+    check_refused(trainyard("submit", job, "--address", "ray://head:10001"), "Ray Client", "http://HEAD:8265")
+    check_refused(
+        trainyard("submit", job, "--address", f"http://127.0.0.1:{find_free_port()}"), "no Ray cluster answers"
+    )
+    check_refused(trainyard("train", job, "--workers", "1", "--address", "ray://head:10001"), "trainyard submit JOB")
 
 
-def test_a_job_file_is_checked_first(trainyard: Call, tmp_path: Path) -> None:
-    refused(trainyard("submit", write_job(tmp_path, modle={}), "--address", "http://127.0.0.1:1"), "modle", "model")
+def test_job_file_is_validated_first(trainyard: RunCommand, tmp_path: Path) -> None:
+    check_refused(
+        trainyard("submit", write_job(tmp_path, modle={}), "--address", "http://127.0.0.1:1"), "modle", "model"
+    )
     job = write_job(tmp_path)
-    refused(trainyard("submit", job, "--env", "NOT_SET_HERE"), "no NOT_SET_HERE")
+    check_refused(trainyard("submit", job, "--env", "NOT_SET_HERE"), "no NOT_SET_HERE")
     typed = trainyard("submit", job, "--env", "KEY=a-secret")
-    refused(typed, "--env takes a name")
-    assert "a-secret" not in typed.err
-    refused(trainyard("submit", job, "--name", "../up"), "'../up' is no name")
+    check_refused(typed, "--env takes a name")
+    assert "a-secret" not in typed.stderr
+    check_refused(trainyard("submit", job, "--name", "../up"), "'../up' is no name")
 
 
-def test_what_the_cluster_could_never_do_is_refused_by_the_cluster_itself(
-    trainyard: Call, jobs_cluster: JobsCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_infeasible_job_is_rejected_on_the_cluster(
+    trainyard: RunCommand, jobs_cluster: JobsCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")  # the flag comes first
     job, there = write_job(tmp_path), ("--address", jobs_cluster.url)
     before = trainyard("status", *there, "--json").json["jobs"]
-    refused(trainyard("submit", job, *there, "--workers", "9"), "9 workers of 1 CPU each do not fit", "2 CPU on 1 node")
-    refused(trainyard("submit", job, *there, "--storage", f"{job}/runs"), f"{job}/runs", "check")
+    check_refused(
+        trainyard("submit", job, *there, "--workers", "9"), "9 workers of 1 CPU each do not fit", "2 CPU on 1 node"
+    )
+    check_refused(trainyard("submit", job, *there, "--storage", f"{job}/runs"), f"{job}/runs", "check")
     assert trainyard("status", *there, "--json").json["jobs"] == before, "nothing was started"
 
 
-def test_storage_that_several_machines_cannot_share() -> None:
+def test_unshared_storage_is_rejected() -> None:
     loopback, remote = "http://127.0.0.1:8265", "http://head.example:8265"
     for url in ("./runs", "/data/runs", "runs"):
         with pytest.raises(InputError, match="the cluster has 3 nodes") as raised:
-            storage_for(url, remote, 3)
+            resolve_cluster_storage(url, remote, 3)
         assert "s3://" in raised.value.fix
         assert "file:///" in raised.value.fix
     with pytest.raises(InputError, match="on another machine"):
-        storage_for("./runs", remote, 1)
+        resolve_cluster_storage("./runs", remote, 1)
     with pytest.raises(InputError, match="lives in one process"):
-        storage_for("memory://runs", loopback, 1)
-    assert storage_for("/data/runs", remote, 1) == "/data/runs"
-    assert storage_for("./runs", loopback, 1) == str(Path.cwd() / "runs")
-    assert storage_for("s3://bucket/runs", remote, 3) == "s3://bucket/runs"
-    assert storage_for("file:///shared/runs", remote, 3) == "file:///shared/runs"
-    assert must_be_here("runs", loopback)
-    assert not must_be_here("file:///runs", loopback)
-    assert not must_be_here("/runs", remote)
+        resolve_cluster_storage("memory://runs", loopback, 1)
+    assert resolve_cluster_storage("/data/runs", remote, 1) == "/data/runs"
+    assert resolve_cluster_storage("./runs", loopback, 1) == str(Path.cwd() / "runs")
+    assert resolve_cluster_storage("s3://bucket/runs", remote, 3) == "s3://bucket/runs"
+    assert resolve_cluster_storage("file:///shared/runs", remote, 3) == "file:///shared/runs"
+    assert is_folder_of_this_machine("runs", loopback)
+    assert not is_folder_of_this_machine("file:///runs", loopback)
+    assert not is_folder_of_this_machine("/runs", remote)
 
 
-def test_versions_that_do_not_go_together() -> None:
+def test_incompatible_versions_are_rejected() -> None:
     cluster: Any = SimpleNamespace(ray_version="2.9.3", url="http://head:8265")
     with pytest.raises(ClusterError, match=r"the cluster runs Ray 2\.9\.3, and here is Ray"):
-        preflight._same_ray(cluster)
-    installed = {one.name.lower(): "9999.0" for one in preflight.requirements()}
+        preflight._check_ray_version(cluster)
+    installed = {one.name.lower(): "9999.0" for one in preflight.list_requirements()}
     with pytest.raises(ClusterError, match=r"Python 3\.8\.10"):
-        preflight._go_together(cluster, {"python": "3.8.10", "installed": installed})
+        preflight._check_versions(cluster, {"python": "3.8.10", "installed": installed})
     python = platform.python_version()
-    preflight._go_together(cluster, {"python": python, "installed": installed})
+    preflight._check_versions(cluster, {"python": python, "installed": installed})
     there = {name: version for name, version in installed.items() if name != "torch"} | {"pyarrow": "3.0"}
     with pytest.raises(ClusterError, match=r"lacks torch>=\S+ \(not there\), .*pyarrow>=17 \(3.0\)"):
-        preflight._go_together(cluster, {"python": python, "installed": there})
+        preflight._check_versions(cluster, {"python": python, "installed": there})
 
 
 def test_the_cargo_is_the_package_and_the_jobs_own_code_alone(tmp_path: Path) -> None:
@@ -154,12 +162,12 @@ def test_the_cargo_is_the_package_and_the_jobs_own_code_alone(tmp_path: Path) ->
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x = 1\n")
     (tmp_path / "nets.py").write_text("from deep import more\n")
-    from pipeline.own_code import collect
+    from pipeline.own_code import collect_user_code
 
     job = load_job(write_job(tmp_path, code=".", model={"kind": "nets:Net"}))
-    with staged(collect(job).files) as cargo:
-        files = set(cargo.files())
-        words = cargo.words()
+    with stage_package(collect_user_code(job).files) as cargo:
+        files = set(cargo.list_files())
+        words = cargo.describe()
         modes = {path: path.stat().st_mode & 0o777 for path in cargo.folder.parent.rglob("*")}
     own = {name for name in files if not name.startswith("pipeline/")}
     assert own == {"trainyard_code/nets.py", "trainyard_code/deep/more.py"}
@@ -170,30 +178,30 @@ def test_the_cargo_is_the_package_and_the_jobs_own_code_alone(tmp_path: Path) ->
     assert not cargo.folder.exists()
 
 
-def test_the_same_submission_has_the_same_key() -> None:
+def test_same_submission_has_the_same_key() -> None:
     job = build_job({"name": "j"}, "test")
-    key = key_of(job, storage="/a", name=None, max_steps=None, code={})
+    key = submission_key(job, storage="/a", name=None, max_steps=None, code={})
     assert key.startswith("j-")
     faster = build_job({"name": "j", "scale": {"workers": 2}}, "test")
-    assert key_of(faster, storage="/a", name=None, max_steps=None, code={}) == key
+    assert submission_key(faster, storage="/a", name=None, max_steps=None, code={}) == key
     others = {
-        key_of(build_job({"name": "j", "seed": 2}, "test"), storage="/a", name=None, max_steps=None, code={}),
-        key_of(job, storage="/a", name=None, max_steps=None, code={"nets.py": "abc"}),
-        key_of(job, storage="/b", name=None, max_steps=None, code={}),
-        key_of(job, storage="/a", name="n", max_steps=None, code={}),
-        key_of(job, storage="/a", name=None, max_steps=3, code={}),
+        submission_key(build_job({"name": "j", "seed": 2}, "test"), storage="/a", name=None, max_steps=None, code={}),
+        submission_key(job, storage="/a", name=None, max_steps=None, code={"nets.py": "abc"}),
+        submission_key(job, storage="/b", name=None, max_steps=None, code={}),
+        submission_key(job, storage="/a", name="n", max_steps=None, code={}),
+        submission_key(job, storage="/a", name=None, max_steps=3, code={}),
     }
     assert len(others | {key}) == 6
     ids = [f"{key}-1", f"{key}-12", f"{key}-0", f"{key}-x", f"x{key}-2", "raysubmit_a"]
-    assert numbered(key, ids) == {1: f"{key}-1", 12: f"{key}-12"}
+    assert find_numbered_ids(key, ids) == {1: f"{key}-1", 12: f"{key}-12"}
 
 
 def test_environment_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "secrets.env"
     file.write_text("# a comment\n\nexport A=1=2\nB='two words'\nC=\"\"\n D = x \n")
     monkeypatch.setenv("A", "from here")
-    assert environment_of([], [str(file)]) == {"A": "1=2", "B": "two words", "C": "", "D": "x"}
-    assert environment_of(["A"], [str(file)])["A"] == "from here"
+    assert collect_env_vars([], [str(file)]) == {"A": "1=2", "B": "two words", "C": "", "D": "x"}
+    assert collect_env_vars(["A"], [str(file)])["A"] == "from here"
 
 
 def test_environment_files_have_quotes_escapes_and_comments_but_no_interpolation(
@@ -204,7 +212,7 @@ def test_environment_files_have_quotes_escapes_and_comments_but_no_interpolation
         'A=1 # a comment\nB=1#2\nC=\'1 # 2 \\n\'\nD="a\\nb"\nE=${A}-$A\nF="${A}"\nG=\n\'H\'=8\nI="1\n2"\nJ=${HOME:-x}\n'
     )
     monkeypatch.setenv("A", "from here")
-    assert environment_of([], [str(file)]) == {
+    assert collect_env_vars([], [str(file)]) == {
         "A": "1", "B": "1#2", "C": "1 # 2 \\n", "D": "a\nb", "E": "${A}-$A", "F": "${A}", "G": "", "H": "8",
         "I": "1\n2", "J": "${HOME:-x}",
     }  # fmt: skip
@@ -222,44 +230,44 @@ def test_environment_files_have_quotes_escapes_and_comments_but_no_interpolation
     ],
 )
 def test_a_line_of_an_environment_file_that_cannot_be_read_is_named_but_not_quoted(
-    trainyard: Call, tmp_path: Path, text: str, line: int
+    trainyard: RunCommand, tmp_path: Path, text: str, line: int
 ) -> None:
     (tmp_path / "secrets.env").write_text(text)
     submit = ("submit", write_job(tmp_path), "--address", "http://127.0.0.1:1", "--env-file", "secrets.env")
     ended = trainyard(*submit)
-    refused(ended, f"--env-file secrets.env, line {line}: a line that is no KEY=VALUE")
-    assert "some-secret" not in ended.out + ended.err
+    check_refused(ended, f"--env-file secrets.env, line {line}: a line that is no KEY=VALUE")
+    assert "some-secret" not in ended.stdout + ended.stderr
 
 
-def test_records_stand_apart_from_what_people_read() -> None:
-    log = f"Running entrypoint for job x: y\nhello\n{record_line('run', {'run': 'a'})}\n\x1enot one\nbye"
-    assert list(lines_for_people(log)) == ["hello", "bye"]
-    assert last(log, "run") == {"kind": "run", "run": "a"}
-    assert last(log, "end") is None
+def test_log_records_are_separate_from_human_output() -> None:
+    log = f"Running entrypoint for job x: y\nhello\n{format_record('run', {'run': 'a'})}\n\x1enot one\nbye"
+    assert list(human_lines(log)) == ["hello", "bye"]
+    assert find_last_record(log, "run") == {"kind": "run", "run": "a"}
+    assert find_last_record(log, "end") is None
 
 
-def test_a_secret_that_is_a_word_of_json_breaks_no_record(
+def test_secret_that_is_a_json_word_keeps_records_valid(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TRACKER_FLAG", "true")
-    hide(["TRACKER_FLAG"])
+    register_secrets(["TRACKER_FLAG"])
     monkeypatch.setattr(sys, "stdout", sys.stdout)
     monkeypatch.setattr(sys, "stderr", sys.stderr)
-    be_discreet()
+    redact_stdout_and_stderr()
     print("it is true")
-    print(record_line("end", {"end": True, "text": "it is true"}))
+    print(format_record("end", {"end": True, "text": "it is true"}))
     printed = capsys.readouterr().out
-    assert last(printed, "end") == {"kind": "end", "end": True, "text": "it is ***"}
+    assert find_last_record(printed, "end") == {"kind": "end", "end": True, "text": "it is ***"}
     assert printed.startswith("it is ***\n")
 
 
-def test_a_cluster_that_goes_away_is_an_error_of_one_message(jobs_cluster: JobsCluster, tmp_path: Path) -> None:
+def test_unreachable_cluster_is_one_error_message(jobs_cluster: JobsCluster, tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
     cluster = connect(jobs_cluster.url, str(tmp_path / "token"))
-    assert cluster.info("nobody") is None
-    gone = Cluster(cluster._client, cluster.url)
-    gone._client._address = f"http://127.0.0.1:{free_port()}"
+    assert cluster.get_job_info("nobody") is None
+    gone = ClusterClient(cluster._client, cluster.url)
+    gone._client._address = f"http://127.0.0.1:{find_free_port()}"
     with pytest.raises(ClusterError, match="no Ray cluster answers"):
-        gone.infos()
+        gone.list_jobs()
     with pytest.raises(WorkError, match="no letter"):
-        take_out("../../etc/passwd")
+        fetch_payload("../../etc/passwd")

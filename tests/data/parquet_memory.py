@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.data.loader import TrainLoader
-from pipeline.data.sampler import GlobalBatches
+from pipeline.data.sampler import GlobalBatchSampler
 from pipeline.data.sources.parquet import open_parquet
-from pipeline.job import Augment, Loader
-from tests.data.parquet_jobs import parquet_job
+from pipeline.job import AugmentConfig, DataLoaderConfig
+from tests.data.parquet_jobs import make_parquet_job
 
 WIDTH = 1024
 
@@ -41,7 +41,7 @@ def write_table(folder: Path, megabytes: int) -> None:
         pq.write_table(pa.table(columns), path, use_dictionary=["plan", "churned"], compression="none")
 
 
-def memory() -> dict[str, int]:
+def memory_usage() -> dict[str, int]:
     """Bytes that the kernel counts against RLIMIT_DATA, and those that lie in memory and in no file."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(lines[name].split()[0]) * 1024 for name in ("VmData", "RssAnon", "RssFile")}
@@ -50,25 +50,25 @@ def memory() -> dict[str, int]:
 def main(folder: str, cache: str, limit: int, epochs: int) -> None:
     """limit: bytes of RLIMIT_DATA, on top of what the imports took."""
     torch.set_num_threads(1)
-    base = memory()["VmData"]
+    base = memory_usage()["VmData"]
     limit += base
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     began = time.monotonic()
-    job = parquet_job(folder, label="churned", cache={"folder": cache, "in_memory_mb": 16})
+    job = make_parquet_job(folder, label="churned", cache={"folder": cache, "in_memory_mb": 16})
     source = open_parquet(job, lambda text: print(text, file=sys.stderr), float64=False)
     opened = time.monotonic()
     rows = np.arange(len(source.train), dtype=np.int64)
-    batches = GlobalBatches(len(rows), batch_size=256, seed=1, shuffle=True)
+    batches = GlobalBatchSampler(len(rows), batch_size=256, seed=1, shuffle=True)
     steps = epochs * batches.steps_per_epoch
     loader = TrainLoader(
-        source.train, rows, batches, first_step=1, last_step=steps, rank=0, world_size=1, loader=Loader(),
-        device=torch.device("cpu"), augment=Augment(), seed=1,
+        source.train, rows, batches, first_step=1, last_step=steps, rank=0, world_size=1, loader_config=DataLoaderConfig(),
+        device=torch.device("cpu"), augment_config=AugmentConfig(), seed=1,
     )  # fmt: skip
-    seen, total, most = 0, 0.0, memory()["RssAnon"]
+    seen, total, most = 0, 0.0, memory_usage()["RssAnon"]
     for batch in loader:
         seen += len(batch.inputs)
         total += float(batch.inputs[:, 0].double().sum())
-        most = max(most, memory()["RssAnon"]) if batch.step % 100 == 0 else most
+        most = max(most, memory_usage()["RssAnon"]) if batch.step % 100 == 0 else most
     print(
         json.dumps(
             {
@@ -81,7 +81,7 @@ def main(folder: str, cache: str, limit: int, epochs: int) -> None:
                 "open_s": round(opened - began, 2),
                 "epochs_s": round(time.monotonic() - opened, 2),
                 "most_anonymous": most,
-                **memory(),
+                **memory_usage(),
             }
         )
     )

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline.job import Job
+from pipeline.job import JobConfig
 from pipeline.job_file import build_job
 
 CLASSES = ("ant", "bee", "cat")
 
 
-def content_of(number: int, size: tuple[int, int] = (20, 16), kind: str = "PNG") -> bytes:
+def encode_image(number: int, size: tuple[int, int] = (20, 16), kind: str = "PNG") -> bytes:
     """A file of noise, another for each number."""
     pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
     file = io.BytesIO()
@@ -23,20 +23,20 @@ def content_of(number: int, size: tuple[int, int] = (20, 16), kind: str = "PNG")
     return file.getvalue()
 
 
-def contents(each: int = 5, **options: Any) -> dict[str, bytes]:
+def make_image_files(per_class: int = 5, **options: Any) -> dict[str, bytes]:
     """By path: some pictures of each class, one of them further down."""
-    paths = [f"{name}/{'deep/er/' if row == 0 else ''}{row}.png" for name in CLASSES for row in range(each)]
-    return {path: content_of(number, **options) for number, path in enumerate(paths)}
+    paths = [f"{name}/{'deep/er/' if row == 0 else ''}{row}.png" for name in CLASSES for row in range(per_class)]
+    return {path: encode_image(number, **options) for number, path in enumerate(paths)}
 
 
-def write(folder: Path, files: dict[str, bytes]) -> str:
+def write_files(folder: Path, files: dict[str, bytes]) -> str:
     for path, content in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(content)
     return str(folder)
 
 
-def picture_job(url: str, task: str = "multiclass", **data: Any) -> Job:
+def make_image_job(url: str, task: str = "multiclass", **data: Any) -> JobConfig:
     tree = {
         "schema": 1,
         "name": "pictures",

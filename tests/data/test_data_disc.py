@@ -6,12 +6,12 @@ import math
 
 import numpy as np
 
-from pipeline.data.sources import open_source
+from pipeline.data.sources import open_dataset
 from pipeline.job_file import build_job
 
 
 def test_disc() -> None:
-    source = open_source(build_job({"name": "t", "data": {"source": "disc"}}, "test"))
+    source = open_dataset(build_job({"name": "t", "data": {"source": "disc"}}, "test"))
     assert source.test is not None
     assert source.classes == ("outside", "inside")
     for arrays in (source.train, source.test):
@@ -25,8 +25,8 @@ def test_disc() -> None:
     assert not np.array_equal(source.train.inputs, source.test.inputs)
 
 
-def test_disc_is_a_function_of_the_data_seed() -> None:
+def test_disc_depends_only_on_the_data_seed() -> None:
     def fingerprint(seed: object) -> str:
-        return open_source(build_job({"name": "t", "seed": seed, "data": {"source": "disc"}}, "test")).fingerprint
+        return open_dataset(build_job({"name": "t", "seed": seed, "data": {"source": "disc"}}, "test")).fingerprint
 
     assert fingerprint(1) == fingerprint({"all": 1, "init": 5}) != fingerprint({"all": 1, "data": 2})

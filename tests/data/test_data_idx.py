@@ -8,22 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.sources import open_source
-from pipeline.data.sources.arrays import fingerprint
+from pipeline.data.sources import open_dataset
+from pipeline.data.sources.arrays import compute_fingerprint
 from pipeline.data.sources.idx import read_idx
 from pipeline.errors import DataError
-from pipeline.job import Job
+from pipeline.job import JobConfig
 from pipeline.job_file import build_job
 
-REAL = Path(__file__).parents[3] / "shared" / "data"
-IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+REAL_DATA = Path(__file__).parents[3] / "shared" / "data"
+IMAGES_FILE, LABELS_FILE = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
 
-def idx(values: np.ndarray) -> bytes:
+def encode_idx(values: np.ndarray) -> bytes:
     return bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes() + values.tobytes()
 
 
-def write_source(root: Path, *, packed: bool = False, folder: str = "MNIST") -> dict[str, np.ndarray]:
+def write_idx_files(root: Path, *, packed: bool = False, folder: str = "MNIST") -> dict[str, np.ndarray]:
     """Small random files in torchvision's layout; what was written, by file name."""
     raw = root / folder / "raw"
     raw.mkdir(parents=True)
@@ -32,22 +32,22 @@ def write_source(root: Path, *, packed: bool = False, folder: str = "MNIST") -> 
         written[f"{prefix}-images-idx3-ubyte"] = draws.integers(0, 256, (rows, 5, 4), dtype=np.uint8)
         written[f"{prefix}-labels-idx1-ubyte"] = draws.integers(0, 10, rows, dtype=np.uint8)
     for name, values in written.items():
-        content = idx(values)
+        content = encode_idx(values)
         (raw / (name + ".gz" * packed)).write_bytes(gzip.compress(content) if packed else content)
     return written
 
 
-def job(root: Path, source: str = "mnist") -> Job:
+def make_job(root: Path, source: str = "mnist") -> JobConfig:
     return build_job({"name": "t", "data": {"source": source, "root": str(root)}}, "test")
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
-def test_reads_what_is_there(tmp_path: Path, name: str, folder: str, packed: bool) -> None:
-    written = write_source(tmp_path, packed=packed, folder=folder)
+def test_existing_files_are_read(tmp_path: Path, name: str, folder: str, packed: bool) -> None:
+    written = write_idx_files(tmp_path, packed=packed, folder=folder)
     for path in [*tmp_path.rglob("*"), tmp_path]:
         path.chmod(0o555)  # a folder that cannot be written is good enough
-    source = open_source(job(tmp_path, name))
+    source = open_dataset(make_job(tmp_path, name))
     assert source.test is not None
     assert len(source.classes) == 10
     for arrays, prefix in ((source.train, "train"), (source.test, "t10k")):
@@ -59,58 +59,62 @@ def test_reads_what_is_there(tmp_path: Path, name: str, folder: str, packed: boo
 
 
 def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_source(tmp_path / "data")
+    write_idx_files(tmp_path / "data")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert len(open_source(job(Path("~/data"))).train) == 20
+    assert len(open_dataset(make_job(Path("~/data"))).train) == 20
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("cut", [0, 3, 10, 100, -1])
-def test_a_cut_file_is_refused(tmp_path: Path, cut: int, packed: bool) -> None:
-    write_source(tmp_path, packed=packed)
-    path = tmp_path / "MNIST" / "raw" / (IMAGES + ".gz" * packed)
+def test_truncated_file_is_rejected(tmp_path: Path, cut: int, packed: bool) -> None:
+    write_idx_files(tmp_path, packed=packed)
+    path = tmp_path / "MNIST" / "raw" / (IMAGES_FILE + ".gz" * packed)
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(DataError) as refused:
-        open_source(job(tmp_path))
+        open_dataset(make_job(tmp_path))
     assert refused.value.where == str(path)
     assert "data.root" in refused.value.fix
 
 
-def test_another_file_is_refused(tmp_path: Path) -> None:
+def test_file_of_another_type_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"<html>not found</html>")
     with pytest.raises(DataError, match="3c 68 74 6d"):
-        read_idx(path, axes=3)
-    path.write_bytes(idx(np.zeros(4, np.uint8)) + b"more")
+        read_idx(path, ndim=3)
+    path.write_bytes(encode_idx(np.zeros(4, np.uint8)) + b"more")
     with pytest.raises(DataError, match="16 bytes, but its header says 4, which makes 12"):
-        read_idx(path, axes=1)
+        read_idx(path, ndim=1)
 
 
 def test_images_and_labels_must_match(tmp_path: Path) -> None:
-    write_source(tmp_path)
-    (tmp_path / "MNIST" / "raw" / LABELS).write_bytes(idx(np.zeros(19, np.uint8)))
+    write_idx_files(tmp_path)
+    (tmp_path / "MNIST" / "raw" / LABELS_FILE).write_bytes(encode_idx(np.zeros(19, np.uint8)))
     with pytest.raises(DataError, match="20 images, but 19 labels"):
-        open_source(job(tmp_path))
+        open_dataset(make_job(tmp_path))
 
 
 def test_fingerprint_covers_everything(tmp_path: Path) -> None:
-    write_source(tmp_path / "one")
-    write_source(tmp_path / "two", packed=True)
-    first, two = (open_source(job(tmp_path / name)) for name in ("one", "two"))
+    write_idx_files(tmp_path / "one")
+    write_idx_files(tmp_path / "two", packed=True)
+    first, two = (open_dataset(make_job(tmp_path / name)) for name in ("one", "two"))
     assert first.fingerprint == two.fingerprint
     train, test = first.train, first.test
-    seen = {first.fingerprint, fingerprint(train, None, first.classes), fingerprint(train, test, ("a",))}
+    seen = {
+        first.fingerprint,
+        compute_fingerprint(train, None, first.classes),
+        compute_fingerprint(train, test, ("a",)),
+    }
     for arrays in (train.inputs, train.targets):
         arrays.flat[-1] ^= 1
-        seen.add(fingerprint(train, test, first.classes))
+        seen.add(compute_fingerprint(train, test, first.classes))
     train.inputs.shape = (20, 4, 5)
-    seen.add(fingerprint(train, test, first.classes))
+    seen.add(compute_fingerprint(train, test, first.classes))
     assert len(seen) == 6
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason=f"real MNIST is not in {REAL}")
+@pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"real MNIST is not in {REAL_DATA}")
 def test_real_mnist() -> None:
-    source = open_source(job(REAL))
+    source = open_dataset(make_job(REAL_DATA))
     assert source.test is not None
     assert source.train.inputs.shape == (60000, 28, 28)
     assert source.test.inputs.shape == (10000, 28, 28)

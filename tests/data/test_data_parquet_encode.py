@@ -15,60 +15,60 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.tables.encode import encode, to_arrow
+from pipeline.data.tables.encode import encode_to_matrix, to_arrow_table
 from pipeline.data.tables.schema import Column, Schema
 from pipeline.errors import DataError
-from tests.data.parquet_jobs import opened, write
+from tests.data.parquet_jobs import open_parquet, write_parquet
 
 SCHEMA = Schema(
     (
         Column("age", "number"),
-        Column("plan", "category", levels=("a", "b")),
+        Column("plan", "category", categories=("a", "b")),
         Column("pair", "number", 2),
-        Column("zip", "category", levels=("10", "9")),
+        Column("zip", "category", categories=("10", "9")),
     )
 )
-GOOD: dict[str, Any] = {"zip": [9, 10], "pair": [[1.0, 2.0], [3.0, 4.0]], "plan": ["b", "a"], "age": [30, 40]}
+VALID_TABLE: dict[str, Any] = {"zip": [9, 10], "pair": [[1.0, 2.0], [3.0, 4.0]], "plan": ["b", "a"], "age": [30, 40]}
 ENCODED = [[30, 1, 1, 2, 1], [40, 0, 3, 4, 0]]
 
 
-def encoded(data: Any) -> np.ndarray:
-    return encode(to_arrow(data), SCHEMA, dtype=np.float64, where="new data")
+def encode_rows(data: Any) -> np.ndarray:
+    return encode_to_matrix(to_arrow_table(data), SCHEMA, dtype=np.float64, where="new data")
 
 
 @pytest.mark.parametrize(
     "data",
     [
-        GOOD,
-        {**GOOD, "pair": np.array(GOOD["pair"]), "age": np.array([30.0, 40.0]), "more": ["x", "y"]},
-        pd.DataFrame(GOOD),
-        pd.DataFrame(GOOD, index=["i", "j"]).astype({"plan": "category"}),
-        pl.DataFrame(GOOD),
-        pl.DataFrame(GOOD, schema_overrides={"plan": pl.Categorical, "pair": pl.Array(pl.Float32, 2)}),
-        pa.table(GOOD),
-        pa.RecordBatch.from_pydict(GOOD),
-        pa.table({**GOOD, "zip": ["9", "10"], "pair": pa.array(GOOD["pair"], pa.list_(pa.float16(), 2))}),
-        pa.concat_tables([pa.table(GOOD).slice(0, 1), pa.table(GOOD).slice(1)]),
+        VALID_TABLE,
+        {**VALID_TABLE, "pair": np.array(VALID_TABLE["pair"]), "age": np.array([30.0, 40.0]), "more": ["x", "y"]},
+        pd.DataFrame(VALID_TABLE),
+        pd.DataFrame(VALID_TABLE, index=["i", "j"]).astype({"plan": "category"}),
+        pl.DataFrame(VALID_TABLE),
+        pl.DataFrame(VALID_TABLE, schema_overrides={"plan": pl.Categorical, "pair": pl.Array(pl.Float32, 2)}),
+        pa.table(VALID_TABLE),
+        pa.RecordBatch.from_pydict(VALID_TABLE),
+        pa.table({**VALID_TABLE, "zip": ["9", "10"], "pair": pa.array(VALID_TABLE["pair"], pa.list_(pa.float16(), 2))}),
+        pa.concat_tables([pa.table(VALID_TABLE).slice(0, 1), pa.table(VALID_TABLE).slice(1)]),
     ],
     ids=["dict", "numpy", "pandas", "categories", "polars", "polars types", "arrow", "batch", "arrow types", "chunks"],
 )
-def test_tables_of_every_make(data: Any) -> None:
-    np.testing.assert_array_equal(encoded(data), np.array(ENCODED, np.float64), strict=True)
+def test_supported_table_types(data: Any) -> None:
+    np.testing.assert_array_equal(encode_rows(data), np.array(ENCODED, np.float64), strict=True)
 
 
-def test_a_slice_is_its_own_rows() -> None:
-    table = pa.table({**GOOD, "pair": pa.array(GOOD["pair"], pa.list_(pa.float32(), 2))}).slice(1)
-    np.testing.assert_array_equal(encoded(table), np.array(ENCODED[1:], np.float64))
+def test_slice_is_encoded_alone() -> None:
+    table = pa.table({**VALID_TABLE, "pair": pa.array(VALID_TABLE["pair"], pa.list_(pa.float32(), 2))}).slice(1)
+    np.testing.assert_array_equal(encode_rows(table), np.array(ENCODED[1:], np.float64))
 
 
-def test_what_is_missing_or_new_has_its_place() -> None:
+def test_missing_and_unseen_values_have_codes() -> None:
     data = {"age": [None, math.nan], "plan": ["never seen", None], "pair": [None, [1.0, None]], "zip": [7.0, None]}
     nan = math.nan
-    np.testing.assert_array_equal(encoded(data), [[nan, 2, nan, nan, 2], [nan, nan, 1, nan, nan]])
-    np.testing.assert_array_equal(encoded(pd.DataFrame(data))[0], [nan, 2, nan, nan, 2])
+    np.testing.assert_array_equal(encode_rows(data), [[nan, 2, nan, nan, 2], [nan, nan, 1, nan, nan]])
+    np.testing.assert_array_equal(encode_rows(pd.DataFrame(data))[0], [nan, 2, nan, nan, 2])
     nulls = pa.table({name: pa.nulls(1) for name in data})
-    assert np.isnan(encoded(nulls)).all()
-    assert encoded(pa.table(GOOD).slice(0, 0)).shape == (0, 5)
+    assert np.isnan(encode_rows(nulls)).all()
+    assert encode_rows(pa.table(VALID_TABLE).slice(0, 0)).shape == (0, 5)
 
 
 @pytest.mark.parametrize(
@@ -83,30 +83,30 @@ def test_what_is_missing_or_new_has_its_place() -> None:
         ({"pair": [1, 2]}, "'pair' holds whole numbers .*; wanted: 2 numbers"),
     ],
 )
-def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+def test_invalid_columns_are_rejected(change: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        encoded({**GOOD, **change})
+        encode_rows({**VALID_TABLE, **change})
 
 
-def test_a_column_that_is_not_there_is_named() -> None:
-    table = pa.table({"agee": [1], **{name: GOOD[name][:1] for name in ("plan", "pair", "zip")}})
+def test_missing_column_is_named() -> None:
+    table = pa.table({"agee": [1], **{name: VALID_TABLE[name][:1] for name in ("plan", "pair", "zip")}})
     with pytest.raises(DataError, match=r"there is no column 'age' \(1 rows\)\n.*did you mean agee\?"):
-        encoded(table)
+        encode_rows(table)
 
 
 @pytest.mark.parametrize(
     "data", [3, [1, 2], {"a": [1, "x"]}, {"a": [1], "b": [1, 2]}, pd.DataFrame({"a": [1, "x"]})], ids=repr
 )
-def test_what_is_no_table(data: Any) -> None:
+def test_unsupported_objects_are_rejected(data: Any) -> None:
     with pytest.raises(DataError, match="table: "):
-        to_arrow(data)
+        to_arrow_table(data)
 
 
 def nullable(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.none() | values
 
 
-KINDS: dict[str, tuple[pa.DataType, st.SearchStrategy[Any]]] = {
+COLUMN_TYPES: dict[str, tuple[pa.DataType, st.SearchStrategy[Any]]] = {
     "whole": (pa.int32(), st.integers(-(2**31), 2**31 - 1)),
     "real": (pa.float64(), st.floats(allow_nan=False, allow_infinity=False)),
     "truth": (pa.bool_(), st.booleans()),
@@ -121,16 +121,18 @@ KINDS: dict[str, tuple[pa.DataType, st.SearchStrategy[Any]]] = {
 
 
 @st.composite
-def columns(draw: st.DrawFn) -> dict[str, pa.Array]:
+def arrow_columns(draw: st.DrawFn) -> dict[str, pa.Array]:
     rows = draw(st.integers(1, 12))
-    names = draw(st.lists(st.sampled_from(sorted(KINDS)), min_size=1, unique=True))
+    names = draw(st.lists(st.sampled_from(sorted(COLUMN_TYPES)), min_size=1, unique=True))
     return {
-        name: pa.array(draw(st.lists(nullable(KINDS[name][1]), min_size=rows, max_size=rows)), KINDS[name][0])
+        name: pa.array(
+            draw(st.lists(nullable(COLUMN_TYPES[name][1]), min_size=rows, max_size=rows)), COLUMN_TYPES[name][0]
+        )
         for name in names
     }
 
 
-def decoded(matrix: np.ndarray, schema: Schema) -> dict[str, list[Any]]:
+def decode_matrix(matrix: np.ndarray, schema: Schema) -> dict[str, list[Any]]:
     """The matrix read by its schema, as Arrow would give it."""
     decoded_columns: dict[str, list[Any]] = {}
     for column, offset in zip(schema.columns, schema.offsets, strict=True):
@@ -138,7 +140,7 @@ def decoded(matrix: np.ndarray, schema: Schema) -> dict[str, list[Any]]:
             [None if math.isnan(cell) else cell for cell in row] for row in matrix[:, offset : offset + column.width]
         ]
         if column.kind == "category":
-            decoded_columns[column.name] = [None if row[0] is None else column.levels[int(row[0])] for row in cells]
+            decoded_columns[column.name] = [None if row[0] is None else column.categories[int(row[0])] for row in cells]
         elif column.width == 1:
             decoded_columns[column.name] = [row[0] for row in cells]
         else:
@@ -147,20 +149,21 @@ def decoded(matrix: np.ndarray, schema: Schema) -> dict[str, list[Any]]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(table=columns(), group=st.integers(1, 5))
-def test_a_matrix_holds_what_the_table_held(table: dict[str, pa.Array], group: int) -> None:
+@given(table=arrow_columns(), group=st.integers(1, 5))
+def test_matrix_round_trips_the_table(table: dict[str, pa.Array], group: int) -> None:
     with TemporaryDirectory() as folder:
         rows = len(next(iter(table.values())))
         label = {"y": [0] * rows}
-        path = write(Path(folder) / "t.parquet", {**table, "z": [1.5] * rows, **label}, row_group_size=group)
-        source = opened(path, precision="fp64")
+        path = write_parquet(Path(folder) / "t.parquet", {**table, "z": [1.5] * rows, **label}, row_group_size=group)
+        source = open_parquet(path, precision="fp64")
     assert source.schema is not None
     values = {name: array.to_pylist() for name, array in table.items()} | {"z": [1.5] * rows}
     values = {
         name: [list(cell) if isinstance(cell, bytes) else None if cell == [None, None] else cell for cell in cells]
         for name, cells in values.items()
     }
-    assert decoded(source.train.inputs, source.schema) == values
+    assert decode_matrix(source.train.inputs, source.schema) == values
     np.testing.assert_array_equal(
-        encode(pa.table({**table, "z": [1.5] * rows}), source.schema, dtype=np.float64, where="t"), source.train.inputs
+        encode_to_matrix(pa.table({**table, "z": [1.5] * rows}), source.schema, dtype=np.float64, where="t"),
+        source.train.inputs,
     )

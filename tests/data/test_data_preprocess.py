@@ -13,31 +13,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data import statistics
-from pipeline.data.preprocess import SamplePreprocess, fit_preprocess, preprocess_from_json
-from pipeline.data.sources import Arrays, Source
+from pipeline.data.preprocess import ArrayTransform, fit_input_transform, input_transform_from_json
+from pipeline.data.sources import Dataset, DatasetPart
 from pipeline.errors import DataError
-from pipeline.job import Job
+from pipeline.job import JobConfig
 from pipeline.job_file import build_job
 
 CPU = torch.device("cpu")
 
 
-def job(normalize: Any) -> Job:
+def make_job(normalize: Any) -> JobConfig:
     return build_job({"name": "t", "data": {"normalize": normalize}}, "test")
 
 
-def source(inputs: np.ndarray) -> Source:
-    return Source(Arrays(inputs, np.zeros(len(inputs), np.int64)), None, (), "fingerprint")
+def make_dataset(inputs: np.ndarray) -> Dataset:
+    return Dataset(DatasetPart(inputs, np.zeros(len(inputs), np.int64)), None, (), "fingerprint")
 
 
-def make(shape: tuple[int, ...], dtype: str, seed: int = 0) -> np.ndarray:
+def random_inputs(shape: tuple[int, ...], dtype: str, seed: int = 0) -> np.ndarray:
     draws = np.random.default_rng(seed)
     if dtype == "uint8":
         return draws.integers(0, 256, shape, dtype=np.uint8)
     return (draws.normal(3, 7, shape) * np.arange(1, shape[1] + 1).reshape(-1, *[1] * (len(shape) - 2))).astype(dtype)
 
 
-def reference(kind: str, inputs: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def numpy_reference(kind: str, inputs: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """The same in plain NumPy and float64, all at once: (N, *output shape)."""
     values = inputs.astype(np.float64) / (255 if inputs.dtype == np.uint8 and kind != "none" else 1)
     values = values[:, None] if values.ndim == 3 else values
@@ -56,15 +56,15 @@ def reference(kind: str, inputs: np.ndarray, rows: np.ndarray) -> np.ndarray:
 )
 def test_equals_numpy(kind: str, dtype: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "BLOCK_VALUES", 100)  # several blocks, the last one short
-    inputs, rows = make(shape, dtype), np.arange(0, 33)
-    preprocess = fit_preprocess(job(kind), source(inputs), rows)
-    expected = reference(kind, inputs, rows)
+    inputs, rows = random_inputs(shape, dtype), np.arange(0, 33)
+    preprocess = fit_input_transform(make_job(kind), make_dataset(inputs), rows)
+    expected = numpy_reference(kind, inputs, rows)
     raw = torch.from_numpy(inputs.copy())
     for expected_dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        prepared = preprocess.to(CPU, expected_dtype)(raw)
+        prepared = preprocess.make_transform_fn(CPU, expected_dtype)(raw)
         assert prepared.dtype == expected_dtype
         assert tuple(prepared.shape[1:]) == preprocess.output_shape == expected.shape[1:]
-        assert isinstance(preprocess, SamplePreprocess)
+        assert isinstance(preprocess, ArrayTransform)
         assert preprocess.channels == expected.shape[1]
         assert (preprocess.code_sizes, preprocess.schema) == ((), None)
         np.testing.assert_allclose(prepared.numpy(), expected, rtol=tolerance, atol=tolerance)
@@ -78,72 +78,82 @@ def test_equals_numpy(kind: str, dtype: str, shape: tuple[int, ...], monkeypatch
     rows=st.lists(st.integers(0, 29), min_size=1, unique=True),
 )
 @settings(deadline=None, max_examples=30)
-def test_is_fitted_on_the_training_rows_alone(kind: str, dtype: str, rows: list[int]) -> None:
-    inputs, ids = make((30, 3), dtype), np.array(sorted(rows))
+def test_statistics_use_training_rows_only(kind: str, dtype: str, rows: list[int]) -> None:
+    inputs, ids = random_inputs((30, 3), dtype), np.array(sorted(rows))
     changed = inputs.copy()
     changed[np.setdiff1d(np.arange(30), ids)] = 99
-    fitted = [fit_preprocess(job(kind), source(values), ids) for values in (inputs, changed)]
+    fitted = [fit_input_transform(make_job(kind), make_dataset(values), ids) for values in (inputs, changed)]
     assert fitted[0] == fitted[1]
     np.testing.assert_allclose(
-        fitted[0].to(CPU, torch.float64)(torch.from_numpy(inputs)), reference(kind, inputs, ids), atol=1e-9
+        fitted[0].make_transform_fn(CPU, torch.float64)(torch.from_numpy(inputs)),
+        numpy_reference(kind, inputs, ids),
+        atol=1e-9,
     )
 
 
-def test_unit_is_what_torchvision_gives() -> None:
+def test_unit_scaling_matches_torchvision() -> None:
     levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
-    prepared = fit_preprocess(job("unit"), source(levels), np.array([0])).to(CPU, torch.float32)(
-        torch.from_numpy(levels)
-    )
+    prepared = fit_input_transform(make_job("unit"), make_dataset(levels), np.array([0])).make_transform_fn(
+        CPU, torch.float32
+    )(torch.from_numpy(levels))
     assert torch.equal(prepared, torch.from_numpy(levels)[:, None].to(torch.float32).div(255))
 
 
 @pytest.mark.parametrize("constant", [0.1, 1e9, -3.0])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_constant_column_becomes_zero(constant: float, dtype: str) -> None:
+def test_constant_column_becomes_zero(constant: float, dtype: str) -> None:
     inputs = np.full((1000, 2), constant, dtype=dtype)
     inputs[:, 1] = np.arange(1000)
-    preprocess = fit_preprocess(job("standard"), source(inputs), np.arange(1000))
-    assert isinstance(preprocess, SamplePreprocess)
+    preprocess = fit_input_transform(make_job("standard"), make_dataset(inputs), np.arange(1000))
+    assert isinstance(preprocess, ArrayTransform)
     assert preprocess.std[0] == 1
-    assert preprocess.to(CPU, torch.float32)(torch.from_numpy(inputs))[:, 0].abs().max() < 1e-6 * abs(constant)
-
-
-def test_columns_far_from_zero_keep_their_digits() -> None:
-    inputs = (1.7e9 + 128 * np.arange(-512, 513)[:, None]).astype(np.float32)  # seconds since 1970
-    preprocess = fit_preprocess(job("standard"), source(inputs), np.arange(1025))
-    expected = reference("standard", inputs, np.arange(1025))
-    np.testing.assert_allclose(preprocess.to(CPU, torch.float32)(torch.from_numpy(inputs)), expected, atol=1e-5)
-
-
-def test_given_numbers() -> None:
-    images = make((5, 3, 4, 4), "uint8")
-    preprocess = fit_preprocess(job({"mean": [0.1, 0.2, 0.3], "std": [1, 2, 4]}), source(images), np.arange(5))
-    expected = (images / 255 - np.array([0.1, 0.2, 0.3]).reshape(3, 1, 1)) / np.array([1, 2, 4]).reshape(3, 1, 1)
-    np.testing.assert_allclose(preprocess.to(CPU, torch.float64)(torch.from_numpy(images)), expected)
-    columns = make((5, 3), "float32")
-    one_for_all = fit_preprocess(job({"mean": 1, "std": 2}), source(columns), np.arange(5))
-    np.testing.assert_allclose(
-        one_for_all.to(CPU, torch.float64)(torch.from_numpy(columns)), (columns.astype(float) - 1) / 2
+    assert preprocess.make_transform_fn(CPU, torch.float32)(torch.from_numpy(inputs))[:, 0].abs().max() < 1e-6 * abs(
+        constant
     )
 
 
-def test_imagenet_is_what_torchvision_expects() -> None:
+def test_large_offsets_keep_precision() -> None:
+    inputs = (1.7e9 + 128 * np.arange(-512, 513)[:, None]).astype(np.float32)  # seconds since 1970
+    preprocess = fit_input_transform(make_job("standard"), make_dataset(inputs), np.arange(1025))
+    expected = numpy_reference("standard", inputs, np.arange(1025))
+    np.testing.assert_allclose(
+        preprocess.make_transform_fn(CPU, torch.float32)(torch.from_numpy(inputs)), expected, atol=1e-5
+    )
+
+
+def test_explicit_statistics() -> None:
+    images = random_inputs((5, 3, 4, 4), "uint8")
+    preprocess = fit_input_transform(
+        make_job({"mean": [0.1, 0.2, 0.3], "std": [1, 2, 4]}), make_dataset(images), np.arange(5)
+    )
+    expected = (images / 255 - np.array([0.1, 0.2, 0.3]).reshape(3, 1, 1)) / np.array([1, 2, 4]).reshape(3, 1, 1)
+    np.testing.assert_allclose(preprocess.make_transform_fn(CPU, torch.float64)(torch.from_numpy(images)), expected)
+    columns = random_inputs((5, 3), "float32")
+    one_for_all = fit_input_transform(make_job({"mean": 1, "std": 2}), make_dataset(columns), np.arange(5))
+    np.testing.assert_allclose(
+        one_for_all.make_transform_fn(CPU, torch.float64)(torch.from_numpy(columns)), (columns.astype(float) - 1) / 2
+    )
+
+
+def test_imagenet_normalization_matches_torchvision() -> None:
     from torchvision.models import ResNet18_Weights
 
-    images = make((5, 3, 8, 8), "uint8")
-    prepared = fit_preprocess(job("imagenet"), source(images), np.arange(5)).to(CPU, torch.float32)
+    images = random_inputs((5, 3, 8, 8), "uint8")
+    prepared = fit_input_transform(make_job("imagenet"), make_dataset(images), np.arange(5)).make_transform_fn(
+        CPU, torch.float32
+    )
     expected = ResNet18_Weights.DEFAULT.transforms(crop_size=8, resize_size=8)(torch.from_numpy(images))
     np.testing.assert_allclose(prepared(torch.from_numpy(images)), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "meant"), [("uint8", "unit"), ("float32", "standard")])
 def test_auto(dtype: str, meant: str) -> None:
-    images = source(make((5, 3, 4, 4), dtype))
-    auto, explicit = (fit_preprocess(job(kind), images, np.arange(5)) for kind in ("auto", meant))
+    images = make_dataset(random_inputs((5, 3, 4, 4), dtype))
+    auto, explicit = (fit_input_transform(make_job(kind), images, np.arange(5)) for kind in ("auto", meant))
     assert auto == explicit
 
 
-class OnDemand:
+class CountingLazyArray:
     """Pictures that are only decoded when rows are asked for."""
 
     def __init__(self, values: np.ndarray) -> None:
@@ -156,11 +166,13 @@ class OnDemand:
 
 
 @pytest.mark.parametrize("kind", ["auto", "standard", "scalar"])
-def test_inputs_that_are_decoded_on_demand(kind: str) -> None:
-    images = make((5, 3, 4, 4), "uint8")
-    lazy: Any = OnDemand(images)
-    on_demand = Source(Arrays(lazy, np.zeros(5, np.int64)), None, (), "fingerprint")
-    assert fit_preprocess(job(kind), on_demand, np.arange(3)) == fit_preprocess(job(kind), source(images), np.arange(3))
+def test_lazy_inputs(kind: str) -> None:
+    images = random_inputs((5, 3, 4, 4), "uint8")
+    lazy: Any = CountingLazyArray(images)
+    on_demand = Dataset(DatasetPart(lazy, np.zeros(5, np.int64)), None, (), "fingerprint")
+    assert fit_input_transform(make_job(kind), on_demand, np.arange(3)) == fit_input_transform(
+        make_job(kind), make_dataset(images), np.arange(3)
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,22 +185,24 @@ def test_inputs_that_are_decoded_on_demand(kind: str) -> None:
         ({"mean": 1, "std": 0}, "float32", "data.normalize.std", "0.0"),
     ],
 )
-def test_what_does_not_fit(normalize: Any, dtype: str, where: str, word: str) -> None:
+def test_incompatible_inputs_are_rejected(normalize: Any, dtype: str, where: str, word: str) -> None:
     with pytest.raises(DataError) as refused:
-        fit_preprocess(job(normalize), source(make((5, 3), dtype)), np.arange(5))
+        fit_input_transform(make_job(normalize), make_dataset(random_inputs((5, 3), dtype)), np.arange(5))
     assert refused.value.where == where
     assert word in refused.value.what
     assert refused.value.fix
 
 
 @pytest.mark.parametrize("kind", ["none", "unit", "scalar", "standard"])
-def test_stored_and_read_back(kind: str) -> None:
-    fitted = fit_preprocess(job(kind), source(make((20, 3, 4, 4), "uint8")), np.arange(20))
-    assert preprocess_from_json(json.loads(json.dumps(fitted.to_json()))) == fitted
+def test_serialization_round_trip(kind: str) -> None:
+    fitted = fit_input_transform(make_job(kind), make_dataset(random_inputs((20, 3, 4, 4), "uint8")), np.arange(20))
+    assert input_transform_from_json(json.loads(json.dumps(fitted.to_json()))) == fitted
 
 
 @pytest.mark.parametrize("damage", [{"version": 99}, {"kind": "x"}, {"mean": None}, {"sample_shape": ["a"]}])
-def test_damaged_ones_are_refused(damage: dict[str, Any]) -> None:
-    stored = fit_preprocess(job("standard"), source(make((20, 3), "uint8")), np.arange(20)).to_json()
+def test_damaged_statistics_are_rejected(damage: dict[str, Any]) -> None:
+    stored = fit_input_transform(
+        make_job("standard"), make_dataset(random_inputs((20, 3), "uint8")), np.arange(20)
+    ).to_json()
     with pytest.raises(DataError, match=r"preprocess\.json"):
-        preprocess_from_json({**stored, **damage})
+        input_transform_from_json({**stored, **damage})

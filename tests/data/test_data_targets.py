@@ -10,39 +10,41 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.data.sources import Arrays, Source
-from pipeline.data.split import Rows, make_splits
-from pipeline.data.targets.fitting import Targets, class_counts, fit_targets, label_warnings
+from pipeline.data.sources import Dataset, DatasetPart
+from pipeline.data.split import SplitIndices, make_splits
+from pipeline.data.targets.fitting import TargetTransform, count_classes, fit_target_transform, label_warnings
 from pipeline.errors import DataError, JobError
 from pipeline.job_file import build_job
 
 
-def source(targets: Any, test: Any = None, classes: tuple[str, ...] = (), names: tuple[str, ...] = ()) -> Source:
-    def arrays(values: Any) -> Arrays:
-        return Arrays(np.zeros((len(values), 1), np.float32), np.asarray(values))
+def make_dataset(targets: Any, test: Any = None, classes: tuple[str, ...] = (), names: tuple[str, ...] = ()) -> Dataset:
+    def arrays(values: Any) -> DatasetPart:
+        return DatasetPart(np.zeros((len(values), 1), np.float32), np.asarray(values))
 
-    return Source(arrays(targets), None if test is None else arrays(test), classes, "fingerprint", label_names=names)
+    return Dataset(arrays(targets), None if test is None else arrays(test), classes, "fingerprint", label_names=names)
 
 
-def split(data: Source, train: int | None = None) -> dict[str, Rows]:
+def split_indices(data: Dataset, train: int | None = None) -> dict[str, SplitIndices]:
     """The first rows train, the others validate."""
     rows = np.arange(len(data.train))
-    splits = {"train": Rows("train", rows[:train])}
+    splits = {"train": SplitIndices("train", rows[:train])}
     if train is not None and train < len(rows):
-        splits["val"] = Rows("train", rows[train:])
+        splits["val"] = SplitIndices("train", rows[train:])
     if data.test is not None:
-        splits["test"] = Rows("test", np.arange(len(data.test)))
+        splits["test"] = SplitIndices("test", np.arange(len(data.test)))
     return splits
 
 
-def fit(data: Source, task: Any, train: int | None = None) -> Targets:
+def fit_dataset_targets(data: Dataset, task: Any, train: int | None = None) -> TargetTransform:
     table = {"data": {"source": "parquet", "url": "some/table", "label": "colour"}} if data.label_names else {}
-    return fit_targets(build_job({"name": "t", "task": task, **table}, "test"), data, split(data, train))
+    return fit_target_transform(
+        build_job({"name": "t", "task": task, **table}, "test"), data, split_indices(data, train)
+    )
 
 
-def refused(data: Source, task: Any, train: int | None = None) -> DataError:
+def expect_data_error(data: Dataset, task: Any, train: int | None = None) -> DataError:
     with pytest.raises(DataError) as error:
-        fit(data, task, train)
+        fit_dataset_targets(data, task, train)
     assert error.value.fix
     return error.value
 
@@ -51,19 +53,21 @@ def refused(data: Source, task: Any, train: int | None = None) -> DataError:
     "targets", [np.array([2, 0, 1]), np.array([2.0, 0.0, 1.0], np.float32), np.array([[2], [0], [1]])]
 )
 def test_multiclass(targets: np.ndarray) -> None:
-    prepared = fit(source(targets), "multiclass").prepare(targets)
+    prepared = fit_dataset_targets(make_dataset(targets), "multiclass").transform(targets)
     assert prepared.dtype == np.int64
     assert prepared.tolist() == [2, 0, 1]
 
 
 def test_binary() -> None:
-    data = source([5, 2, 0, 5])
-    prepared = fit(data, {"kind": "binary", "positive": [0, 5]}).prepare(data.train.targets)
+    data = make_dataset([5, 2, 0, 5])
+    prepared = fit_dataset_targets(data, {"kind": "binary", "positive": [0, 5]}).transform(data.train.targets)
     assert prepared.dtype == np.float32
     assert prepared.tolist() == [1, 0, 1, 1]
-    as_they_are = fit(source([0, 1]), "binary").prepare(np.array([0, 1]), dtype=np.float64)
+    as_they_are = fit_dataset_targets(make_dataset([0, 1]), "binary").transform(np.array([0, 1]), dtype=np.float64)
     assert (as_they_are.dtype, as_they_are.tolist()) == (np.dtype("f8"), [0, 1])
-    assert fit(source([0, 1]), {"kind": "binary", "positive": [False]}).prepare(np.array([0, 1])).tolist() == [1, 0]
+    assert fit_dataset_targets(make_dataset([0, 1]), {"kind": "binary", "positive": [False]}).transform(
+        np.array([0, 1])
+    ).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -79,136 +83,147 @@ def test_binary() -> None:
         ([0, 1], {"kind": "binary", "positive": ["yes"]}, ["['yes']"]),
     ],
 )
-def test_labels_that_do_not_fit(targets: Any, task: Any, words: list[str]) -> None:
-    error = refused(source(targets), task)
+def test_invalid_labels_are_rejected(targets: Any, task: Any, words: list[str]) -> None:
+    error = expect_data_error(make_dataset(targets), task)
     assert all(word in error.what for word in words), error.what
 
 
 def test_class_names() -> None:
-    assert fit(source([0, 1], classes=("a", "b", "c")), "multiclass").classes == ("a", "b", "c")
-    assert fit(source([0, 1], classes=("no", "yes")), "binary").classes == ("no", "yes")
-    assert fit(source([0, 1]), "binary").classes == ("0", "1")
-    assert fit(source([0, 1, 2]), {"kind": "binary", "positive": [2]}).classes == ("negative", "positive")
-    assert fit(source([0, 1]), {"kind": "binary", "positive": [0]}).classes == ("1", "0")
-    assert fit(source([0, 1], classes=("no", "yes")), {"kind": "binary", "positive": [0]}).classes == ("yes", "no")
-    assert fit(source([0.5, 1.0]), "regression").classes == ()
+    assert fit_dataset_targets(make_dataset([0, 1], classes=("a", "b", "c")), "multiclass").classes == ("a", "b", "c")
+    assert fit_dataset_targets(make_dataset([0, 1], classes=("no", "yes")), "binary").classes == ("no", "yes")
+    assert fit_dataset_targets(make_dataset([0, 1]), "binary").classes == ("0", "1")
+    assert fit_dataset_targets(make_dataset([0, 1, 2]), {"kind": "binary", "positive": [2]}).classes == (
+        "negative",
+        "positive",
+    )
+    assert fit_dataset_targets(make_dataset([0, 1]), {"kind": "binary", "positive": [0]}).classes == ("1", "0")
+    assert fit_dataset_targets(
+        make_dataset([0, 1], classes=("no", "yes")), {"kind": "binary", "positive": [0]}
+    ).classes == ("yes", "no")
+    assert fit_dataset_targets(make_dataset([0.5, 1.0]), "regression").classes == ()
 
 
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (source([0, 2], classes=("a", "b")), ["2", "2 classes"]),
-        (source([0], test=[5], classes=("a", "b")), ["5", "2 classes"]),
+        (make_dataset([0, 2], classes=("a", "b")), ["2", "2 classes"]),
+        (make_dataset([0], test=[5], classes=("a", "b")), ["5", "2 classes"]),
     ],
 )
-def test_labels_beyond_the_classes(data: Source, words: list[str]) -> None:
-    assert all(word in refused(data, "multiclass").what for word in words)
+def test_labels_outside_the_classes_are_rejected(data: Dataset, words: list[str]) -> None:
+    assert all(word in expect_data_error(data, "multiclass").what for word in words)
 
 
-NAMES = ("blue", "green", "red")
+CLASS_NAMES = ("blue", "green", "red")
 
 
 @pytest.mark.parametrize("labels", [[2021, 2019, 2020, 2021], [3, 1, 2, 3], [-7, 5, -9, -7], [10**12, 0, -(10**12), 0]])
-def test_numbers_that_are_labels_are_the_values_that_occur(labels: list[int]) -> None:
-    data = source(labels)
-    fitted = fit(data, "multiclass")
+def test_numeric_classes_are_the_observed_values(labels: list[int]) -> None:
+    data = make_dataset(labels)
+    fitted = fit_dataset_targets(data, "multiclass")
     assert fitted.classes == tuple(str(label) for label in sorted(set(labels)))
-    numbers = fitted.prepare(data.train.targets)
+    numbers = fitted.transform(data.train.targets)
     assert numbers.tolist() == [sorted(set(labels)).index(label) for label in labels]
-    named = fitted.named(numbers)
+    named = fitted.decode_labels(numbers)
     assert (named.dtype, named.tolist()) == (np.dtype("i8"), labels)
-    assert fitted.prepare(np.array([1, 0]), (str(labels[0]), str(labels[1]))).tolist() == numbers[[1, 0]].tolist()
+    assert fitted.transform(np.array([1, 0]), (str(labels[0]), str(labels[1]))).tolist() == numbers[[1, 0]].tolist()
     with pytest.raises(DataError, match=rf"{labels[0] + 1000} at row 1 is no class that was trained \(1 of 2 rows\)"):
-        fitted.prepare(np.array([labels[0], labels[0] + 1000]))
+        fitted.transform(np.array([labels[0], labels[0] + 1000]))
 
 
 @pytest.mark.parametrize("labels", [[-1, 1], [1, 2], [0, 1], [-3, 2019]])
-def test_of_two_numbers_the_later_one_is_positive(labels: list[int]) -> None:
-    data = source([labels[1], labels[0], labels[1]])
-    fitted = fit(data, "binary")
+def test_later_of_two_numbers_is_positive(labels: list[int]) -> None:
+    data = make_dataset([labels[1], labels[0], labels[1]])
+    fitted = fit_dataset_targets(data, "binary")
     assert fitted.classes == tuple(map(str, labels))
-    assert fitted.prepare(data.train.targets).tolist() == [1, 0, 1]
-    assert fitted.named(np.array([1, 0])).tolist() == labels[::-1]
+    assert fitted.transform(data.train.targets).tolist() == [1, 0, 1]
+    assert fitted.decode_labels(np.array([1, 0])).tolist() == labels[::-1]
     messages = label_warnings(fitted)
     assert len(messages) == (0 if labels == [0, 1] else 1)
     assert all(f"{labels[1]} counts as positive" in text for text in messages)
-    other = fit(data, {"kind": "binary", "positive": [labels[0]]})
-    assert other.prepare(data.train.targets).tolist() == [0, 1, 0]
-    assert other.named(np.array([1, 0])).tolist() == labels
+    other = fit_dataset_targets(data, {"kind": "binary", "positive": [labels[0]]})
+    assert other.transform(data.train.targets).tolist() == [0, 1, 0]
+    assert other.decode_labels(np.array([1, 0])).tolist() == labels
     assert label_warnings(other) == []
 
 
-def test_a_number_that_no_training_row_has() -> None:
+def test_unseen_numeric_label() -> None:
     for task in ("multiclass", "binary"):
-        error = refused(source([1, 3, 2, 3, 2]), task, train=2)
+        error = expect_data_error(make_dataset([1, 3, 2, 3, 2]), task, train=2)
         assert all(word in error.what for word in ("the label 2", "val", "2 of 3"))
         assert "stratify" in error.fix
-    assert "test" in refused(source([1, 3], test=[3, 4, 4]), "multiclass").what
-    named = source([1, 0, 2], classes=("a", "b", "c"))
-    assert fit(named, "multiclass", train=2).prepare(np.array([2])).tolist() == [2], "what the source declares is known"
-    used = {"train": Rows("train", np.array([0, 1]))}
-    fitted = fit_targets(build_job({"name": "t"}, "test"), source([3, 1, 2]), used)
-    assert fitted.prepare(np.array([3, 1, 2]), rows=np.array([0, 1])).tolist() == [1, 0, -1]
+    assert "test" in expect_data_error(make_dataset([1, 3], test=[3, 4, 4]), "multiclass").what
+    named = make_dataset([1, 0, 2], classes=("a", "b", "c"))
+    assert fit_dataset_targets(named, "multiclass", train=2).transform(np.array([2])).tolist() == [2], (
+        "what the source declares is known"
+    )
+    used = {"train": SplitIndices("train", np.array([0, 1]))}
+    fitted = fit_target_transform(build_job({"name": "t"}, "test"), make_dataset([3, 1, 2]), used)
+    assert fitted.transform(np.array([3, 1, 2]), indices=np.array([0, 1])).tolist() == [1, 0, -1]
 
 
 @pytest.mark.parametrize("names", [(), tuple(f"key {number:03d}" for number in range(200))])
-def test_numbers_that_are_no_labels(names: tuple[str, ...]) -> None:
+def test_non_label_numbers_are_rejected(names: tuple[str, ...]) -> None:
     values = np.arange(200) if names else np.arange(200) * 10_000
-    error = refused(source(values, names=names), "multiclass", train=180)
+    error = expect_data_error(make_dataset(values, names=names), "multiclass", train=180)
     assert all(word in error.what for word in ("180 different labels in 180 training rows", "too many"))
     assert "data.label" in error.fix
     assert ("regression" in error.fix) == (not names)
-    fit(source(np.arange(200) % 100), "multiclass")
-    fit(source(np.arange(90)), "multiclass")
+    fit_dataset_targets(make_dataset(np.arange(200) % 100), "multiclass")
+    fit_dataset_targets(make_dataset(np.arange(90)), "multiclass")
 
 
-def test_labels_that_are_text() -> None:
-    data = source([2, 0, 2, 0], names=NAMES)
-    fitted = fit(data, "multiclass")
+def test_text_labels() -> None:
+    data = make_dataset([2, 0, 2, 0], names=CLASS_NAMES)
+    fitted = fit_dataset_targets(data, "multiclass")
     assert fitted.classes == ("blue", "red")  # green is nowhere
-    assert fitted.prepare(data.train.targets, NAMES).tolist() == [1, 0, 1, 0]
+    assert fitted.transform(data.train.targets, CLASS_NAMES).tolist() == [1, 0, 1, 0]
     # New data finds the names that it has.
-    assert fitted.prepare(np.array([0, 0]), ("red",)).tolist() == [1, 1]
+    assert fitted.transform(np.array([0, 0]), ("red",)).tolist() == [1, 1]
     with pytest.raises(DataError, match="'pink' at row 1"):
-        fitted.prepare(np.array([1, 0, 1]), ("pink", "red"))
+        fitted.transform(np.array([1, 0, 1]), ("pink", "red"))
     with pytest.raises(DataError, match="labels are numbers"):
-        fitted.prepare(np.array([0, 1]))
-    by_number = fit(source([0, 1], classes=("no", "yes")), "binary")
-    assert by_number.prepare(np.array([0, 1]), ("yes", "no")).tolist() == [1, 0]
+        fitted.transform(np.array([0, 1]))
+    by_number = fit_dataset_targets(make_dataset([0, 1], classes=("no", "yes")), "binary")
+    assert by_number.transform(np.array([0, 1]), ("yes", "no")).tolist() == [1, 0]
 
 
-def test_a_label_that_no_training_row_has() -> None:
-    error = refused(source([0, 2, 1, 1, 0], names=NAMES), "multiclass", train=2)
+def test_unseen_label() -> None:
+    error = expect_data_error(make_dataset([0, 2, 1, 1, 0], names=CLASS_NAMES), "multiclass", train=2)
     assert all(word in error.what for word in ("'green'", "val", "2 of 3"))
     assert error.where == "some/table: colour"
     assert "stratify" in error.fix
     # A row that no split uses may have any label.
-    data = source([0, 2, 1], names=NAMES)
-    used = {"train": Rows("train", np.array([0, 1]))}
-    fitted = fit_targets(build_job({"name": "t"}, "test"), data, used)
-    assert fitted.prepare(data.train.targets, NAMES, rows=np.array([0, 1])).tolist() == [0, 1, -1]
+    data = make_dataset([0, 2, 1], names=CLASS_NAMES)
+    used = {"train": SplitIndices("train", np.array([0, 1]))}
+    fitted = fit_target_transform(build_job({"name": "t"}, "test"), data, used)
+    assert fitted.transform(data.train.targets, CLASS_NAMES, indices=np.array([0, 1])).tolist() == [0, 1, -1]
 
 
-def test_binary_labels_that_are_text() -> None:
-    data = source([1, 0, 1], names=("no", "yes"))
-    fitted = fit(data, {"kind": "binary", "positive": ["yes"]})
+def test_binary_text_labels() -> None:
+    data = make_dataset([1, 0, 1], names=("no", "yes"))
+    fitted = fit_dataset_targets(data, {"kind": "binary", "positive": ["yes"]})
     assert fitted.classes == ("no", "yes")
-    assert fitted.prepare(data.train.targets, data.label_names).tolist() == [1, 0, 1]
-    assert fitted.prepare(np.array([0, 1]), ("yes", "maybe")).tolist() == [1, 0]
-    three = fit(source([2, 0, 1], names=NAMES), {"kind": "binary", "positive": ["red", "blue"]})
+    assert fitted.transform(data.train.targets, data.label_names).tolist() == [1, 0, 1]
+    assert fitted.transform(np.array([0, 1]), ("yes", "maybe")).tolist() == [1, 0]
+    three = fit_dataset_targets(
+        make_dataset([2, 0, 1], names=CLASS_NAMES), {"kind": "binary", "positive": ["red", "blue"]}
+    )
     assert three.classes == ("negative", "positive")
-    assert "binary, positive: [yes]" in refused(data, "binary").fix
-    assert "blue, green, red" in refused(source([0, 2], names=NAMES), "binary").what
-    assert "no, yes" in refused(data, {"kind": "binary", "positive": ["Yes"]}).fix
-    numbers = source([0, 1], names=("3", "8"))
-    assert fit(numbers, {"kind": "binary", "positive": [8]}).prepare(np.array([0, 1]), ("3", "8")).tolist() == [0, 1]
+    assert "binary, positive: [yes]" in expect_data_error(data, "binary").fix
+    assert "blue, green, red" in expect_data_error(make_dataset([0, 2], names=CLASS_NAMES), "binary").what
+    assert "no, yes" in expect_data_error(data, {"kind": "binary", "positive": ["Yes"]}).fix
+    numbers = make_dataset([0, 1], names=("3", "8"))
+    assert fit_dataset_targets(numbers, {"kind": "binary", "positive": [8]}).transform(
+        np.array([0, 1]), ("3", "8")
+    ).tolist() == [0, 1]
 
 
-def test_one_class_only() -> None:
-    data = source([0, 0, 2], names=NAMES)
-    error = refused(data, {"kind": "binary", "positive": ["red"]}, train=2)
+def test_single_class_is_rejected() -> None:
+    data = make_dataset([0, 0, 2], names=CLASS_NAMES)
+    error = expect_data_error(data, {"kind": "binary", "positive": ["red"]}, train=2)
     assert "2 training rows" in error.what
-    assert "'blue'" in refused(source([0, 0], names=NAMES), "multiclass").what
+    assert "'blue'" in expect_data_error(make_dataset([0, 0], names=CLASS_NAMES), "multiclass").what
 
 
 @given(
@@ -216,55 +231,57 @@ def test_one_class_only() -> None:
     dtype=st.sampled_from([np.float32, np.float64]),
 )
 @settings(deadline=None)
-def test_regression_learns_what_is_scaled(values: list[list[float]], dtype: Any) -> None:
-    data = source(np.array(values, np.float32))
+def test_regression_targets_are_scaled(values: list[list[float]], dtype: Any) -> None:
+    data = make_dataset(np.array(values, np.float32))
     if (data.train.targets[:3] == data.train.targets[0]).all(0).any():
         return
-    fitted = fit(data, "regression", train=3)
+    fitted = fit_dataset_targets(data, "regression", train=3)
     raw = np.array(values)
     mean, std = raw[:3].mean(0), raw[:3].std(0)
-    prepared = fitted.prepare(data.train.targets, dtype=dtype)
+    prepared = fitted.transform(data.train.targets, dtype=dtype)
     assert prepared.dtype == dtype
     np.testing.assert_allclose(prepared * fitted.std + fitted.mean, raw, atol=1e-3)
     for column in np.flatnonzero(std > 1e-3):
         expected = (raw[:, column] - mean[column]) / std[column]
         np.testing.assert_allclose(prepared[:, column], expected, rtol=1e-4, atol=1e-4)
-    plain = fit(data, {"kind": "regression", "scale_targets": False}, train=3)
+    plain = fit_dataset_targets(data, {"kind": "regression", "scale_targets": False}, train=3)
     assert (plain.mean, plain.std) == ((), ())
-    assert np.array_equal(plain.prepare(data.train.targets, dtype=dtype), raw.astype(np.float32).astype(dtype))
+    assert np.array_equal(plain.transform(data.train.targets, dtype=dtype), raw.astype(np.float32).astype(dtype))
 
 
-def test_regression_shapes_and_what_does_not_fit() -> None:
-    fitted = fit(source(np.array([3, 4, 5])), "regression")
-    assert fitted.prepare(np.array([3, 4])).shape == (2, 1)
+def test_regression_shapes_and_invalid_targets() -> None:
+    fitted = fit_dataset_targets(make_dataset(np.array([3, 4, 5])), "regression")
+    assert fitted.transform(np.array([3, 4])).shape == (2, 1)
     with pytest.raises(DataError, match="2 numbers a row, but 1"):
-        fitted.prepare(np.zeros((2, 2)))
-    assert "blue, green, red" in refused(source([0, 1], names=NAMES), "regression").what
+        fitted.transform(np.zeros((2, 2)))
+    assert "blue, green, red" in expect_data_error(make_dataset([0, 1], names=CLASS_NAMES), "regression").what
 
 
 @pytest.mark.parametrize("scale", [True, False])
-def test_a_target_that_never_varies_cannot_be_learned(scale: bool) -> None:
+def test_constant_target_is_rejected(scale: bool) -> None:
     task = {"kind": "regression", "scale_targets": scale}
-    error = refused(source(np.array([0.1, 0.1, 3.0], np.float32)), task, train=2)
+    error = expect_data_error(make_dataset(np.array([0.1, 0.1, 3.0], np.float32)), task, train=2)
     assert error.what == "the target is 0.1 in all 2 training rows: there is nothing to learn"
-    both = refused(source(np.array([[1.0, 5.0], [2.0, 5.0]])), task)
+    both = expect_data_error(make_dataset(np.array([[1.0, 5.0], [2.0, 5.0]])), task)
     assert "the target column 1 (from 0) is 5 in all 2 training rows" in both.what
 
 
 @given(train=st.lists(st.integers(0, 2), min_size=2, max_size=9), others=st.data())
 @settings(deadline=None)
-def test_what_is_fitted_depends_on_no_other_row(train: list[int], others: st.DataObject) -> None:
+def test_targets_are_fitted_on_training_rows_only(train: list[int], others: st.DataObject) -> None:
     if len(set(train)) == 1:
         return
     stored = []
     for _ in range(2):
         rest = others.draw(st.lists(st.sampled_from(sorted(set(train))), max_size=5))
-        data = source(np.array([*train, *rest]), names=NAMES)
-        fitted = fit(data, "multiclass", train=len(train))
-        scaled = fit(source(np.array([*train, *rest], np.float32)), "regression", train=len(train))
+        data = make_dataset(np.array([*train, *rest]), names=CLASS_NAMES)
+        fitted = fit_dataset_targets(data, "multiclass", train=len(train))
+        scaled = fit_dataset_targets(
+            make_dataset(np.array([*train, *rest], np.float32)), "regression", train=len(train)
+        )
         stored.append(json.dumps([fitted.to_json(), scaled.to_json()]))
-        assert Targets.from_json(json.loads(json.dumps(fitted.to_json()))) == fitted
-        assert Targets.from_json(json.loads(json.dumps(scaled.to_json()))) == scaled
+        assert TargetTransform.from_json(json.loads(json.dumps(fitted.to_json()))) == fitted
+        assert TargetTransform.from_json(json.loads(json.dumps(scaled.to_json()))) == scaled
     assert stored[0] == stored[1]
 
 
@@ -272,44 +289,44 @@ def test_what_is_fitted_depends_on_no_other_row(train: list[int], others: st.Dat
     "damage",
     [{"version": 1}, {"kind": "x"}, {"classes": None}, {"positive": [0.5]}, {"mean": 1}, {"values": [1, 1]}],
 )
-def test_damaged_ones_are_refused(damage: dict[str, Any]) -> None:
-    stored = fit(source([0, 1, 2]), {"kind": "binary", "positive": [2]}).to_json()
-    assert Targets.from_json(stored).positive == (2,)
+def test_damaged_targets_are_rejected(damage: dict[str, Any]) -> None:
+    stored = fit_dataset_targets(make_dataset([0, 1, 2]), {"kind": "binary", "positive": [2]}).to_json()
+    assert TargetTransform.from_json(stored).positive == (2,)
     with pytest.raises(DataError, match=r"preprocess\.json"):
-        Targets.from_json({**stored, **damage})
+        TargetTransform.from_json({**stored, **damage})
 
 
-def test_number_of_a_class() -> None:
-    named = fit(source([2, 0, 1], names=NAMES), "multiclass")
-    assert named.number_of("green") == 1
-    numbers = fit(source([1, 0, 1], names=("5", "0")), "multiclass")
-    assert [numbers.number_of(label) for label in ("5", 5, 0)] == [0, 0, 1]
-    years = fit(source([2020, 2019]), "multiclass")
-    assert [years.number_of(label) for label in (2020, "2019")] == [1, 0]
-    declared = fit(source([0, 1], classes=("no", "yes")), {"kind": "binary", "positive": [0]})
-    assert [declared.number_of(label) for label in ("no", 0, 1)] == [1, 1, 0], "by the label, never by position"
-    merged = fit(source([0, 1, 2]), {"kind": "binary", "positive": [1, 2]})
-    assert merged.number_of("positive") == 1
+def test_label_index() -> None:
+    named = fit_dataset_targets(make_dataset([2, 0, 1], names=CLASS_NAMES), "multiclass")
+    assert named.label_index("green") == 1
+    numbers = fit_dataset_targets(make_dataset([1, 0, 1], names=("5", "0")), "multiclass")
+    assert [numbers.label_index(label) for label in ("5", 5, 0)] == [0, 0, 1]
+    years = fit_dataset_targets(make_dataset([2020, 2019]), "multiclass")
+    assert [years.label_index(label) for label in (2020, "2019")] == [1, 0]
+    declared = fit_dataset_targets(make_dataset([0, 1], classes=("no", "yes")), {"kind": "binary", "positive": [0]})
+    assert [declared.label_index(label) for label in ("no", 0, 1)] == [1, 1, 0], "by the label, never by position"
+    merged = fit_dataset_targets(make_dataset([0, 1, 2]), {"kind": "binary", "positive": [1, 2]})
+    assert merged.label_index("positive") == 1
     with pytest.raises(JobError) as error:
-        named.number_of("gren")
+        named.label_index("gren")
     assert error.value.where == "task.class_weights.gren"
     assert "green" in error.value.fix
     for fitted, label in ((named, 2), (years, 1), (merged, 1)):
         with pytest.raises(JobError, match=f"{label} is no class; there are {len(fitted.classes)}"):
-            fitted.number_of(label)
+            fitted.label_index(label)
 
 
 def test_class_counts() -> None:
-    assert class_counts(np.array([0, 2, 2]), 4) == [1, 0, 2, 0]
-    assert class_counts(np.array([0.0, 1.0, 1.0], np.float32), 2) == [1, 2]
+    assert count_classes(np.array([0, 2, 2]), 4) == [1, 0, 2, 0]
+    assert count_classes(np.array([0.0, 1.0, 1.0], np.float32), 2) == [1, 2]
 
 
-def test_stratified_by_names() -> None:
-    data = source([0] * 40 + [1] * 20 + [2] * 40, names=NAMES)
+def test_stratify_with_class_names() -> None:
+    data = make_dataset([0] * 40 + [1] * 20 + [2] * 40, names=CLASS_NAMES)
     for task, sizes in (("multiclass", [8, 4, 8]), ({"kind": "binary", "positive": ["green"]}, None)):
         a_job = build_job(
             {"name": "t", "task": task, "data": {"splits": {"by": "random", "val": 0.2, "stratify": True}}}, "test"
         )
-        counts = np.bincount(data.train.targets[make_splits(a_job, data)["val"].ids])
+        counts = np.bincount(data.train.targets[make_splits(a_job, data)["val"].indices])
         assert counts[1] == 4
         assert sizes is None or counts.tolist() == sizes

@@ -11,28 +11,28 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.cache import growing, take_lock
-from pipeline.watchdog import on_progress
+from pipeline.data.cache import acquire_lock, track_folder_growth
+from pipeline.watchdog import listening_to_progress
 
 HANG_S = 1.5
-WATCHED = f"""
+WATCHDOG_SCRIPT = f"""
 import sys, time
 from pathlib import Path
-from pipeline.context import SingleProcessContext, own_process
+from pipeline.context import SingleProcessContext, command_line_process
 from pipeline.errors import HungError
-from pipeline.watchdog import Limits, Stacks, Watchdog, note_progress
+from pipeline.watchdog import HangTimeouts, StackDump, Watchdog, note_progress
 
 def watched():
     def save(name, text):
         raise OSError("no storage here")
     told = lambda event: print(event.text, file=sys.stderr, flush=True)
-    limits = Limits({HANG_S}, storage_s=60)
-    context, stacks = SingleProcessContext(told), Stacks(str(Path.cwd()), 0, save)
+    limits = HangTimeouts({HANG_S}, storage_s=60)
+    context, stacks = SingleProcessContext(told), StackDump(str(Path.cwd()), 0, save)
     return Watchdog(context, limits, stacks, where="run", answers=lambda: 0)
 """
-CACHED = """
-from pipeline.data.cache import cached
-from pipeline.job import Cache
+CACHE_SCRIPT = """
+from pipeline.data.cache import get_or_build
+from pipeline.job import CacheConfig
 
 def build(folder):
     print("building", flush=True)
@@ -42,15 +42,15 @@ def build(folder):
     (folder / "data").write_bytes(b"x")
 
 with watched():
-    print((cached(Cache(folder="cache"), "aa", build, size=1).folder / "data").read_text())
+    print((get_or_build(CacheConfig(folder="cache"), "aa", build, size=1).folder / "data").read_text())
 """
-CALL = """
-from pipeline.data.sources import open_source
+USER_FUNCTION_SCRIPT = """
+from pipeline.data.sources import open_dataset
 from pipeline.job_file import build_job
 
 sys.path.append(str(Path.cwd()))
-with own_process(), watched():
-    open_source(build_job({"name": "t", "data": {"source": {"call": "slow_code:" + sys.argv[1]}}}, "test"))
+with command_line_process(), watched():
+    open_dataset(build_job({"name": "t", "data": {"source": {"call": "slow_code:" + sys.argv[1]}}}, "test"))
 print("loaded")
 """
 SLOW_CODE = f"""
@@ -72,9 +72,9 @@ def holds_pythons_lock():
 """
 
 
-def start(folder: Path, program: str, *arguments: str) -> subprocess.Popen[str]:
+def start_script(folder: Path, program: str, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", WATCHED + program, *arguments],
+        [sys.executable, "-c", WATCHDOG_SCRIPT + program, *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         stdout=subprocess.PIPE,
@@ -83,24 +83,24 @@ def start(folder: Path, program: str, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def builder(folder: Path, steps: int) -> subprocess.Popen[str]:
+def start_builder(folder: Path, steps: int) -> subprocess.Popen[str]:
     """A process that fills the cache, in so many tenths of a second."""
-    process = start(folder, CACHED, str(steps))
+    process = start_script(folder, CACHE_SCRIPT, str(steps))
     assert process.stdout is not None
     assert process.stdout.readline() == "building\n"
     return process
 
 
-def test_a_builder_that_works_and_who_waits_for_it_live_on(tmp_path: Path) -> None:
+def test_working_builder_and_its_waiters_are_not_hangs(tmp_path: Path) -> None:
     """Both for longer than either may stand still."""
-    processes = [builder(tmp_path, steps=int(10 * (HANG_S + 2) + 20)), start(tmp_path, CACHED, "0")]
+    processes = [start_builder(tmp_path, steps=int(10 * (HANG_S + 2) + 20)), start_script(tmp_path, CACHE_SCRIPT, "0")]
     assert [(*process.communicate(timeout=100), process.returncode) for process in processes] == [("x\n", "", 0)] * 2
 
 
-def test_a_builder_that_is_stopped_is_found_out(tmp_path: Path) -> None:
-    stopped = builder(tmp_path, steps=10_000)
+def test_stopped_builder_is_detected(tmp_path: Path) -> None:
+    stopped = start_builder(tmp_path, steps=10_000)
     try:
-        waiting = start(tmp_path, CACHED, "0")
+        waiting = start_script(tmp_path, CACHE_SCRIPT, "0")
         stopped.send_signal(signal.SIGSTOP)
         out, err = waiting.communicate(timeout=100)
         assert (out, waiting.returncode) == ("", 1)
@@ -112,28 +112,28 @@ def test_a_builder_that_is_stopped_is_found_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["waits", "holds_pythons_lock"])
-def test_a_function_that_returns_the_data_may_take_its_time(tmp_path: Path, how: str) -> None:
+def test_user_function_that_loads_data_may_be_slow(tmp_path: Path, how: str) -> None:
     (tmp_path / "slow_code.py").write_text(SLOW_CODE)
-    process = start(tmp_path, CALL, how)
+    process = start_script(tmp_path, USER_FUNCTION_SCRIPT, how)
     assert (*process.communicate(timeout=100), process.returncode) == ("loaded\n", "", 0)
 
 
-def test_after_such_a_function_the_watchdog_is_back(tmp_path: Path) -> None:
+def test_watchdog_resumes_after_user_function(tmp_path: Path) -> None:
     (tmp_path / "slow_code.py").write_text(SLOW_CODE.replace(f"SECONDS = {int(HANG_S + 3)}", "SECONDS = 0"))
-    process = start(tmp_path, CALL.replace("print", "    time.sleep(1000)\nprint"), "waits")
+    process = start_script(tmp_path, USER_FUNCTION_SCRIPT.replace("print", "    time.sleep(1000)\nprint"), "waits")
     out, err = process.communicate(timeout=100)
     assert (out, process.returncode) == ("", 1)
     assert "training stood still for" in err
 
 
-def test_a_download_that_grows_is_progress_here_and_for_who_waits(tmp_path: Path) -> None:
+def test_growing_download_counts_as_progress(tmp_path: Path) -> None:
     noted: list[str] = []
     folder = tmp_path / "download"
     folder.mkdir()
     with (tmp_path / "lock").open("w") as lock:
-        take_lock(lock)
+        acquire_lock(lock)
         os.utime(lock.fileno(), (1, 1))
-        with on_progress(lambda: noted.append("here")), growing(folder, lock):
+        with listening_to_progress(lambda: noted.append("here")), track_folder_growth(folder, lock):
             (folder / "file").write_bytes(b"some")
             deadline = time.monotonic() + 60
             while not (noted and os.fstat(lock.fileno()).st_mtime > 1):

@@ -15,17 +15,17 @@ import pyarrow as pa
 import pyarrow.dataset
 from safetensors.torch import load_file
 
-OF_THE_ATTEMPT = ["attempt", "seconds", "time"]
+ATTEMPT_COLUMNS = ["attempt", "seconds", "time"]
 """Columns that tell who computed a row, and when."""
 
 
-def only_run(storage: Path) -> Path:
+def find_run(storage: Path) -> Path:
     """The one run in a folder."""
     (job,) = storage.glob("*/job.yaml")
     return job.parent
 
 
-def evidence(run: Path) -> dict[str, Any]:
+def final_state(run: Path) -> dict[str, Any]:
     """All that must be the same whatever happened on the way."""
     result = json.loads((run / "result.json").read_text())
     last, chosen = (run / "checkpoints" / result[name] for name in ("last", "chosen"))
@@ -37,7 +37,7 @@ def evidence(run: Path) -> dict[str, Any]:
         "result": _without_attempts(result),
         "position": json.loads((last / "manifest.json").read_text())["position"],
         "splits": _sha256(run / "splits.parquet"),
-        **{name: read_log(run, name).drop_columns(OF_THE_ATTEMPT).to_pylist() for name in ("steps", "evals")},
+        **{name: read_log(run, name).drop_columns(ATTEMPT_COLUMNS).to_pylist() for name in ("steps", "evals")},
     }
 
 
@@ -46,14 +46,14 @@ def read_log(run: Path, name: str) -> pa.Table:
     return pyarrow.dataset.dataset(run / "metrics" / name, format="parquet").to_table().sort_by("step")
 
 
-def entries(run: Path) -> list[dict[str, Any]]:
+def read_entries(run: Path) -> list[dict[str, Any]]:
     """The journal."""
     return [json.loads(path.read_text()) for path in sorted((run / "journal").glob("*.json"))]
 
 
-def check_at_rest(run: Path) -> None:
+def check_checkpoints(run: Path) -> None:
     """What holds whenever nobody writes: all that the newest commit keeps is whole, as are those of any end."""
-    commits = [entry for entry in entries(run) if entry["kind"] == "commit"]
+    commits = [entry for entry in read_entries(run) if entry["kind"] == "commit"]
     for commit in commits[-1:] + [commit for commit in commits if commit["end"]]:
         for name in {name for pair in commit["kept"] for name in pair if name is not None}:
             folder = run / "checkpoints" / name
@@ -61,7 +61,7 @@ def check_at_rest(run: Path) -> None:
                 assert _sha256(folder / file) == expected["sha256"], f"{folder / file} was altered"
 
 
-def committed(run: Path) -> dict[str, str]:
+def hash_committed_files(run: Path) -> dict[str, str]:
     """SHA-256 of every file of checkpoints, cells, journal and result: what a zombie must leave alone. Live rows it may
     leave behind."""
     files = [path for path in run.rglob("*") if path.is_file() and ".tmp" not in path.parts]
@@ -72,7 +72,7 @@ def committed(run: Path) -> dict[str, str]:
     }
 
 
-class Watcher:
+class RunReader:
     """A reader of the metric log that looks all the time while entered; what it finds wrong is raised at the end."""
 
     def __init__(self, storage: Path) -> None:
@@ -82,9 +82,9 @@ class Watcher:
         self._listed: dict[str, set[str]] = {"steps": set(), "evals": set()}
         self._error: BaseException | None = None
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._poll, daemon=True)
 
-    def __enter__(self) -> Watcher:
+    def __enter__(self) -> RunReader:
         self._thread.start()
         return self
 
@@ -96,27 +96,27 @@ class Watcher:
         if self._error is not None and error is None:
             raise self._error
 
-    def _watch(self) -> None:
+    def _poll(self) -> None:
         try:
             while not self._over.wait(0.005):
                 for job in self._storage.glob("*/job.yaml"):
-                    self._look(job.parent)
+                    self._check(job.parent)
         except BaseException as error:
             self._error = error
 
-    def _look(self, run: Path) -> None:
-        steps = self._read(run, "steps")
+    def _check(self, run: Path) -> None:
+        steps = self._read_table(run, "steps")
         if steps is None:
             return
         at = steps["step"].to_pylist()
         assert at == list(range(1, len(at) + 1)), f"steps twice, or a gap: {at}"
-        evaluations = self._read(run, "evals")
+        evaluations = self._read_table(run, "evals")
         assert evaluations is not None, "a cell's steps before its evaluations"
         keys = list(zip(evaluations["step"].to_pylist(), evaluations["split"].to_pylist(), strict=True))
         assert len(set(keys)) == len(keys), f"an evaluation twice: {keys}"
         self.looks += 1
 
-    def _read(self, run: Path, name: str) -> pa.Table | None:
+    def _read_table(self, run: Path, name: str) -> pa.Table | None:
         folder = run / "metrics" / name
         listed = {path.name for path in folder.glob("*")}
         if not listed:

@@ -30,34 +30,34 @@ WAIT_S = 60.0
 
 
 @dataclass(frozen=True)
-class Trap:
+class SignalAt:
     """A signal that a child sends itself: at the `count`-th operation on files, or step, from 1."""
 
-    kind: Literal["files", "steps"]
+    counter: Literal["files", "steps"]
     count: int
     signal: int = signal.SIGKILL
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ChildResult:
     """How a child ended: `code` is its exit code, or minus the signal that killed it."""
 
-    code: int
-    out: str
-    err: str
-    counted: dict[str, int] = field(default_factory=dict)
+    exit_code: int
+    stdout: str
+    stderr: str
+    counts: dict[str, int] = field(default_factory=dict)
     """Operations on files and steps until then; not known of a killed one."""
 
 
 @dataclass(frozen=True)
-class Child:
+class ChildProcess:
     """One attempt under way."""
 
     pid: int
-    out: Path
+    output_folder: Path
 
 
-class Nursery:
+class ForkServer:
     """The forking process, seen from a test.
 
     Parameters
@@ -82,35 +82,35 @@ class Nursery:
             },
         )
 
-    def start(self, *argv: str, trap: Trap | None = None, env: dict[str, str] | None = None) -> Child:
+    def start(self, *argv: str, signal_at: SignalAt | None = None, env: dict[str, str] | None = None) -> ChildProcess:
         """Begin `trainyard argv...`."""
         self._count += 1
         out = self._folder / f"child-{self._count}"
         for suffix in (".out", ".err"):  # a child may be killed before it opens them
             out.with_suffix(suffix).touch()
-        order = {"start": argv, "trap": asdict(trap) if trap else None, "out": str(out), "env": env or {}}
-        return Child(int(self._ask(order)), out)
+        order = {"start": argv, "trap": asdict(signal_at) if signal_at else None, "out": str(out), "env": env or {}}
+        return ChildProcess(int(self._request(order)), out)
 
-    def stopped(self, child: Child) -> bool:
+    def wait_until_stopped(self, child: ChildProcess) -> bool:
         """Wait until it stands still under SIGSTOP; False if it ended instead."""
         deadline = time.monotonic() + WAIT_S
-        while (state := _state(child.pid)) not in ("T", "Z", ""):
+        while (state := _process_state(child.pid)) not in ("T", "Z", ""):
             assert time.monotonic() < deadline, f"attempt {child.pid} neither stops nor ends"
             time.sleep(0.002)
         return state == "T"
 
-    def wait(self, child: Child) -> Outcome:
+    def wait(self, child: ChildProcess) -> ChildResult:
         """Its end; an AssertionError if it goes on for too long."""
-        status = self._ask({"wait": child.pid})
-        out, err = (child.out.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
+        status = self._request({"wait": child.pid})
+        out, err = (child.output_folder.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
         assert status is not None, f"attempt {child.pid} hangs:\n{err}"
-        counted = child.out.with_suffix(".counted")
+        counted = child.output_folder.with_suffix(".counted")
         counts = json.loads(counted.read_text()) if counted.exists() else {}
-        return Outcome(os.waitstatus_to_exitcode(int(status)), out, err, counts)
+        return ChildResult(os.waitstatus_to_exitcode(int(status)), out, err, counts)
 
-    def run(self, *argv: str, trap: Trap | None = None, env: dict[str, str] | None = None) -> Outcome:
+    def run(self, *argv: str, signal_at: SignalAt | None = None, env: dict[str, str] | None = None) -> ChildResult:
         """`start` and `wait`."""
-        return self.wait(self.start(*argv, trap=trap, env=env))
+        return self.wait(self.start(*argv, signal_at=signal_at, env=env))
 
     def close(self) -> None:
         """End the forking process; children end by themselves."""
@@ -120,7 +120,7 @@ class Nursery:
         self._process.wait(timeout=WAIT_S)
         self._process.stdout.close()
 
-    def _ask(self, order: dict[str, Any]) -> Any:
+    def _request(self, order: dict[str, Any]) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(order) + "\n")
@@ -128,7 +128,7 @@ class Nursery:
         return json.loads(self._process.stdout.readline())
 
 
-def _state(pid: int) -> str:
+def _process_state(pid: int) -> str:
     """The letter that ps shows; empty for a process that is gone."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
@@ -142,10 +142,10 @@ def _state(pid: int) -> str:
 class _Counter:
     """Counts operations of one kind, and springs the trap at its count."""
 
-    def __init__(self, kind: str, trap: Trap | None) -> None:
+    def __init__(self, kind: str, signal_at: SignalAt | None) -> None:
         self.count = 0
-        self._at = trap.count if trap is not None and trap.kind == kind else 0
-        self._signal = trap.signal if trap is not None else 0
+        self._at = signal_at.count if signal_at is not None and signal_at.counter == kind else 0
+        self._signal = signal_at.signal if signal_at is not None else 0
         self._lock = threading.Lock()
 
     def __call__(self) -> None:
@@ -185,11 +185,11 @@ class _TornWriter(io.BufferedWriter):
         return len(data)
 
 
-def _set_trap(trap: Trap | None) -> dict[str, _Counter]:
+def _install_counters(signal_at: SignalAt | None) -> dict[str, _Counter]:
     import pipeline.storage.local as local
-    from pipeline.learn.trainee import Trainee
+    from pipeline.learn.trainee import TrainEngine
 
-    files, steps = _Counter("files", trap), _Counter("steps", trap)
+    files, steps = _Counter("files", signal_at), _Counter("steps", signal_at)
     for name in ("replace", "link", "unlink", "mkdir", "rmdir"):
         setattr(os, name, files.around(getattr(os, name)))
     os.fsync = lambda fd: files()  # only power loss can tell, and it is most of the time
@@ -202,11 +202,11 @@ def _set_trap(trap: Trap | None) -> dict[str, _Counter]:
         return file
 
     local.open = torn_open  # type: ignore[attr-defined]
-    Trainee.update = steps.before(Trainee.update)  # type: ignore[method-assign]
+    TrainEngine.optimizer_step = steps.before(TrainEngine.optimizer_step)  # type: ignore[method-assign]
     return {"files": files, "steps": steps}
 
 
-def _be_child(order: dict[str, Any]) -> None:
+def _run_child(order: dict[str, Any]) -> None:
     import pipeline.cli
 
     out = Path(order["out"])
@@ -214,7 +214,7 @@ def _be_child(order: dict[str, Any]) -> None:
         os.dup2(os.open(out.with_suffix(suffix), os.O_WRONLY | os.O_CREAT), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(order["env"])
-    counters = _set_trap(Trap(**order["trap"]) if order["trap"] else None)
+    counters = _install_counters(SignalAt(**order["trap"]) if order["trap"] else None)
     sys.argv = ["trainyard", *order["start"]]
     code = 70
     try:
@@ -230,7 +230,7 @@ def _be_child(order: dict[str, Any]) -> None:
     os._exit(code)
 
 
-def _wait(pid: int) -> int | None:
+def _wait_for_child(pid: int) -> int | None:
     """The status of a child, or None if it hangs and had to be killed."""
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
@@ -252,16 +252,16 @@ def _serve() -> None:
     from pipeline.record import recorder
 
     torch.set_num_threads(1)
-    recorder.REST = 0  # a commit whenever one is due: more places to die in
+    recorder.COMMIT_INTERVAL_FACTOR = 0  # a commit whenever one is due: more places to die in
     replies = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
         order = json.loads(line)
         if "wait" in order:
-            reply = _wait(order["wait"])
+            reply = _wait_for_child(order["wait"])
         else:
             reply = os.fork()
             if reply == 0:
-                _be_child(order)
+                _run_child(order)
         replies.write(f"{json.dumps(reply)}\n")
         replies.flush()
 

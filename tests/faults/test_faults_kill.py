@@ -19,14 +19,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.faults.fault_evidence import Watcher, check_at_rest, committed, entries, evidence, only_run
-from tests.faults.fault_nursery import Nursery, Outcome, Trap
+from tests.faults.fault_evidence import (
+    RunReader,
+    check_checkpoints,
+    final_state,
+    find_run,
+    hash_committed_files,
+    read_entries,
+)
+from tests.faults.fault_nursery import ChildResult, ForkServer, SignalAt
 
 SEED = int(os.environ.get("TRAINYARD_TEST_SEED", "1"))
-KILLS = 6
+MAX_KILLS = 6
 """For each job; then it may finish."""
 
-SOURCE = """
+DATA_MODULE = """
 import numpy as np
 
 def images():
@@ -39,7 +46,7 @@ def curve():
     return x, np.sin(x.sum(1))
 """
 
-HEAD = """
+JOB_HEADER = """
 schema: 1
 name: victim
 data: {source: disc, normalize: scalar, splits: {by: random, val: 0.2}}
@@ -47,7 +54,7 @@ data: {source: disc, normalize: scalar, splits: {by: random, val: 0.2}}
 
 JOBS = {
     "momentum": (
-        HEAD
+        JOB_HEADER
         + """
 model: {kind: mlp, hidden: [8, 4], activation: tanh}
 train:
@@ -60,7 +67,7 @@ checkpoint: {every_steps: 5, keep: 2}
         [],
     ),
     "adam": (
-        HEAD
+        JOB_HEADER
         + """
 model: {kind: mlp, hidden: [8, 8], activation: relu, dropout: 0.2, batch_norm: true}
 train:
@@ -74,7 +81,7 @@ checkpoint: {every_steps: 6, keep: 1}
         [],
     ),
     "patience": (
-        HEAD
+        JOB_HEADER
         + """
 model: {kind: mlp, hidden: [8], activation: relu}
 train:
@@ -88,7 +95,7 @@ checkpoint: {every_steps: 9, keep: 3}
         [],
     ),
     "fp16": (
-        HEAD
+        JOB_HEADER
         + """
 model: {kind: mlp, hidden: [16], activation: gelu}
 train:
@@ -160,7 +167,7 @@ checkpoint: {every_steps: 3, keep: 2}
         [],
     ),
     "short": (
-        HEAD
+        JOB_HEADER
         + """
 train:
   batch_size: 80
@@ -171,10 +178,10 @@ checkpoint: {every_steps: 3}
         [],
     ),
 }
-LONG = [name for name in JOBS if name != "short"]
+LONG_JOBS = [name for name in JOBS if name != "short"]
 
 
-def write_victims(path: Path) -> None:
+def write_table(path: Path) -> None:
     """A table with numbers, nulls, levels and groups."""
     draw = np.random.default_rng(0)
     age, town = draw.normal(40, 12, 600), draw.integers(0, 30, 600)
@@ -191,27 +198,27 @@ def write_victims(path: Path) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
-    (folder / "fault_source.py").write_text(SOURCE)
-    write_victims(folder / "victims.parquet")
+    (folder / "fault_source.py").write_text(DATA_MODULE)
+    write_table(folder / "victims.parquet")
     for name, (text, _) in JOBS.items():
         (folder / f"{name}.yaml").write_text(text)
     return folder
 
 
 @pytest.fixture(scope="module")
-def nursery(folder: Path) -> Iterator[Nursery]:
+def fork_server(folder: Path) -> Iterator[ForkServer]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRAINYARD_HEARTBEAT_S", "0.1")  # so that live rows are written too
-        nursery = Nursery(folder)
+        nursery = ForkServer(folder)
     yield nursery
     nursery.close()
 
 
-def command(name: str, storage: Path) -> list[str]:
+def train_command(name: str, storage: Path) -> list[str]:
     return ["train", f"{name}.yaml", "--storage", str(storage), *JOBS[name][1]]
 
 
-def live_and_die(nursery: Nursery, argv: list[str], draw: random.Random) -> Outcome:
+def run_until_signal(nursery: ForkServer, argv: list[str], draw: random.Random) -> ChildResult:
     """One attempt that ends by a signal somewhere, or comes to its end before."""
     kind = draw.choice(["files", "files", "steps", "clock", "signal"])
     if kind == "clock":
@@ -221,51 +228,56 @@ def live_and_die(nursery: Nursery, argv: list[str], draw: random.Random) -> Outc
         return nursery.wait(child)
     if kind == "signal":
         number = draw.choice([signal.SIGINT, signal.SIGTERM])
-        return nursery.run(*argv, trap=Trap("steps", draw.randint(1, 60), number))
+        return nursery.run(*argv, signal_at=SignalAt("steps", draw.randint(1, 60), number))
     return nursery.run(
-        *argv, trap=Trap("steps", draw.randint(1, 80)) if kind == "steps" else Trap("files", draw.randint(1, 180))
+        *argv,
+        signal_at=SignalAt("steps", draw.randint(1, 80))
+        if kind == "steps"
+        else SignalAt("files", draw.randint(1, 180)),
     )
 
 
-@pytest.mark.parametrize("name", LONG)
-def test_a_run_killed_again_and_again_ends_as_one_that_was_never_touched(
-    nursery: Nursery, folder: Path, name: str
-) -> None:
+@pytest.mark.parametrize("name", LONG_JOBS)
+def test_repeatedly_killed_run_matches_reference(fork_server: ForkServer, folder: Path, name: str) -> None:
     untouched, storage = folder / f"{name}-untouched", folder / f"{name}-killed"
-    assert nursery.run(*command(name, untouched)).code == 0
-    expected = evidence(only_run(untouched))
+    assert fork_server.run(*train_command(name, untouched)).exit_code == 0
+    expected = final_state(find_run(untouched))
     draw, story = random.Random(f"{SEED} {name}"), list[int]()
-    with Watcher(storage) as watcher:
-        while len(story) < 4 * KILLS and sum(code < 0 for code in story) < KILLS:
-            outcome = live_and_die(nursery, command(name, storage), draw)
-            story.append(outcome.code)
-            assert outcome.code in (0, -signal.SIGKILL, 130, 143), outcome.err
-            if outcome.code == 0:
+    with RunReader(storage) as watcher:
+        while len(story) < 4 * MAX_KILLS and sum(code < 0 for code in story) < MAX_KILLS:
+            outcome = run_until_signal(fork_server, train_command(name, storage), draw)
+            story.append(outcome.exit_code)
+            assert outcome.exit_code in (0, -signal.SIGKILL, 130, 143), outcome.stderr
+            if outcome.exit_code == 0:
                 break
             for run in storage.glob("*/job.yaml"):
-                check_at_rest(run.parent)
-        run = only_run(storage)
+                check_checkpoints(run.parent)
+        run = find_run(storage)
         # Once more shortly before the end: what a run knows of its past has to come through too.
-        to_go = len(expected["steps"]) - max([entry.get("step", 0) for entry in entries(run)], default=0)
+        to_go = len(expected["steps"]) - max([entry.get("step", 0) for entry in read_entries(run)], default=0)
         if to_go > 9:
-            story.append(nursery.run(*command(name, storage), trap=Trap("steps", to_go - draw.randint(1, 8))).code)
-            check_at_rest(run)
-        outcome = nursery.run(*command(name, storage))
-        assert outcome.code == 0, outcome.err
-    check_at_rest(run)
-    assert evidence(run) == expected, f"after {story}"
+            story.append(
+                fork_server.run(
+                    *train_command(name, storage), signal_at=SignalAt("steps", to_go - draw.randint(1, 8))
+                ).exit_code
+            )
+            check_checkpoints(run)
+        outcome = fork_server.run(*train_command(name, storage))
+        assert outcome.exit_code == 0, outcome.stderr
+    check_checkpoints(run)
+    assert final_state(run) == expected, f"after {story}"
     assert sum(code < 0 for code in story) > 2, f"hardly killed: {story}"
     assert watcher.looks > 0
     assert not list(run.glob(".tmp/*"))
 
 
-def test_the_jobs_are_worth_killing(nursery: Nursery, folder: Path) -> None:
+def test_kill_jobs_cover_all_features(fork_server: ForkServer, folder: Path) -> None:
     """What the runs must have for the test above to mean something."""
     results = {}
-    for name in LONG:
+    for name in LONG_JOBS:
         storage = folder / f"{name}-untouched"
-        assert nursery.run(*command(name, storage)).code == 0
-        results[name] = (evidence(only_run(storage)), entries(only_run(storage)))
+        assert fork_server.run(*train_command(name, storage)).exit_code == 0
+        results[name] = (final_state(find_run(storage)), read_entries(find_run(storage)))
     assert {name for name, (found, _) in results.items() if found["chosen"] == found["last"]} <= {"regression"}
     assert all(len(found["steps"]) > 300 for found, _ in results.values())
     assert all(sum(entry["kind"] == "commit" for entry in journal) > 4 for _, journal in results.values())
@@ -277,47 +289,54 @@ STRIDES = [15, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(3600
 """Which operations on files are tried: each, or one in so many."""
 
 
-def kill_at_every(stride: int, nursery: Nursery, work: Path, name: str, begun: Path | None) -> int:
+def kill_at_each_operation(stride: int, nursery: ForkServer, work: Path, name: str, begun: Path | None) -> int:
     """Kill at the n-th operation on files for n in steps of `stride`, go on, and compare with an untouched run, until
     an attempt comes to its end before. Returns how many were killed."""
     untouched = work / "untouched"
-    assert nursery.run(*command(name, untouched)).code == 0
-    expected = evidence(only_run(untouched))
+    assert nursery.run(*train_command(name, untouched)).exit_code == 0
+    expected = final_state(find_run(untouched))
     first = random.Random(SEED).randint(1, stride)
     for count in itertools.count(first, stride):
         storage = work / str(count)
         if begun is not None:
             shutil.copytree(begun, storage)
-        outcome = nursery.run(*command(name, storage), trap=Trap("files", count))
-        assert outcome.code in (0, -signal.SIGKILL), outcome.err
-        again = nursery.run(*command(name, storage))
-        assert again.code == 0, f"killed at {count}: {again.err}"
-        check_at_rest(only_run(storage))
-        assert evidence(only_run(storage)) == expected, f"killed at {count}"
-        if outcome.code == 0:
+        outcome = nursery.run(*train_command(name, storage), signal_at=SignalAt("files", count))
+        assert outcome.exit_code in (0, -signal.SIGKILL), outcome.stderr
+        again = nursery.run(*train_command(name, storage))
+        assert again.exit_code == 0, f"killed at {count}: {again.stderr}"
+        check_checkpoints(find_run(storage))
+        assert final_state(find_run(storage)) == expected, f"killed at {count}"
+        if outcome.exit_code == 0:
             return (count - first) // stride
         shutil.rmtree(storage)
     raise AssertionError
 
 
 @pytest.mark.parametrize("stride", STRIDES)
-def test_a_kill_at_any_operation_of_the_end_can_be_made_good(nursery: Nursery, tmp_path: Path, stride: int) -> None:
+def test_kill_during_any_operation_of_the_end_is_recovered(
+    fork_server: ForkServer, tmp_path: Path, stride: int
+) -> None:
     """From a resume shortly before the end to the last file: claim, cells, end, result, retention, view."""
     begun = tmp_path / "begun"
-    assert nursery.run(*command("momentum", begun), trap=Trap("steps", 395, signal.SIGINT)).code == 130
-    assert kill_at_every(stride, nursery, tmp_path, "momentum", begun) > 120 / stride
+    assert (
+        fork_server.run(*train_command("momentum", begun), signal_at=SignalAt("steps", 395, signal.SIGINT)).exit_code
+        == 130
+    )
+    assert kill_at_each_operation(stride, fork_server, tmp_path, "momentum", begun) > 120 / stride
 
 
 @pytest.mark.parametrize("stride", STRIDES)
-def test_a_kill_at_any_operation_of_a_short_run_can_be_made_good(nursery: Nursery, tmp_path: Path, stride: int) -> None:
+def test_kill_during_any_operation_of_a_short_run_is_recovered(
+    fork_server: ForkServer, tmp_path: Path, stride: int
+) -> None:
     """From nothing through the first commits to the end."""
-    assert kill_at_every(stride, nursery, tmp_path, "short", None) > 120 / stride
+    assert kill_at_each_operation(stride, fork_server, tmp_path, "short", None) > 120 / stride
 
 
-def test_a_finished_run_is_left_alone(nursery: Nursery, folder: Path, tmp_path: Path) -> None:
-    assert nursery.run(*command("short", tmp_path)).code == 0
-    before = committed(only_run(tmp_path))
-    again = nursery.run(*command("short", tmp_path))
-    assert again.code == 0
-    assert "already finished" in again.err
-    assert committed(only_run(tmp_path)) == before
+def test_finished_run_is_not_changed(fork_server: ForkServer, folder: Path, tmp_path: Path) -> None:
+    assert fork_server.run(*train_command("short", tmp_path)).exit_code == 0
+    before = hash_committed_files(find_run(tmp_path))
+    again = fork_server.run(*train_command("short", tmp_path))
+    assert again.exit_code == 0
+    assert "already finished" in again.stderr
+    assert hash_committed_files(find_run(tmp_path)) == before

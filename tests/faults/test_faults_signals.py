@@ -16,12 +16,20 @@ from pathlib import Path
 import pytest
 
 from pipeline import train
-from tests.faults.fault_evidence import Watcher, committed, entries, evidence, only_run, read_log, wait_for
-from tests.faults.fault_nursery import Nursery, Trap
+from tests.faults.fault_evidence import (
+    RunReader,
+    final_state,
+    find_run,
+    hash_committed_files,
+    read_entries,
+    read_log,
+    wait_for,
+)
+from tests.faults.fault_nursery import ForkServer, SignalAt
 
 SEED = int(os.environ.get("TRAINYARD_TEST_SEED", "1"))
-QUICK_HEART = {"TRAINYARD_HEARTBEAT_S": "0.1"}
-SILENCE_S = 0.4
+FAST_HEARTBEAT = {"TRAINYARD_HEARTBEAT_S": "0.1"}
+HEARTBEAT_TIMEOUT_S = 0.4
 """More than three of those intervals."""
 JOB = """
 schema: 1
@@ -47,55 +55,53 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def nursery(folder: Path) -> Iterator[Nursery]:
-    nursery = Nursery(folder)
+def fork_server(folder: Path) -> Iterator[ForkServer]:
+    nursery = ForkServer(folder)
     yield nursery
     nursery.close()
 
 
 @pytest.fixture(scope="module")
-def untouched(nursery: Nursery, folder: Path) -> object:
+def reference_state(fork_server: ForkServer, folder: Path) -> object:
     storage = folder / "untouched"
-    assert nursery.run(*ARGV, str(storage)).code == 0
-    return evidence(only_run(storage))
+    assert fork_server.run(*ARGV, str(storage)).exit_code == 0
+    return final_state(find_run(storage))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
-def test_a_signal_saves_and_leaves_and_the_same_command_goes_on(
-    nursery: Nursery, untouched: object, tmp_path: Path, number: int, code: int
+def test_signal_saves_and_exits_and_the_command_resumes(
+    fork_server: ForkServer, reference_state: object, tmp_path: Path, number: int, code: int
 ) -> None:
-    outcome = nursery.run(*ARGV, str(tmp_path), trap=Trap("steps", 32, number))
-    assert outcome.code == code
-    assert "stopped at step 33 of 250" in outcome.err
-    assert "same command" in outcome.err
-    run = only_run(tmp_path)
-    *_, commit, leave = entries(run)
+    outcome = fork_server.run(*ARGV, str(tmp_path), signal_at=SignalAt("steps", 32, number))
+    assert outcome.exit_code == code
+    assert "stopped at step 33 of 250" in outcome.stderr
+    assert "same command" in outcome.stderr
+    run = find_run(tmp_path)
+    *_, commit, leave = read_entries(run)
     assert (commit["kind"], commit["step"], commit["end"]) == ("commit", 33, False)
     assert (leave["kind"], leave["status"], leave["step"]) == ("leave", "interrupted", 33)
-    assert nursery.run("show", str(run), "--json").out.count('"status": "interrupted"') == 1
-    again = nursery.run(*ARGV, str(tmp_path))
-    assert again.code == 0
-    assert "resuming after step 33" in again.err
-    assert evidence(run) == untouched
+    assert fork_server.run("show", str(run), "--json").stdout.count('"status": "interrupted"') == 1
+    again = fork_server.run(*ARGV, str(tmp_path))
+    assert again.exit_code == 0
+    assert "resuming after step 33" in again.stderr
+    assert final_state(run) == reference_state
 
 
-def test_nohup_goes_on_without_its_terminal(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nohup_ignores_terminal_close(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        run = train("victim.yaml", storage=str(tmp_path), max_steps=40, on_event=lambda event: hang_up())
+        run = train("victim.yaml", storage=str(tmp_path), max_steps=40, on_event=lambda event: restore_sighup())
     finally:
         signal.signal(signal.SIGHUP, before)
     assert (run.status, run.attempts) == ("finished", 1)
 
 
-def hang_up() -> None:
+def restore_sighup() -> None:
     os.kill(os.getpid(), signal.SIGHUP)
 
 
-def test_a_closed_terminal_saves_and_leaves_though_nothing_can_be_printed_any_more(
-    nursery: Nursery, folder: Path, tmp_path: Path
-) -> None:
+def test_closed_terminal_saves_and_exits_without_output(fork_server: ForkServer, folder: Path, tmp_path: Path) -> None:
     """The true command with a live bar on a terminal of its own, which is closed."""
     terminal, side = os.openpty()
     # The first terminal that the leader of a session opens is the one whose end it is told of.
@@ -123,112 +129,116 @@ def test_a_closed_terminal_saves_and_leaves_though_nothing_can_be_printed_any_mo
     wait_for(lambda: has_committed() or process.poll() is not None, 60, "a commit")
     os.close(terminal)
     assert process.wait(timeout=100) == 143
-    *_, leave = entries(only_run(storage))
+    *_, leave = read_entries(find_run(storage))
     assert (leave["kind"], leave["status"]) == ("leave", "interrupted")
 
 
-def test_a_second_ctrl_c_ends_at_once_and_the_run_goes_on_from_its_last_checkpoint(
-    nursery: Nursery, untouched: object, tmp_path: Path
+def test_second_interrupt_exits_at_once_and_resumes_from_last_checkpoint(
+    fork_server: ForkServer, reference_state: object, tmp_path: Path
 ) -> None:
-    child = nursery.start(*ARGV, str(tmp_path), trap=Trap("steps", 60, signal.SIGSTOP))
-    assert nursery.stopped(child)
+    child = fork_server.start(*ARGV, str(tmp_path), signal_at=SignalAt("steps", 60, signal.SIGSTOP))
+    assert fork_server.wait_until_stopped(child)
     for _ in range(2):
         os.kill(child.pid, signal.SIGINT)
         os.kill(child.pid, signal.SIGCONT)
-    outcome = nursery.wait(child)
-    assert outcome.code == 130
-    assert "same command" in outcome.err
-    assert nursery.run(*ARGV, str(tmp_path)).code == 0
-    assert evidence(only_run(tmp_path)) == untouched
+    outcome = fork_server.wait(child)
+    assert outcome.exit_code == 130
+    assert "same command" in outcome.stderr
+    assert fork_server.run(*ARGV, str(tmp_path)).exit_code == 0
+    assert final_state(find_run(tmp_path)) == reference_state
 
 
-def test_of_two_processes_at_once_one_runs_and_the_other_says_who(
-    nursery: Nursery, untouched: object, tmp_path: Path
-) -> None:
+def test_one_of_two_concurrent_processes_runs(fork_server: ForkServer, reference_state: object, tmp_path: Path) -> None:
     for number in range(4):
         storage = tmp_path / str(number)
-        with Watcher(storage):
-            first, second = (nursery.wait(child) for child in [nursery.start(*ARGV, str(storage)) for _ in range(2)])
-        assert sorted([first.code, second.code]) == [0, 3], first.err + second.err
-        loser = first if first.code == 3 else second
-        assert "this run" in loser.err
-        assert "Traceback" not in loser.err
-        assert [entry["kind"] for entry in entries(only_run(storage))].count("claim") == 1
-        assert evidence(only_run(storage)) == untouched
+        with RunReader(storage):
+            first, second = (
+                fork_server.wait(child) for child in [fork_server.start(*ARGV, str(storage)) for _ in range(2)]
+            )
+        assert sorted([first.exit_code, second.exit_code]) == [0, 3], first.stderr + second.stderr
+        loser = first if first.exit_code == 3 else second
+        assert "this run" in loser.stderr
+        assert "Traceback" not in loser.stderr
+        assert [entry["kind"] for entry in read_entries(find_run(storage))].count("claim") == 1
+        assert final_state(find_run(storage)) == reference_state
 
 
-def test_a_process_that_stands_still_is_not_taken_for_dead_while_its_heart_beats(
-    nursery: Nursery, tmp_path: Path
-) -> None:
+def test_stopped_process_with_a_heartbeat_is_not_superseded(fork_server: ForkServer, tmp_path: Path) -> None:
     """With the usual heartbeat a successor has to refuse at once, not to watch for half a minute."""
-    child = nursery.start(*ARGV, str(tmp_path), trap=Trap("steps", 100, signal.SIGSTOP))
-    assert nursery.stopped(child)
-    other = nursery.run(*ARGV, str(tmp_path))
-    assert other.code == 3
-    assert "another process is writing this run" in other.err
+    child = fork_server.start(*ARGV, str(tmp_path), signal_at=SignalAt("steps", 100, signal.SIGSTOP))
+    assert fork_server.wait_until_stopped(child)
+    other = fork_server.run(*ARGV, str(tmp_path))
+    assert other.exit_code == 3
+    assert "another process is writing this run" in other.stderr
     os.kill(child.pid, signal.SIGCONT)
-    assert nursery.wait(child).code == 0
+    assert fork_server.wait(child).exit_code == 0
 
 
-def zombies() -> list[Trap]:
+def stop_points() -> list[SignalAt]:
     """Where it stops: mostly in the middle of writing something."""
     draw = random.Random(SEED)
     return [
-        Trap("steps", draw.randint(1, 240), signal.SIGSTOP),
-        *(Trap("files", count + draw.randint(0, 39), signal.SIGSTOP) for count in range(40, 440, 40)),
+        SignalAt("steps", draw.randint(1, 240), signal.SIGSTOP),
+        *(SignalAt("files", count + draw.randint(0, 39), signal.SIGSTOP) for count in range(40, 440, 40)),
     ]
 
 
-@pytest.mark.parametrize("trap", zombies(), ids=lambda trap: f"{trap.kind}-{trap.count}")
-def test_a_zombie_that_wakes_after_its_successor_has_finished_changes_nothing(
-    nursery: Nursery, untouched: object, tmp_path: Path, trap: Trap
+@pytest.mark.parametrize("trap", stop_points(), ids=lambda trap: f"{trap.kind}-{trap.count}")
+def test_zombie_after_its_successor_finished_changes_nothing(
+    fork_server: ForkServer, reference_state: object, tmp_path: Path, trap: SignalAt
 ) -> None:
-    with Watcher(tmp_path):
-        zombie = nursery.start(*ARGV, str(tmp_path), trap=trap, env=QUICK_HEART)
-        assert nursery.stopped(zombie)
-        time.sleep(SILENCE_S)
-        successor = nursery.run(*ARGV, str(tmp_path), env=QUICK_HEART)
-        assert successor.code == 0, successor.err
-        run = only_run(tmp_path)
-        before = committed(run)
+    with RunReader(tmp_path):
+        zombie = fork_server.start(*ARGV, str(tmp_path), signal_at=trap, env=FAST_HEARTBEAT)
+        assert fork_server.wait_until_stopped(zombie)
+        time.sleep(HEARTBEAT_TIMEOUT_S)
+        successor = fork_server.run(*ARGV, str(tmp_path), env=FAST_HEARTBEAT)
+        assert successor.exit_code == 0, successor.stderr
+        run = find_run(tmp_path)
+        before = hash_committed_files(run)
         os.kill(zombie.pid, signal.SIGCONT)
-        outcome = nursery.wait(zombie)
-    assert outcome.code == 3, outcome.err
-    assert "taken" in outcome.err
-    assert "Traceback" not in outcome.err
-    after = committed(run)
+        outcome = fork_server.wait(zombie)
+    assert outcome.exit_code == 3, outcome.stderr
+    assert "taken" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+    after = hash_committed_files(run)
     storage = {name for name in after if "-a0001/" in name and name not in before}  # harmless: no entry names it
     assert {name: digest for name, digest in after.items() if name not in storage and name != "run.json"} == {
         name: digest for name, digest in before.items() if name != "run.json"
     }
-    assert evidence(run) == untouched
+    assert final_state(run) == reference_state
 
 
-def test_a_zombie_that_wakes_while_its_successor_trains_leaves(
-    nursery: Nursery, untouched: object, tmp_path: Path
+def test_zombie_during_its_successors_training_exits(
+    fork_server: ForkServer, reference_state: object, tmp_path: Path
 ) -> None:
     draw = random.Random(SEED)
     for number in range(3):
         storage = tmp_path / str(number)
-        with Watcher(storage):
-            zombie = nursery.start(
-                *ARGV, str(storage), trap=Trap("files", draw.randint(120, 300), signal.SIGSTOP), env=QUICK_HEART
+        with RunReader(storage):
+            zombie = fork_server.start(
+                *ARGV,
+                str(storage),
+                signal_at=SignalAt("files", draw.randint(120, 300), signal.SIGSTOP),
+                env=FAST_HEARTBEAT,
             )
-            assert nursery.stopped(zombie)
-            time.sleep(SILENCE_S)
-            successor = nursery.start(
-                *ARGV, str(storage), trap=Trap("files", draw.randint(90, 200), signal.SIGSTOP), env=QUICK_HEART
+            assert fork_server.wait_until_stopped(zombie)
+            time.sleep(HEARTBEAT_TIMEOUT_S)
+            successor = fork_server.start(
+                *ARGV,
+                str(storage),
+                signal_at=SignalAt("files", draw.randint(90, 200), signal.SIGSTOP),
+                env=FAST_HEARTBEAT,
             )
-            assert nursery.stopped(successor)
+            assert fork_server.wait_until_stopped(successor)
             os.kill(zombie.pid, signal.SIGCONT)
-            woken = nursery.wait(zombie)
+            woken = fork_server.wait(zombie)
             os.kill(successor.pid, signal.SIGCONT)
-            outcome = nursery.wait(successor)
-        assert (woken.code, outcome.code) == (3, 0), woken.err + outcome.err
-        assert evidence(only_run(storage)) == untouched
+            outcome = fork_server.wait(successor)
+        assert (woken.exit_code, outcome.exit_code) == (3, 0), woken.stderr + outcome.stderr
+        assert final_state(find_run(storage)) == reference_state
 
 
-def test_the_true_command_survives_ctrl_c_sigterm_and_sigkill(nursery: Nursery, folder: Path, tmp_path: Path) -> None:
+def test_command_survives_sigint_sigterm_and_sigkill(fork_server: ForkServer, folder: Path, tmp_path: Path) -> None:
     """`python -m pipeline` in a process group of its own, ended in three ways and then left to finish."""
     storage = tmp_path / "runs"
     argv = ["train", "longer.yaml", "--storage"]
@@ -250,7 +260,7 @@ def test_the_true_command_survives_ctrl_c_sigterm_and_sigkill(nursery: Nursery, 
         _, err = process.communicate(timeout=60)
         return process.returncode, err
 
-    with Watcher(storage):
+    with RunReader(storage):
         for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9), (signal.SIGTERM, 143)):
             found, err = ended_by(number)
             assert found == code, err
@@ -258,10 +268,10 @@ def test_the_true_command_survives_ctrl_c_sigterm_and_sigkill(nursery: Nursery, 
         last = begin()
         _, err = last.communicate(timeout=120)
         assert last.returncode == 0, err
-    assert nursery.run(*argv, str(tmp_path / "untouched")).code == 0
-    assert evidence(only_run(storage)) == evidence(only_run(tmp_path / "untouched"))
-    assert set(read_log(only_run(storage), "steps")["attempt"].to_pylist()) == {1, 2, 3, 4}
+    assert fork_server.run(*argv, str(tmp_path / "untouched")).exit_code == 0
+    assert final_state(find_run(storage)) == final_state(find_run(tmp_path / "untouched"))
+    assert set(read_log(find_run(storage), "steps")["attempt"].to_pylist()) == {1, 2, 3, 4}
 
 
 def count_commits(storage: Path) -> int:
-    return sum(entry["kind"] == "commit" for run in storage.glob("*/journal") for entry in entries(run.parent))
+    return sum(entry["kind"] == "commit" for run in storage.glob("*/journal") for entry in read_entries(run.parent))

@@ -13,51 +13,51 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.record import live
-from pipeline.record.attempt import claim
-from pipeline.record.columns import Columns
-from pipeline.record.recorder import Recorder
+from pipeline.record.attempt import acquire_lease
+from pipeline.record.columns import MetricSchema
+from pipeline.record.recorder import AsyncRunWriter
 from pipeline.record.run import Run
 from tests.faults.fault_evidence import wait_for
-from tests.record.record_parts import block, born, evaluation, snapshot
+from tests.record.record_parts import create_run, make_block, make_evaluation, make_snapshot
 
 
-class Trained:
+class TrainedRun:
     """A run of which so many steps are committed, in cells of 100."""
 
     def __init__(self, url: str) -> None:
-        self.run: Run = born(url)
+        self.run: Run = create_run(url)
         self.step = 0
-        self._attempt = claim(self.run, driver="d", facts={})
-        self._recorder = Recorder(self._attempt, keep=2)
-        self._recorder.evaluation(evaluation(0, loss=0.7))
+        self._attempt = acquire_lease(self.run, driver="d", metadata={})
+        self._recorder = AsyncRunWriter(self._attempt, keep=2)
+        self._recorder.log_evaluation(make_evaluation(0, loss=0.7))
 
-    def to(self, step: int, *, end: bool = False) -> Trained:
+    def commit_at(self, step: int, *, end: bool = False) -> TrainedRun:
         """Train on, evaluate, commit, and wait until that is durable."""
-        self._recorder.steps(block(self.step + 1, step))
-        self._recorder.evaluation(evaluation(step, loss=1 / step))
-        self._recorder.commit(snapshot(step, best=step, end=end))
+        self._recorder.log_steps(make_block(self.step + 1, step))
+        self._recorder.log_evaluation(make_evaluation(step, loss=1 / step))
+        self._recorder.commit(make_snapshot(step, best=step, end=end))
         self._recorder.finish()
         self.step = step
         if end:
             self.close()
         return self
 
-    def on(self, step: int) -> Trained:
+    def train_to(self, step: int) -> TrainedRun:
         """Train on without a commit, until the live rows show it. (`often` makes that soon.)"""
-        self._recorder.steps(block(self.step + 1, step))
-        self._recorder.evaluation(evaluation(step, loss=1 / step))
+        self._recorder.log_steps(make_block(self.step + 1, step))
+        self._recorder.log_evaluation(make_evaluation(step, loss=1 / step))
         self.step = step
         self.wait_for_live_rows()
         return self
 
-    def resumed(self) -> Trained:
+    def resume(self) -> TrainedRun:
         """Another attempt, after this one was killed."""
         self.close()
-        again = Trained.__new__(Trained)
+        again = TrainedRun.__new__(TrainedRun)
         again.run = self.run
-        again._attempt = claim(self.run, driver="d", facts={}, dead=self._attempt.number)
-        again._recorder = Recorder(again._attempt, keep=2)
-        again.step = again._attempt.base.step if again._attempt.base is not None else 0
+        again._attempt = acquire_lease(self.run, driver="d", metadata={}, known_dead_attempt=self._attempt.number)
+        again._recorder = AsyncRunWriter(again._attempt, keep=2)
+        again.step = again._attempt.resume_checkpoint.step if again._attempt.resume_checkpoint is not None else 0
         again.wait_for_live_rows()
         return again
 
@@ -65,7 +65,7 @@ class Trained:
         """Until the live rows show what this attempt did last."""
 
         def shown() -> bool:
-            rows = live.read(self.run, Columns())
+            rows = live.read_live_tables(self.run, MetricSchema())
             last = rows.steps["step"][-1].as_py() if rows is not None and len(rows.steps) else 0
             return rows is not None and (rows.attempt, last) == (self._attempt.number, self.step)
 
@@ -77,14 +77,14 @@ class Trained:
         self._attempt.close()
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 @contextmanager
-def mlflow_server(folder: Path, port: int) -> Iterator[str]:
+def start_mlflow_server(folder: Path, port: int) -> Iterator[str]:
     """MLflow's own server on loopback, with an SQLite file in `folder`; its URL."""
     url = f"http://127.0.0.1:{port}"
     options = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--default-artifact-root", str(folder)]

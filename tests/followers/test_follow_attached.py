@@ -8,35 +8,35 @@ import sys
 from pathlib import Path
 
 from pipeline.events import Event, WarningMessage
-from pipeline.followers.attached import AttachedFollowers
+from pipeline.followers.attached import TrackerSidecar
 from tests.faults.fault_evidence import wait_for
-from tests.followers.followed_runs import Trained
+from tests.followers.followed_runs import TrainedRun
 
-DRIVER = """
+DRIVER_SCRIPT = """
 import sys
 import time
 
-from pipeline.followers.attached import AttachedFollowers
+from pipeline.followers.attached import TrackerSidecar
 from pipeline.record.run import open_run
 
-with AttachedFollowers(open_run(sys.argv[1], ""), ["tensorboard"], print) as followers:
+with TrackerSidecar(open_run(sys.argv[1], ""), ["tensorboard"], print) as followers:
     followers.start()
     print(followers._process.pid, flush=True)
     time.sleep(600)
 """
 
 
-def test_without_followers_nothing_starts(tmp_path: Path) -> None:
-    trained = Trained(str(tmp_path))
-    with AttachedFollowers(trained.run, [], print) as followers:
+def test_no_trackers_start_no_process(tmp_path: Path) -> None:
+    trained = TrainedRun(str(tmp_path))
+    with TrackerSidecar(trained.run, [], print) as followers:
         followers.start()
         assert followers._process is None
     trained.close()
 
 
-def test_one_that_dies_is_one_warning(tmp_path: Path) -> None:
-    trained, seen = Trained(str(tmp_path)), list[Event]()
-    with AttachedFollowers(trained.run, ["tensorboard"], seen.append) as followers:
+def test_failed_tracker_is_one_warning(tmp_path: Path) -> None:
+    trained, seen = TrainedRun(str(tmp_path)), list[Event]()
+    with TrackerSidecar(trained.run, ["tensorboard"], seen.append) as followers:
         followers.start()
         assert followers._process is not None
         followers._process.kill()
@@ -47,9 +47,9 @@ def test_one_that_dies_is_one_warning(tmp_path: Path) -> None:
     assert "`trainyard follow run`" in warning.text
 
 
-def test_a_driver_that_is_killed_is_followed_by_its_follower(tmp_path: Path) -> None:
-    trained = Trained(str(tmp_path)).to(50)
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER, trained.run.url], stdout=subprocess.PIPE, text=True)
+def test_tracker_exits_after_a_killed_driver(tmp_path: Path) -> None:
+    trained = TrainedRun(str(tmp_path)).commit_at(50)
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER_SCRIPT, trained.run.url], stdout=subprocess.PIPE, text=True)
     assert driver.stdout is not None
     pid = int(driver.stdout.readline())
     assert is_alive(pid)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pipeline.errors import JobError
-from pipeline.job import SOURCES, Job, UserFunctionDataConfig, digest, identity, sources_with
+from pipeline.job import SOURCES, JobConfig, UserFunctionDataConfig, compute_identity, digest_tree, sources_with
 from pipeline.job.data import COMMON_KEYS
 from pipeline.job.tree import IDENTITY_OF_OTHER_SOURCES
 from pipeline.job_file import build_job, dump_job, load_job, override_job, parse_job
@@ -83,9 +83,9 @@ ALL_KEYS: dict[str, Any] = {"root": "~/.cache/trainyard", "url": None, **IDENTIT
 """What a stored job of any source once held for keys of other sources."""
 
 
-def stored_before(job: Job) -> str:
+def stored_before(job: JobConfig) -> str:
     """The text of `job.yaml` as it was when every job had the keys of every source."""
-    tree = job.resolved()
+    tree = job.to_dict()
     return yaml.safe_dump({**tree, "data": {**ALL_KEYS, **tree["data"]}})
 
 
@@ -96,14 +96,14 @@ def test_every_job_file_has_its_digest_here() -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_identity_of_a_job_file_never_changes(name: str) -> None:
-    assert digest(identity(load_job(JOBS / name), fingerprint="f")) == FILES[name]
+    assert digest_tree(compute_identity(load_job(JOBS / name), fingerprint="f")) == FILES[name]
 
 
 @pytest.mark.parametrize(("tree", "known", "expected"), JOB_TREES)
 def test_the_identity_of_a_job_of_each_source_never_changes(
     tree: dict[str, Any], known: dict[str, Any], expected: str
 ) -> None:
-    assert digest(identity(build_job({"name": "a", **tree}, "here"), fingerprint="f", **known)) == expected
+    assert digest_tree(compute_identity(build_job({"name": "a", **tree}, "here"), fingerprint="f", **known)) == expected
 
 
 @pytest.mark.parametrize("tree", [tree for tree, _, _ in JOB_TREES] + [{}])
@@ -112,7 +112,7 @@ def test_a_job_stored_with_the_keys_of_all_sources_is_the_same_job(tree: dict[st
     again = parse_job(stored_before(job), "there")
     assert again == job
     assert override_job(again, ["train.batch_size=7"]).data == job.data
-    elsewhere = again.resolved()["data"]
+    elsewhere = again.to_dict()["data"]
     own = UserFunctionDataConfig if isinstance(elsewhere["source"], dict) else SOURCES[elsewhere["source"]]
     assert set(elsewhere) == set(own.model_fields), "only what means something"
     assert parse_job(dump_job(again), "there") == job
@@ -145,7 +145,7 @@ def test_a_root_of_its_own_in_a_stored_job_of_another_source_is_ignored() -> Non
 def test_an_override_may_name_another_source(data: dict[str, Any], overrides: list[str], source: object) -> None:
     job = build_job({"name": "a", "data": data}, "here")
     for stored in (job, parse_job(stored_before(job), "there")):
-        assert override_job(stored, overrides).resolved()["data"]["source"] == source
+        assert override_job(stored, overrides).to_dict()["data"]["source"] == source
 
 
 def test_a_job_file_on_a_base_may_name_another_source(tmp_path: Path) -> None:
@@ -180,6 +180,6 @@ def test_the_frozen_defaults_are_those_of_the_fields() -> None:
 
 
 def test_the_source_comes_first_and_its_own_keys_next() -> None:
-    keys = list(build_job({"name": "a", "data": IMAGE_FOLDER}, "here").resolved()["data"])
+    keys = list(build_job({"name": "a", "data": IMAGE_FOLDER}, "here").to_dict()["data"])
     assert keys[:4] == ["source", "url", "label", "path"]
     assert set(keys[-6:]) == COMMON_KEYS

@@ -13,17 +13,17 @@ from pipeline import errors
 from pipeline.errors import Interrupted, TrainyardError
 
 
-def tree(kind: type[TrainyardError]) -> Iterator[type[TrainyardError]]:
+def iter_error_types(kind: type[TrainyardError]) -> Iterator[type[TrainyardError]]:
     yield kind
     for below in kind.__subclasses__():
-        yield from tree(below)
+        yield from iter_error_types(below)
 
 
-KINDS = [kind for kind in tree(TrainyardError) if kind.__module__ == errors.__name__]
+ERROR_TYPES = [kind for kind in iter_error_types(TrainyardError) if kind.__module__ == errors.__name__]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_error_survives_pickling_with_all_that_it_says(kind: type[TrainyardError]) -> None:
+@pytest.mark.parametrize("kind", ERROR_TYPES)
+def test_errors_survive_pickling(kind: type[TrainyardError]) -> None:
     error = kind("what", where="where", fix="fix")
     error.step = 7  # type: ignore[attr-defined]
     error.add_note("a note")
@@ -35,13 +35,13 @@ def test_every_error_survives_pickling_with_all_that_it_says(kind: type[Trainyar
         assert again.exit_code == error.exit_code
 
 
-def test_interruptions_end_as_shells_expect() -> None:
+def test_interrupts_use_shell_exit_codes() -> None:
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         assert pickle.loads(pickle.dumps(Interrupted("stopped", signal_number=number))).exit_code == code
 
 
-def test_codes_follow_the_tree() -> None:
-    codes = {kind.__name__: kind("x").exit_code for kind in KINDS}
+def test_exit_codes_follow_the_class_hierarchy() -> None:
+    codes = {kind.__name__: kind("x").exit_code for kind in ERROR_TYPES}
     assert codes == {
         "TrainyardError": 1,
         "InputError": 2,

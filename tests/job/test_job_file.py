@@ -12,20 +12,20 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import JobError
-from pipeline.job import Job
+from pipeline.job import JobConfig
 from pipeline.job_file import build_job, dump_job, load_job, parse_job, parse_yaml, resolve_job
 
 
-def job(text: str, folder: Path, *overrides: str) -> Job:
+def load_text(text: str, folder: Path, *overrides: str) -> JobConfig:
     file = folder / "job.yaml"
     file.write_text(text, encoding="utf-8")
     return load_job(file, overrides)
 
 
-def said_of(text: str, folder: Path, *overrides: str) -> list[str]:
+def messages_of(text: str, folder: Path, *overrides: str) -> list[str]:
     """The lines of the error without its place and the advice below it."""
     with pytest.raises(JobError) as caught:
-        job(text, folder, *overrides)
+        load_text(text, folder, *overrides)
     assert caught.value.exit_code == 2
     assert caught.value.where
     return [line.strip() for line in caught.value.what.splitlines()]
@@ -65,7 +65,7 @@ def said_of(text: str, folder: Path, *overrides: str) -> list[str]:
         ("[1, a]", [1, "a"]),
     ],
 )
-def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
+def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
     read = parse_yaml(text, "here")
     assert read == value
     assert type(read) is type(value)
@@ -76,31 +76,31 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
     ["a: [", "a: 1\na: 2", "? [1]\n: 2", "a: !!python/object:os.system x", "a: !!binary aGk=", "a: &x [*x]", "\t- a",
      "[" * 5000, "a: " + "9" * 6000, "a: 1\n---\nb: 2", "a: \x07"],
 )  # fmt: skip
-def test_what_is_not_yaml_is_an_error_with_its_place(text: str) -> None:
+def test_invalid_yaml_is_an_error_with_its_location(text: str) -> None:
     with pytest.raises(JobError, match="not valid YAML") as caught:
         parse_yaml(text, "job.yaml")
     assert caught.value.where.startswith("job.yaml")
 
 
-def test_a_broken_line_is_named(tmp_path: Path) -> None:
+def test_broken_line_is_named(tmp_path: Path) -> None:
     with pytest.raises(JobError) as caught:
-        job("name: a\ntrain: {\n", tmp_path)
+        load_text("name: a\ntrain: {\n", tmp_path)
     assert "line 3" in caught.value.where
 
 
 # ------------------------------------------------------------------------------------------- base chains
 
 
-def test_a_base_is_laid_under_and_lists_are_replaced(tmp_path: Path) -> None:
+def test_base_is_merged_and_lists_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared" / "root.yaml").write_text(
         "name: root\ntask: binary\nseed: 0\ntrain: {batch_size: 7, phases: [{steps: 1, lr: 1}, {steps: 2, lr: 2}]}"
     )
     (tmp_path / "middle.yaml").write_text("base: shared/root.yaml\ntask: {positive: [3]}\nseed: {split: 4}")
-    read = job("base: middle.yaml\nname: leaf\ntrain: {phases: [{steps: 5, lr: 3}]}", tmp_path)
+    read = load_text("base: middle.yaml\nname: leaf\ntrain: {phases: [{steps: 5, lr: 3}]}", tmp_path)
     assert read.name == "leaf"
     assert (read.task.kind, read.task.positive) == ("binary", [3])
-    assert (read.seed.of("init"), read.seed.of("split")) == (0, 4)
+    assert (read.seed.for_stream("init"), read.seed.for_stream("split")) == (0, 4)
     assert read.train.batch_size == 7
     assert [phase.steps for phase in read.train.phases] == [5]
 
@@ -114,26 +114,24 @@ def test_a_base_is_laid_under_and_lists_are_replaced(tmp_path: Path) -> None:
         ("optimizer: {kind: adam, eps: 1}", "optimizer: {kind: sgd}", {"kind": "sgd", "eps": 1e-8}),
     ],
 )
-def test_another_kind_replaces_and_the_same_kind_merges(
-    tmp_path: Path, below: str, over: str, kept: dict[str, Any]
-) -> None:
+def test_other_kind_replaces_and_same_kind_merges(tmp_path: Path, below: str, over: str, kept: dict[str, Any]) -> None:
     (tmp_path / "base.yaml").write_text(f"name: a\ntrain: {{{below}}}")
-    read = job(f"base: base.yaml\ntrain: {{{over}}}", tmp_path).train.optimizer.model_dump()
+    read = load_text(f"base: base.yaml\ntrain: {{{over}}}", tmp_path).train.optimizer.model_dump()
     assert {key: read[key] for key in kept} == kept
 
 
 @pytest.mark.parametrize("base", ["job.yaml", "other.yaml"])
-def test_a_circle_of_bases_is_found(tmp_path: Path, base: str) -> None:
+def test_circular_bases_are_rejected(tmp_path: Path, base: str) -> None:
     (tmp_path / "other.yaml").write_text("base: job.yaml")
-    assert "circle" in said_of(f"base: {base}", tmp_path)[0]
+    assert "circle" in messages_of(f"base: {base}", tmp_path)[0]
 
 
 @pytest.mark.parametrize("base", ["nowhere.yaml", "''", "[a]", "'a\\0b'", '"a\\0b"', "n" * 5000, "."])
-def test_a_base_that_cannot_be_read_is_an_error(tmp_path: Path, base: str) -> None:
-    assert said_of(f"base: {base}", tmp_path)
+def test_unreadable_base_is_an_error(tmp_path: Path, base: str) -> None:
+    assert messages_of(f"base: {base}", tmp_path)
 
 
-def test_a_missing_file_and_one_that_is_not_text(tmp_path: Path) -> None:
+def test_missing_file_and_binary_file(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="no such job file"):
         load_job(tmp_path / "absent.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
@@ -141,27 +139,27 @@ def test_a_missing_file_and_one_that_is_not_text(tmp_path: Path) -> None:
         load_job(tmp_path / "bytes.yaml")
 
 
-def test_the_environment_is_filled_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_are_substituted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCH", "64")
     monkeypatch.setenv("WHO", "me")
-    read = job("name: by-${WHO}\ntrain: {batch_size: '${BATCH}'}\nstorage: s3://b/${WHO}/${BATCH}", tmp_path)
+    read = load_text("name: by-${WHO}\ntrain: {batch_size: '${BATCH}'}\nstorage: s3://b/${WHO}/${BATCH}", tmp_path)
     assert (read.name, read.train.batch_size, read.storage) == ("by-me", 64, "s3://b/me/64")
     monkeypatch.delenv("WHO")
-    assert said_of("name: by-${WHO}", tmp_path) == ["the environment has no WHO"]
+    assert messages_of("name: by-${WHO}", tmp_path) == ["the environment has no WHO"]
 
 
 # ------------------------------------------------------------------------------------------------- paths
 
 
-def places(job: Job) -> dict[str, Any]:
+def path_fields(job: JobConfig) -> dict[str, Any]:
     """The fields that may hold a local path, as they are resolved."""
-    tree = job.resolved()
+    tree = job.to_dict()
     paths = {f"data.{key}": tree["data"][key] for key in ("url", "root") if key in tree["data"]}
     paths |= {f"model.{key}": tree["model"][key] for key in ("init_from", "weights") if key in tree["model"]}
     return {**paths, "cache": tree["data"]["cache"]["folder"], "storage": tree["storage"]}
 
 
-def test_a_path_in_a_file_starts_from_the_file_and_a_typed_one_from_the_working_directory(
+def test_paths_in_files_are_relative_to_the_file_and_overrides_to_the_cwd(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for folder in ("jobs/shared", "here"):
@@ -183,10 +181,10 @@ def test_a_path_in_a_file_starts_from_the_file_and_a_typed_one_from_the_working_
         "storage": "runs",
     }
     for path in ("../jobs/job.yaml", str(tmp_path / "jobs/job.yaml")):
-        assert places(load_job(path)) == in_file
+        assert path_fields(load_job(path)) == in_file
 
     typed = ("data.url=rows.parquet", "data.cache={folder: ../cache}", "model={kind: mlp, init_from: runs/a@best}")
-    assert places(load_job("../jobs/job.yaml", typed)) == {
+    assert path_fields(load_job("../jobs/job.yaml", typed)) == {
         "data.url": f"{tmp_path}/here/rows.parquet",
         "model.init_from": f"{tmp_path}/here/runs/a@best",
         "cache": f"{tmp_path}/cache",
@@ -194,27 +192,27 @@ def test_a_path_in_a_file_starts_from_the_file_and_a_typed_one_from_the_working_
     }
     (tmp_path / "jobs/shared/named.yaml").write_text("name: base\ndata: {root: raw}\n")
     (tmp_path / "jobs/named.yaml").write_text("base: shared/named.yaml\n")
-    assert places(load_job("../jobs/named.yaml"))["data.root"] == f"{shared}/raw"
-    assert places(load_job("../jobs/named.yaml", ["data.root=../raw"]))["data.root"] == f"{tmp_path}/raw"
+    assert path_fields(load_job("../jobs/named.yaml"))["data.root"] == f"{shared}/raw"
+    assert path_fields(load_job("../jobs/named.yaml", ["data.root=../raw"]))["data.root"] == f"{tmp_path}/raw"
     of_python = resolve_job(build_job({"name": "p", "data": {"root": "raw"}}, "here"))
-    assert places(of_python)["data.root"] == f"{tmp_path}/here/raw"
+    assert path_fields(of_python)["data.root"] == f"{tmp_path}/here/raw"
 
 
 @pytest.mark.parametrize("url", ["s3://b/x", "file:///x/y", "env:PLACE", "simplecache::s3://b/x", "/x/y", "memory://x"])
-def test_what_is_whole_or_is_no_path_stays_as_it_is(tmp_path: Path, url: str) -> None:
+def test_absolute_paths_and_other_strings_are_unchanged(tmp_path: Path, url: str) -> None:
     data = f"data: {{source: parquet, label: y, url: '{url}', root: ~/raw}}"
     for start in ("base", "base@last", "s3://b/runs/base@3", "env:PLACE"):
-        read = job(f"name: a\n{data}\nmodel: {{kind: mlp, init_from: '{start}'}}", tmp_path)
-        assert places(read) == {
+        read = load_text(f"name: a\n{data}\nmodel: {{kind: mlp, init_from: '{start}'}}", tmp_path)
+        assert path_fields(read) == {
             "data.url": url,
             "model.init_from": start,
             "cache": "~/.cache/trainyard/data",
             "storage": "./runs",
         }
         assert resolve_job(read) == read
-    assert places(job("name: a\ndata: {root: ~/raw}", tmp_path))["data.root"] == "~/raw"
-    weights = job(f"name: a\n{data}\nmodel: {{kind: 'torchvision:resnet18', weights: DEFAULT}}", tmp_path)
-    assert places(weights)["model.weights"] == "DEFAULT"
+    assert path_fields(load_text("name: a\ndata: {root: ~/raw}", tmp_path))["data.root"] == "~/raw"
+    weights = load_text(f"name: a\n{data}\nmodel: {{kind: 'torchvision:resnet18', weights: DEFAULT}}", tmp_path)
+    assert path_fields(weights)["model.weights"] == "DEFAULT"
 
 
 # -------------------------------------------------------------------------------------------- overriding
@@ -245,21 +243,21 @@ def test_what_is_whole_or_is_no_path_stays_as_it_is(tmp_path: Path, url: str) ->
         (" data.root =/x", "data.root", "/x"),
     ],
 )
-def test_an_override_reaches_its_place(tmp_path: Path, override: str, path: str, value: object) -> None:
-    here: Any = job("name: a", tmp_path, override).resolved()
+def test_override_sets_its_field(tmp_path: Path, override: str, path: str, value: object) -> None:
+    here: Any = load_text("name: a", tmp_path, override).to_dict()
     for key in path.split("."):
         here = here[int(key)] if isinstance(here, list) else here[key]
     assert here == value
 
 
-def test_overrides_are_applied_in_order_and_keep_what_stands_beside(tmp_path: Path) -> None:
+def test_overrides_apply_in_order_and_keep_siblings(tmp_path: Path) -> None:
     text = "name: a\nseed: 3\ntask: {kind: binary, class_weights: {0: 1, 1: 1}}\ntrain: {phases: [{steps: 3, lr: 1}]}"
     sets = ("train.phases.0.lr=2", "train.phases.0.lr=4", "task.class_weights.1=9", "seed.init=8", "model.kind=cnn",
             "model.conv.1.kernel=3")  # fmt: skip
-    read = job(text, tmp_path, *sets)
+    read = load_text(text, tmp_path, *sets)
     assert (read.train.phases[0].steps, read.train.phases[0].lr) == (3, 4.0)
     assert read.task.class_weights == {0: 1.0, 1: 9.0}
-    assert (read.seed.of("shuffle"), read.seed.of("init")) == (3, 8)
+    assert (read.seed.for_stream("shuffle"), read.seed.for_stream("init")) == (3, 8)
     assert read.model.model_dump()["conv"][1]["kernel"] == 3
 
 
@@ -277,8 +275,8 @@ def test_overrides_are_applied_in_order_and_keep_what_stands_beside(tmp_path: Pa
         ("a..b=1", "unknown key"),
     ],
 )
-def test_a_wrong_override_is_an_error(tmp_path: Path, override: str, part: str) -> None:
-    assert part in " ".join(said_of("name: a", tmp_path, override))
+def test_invalid_override_is_an_error(tmp_path: Path, override: str, part: str) -> None:
+    assert part in " ".join(messages_of("name: a", tmp_path, override))
 
 
 # ----------------------------------------------------------------------------------------- what is said
@@ -379,8 +377,8 @@ def test_a_wrong_override_is_an_error(tmp_path: Path, override: str, part: str) 
         ("", ["a job file is a mapping"]),
     ],
 )  # fmt: skip
-def test_each_problem_is_said_once_by_the_key_that_was_written(tmp_path: Path, text: str, lines: list[str]) -> None:
-    said = said_of(text, tmp_path)
+def test_each_problem_is_reported_once_by_its_written_key(tmp_path: Path, text: str, lines: list[str]) -> None:
+    said = messages_of(text, tmp_path)
     if len(lines) > 1:
         assert said.pop(0) == f"{len(lines)} problems"
     assert len(said) == len(lines), said
@@ -390,22 +388,30 @@ def test_each_problem_is_said_once_by_the_key_that_was_written(tmp_path: Path, t
 
 # ------------------------------------------------------------------------------------------- properties
 
-words = st.sampled_from(
+job_words = st.sampled_from(
     ["name", "seed", "all", "data", "source", "call", "splits", "by", "random", "range", "val", "model", "kind", "mlp",
      "cnn", "a.b:C", "hidden", "doubling", "conv", "task", "binary", "class_weights", "train", "phases", "epochs", "lr",
-     "best", "metric", "scale", "workers", "min", "int", "Call", "base", "on", "mnist", "", "²", "${PATH}", "x"]
+     "best", "metric", "scale", "workers", "min", "int", "UserFunctionConfig", "base", "on", "mnist", "", "²", "${PATH}", "x"]
 )  # fmt: skip
-leaves = (
-    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | words | st.text(max_size=4) | st.integers(-(10**400))
+job_leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.floats()
+    | job_words
+    | st.text(max_size=4)
+    | st.integers(-(10**400))
 )
-trees = st.recursive(
-    leaves,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words | st.integers(0, 2), inner, max_size=4),
+job_trees = st.recursive(
+    job_leaves,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(job_words | st.integers(0, 2), inner, max_size=4),
     max_leaves=12,
 )
 
 
-@given(tree=trees, overrides=st.lists(st.tuples(st.lists(words, min_size=1, max_size=3), trees), max_size=2))
+@given(
+    tree=job_trees, overrides=st.lists(st.tuples(st.lists(job_words, min_size=1, max_size=3), job_trees), max_size=2)
+)
 @settings(deadline=None, max_examples=150)
 def test_any_tree_is_a_job_or_a_job_error(
     tmp_path_factory: pytest.TempPathFactory, tree: Any, overrides: list[tuple[list[str], Any]]
@@ -413,7 +419,7 @@ def test_any_tree_is_a_job_or_a_job_error(
     text = yaml.safe_dump({"name": "a", **tree} if isinstance(tree, dict) else tree, allow_unicode=True)
     sets = [f"{'.'.join(path)}={yaml.safe_dump(value, default_flow_style=True)}" for path, value in overrides]
     try:
-        read = job(text, tmp_path_factory.getbasetemp(), *sets)
+        read = load_text(text, tmp_path_factory.getbasetemp(), *sets)
     except JobError as error:
         said = error
     else:
@@ -433,7 +439,7 @@ plain_text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"
 some_words = st.sampled_from(
     ["yes", "1e3", "0o7", "010", "~", "null", "1:30", "2026-01-01", ".inf", "true", "-", "a: b"]
 )
-plain = st.recursive(
+plain_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | plain_text | some_words,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(plain_text | some_words, inner, max_size=3),
     max_leaves=6,
@@ -454,7 +460,7 @@ models = st.one_of(
     st.fixed_dictionaries({"hidden": st.lists(positive, max_size=3), "activation": st.sampled_from(["relu", "elu"])}),
     st.fixed_dictionaries({"hidden": st.just("doubling"), "layers": st.integers(1, 64)}),
     st.fixed_dictionaries({"kind": st.just("cnn"), "hidden": st.lists(positive), "batch_norm": st.booleans()}),
-    st.fixed_dictionaries({"kind": st.just("a.b:C"), "args": st.dictionaries(plain_text | some_words, plain)}),
+    st.fixed_dictionaries({"kind": st.just("a.b:C"), "args": st.dictionaries(plain_text | some_words, plain_values)}),
 )
 tasks = st.sampled_from(["multiclass", "binary", "regression"]) | st.fixed_dictionaries(
     {"class_weights": st.just("balanced") | st.dictionaries(st.integers(0, 9), finite)}
@@ -481,7 +487,7 @@ jobs = st.fixed_dictionaries(
 @given(tree=jobs)
 @example(tree={"name": "arguments", "model": {"kind": "a.b:C", "args": {"most": float("inf")}}})
 @settings(deadline=None)
-def test_a_job_written_out_is_the_same_job(tree: dict[str, Any]) -> None:
+def test_dumped_job_loads_as_the_same_job(tree: dict[str, Any]) -> None:
     first = build_job(tree, "here")
     again = parse_job(dump_job(first), "there")
     assert again == first

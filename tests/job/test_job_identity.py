@@ -8,14 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.job import STREAMS, Seeds, digest, identity, plain_name
+from pipeline.job import SEED_STREAMS, SeedConfig, compute_identity, digest_tree, validate_name
 from pipeline.job_file import build_job
 
 BASE: dict[str, Any] = {"name": "a"}
 
 
-def key(tree: dict[str, Any], *, fingerprint: str = "f", max_steps: int | None = None) -> str:
-    return digest(identity(build_job({**BASE, **tree}, "here"), fingerprint=fingerprint, max_steps=max_steps))
+def identity_of(tree: dict[str, Any], *, fingerprint: str = "f", max_steps: int | None = None) -> str:
+    return digest_tree(
+        compute_identity(build_job({**BASE, **tree}, "here"), fingerprint=fingerprint, max_steps=max_steps)
+    )
 
 
 @pytest.mark.parametrize(
@@ -30,8 +32,8 @@ def key(tree: dict[str, Any], *, fingerprint: str = "f", max_steps: int | None =
         {"seed": {"all": 1}},
     ],
 )
-def test_where_and_how_fast_and_defaults_written_out_change_nothing(tree: dict[str, Any]) -> None:
-    assert key(tree) == key({})
+def test_location_speed_and_explicit_defaults_keep_the_identity(tree: dict[str, Any]) -> None:
+    assert identity_of(tree) == identity_of({})
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,7 @@ def test_where_and_how_fast_and_defaults_written_out_change_nothing(tree: dict[s
     [
         {"name": "b"},
         {"seed": 2},
-        *({"seed": {stream: 9}} for stream in STREAMS),
+        *({"seed": {stream: 9}} for stream in SEED_STREAMS),
         {"data": {"source": "disc"}},
         {"data": {"normalize": "none"}},
         {"data": {"splits": {"val": 0.1}}},
@@ -59,36 +61,49 @@ def test_where_and_how_fast_and_defaults_written_out_change_nothing(tree: dict[s
         {"best": {"patience": 3}},
     ],
 )
-def test_what_changes_the_weights_or_the_choice_changes_the_identity(tree: dict[str, Any]) -> None:
-    assert key(tree) != key({})
+def test_settings_that_affect_weights_or_selection_change_the_identity(tree: dict[str, Any]) -> None:
+    assert identity_of(tree) != identity_of({})
 
 
-def test_the_data_and_max_steps_count() -> None:
-    assert len({key({}), key({}, fingerprint="g"), key({}, max_steps=5), key({}, max_steps=6)}) == 4
+def test_data_and_max_steps_change_the_identity() -> None:
+    assert (
+        len(
+            {
+                identity_of({}),
+                identity_of({}, fingerprint="g"),
+                identity_of({}, max_steps=5),
+                identity_of({}, max_steps=6),
+            }
+        )
+        == 4
+    )
 
 
-def test_a_digest_does_not_depend_on_the_order_of_keys() -> None:
-    assert digest({"a": 1, "b": {"c": 2, "d": 3}}) == digest({"b": {"d": 3, "c": 2}, "a": 1})
+def test_digest_is_independent_of_key_order() -> None:
+    assert digest_tree({"a": 1, "b": {"c": 2, "d": 3}}) == digest_tree({"b": {"d": 3, "c": 2}, "a": 1})
 
 
-def test_streams_take_their_own_seed_or_that_of_all() -> None:
-    seeds = Seeds(all=5, split=0)
-    assert {stream: seeds.of(stream) for stream in STREAMS} == {**dict.fromkeys(STREAMS, 5), "split": 0}
+def test_stream_seeds_default_to_the_common_seed() -> None:
+    seeds = SeedConfig(all=5, split=0)
+    assert {stream: seeds.for_stream(stream) for stream in SEED_STREAMS} == {
+        **dict.fromkeys(SEED_STREAMS, 5),
+        "split": 0,
+    }
 
 
 @pytest.mark.parametrize(
     "name",
     ["..", ".", "", "a/b", "../a", "a\\b", ".hidden", "-x", "a b", "a\n", "a..b", "ä", "a" * 129, "models"],
 )
-def test_a_name_that_could_lead_elsewhere_is_refused(name: str) -> None:
+def test_name_that_escapes_its_folder_is_rejected(name: str) -> None:
     with pytest.raises(ValueError, match=r"name|taken"):
-        plain_name(name)
+        validate_name(name)
 
 
 @given(st.text(max_size=12))
-def test_a_name_is_refused_or_one_plain_part_of_a_path(name: str) -> None:
+def test_name_is_rejected_or_a_single_path_component(name: str) -> None:
     try:
-        plain_name(name)
+        validate_name(name)
     except ValueError:
         return
     assert name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.job import Job
+from pipeline.job import JobConfig
 from pipeline.job_file.reference import COMMAND, reference
 
 PAGE = Path(__file__).parents[2] / "docs" / "job-file.md"
@@ -15,7 +15,7 @@ def test_the_page_is_the_one_that_the_fields_make() -> None:
 
 
 def test_every_key_has_documentation() -> None:
-    schema = Job.model_json_schema()
+    schema = JobConfig.model_json_schema()
     kinds = {"Job": schema, **schema["$defs"]}
     fields = {f"{name}.{key}": field for name, kind in kinds.items() for key, field in kind["properties"].items()}
     assert len(fields) > 130

@@ -22,11 +22,11 @@ def steep(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return 300 * torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
 
 
-SEEN: list[tuple[np.ndarray, np.ndarray]] = []
+CALLS: list[tuple[np.ndarray, np.ndarray]] = []
 
 
 def remembers(outputs: np.ndarray, targets: np.ndarray) -> np.floating[Any]:
-    SEEN.append((outputs, targets))
+    CALLS.append((outputs, targets))
     return np.float32(len(targets))
 
 

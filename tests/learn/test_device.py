@@ -14,18 +14,18 @@ from pipeline import device as devices
 from pipeline.errors import InputError
 
 
-def test_auto_takes_the_best_that_is_there() -> None:
+def test_auto_selects_the_best_device() -> None:
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    assert devices.choose("auto").type == best
-    assert devices.choose("cpu", local_rank=3) == torch.device("cpu")
+    assert devices.select_device("auto").type == best
+    assert devices.select_device("cpu", local_rank=3) == torch.device("cpu")
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
-def test_a_device_that_is_not_there_is_bad_input(kind: str) -> None:
+def test_unavailable_device_is_bad_input(kind: str) -> None:
     if (torch.cuda if kind == "cuda" else torch.backends.mps).is_available():
         pytest.skip(f"there is {kind} here")
     with pytest.raises(InputError) as caught:
-        devices.choose(kind)
+        devices.select_device(kind)
     assert str(caught.value).startswith(f"scale.device: {kind} is not available here")
     assert "cpu" in caught.value.fix
 
@@ -39,19 +39,19 @@ def test_a_device_that_is_not_there_is_bad_input(kind: str) -> None:
         ("fp16", torch.float32, torch.float16, True),
     ],
 )
-def test_a_precision_is_a_set_of_types(
-    precision: devices.Precision, dtype: torch.dtype, autocast: torch.dtype | None, scales: bool
+def test_precision_selects_dtypes(
+    precision: devices.PrecisionName, dtype: torch.dtype, autocast: torch.dtype | None, scales: bool
 ) -> None:
     device = torch.device("cpu")
-    arithmetic = devices.Arithmetic.of(precision, device)
-    assert arithmetic == devices.Arithmetic(dtype, autocast, scales)
-    with arithmetic.context(device):
+    arithmetic = devices.Precision.from_name(precision, device)
+    assert arithmetic == devices.Precision(dtype, autocast, scales)
+    with arithmetic.autocast_context(device):
         product = torch.ones(2, 2, dtype=dtype) @ torch.ones(2, 2, dtype=dtype)
     assert product.dtype == (autocast or dtype)
 
 
-def test_facts_are_plain_values() -> None:
-    facts = devices.facts(torch.device("cpu"))
+def test_environment_info_is_plain_values() -> None:
+    facts = devices.environment_info(torch.device("cpu"))
     assert json.loads(json.dumps(facts)) == facts
     assert {"device", "cpu_capability", "threads", "torch"} <= set(facts)
     assert cpus.available_cpus() >= 1
@@ -61,7 +61,7 @@ def test_facts_are_plain_values() -> None:
     ("limits", "cores"),
     [({}, math.inf), ({"a/b": "max 100000"}, math.inf), ({"a/b": "150000 100000"}, 1.5), ({"a": "200000 100000"}, 2)],
 )
-def test_a_containers_limit_counts_as_its_cores(tmp_path: Path, limits: dict[str, str], cores: float) -> None:
+def test_container_cpu_limit_is_respected(tmp_path: Path, limits: dict[str, str], cores: float) -> None:
     (tmp_path / "groups/a/b").mkdir(parents=True)
     (tmp_path / "own").write_text("0::/a/b\n")
     for group, limit in limits.items():

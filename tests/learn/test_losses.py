@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from pipeline.errors import JobError, WorkError
-from pipeline.job import Task as Spec
-from pipeline.learn.losses import OwnLoss, build_loss, check_loss
-from tests.learn.trainees import CPU, make_batch, make_job, make_trainee, mean_gradients
+from pipeline.job import TaskConfig as Spec
+from pipeline.learn.losses import CustomLoss, build_loss, check_custom_loss
+from tests.learn.trainees import CPU, make_batch, make_engine, make_job, mean_gradient
 
-OWN = "own_losses_to_try"
-MODULE = """
+MODULE_NAME = "own_losses_to_try"
+LOSS_MODULE = """
 import torch
 from torch.nn import functional as F
 
@@ -50,14 +50,14 @@ def steep(outputs, targets):
 
 
 @pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def loss_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a module of losses, importable."""
-    (tmp_path / f"{OWN}.py").write_text(MODULE)
+    (tmp_path / f"{MODULE_NAME}.py").write_text(LOSS_MODULE)
     monkeypatch.syspath_prepend(tmp_path)
-    return OWN
+    return MODULE_NAME
 
 
-def test_losses_of_regression_are_torchs() -> None:
+def test_regression_losses_match_torch() -> None:
     outputs, targets = torch.randn(9, 3, dtype=torch.float64), torch.randn(9, 3)
     for tree, expected in (
         ({}, F.mse_loss(outputs, targets.double())),
@@ -71,23 +71,23 @@ def test_losses_of_regression_are_torchs() -> None:
         assert float(loss(outputs, targets, "sum")) == pytest.approx(9 * float(expected), rel=1e-13)
 
 
-def test_an_own_loss_trains_by_its_gradient(own: str) -> None:
-    job = make_job(task={"loss": f"{own}:focal"}, train={"precision": "fp64"})
-    trainee = make_trainee(job)
+def test_custom_loss_trains_by_its_gradient(loss_module: str) -> None:
+    job = make_job(task={"loss": f"{loss_module}:focal"}, train={"precision": "fp64"})
+    trainee = make_engine(job)
     inputs, targets = make_batch(job, 13)
     outputs = trainee.flat.model(inputs.double())
     log_probabilities = outputs.log_softmax(1).gather(1, targets[:, None])[:, 0]
     expected = torch.autograd.grad(
         (-((1 - log_probabilities.exp()) ** 2) * log_probabilities).mean(), trainee.flat.parameters
     )
-    found = mean_gradients(trainee, inputs, targets)
+    found = mean_gradient(trainee, inputs, targets)
     torch.testing.assert_close(found, torch.cat([one.reshape(-1) for one in expected]), rtol=1e-11, atol=1e-13)
 
 
-def tried(name: str, *, mixes: bool = False, outputs: Tensor | None = None) -> None:
+def try_loss(name: str, *, mixes: bool = False, outputs: Tensor | None = None) -> None:
     targets = torch.tensor([0, 2, 1])
     outputs = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)) if outputs is None else outputs
-    check_loss(OwnLoss(name), outputs, targets, mixes=mixes)
+    check_custom_loss(CustomLoss(name), outputs, targets, has_mixup=mixes)
 
 
 @pytest.mark.parametrize(
@@ -101,39 +101,39 @@ def tried(name: str, *, mixes: bool = False, outputs: Tensor | None = None) -> N
         ("steep", "its gradient is (-inf|inf|nan)"),
     ],
 )
-def test_what_is_wrong_with_an_own_loss_is_found_before_training(own: str, name: str, words: str) -> None:
+def test_invalid_custom_loss_is_rejected_before_training(loss_module: str, name: str, words: str) -> None:
     with pytest.raises(JobError, match=words) as caught:
-        tried(f"{own}:{name}")
-    assert caught.value.where == f"task.loss: {own}:{name}"
+        try_loss(f"{loss_module}:{name}")
+    assert caught.value.where == f"task.loss: {loss_module}:{name}"
     assert caught.value.fix
 
 
-def test_what_is_wrong_later_is_work_that_failed(own: str) -> None:
+def test_custom_loss_that_fails_later_is_a_work_error(loss_module: str) -> None:
     with pytest.raises(WorkError, match="no such thing"):
-        OwnLoss(f"{own}:raises")(torch.zeros(1, 2), torch.zeros(1))
+        CustomLoss(f"{loss_module}:raises")(torch.zeros(1, 2), torch.zeros(1))
 
 
-def test_a_sound_loss_passes_and_mixed_targets_are_tried_where_they_will_come(own: str) -> None:
+def test_valid_loss_passes_and_mixed_targets_are_tested_where_used(loss_module: str) -> None:
     for mixes in (False, True):
-        tried(f"{own}:focal", mixes=mixes)
-    tried(f"{own}:hard_only")
+        try_loss(f"{loss_module}:focal", mixes=mixes)
+    try_loss(f"{loss_module}:hard_only")
     with pytest.raises(JobError, match="fail_here"):
-        tried(f"{own}:hard_only", mixes=True)
+        try_loss(f"{loss_module}:hard_only", mixes=True)
 
 
-def test_a_model_that_is_not_finite_is_not_the_losses_fault(own: str) -> None:
-    tried(f"{own}:focal", outputs=torch.full((3, 4), math.nan))
+def test_nonfinite_model_output_is_not_blamed_on_the_loss(loss_module: str) -> None:
+    try_loss(f"{loss_module}:focal", outputs=torch.full((3, 4), math.nan))
 
 
-@pytest.mark.parametrize(("name", "words"), [(f"{OWN}:nothing", "no function"), ("not_there:f", "no module")])
-def test_a_loss_that_is_not_there(own: str, name: str, words: str) -> None:
+@pytest.mark.parametrize(("name", "words"), [(f"{MODULE_NAME}:nothing", "no function"), ("not_there:f", "no module")])
+def test_missing_loss(loss_module: str, name: str, words: str) -> None:
     with pytest.raises(JobError, match=words) as caught:
         build_loss(Spec.model_validate({"loss": name}))
     assert caught.value.where == "task.loss"
 
 
-@pytest.mark.parametrize("tree", [{"task": {"loss": f"{OWN}:focal"}}, {"data": {"augment": {"mixup": 0.2}}}])
-def test_the_written_mlp_is_not_for_other_losses_and_mixed_targets(own: str, tree: dict[str, Any]) -> None:
-    from pipeline.learn.ways import choose_way
+@pytest.mark.parametrize("tree", [{"task": {"loss": f"{MODULE_NAME}:focal"}}, {"data": {"augment": {"mixup": 0.2}}}])
+def test_manual_backward_excludes_other_losses_and_mixed_targets(loss_module: str, tree: dict[str, Any]) -> None:
+    from pipeline.learn.ways import select_gradient_backend
 
-    assert choose_way(make_job(**tree), CPU) == "eager"
+    assert select_gradient_backend(make_job(**tree), CPU) == "eager"

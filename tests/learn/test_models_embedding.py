@@ -8,39 +8,39 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.job import Mlp
-from pipeline.learn.models import build_model, draws_at_random
-from pipeline.learn.models.mlp import embedding_width
-from pipeline.learn.ways import choose_way
-from tests.learn.trainees import CLASSES, CPU, make_job, make_trainee
+from pipeline.job import MlpConfig
+from pipeline.learn.models import build_model, uses_rng
+from pipeline.learn.models.mlp import compute_embedding_dim
+from pipeline.learn.ways import select_gradient_backend
+from tests.learn.trainees import CPU, NUM_CLASSES, make_engine, make_job
 
-SIZES = (3000, 7)
-NUMBERS = 4
-
-
-def build(model: dict[str, Any], sizes: tuple[int, ...] = SIZES, seed: int = 5) -> nn.Module:
-    return build_model(make_job(model=model), (NUMBERS + len(sizes),), CLASSES, seed, sizes)
+CATEGORY_COUNTS = (3000, 7)
+NUM_NUMERIC = 4
 
 
-def rows(count: int) -> tuple[Tensor, Tensor]:
+def build_from_config(model: dict[str, Any], sizes: tuple[int, ...] = CATEGORY_COUNTS, seed: int = 5) -> nn.Module:
+    return build_model(make_job(model=model), (NUM_NUMERIC + len(sizes),), NUM_CLASSES, seed, sizes)
+
+
+def make_rows(count: int) -> tuple[Tensor, Tensor]:
     draw = torch.Generator().manual_seed(3)
-    numbers = torch.randn(count, NUMBERS, generator=draw)
-    codes = torch.stack([torch.randint(size, (count,), generator=draw) for size in SIZES], 1)
+    numbers = torch.randn(count, NUM_NUMERIC, generator=draw)
+    codes = torch.stack([torch.randint(size, (count,), generator=draw) for size in CATEGORY_COUNTS], 1)
     return numbers, codes
 
 
-def test_codes_are_looked_up_and_join_the_numbers() -> None:
-    model = build({"hidden": [6]})
+def test_codes_are_embedded_and_concatenated_with_numbers() -> None:
+    model = build_from_config({"hidden": [6]})
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert shapes == {
         "embeddings.0.weight": (3000, 50),
         "embeddings.1.weight": (7, 5),
-        "0.weight": (6, NUMBERS + 55),
+        "0.weight": (6, NUM_NUMERIC + 55),
         "0.bias": (6,),
-        "2.weight": (CLASSES, 6),
-        "2.bias": (CLASSES,),
+        "2.weight": (NUM_CLASSES, 6),
+        "2.bias": (NUM_CLASSES,),
     }
-    numbers, codes = rows(9)
+    numbers, codes = make_rows(9)
     codes[0] = torch.tensor([2999, 6])
     weights = model.state_dict()
     looked_up = [weights[f"embeddings.{number}.weight"][codes[:, number]] for number in range(2)]
@@ -49,31 +49,35 @@ def test_codes_are_looked_up_and_join_the_numbers() -> None:
     torch.testing.assert_close(model(torch.cat([numbers, codes.float()], 1)), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_weights_are_a_function_of_the_seed_and_nothing_draws() -> None:
-    first, again, other = build({"hidden": [6]}), build({"hidden": [6]}), build({"hidden": [6]}, seed=6)
+def test_weights_depend_only_on_the_seed() -> None:
+    first, again, other = (
+        build_from_config({"hidden": [6]}),
+        build_from_config({"hidden": [6]}),
+        build_from_config({"hidden": [6]}, seed=6),
+    )
     assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True))
     assert not torch.equal(first.state_dict()["embeddings.1.weight"], other.state_dict()["embeddings.1.weight"])
-    assert not draws_at_random(first)
+    assert not uses_rng(first)
 
 
 @pytest.mark.parametrize(("levels", "width"), [(2, 2), (7, 5), (100, 21), (400, 46), (3000, 50)])
-def test_the_width_follows_the_stated_rule(levels: int, width: int) -> None:
-    assert embedding_width(Mlp(), levels) == width
-    assert embedding_width(Mlp(embedding_width=9), levels) == 9
+def test_embedding_width_follows_the_documented_rule(levels: int, width: int) -> None:
+    assert compute_embedding_dim(MlpConfig(), levels) == width
+    assert compute_embedding_dim(MlpConfig(embedding_width=9), levels) == 9
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16", "fp16"])
-def test_every_level_learns_its_own_answer_in_every_precision(precision: str) -> None:
+def test_every_category_is_learned_in_every_precision(precision: str) -> None:
     """Only the code tells the class, and neighbours among 3,000 codes are not alike in bf16's eight bits."""
     job = make_job(
         model={"hidden": []}, train={"precision": precision, "optimizer": {"kind": "adam"}, "clip_norm": 1.0}
     )
-    assert choose_way(job, CPU, SIZES) == "eager"
-    trainee = make_trainee(job, model=build({"hidden": []}), way="eager")
+    assert select_gradient_backend(job, CPU, CATEGORY_COUNTS) == "eager"
+    trainee = make_engine(job, model=build_from_config({"hidden": []}), way="eager")
     codes = torch.tensor([[2900 + number, 3] for number in range(16)])
-    inputs = torch.cat([torch.zeros(16, NUMBERS), codes.float()], 1)
-    targets = torch.tensor([number * 7 % CLASSES for number in range(16)])
+    inputs = torch.cat([torch.zeros(16, NUM_NUMERIC), codes.float()], 1)
+    targets = torch.tensor([number * 7 % NUM_CLASSES for number in range(16)])
     for step in range(1, 61):
-        trainee.gradient(step, inputs, targets)
-        trainee.update(0.05)
-    assert torch.equal(trainee.outputs(inputs).argmax(1), targets)
+        trainee.forward_backward(step, inputs, targets)
+        trainee.optimizer_step(0.05)
+    assert torch.equal(trainee.predict_logits(inputs).argmax(1), targets)

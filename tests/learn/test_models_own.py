@@ -14,7 +14,7 @@ from pipeline.errors import JobError
 from pipeline.learn.models import build_model
 from tests.learn.trainees import make_job
 
-NETS = """
+MODEL_MODULE = """
 import math
 import torch
 from torch import nn
@@ -44,26 +44,26 @@ def pair():
 
 
 @pytest.fixture(autouse=True)
-def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "own_fitting_nets.py").write_text(NETS)
+def model_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_fitting_nets.py").write_text(MODEL_MODULE)
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
 
-def build(name: str, shape: tuple[int, ...] = (1, 3, 4), **args: Any) -> nn.Module:
+def build_custom_model(name: str, shape: tuple[int, ...] = (1, 3, 4), **args: Any) -> nn.Module:
     return build_model(make_job(model={"kind": f"own_fitting_nets:{name}", "args": args}), shape, 4, 1)
 
 
-def test_shape_and_outputs_are_given_where_the_signature_names_them() -> None:
-    assert build("Fitting").given == ((1, 3, 4), 4, ())
-    assert build("Fitting", width=8, outputs=4).given == ((1, 3, 4), 4, ())
-    model = build("plain", bias=False)
+def test_shape_and_outputs_are_passed_to_parameters_of_those_names() -> None:
+    assert build_custom_model("Fitting").given == ((1, 3, 4), 4, ())
+    assert build_custom_model("Fitting", width=8, outputs=4).given == ((1, 3, 4), 4, ())
+    model = build_custom_model("plain", bias=False)
     assert isinstance(model, nn.Sequential)
     assert model[1].bias is None
 
 
-def test_lazy_modules_are_drawn_from_the_seed() -> None:
-    first, second = build("lazy"), build("lazy")
+def test_lazy_modules_are_initialized_from_the_seed() -> None:
+    first, second = build_custom_model("lazy"), build_custom_model("lazy")
     torch.rand(3)
     weights = [model.state_dict()["1.weight"] for model in (first, second)]
     assert weights[0].shape == (4, 12)
@@ -79,11 +79,11 @@ def test_lazy_modules_are_drawn_from_the_seed() -> None:
         ("pair", (1, 3, 4), {}, "gives a tuple, not one tensor"),
     ],
 )
-def test_a_model_that_does_not_fit_is_found_before_training(
+def test_mismatched_model_is_rejected_before_training(
     name: str, shape: tuple[int, ...], args: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(JobError) as caught:
-        build(name, shape, **args)
+        build_custom_model(name, shape, **args)
     assert words in caught.value.what
     assert caught.value.where == f"model.kind: own_fitting_nets:{name}"
     assert caught.value.fix

@@ -11,9 +11,9 @@ from torch import Tensor
 from pipeline import job as spec
 from pipeline.errors import JobError
 from pipeline.learn.optimizers import Optimizer
-from pipeline.learn.scaling import GROWTH_INTERVAL, INITIAL_SCALE, LossScale
+from pipeline.learn.scaling import GROWTH_INTERVAL, INITIAL_SCALE, GradScaler
 
-RULES: list[dict[str, Any]] = [
+OPTIMIZER_CONFIGS: list[dict[str, Any]] = [
     {"kind": "sgd"},
     {"kind": "sgd", "weight_decay": 0.01},
     {"kind": "sgd", "momentum": 0.9},
@@ -22,23 +22,23 @@ RULES: list[dict[str, Any]] = [
     {"kind": "adam", "betas": [0.8, 0.99], "eps": 1e-6, "weight_decay": 0.01},
     {"kind": "adamw", "weight_decay": 0.1},
 ]
-STEPS = 60
+NUM_STEPS = 60
 
 
-def rates() -> list[float]:
-    return [0.1 / (1 + step) for step in range(STEPS)]
+def learning_rates() -> list[float]:
+    return [0.1 / (1 + step) for step in range(NUM_STEPS)]
 
 
-def gradients(dtype: torch.dtype) -> list[Tensor]:
+def make_gradients(dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
-    return [torch.randn(37, generator=generator, dtype=dtype) for _ in range(STEPS)]
+    return [torch.randn(37, generator=generator, dtype=dtype) for _ in range(NUM_STEPS)]
 
 
-def start(dtype: torch.dtype) -> Tensor:
+def initial_parameters(dtype: torch.dtype) -> Tensor:
     return torch.randn(37, generator=torch.Generator().manual_seed(1), dtype=dtype)
 
 
-def of_torch(rule: dict[str, Any], parameter: Tensor) -> torch.optim.Optimizer:
+def make_torch_optimizer(rule: dict[str, Any], parameter: Tensor) -> torch.optim.Optimizer:
     options = {key: value for key, value in rule.items() if key != "kind"}
     if "betas" in options:
         options["betas"] = tuple(options["betas"])
@@ -49,64 +49,64 @@ def of_torch(rule: dict[str, Any], parameter: Tensor) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("rule", RULES, ids=str)
-def test_many_steps_are_those_of_torch_optim(rule: dict[str, Any], dtype: torch.dtype, tolerance: float) -> None:
-    values, reference = start(dtype), start(dtype).requires_grad_()
-    ours, theirs = Optimizer(spec.Optimizer.model_validate(rule), values), of_torch(rule, reference)
-    for lr, gradient in zip(rates(), gradients(dtype), strict=True):
-        ours.update(gradient.clone(), lr)
+@pytest.mark.parametrize("rule", OPTIMIZER_CONFIGS, ids=str)
+def test_many_steps_match_torch_optim(rule: dict[str, Any], dtype: torch.dtype, tolerance: float) -> None:
+    values, reference = initial_parameters(dtype), initial_parameters(dtype).requires_grad_()
+    ours, theirs = Optimizer(spec.OptimizerConfig.model_validate(rule), values), make_torch_optimizer(rule, reference)
+    for lr, gradient in zip(learning_rates(), make_gradients(dtype), strict=True):
+        ours.step(gradient.clone(), lr)
         theirs.param_groups[0]["lr"] = lr
         reference.grad = gradient.clone()
         theirs.step()
         torch.testing.assert_close(values, reference.detach(), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
-def test_going_on_from_saved_state_gives_the_same_bits(rule: dict[str, Any]) -> None:
-    whole, cut = start(torch.float32), start(torch.float32)
-    first = Optimizer(spec.Optimizer.model_validate(rule), whole)
-    second = Optimizer(spec.Optimizer.model_validate(rule), cut)
-    for number, (lr, gradient) in enumerate(zip(rates(), gradients(torch.float32), strict=True)):
-        if number == STEPS // 2:
+@pytest.mark.parametrize("rule", OPTIMIZER_CONFIGS, ids=str)
+def test_resume_from_saved_state_is_bit_identical(rule: dict[str, Any]) -> None:
+    whole, cut = initial_parameters(torch.float32), initial_parameters(torch.float32)
+    first = Optimizer(spec.OptimizerConfig.model_validate(rule), whole)
+    second = Optimizer(spec.OptimizerConfig.model_validate(rule), cut)
+    for number, (lr, gradient) in enumerate(zip(learning_rates(), make_gradients(torch.float32), strict=True)):
+        if number == NUM_STEPS // 2:
             saved = {name: tensor.clone() for name, tensor in second.state.items()}
-            second = Optimizer(spec.Optimizer.model_validate(rule), cut)
-            second.load(saved)
-        first.update(gradient, lr)
-        second.update(gradient, lr)
+            second = Optimizer(spec.OptimizerConfig.model_validate(rule), cut)
+            second.load_state_dict(saved)
+        first.step(gradient, lr)
+        second.step(gradient, lr)
     assert torch.equal(whole, cut)
     assert all(torch.equal(first.state[name], second.state[name]) for name in first.state)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
-def test_reset_is_a_fresh_start(rule: dict[str, Any]) -> None:
-    used, fresh = start(torch.float64), start(torch.float64)
-    first = Optimizer(spec.Optimizer.model_validate(rule), used)
-    for gradient in gradients(torch.float64)[:5]:
-        first.update(gradient, 0.1)
+@pytest.mark.parametrize("rule", OPTIMIZER_CONFIGS, ids=str)
+def test_reset_equals_a_new_optimizer(rule: dict[str, Any]) -> None:
+    used, fresh = initial_parameters(torch.float64), initial_parameters(torch.float64)
+    first = Optimizer(spec.OptimizerConfig.model_validate(rule), used)
+    for gradient in make_gradients(torch.float64)[:5]:
+        first.step(gradient, 0.1)
     used.copy_(fresh)
-    first.reset()
-    second = Optimizer(spec.Optimizer.model_validate(rule), fresh)
-    for gradient in gradients(torch.float64)[5:9]:
-        first.update(gradient, 0.1)
-        second.update(gradient, 0.1)
+    first.reset_state()
+    second = Optimizer(spec.OptimizerConfig.model_validate(rule), fresh)
+    for gradient in make_gradients(torch.float64)[5:9]:
+        first.step(gradient, 0.1)
+        second.step(gradient, 0.1)
     assert torch.equal(used, fresh)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
-def test_an_overflow_changes_nothing(rule: dict[str, Any]) -> None:
-    values = start(torch.float32)
-    ours = Optimizer(spec.Optimizer.model_validate(rule), values)
-    for gradient in gradients(torch.float32)[:3]:
-        ours.update(gradient, 0.1, torch.tensor(0.0))
+@pytest.mark.parametrize("rule", OPTIMIZER_CONFIGS, ids=str)
+def test_overflow_changes_nothing(rule: dict[str, Any]) -> None:
+    values = initial_parameters(torch.float32)
+    ours = Optimizer(spec.OptimizerConfig.model_validate(rule), values)
+    for gradient in make_gradients(torch.float32)[:3]:
+        ours.step(gradient, 0.1, torch.tensor(0.0))
     before, state = values.clone(), {name: tensor.clone() for name, tensor in ours.state.items()}
-    ours.update(torch.full((37,), float("inf")), 0.1, torch.tensor(1.0))
+    ours.step(torch.full((37,), float("inf")), 0.1, torch.tensor(1.0))
     assert torch.equal(values, before)
     assert all(torch.equal(ours.state[name], state[name]) for name in state)
     if "step" in state:
         assert float(state["step"]) == 3
 
 
-SIZES = {"body.0.weight": 11, "body.0.bias": 3, "body.2.weight": 12, "body.2.bias": 4, "head.weight": 7}
+PARAMETER_SIZES = {"body.0.weight": 11, "body.0.bias": 3, "body.2.weight": 12, "body.2.bias": 4, "head.weight": 7}
 """37 numbers in all, as the vectors above."""
 
 GROUPS: list[dict[str, Any]] = [
@@ -116,17 +116,19 @@ GROUPS: list[dict[str, Any]] = [
 ]
 
 
-def parts(vector: Tensor) -> dict[str, Tensor]:
-    return dict(zip(SIZES, vector.split(list(SIZES.values())), strict=True))
+def split_parameters(vector: Tensor) -> dict[str, Tensor]:
+    return dict(zip(PARAMETER_SIZES, vector.split(list(PARAMETER_SIZES.values())), strict=True))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("rule", RULES, ids=str)
-def test_groups_are_the_param_groups_of_torch_optim(rule: dict[str, Any], dtype: torch.dtype, tolerance: float) -> None:
-    values = start(dtype)
-    ours = Optimizer(spec.Optimizer.model_validate({**rule, "groups": GROUPS}), values, SIZES)
-    members = {name: tensor.clone().requires_grad_() for name, tensor in parts(start(dtype)).items()}
-    theirs = of_torch(rule, members["body.2.weight"])  # the one that is in no group
+@pytest.mark.parametrize("rule", OPTIMIZER_CONFIGS, ids=str)
+def test_groups_match_torch_param_groups(rule: dict[str, Any], dtype: torch.dtype, tolerance: float) -> None:
+    values = initial_parameters(dtype)
+    ours = Optimizer(spec.OptimizerConfig.model_validate({**rule, "groups": GROUPS}), values, PARAMETER_SIZES)
+    members = {
+        name: tensor.clone().requires_grad_() for name, tensor in split_parameters(initial_parameters(dtype)).items()
+    }
+    theirs = make_torch_optimizer(rule, members["body.2.weight"])  # the one that is in no group
     decay = rule.get("weight_decay", 0.0)
     for names, factor, own_decay in (
         (["body.0.bias", "body.2.bias"], 1.0, 0.0),
@@ -135,9 +137,9 @@ def test_groups_are_the_param_groups_of_torch_optim(rule: dict[str, Any], dtype:
     ):
         group = {"params": [members[name] for name in names], "weight_decay": own_decay, "factor": factor}
         theirs.add_param_group(group)
-    for lr, gradient in zip(rates(), gradients(dtype), strict=True):
-        ours.update(gradient.clone(), lr, torch.tensor(0.0))
-        for name, piece in parts(gradient).items():
+    for lr, gradient in zip(learning_rates(), make_gradients(dtype), strict=True):
+        ours.step(gradient.clone(), lr, torch.tensor(0.0))
+        for name, piece in split_parameters(gradient).items():
             members[name].grad = piece.clone()
         for group in theirs.param_groups:
             group["lr"] = lr * group.get("factor", 1.0)
@@ -149,43 +151,45 @@ def test_groups_are_the_param_groups_of_torch_optim(rule: dict[str, Any], dtype:
     }, "a checkpoint holds whole vectors"
 
 
-def test_a_group_that_matches_nothing_is_an_error_of_the_job() -> None:
-    rule = spec.Optimizer.model_validate({"groups": [*GROUPS, {"match": "tail.*"}]})
+def test_unmatched_group_is_a_job_error() -> None:
+    rule = spec.OptimizerConfig.model_validate({"groups": [*GROUPS, {"match": "tail.*"}]})
     with pytest.raises(JobError, match=r"'tail\.\*' matches no parameter") as caught:
-        Optimizer(rule, start(torch.float32), SIZES)
+        Optimizer(rule, initial_parameters(torch.float32), PARAMETER_SIZES)
     assert caught.value.where == "train.optimizer.groups.3.match"
     assert "body.0.weight" in caught.value.fix
 
 
-def test_a_group_that_stands_still_stays() -> None:
-    values = start(torch.float32)
-    rule = spec.Optimizer.model_validate(
+def test_group_with_zero_learning_rate_is_unchanged() -> None:
+    values = initial_parameters(torch.float32)
+    rule = spec.OptimizerConfig.model_validate(
         {"kind": "adamw", "weight_decay": 0.1, "groups": [{"match": "head.*", "lr_factor": 0}]}
     )
-    Optimizer(rule, values, SIZES).update(gradients(torch.float32)[0], 0.1)
-    before, after = parts(start(torch.float32)), parts(values)
-    assert [name for name in SIZES if torch.equal(after[name], before[name])] == ["head.weight"]
+    Optimizer(rule, values, PARAMETER_SIZES).step(make_gradients(torch.float32)[0], 0.1)
+    before, after = split_parameters(initial_parameters(torch.float32)), split_parameters(values)
+    assert [name for name in PARAMETER_SIZES if torch.equal(after[name], before[name])] == ["head.weight"]
 
 
-def test_the_scale_moves_as_grad_scaler_does() -> None:
-    scale, device = LossScale(torch.device("cpu")), torch.device("cpu")
+def test_loss_scale_matches_grad_scaler() -> None:
+    scale, device = GradScaler(torch.device("cpu")), torch.device("cpu")
     good, bad = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
-    assert float(scale.factor) == INITIAL_SCALE
+    assert float(scale.scale) == INITIAL_SCALE
     assert float(scale.found_inf(good)) == 0
     for gradient in (bad, torch.tensor([float("-inf")])):
         assert float(scale.found_inf(gradient)) == 1
         scale.update(scale.found_inf(gradient))
-    assert float(scale.factor) == INITIAL_SCALE / 4
+    assert float(scale.scale) == INITIAL_SCALE / 4
     for _ in range(GROWTH_INTERVAL):
-        assert float(scale.factor) == INITIAL_SCALE / 4
+        assert float(scale.scale) == INITIAL_SCALE / 4
         scale.update(scale.found_inf(good))
-    assert float(scale.factor) == INITIAL_SCALE / 2
+    assert float(scale.scale) == INITIAL_SCALE / 2
     scale.update(torch.tensor(0.0))
-    again = LossScale(device)
-    again.load({name: tensor.clone() for name, tensor in scale.state.items()})
+    again = GradScaler(device)
+    again.load_state_dict({name: tensor.clone() for name, tensor in scale.state.items()})
     assert {name: float(tensor) for name, tensor in again.state.items()} == {
         "factor": INITIAL_SCALE / 2,
         "good_steps": 1,
         "skipped": 2,
     }
-    again.load({name: tensor for name, tensor in scale.state.items() if name != "skipped"})  # of an earlier version
+    again.load_state_dict(
+        {name: tensor for name, tensor in scale.state.items() if name != "skipped"}
+    )  # of an earlier version

@@ -14,25 +14,25 @@ from torch import nn
 from torchvision import models
 
 from pipeline.errors import JobError
-from pipeline.job import Job, TorchvisionModel
+from pipeline.job import JobConfig, TorchvisionModelConfig
 from pipeline.learn.models import build_model
-from pipeline.learn.models.freezing import last_layer
-from pipeline.learn.models.vision import pretrained
-from pipeline.starting import Start, find_start, take
-from tests.learn.trainees import make_batch, make_job, make_trainee
+from pipeline.learn.models.freezing import last_layer_names
+from pipeline.learn.models.vision import load_pretrained
+from pipeline.starting import InitialWeights, find_initial_weights, load_matching_weights
+from tests.learn.trainees import make_batch, make_engine, make_job
 
 SMALL = "torchvision:mobilenet_v3_small"
 
 
-def job_of(kind: str, **model: Any) -> Job:
+def make_torchvision_job(kind: str, **model: Any) -> JobConfig:
     return make_job(model={"kind": kind, **model})
 
 
-def build(kind: str, shape: tuple[int, ...] = (3, 32, 32), seed: int = 1, **model: Any) -> nn.Module:
-    return build_model(job_of(kind, **model), shape, 4, seed)
+def build_from_config(kind: str, shape: tuple[int, ...] = (3, 32, 32), seed: int = 1, **model: Any) -> nn.Module:
+    return build_model(make_torchvision_job(kind, **model), shape, 4, seed)
 
 
-HEADS = {
+HEAD_LAYERS = {
     "torchvision:resnet18": "fc",
     SMALL: "classifier.3",
     "torchvision:squeezenet1_1": "classifier.1",
@@ -40,13 +40,13 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "head"), HEADS.items())
-def test_the_last_layer_fits_and_is_what_backbone_leaves(kind: str, head: str) -> None:
-    model = build(kind, freeze="backbone")
+@pytest.mark.parametrize(("kind", "head"), HEAD_LAYERS.items())
+def test_last_layer_fits_and_is_outside_the_backbone(kind: str, head: str) -> None:
+    model = build_from_config(kind, freeze="backbone")
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {f"{head}.weight", f"{head}.bias"}
     assert model.get_parameter(f"{head}.weight").shape[0] == 4
-    assert last_layer(model) == [f"{head}.weight", f"{head}.bias"]
-    again, other = build(kind), build(kind, seed=2)
+    assert last_layer_names(model) == [f"{head}.weight", f"{head}.bias"]
+    again, other = build_from_config(kind), build_from_config(kind, seed=2)
     first = model.get_parameter(f"{head}.weight")
     assert torch.equal(first, again.get_parameter(f"{head}.weight"))
     assert not torch.equal(first, other.get_parameter(f"{head}.weight"))
@@ -61,12 +61,14 @@ def test_the_last_layer_fits_and_is_what_backbone_leaves(kind: str, head: str) -
         (SMALL, (3, 32, 32), {"dropout": 0.5}),
     ],
 )
-def test_any_number_of_channels_and_no_second_output(kind: str, shape: tuple[int, ...], args: dict[str, Any]) -> None:
-    model = build(kind, shape, args=args)
-    trainee = make_trainee(make_job(), model=model, way="eager", shape=shape)
+def test_any_number_of_channels_and_no_auxiliary_output(
+    kind: str, shape: tuple[int, ...], args: dict[str, Any]
+) -> None:
+    model = build_from_config(kind, shape, args=args)
+    trainee = make_engine(make_job(), model=model, way="eager", shape=shape)
     inputs, targets = make_batch(make_job(), 2, shape=shape)
-    trainee.gradient(1, inputs, targets)
-    assert torch.isfinite(trainee.flat.gradient).all()
+    trainee.forward_backward(1, inputs, targets)
+    assert torch.isfinite(trainee.flat.grad).all()
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,9 @@ def test_any_number_of_channels_and_no_second_output(kind: str, shape: tuple[int
         ),
     ],
 )
-def test_what_does_not_fit_says_where(model: dict[str, Any], shape: tuple[int, ...], where: str, words: str) -> None:
+def test_invalid_model_error_names_its_field(
+    model: dict[str, Any], shape: tuple[int, ...], where: str, words: str
+) -> None:
     with pytest.raises(JobError) as caught:
         build_model(make_job(model=model), shape, 4, 1)
     assert caught.value.where == where
@@ -101,40 +105,43 @@ def test_what_does_not_fit_says_where(model: dict[str, Any], shape: tuple[int, .
 
 
 @pytest.fixture(scope="module")
-def published() -> nn.Module:
+def published_model() -> nn.Module:
     """A model as torchvision publishes them: of 1,000 classes."""
     torch.manual_seed(7)
     model: nn.Module = models.mobilenet_v3_small()
     return model
 
 
-def start_of(path: Path) -> Start:
-    start = find_start(job_of(SMALL, weights=str(path)), "unused")
+def make_start(path: Path) -> InitialWeights:
+    start = find_initial_weights(make_torchvision_job(SMALL, weights=str(path)), "unused")
     assert start is not None
     return start
 
 
-def test_a_local_file_gives_all_but_the_head(published: nn.Module, tmp_path: Path) -> None:
-    torch.save(published.state_dict(), tmp_path / "small.pth")
-    save_file(published.state_dict(), tmp_path / "small.safetensors")
-    starts = [start_of(tmp_path / name) for name in ("small.pth", "small.safetensors")]
+def test_local_file_initializes_all_but_the_head(published_model: nn.Module, tmp_path: Path) -> None:
+    torch.save(published_model.state_dict(), tmp_path / "small.pth")
+    save_file(published_model.state_dict(), tmp_path / "small.safetensors")
+    starts = [make_start(tmp_path / name) for name in ("small.pth", "small.safetensors")]
     assert starts[0].digest == starts[1].digest
-    fresh, model = build(SMALL), build(SMALL, weights=str(tmp_path / "small.pth"), freeze="backbone")
-    assert take(model, starts[0], strict=True) == []
-    state, given, head = model.state_dict(), published.state_dict(), last_layer(model)
+    fresh, model = (
+        build_from_config(SMALL),
+        build_from_config(SMALL, weights=str(tmp_path / "small.pth"), freeze="backbone"),
+    )
+    assert load_matching_weights(model, starts[0], strict=True) == []
+    state, given, head = model.state_dict(), published_model.state_dict(), last_layer_names(model)
     assert all(torch.equal(tensor, given[name]) for name, tensor in state.items() if name not in head)
     assert all(torch.equal(state[name], fresh.state_dict()[name]) for name in head)
     with torch.no_grad():
-        published.get_parameter("features.0.0.weight").add_(1)
-    torch.save(published.state_dict(), tmp_path / "small.pth")
-    assert start_of(tmp_path / "small.pth").digest != starts[0].digest
+        published_model.get_parameter("features.0.0.weight").add_(1)
+    torch.save(published_model.state_dict(), tmp_path / "small.pth")
+    assert make_start(tmp_path / "small.pth").digest != starts[0].digest
     with pytest.raises(JobError, match=r"of another shape: features\.\S+ \(\d+, .*, here \(") as caught:
-        take(build(SMALL, args={"reduced_tail": True}), starts[0], strict=True)
+        load_matching_weights(build_from_config(SMALL, args={"reduced_tail": True}), starts[0], strict=True)
     assert caught.value.where == f"model.weights: {tmp_path / 'small.pth'}"
 
 
-def test_torchs_cache_is_used_and_no_network_says_so(
-    published: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_torch_hub_cache_is_used_and_missing_network_is_reported(
+    published_model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
 
@@ -142,21 +149,21 @@ def test_torchs_cache_is_used_and_no_network_says_so(
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr("torch.hub.urlopen", no_network)
-    spec = job_of(SMALL, weights="DEFAULT").model
-    assert isinstance(spec, TorchvisionModel)
+    spec = make_torchvision_job(SMALL, weights="DEFAULT").model
+    assert isinstance(spec, TorchvisionModelConfig)
     with pytest.raises(JobError, match=r"cannot be downloaded from https://.*no route to host") as caught:
-        pretrained(spec)
+        load_pretrained(spec)
     assert caught.value.exit_code == 2
     assert "model.weights" in caught.value.fix
     file = models.MobileNet_V3_Small_Weights.DEFAULT.url.rpartition("/")[2]
     (tmp_path / "checkpoints").mkdir(exist_ok=True)
-    torch.save(published.state_dict(), tmp_path / "checkpoints" / file)
-    weights, name = pretrained(spec)
+    torch.save(published_model.state_dict(), tmp_path / "checkpoints" / file)
+    weights, name = load_pretrained(spec)
     assert name == "torchvision's MobileNet_V3_Small_Weights.IMAGENET1K_V1"
-    assert all(torch.equal(tensor, weights[key]) for key, tensor in published.state_dict().items())
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in published_model.state_dict().items())
 
 
-class Trap:
+class Canary:
     """What a file must not get run when it is read."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -168,32 +175,32 @@ class Trap:
     [
         (b"no weights at all", "cannot be read"),
         (b"", "cannot be read"),
-        (Trap(), "cannot be read"),
+        (Canary(), "cannot be read"),
         ({"model": {"weight": torch.ones(2)}}, "holds no state dict"),
         (torch.ones(2), "holds no state dict"),
     ],
     ids=["text", "empty", "code", "nested", "tensor"],
 )
-def test_a_file_that_holds_no_weights(content: Any, words: str, tmp_path: Path) -> None:
+def test_file_without_weights_is_rejected(content: Any, words: str, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     for name in ("weights.pth", "weights.safetensors") if isinstance(content, bytes) else ("weights.pth",):
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else buffer.getvalue())
         with pytest.raises(JobError, match=words) as caught:
-            start_of(tmp_path / name)
+            make_start(tmp_path / name)
         assert caught.value.where == f"model.weights: {tmp_path / name}"
         assert caught.value.fix
 
 
-def test_weights_that_there_are_not() -> None:
+def test_missing_pretrained_weights() -> None:
     with pytest.raises(JobError, match="neither a file nor weights of mobilenet_v3_small") as caught:
-        find_start(job_of(SMALL, weights="IMAGENET1K_V9"), "unused")
+        find_initial_weights(make_torchvision_job(SMALL, weights="IMAGENET1K_V9"), "unused")
     assert "did you mean IMAGENET1K_V1" in caught.value.fix
     with pytest.raises(JobError, match="both"):
-        find_start(job_of(SMALL, weights="DEFAULT", init_from="other"), "unused")
+        find_initial_weights(make_torchvision_job(SMALL, weights="DEFAULT", init_from="other"), "unused")
 
 
-def test_names_of_old_files_are_brought_up_to_date(tmp_path: Path) -> None:
+def test_state_dict_keys_of_old_files_are_converted(tmp_path: Path) -> None:
     """torchvision's own loaders do so: googlenet's second heads go, and densenet's `norm.1` becomes `norm1`."""
     google = {f"{part}.conv.weight": torch.ones(2) for part in ("aux1", "aux2", "conv1")}
     dense = {f"features.denseblock1.denselayer2.{key}": torch.ones(2) for key in ("norm.1.bias", "conv.2.weight")}
@@ -206,6 +213,6 @@ def test_names_of_old_files_are_brought_up_to_date(tmp_path: Path) -> None:
         ),
     ):
         torch.save(tensors, tmp_path / "old.pth")
-        start = find_start(job_of(kind, weights=str(tmp_path / "old.pth")), "unused")
+        start = find_initial_weights(make_torchvision_job(kind, weights=str(tmp_path / "old.pth")), "unused")
         assert start is not None
-        assert set(start.weights) == expected
+        assert set(start.state_dict) == expected

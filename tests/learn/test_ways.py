@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from pipeline.job import Job
-from pipeline.learn.ways import choose_way
-from tests.learn.trainees import CPU, make_batch, make_job, make_trainee, mean_gradients, model_of
+from pipeline.job import JobConfig
+from pipeline.learn.ways import select_gradient_backend
+from tests.learn.trainees import CPU, make_batch, make_engine, make_job, make_model, mean_gradient
 
 
-def plain(job: Job, inputs: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+def torch_gradient(job: JobConfig, inputs: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
     """The mean loss's gradient (P,) and the mean loss, by torch alone."""
-    model = model_of(job).to(dtype)
+    model = make_model(job).to(dtype)
     outputs = model(inputs.to(dtype))
     if job.task.kind == "multiclass":
         loss = F.cross_entropy(outputs, targets)
@@ -34,21 +34,21 @@ def plain(job: Job, inputs: Tensor, targets: Tensor, dtype: torch.dtype) -> tupl
 @pytest.mark.parametrize(("precision", "dtype", "tolerance"), [("fp64", torch.float64, 1e-12), ("fp32", None, 1e-5)])
 @pytest.mark.parametrize("hidden", [[], [1], [7], [9, 5], [6, 6, 6, 6]], ids=str)
 @pytest.mark.parametrize("kind", ["multiclass", "binary"])
-def test_the_written_mlp_is_autograd(
+def test_manual_mlp_backward_matches_autograd(
     kind: str, hidden: list[int], precision: str, dtype: torch.dtype | None, tolerance: float
 ) -> None:
     job = make_job(model={"hidden": hidden}, task=kind, train={"precision": precision})
-    assert choose_way(job, CPU) == "written"
+    assert select_gradient_backend(job, CPU) == "written"
     inputs, targets = make_batch(job, 13)
-    expected, loss = plain(job, inputs, targets, dtype or torch.float32)
-    trainee = make_trainee(job)
+    expected, loss = torch_gradient(job, inputs, targets, dtype or torch.float32)
+    trainee = make_engine(job)
     for _ in range(2):  # a second step finds nothing of the first
-        torch.testing.assert_close(mean_gradients(trainee, inputs, targets), expected, rtol=tolerance, atol=tolerance)
-    assert float(trainee.flat.loss / trainee.flat.weight) == pytest.approx(loss, rel=tolerance)
-    assert float(trainee.flat.weight) == float(trainee.flat.count) == 13
-    outputs = trainee.outputs(inputs)
+        torch.testing.assert_close(mean_gradient(trainee, inputs, targets), expected, rtol=tolerance, atol=tolerance)
+    assert float(trainee.flat.loss_sum / trainee.flat.weight_sum) == pytest.approx(loss, rel=tolerance)
+    assert float(trainee.flat.weight_sum) == float(trainee.flat.num_samples) == 13
+    outputs = trainee.predict_logits(inputs)
     guesses = outputs.argmax(1) if kind == "multiclass" else outputs[:, 0] > 0
-    assert int(trainee.flat.correct) == int((guesses == targets).sum())
+    assert int(trainee.flat.num_correct) == int((guesses == targets).sum())
 
 
 @given(
@@ -58,36 +58,36 @@ def test_the_written_mlp_is_autograd(
     kind=st.sampled_from(["multiclass", "binary", "regression"]),
 )
 @settings(deadline=None, max_examples=60)
-def test_pieces_add_up_to_the_whole(rows: int, micro: int | None, way: str, kind: str) -> None:
+def test_micro_batches_add_up_to_the_batch(rows: int, micro: int | None, way: str, kind: str) -> None:
     if kind == "regression":
         way = "eager"
     job = make_job(task=kind, train={"precision": "fp64", "micro_batch": micro})
     inputs, targets = make_batch(job, rows)
-    expected, loss = plain(job, inputs, targets, torch.float64)
-    trainee = make_trainee(job, way=way)
-    torch.testing.assert_close(mean_gradients(trainee, inputs, targets), expected, rtol=1e-11, atol=1e-13)
-    assert float(trainee.flat.loss / trainee.flat.weight) == pytest.approx(loss, rel=1e-12)
-    assert float(trainee.flat.count) == rows
+    expected, loss = torch_gradient(job, inputs, targets, torch.float64)
+    trainee = make_engine(job, way=way)
+    torch.testing.assert_close(mean_gradient(trainee, inputs, targets), expected, rtol=1e-11, atol=1e-13)
+    assert float(trainee.flat.loss_sum / trainee.flat.weight_sum) == pytest.approx(loss, rel=1e-12)
+    assert float(trainee.flat.num_samples) == rows
 
 
 @pytest.mark.parametrize("way", ["written", "eager"])
-def test_an_empty_share_adds_nothing(way: str) -> None:
+def test_empty_rank_slice_adds_nothing(way: str) -> None:
     job = make_job()
-    trainee = make_trainee(job, way=way, world_size=2)
+    trainee = make_engine(job, way=way, world_size=2)
     inputs, targets = make_batch(job, 3)
-    trainee.gradient(1, inputs, targets)
-    assert trainee.flat.exchange.any()
-    trainee.gradient(2, inputs[:0], targets[:0])
-    assert not trainee.flat.exchange.any()
+    trainee.forward_backward(1, inputs, targets)
+    assert trainee.flat.all_reduce_buffer.any()
+    trainee.forward_backward(2, inputs[:0], targets[:0])
+    assert not trainee.flat.all_reduce_buffer.any()
 
 
-def test_many_batch_sizes_in_turn() -> None:
+def test_changing_batch_sizes() -> None:
     job = make_job(train={"precision": "fp64"})
-    trainee = make_trainee(job)
+    trainee = make_engine(job)
     for rows in (8, 3, 8, 1, 2, 5, 6, 8, 3):
         inputs, targets = make_batch(job, rows, seed=rows)
-        expected, _ = plain(job, inputs, targets, torch.float64)
-        torch.testing.assert_close(mean_gradients(trainee, inputs, targets), expected, rtol=1e-11, atol=1e-13)
+        expected, _ = torch_gradient(job, inputs, targets, torch.float64)
+        torch.testing.assert_close(mean_gradient(trainee, inputs, targets), expected, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize(
@@ -107,15 +107,15 @@ def test_many_batch_sizes_in_turn() -> None:
         ({"train": {"compile": "off"}}, "written"),
     ],
 )
-def test_the_way_follows_from_the_job(tree: dict[str, Any], way: str) -> None:
-    assert choose_way(make_job(**tree), CPU) == way
+def test_gradient_backend_depends_on_the_job(tree: dict[str, Any], way: str) -> None:
+    assert select_gradient_backend(make_job(**tree), CPU) == way
 
 
-def test_the_compiled_way_is_autograd() -> None:
+def test_compiled_gradient_matches_autograd() -> None:
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("torch.compile needs a C++ compiler, and there is none")
     job = make_job(train={"precision": "fp64", "compile": "on"}, model={"hidden": [3]})
-    trainee = make_trainee(job)
+    trainee = make_engine(job)
     inputs, targets = make_batch(job, 4)
-    expected, _ = plain(job, inputs, targets, torch.float64)
-    torch.testing.assert_close(mean_gradients(trainee, inputs, targets), expected, rtol=1e-10, atol=1e-12)
+    expected, _ = torch_gradient(job, inputs, targets, torch.float64)
+    torch.testing.assert_close(mean_gradient(trainee, inputs, targets), expected, rtol=1e-10, atol=1e-12)

@@ -15,11 +15,11 @@ from sklearn import metrics as sk
 from pipeline.errors import JobError, NotFiniteError, WorkError
 from pipeline.job import METRICS
 from pipeline.learn import tally as tally_module
-from pipeline.loop import Position, evaluate
+from pipeline.loop import TrainProgress, evaluate
 from tests.loop.worlds import FakeContext, blocks, make_data, make_job, make_trainee, on_ranks, run
 
-OWN = "tests.learn.own_measures"
-KINDS: dict[str, Any] = {
+CUSTOM_METRICS = "tests.learn.own_measures"
+TASKS: dict[str, Any] = {
     "multiclass": {},
     "weighted": {"kind": "multiclass", "class_weights": "balanced"},
     "binary": {"kind": "binary"},
@@ -29,12 +29,12 @@ KINDS: dict[str, Any] = {
 
 @given(world_size=st.sampled_from([2, 3, 30]), size=st.sampled_from([1, 4, 30]))
 @settings(deadline=None, max_examples=6)
-@pytest.mark.parametrize("kind", KINDS)
-def test_any_number_of_ranks_measures_what_one_does(kind: str, world_size: int, size: int) -> None:
-    job = make_job(task=KINDS[kind], metrics=[f"{OWN}:order"])
+@pytest.mark.parametrize("kind", TASKS)
+def test_metrics_are_independent_of_the_number_of_ranks(kind: str, world_size: int, size: int) -> None:
+    job = make_job(task=TASKS[kind], metrics=[f"{CUSTOM_METRICS}:order"])
     trainee, data = make_trainee(job), make_data(job)
     alone = evaluate(trainee, blocks(data, 0, 1, 23), FakeContext())
-    assert list(alone) == [*job.measured(2), "samples"]
+    assert list(alone) == [*job.metric_columns(2), "samples"]
     assert not any(map(math.isnan, alone.values()))
     ranks = on_ranks(
         world_size, lambda context: evaluate(trainee, blocks(data, context.rank, world_size, size), context)
@@ -43,10 +43,10 @@ def test_any_number_of_ranks_measures_what_one_does(kind: str, world_size: int, 
     assert all(rank == ranks[0] for rank in ranks)
 
 
-def test_what_a_run_logs_is_scikit_learns() -> None:
+def test_logged_metrics_match_scikit_learn() -> None:
     job = make_job(task="binary", train={"phases": [{"epochs": 2, "lr": 0.1}]})
     result, (inputs, targets) = run(job), make_data(job)
-    chances = torch.sigmoid(result.trainee.outputs(inputs))[:, 0].numpy()
+    chances = torch.sigmoid(result.trainee.predict_logits(inputs))[:, 0].numpy()
     row = result.memory.evaluations[-1]
     assert row["auc"] == pytest.approx(sk.roc_auc_score(targets, chances), abs=1e-12)
     assert row["f1"] == pytest.approx(sk.f1_score(targets, chances > 0.5), abs=1e-12)
@@ -54,8 +54,8 @@ def test_what_a_run_logs_is_scikit_learns() -> None:
     assert row["baseline_accuracy"] == float(targets.double().mean())
 
 
-def test_ranks_agree_on_a_metric_that_draws_at_random() -> None:
-    job = make_job(metrics=[f"{OWN}:draws"])
+def test_ranks_agree_on_a_random_metric() -> None:
+    job = make_job(metrics=[f"{CUSTOM_METRICS}:draws"])
     trainee, data = make_trainee(job), make_data(job)
     ranks = on_ranks(3, lambda context: evaluate(trainee, blocks(data, context.rank, 3), context))
     assert len({rank["draws"] for rank in ranks}) == 1
@@ -63,7 +63,7 @@ def test_ranks_agree_on_a_metric_that_draws_at_random() -> None:
 
 @pytest.mark.parametrize("limit", [23 * 4 - 1, 23 * 4])
 def test_ranks_agree_on_what_is_too_large_to_gather(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    monkeypatch.setattr(tally_module, "MOST_GATHERED", limit)
+    monkeypatch.setattr(tally_module, "MAX_GATHERED_VALUES", limit)
     trainee, data = make_trainee(make_job()), make_data(make_job())
     for world_size in (1, 3):
         for rank in on_ranks(
@@ -73,22 +73,22 @@ def test_ranks_agree_on_what_is_too_large_to_gather(monkeypatch: pytest.MonkeyPa
             assert rank["samples"] == 23
 
 
-def test_the_best_may_be_any_metric_and_is_kept_with_all_of_its_evaluation() -> None:
+def test_any_metric_may_select_the_best_evaluation() -> None:
     result = run(make_job(best={"metric": "val/balanced_accuracy"}))
     rows = result.memory.evaluations[1:]
     best = max(rows, key=lambda row: (row["balanced_accuracy"], -row["step"]))
     position = result.position
     assert (position.best_step, position.best_value) == (best["step"], best["balanced_accuracy"])
     assert position.best_metrics == {f"val/{name}": best[name] for name in METRICS["multiclass"]}
-    assert Position(**position.to_json()) == position
+    assert TrainProgress(**position.to_json()) == position
 
 
-def test_the_best_by_a_metric_of_the_users_own() -> None:
-    result = run(make_job(metrics=[f"{OWN}:draws"], best={"metric": "val/draws", "mode": "max"}))
+def test_custom_metric_may_select_the_best_evaluation() -> None:
+    result = run(make_job(metrics=[f"{CUSTOM_METRICS}:draws"], best={"metric": "val/draws", "mode": "max"}))
     assert result.position.best_value == max(row["draws"] for row in result.memory.evaluations[1:])
 
 
-def test_a_metric_that_does_not_exist_is_never_the_best() -> None:
+def test_undefined_metric_is_never_the_best() -> None:
     job = make_job(task="binary", best={"metric": "val/auc"})
     inputs, targets = make_data(job)
     result = run(job, data=(inputs, torch.zeros_like(targets)))
@@ -97,20 +97,20 @@ def test_a_metric_that_does_not_exist_is_never_the_best() -> None:
     assert result.position.evaluations_since_best == 3
 
 
-def test_an_own_metric_that_fails_before_training_is_bad_input_and_later_work_that_failed() -> None:
+def test_failing_custom_metric_is_bad_input_before_training_and_a_work_error_later() -> None:
     with pytest.raises(JobError, match="no cost of 23 rows") as early:
-        run(make_job(metrics=[f"{OWN}:raises"]))
-    assert (early.value.exit_code, early.value.where) == (2, f"metrics: {OWN}:raises")
-    start = Position(step=5), make_trainee(make_job()).flat.weights(), make_trainee(make_job()).state()
+        run(make_job(metrics=[f"{CUSTOM_METRICS}:raises"]))
+    assert (early.value.exit_code, early.value.where) == (2, f"metrics: {CUSTOM_METRICS}:raises")
+    start = TrainProgress(step=5), make_trainee(make_job()).flat.state_dict(), make_trainee(make_job()).state_dict()
     with pytest.raises(WorkError, match="no cost of 23 rows") as late:
-        run(make_job(metrics=[f"{OWN}:raises"]), start=start)
+        run(make_job(metrics=[f"{CUSTOM_METRICS}:raises"]), start=start)
     assert late.value.exit_code == 1
     assert not isinstance(late.value, NotFiniteError)
 
 
-def test_outputs_in_half_precision_are_measured() -> None:
+def test_half_precision_outputs_are_evaluated() -> None:
     trainee, data = make_trainee(make_job(train={"precision": "bf16"})), make_data(make_job())
     found = evaluate(trainee, blocks(data, 0, 1), FakeContext())
-    chances = trainee.outputs(data[0]).double().softmax(1).numpy()
+    chances = trainee.predict_logits(data[0]).double().softmax(1).numpy()
     assert found["auc"] == pytest.approx(sk.roc_auc_score(data[1], chances, multi_class="ovr"), abs=1e-12)
     assert np.isfinite(found["loss"])

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.job import Job
+from pipeline.job import JobConfig
 from pipeline.learn.models import build_model
-from pipeline.learn.plan import Plan
+from pipeline.learn.plan import TrainingSchedule
 from tests.loop import worlds
 from tests.loop.worlds import CONFIGURATIONS, SIGNALS, FakeContext, make_data, make_job
 
@@ -50,10 +50,10 @@ def outcomes() -> Outcomes:
     return outcomes_by_rank
 
 
-def plain(job: Job) -> tuple[list[float], dict[str, Tensor]]:
+def train_with_torch(job: JobConfig) -> tuple[list[float], dict[str, Tensor]]:
     """The loss of each step and the final weights, by torch alone, in one process, on the same batches."""
     inputs, targets = make_data(job)
-    plan, kind = Plan(job, len(inputs)), job.task.kind
+    plan, kind = TrainingSchedule(job, len(inputs)), job.task.kind
     model = build_model(job, (worlds.FEATURES,), {"multiclass": 3, "binary": 1, "regression": 2}[kind], 7).double()
     weight: Tensor | None = None
     if job.task.class_weights == "balanced":
@@ -72,7 +72,7 @@ def plain(job: Job) -> tuple[list[float], dict[str, Tensor]]:
 
     optimizer, losses = fresh(), []
     for step in range(1, plan.last_step + 1):
-        if plan.resets_optimizer_before(step):
+        if plan.should_reset_optimizer(step):
             optimizer = fresh()
         rows = worlds.global_rows(plan, step)
         outputs, goals = model(inputs[rows].double()), targets[rows]
@@ -88,20 +88,22 @@ def plain(job: Job) -> tuple[list[float], dict[str, Tensor]]:
         loss.backward()
         if job.train.clip_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), job.train.clip_norm)
-        optimizer.param_groups[0]["lr"] = plan.lr(step)
+        optimizer.param_groups[0]["lr"] = plan.lr_at(step)
         optimizer.step()
         losses.append(loss.item())
     return losses, model.state_dict()
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_fp64_curves_of_one_two_three_workers_and_plain_torch_agree(name: str, outcomes: Outcomes) -> None:
+def test_fp64_curves_match_plain_torch_for_any_world_size(name: str, outcomes: Outcomes) -> None:
     job = make_job(**CONFIGURATIONS[name])
-    losses, weights = plain(job)
+    losses, weights = train_with_torch(job)
     everyone = [worlds.outcome(job, FakeContext()), *outcomes[name, 2], *outcomes[name, 3]]
     for rank_outcome in everyone:
         assert rank_outcome["loss"] == pytest.approx(losses, rel=1e-9)
-        assert rank_outcome["samples"] == [len(worlds.global_rows(Plan(job, 23), step)) for step in range(1, len(losses) + 1)]
+        assert rank_outcome["samples"] == [
+            len(worlds.global_rows(TrainingSchedule(job, 23), step)) for step in range(1, len(losses) + 1)
+        ]
         assert rank_outcome["correct"] == pytest.approx(everyone[0]["correct"], nan_ok=True)
         assert list(rank_outcome["weights"]) == list(weights)
         for tensor, reference in zip(rank_outcome["weights"].values(), weights.values(), strict=True):
@@ -115,13 +117,13 @@ def test_fp64_curves_of_one_two_three_workers_and_plain_torch_agree(name: str, o
             np.testing.assert_array_equal(list(rank["evaluations"].values()), list(ranks[0]["evaluations"].values()))
 
 
-def test_fp32_first_gradients_agree(outcomes: Outcomes) -> None:
+def test_fp32_first_gradients_match(outcomes: Outcomes) -> None:
     alone = torch.tensor(worlds.first_gradient(make_job(**worlds.FLOAT32), FakeContext()))
     for gradient in (*outcomes["fp32", 2], *outcomes["fp32", 3]):
         assert float((torch.tensor(gradient) - alone).norm() / alone.norm()) < 1e-5
 
 
-def test_ranks_with_batch_statistics_hold_the_same_bits(outcomes: Outcomes) -> None:
+def test_ranks_with_batch_norm_have_identical_buffers(outcomes: Outcomes) -> None:
     for world_size in (2, 3):
         first, *others = outcomes["norm", world_size]
         floating = [name for name in first["weights"] if not name.endswith("num_batches_tracked")]
@@ -129,12 +131,12 @@ def test_ranks_with_batch_statistics_hold_the_same_bits(outcomes: Outcomes) -> N
         assert all(other["weights"][name] == first["weights"][name] for other in others for name in floating)
 
 
-def test_all_ranks_stop_at_the_same_step_by_the_same_signal(outcomes: Outcomes) -> None:
+def test_all_ranks_stop_at_the_same_step_on_a_signal(outcomes: Outcomes) -> None:
     assert outcomes["one rank is interrupted", 3] == [(4, signal.SIGINT, False)] * 3
     assert outcomes["one rank is terminated, another interrupted", 3] == [(3, signal.SIGTERM, False)] * 3
     assert outcomes["all ranks are terminated", 3] == [(6, signal.SIGTERM, False)] * 3
 
 
-def test_all_ranks_see_a_loss_that_is_not_finite_in_its_own_step(outcomes: Outcomes) -> None:
+def test_all_ranks_report_a_nonfinite_loss_at_its_step(outcomes: Outcomes) -> None:
     everyone = [worlds.diverged(FakeContext()), *outcomes["diverged", 2], *outcomes["diverged", 3]]
     assert set(everyone) == {"the loss is nan at step 3, with learning rate 0.3"}

@@ -16,16 +16,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.context import SingleProcessContext
-from pipeline.device import Arithmetic
+from pipeline.device import Precision
 from pipeline.errors import NotFiniteError
-from pipeline.job import METRICS, Job, own_metric
+from pipeline.job import METRICS, JobConfig, metric_column
 from pipeline.job_file import build_job
 from pipeline.learn.models import build_model
-from pipeline.learn.plan import Plan
+from pipeline.learn.plan import TrainingSchedule
 from pipeline.learn.task import build_task
-from pipeline.learn.trainee import Trainee
-from pipeline.learn.ways import choose_way
-from pipeline.loop import Bounds, Position, check_finite, fit
+from pipeline.learn.trainee import TrainEngine
+from pipeline.learn.ways import select_gradient_backend
+from pipeline.loop import StopBounds, TrainProgress, check_finite, fit
 
 CPU = torch.device("cpu")
 FEATURES, CLASSES = 6, 3
@@ -40,12 +40,12 @@ class Batch:
     targets: Tensor
 
 
-def make_job(**tree: Any) -> Job:
+def make_job(**tree: Any) -> JobConfig:
     train = {"batch_size": 5, "phases": [{"epochs": 3, "lr": 0.3}], "precision": "fp64", **tree.pop("train", {})}
     return build_job({"name": "loop", "model": {"hidden": [8]}, "train": train, **tree}, "here")
 
 
-def make_data(job: Job) -> tuple[Tensor, Tensor]:
+def make_data(job: JobConfig) -> tuple[Tensor, Tensor]:
     """23 rows: inputs (23, FEATURES) float32, targets as the task takes them."""
     generator = torch.Generator().manual_seed(2)
     inputs = torch.randn(sum(COUNTS), FEATURES, generator=generator)
@@ -56,10 +56,10 @@ def make_data(job: Job) -> tuple[Tensor, Tensor]:
     return inputs, (labels > 0).float() if job.task.kind == "binary" else labels
 
 
-def global_rows(plan: Plan, step: int) -> Tensor:
+def global_rows(plan: TrainingSchedule, step: int) -> Tensor:
     """The rows of a global step: each epoch in an order of its own."""
-    epoch, position = plan.epoch(step), (step - 1) % plan.steps_per_epoch
-    order = torch.randperm(plan.rows, generator=torch.Generator().manual_seed(epoch))
+    epoch, position = plan.epoch_of(step), (step - 1) % plan.steps_per_epoch
+    order = torch.randperm(plan.num_rows, generator=torch.Generator().manual_seed(epoch))
     return order[position * plan.batch_size : (position + 1) * plan.batch_size]
 
 
@@ -67,7 +67,9 @@ def part(count: int, rank: int, world_size: int) -> slice:
     return slice(rank * count // world_size, (rank + 1) * count // world_size)
 
 
-def shares(plan: Plan, data: tuple[Tensor, Tensor], first_step: int, rank: int, world_size: int) -> Iterator[Batch]:
+def shares(
+    plan: TrainingSchedule, data: tuple[Tensor, Tensor], first_step: int, rank: int, world_size: int
+) -> Iterator[Batch]:
     for step in range(first_step, plan.last_step + 1):
         rows = global_rows(plan, step)
         mine = rows[part(len(rows), rank, world_size)]
@@ -81,20 +83,20 @@ def blocks(data: tuple[Tensor, Tensor], rank: int, world_size: int, size: int = 
     )
 
 
-def make_trainee(job: Job, rank: int = 0, world_size: int = 1, way: str = "") -> Trainee:
+def make_trainee(job: JobConfig, rank: int = 0, world_size: int = 1, way: str = "") -> TrainEngine:
     counts = COUNTS if job.task.kind == "multiclass" else [COUNTS[0], sum(COUNTS[1:])]
     means = make_data(job)[1].mean(0, dtype=torch.float64).tolist() if job.task.kind == "regression" else ()
-    task = build_task(job, CLASSES, 2, class_counts=counts, means=means)
-    dtype = Arithmetic.of(job.train.precision, CPU).dtype
-    return Trainee(
+    task = build_task(job, CLASSES, 2, class_counts=counts, target_mean=means)
+    dtype = Precision.from_name(job.train.precision, CPU).dtype
+    return TrainEngine(
         job,
-        build_model(job, (FEATURES,), task.outputs, 7),
+        build_model(job, (FEATURES,), task.num_outputs, 7),
         task,
         lambda raw: raw.to(dtype),
         CPU,
-        way=way or choose_way(job, CPU),
+        gradient_backend=way or select_gradient_backend(job, CPU),
         world_size=world_size,
-        draw_seed=lambda step: 100 * step + rank,
+        rng_seed_fn=lambda step: 100 * step + rank,
     )
 
 
@@ -138,39 +140,39 @@ def on_ranks(world_size: int, do: Callable[[FakeContext], Any]) -> list[Any]:
 
 
 @dataclass
-class Memory:
+class InMemoryRecorder:
     """A recorder that remembers; `trainee` for the weights at each save."""
 
-    trainee: Trainee | None = None
+    trainee: TrainEngine | None = None
     wanted: tuple[int, ...] = ()
     rows: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
-    positions: list[Position] = field(default_factory=list)
-    saves: list[tuple[Position, bool]] = field(default_factory=list)
+    positions: list[TrainProgress] = field(default_factory=list)
+    saves: list[tuple[TrainProgress, bool]] = field(default_factory=list)
     snapshots: list[tuple[dict[str, Tensor], dict[str, Any]]] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
 
-    def steps(self, rows: Mapping[str, np.ndarray]) -> None:
+    def log_steps(self, rows: Mapping[str, np.ndarray]) -> None:
         count = len(rows["step"])
         self.rows += [{name: column[i].item() for name, column in rows.items()} for i in range(count)]
         self.calls.append(f"rows to {int(rows['step'][-1])}")
         check_finite(dict(rows), f"last saved: {self.saves[-1][0].step if self.saves else None}")
 
-    def evaluation(self, row: Mapping[str, Any]) -> None:
+    def log_evaluation(self, row: Mapping[str, Any]) -> None:
         self.evaluations.append(dict(row))
         self.calls.append(f"evaluation {row['split']} at {row['step']}")
 
-    def evaluated(self, position: Position) -> None:
+    def on_evaluation_end(self, position: TrainProgress) -> None:
         self.positions.append(position)
 
-    def wants(self, step: int, due: bool) -> bool:
+    def should_save(self, step: int, due: bool) -> bool:
         return due or step in self.wanted
 
-    def save(self, position: Position, end: bool) -> None:
+    def save(self, position: TrainProgress, end: bool) -> None:
         self.saves.append((position, end))
         self.calls.append(f"{'end' if end else 'save'} at {position.step}")
         if self.trainee is not None:
-            self.snapshots.append((self.trainee.flat.weights(), self.trainee.state()))
+            self.snapshots.append((self.trainee.flat.state_dict(), self.trainee.state_dict()))
 
     def column(self, name: str) -> list[float]:
         return [row[name] for row in self.rows]
@@ -178,35 +180,35 @@ class Memory:
 
 @dataclass
 class Result:
-    memory: Memory
-    trainee: Trainee
-    position: Position
+    memory: InMemoryRecorder
+    trainee: TrainEngine
+    position: TrainProgress
     signal_number: int
     context: FakeContext
 
 
 def run(
-    job: Job,
+    job: JobConfig,
     context: FakeContext | None = None,
     *,
     max_steps: int | None = None,
-    bounds: Bounds = Bounds(),  # noqa: B008 - frozen
-    start: tuple[Position, dict[str, Tensor], dict[str, Any]] | None = None,
+    bounds: StopBounds = StopBounds(),  # noqa: B008 - frozen
+    start: tuple[TrainProgress, dict[str, Tensor], dict[str, Any]] | None = None,
     splits: Iterable[str] = ("val",),
     way: str = "",
-    trainee: Trainee | None = None,
+    trainee: TrainEngine | None = None,
     wanted: tuple[int, ...] = (),
     data: tuple[Tensor, Tensor] | None = None,
 ) -> Result:
     context = context or FakeContext()
     data = data or make_data(job)
-    plan = Plan(job, len(data[0]), max_steps)
+    plan = TrainingSchedule(job, len(data[0]), max_steps)
     trainee = trainee or make_trainee(job, context.rank, context.world_size, way)
-    position = Position()
+    position = TrainProgress()
     if start is not None:
         position, weights, state = start
-        trainee.load(weights, state)
-    memory = Memory(trainee, wanted)
+        trainee.load_state_dict(weights, state)
+    memory = InMemoryRecorder(trainee, wanted)
     batches = shares(plan, data, position.step + 1, context.rank, context.world_size)
     evaluated = {split: blocks(data, context.rank, context.world_size) for split in splits}
     last, number = fit(trainee, plan, batches, evaluated, memory, context, position, bounds)
@@ -248,7 +250,7 @@ SIGNALS: dict[str, dict[int, dict[int, int]]] = {
 """For each case and rank: at which step which signal has come."""
 
 
-def outcome(job: Job, context: FakeContext) -> dict[str, Any]:
+def outcome(job: JobConfig, context: FakeContext) -> dict[str, Any]:
     """What a run leaves behind, as plain values."""
     result = run(job, context, splits=("val", "train"))
     return {
@@ -258,19 +260,19 @@ def outcome(job: Job, context: FakeContext) -> dict[str, Any]:
         "evaluations": {
             f"{row['split']}/{name} at {row['step']}": row[name]
             for row in result.memory.evaluations
-            for name in (*METRICS[job.task.kind], *map(own_metric, job.metrics), "samples")
+            for name in (*METRICS[job.task.kind], *map(metric_column, job.metrics), "samples")
         },
-        "weights": {name: tensor.tolist() for name, tensor in result.trainee.flat.weights().items()},
+        "weights": {name: tensor.tolist() for name, tensor in result.trainee.flat.state_dict().items()},
     }
 
 
-def first_gradient(job: Job, context: FakeContext) -> list[float]:
+def first_gradient(job: JobConfig, context: FakeContext) -> list[float]:
     data, trainee = make_data(job), make_trainee(job, context.rank, context.world_size)
-    batch = next(shares(Plan(job, len(data[0])), data, 1, context.rank, context.world_size))
-    trainee.gradient(1, batch.inputs, batch.targets)
+    batch = next(shares(TrainingSchedule(job, len(data[0])), data, 1, context.rank, context.world_size))
+    trainee.forward_backward(1, batch.inputs, batch.targets)
     if context.world_size > 1:
-        context.all_reduce(trainee.flat.exchange)
-    return (trainee.flat.gradient / trainee.flat.weight).tolist()
+        context.all_reduce(trainee.flat.all_reduce_buffer)
+    return (trainee.flat.grad / trainee.flat.weight_sum).tolist()
 
 
 def stopped(signals: dict[int, dict[int, int]], context: FakeContext) -> tuple[int, int, bool]:
@@ -284,7 +286,7 @@ def diverged(context: FakeContext) -> str:
     """What each rank says of a loss that is not finite, whichever rank's rows it came from."""
     job = make_job(train={"batch_size": 6})
     inputs, targets = make_data(job)
-    inputs[int(global_rows(Plan(job, len(inputs)), 3)[-1])] = float("nan")
+    inputs[int(global_rows(TrainingSchedule(job, len(inputs)), 3)[-1])] = float("nan")
     try:
         run(job, context, data=(inputs, targets), splits=())
     except NotFiniteError as error:

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 
 from pipeline import train
-from pipeline.record.standing import Standing
+from pipeline.record.standing import RunStatus
 
 REPOSITORY = Path(__file__).parents[2]
-SHORT = {"train.phases.0.epochs": 2}
+SHORT_TRAINING = {"train.phases.0.epochs": 2}
 
-OVERRIDES: dict[str, dict[str, Any]] = {
-    "table": {"data.url": "{data}/churn.parquet", **SHORT},
+JOB_OVERRIDES: dict[str, dict[str, Any]] = {
+    "table": {"data.url": "{data}/churn.parquet", **SHORT_TRAINING},
     "regression": {"data.url": "{data}/houses.parquet", "train.phases.0.epochs": 4},
-    "pictures": {"data.url": "{data}/shapes", **SHORT},
+    "pictures": {"data.url": "{data}/shapes", **SHORT_TRAINING},
     "finetune": {"data.url": "{data}/shapes", "model.weights": "{data}/resnet18.pth", "train.phases.0.epochs": 1},
-    "examples/own_model/job": SHORT,
+    "examples/own_model/job": SHORT_TRAINING,
 }
 """What makes each shipped job small, and lets it run without a network."""
 
@@ -40,24 +40,24 @@ def example_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def overrides(job: str, example_data: Path) -> dict[str, Any]:
+def job_overrides(job: str, example_data: Path) -> dict[str, Any]:
     """For one of the shipped jobs: its data, and fewer epochs."""
     return {
         key: value.format(data=example_data) if isinstance(value, str) else value
-        for key, value in OVERRIDES[job].items()
+        for key, value in JOB_OVERRIDES[job].items()
     }
 
 
 @pytest.fixture(scope="session")
-def trained(example_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Standing]:
+def train_example(example_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunStatus]:
     """The run of a shipped job, in this process."""
-    made: dict[str, Standing] = {}
+    made: dict[str, RunStatus] = {}
     storage = tmp_path_factory.mktemp("runs")
 
-    def of(job: str) -> Standing:
+    def of(job: str) -> RunStatus:
         if job not in made:
             path = REPOSITORY / "jobs" / f"{job}.yaml"
-            made[job] = train(path, set=overrides(job, example_data), storage=str(storage))
+            made[job] = train(path, set=job_overrides(job, example_data), storage=str(storage))
         return made[job]
 
     return of

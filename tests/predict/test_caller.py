@@ -29,7 +29,7 @@ JOB: dict[str, Any] = {
 }
 
 
-def state() -> dict[str, Any]:
+def process_state() -> dict[str, Any]:
     """All of a process that we, or what we use, could change."""
     cudnn = torch.backends.cudnn
     return {
@@ -57,7 +57,7 @@ def state() -> dict[str, Any]:
 
 
 @pytest.fixture
-def settings() -> Iterator[None]:
+def unusual_settings() -> Iterator[None]:
     """What no default is."""
     torch.rand(1)
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
@@ -74,7 +74,7 @@ def settings() -> Iterator[None]:
 
 
 @pytest.fixture
-def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def custom_model_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The job with a model of the user's, made of the default type, in its forward pass too."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "code").mkdir()
@@ -90,14 +90,16 @@ def own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {**JOB, "code": "code", "model": {"kind": "caller_net:Net"}}
 
 
-def test_the_callers_process_is_left_as_it_was(own_code: dict[str, Any], settings: None, tmp_path: Path) -> None:
+def test_callers_process_state_is_restored(
+    custom_model_job: dict[str, Any], unusual_settings: None, tmp_path: Path
+) -> None:
     import ray  # noqa: F401  # what others set when they are imported is not ours
     import torchvision  # noqa: F401
 
     run = train(JOB, storage="warm").url  # as of what is imported at the first use
     calls: dict[str, Callable[[], Any]] = {
-        "train": lambda: train(own_code, storage="runs"),
-        "check": lambda: check(own_code, batch=True),
+        "train": lambda: train(custom_model_job, storage="runs"),
+        "check": lambda: check(custom_model_job, batch=True),
         "evaluate": lambda: evaluate(run),
         "load": lambda: load(run).predict(np.zeros((3, 2))),
         "load its code": lambda: load(f"runs/{os.listdir('runs')[0]}", trust=True).predict(np.zeros((3, 2))),
@@ -106,41 +108,41 @@ def test_the_callers_process_is_left_as_it_was(own_code: dict[str, Any], setting
         torch.set_num_threads(3)
         torch.manual_seed(7)
         torch.rand(2)
-        before = state()
+        before = process_state()
         call()
-        after = state()
+        after = process_state()
         assert {key for key in before if before[key] != after[key]} == set(), name
 
 
-def weights(run: str) -> dict[str, torch.Tensor]:
+def read_weights(run: str) -> dict[str, torch.Tensor]:
     return load(run, trust=True).model.state_dict()
 
 
-def test_what_the_caller_has_set_changes_no_result(own_code: dict[str, Any], settings: None) -> None:
+def test_caller_settings_do_not_change_results(custom_model_job: dict[str, Any], unusual_settings: None) -> None:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
         stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
         stack.enter_context(torch.device("meta"))
-        there = weights(train(own_code, storage="there").url)
+        there = read_weights(train(custom_model_job, storage="there").url)
         probabilities = load(f"there/{os.listdir('there')[0]}", trust=True).predict_proba(np.ones((3, 2)))
     torch.set_default_dtype(torch.float32)
     torch.set_float32_matmul_precision("highest")
     torch.use_deterministic_algorithms(False)
-    baseline = weights(train(own_code, storage="here").url)
+    baseline = read_weights(train(custom_model_job, storage="here").url)
     assert {name: tensor.dtype for name, tensor in there.items()} == dict.fromkeys(baseline, torch.float32)
     assert all(torch.equal(there[name], baseline[name]) for name in baseline)
     again = load(f"here/{os.listdir('here')[0]}", trust=True).predict_proba(np.ones((3, 2)))
     np.testing.assert_array_equal(probabilities, again)
 
 
-def test_a_prediction_from_python_leaves_the_process_too(settings: None, tmp_path: Path) -> None:
+def test_prediction_from_python_restores_the_process_state(unusual_settings: None, tmp_path: Path) -> None:
     import pandas as pd
 
     frame = pd.DataFrame({"x": np.linspace(-1, 1, 60), "y": np.tile([0, 1], 30)})
     frame.to_parquet(tmp_path / "rows.parquet")
     data = {"source": "parquet", "url": str(tmp_path / "rows.parquet"), "label": "y"}
     run = train({**JOB, "data": data}, storage=str(tmp_path)).url
-    before = state()
+    before = process_state()
     predict(run, input=str(tmp_path / "rows.parquet"), output=str(tmp_path / "said.parquet"))
-    after = state()
+    after = process_state()
     assert {key for key in before if before[key] != after[key]} == set()

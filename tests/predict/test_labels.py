@@ -13,17 +13,17 @@ import pytest
 import torch
 
 from pipeline import load, train
-from pipeline.assembly import prepare
-from pipeline.data.fitted import Fitted
+from pipeline.assembly import prepare_data
+from pipeline.data.fitted import FittedTransforms
 from pipeline.errors import DataError, JobError
 from pipeline.events import Event, EventHandler, WarningMessage, ignore_event
 from pipeline.job_file import build_job
-from pipeline.record.standing import Standing
+from pipeline.record.standing import RunStatus
 from pipeline.verbs.evaluate import evaluate
 from pipeline.verbs.predict import predict
 
 
-def trained(folder: Path, frame: pd.DataFrame, task: Any, on_event: EventHandler = ignore_event) -> Standing:
+def train_frame(folder: Path, frame: pd.DataFrame, task: Any, on_event: EventHandler = ignore_event) -> RunStatus:
     frame.to_parquet(folder / "t.parquet")
     tree = {"source": "parquet", "url": str(folder / "t.parquet"), "label": "y"}
     training = {"batch_size": 20, "phases": [{"epochs": 20, "lr": 0.5}]}
@@ -44,12 +44,12 @@ def trained(folder: Path, frame: pd.DataFrame, task: Any, on_event: EventHandler
     ],
     ids=str,
 )
-def test_numbers_come_back_as_the_labels_that_they_were(
+def test_predictions_of_numeric_classes_are_the_labels(
     tmp_path: Path, labels: list[Any], task: Any, names: tuple[str, ...]
 ) -> None:
     x = np.random.default_rng(0).uniform(0, len(labels), 200)
     frame = pd.DataFrame({"x": x, "y": np.array(labels)[x.astype(int)]})
-    run = trained(tmp_path, frame, task)
+    run = train_frame(tmp_path, frame, task)
     model = load(run.url)
     assert model.classes == names
     answers = model.predict(frame)
@@ -66,47 +66,47 @@ def test_numbers_come_back_as_the_labels_that_they_were(
     assert others["data/accuracy"] == (answers == frame.y).mean()
 
 
-def test_data_with_a_label_that_was_not_trained_is_refused(tmp_path: Path) -> None:
+def test_unseen_label_is_rejected(tmp_path: Path) -> None:
     frame = pd.DataFrame({"x": np.arange(100.0), "y": 2019 + np.arange(100) % 3})
-    run = trained(tmp_path, frame, "multiclass")
+    run = train_frame(tmp_path, frame, "multiclass")
     frame.assign(y=2018).to_parquet(tmp_path / "old.parquet")
     with pytest.raises(DataError, match=r"2018 at row 0 is no class that was trained \(100 of 100 rows\)") as refused:
         evaluate(run.url, data=str(tmp_path / "old.parquet"))
     assert "the classes are 2019, 2020, 2021" in refused.value.fix
 
 
-def test_classes_of_an_earlier_version_stay_what_they_were(tmp_path: Path) -> None:
+def test_classes_of_an_earlier_version_are_unchanged(tmp_path: Path) -> None:
     """There, labels of 1 to 3 made four classes, and a checkpoint has an output for each."""
     pd.DataFrame({"x": np.arange(60.0), "y": 1 + np.arange(60) % 3}).to_parquet(tmp_path / "t.parquet")
     tree = {"source": "parquet", "url": str(tmp_path / "t.parquet"), "label": "y"}
     job = build_job({"name": "t", "data": tree}, "test")
-    prepared = prepare(job)
+    prepared = prepare_data(job)
     stored = prepared.fitted.to_json()
     targets = {**stored["targets"], "version": 2, "classes": ["0", "1", "2", "3"]}
     del targets["values"]
-    fitted = Fitted.from_json({**stored, "version": 2, "targets": targets, "class_counts": [0, 1, 1, 1]})
-    before = prepare(job, fitted=fitted)
-    assert before.fitted.outputs == 4
-    assert before.targets["train"].tolist() == before.source.train.targets.tolist()
+    fitted = FittedTransforms.from_json({**stored, "version": 2, "targets": targets, "class_counts": [0, 1, 1, 1]})
+    before = prepare_data(job, fitted=fitted)
+    assert before.fitted.num_outputs == 4
+    assert before.targets["train"].tolist() == before.dataset.train.targets.tolist()
     assert (prepared.targets["train"] + 1).tolist() == before.targets["train"].tolist()
 
 
-def test_which_of_two_numbers_is_positive_is_said(tmp_path: Path) -> None:
+def test_positive_class_of_two_numbers_is_reported(tmp_path: Path) -> None:
     frame = pd.DataFrame({"x": np.arange(100.0), "y": np.sign(np.arange(100) - 49.5).astype(int)})
     events: list[Event] = []
-    trained(tmp_path, frame, "binary", events.append)
+    train_frame(tmp_path, frame, "binary", events.append)
     warnings = [event.text for event in events if isinstance(event, WarningMessage)]
     assert any("of the labels -1 and 1, 1 counts as positive" in text for text in warnings)
 
 
-def test_weights_of_classes_go_by_label(tmp_path: Path) -> None:
+def test_class_weights_are_given_by_label(tmp_path: Path) -> None:
     frame = pd.DataFrame({"x": np.arange(90.0), "y": 2019 + np.arange(90) % 3})
     with pytest.raises(JobError, match="2 is no class; there are 3"):
-        trained(tmp_path, frame, {"kind": "multiclass", "class_weights": {2: 5.0}})
-    trained(tmp_path, frame, {"kind": "multiclass", "class_weights": {2020: 5.0}})
+        train_frame(tmp_path, frame, {"kind": "multiclass", "class_weights": {2: 5.0}})
+    train_frame(tmp_path, frame, {"kind": "multiclass", "class_weights": {2020: 5.0}})
     names = frame.assign(y=frame.y.map({2019: "a", 2020: "b", 2021: "c"}))
     with pytest.raises(JobError, match="2 is no class; there are 3"):
-        trained(tmp_path, names, {"kind": "multiclass", "class_weights": {2: 5.0}})
+        train_frame(tmp_path, names, {"kind": "multiclass", "class_weights": {2: 5.0}})
 
 
 # ------------------------------------------------------------------------------ what no model was trained on
@@ -114,7 +114,7 @@ def test_weights_of_classes_go_by_label(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e39])
 @pytest.mark.parametrize("kind", [np.asarray, lambda rows: torch.tensor(rows)])
-def test_numbers_that_training_would_have_refused_have_no_answer(tmp_path: Path, bad: float, kind: Any) -> None:
+def test_values_invalid_in_training_give_no_prediction(tmp_path: Path, bad: float, kind: Any) -> None:
     tree = {"name": "disc", "data": {"source": "disc"}, "train": {"phases": [{"epochs": 1, "lr": 0.5}]}}
     model = load(train(build_job(tree, "test"), storage=str(tmp_path)).url)
     rows = np.full((4, 2), 0.5)
@@ -127,9 +127,9 @@ def test_numbers_that_training_would_have_refused_have_no_answer(tmp_path: Path,
         model.predict(kind(np.full((4, 2), 0.5)))
 
 
-def test_a_table_of_numbers_is_filled_or_refused_as_in_training(tmp_path: Path) -> None:
+def test_table_of_numbers_is_filled_or_rejected_as_in_training(tmp_path: Path) -> None:
     frame = pd.DataFrame({"x": np.arange(100.0), "z": np.ones(100), "y": np.arange(100) % 2})
-    model = load(trained(tmp_path, frame, "multiclass").url)
+    model = load(train_frame(tmp_path, frame, "multiclass").url)
     rows = frame[["x", "z"]].to_numpy()
     holed = rows.copy()
     holed[3, 0] = np.nan
@@ -141,7 +141,7 @@ def test_a_table_of_numbers_is_filled_or_refused_as_in_training(tmp_path: Path) 
         model.predict(holed)
 
 
-def test_samples_of_one_column_hold_no_nulls(tmp_path: Path) -> None:
+def test_single_column_samples_may_not_be_null(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (60, 4), dtype=np.uint8)
     for kind in (pa.uint8(), pa.float32()):
         lists = pa.array(pixels.tolist(), pa.list_(kind, 4))

@@ -21,29 +21,29 @@ from sklearn.metrics import accuracy_score, mean_absolute_error, r2_score, roc_a
 from pipeline import load, train
 from pipeline.errors import DataError, InputError
 from pipeline.job_file import build_job
-from pipeline.record.standing import Standing
+from pipeline.record.standing import RunStatus
 from pipeline.verbs.evaluate import evaluate
 
-Trained = Callable[[str], Standing]
+TrainExample = Callable[[str], RunStatus]
 
 
-def rows_of(run: Standing, split: str) -> np.ndarray:
+def split_rows(run: RunStatus, split: str) -> np.ndarray:
     table = pq.read_table(f"{run.url}/splits.parquet").to_pandas()
     rows: np.ndarray = table[table.split == split].row.to_numpy()
     return rows
 
 
 @pytest.mark.parametrize("job", ["table", "regression", "pictures", "finetune", "examples/own_model/job"])
-def test_each_shipped_job_learns_and_is_measured(trained: Trained, job: str) -> None:
-    run = trained(job)
+def test_each_example_job_trains_and_is_evaluated(train_example: TrainExample, job: str) -> None:
+    run = train_example(job)
     assert run.status == "finished"
     assert run.best is not None
     assert run.best.metric in run.metrics
 
 
-def test_a_table_model_answers_as_it_was_measured(trained: Trained, example_data: Path) -> None:
-    run = trained("table")
-    frame = pd.read_parquet(example_data / "churn.parquet").iloc[rows_of(run, "val")]
+def test_tabular_predictions_match_the_evaluation(train_example: TrainExample, example_data: Path) -> None:
+    run = train_example("table")
+    frame = pd.read_parquet(example_data / "churn.parquet").iloc[split_rows(run, "val")]
     model = load(run.url)
     measured = evaluate(run.url).metrics
     assert accuracy_score(frame.churned, model.predict(frame)) == pytest.approx(measured["val/accuracy"], abs=1e-9)
@@ -51,9 +51,9 @@ def test_a_table_model_answers_as_it_was_measured(trained: Trained, example_data
     assert roc_auc_score(frame.churned == "yes", positive) == pytest.approx(measured["val/auc"], abs=1e-6)
 
 
-def test_regression_answers_in_the_labels_unit(trained: Trained, example_data: Path) -> None:
-    run = trained("regression")
-    frame = pd.read_parquet(example_data / "houses.parquet").iloc[rows_of(run, "val")]
+def test_regression_predictions_use_label_units(train_example: TrainExample, example_data: Path) -> None:
+    run = train_example("regression")
+    frame = pd.read_parquet(example_data / "houses.parquet").iloc[split_rows(run, "val")]
     predictions, measured = load(run.url).predict(frame), evaluate(run.url).metrics
     assert r2_score(frame.price, predictions) == pytest.approx(measured["val/r2"], abs=1e-6)
     assert mean_absolute_error(frame.price, predictions) == pytest.approx(measured["val/mae"], rel=1e-6)
@@ -61,8 +61,8 @@ def test_regression_answers_in_the_labels_unit(trained: Trained, example_data: P
         load(run.url).predict_proba(frame)
 
 
-def test_pandas_polars_arrow_and_columns_are_one(trained: Trained, example_data: Path) -> None:
-    model = load(trained("table").url)
+def test_pandas_polars_arrow_and_dicts_agree(train_example: TrainExample, example_data: Path) -> None:
+    model = load(train_example("table").url)
     table = pq.read_table(example_data / "churn.parquet").slice(0, 200)
     wanted = model.predict_proba(table)
     frame = table.to_pandas()
@@ -82,8 +82,8 @@ def test_pandas_polars_arrow_and_columns_are_one(trained: Trained, example_data:
         assert np.isfinite(model.predict_proba(strange)).all()
 
 
-def test_what_does_not_look_like_training_is_refused(trained: Trained, example_data: Path) -> None:
-    model, frame = load(trained("table").url), pd.read_parquet(example_data / "churn.parquet")
+def test_mismatched_inputs_are_rejected(train_example: TrainExample, example_data: Path) -> None:
+    model, frame = load(train_example("table").url), pd.read_parquet(example_data / "churn.parquet")
     with pytest.raises(DataError, match="no column 'plan'"):
         model.predict(frame.drop(columns="plan"))
     with pytest.raises(DataError, match="num_calls"):
@@ -94,17 +94,17 @@ def test_what_does_not_look_like_training_is_refused(trained: Trained, example_d
         model.predict(3)
 
 
-def test_pictures_by_path_image_and_array(trained: Trained, example_data: Path) -> None:
+def test_images_by_path_image_and_array(train_example: TrainExample, example_data: Path) -> None:
     from PIL import Image
 
-    run = trained("pictures")
+    run = train_example("pictures")
     model = load(run.url)
     paths = sorted((example_data / "shapes").glob("*/*"))
     by_path = model.predict_proba([str(path) for path in paths])
     images = [Image.open(path) for path in paths[:5]]
     np.testing.assert_allclose(model.predict_proba(images), by_path[:5])
     truth = np.array([path.parent.name for path in paths])
-    held = rows_of(run, "val")
+    held = split_rows(run, "val")
     measured = evaluate(run.url).metrics["val/accuracy"]
     assert accuracy_score(truth[held], model.predict([paths[row] for row in held])) == pytest.approx(measured)
     with pytest.raises(DataError, match=r"bytes, 0 to 255"):
@@ -116,8 +116,8 @@ def test_pictures_by_path_image_and_array(trained: Trained, example_data: Path) 
         model.predict([example_data / "shapes" / "none.png"])
 
 
-def test_it_is_a_module_like_any_other(trained: Trained, example_data: Path) -> None:
-    model = load(trained("table").url)
+def test_predictor_is_an_nn_module(train_example: TrainExample, example_data: Path) -> None:
+    model = load(train_example("table").url)
     assert isinstance(model, torch.nn.Module)
     assert not model.training
     frame = pd.read_parquet(example_data / "churn.parquet").head(50)
@@ -126,12 +126,12 @@ def test_it_is_a_module_like_any_other(trained: Trained, example_data: Path) -> 
     np.testing.assert_array_equal(model.predict_proba(frame), before)
     assert model.training
     np.testing.assert_allclose(model.double().predict_proba(frame), before, atol=1e-5)
-    last = load(f"{trained('table').url}@last")
-    assert last.step == trained("table").step
+    last = load(f"{train_example('table').url}@last")
+    assert last.step == train_example("table").step
 
 
-def test_own_code_runs_only_where_it_is_trusted(trained: Trained, tmp_path: Path) -> None:
-    run = trained("examples/own_model/job")
+def test_user_code_runs_only_with_trust(train_example: TrainExample, tmp_path: Path) -> None:
+    run = train_example("examples/own_model/job")
     with pytest.raises(InputError, match="trust"):
         load(run.url)
     script = (
@@ -150,7 +150,7 @@ def test_own_code_runs_only_where_it_is_trusted(trained: Trained, tmp_path: Path
     assert not is_plain, "under a name of its own"
 
 
-def test_arrays_of_numbers_and_whole_number_labels(tmp_path: Path) -> None:
+def test_numeric_arrays_and_integer_labels(tmp_path: Path) -> None:
     tree = {
         "name": "disc",
         "data": {"source": "disc"},
@@ -171,11 +171,11 @@ def test_tables_and_runs_in_a_store(example_data: Path, s3_url: str) -> None:
 
     fs, path = fsspec.core.url_to_fs(s3_url)
     fs.put(str(example_data / "churn.parquet"), f"{path}/data/churn.parquet")
-    from tests.predict.conftest import REPOSITORY, SHORT
+    from tests.predict.conftest import REPOSITORY, SHORT_TRAINING
 
     run = train(
         REPOSITORY / "jobs" / "table.yaml",
-        set={**SHORT, "data.url": f"{s3_url}/data/churn.parquet"},
+        set={**SHORT_TRAINING, "data.url": f"{s3_url}/data/churn.parquet"},
         storage=f"{s3_url}/runs",
     )
     assert run.status == "finished"

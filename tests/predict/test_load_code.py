@@ -17,10 +17,10 @@ import torch
 
 from pipeline import load, train
 from pipeline.errors import JobError
-from pipeline.record.run import CODE
+from pipeline.record.run import CODE_FILE
 from pipeline.verbs.check import check
 
-NET = """
+MODEL_MODULE = """
 import torch
 from lc_scale import SCALE
 
@@ -41,7 +41,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A job as a dict, whose code lies in the working directory, as beside a notebook."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    write("first", 1.0)
+    write_module("first", 1.0)
     return {
         "name": "small",
         "data": {"source": "disc", "normalize": "scalar", "splits": {"val": 0.2}},
@@ -50,24 +50,24 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
 
 
-def write(marker: str, scale: float) -> None:
-    Path("lc_net.py").write_text(NET.replace("MARKER", marker))
+def write_module(marker: str, scale: float) -> None:
+    Path("lc_net.py").write_text(MODEL_MODULE.replace("MARKER", marker))
     Path("lc_scale.py").write_text(f"SCALE = {scale}\n")
 
 
-def stored(url: str) -> str:
-    with zipfile.ZipFile(Path(url) / CODE) as archive:
+def stored_scale(url: str) -> str:
+    with zipfile.ZipFile(Path(url) / CODE_FILE) as archive:
         assert archive.namelist() == ["lc_net.py", "lc_scale.py"]
         return archive.read("lc_net.py").decode()
 
 
-def test_an_edit_is_seen_and_each_run_is_loaded_by_its_own_code(job: dict[str, Any]) -> None:
+def test_edits_are_loaded_and_each_run_uses_its_own_code(job: dict[str, Any]) -> None:
     first = train(job)
-    write("second", 3.0)
+    write_module("second", 3.0)
     second = train(job)
     assert first.run != second.run
-    assert ("first" in stored(first.url), "second" in stored(second.url)) == (True, True)
-    write("third", 7.0)  # and it is importable
+    assert ("first" in stored_scale(first.url), "second" in stored_scale(second.url)) == (True, True)
+    write_module("third", 7.0)  # and it is importable
     nets: list[Any] = [load(run.url, trust=True).model for run in (first, second, first)]
     assert [net.marker for net in nets] == ["first", "second", "first"]
     assert [float(net.seen) for net in nets] == [1.0, 3.0, 1.0], "the helper that was trained with"
@@ -83,9 +83,9 @@ def test_weights_of_other_code_blame_the_code(job: dict[str, Any]) -> None:
     run = train(job)
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as other:
-        other.writestr("lc_net.py", NET.replace("self.layer", "self.renamed"))
+        other.writestr("lc_net.py", MODEL_MODULE.replace("self.layer", "self.renamed"))
         other.writestr("lc_scale.py", "SCALE = 1.0\n")
-    (Path(run.url) / CODE).write_bytes(archive.getvalue())
+    (Path(run.url) / CODE_FILE).write_bytes(archive.getvalue())
     with pytest.raises(
         JobError, match="the code of this model is not the code that its weights were trained by"
     ) as raised:
@@ -94,7 +94,7 @@ def test_weights_of_other_code_blame_the_code(job: dict[str, Any]) -> None:
     assert "checkpoint" not in str(raised.value)
 
 
-def test_a_predictor_is_pickled_with_its_code(job: dict[str, Any], tmp_path: Path) -> None:
+def test_predictor_pickles_with_its_code(job: dict[str, Any], tmp_path: Path) -> None:
     model = load(train(job).url, trust=True)
     probabilities = model.predict_proba(POINTS)  # after which it holds what prepares its inputs
     np.testing.assert_array_equal(copy.deepcopy(model).predict_proba(POINTS), probabilities)
@@ -112,7 +112,7 @@ def test_a_predictor_is_pickled_with_its_code(job: dict[str, Any], tmp_path: Pat
     np.testing.assert_allclose(np.load(tmp_path / "said.npy"), probabilities, rtol=1e-6)
 
 
-def test_fp64_weights_are_loaded_and_started_from_bit_for_bit(job: dict[str, Any]) -> None:
+def test_fp64_weights_round_trip_bit_identically(job: dict[str, Any]) -> None:
     job["train"]["precision"] = "fp64"
     job["model"] = {"kind": "mlp", "hidden": [5]}
     run = train(job)
@@ -134,10 +134,10 @@ def load_weights(url: str) -> dict[str, torch.Tensor]:
     from pipeline.record.checkpoint import find_checkpoint
     from pipeline.record.run import open_run
 
-    return find_checkpoint(open_run(url, "."), "best").weights()
+    return find_checkpoint(open_run(url, "."), "best").load_weights()
 
 
-def test_a_job_may_be_a_dict(job: dict[str, Any], tmp_path: Path) -> None:
+def test_job_as_a_dict(job: dict[str, Any], tmp_path: Path) -> None:
     before = copy.deepcopy(job)
     run = train(job, set={"train.batch_size": 50}, storage=str(tmp_path / "elsewhere"))
     assert job == before

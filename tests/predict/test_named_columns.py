@@ -13,8 +13,8 @@ from pipeline.errors import DataError
 from pipeline.job_file import build_job
 from pipeline.predictor import Predictor
 
-MODULE = "frames_of_a_user"
-BODY = """
+MODULE_NAME = "frames_of_a_user"
+MODULE_CODE = """
 import numpy as np, pandas as pd
 
 def frame():
@@ -30,33 +30,33 @@ def array():
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Predictor]:
+def predictors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Predictor]:
     """Trained on a frame, and on the array of the same numbers."""
     folder = tmp_path_factory.mktemp("frames")
-    (folder / f"{MODULE}.py").write_text(BODY)
+    (folder / f"{MODULE_NAME}.py").write_text(MODULE_CODE)
     predictors_by_kind = {}
     for name in ("frame", "array"):
         tree = {
             "name": name,
             "code": str(folder),
-            "data": {"source": {"call": f"{MODULE}:{name}"}},
+            "data": {"source": {"call": f"{MODULE_NAME}:{name}"}},
             "train": {"phases": [{"epochs": 1, "lr": 0.5}]},
         }
         predictors_by_kind[name] = load(train(build_job(tree, "test"), storage=str(folder / "runs")).url, trust=True)
     return predictors_by_kind
 
 
-NEW = pd.DataFrame({"size": [4.0, 6.0, 5.5], "age": [-1.0, 0.0, 1.0], "rooms": [1, 2, 3]})
+NEW_DATA = pd.DataFrame({"size": [4.0, 6.0, 5.5], "age": [-1.0, 0.0, 1.0], "rooms": [1, 2, 3]})
 
 
-def test_columns_are_found_by_name(models: dict[str, Predictor]) -> None:
-    model = models["frame"]
-    wanted = model.predict_proba(NEW.to_numpy())
-    mixed = NEW[["rooms", "age", "size"]]
+def test_columns_are_matched_by_name(predictors: dict[str, Predictor]) -> None:
+    model = predictors["frame"]
+    wanted = model.predict_proba(NEW_DATA.to_numpy())
+    mixed = NEW_DATA[["rooms", "age", "size"]]
     for same in (
-        NEW,
+        NEW_DATA,
         mixed,
-        NEW.assign(name="x")[["name", "rooms", "size", "age"]],
+        NEW_DATA.assign(name="x")[["name", "rooms", "size", "age"]],
         pl.from_pandas(mixed),
         pa.Table.from_pandas(mixed),
         mixed.to_dict("list"),
@@ -64,31 +64,31 @@ def test_columns_are_found_by_name(models: dict[str, Predictor]) -> None:
         mixed.set_index(pd.Index(["i", "j", "k"])),
     ):
         np.testing.assert_array_equal(model.predict_proba(same), wanted)
-    np.testing.assert_array_equal(models["array"].predict_proba(NEW), wanted)  # it knows no names
-    assert len(model.predict(NEW.head(0))) == 0
+    np.testing.assert_array_equal(predictors["array"].predict_proba(NEW_DATA), wanted)  # it knows no names
+    assert len(model.predict(NEW_DATA.head(0))) == 0
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (NEW.rename(columns={"size": "sizes"}), "no column 'size' .*did you mean sizes"),
-        (pd.DataFrame(NEW.to_numpy()), "no column 'size'"),
-        (NEW.assign(age=["old", "new", "old"]), "'age' holds text"),
-        (NEW.assign(age=[1.0, np.nan, np.nan]), "2 of 3 rows have no value in column 'age'"),
+        (NEW_DATA.rename(columns={"size": "sizes"}), "no column 'size' .*did you mean sizes"),
+        (pd.DataFrame(NEW_DATA.to_numpy()), "no column 'size'"),
+        (NEW_DATA.assign(age=["old", "new", "old"]), "'age' holds text"),
+        (NEW_DATA.assign(age=[1.0, np.nan, np.nan]), "2 of 3 rows have no value in column 'age'"),
     ],
 )
-def test_other_columns_are_refused(models: dict[str, Predictor], change: pd.DataFrame, words: str) -> None:
+def test_other_columns_are_rejected(predictors: dict[str, Predictor], change: pd.DataFrame, words: str) -> None:
     with pytest.raises(DataError, match=f"(?s){words}"):
-        models["frame"].predict(change)
+        predictors["frame"].predict(change)
 
 
-def test_numbers_far_from_training_are_told(models: dict[str, Predictor]) -> None:
-    model = models["frame"]
-    far = NEW.assign(age=[0.0, 1000.0, 2000.0])
+def test_values_far_from_training_are_reported(predictors: dict[str, Predictor]) -> None:
+    model = predictors["frame"]
+    far = NEW_DATA.assign(age=[0.0, 1000.0, 2000.0])
     with pytest.warns(UserWarning, match="column 'age': 66.7% of 3 values lie far outside the training range"):
         model.predict(far)
     with pytest.warns(UserWarning, match="column 'age'"):
         model.predict(far.to_numpy())
     report = model.column_report(far)
     assert {name: column["outside"] for name, column in report.items()} == {"size": 0, "age": 2 / 3, "rooms": 0}
-    assert models["array"].column_report(far) == {}
+    assert predictors["array"].column_report(far) == {}

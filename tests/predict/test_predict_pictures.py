@@ -16,7 +16,7 @@ from pipeline.job_file import build_job
 from pipeline.verbs.predict import predict
 
 
-def png(shade: int, size: int = 6) -> bytes:
+def encode_png(shade: int, size: int = 6) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.full((size, size, 3), shade, np.uint8)).save(buffer, format="PNG")
     return buffer.getvalue()
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(20):
         for name, shade in (("dark", number), ("light", 255 - number)):
             (root / "data" / name).mkdir(parents=True, exist_ok=True)
-            (root / "data" / name / f"{number:02d}.png").write_bytes(png(shade))
+            (root / "data" / name / f"{number:02d}.png").write_bytes(encode_png(shade))
     for on_error in ("fail", "skip"):
         data = {"source": "image_folder", "url": str(root / "data"), "on_error": on_error}
         tree = {"name": on_error, "data": data, "train": {"batch_size": 8, "phases": [{"epochs": 4, "lr": 0.3}]}}
@@ -38,26 +38,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def new(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def images_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a few pictures."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "deep" / "er").mkdir(parents=True)
     for name, shade in (("cat.png", 5), ("_dog.png", 250), ("deep/a.png", 8), ("deep/er/b.png", 240)):
-        (tmp_path / name).write_bytes(png(shade))
+        (tmp_path / name).write_bytes(encode_png(shade))
     (tmp_path / "notes.txt").write_text("no picture")
     return tmp_path
 
 
-def predicted(folder: Path, source: str, run: str = "fail", **options: object) -> dict[str, str]:
+def predict_by_path(folder: Path, source: str, run: str = "fail", **options: object) -> dict[str, str]:
     """What the output says, by path."""
     predict(f"{folder}/runs/{run}", input=source, output="out.parquet", **options)  # type: ignore[arg-type]
     out = pq.read_table("out.parquet")
     return dict(zip(out["path"].to_pylist(), out["prediction"].to_pylist(), strict=True))
 
 
-def test_one_picture_is_one_prediction_whatever_it_is_handed_over_as(folder: Path, new: Path) -> None:
+def test_all_image_input_types_agree(folder: Path, images_folder: Path) -> None:
     model = load(f"{folder}/runs/fail")
-    path = new / "cat.png"
+    path = images_folder / "cat.png"
     wanted = model.predict_proba([path])
     assert wanted.shape == (1, 2)
     with Image.open(path) as opened:
@@ -77,23 +77,23 @@ def test_one_picture_is_one_prediction_whatever_it_is_handed_over_as(folder: Pat
         ("small.png", "small.png: is 4 x 4 pixels, but the model was trained on 6 x 6"),
     ],
 )
-def test_a_picture_that_cannot_be_used_is_named(folder: Path, new: Path, one: str, words: str) -> None:
-    (new / "small.png").write_bytes(png(0, size=4))
+def test_invalid_image_is_named(folder: Path, images_folder: Path, one: str, words: str) -> None:
+    (images_folder / "small.png").write_bytes(encode_png(0, size=4))
     for data in (one, ["cat.png", one]):
         with pytest.raises(DataError, match=words):
             load(f"{folder}/runs/fail").predict(data)
 
 
-def test_an_input_is_a_picture_a_glob_or_a_folder(folder: Path, new: Path) -> None:
-    assert predicted(folder, "cat.png") == {"cat.png": "dark"}
-    assert predicted(folder, f"{new}/deep/a.png") == {"a.png": "dark"}
-    assert predicted(folder, "*.png") == {"cat.png": "dark", "_dog.png": "light"}
-    assert predicted(folder, f"{new}/deep/**") == {"a.png": "dark", "er/b.png": "light"}
-    assert predicted(folder, "deep/*/*.png") == {"er/b.png": "light"}
+def test_input_is_an_image_a_glob_or_a_folder(folder: Path, images_folder: Path) -> None:
+    assert predict_by_path(folder, "cat.png") == {"cat.png": "dark"}
+    assert predict_by_path(folder, f"{images_folder}/deep/a.png") == {"a.png": "dark"}
+    assert predict_by_path(folder, "*.png") == {"cat.png": "dark", "_dog.png": "light"}
+    assert predict_by_path(folder, f"{images_folder}/deep/**") == {"a.png": "dark", "er/b.png": "light"}
+    assert predict_by_path(folder, "deep/*/*.png") == {"er/b.png": "light"}
     every = {"_dog.png": "light", "cat.png": "dark", "deep/a.png": "dark", "deep/er/b.png": "light"}
-    assert predicted(folder, ".") == predicted(folder, f"file://{new}/") == every
-    (new / "portrait").write_bytes(png(3))
-    assert predicted(folder, "portrait") == {"portrait": "dark"}  # named alone, it needs no ending
+    assert predict_by_path(folder, ".") == predict_by_path(folder, f"file://{images_folder}/") == every
+    (images_folder / "portrait").write_bytes(encode_png(3))
+    assert predict_by_path(folder, "portrait") == {"portrait": "dark"}  # named alone, it needs no ending
 
 
 @pytest.mark.parametrize(
@@ -105,18 +105,18 @@ def test_an_input_is_a_picture_a_glob_or_a_folder(folder: Path, new: Path) -> No
         ("notes.txt", "notes.txt: cannot be used as a picture"),
     ],
 )
-def test_an_input_without_pictures_is_refused(folder: Path, new: Path, source: str, words: str) -> None:
+def test_input_without_images_is_rejected(folder: Path, images_folder: Path, source: str, words: str) -> None:
     with pytest.raises(InputError, match=words.replace("*", r"\*")):
-        predicted(folder, source)
-    assert not (new / "out.parquet").exists()
+        predict_by_path(folder, source)
+    assert not (images_folder / "out.parquet").exists()
 
 
-def test_broken_pictures_are_left_out_where_the_job_skips_them(folder: Path, new: Path) -> None:
-    (new / "broken.png").write_bytes(png(9)[:45])
+def test_broken_images_are_skipped_where_the_job_allows(folder: Path, images_folder: Path) -> None:
+    (images_folder / "broken.png").write_bytes(encode_png(9)[:45])
     with pytest.raises(DataError, match=r"broken\.png: cannot be used as a picture"):
-        predicted(folder, ".")
+        predict_by_path(folder, ".")
     warnings_given: list[str] = []
-    found = predict(f"{folder}/runs/skip", input=".", output="out.parquet", warn=warnings_given.append)
+    found = predict(f"{folder}/runs/skip", input=".", output="out.parquet", on_warning=warnings_given.append)
     out = pq.read_table("out.parquet")
     assert out["path"].to_pylist() == ["_dog.png", "cat.png", "deep/a.png", "deep/er/b.png"]
     assert out["prediction"].to_pylist() == ["light", "dark", "dark", "light"]
@@ -124,18 +124,18 @@ def test_broken_pictures_are_left_out_where_the_job_skips_them(folder: Path, new
     assert warnings_given == list(found.warnings) == ["1 pictures are broken and left out: broken.png"]
     assert found.to_json()["skipped"] == ["broken.png"]
     with pytest.raises(DataError, match="none of 1 pictures can be decoded"):
-        predicted(folder, "broken.png", run="skip")
+        predict_by_path(folder, "broken.png", run="skip")
 
 
-def test_pictures_in_a_store(folder: Path, new: Path, s3_url: str) -> None:
+def test_images_in_object_storage(folder: Path, images_folder: Path, s3_url: str) -> None:
     import fsspec
 
     fs, path = fsspec.core.url_to_fs(s3_url)
-    fs.put(str(new / "cat.png"), f"{path}/pictures/cat.png")
-    fs.put(str(new / "deep" / "a.png"), f"{path}/pictures/deep/a.png")
-    assert predicted(folder, f"{s3_url}/pictures/cat.png") == {"cat.png": "dark"}
-    assert predicted(folder, f"{s3_url}/pictures/*.png") == {"cat.png": "dark"}
-    assert predicted(folder, f"{s3_url}/pictures") == {"cat.png": "dark", "deep/a.png": "dark"}
+    fs.put(str(images_folder / "cat.png"), f"{path}/pictures/cat.png")
+    fs.put(str(images_folder / "deep" / "a.png"), f"{path}/pictures/deep/a.png")
+    assert predict_by_path(folder, f"{s3_url}/pictures/cat.png") == {"cat.png": "dark"}
+    assert predict_by_path(folder, f"{s3_url}/pictures/*.png") == {"cat.png": "dark"}
+    assert predict_by_path(folder, f"{s3_url}/pictures") == {"cat.png": "dark", "deep/a.png": "dark"}
     with pytest.raises(InputError, match="no such file or folder"):
-        predicted(folder, f"{s3_url}/none")
+        predict_by_path(folder, f"{s3_url}/none")
     assert load(f"{folder}/runs/fail").predict(f"{s3_url}/pictures/cat.png").tolist() == ["dark"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load
 
-from pipeline.record.values import sealed
+from pipeline.record.values import with_digest
 
 
 def pickle_states(run: Path) -> None:
@@ -32,7 +32,7 @@ def put_state(folder: Path, content: bytes) -> None:
     tree = {key: value for key, value in json.loads(path.read_text()).items() if key != "sha256"}
     tree["files"].pop("state.safetensors", None)
     tree["files"]["state.pt"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    path.write_text(json.dumps(sealed(tree), indent=1))
+    path.write_text(json.dumps(with_digest(tree), indent=1))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

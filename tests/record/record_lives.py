@@ -12,30 +12,30 @@ import numpy as np
 import torch
 
 from pipeline.errors import BusyError
-from pipeline.record.attempt import Attempt, choose_base, take
-from pipeline.record.cells import CellLayout, Columns
+from pipeline.record.attempt import Attempt, append_claim, select_resume_checkpoint
+from pipeline.record.cells import MetricSchema, SegmentLayout
 from pipeline.record.checkpoint import DamagedError
-from pipeline.record.entries import BestSoFar, Claim
+from pipeline.record.entries import BestCheckpoint, Claim
 from pipeline.record.live import LiveWriter
-from pipeline.record.live import remove as remove_live_rows
+from pipeline.record.live import remove_live_tables as remove_live_rows
 from pipeline.record.run import Run
-from pipeline.record.writer import Snapshot, Writer
+from pipeline.record.writer import RunWriter, Snapshot
 from pipeline.storage import Storage
 
-TOTAL = 10
-CELLS = CellLayout(1, 3)
+TOTAL_STEPS = 10
+SEGMENT_LAYOUT = SegmentLayout(1, 3)
 """The log's cells end at steps 1, 2, 4, 7 and 10."""
-KEEP = 2
-EVERY = 2
+KEEP_CHECKPOINTS = 2
+EVALUATE_EVERY = 2
 """Steps between two evaluations."""
-SHOWN = 3
+LIVE_EVERY = 3
 """Steps between two writes of the live rows."""
 
 Files = dict[str, bytes]
-Fate = Literal["done", "refused", "unanswered", "late"]
+RequestOutcome = Literal["done", "refused", "unanswered", "late"]
 
 
-class Killed(BaseException):
+class KilledError(BaseException):
     """SIGKILL, for a thread."""
 
 
@@ -60,14 +60,14 @@ def evaluation_at(step: int) -> float:
 
 def best_at(step: int) -> int | None:
     """The earliest best evaluation until a step; step 0 is no candidate."""
-    steps = range(EVERY, step + 1, EVERY)
+    steps = range(EVALUATE_EVERY, step + 1, EVALUATE_EVERY)
     return min(steps, key=lambda at: (evaluation_at(at), at), default=None)
 
 
 # ------------------------------------------------------------------------------------------ storage that decides
 
 
-class Store:
+class InMemoryStore:
     """What is in storage, and the requests that are still on their way there."""
 
     def __init__(self) -> None:
@@ -97,17 +97,17 @@ class Store:
         return sorted(names)
 
 
-class Requests:
+class ControlledBackend:
     """A backend whose requests wait for their fate, which a `Life` decides; without one they are done at once."""
 
-    far = False
+    is_remote = False
 
-    def __init__(self, store: Store, life: Life | None = None) -> None:
+    def __init__(self, store: InMemoryStore, simulated_writer: SimulatedWriter | None = None) -> None:
         self.store = store
-        self.life = life
+        self.simulated_writer = simulated_writer
 
-    def _ask(self, effect: Callable[[], Any], *, writes: bool, what: str) -> Any:
-        return effect() if self.life is None else self.life.ask(effect, writes, what)
+    def _request(self, effect: Callable[[], Any], *, writes: bool, what: str) -> Any:
+        return effect() if self.simulated_writer is None else self.simulated_writer.execute(effect, writes, what)
 
     def read(self, path: str) -> bytes:
         def effect() -> bytes:
@@ -115,51 +115,51 @@ class Requests:
                 raise FileNotFoundError(path)
             return self.store.files[path]
 
-        data: bytes = self._ask(effect, writes=False, what=f"read {path}")
+        data: bytes = self._request(effect, writes=False, what=f"read {path}")
         return data
 
     def replace(self, path: str, data: bytes, temporary: str, sync: bool) -> None:
-        self._ask(lambda: self.store.put(path, data), writes=True, what=f"replace {path}")
+        self._request(lambda: self.store.put(path, data), writes=True, what=f"replace {path}")
 
     def upload(self, path: str, size: int) -> None:
         return None
 
     def create(self, path: str, data: bytes, temporary: str) -> None:
-        self._ask(lambda: self.store.put_new(path, data), writes=True, what=f"create {path}")
+        self._request(lambda: self.store.put_new(path, data), writes=True, what=f"create {path}")
 
     def list(self, path: str) -> list[str]:
-        names: list[str] = self._ask(lambda: self.store.children(path), writes=False, what=f"list {path}")
+        names: list[str] = self._request(lambda: self.store.children(path), writes=False, what=f"list {path}")
         return names
 
     def exists(self, path: str) -> bool:
-        there: bool = self._ask(lambda: path in self.store.files, writes=False, what=f"exists {path}")
+        there: bool = self._request(lambda: path in self.store.files, writes=False, what=f"exists {path}")
         return there
 
     def delete(self, path: str) -> None:
-        self._ask(lambda: self.store.remove(path), writes=True, what=f"delete {path}")
+        self._request(lambda: self.store.remove(path), writes=True, what=f"delete {path}")
 
     def delete_folder(self, path: str) -> None:
         for file in [name for name in self.store.files if name.startswith(f"{path}/")]:
             self.delete(file)
 
-    def sweep(self, temporary: str) -> None:
+    def remove_temporary(self, temporary: str) -> None:
         return
 
-    def conditional_writes(self, folder: str) -> bool:
+    def has_conditional_writes(self, folder: str) -> bool:
         return True
 
-    def renew(self) -> None:
+    def renew_credentials(self) -> None:
         return
 
 
-def open_run(store: Store, life: Life | None = None) -> Run:
-    return Run(Storage(Requests(store, life), "/runs", "test://runs"), "run")
+def open_simulated_run(store: InMemoryStore, simulated_writer: SimulatedWriter | None = None) -> Run:
+    return Run(Storage(ControlledBackend(store, simulated_writer), "/runs", "test://runs"), "run")
 
 
 # ---------------------------------------------------------------------------------------------------- writers
 
 
-class Life:
+class SimulatedWriter:
     """One attempt: the real writer in a thread, which advances one request at a time.
 
     Parameters
@@ -171,56 +171,56 @@ class Life:
 
     def __init__(
         self,
-        store: Store,
-        protocol: Faithful,
+        store: InMemoryStore,
+        protocol: ReferenceProtocol,
         number: int,
         *,
-        saves: frozenset[int],
-        wish: int | None,
-        believes: int | None,
+        commit_steps: frozenset[int],
+        early_stop_step: int | None,
+        known_dead_attempt: int | None,
     ) -> None:
         self.store = store
         self.protocol = protocol
-        self.saves = saves
-        self.wish = wish
-        self.believes = believes
+        self.commit_steps = commit_steps
+        self.early_stop_step = early_stop_step
+        self.known_dead_attempt = known_dead_attempt
         self.name = f"life {number}"
         self.nonce = f"{number:032x}"
         self.error: BaseException | None = None
-        self.over = False
-        self.killed = False
-        self.what = ""
-        self.writes = False
+        self.is_finished = False
+        self.is_killed = False
+        self.request = ""
+        self.is_write = False
         self._effect: Callable[[], Any] = lambda: None
-        self._fate: Fate = "done"
+        self._outcome: RequestOutcome = "done"
         self._asked = threading.Semaphore(0)
         self._answered = threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._live, name=self.name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
         self._thread.start()
         self._asked.acquire()
 
     # Called by the writer's thread.
 
-    def ask(self, effect: Callable[[], Any], writes: bool, what: str) -> Any:
-        if self.killed:
-            raise Killed
-        self._effect, self.writes, self.what = effect, writes, what
+    def execute(self, effect: Callable[[], Any], writes: bool, what: str) -> Any:
+        if self.is_killed:
+            raise KilledError
+        self._effect, self.is_write, self.request = effect, writes, what
         self._asked.release()
         self._answered.acquire()
-        if self.killed:
-            raise Killed
-        if self._fate == "done":
+        if self.is_killed:
+            raise KilledError
+        if self._outcome == "done":
             return effect()
-        if self._fate == "unanswered":
+        if self._outcome == "unanswered":
             effect()
-        if self._fate == "late":
+        if self._outcome == "late":
             self.store.late.append(effect)
-        raise TimeoutError(self._fate)
+        raise TimeoutError(self._outcome)
 
-    def _live(self) -> None:
+    def _run(self) -> None:
         try:
-            train(self, open_run(self.store, self), self.protocol)
-        except (Killed, BusyError):
+            run_attempt(self, open_simulated_run(self.store, self), self.protocol)
+        except (KilledError, BusyError):
             pass  # the second says that another attempt has the run
         except DamagedError as error:
             # A checkpoint may be damaged after it was found sound: then the attempt ends, and the next looks again.
@@ -229,16 +229,16 @@ class Life:
         except BaseException as error:
             self.error = error
         finally:
-            self.over = True
+            self.is_finished = True
             self._asked.release()
 
     # Called by the test.
 
-    def go_on(self, fate: Fate = "done") -> None:
+    def resume(self, outcome: RequestOutcome = "done") -> None:
         """Decide the request that waits, and run to the next."""
-        if self.over:
+        if self.is_finished:
             return
-        self._fate = fate if self.writes else ("refused" if fate != "done" else "done")
+        self._outcome = outcome if self.is_write else ("refused" if outcome != "done" else "done")
         self._answered.release()
         self._asked.acquire()
         if self.error is not None:
@@ -246,40 +246,40 @@ class Life:
 
     def kill(self, *, done: bool, late: bool) -> None:
         """End the process: its last request was done, is on its way, or never left."""
-        if self.over:
+        if self.is_finished:
             return
-        if done and self.writes:
+        if done and self.is_write:
             with suppress(FileExistsError):
                 self._effect()
-        elif late and self.writes:
+        elif late and self.is_write:
             self.store.late.append(self._effect)
-        self.killed = True
+        self.is_killed = True
         self._answered.release()
         self._thread.join()
 
 
-def train(life: Life, run: Run, protocol: Faithful) -> None:
+def run_attempt(simulated_writer: SimulatedWriter, run: Run, protocol: ReferenceProtocol) -> None:
     """An attempt as the worker does it: claim, restore, fit, commit, end."""
-    template = Claim(number=0, nonce=life.nonce, time="", attempt=0, driver="driver", interval_s=1e-6)
-    attempt = protocol.claim(run, template, life.believes)
-    writer, live = protocol.writer(attempt), protocol.live_writer(attempt)
-    base = attempt.base
-    if base is not None and base.end:
-        writer.complete()
+    template = Claim(number=0, nonce=simulated_writer.nonce, time="", attempt=0, driver="driver", interval_s=1e-6)
+    attempt = protocol.claim(run, template, simulated_writer.known_dead_attempt)
+    writer, live = protocol.make_writer(attempt), protocol.make_live_writer(attempt)
+    base = attempt.resume_checkpoint
+    if base is not None and base.is_final:
+        writer.finalize()
         protocol.remove_live_rows(run)
         return
-    writer.begin()
-    live.begin(writer.rows)
+    writer.resume()
+    live.resume(writer.rows)
     step, weight = 0, weight_at(0)
     best: tuple[int, float] | None = None
     best_weight: float | None = None
     blocks, evaluations = [], []
     if base is None:
         evaluations.append(_evaluation(0))
-        live.evaluation(evaluations[-1])
+        live.log_evaluation(evaluations[-1])
     else:
-        with attempt.reading_base():
-            step, weight, state = base.step, float(base.weights()["weight"]), base.state()["weight"]
+        with attempt.reading_resume_checkpoint():
+            step, weight, state = base.step, float(base.load_weights()["weight"]), base.load_state()["weight"]
         assert weight == weight_at(step), "the base is not what training left at its step"
         assert float(state) == weight
         assert base.position == {"step": step}
@@ -289,17 +289,19 @@ def train(life: Life, run: Run, protocol: Faithful) -> None:
         step += 1
         weight = math.fmod(weight * 3.7 + step * 0.123, 1.0)
         blocks.append(_block(step, 1.0 + weight))
-        live.steps(blocks[-1])
-        if step % EVERY == 0:
+        live.log_steps(blocks[-1])
+        if step % EVALUATE_EVERY == 0:
             evaluations.append(_evaluation(step))
-            live.evaluation(evaluations[-1])
+            live.log_evaluation(evaluations[-1])
             if best is None or evaluation_at(step) < best[1]:
                 best, best_weight = (step, evaluation_at(step)), weight
-        bound = protocol.bound(attempt)
-        early = life.wish is not None and step >= max(life.wish, protocol.floor(attempt))
-        end = step >= TOTAL or (step >= bound if bound is not None else early)
-        if end or step in life.saves:
-            so_far = None if best is None else BestSoFar(metric="val/loss", step=best[0], value=best[1])
+        bound = protocol.required_end_step(attempt)
+        early = simulated_writer.early_stop_step is not None and step >= max(
+            simulated_writer.early_stop_step, protocol.min_end_step(attempt)
+        )
+        end = step >= TOTAL_STEPS or (step >= bound if bound is not None else early)
+        if end or step in simulated_writer.commit_steps:
+            so_far = None if best is None else BestCheckpoint(metric="val/loss", step=best[0], value=best[1])
             elsewhere = best is not None and best[0] != step and best_weight is not None
             snapshot = Snapshot(
                 step=step,
@@ -307,18 +309,18 @@ def train(life: Life, run: Run, protocol: Faithful) -> None:
                 weights={"weight": torch.tensor(weight, dtype=torch.float64)},
                 state={"weight": torch.tensor(weight, dtype=torch.float64)},
                 position={"step": step},
-                metrics={"val/loss": evaluation_at(step - step % EVERY)},
+                metrics={"val/loss": evaluation_at(step - step % EVALUATE_EVERY)},
                 best=so_far,
                 best_weights={"weight": torch.tensor(best_weight, dtype=torch.float64)} if elsewhere else None,
-                end=end,
+                is_final=end,
             )
             writer.commit(snapshot, blocks, evaluations)
             blocks, evaluations, best_weight = [], [], None
-            live.drop(writer.rows)
+            live.drop_published(writer.rows)
         if end:
             protocol.remove_live_rows(run)
             return
-        if step % SHOWN == 0:
+        if step % LIVE_EVERY == 0:
             live.write()
 
 
@@ -331,25 +333,25 @@ def _evaluation(step: int) -> dict[str, Any]:
     return {"step": step, "epoch": 1, "split": "val", "loss": evaluation_at(step)}
 
 
-class Faithful:
+class ReferenceProtocol:
     """The protocol as it is. A mutant overrides one of these to leave out a clause."""
 
-    def claim(self, run: Run, template: Claim, dead: int | None) -> Attempt:
-        attempt = take(run, template, dead)
-        choose_base(attempt)
+    def claim(self, run: Run, template: Claim, known_dead_attempt: int | None) -> Attempt:
+        attempt = append_claim(run, template, known_dead_attempt)
+        select_resume_checkpoint(attempt)
         return attempt
 
-    def writer(self, attempt: Attempt) -> Writer:
-        return Writer(attempt, layout=CELLS, keep=KEEP, columns=Columns())
+    def make_writer(self, attempt: Attempt) -> RunWriter:
+        return RunWriter(attempt, layout=SEGMENT_LAYOUT, keep=KEEP_CHECKPOINTS, metric_schema=MetricSchema())
 
-    def live_writer(self, attempt: Attempt) -> LiveWriter:
-        return LiveWriter(attempt.run, attempt.number, CELLS, Columns())
+    def make_live_writer(self, attempt: Attempt) -> LiveWriter:
+        return LiveWriter(attempt.run, attempt.number, SEGMENT_LAYOUT, MetricSchema())
 
     def remove_live_rows(self, run: Run) -> None:
         remove_live_rows(run)
 
-    def bound(self, attempt: Attempt) -> int | None:
-        return attempt.ended_at
+    def required_end_step(self, attempt: Attempt) -> int | None:
+        return attempt.end_step
 
-    def floor(self, attempt: Attempt) -> int:
+    def min_end_step(self, attempt: Attempt) -> int:
         return attempt.highest_step

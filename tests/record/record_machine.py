@@ -8,92 +8,96 @@ import hypothesis.strategies as st
 from hypothesis import note
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tests.record.record_lives import TOTAL, Faithful, Fate, Life
-from tests.record.record_world import World
+from tests.record.record_lives import TOTAL_STEPS, ReferenceProtocol, RequestOutcome, SimulatedWriter
+from tests.record.record_world import ProtocolModel
 
-LIVES = 7
+MAX_ATTEMPTS = 7
 """Attempts in one example, besides the undisturbed last one."""
 
 
-class Machine(RuleBasedStateMachine):
+class ProtocolStateMachine(RuleBasedStateMachine):
     """Does what may happen, in any order."""
 
-    protocol: ClassVar[Faithful] = Faithful()
+    protocol: ClassVar[ReferenceProtocol] = ReferenceProtocol()
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(self.protocol)
+        self.world = ProtocolModel(self.protocol)
 
-    @precondition(lambda self: len(self.world.lives) < LIVES and len(self.world.alive()) < 3)
-    @rule(saves=st.frozensets(st.integers(1, TOTAL)), wish=st.none() | st.integers(1, TOTAL), ahead=st.integers(0, 12))
-    def begin_an_attempt(self, saves: frozenset[int], wish: int | None, ahead: int) -> None:
-        self.world.advance(self.world.begin(saves, wish), ahead)
+    @precondition(lambda self: len(self.world.lives) < MAX_ATTEMPTS and len(self.world.alive()) < 3)
+    @rule(
+        saves=st.frozensets(st.integers(1, TOTAL_STEPS)),
+        wish=st.none() | st.integers(1, TOTAL_STEPS),
+        ahead=st.integers(0, 12),
+    )
+    def begin_attempt(self, saves: frozenset[int], wish: int | None, ahead: int) -> None:
+        self.world.advance(self.world.start_writer(saves, wish), ahead)
 
     @precondition(lambda self: bool(self.world.alive()))
     @rule(data=st.data(), requests=st.integers(1, 40))
-    def go_on(self, data: st.DataObject, requests: int) -> None:
-        self.world.advance(self._one(data), requests)
+    def resume_writer(self, data: st.DataObject, requests: int) -> None:
+        self.world.advance(self._draw_writer(data), requests)
 
     @precondition(lambda self: bool(self.world.alive()))
     @rule(data=st.data(), word=st.sampled_from(["journal", "evals", "steps", "manifest", "delete", "result", "run."]))
-    def go_on_until(self, data: st.DataObject, word: str) -> None:
+    def resume_until(self, data: st.DataObject, word: str) -> None:
         """Up to the request of interest, which is where faults find most."""
-        life = self._one(data)
+        life = self._draw_writer(data)
         for _ in range(80):
             self.world.advance(life, 1)
-            if life.over or (life.writes and word in life.what):
+            if life.is_finished or (life.is_write and word in life.request):
                 break
 
     @precondition(lambda self: bool(self.world.alive()))
     @rule(data=st.data(), fate=st.sampled_from(["refused", "unanswered", "late"]))
-    def fail_a_request(self, data: st.DataObject, fate: Fate) -> None:
-        life = self._one(data)
-        note(f"{life.name}: {life.what}: {fate}")
-        life.go_on(fate)
+    def fail_request(self, data: st.DataObject, fate: RequestOutcome) -> None:
+        life = self._draw_writer(data)
+        note(f"{life.name}: {life.request}: {fate}")
+        life.resume(fate)
 
     @precondition(lambda self: bool(self.world.alive()))
     @rule(data=st.data(), done=st.booleans(), late=st.booleans())
-    def kill(self, data: st.DataObject, done: bool, late: bool) -> None:
-        life = self._one(data)
-        note(f"{life.name}: killed at {life.what} {done=} {late=}")
+    def kill_writer(self, data: st.DataObject, done: bool, late: bool) -> None:
+        life = self._draw_writer(data)
+        note(f"{life.name}: killed at {life.request} {done=} {late=}")
         life.kill(done=done, late=late)
 
     @precondition(lambda self: bool(self.world.store.late))
     @rule(data=st.data())
-    def land_a_late_request(self, data: st.DataObject) -> None:
-        self.world.land(data.draw(st.integers(0, len(self.world.store.late) - 1)))
+    def apply_late_request(self, data: st.DataObject) -> None:
+        self.world.apply_late_request(data.draw(st.integers(0, len(self.world.store.late) - 1)))
 
     @precondition(lambda self: len(self.world.store.damaged) < 3 and bool(self.world.checkpoints()))
     @rule(data=st.data(), way=st.sampled_from(["cut", "flip", "lose"]))
-    def damage_a_checkpoint(self, data: st.DataObject, way: str) -> None:
+    def damage_checkpoint(self, data: st.DataObject, way: str) -> None:
         name = data.draw(st.sampled_from(self.world.checkpoints()))
         file = data.draw(st.sampled_from(sorted(path for path in self.world.store.files if f"/{name}/" in path)))
-        self.world.damage(name, file, way)
+        self.world.damage_checkpoint(name, file, way)
 
     @rule(number=st.integers(0, 30))
-    def spoil_the_view(self, number: int) -> None:
-        self.world.spoil_the_view(number)
+    def corrupt_summary(self, number: int) -> None:
+        self.world.corrupt_summary(number)
 
     @rule()
-    def list_as_a_reader(self) -> None:
-        self.world.list_as_a_reader()
+    def list_segments(self) -> None:
+        self.world.list_segments()
 
     @precondition(lambda self: bool(self.world.snapshots))
     @rule(data=st.data())
-    def read_what_was_listed(self, data: st.DataObject) -> None:
-        self.world.read_what_was_listed(data.draw(st.integers(0, len(self.world.snapshots) - 1)))
+    def read_listed_segments(self, data: st.DataObject) -> None:
+        self.world.read_listed_segments(data.draw(st.integers(0, len(self.world.snapshots) - 1)))
 
     @invariant()
-    def the_promises_hold(self) -> None:
-        self.world.check()
+    def invariants_hold(self) -> None:
+        self.world.check_invariants()
 
     def teardown(self) -> None:
         try:
             if not any(life.error for life in self.world.lives):
-                self.world.conclude()
+                self.world.finish_and_check()
         finally:
-            self.world.end_all()
+            self.world.kill_all()
 
-    def _one(self, data: st.DataObject) -> Life:
-        alive = self.world.alive()
+    def _draw_writer(self, data: st.DataObject) -> SimulatedWriter:
+        alive = self.world.live_writers()
         return alive[data.draw(st.integers(0, len(alive) - 1))]

@@ -7,23 +7,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.record.entries import BestSoFar, Entry
+from pipeline.record.entries import BestCheckpoint, JournalEntry
 from pipeline.record.journal import Journal
 from pipeline.record.recorder import Snapshot
 from pipeline.record.run import Run
 from pipeline.storage import Storage
 
-CELL = 100
+SEGMENT_STEPS = 100
 
 
-def born(url: str, name: str = "run", **facts: Any) -> Run:
+def create_run(url: str, name: str = "run", **facts: Any) -> Run:
     """A run that has just been born."""
     run = Run(Storage.open(url), name)
-    assert run.birth("name: run\n", {"total_steps": 1000, "cell_steps": CELL, **facts})
+    assert run.create("name: run\n", {"total_steps": 1000, "cell_steps": SEGMENT_STEPS, **facts})
     return run
 
 
-def block(first: int, last: int, **columns: Any) -> dict[str, np.ndarray[Any, Any]]:
+def make_block(first: int, last: int, **columns: Any) -> dict[str, np.ndarray[Any, Any]]:
     """Rows of the steps from first to last."""
     steps = np.arange(first, last + 1)
     whole, real = np.ones_like(steps), np.ones(len(steps))
@@ -40,22 +40,22 @@ def block(first: int, last: int, **columns: Any) -> dict[str, np.ndarray[Any, An
     return rows | {name: np.full(len(steps), value) for name, value in columns.items()}
 
 
-def read_entries(journal: Journal) -> tuple[Entry, ...]:
+def read_entries(journal: Journal) -> tuple[JournalEntry, ...]:
     """All entries, up to the first absent number; as for a claim, none may be missing before that."""
-    number = journal.state().number
-    journal.refuse_gap()
-    return tuple(journal.entry(one) for one in range(1, number + 1))
+    number = journal.read_state().number
+    journal.raise_if_gap()
+    return tuple(journal.read_entry(one) for one in range(1, number + 1))
 
 
-def evaluation(step: int, **values: Any) -> dict[str, Any]:
+def make_evaluation(step: int, **values: Any) -> dict[str, Any]:
     """A row of one evaluation."""
     row = {"epoch": 1, "step": step, "split": "val", "loss": 0.5, "accuracy": 0.9, "correct": 90, "samples": 100}
     return {**row, "seconds": 0.01, "time": 1.8e9 + step, **values}
 
 
-def snapshot(step: int, *, best: int | None = None, **values: Any) -> Snapshot:
+def make_snapshot(step: int, *, best: int | None = None, **values: Any) -> Snapshot:
     """A snapshot whose tensors and best value tell its step."""
-    so_far = None if best is None else BestSoFar(metric="val/loss", step=best, value=1.0 / best)
+    so_far = None if best is None else BestCheckpoint(metric="val/loss", step=best, value=1.0 / best)
     weights = {"0.weight": torch.full((3, 4), float(step)), "0.bias": torch.zeros(3, dtype=torch.float64)}
     plain: dict[str, Any] = {
         "epoch": 1,

@@ -7,133 +7,133 @@ from contextlib import contextmanager
 from functools import partial
 
 from pipeline.record.entries import Commit
-from tests.record.record_lives import Faithful, Fate, Life
-from tests.record.record_world import World
+from tests.record.record_lives import ReferenceProtocol, RequestOutcome, SimulatedWriter
+from tests.record.record_world import ProtocolModel
 
-SAVES = (4, 7, 8)
-FATES: tuple[Fate, ...] = ("refused", "unanswered", "late")
+COMMIT_STEPS = (4, 7, 8)
+OUTCOMES: tuple[RequestOutcome, ...] = ("refused", "unanswered", "late")
 
 
 @contextmanager
-def world_of(protocol: Faithful) -> Iterator[World]:
+def open_model(protocol: ReferenceProtocol) -> Iterator[ProtocolModel]:
     """A world whose threads are gone at the end, whatever happened."""
-    world = World(protocol)
+    world = ProtocolModel(protocol)
     try:
         yield world
     finally:
-        world.end_all()
+        world.kill_all()
 
 
-def count_requests(protocol: Faithful) -> int:
+def count_requests(protocol: ReferenceProtocol) -> int:
     """Requests of an attempt that nothing disturbs."""
-    with world_of(protocol) as world:
-        life, count = world.begin(SAVES), 0
-        while not life.over:
+    with open_model(protocol) as world:
+        life, count = world.start_writer(COMMIT_STEPS), 0
+        while not life.is_finished:
             world.advance(life, 1)
             count += 1
-        world.conclude()
+        world.finish_and_check()
     return count
 
 
-def kill_at(protocol: Faithful, request: int, *, done: bool, late: bool) -> None:
+def kill_at(protocol: ReferenceProtocol, request: int, *, done: bool, late: bool) -> None:
     """The process dies at a request: not sent, done, or done after the next attempt has begun."""
-    with world_of(protocol) as world:
-        life = world.begin(SAVES)
+    with open_model(protocol) as world:
+        life = world.start_writer(COMMIT_STEPS)
         world.advance(life, request)
         life.kill(done=done, late=late)
-        world.check()
+        world.check_invariants()
         if late:
-            world.advance(world.begin((5,)))
-        world.conclude()
+            world.advance(world.start_writer((5,)))
+        world.finish_and_check()
 
 
-def fail_at(protocol: Faithful, request: int, fate: Fate) -> None:
+def fail_at(protocol: ReferenceProtocol, request: int, outcome: RequestOutcome) -> None:
     """A request gets no answer, done or not; the writer does it again."""
-    with world_of(protocol) as world:
-        life = world.begin(SAVES)
+    with open_model(protocol) as world:
+        life = world.start_writer(COMMIT_STEPS)
         world.advance(life, request)
-        life.go_on(fate)
+        life.resume(outcome)
         world.advance(life)
-        world.check()
-        world.conclude()
+        world.check_invariants()
+        world.finish_and_check()
 
 
-def overtake_at(protocol: Faithful, request: int, *, by: int) -> None:
+def overtake_at(protocol: ReferenceProtocol, request: int, *, by: int) -> None:
     """The attempt is taken for dead at a request; the next does so many of its own, then the zombie all of its."""
-    with world_of(protocol) as world:
-        zombie = world.begin(SAVES)
+    with open_model(protocol) as world:
+        zombie = world.start_writer(COMMIT_STEPS)
         world.advance(zombie, request)
-        other = world.begin((5, 9))
+        other = world.start_writer((5, 9))
         world.advance(other, by)
         world.advance(zombie)
-        world.check()
+        world.check_invariants()
         world.advance(other)
-        world.check()
-        world.conclude()
+        world.check_invariants()
+        world.finish_and_check()
 
 
-def overtake_until_commit(protocol: Faithful, request: int) -> None:
+def overtake_until_commit(protocol: ReferenceProtocol, request: int) -> None:
     """The same, and the next one has just committed when the zombie goes on."""
-    with world_of(protocol) as world:
-        zombie = world.begin(SAVES)
+    with open_model(protocol) as world:
+        zombie = world.start_writer(COMMIT_STEPS)
         world.advance(zombie, request)
         before = count_commits(world)
-        other = world.begin((5, 9))
+        other = world.start_writer((5, 9))
         advance_until(world, other, lambda: count_commits(world) > before)
         world.advance(zombie)
-        world.check()
+        world.check_invariants()
         world.advance(other)
-        world.conclude()
+        world.finish_and_check()
 
 
-def commit_during_claim(protocol: Faithful, request: int, *, by: int) -> None:
+def commit_during_claim(protocol: ReferenceProtocol, request: int, *, by: int) -> None:
     """The attempt taken for dead commits twice more while the next one claims, and deletes, then dies."""
-    with world_of(protocol) as world:
-        old = world.begin(SAVES)
+    with open_model(protocol) as world:
+        old = world.start_writer(COMMIT_STEPS)
         world.advance(old, request)
         before = count_commits(world)
-        new = world.begin((5, 9))
+        new = world.start_writer((5, 9))
         world.advance(new, by)
         advance_until(world, old, lambda: count_commits(world) > before + 1)
-        advance_until(world, old, lambda: "run.json" in old.what)
+        advance_until(world, old, lambda: "run.json" in old.request)
         old.kill(done=False, late=False)
         world.advance(new)
-        world.check()
-        world.conclude()
+        world.check_invariants()
+        world.finish_and_check()
 
 
-def damage_the_newest(protocol: Faithful, older: int, newest: int, *, end: bool) -> None:
+def damage_newest(protocol: ReferenceProtocol, older: int, newest: int, *, end: bool) -> None:
     """The newest checkpoint is damaged. Whoever goes on from the older one would like to end before its step, or go
     on beyond it where it was the end."""
-    with world_of(protocol) as world:
-        first = world.begin((older, newest), wish=newest if end else None)
-        advance_until(world, first, lambda: world.state().highest_step == newest)
+    with open_model(protocol) as world:
+        first = world.start_writer((older, newest), early_stop_step=newest if end else None)
+        advance_until(world, first, lambda: world.fold_entries().highest_step == newest)
         if end:
             world.advance(first)
         first.kill(done=False, late=False)
         name = world.checkpoints()[-1]
         files = sorted(path for path in world.store.files if f"/{name}/" in path)
-        world.damage(name, files[0], "cut")
-        world.advance(world.begin((newest - 1,), wish=None if end else older + 1))
-        world.check()
-        world.conclude()
+        world.damage_checkpoint(name, files[0], "cut")
+        world.advance(world.start_writer((newest - 1,), early_stop_step=None if end else older + 1))
+        world.check_invariants()
+        world.finish_and_check()
 
 
-def count_commits(world: World) -> int:
-    return sum(isinstance(entry, Commit) for entry in world.known())
+def count_commits(world: ProtocolModel) -> int:
+    return sum(isinstance(entry, Commit) for entry in world.read_entries())
 
 
-def advance_until(world: World, life: Life, reached: Callable[[], bool]) -> None:
-    while not life.over and not reached():
+def advance_until(world: ProtocolModel, life: SimulatedWriter, reached: Callable[[], bool]) -> None:
+    while not life.is_finished and not reached():
         world.advance(life, 1)
 
 
-def sweep(protocol: Faithful, *, thin: bool) -> Iterator[Callable[[], None]]:
+def fault_cases(protocol: ReferenceProtocol, *, thin: bool) -> Iterator[Callable[[], None]]:
     """Every case; `thin` takes a part of them, spread over the requests."""
     count = count_requests(protocol)
     for older, newest in ((2, 5), (4, 8), (3, 9)):
         for end in (False, True):
-            yield partial(damage_the_newest, protocol, older, newest, end=end)
+            yield partial(damage_newest, protocol, older, newest, end=end)
     for request in reversed(range(0, count, 5 if thin else 1)):
         yield partial(overtake_until_commit, protocol, request)
     for request in range(0, count, 8 if thin else 1):
@@ -144,7 +144,7 @@ def sweep(protocol: Faithful, *, thin: bool) -> Iterator[Callable[[], None]]:
     for request in range(0, count, 2 if thin else 1):
         for done in (request % 4 == 0,) if thin else (False, True):
             yield partial(kill_at, protocol, request, done=done, late=not done)
-        for fate in FATES[request // 2 % 3 :: 3] if thin else FATES:
+        for fate in OUTCOMES[request // 2 % 3 :: 3] if thin else OUTCOMES:
             yield partial(fail_at, protocol, request + 1, fate)
     for request in range(0, count, 8 if thin else 1):
         for by in range(request % 32, count, 32 if thin else 1):

@@ -7,27 +7,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.record.attempt import Attempt, claim
-from pipeline.record.entries import BestSoFar
+from pipeline.record.attempt import Attempt, acquire_lease
+from pipeline.record.entries import BestCheckpoint
 from pipeline.record.run import Run
 from pipeline.record.writer import Snapshot
 from pipeline.storage import Storage
 
-CELL_STEPS = 4
+SEGMENT_STEPS = 4
 
 
-def new_run(url: str, name: str = "run") -> Run:
+def create_run(url: str, name: str = "run") -> Run:
     """A run, born."""
     run = Run(Storage.open(url), name)
-    assert run.birth("schema: 1\nname: x\n", {"total_steps": 20, "cell_steps": CELL_STEPS})
+    assert run.create("schema: 1\nname: x\n", {"total_steps": 20, "cell_steps": SEGMENT_STEPS})
     return run
 
 
-def attempt_on(run: Run, driver: str = "driver") -> Attempt:
-    return claim(run, driver=driver, facts={"host": "here", "pid": 1})
+def acquire_attempt(run: Run, driver: str = "driver") -> Attempt:
+    return acquire_lease(run, driver=driver, metadata={"host": "here", "pid": 1})
 
 
-def block(first: int, last: int) -> dict[str, np.ndarray[Any, Any]]:
+def make_block(first: int, last: int) -> dict[str, np.ndarray[Any, Any]]:
     """Rows of the steps `first` to `last`."""
     steps = np.arange(first, last + 1)
     return {
@@ -42,12 +42,12 @@ def block(first: int, last: int) -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
-def evaluation(step: int, loss: float = 0.5) -> dict[str, Any]:
+def make_evaluation(step: int, loss: float = 0.5) -> dict[str, Any]:
     row = {"epoch": (step + 9) // 10, "step": step, "split": "val", "loss": loss, "accuracy": 0.5}
     return {**row, "correct": 5, "samples": 10, "seconds": 0.1, "time": 1.7e9 + step}
 
 
-def snapshot(step: int, *, best: int | None = None, end: bool = False, weight: float | None = None) -> Snapshot:
+def make_snapshot(step: int, *, best: int | None = None, end: bool = False, weight: float | None = None) -> Snapshot:
     """A snapshot whose one weight is its step."""
     value = float(step) if weight is None else weight
     return Snapshot(
@@ -57,8 +57,8 @@ def snapshot(step: int, *, best: int | None = None, end: bool = False, weight: f
         state={"optimizer.momentum": torch.full((6,), float(step))},
         position={"step": step},
         metrics={"val/loss": 1.0 / step},
-        best=BestSoFar(metric="val/loss", step=best, value=0.1) if best is not None else None,
+        best=BestCheckpoint(metric="val/loss", step=best, value=0.1) if best is not None else None,
         best_weights={"0.weight": torch.full((2, 3), float(best))} if best is not None and best != step else None,
         preprocess={"kind": "none"},
-        end=end,
+        is_final=end,
     )

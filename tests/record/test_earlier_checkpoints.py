@@ -10,31 +10,31 @@ import torch
 
 from pipeline.errors import InputError
 from pipeline.record import spool
-from pipeline.record.attempt import Attempt, claim, refuse_pickled_state
+from pipeline.record.attempt import Attempt, acquire_lease, refuse_pickled_state
 from pipeline.record.checkpoint import DamagedError, find_checkpoint
-from pipeline.record.recorder import Recorder, complete
+from pipeline.record.recorder import AsyncRunWriter, finish_ended_run
 from pipeline.record.run import Run, open_run
-from pipeline.record.soundness import damage
+from pipeline.record.soundness import find_damage
 from pipeline.storage import Storage
 from tests.record.earlier_checkpoints import contents, pickle_states
-from tests.record.record_parts import block, born, snapshot
+from tests.record.record_parts import create_run, make_block, make_snapshot
 
 
 def train(attempt: Attempt, *, end: bool = False) -> None:
-    recorder = Recorder(attempt, keep=2)
+    recorder = AsyncRunWriter(attempt, keep=2)
     for step in (10, 20):
-        recorder.steps(block(step - 9, step))
-        recorder.commit(snapshot(step, best=10, end=end and step == 20))
+        recorder.log_steps(make_block(step - 9, step))
+        recorder.commit(make_snapshot(step, best=10, end=end and step == 20))
         recorder.finish()
     if not end:
-        recorder.leave("interrupted", None, 20)
+        recorder.write_exit("interrupted", None, 20)
     recorder.close()
     attempt.close()
 
 
 def run_of_earlier_version(storage: Path, *, end: bool = False) -> Run:
-    run = born(str(storage))
-    train(claim(run, driver="d", facts={}), end=end)
+    run = create_run(str(storage))
+    train(acquire_lease(run, driver="d", metadata={}), end=end)
     pickle_states(storage / "run")
     return Run(Storage.open(str(storage)), "run")
 
@@ -47,7 +47,7 @@ def test_an_interrupted_run_is_refused_before_anything_is_written(
     locks.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(locks))
     before = contents(tmp_path)
-    for refused in (lambda: claim(run, driver="e", facts={}), lambda: refuse_pickled_state(run)):
+    for refused in (lambda: acquire_lease(run, driver="e", metadata={}), lambda: refuse_pickled_state(run)):
         with pytest.raises(InputError, match=r"begun by an earlier version.*step 20 stores.*state\.pt") as caught:
             refused()
         assert caught.value.exit_code == 2
@@ -61,11 +61,11 @@ def test_what_does_not_resume_it_reads_it(tmp_path: Path) -> None:
     run = run_of_earlier_version(tmp_path)
     last = find_checkpoint(run, "last")
     last.verify()
-    assert torch.equal(last.weights()["0.weight"], torch.full((3, 4), 20.0))
-    assert last.preprocess() == {"mean": 0.1307}
-    assert damage(run, every_file=True) == []
+    assert torch.equal(last.load_weights()["0.weight"], torch.full((3, 4), 20.0))
+    assert last.load_preprocess() == {"mean": 0.1307}
+    assert find_damage(run, read_all_files=True) == []
     with pytest.raises(DamagedError, match=r"no state\.safetensors"):
-        last.state()
+        last.load_state()
 
 
 def test_a_finished_run_is_completed(tmp_path: Path) -> None:
@@ -73,10 +73,10 @@ def test_a_finished_run_is_completed(tmp_path: Path) -> None:
     before = contents(tmp_path / "run/metrics")
     for path in (tmp_path / "run/result.json", *(tmp_path / "run/metrics").rglob("*.parquet")):
         path.unlink()
-    attempt = claim(run, driver="e", facts={})
-    assert attempt.base is not None
-    assert attempt.base.end
-    complete(attempt, 2)
+    attempt = acquire_lease(run, driver="e", metadata={})
+    assert attempt.resume_checkpoint is not None
+    assert attempt.resume_checkpoint.is_final
+    finish_ended_run(attempt, 2)
     assert run.has_result()
     assert contents(tmp_path / "run/metrics") == before
 
@@ -87,7 +87,7 @@ def test_a_finished_run_whose_end_is_damaged_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run/checkpoints/step-000000020-a0001/state.pt").write_bytes(b"")
     before = contents(tmp_path)
     with pytest.raises(InputError, match="step 10 stores"):
-        claim(run, driver="e", facts={})
+        acquire_lease(run, driver="e", metadata={})
     assert contents(tmp_path) == before
 
 
@@ -95,27 +95,27 @@ def test_where_no_checkpoint_is_sound_the_run_begins_again(tmp_path: Path) -> No
     run = run_of_earlier_version(tmp_path)
     for path in tmp_path.glob("run/checkpoints/*/model.safetensors"):
         path.write_bytes(b"")
-    attempt = claim(run, driver="e", facts={})
-    assert attempt.base is None
-    assert attempt.damaged == ["step-000000020-a0001", "step-000000010-a0001"]
+    attempt = acquire_lease(run, driver="e", metadata={})
+    assert attempt.resume_checkpoint is None
+    assert attempt.damaged_checkpoints == ["step-000000020-a0001", "step-000000010-a0001"]
     train(attempt, end=True)
     assert run.has_result()
 
 
 def test_what_was_saved_on_this_machine_is_refused_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRAINYARD_SPOOL", str(tmp_path / "spool"))
-    run = born(str(tmp_path / "runs"))
-    attempt = claim(run, driver="d", facts={})
-    recorder = Recorder(attempt, keep=2)
+    run = create_run(str(tmp_path / "runs"))
+    attempt = acquire_lease(run, driver="d", metadata={})
+    recorder = AsyncRunWriter(attempt, keep=2)
     recorder.finish()
-    recorder._writer.save_here(snapshot(10), [block(1, 10)], [])
+    recorder._writer.save_locally(make_snapshot(10), [make_block(1, 10)], [])
     recorder.close()
     attempt.close()
     (place,) = (tmp_path / "spool").glob("*/run")
     pickle_states(place)
     before = contents(tmp_path)
     with pytest.raises(InputError, match="step 10 stores") as caught:
-        claim(run, driver="d", facts={}, dead=1)
+        acquire_lease(run, driver="d", metadata={}, known_dead_attempt=1)
     assert contents(tmp_path) == before
     url, _, which = caught.value.fix.rpartition(" ")[2].partition("@")
     assert find_checkpoint(open_run(url, ""), which).step == 10

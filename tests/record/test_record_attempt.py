@@ -19,39 +19,39 @@ import pytest
 
 from pipeline.errors import BusyError, InputError, SupersededError
 from pipeline.record import decisions
-from pipeline.record.attempt import Attempt, claim, peek
-from pipeline.record.entries import Claim, Leave
-from pipeline.record.heartbeat import Beat, read_beat
-from pipeline.record.lock import ProcessLock, boot, is_held
-from pipeline.record.recorder import Recorder, complete
+from pipeline.record.attempt import Attempt, acquire_lease, probe_lease
+from pipeline.record.entries import Claim, Exit
+from pipeline.record.heartbeat import HeartbeatSample, read_heartbeat
+from pipeline.record.lock import ProcessLock, is_held, read_boot_id
+from pipeline.record.recorder import AsyncRunWriter, finish_ended_run
 from pipeline.record.run import Run
-from pipeline.record.soundness import damage
-from pipeline.record.standing import standing
-from pipeline.record.values import sealed, to_json, unsealed
-from pipeline.record.watch import refuse_where_it_beats
+from pipeline.record.soundness import find_damage
+from pipeline.record.standing import read_run_status
+from pipeline.record.values import to_json, verify_digest, with_digest
+from pipeline.record.watch import raise_if_alive
 from pipeline.storage import Storage, remote
 from tests.faults.fault_evidence import wait_for
-from tests.record.record_parts import block, born, read_entries, snapshot
-from tests.record.record_process import train
+from tests.record.record_parts import create_run, make_block, make_snapshot, read_entries
+from tests.record.record_process import train_attempt
 
 SCRIPT = Path(__file__).with_name("record_process.py")
 INTERVAL_S = 0.3
 
-Start = Callable[..., "subprocess.Popen[str]"]
+StartProcess = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture(autouse=True)
-def _quick_heart(monkeypatch: pytest.MonkeyPatch) -> None:
+def _fast_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRAINYARD_HEARTBEAT_S", str(INTERVAL_S))
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    return born(str(tmp_path))
+    return create_run(str(tmp_path))
 
 
 @pytest.fixture
-def start(run: Run) -> Iterator[Start]:
+def start_process(run: Run) -> Iterator[StartProcess]:
     """Starts processes that hold the run."""
     processes: list[subprocess.Popen[str]] = []
 
@@ -75,48 +75,48 @@ def start(run: Run) -> Iterator[Start]:
                 pipe.close()
 
 
-def line(process: subprocess.Popen[str]) -> str:
+def read_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
 
 
-def test_a_free_run_is_claimed_at_once(run: Run) -> None:
-    assert peek(run) == "free"
+def test_unclaimed_run_is_acquired_at_once(run: Run) -> None:
+    assert probe_lease(run) == "free"
     watched: list[str] = []
-    attempt = claim(run, driver="d", facts={"host": "h"}, on_watch=watched.append)
-    assert (attempt.number, attempt.base, attempt.ended_at, attempt.highest_step) == (1, None, None, 0)
+    attempt = acquire_lease(run, driver="d", metadata={"host": "h"}, on_watch=watched.append)
+    assert (attempt.number, attempt.resume_checkpoint, attempt.end_step, attempt.highest_step) == (1, None, None, 0)
     assert not watched
-    assert attempt.previous_facts == {}
-    assert peek(run) == "busy"
-    assert peek(run, "d") == "free", "a driver knows of its own attempts"
+    assert attempt.previous_metadata == {}
+    assert probe_lease(run) == "busy"
+    assert probe_lease(run, "d") == "free", "a driver knows of its own attempts"
     attempt.close()
-    assert peek(run) == "free", "its lock is free: it is proven to do no more"
-    second = claim(run, driver="e", facts={}, on_watch=watched.append)
+    assert probe_lease(run) == "free", "its lock is free: it is proven to do no more"
+    second = acquire_lease(run, driver="e", metadata={}, on_watch=watched.append)
     assert second.number == 2
-    assert second.previous_facts == {"host": "h"}
+    assert second.previous_metadata == {"host": "h"}
     assert not watched
     second.close()
 
 
-def test_a_living_process_keeps_its_run(run: Run, start: Start) -> None:
-    holder = start()
-    assert line(holder) == "claimed 1"
+def test_live_process_keeps_its_run(run: Run, start_process: StartProcess) -> None:
+    holder = start_process()
+    assert read_line(holder) == "claimed 1"
     watched: list[str] = []
     with pytest.raises(BusyError, match=r"attempt 1 on here \(process \d+\) is writing this run") as caught:
-        claim(run, driver="me", facts={}, on_watch=watched.append)
+        acquire_lease(run, driver="me", metadata={}, on_watch=watched.append)
     assert watched == [], "no watching where a lock and a young heart are proof"
     assert caught.value.exit_code == 3
     assert len(read_entries(run.journal)) == 1
 
 
-def test_a_killed_process_is_followed_at_once(run: Run, start: Start) -> None:
-    holder = start()
-    assert line(holder) == "claimed 1"
+def test_killed_process_is_superseded_at_once(run: Run, start_process: StartProcess) -> None:
+    holder = start_process()
+    assert read_line(holder) == "claimed 1"
     holder.kill()
     holder.wait()
-    assert peek(run) == "free"
+    assert probe_lease(run) == "free"
     watched: list[str] = []
-    attempt = claim(run, driver="me", facts={}, on_watch=watched.append)
+    attempt = acquire_lease(run, driver="me", metadata={}, on_watch=watched.append)
     assert attempt.number == 2
     assert not watched
     first = read_entries(run.journal)[0]
@@ -125,102 +125,104 @@ def test_a_killed_process_is_followed_at_once(run: Run, start: Start) -> None:
     attempt.close()
 
 
-def test_a_stopped_process_is_watched_then_followed_and_finds_itself_superseded(run: Run, start: Start) -> None:
-    holder = start("train")
-    assert line(holder) == "claimed 1"
-    while line(holder) != "handed over 100":
+def test_stopped_process_is_superseded_after_watching(run: Run, start_process: StartProcess) -> None:
+    holder = start_process("train")
+    assert read_line(holder) == "claimed 1"
+    while read_line(holder) != "handed over 100":
         pass
     holder.send_signal(signal.SIGSTOP)
     time.sleep(3.5 * INTERVAL_S)  # so that its heart is known to have stopped
-    assert peek(run) == "unproven"
+    assert probe_lease(run) == "unproven"
     watched: list[str] = []
-    attempt = claim(run, driver="me", facts={}, on_watch=watched.append)
+    attempt = acquire_lease(run, driver="me", metadata={}, on_watch=watched.append)
     assert attempt.number == 2
     assert len(watched) == 1
     assert "watching its heartbeat for 1 s" in watched[0]
-    assert attempt.base is not None
+    assert attempt.resume_checkpoint is not None
     holder.send_signal(signal.SIGCONT)
     output, _ = holder.communicate(timeout=200)
     assert output.splitlines()[-1].startswith("SupersededError 3 attempt 1 was taken for dead")
     assert holder.returncode == 3
-    recorder = Recorder(attempt, keep=2)
-    recorder.steps(block(attempt.base.step + 1, 1000))
-    recorder.commit(snapshot(1000, best=25, end=True))
+    recorder = AsyncRunWriter(attempt, keep=2)
+    recorder.log_steps(make_block(attempt.resume_checkpoint.step + 1, 1000))
+    recorder.commit(make_snapshot(1000, best=25, end=True))
     recorder.finish()
     recorder.close()
     attempt.close()
-    assert peek(run) == "finished"
+    assert probe_lease(run) == "finished"
 
 
-def test_without_proof_a_heart_that_beats_means_not_now(run: Run, start: Start, tmp_path: Path) -> None:
-    holder = start(TMPDIR=str(tmp_path))  # like another container of this machine
-    assert line(holder) == "claimed 1"
-    assert peek(run) == "unproven"
+def test_fresh_heartbeat_without_proof_is_busy(run: Run, start_process: StartProcess, tmp_path: Path) -> None:
+    holder = start_process(TMPDIR=str(tmp_path))  # like another container of this machine
+    assert read_line(holder) == "claimed 1"
+    assert probe_lease(run) == "unproven"
     watched: list[str] = []
     with pytest.raises(BusyError, match="is writing this run"):
-        claim(run, driver="me", facts={}, on_watch=watched.append)
+        acquire_lease(run, driver="me", metadata={}, on_watch=watched.append)
     assert len(watched) == 1
 
 
-def test_a_heart_that_beats_is_told_before_workers_are_started(run: Run, start: Start, tmp_path: Path) -> None:
-    refuse_where_it_beats(run, "me")
-    holder = start(TMPDIR=str(tmp_path))
-    assert line(holder) == "claimed 1"
+def test_fresh_heartbeat_is_reported_before_workers_start(
+    run: Run, start_process: StartProcess, tmp_path: Path
+) -> None:
+    raise_if_alive(run, "me")
+    holder = start_process(TMPDIR=str(tmp_path))
+    assert read_line(holder) == "claimed 1"
     with pytest.raises(BusyError, match="is writing this run"):
-        refuse_where_it_beats(run, "me")
+        raise_if_alive(run, "me")
     holder.kill()
     holder.wait()
-    refuse_where_it_beats(run, "me")
+    raise_if_alive(run, "me")
 
 
-def test_without_proof_a_silent_heart_is_watched_for_three_intervals(run: Run, start: Start, tmp_path: Path) -> None:
-    holder = start(TMPDIR=str(tmp_path))
-    assert line(holder) == "claimed 1"
+def test_stale_heartbeat_is_watched_for_three_intervals(run: Run, start_process: StartProcess, tmp_path: Path) -> None:
+    holder = start_process(TMPDIR=str(tmp_path))
+    assert read_line(holder) == "claimed 1"
     holder.kill()
     holder.wait()
-    assert peek(run) == "unproven"
+    assert probe_lease(run) == "unproven"
     began = time.monotonic()
     watched: list[str] = []
-    claim(run, driver="me", facts={}, on_watch=watched.append).close()
+    acquire_lease(run, driver="me", metadata={}, on_watch=watched.append).close()
     assert time.monotonic() - began >= 3 * INTERVAL_S
     assert len(watched) == 1
     assert f"watching its heartbeat for {3 * INTERVAL_S:.0f} s" in watched[0], "and no longer"
 
 
-def test_who_leaves_during_the_watch_is_followed(run: Run, start: Start, tmp_path: Path) -> None:
-    holder = start(TMPDIR=str(tmp_path))
-    assert line(holder) == "claimed 1"
+def test_exit_during_the_watch_is_noticed(run: Run, start_process: StartProcess, tmp_path: Path) -> None:
+    holder = start_process(TMPDIR=str(tmp_path))
+    assert read_line(holder) == "claimed 1"
     holder.kill()
     holder.wait()
     first = read_entries(run.journal)[0]
 
     def leaves(_line: str) -> None:
-        run.journal.append(Leave(number=2, nonce=first.nonce, time=first.time, attempt=1, status="interrupted", step=0))
+        run.journal.append(Exit(number=2, nonce=first.nonce, time=first.time, attempt=1, status="interrupted", step=0))
 
-    attempt = claim(run, driver="me", facts={}, on_watch=leaves)
+    attempt = acquire_lease(run, driver="me", metadata={}, on_watch=leaves)
     assert [entry.kind for entry in read_entries(run.journal)] == ["claim", "leave", "claim"]
     assert attempt.number == 2
     attempt.close()
 
 
-def test_a_driver_need_not_watch_what_it_has_ended_itself(run: Run, start: Start, tmp_path: Path) -> None:
-    first = claim(run, driver="d", facts={})
+def test_driver_skips_the_watch_for_attempts_it_ended(run: Run, start_process: StartProcess, tmp_path: Path) -> None:
+    first = acquire_lease(run, driver="d", metadata={})
     with pytest.raises(BusyError):
-        claim(run, driver="other", facts={}, dead=1)
-    second = claim(run, driver="d", facts={}, dead=1)
+        acquire_lease(run, driver="other", metadata={}, known_dead_attempt=1)
+    second = acquire_lease(run, driver="d", metadata={}, known_dead_attempt=1)
     assert second.number == 2
     first.close()
     second.close()
 
 
-def test_of_processes_that_claim_at_once_one_wins(run: Run, start: Start) -> None:
-    racers = [start() for _ in range(3)]
-    lines = [line(racer) for racer in racers]
+def test_one_of_several_concurrent_claims_wins(run: Run, start_process: StartProcess) -> None:
+    racers = [start_process() for _ in range(3)]
+    lines = [read_line(racer) for racer in racers]
     assert sorted(lines)[-1] == "claimed 1", lines
     assert sum(words.startswith("BusyError 3") for words in lines) == 2, lines
 
 
-def test_a_forked_loader_does_not_keep_the_lock_of_its_dead_parent() -> None:
+def test_forked_loader_does_not_hold_the_lock_of_its_parent() -> None:
     code = """
 import os, sys, time
 from pipeline.record.lock import ProcessLock
@@ -234,8 +236,8 @@ time.sleep(60)
         [sys.executable, "-c", code, nonce], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     try:
-        path = line(parent)
-        held = Claim(number=1, nonce=nonce, time="", attempt=1, boot=boot(), lock=path)
+        path = read_line(parent)
+        held = Claim(number=1, nonce=nonce, time="", attempt=1, boot=read_boot_id(), lock=path)
         assert is_held(held) is True
         parent.kill()
         parent.wait()
@@ -247,99 +249,101 @@ time.sleep(60)
         Path(path).unlink()
 
 
-def test_only_a_lock_file_of_this_machine_proves_anything(tmp_path: Path) -> None:
+def test_only_a_lock_on_the_same_machine_is_proof(tmp_path: Path) -> None:
     lock = ProcessLock("ab" * 16)
 
     def of(boot_id: str, path: str) -> Claim:
         return Claim(number=1, nonce="", time="", attempt=1, boot=boot_id, lock=path)
 
     try:
-        assert is_held(of(boot(), lock.path)) is True
+        assert is_held(of(read_boot_id(), lock.path)) is True
         assert is_held(of("another life", lock.path)) is None
         assert is_held(of("", lock.path)) is None
-        assert is_held(of(boot(), lock.path.replace("ab", "ac"))) is None
+        assert is_held(of(read_boot_id(), lock.path.replace("ab", "ac"))) is None
         (tmp_path / "trainyard-ab.lock").touch()
-        assert is_held(of(boot(), str(tmp_path / "trainyard-ab.lock"))) is None
+        assert is_held(of(read_boot_id(), str(tmp_path / "trainyard-ab.lock"))) is None
     finally:
         lock.release(remove=True)
 
 
-def test_the_heart_says_how_far_training_is(run: Run) -> None:
-    attempt = claim(run, driver="d", facts={})
-    attempt.beat(7, 0.25)
+def test_heartbeat_reports_training_progress(run: Run) -> None:
+    attempt = acquire_lease(run, driver="d", metadata={})
+    attempt.update_heartbeat(7, 0.25)
 
-    def beat() -> Beat | None:
-        return read_beat(run.storage, 1)[1]
+    def beat() -> HeartbeatSample | None:
+        return read_heartbeat(run.storage, 1)[1]
 
     wait_for(lambda: (heartbeat := beat()) is not None and heartbeat.step == 7, 60, "a heartbeat")
     heartbeat = beat()
     assert heartbeat is not None
     assert heartbeat.loss == 0.25
-    attempt.beat(8, float("nan"))
+    attempt.update_heartbeat(8, float("nan"))
     attempt.close()
 
 
 @pytest.mark.parametrize("text", ["soon", "-1", "0"])
-def test_an_interval_that_is_none(run: Run, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_invalid_interval(run: Run, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("TRAINYARD_HEARTBEAT_S", text)
     with pytest.raises(InputError, match="number of seconds"):
-        claim(run, driver="d", facts={})
+        acquire_lease(run, driver="d", metadata={})
     assert read_entries(run.journal) == ()
 
 
-def test_unfinished_files_of_the_dead_are_swept_away(run: Run) -> None:
+def test_temporary_files_of_dead_attempts_are_removed(run: Run) -> None:
     folder = run.storage.local_path
     assert folder is not None
     (folder / ".tmp").mkdir(exist_ok=True)
     (folder / ".tmp" / "leftover").write_bytes(b"half")
-    claim(run, driver="d", facts={}).close()
+    acquire_lease(run, driver="d", metadata={}).close()
     assert list((folder / ".tmp").iterdir()) == []
 
 
-def test_an_entry_that_arrived_after_all_is_adopted(run: Run) -> None:
-    attempt = claim(run, driver="d", facts={})
-    late = Leave(**attempt.common(), status="failed", step=3)
+def test_entry_with_a_lost_reply_is_adopted(run: Run) -> None:
+    attempt = acquire_lease(run, driver="d", metadata={})
+    late = Exit(**attempt.next_entry_fields(), status="failed", step=3)
     assert run.journal.append(late), "as if the reply had been lost, and storage away ever since"
-    attempt.append(Leave(**attempt.common(), status="interrupted", step=4))
+    attempt.append(Exit(**attempt.next_entry_fields(), status="interrupted", step=4))
     assert read_entries(run.journal)[2].before == decisions.fold(read_entries(run.journal)[:2]), (
         "what the next one carries"
     )
     assert attempt.state == decisions.fold(read_entries(run.journal))
-    other = claim(run, driver="d", facts={}, dead=1)
+    other = acquire_lease(run, driver="d", metadata={}, known_dead_attempt=1)
     with pytest.raises(SupersededError):
-        attempt.append(Leave(**attempt.common(), status="interrupted", step=4))
+        attempt.append(Exit(**attempt.next_entry_fields(), status="interrupted", step=4))
     attempt.close()
     other.close()
 
 
 @pytest.mark.parametrize("moment", range(3))
-def test_killed_at_any_moment_the_next_one_ends_as_if_nothing_had_happened(run: Run, start: Start, moment: int) -> None:
-    holder = start("train")
-    assert line(holder) == "claimed 1"
+def test_killed_at_any_moment_the_next_attempt_matches_reference(
+    run: Run, start_process: StartProcess, moment: int
+) -> None:
+    holder = start_process("train")
+    assert read_line(holder) == "claimed 1"
     for _ in range(9 * moment):
-        line(holder)
+        read_line(holder)
     time.sleep(0.007 * moment)
     holder.kill()
     holder.wait()
-    train(claim(run, driver="me", facts={}))
+    train_attempt(acquire_lease(run, driver="me", metadata={}))
     folder = run.storage.local_path
     assert folder is not None
     assert ds.dataset(folder / "metrics" / "steps").to_table()["step"].to_pylist() == list(range(1, 1001))
     assert ds.dataset(folder / "metrics" / "evals").to_table()["step"].to_pylist() == list(range(0, 1001, 25))
     assert run.has_result()
     assert len(run.storage.list("checkpoints")) <= 4
-    attempt = claim(run, driver="me", facts={})
-    assert attempt.base is not None
-    assert attempt.base.end
-    assert attempt.ended_at == 1000
-    complete(attempt)
+    attempt = acquire_lease(run, driver="me", metadata={})
+    assert attempt.resume_checkpoint is not None
+    assert attempt.resume_checkpoint.is_final
+    assert attempt.end_step == 1000
+    finish_ended_run(attempt)
 
 
-def test_a_run_of_the_version_before_is_gone_on_with(run: Run, start: Start) -> None:
+def test_run_of_the_previous_version_is_resumed(run: Run, start_process: StartProcess) -> None:
     """Its entries carry nothing of those before them: they are read once, and what is added carries it all."""
-    holder = start("train")
-    assert line(holder) == "claimed 1"
-    while line(holder) != "handed over 150":
+    holder = start_process("train")
+    assert read_line(holder) == "claimed 1"
+    while read_line(holder) != "handed over 150":
         pass
     holder.kill()
     holder.wait()
@@ -348,20 +352,20 @@ def test_a_run_of_the_version_before_is_gone_on_with(run: Run, start: Start) -> 
     view = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({name: value for name, value in view.items() if name != "journal"}))
     for path in sorted((folder / "journal").iterdir()):
-        tree = unsealed(json.loads(path.read_text()))
+        tree = verify_digest(json.loads(path.read_text()))
         assert tree.pop("before") is not None
-        path.write_text(to_json(sealed(tree)))
+        path.write_text(to_json(with_digest(tree)))
     old = len(list((folder / "journal").iterdir()))
-    shown = standing(run)
+    shown = read_run_status(run)
     assert (shown.status, shown.attempts) == ("running", 1)
     assert shown.step >= 100
-    train(claim(run, driver="me", facts={"host": "here"}))
+    train_attempt(acquire_lease(run, driver="me", metadata={"host": "here"}))
     entries = read_entries(run.journal)
     assert [entry.before is None for entry in entries] == [number < old for number in range(len(entries))]
     for entry in entries[old:]:
         assert entry.before == decisions.fold(entries[: entry.number - 1])
     assert ds.dataset(folder / "metrics" / "steps").to_table()["step"].to_pylist() == list(range(1, 1001))
-    assert damage(Run(Storage.open(run.root_url), run.name)) == []
+    assert find_damage(Run(Storage.open(run.root_url), run.name)) == []
 
 
 @pytest.fixture
@@ -390,7 +394,7 @@ def lossy_s3_url(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server._server.app = lose_replies
     host, port = server.get_host_and_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    monkeypatch.setattr(remote, "_CONDITIONAL", {})
+    monkeypatch.setattr(remote, "_HAS_CONDITIONAL_WRITES", {})
     s3fs.S3FileSystem.clear_instance_cache()
     yield s3_url
     s3fs.S3FileSystem.clear_instance_cache()
@@ -399,7 +403,7 @@ def lossy_s3_url(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     assert any(path.endswith("job.yaml") for path in seen)
 
 
-def test_of_six_that_start_at_once_on_a_store_that_loses_replies_one_wins(lossy_s3_url: str) -> None:
+def test_one_of_six_claims_wins_despite_lost_replies(lossy_s3_url: str) -> None:
     lines: list[str] = []
     barrier = threading.Barrier(6)
 
@@ -408,8 +412,8 @@ def test_of_six_that_start_at_once_on_a_store_that_loses_replies_one_wins(lossy_
         barrier.wait()
         try:
             run.exists()
-            births.append(run.birth("name: run\n", {"total_steps": 1000, "cell_steps": 100}))
-            held.append(claim(run, driver=driver, facts={}))
+            births.append(run.create("name: run\n", {"total_steps": 1000, "cell_steps": 100}))
+            held.append(acquire_lease(run, driver=driver, metadata={}))
             lines.append(f"claimed {held[-1].number}")
         except BaseException as error:
             lines.append(type(error).__name__)

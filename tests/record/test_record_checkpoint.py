@@ -10,38 +10,38 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.errors import StorageError
-from pipeline.record.attempt import Attempt, claim
-from pipeline.record.checkpoint import Checkpoint, DamagedError, find_checkpoint, first_valid
-from pipeline.record.entries import BestSoFar
+from pipeline.record.attempt import Attempt, acquire_lease
+from pipeline.record.checkpoint import Checkpoint, DamagedError, find_checkpoint, find_first_valid
+from pipeline.record.entries import BestCheckpoint
 from pipeline.record.loading import decode_tensors
-from pipeline.record.recorder import Recorder
+from pipeline.record.recorder import AsyncRunWriter
 from pipeline.record.run import Run
 from pipeline.record.saving import delete_checkpoint, encode_tensors, write_checkpoint
-from tests.record.record_parts import block, born, snapshot
+from tests.record.record_parts import create_run, make_block, make_snapshot
 
-NAME = "step-000000010-a0001"
-FACTS = {"step": 10, "epoch": 1, "end": False, "position": {"x": [1, 2.5]}, "metrics": {"val/loss": 0.1}}
-FACTS |= {"best": None, "first_cell": 3}
+CHECKPOINT_NAME = "step-000000010-a0001"
+METADATA = {"step": 10, "epoch": 1, "end": False, "position": {"x": [1, 2.5]}, "metrics": {"val/loss": 0.1}}
+METADATA |= {"best": None, "first_cell": 3}
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    made = born(str(tmp_path))
+    made = create_run(str(tmp_path))
     files = {"a.bin": b"content", "b.bin": b""}
-    write_checkpoint(made.storage, NAME, files, FACTS)
+    write_checkpoint(made.storage, CHECKPOINT_NAME, files, METADATA)
     return made
 
 
-def folder(run: Run) -> Path:
+def checkpoint_folder(run: Run) -> Path:
     local = run.storage.local_path
     assert local is not None
-    return local / "checkpoints" / NAME
+    return local / "checkpoints" / CHECKPOINT_NAME
 
 
-def test_what_was_written_is_read(run: Run) -> None:
-    checkpoint = Checkpoint(run, NAME)
+def test_checkpoint_round_trip(run: Run) -> None:
+    checkpoint = Checkpoint(run, CHECKPOINT_NAME)
     checkpoint.verify()
-    assert (checkpoint.step, checkpoint.epoch, checkpoint.end, checkpoint.first_cell) == (10, 1, False, 3)
+    assert (checkpoint.step, checkpoint.epoch, checkpoint.is_final, checkpoint.first_segment) == (10, 1, False, 3)
     assert checkpoint.position == {"x": [1, 2.5]}
     assert checkpoint.metrics == {"val/loss": 0.1}
     assert checkpoint.best is None
@@ -62,40 +62,42 @@ def test_what_was_written_is_read(run: Run) -> None:
         ("manifest.json", b"{}", "altered"),
     ],
 )
-def test_damage_is_found_out(run: Run, file: str, content: bytes | None, says: str) -> None:
+def test_damage_is_detected(run: Run, file: str, content: bytes | None, says: str) -> None:
     if content is None:
-        (folder(run) / file).unlink()
+        (checkpoint_folder(run) / file).unlink()
     else:
-        (folder(run) / file).write_bytes(content)
+        (checkpoint_folder(run) / file).write_bytes(content)
     with pytest.raises(DamagedError, match=says) as caught:
-        Checkpoint(run, NAME).verify()
+        Checkpoint(run, CHECKPOINT_NAME).verify()
     assert caught.value.exit_code == 2
-    assert first_valid(run, ((NAME, None),)) == (None, [NAME])
+    assert find_first_valid(run, ((CHECKPOINT_NAME, None),)) == (None, [CHECKPOINT_NAME])
 
 
-def test_a_manifest_that_tells_another_story_is_found_out(run: Run) -> None:
-    path = folder(run) / "manifest.json"
+def test_inconsistent_manifest_is_detected(run: Run) -> None:
+    path = checkpoint_folder(run) / "manifest.json"
     tree = json.loads(path.read_text())
     path.write_text(json.dumps({**tree, "step": 11}))
     with pytest.raises(DamagedError, match="altered"):
-        Checkpoint(run, NAME)
+        Checkpoint(run, CHECKPOINT_NAME)
 
 
-def test_deleting_one_leaves_nothing(run: Run) -> None:
-    delete_checkpoint(run.storage, NAME)
-    assert not folder(run).exists()
-    delete_checkpoint(run.storage, NAME)
+def test_deleted_checkpoint_leaves_nothing(run: Run) -> None:
+    delete_checkpoint(run.storage, CHECKPOINT_NAME)
+    assert not checkpoint_folder(run).exists()
+    delete_checkpoint(run.storage, CHECKPOINT_NAME)
 
 
-def test_a_pair_counts_only_with_its_best(run: Run) -> None:
-    write_checkpoint(run.storage, "step-000000020-a0001", {"a": b"1"}, FACTS)
-    checkpoint, damaged = first_valid(run, (("step-000000020-a0001", "step-000000015-a0001"), (NAME, NAME)))
+def test_checkpoint_is_valid_only_with_its_best(run: Run) -> None:
+    write_checkpoint(run.storage, "step-000000020-a0001", {"a": b"1"}, METADATA)
+    checkpoint, damaged = find_first_valid(
+        run, (("step-000000020-a0001", "step-000000015-a0001"), (CHECKPOINT_NAME, CHECKPOINT_NAME))
+    )
     assert checkpoint is not None
-    assert checkpoint.name == NAME
+    assert checkpoint.name == CHECKPOINT_NAME
     assert damaged == ["step-000000015-a0001"]
 
 
-def test_weights_are_plain_safetensors_with_the_same_bytes_for_the_same_tensors(tmp_path: Path) -> None:
+def test_weights_are_deterministic_safetensors(tmp_path: Path) -> None:
     flat = torch.arange(12.0)
     tied = torch.ones(2, 2)
     weights = {
@@ -140,37 +142,37 @@ def test_state_keeps_types_shapes_and_bits() -> None:
 
 @pytest.fixture
 def trained(tmp_path: Path) -> tuple[Run, Attempt]:
-    run = born(str(tmp_path))
-    attempt = claim(run, driver="d", facts={})
-    recorder = Recorder(attempt, keep=2)
+    run = create_run(str(tmp_path))
+    attempt = acquire_lease(run, driver="d", metadata={})
+    recorder = AsyncRunWriter(attempt, keep=2)
     for last, best in ((10, 10), (20, 10), (30, 25), (40, 25)):
-        recorder.steps(block(last - 9, last))
+        recorder.log_steps(make_block(last - 9, last))
         extra = {"best_weights": {"0.weight": torch.full((3, 4), 25.0)}} if last == 30 else {}
-        recorder.commit(snapshot(last, best=best, **extra))
+        recorder.commit(make_snapshot(last, best=best, **extra))
     recorder.finish()
     recorder.close()
     attempt.close()
     return run, attempt
 
 
-def test_checkpoints_are_found_by_what_a_person_says(trained: tuple[Run, Attempt]) -> None:
+def test_checkpoints_are_found_by_user_reference(trained: tuple[Run, Attempt]) -> None:
     run, _ = trained
     last, best = find_checkpoint(run, "last"), find_checkpoint(run, "best")
     assert (last.step, best.step) == (40, 25)
     assert find_checkpoint(run, "30").name == "step-000000030-a0001"
-    assert torch.equal(best.weights()["0.weight"], torch.full((3, 4), 25.0))
-    assert best.preprocess() == {"mean": 0.1307}
-    assert last.best == BestSoFar(metric="val/loss", step=25, value=0.04, checkpoint=best.name)
+    assert torch.equal(best.load_weights()["0.weight"], torch.full((3, 4), 25.0))
+    assert best.load_preprocess() == {"mean": 0.1307}
+    assert last.best == BestCheckpoint(metric="val/loss", step=25, value=0.04, checkpoint=best.name)
     for word in ("99", "newest", "-1"):
         with pytest.raises(StorageError, match="steps 25, 30, 40"):
             find_checkpoint(run, word)
     with pytest.raises(StorageError, match="no checkpoint yet"):
-        find_checkpoint(born(run.root_url, "other"), "last")
+        find_checkpoint(create_run(run.root_url, "other"), "last")
 
 
-def test_the_state_loads_without_running_code_and_nothing_else_lies_there(trained: tuple[Run, Attempt]) -> None:
+def test_state_loads_without_running_code(trained: tuple[Run, Attempt]) -> None:
     run, _ = trained
-    state = find_checkpoint(run, "last").state()
+    state = find_checkpoint(run, "last").load_state()
     assert state["optimizer.step"].dtype == torch.int64
     assert state["optimizer.step"].item() == 40
     assert torch.equal(state["optimizer.momentum"], torch.full((12,), 0.5))

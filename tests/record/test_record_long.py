@@ -9,35 +9,35 @@ from typing import Any
 
 import pytest
 
-from pipeline.record.attempt import claim
+from pipeline.record.attempt import acquire_lease
 from pipeline.record.checkpoint import find_checkpoint
-from pipeline.record.recorder import Recorder
+from pipeline.record.recorder import AsyncRunWriter
 from pipeline.record.run import Run
-from pipeline.record.soundness import damage
-from pipeline.record.standing import standing
+from pipeline.record.soundness import find_damage
+from pipeline.record.standing import read_run_status
 from pipeline.storage import Storage
 from pipeline.storage.remote import RemoteBackend
 from pipeline.verbs.show import runs
-from tests.record.record_parts import block, born, snapshot
+from tests.record.record_parts import create_run, make_block, make_snapshot
 
-ENTRIES = 20_000
-A_FEW_TENS = 60
+NUM_ENTRIES = 20_000
+MAX_REQUESTS = 60
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """A run of so many entries: a claim, a commit and a leave as they are, and between them what nobody reads."""
     root = f"memory://{uuid.uuid4().hex}/runs"
-    run = born(root)
-    attempt = claim(run, driver="d", facts={"host": "node-7", "way": "eager"})
+    run = create_run(root)
+    attempt = acquire_lease(run, driver="d", metadata={"host": "node-7", "way": "eager"})
     assert isinstance(run.storage.backend, RemoteBackend)
-    for number in range(2, ENTRIES - 1):
+    for number in range(2, NUM_ENTRIES - 1):
         run.storage.backend.fs.pipe_file(f"{run.storage._root}/journal/{number:08d}.json", b"not to be read")
-    attempt.state = replace(attempt.state, number=ENTRIES - 2)
-    recorder = Recorder(attempt, keep=2)
-    recorder.steps(block(1, 20))
-    recorder.commit(snapshot(20, best=20))
-    recorder.leave("interrupted", None, 20)
+    attempt.state = replace(attempt.state, number=NUM_ENTRIES - 2)
+    recorder = AsyncRunWriter(attempt, keep=2)
+    recorder.log_steps(make_block(1, 20))
+    recorder.commit(make_snapshot(20, best=20))
+    recorder.write_exit("interrupted", None, 20)
     recorder.close()
     attempt.close()
     yield root
@@ -68,7 +68,7 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture(params=["with run.json", "without"])
 def run(request: pytest.FixtureRequest, url: str) -> Iterator[Run]:
     """It as another process sees it, with and without what says where the journal ends."""
-    storage = Storage.open(url).at("run")
+    storage = Storage.open(url).subfolder("run")
     view = storage.read("run.json")
     if request.param == "without":
         storage.delete("run.json")
@@ -76,39 +76,39 @@ def run(request: pytest.FixtureRequest, url: str) -> Iterator[Run]:
     storage.replace("run.json", view)
 
 
-def test_it_is_shown(run: Run, requests: list[str]) -> None:
-    status = standing(run)
+def test_show_long_journal(run: Run, requests: list[str]) -> None:
+    status = read_run_status(run)
     assert (status.status, status.step, status.attempts, status.where["host"]) == ("interrupted", 20, 1, "node-7")
-    assert len(requests) <= A_FEW_TENS
-    assert damage(run) == []
-    assert len(requests) <= A_FEW_TENS
+    assert len(requests) <= MAX_REQUESTS
+    assert find_damage(run) == []
+    assert len(requests) <= MAX_REQUESTS
 
 
-def test_it_is_listed(run: Run, url: str, requests: list[str]) -> None:
+def test_list_long_journal(run: Run, url: str, requests: list[str]) -> None:
     _, (listed,), unreadable = runs(url)
-    assert (listed.standing.step, unreadable) == (20, {})
-    assert len(requests) <= A_FEW_TENS
+    assert (listed.status.step, unreadable) == (20, {})
+    assert len(requests) <= MAX_REQUESTS
 
 
-def test_its_checkpoint_is_found(run: Run, requests: list[str]) -> None:
+def test_find_checkpoint_in_long_journal(run: Run, requests: list[str]) -> None:
     assert find_checkpoint(run, "best").step == 20
-    assert len(requests) <= A_FEW_TENS
+    assert len(requests) <= MAX_REQUESTS
 
 
-def test_it_is_gone_on_with(url: str, requests: list[str]) -> None:
+def test_resume_long_journal(url: str, requests: list[str]) -> None:
     """And tells the next what the one before it did."""
     run = Run(Storage.open(url), "run")
-    attempt = claim(run, driver="e", facts={"host": "node-8"})
-    assert attempt.base is not None
-    assert (attempt.base.step, attempt.highest_step, attempt.state.way) == (20, 20, "eager")
-    assert attempt.previous_facts["host"] == "node-7"
-    recorder = Recorder(attempt, keep=2)
-    recorder.leave("interrupted", None, 20)
+    attempt = acquire_lease(run, driver="e", metadata={"host": "node-8"})
+    assert attempt.resume_checkpoint is not None
+    assert (attempt.resume_checkpoint.step, attempt.highest_step, attempt.state.way) == (20, 20, "eager")
+    assert attempt.previous_metadata["host"] == "node-7"
+    recorder = AsyncRunWriter(attempt, keep=2)
+    recorder.write_exit("interrupted", None, 20)
     recorder.close()
     attempt.close()
-    assert len([one for one in requests if "heartbeats" not in one]) <= A_FEW_TENS
-    assert run.journal.state().number == ENTRIES + 2
-    assert [(line["host"], line["committed"], line["outcome"]) for line in run.view()["history"]] == [
+    assert len([one for one in requests if "heartbeats" not in one]) <= MAX_REQUESTS
+    assert run.journal.read_state().number == NUM_ENTRIES + 2
+    assert [(line["host"], line["committed"], line["outcome"]) for line in run.read_summary()["history"]] == [
         ("node-7", 20, "interrupted"),
         ("node-8", None, "interrupted"),
     ]

@@ -7,11 +7,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from pipeline.storage import faults
-from tests.record.record_lives import Faithful
-from tests.record.record_machine import Machine
-from tests.record.record_sweeps import sweep
+from tests.record.record_lives import ReferenceProtocol
+from tests.record.record_machine import ProtocolStateMachine
+from tests.record.record_sweeps import fault_cases
 
-COMMON = settings(
+COMMON_SETTINGS = settings(
     deadline=None,
     stateful_step_count=40,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
@@ -20,26 +20,30 @@ COMMON = settings(
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(faults, "INITIAL_BACKOFF_S", 0.0)
 
 
-def test_a_fault_at_any_request() -> None:
-    for case in sweep(Faithful(), thin=True):
+def test_single_fault_at_any_request() -> None:
+    for case in fault_cases(ReferenceProtocol(), thin=True):
         case()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_a_fault_at_any_request_and_every_overtaking() -> None:
-    for case in sweep(Faithful(), thin=False):
+def test_fault_at_any_request_and_every_overlap() -> None:
+    for case in fault_cases(ReferenceProtocol(), thin=False):
         case()
 
 
-def test_whatever_happens_the_record_keeps_its_promises() -> None:
-    run_state_machine_as_test(Machine, settings=settings(COMMON, max_examples=40, derandomize=True))
+def test_random_schedules_keep_invariants() -> None:
+    run_state_machine_as_test(
+        ProtocolStateMachine, settings=settings(COMMON_SETTINGS, max_examples=40, derandomize=True)
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_whatever_happens_the_record_keeps_its_promises_at_length() -> None:
-    run_state_machine_as_test(Machine, settings=settings(COMMON, max_examples=2000, stateful_step_count=60))
+def test_long_random_schedules_keep_invariants() -> None:
+    run_state_machine_as_test(
+        ProtocolStateMachine, settings=settings(COMMON_SETTINGS, max_examples=2000, stateful_step_count=60)
+    )

@@ -7,44 +7,42 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.record.attempt import claim
-from pipeline.record.recorder import Recorder
+from pipeline.record.attempt import acquire_lease
+from pipeline.record.recorder import AsyncRunWriter
 from pipeline.record.run import Run
-from pipeline.record.soundness import damage
+from pipeline.record.soundness import find_damage
 from pipeline.storage import Storage
 from pipeline.storage.local import LocalBackend
 from pipeline.verbs.show import show
-from tests.record.record_parts import block, born, evaluation, snapshot
+from tests.record.record_parts import create_run, make_block, make_evaluation, make_snapshot
 
-MIDDLE, LAST = "metrics/steps/000003.parquet", "metrics/evals/000005.parquet"
+MIDDLE_SEGMENT, LAST_SEGMENT = "metrics/steps/000003.parquet", "metrics/evals/000005.parquet"
 
 
 @pytest.fixture(scope="module", params=["end", "more to come"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """580 steps in cells to step 50, 100, 200, ..., 500, and where it is over in one more for the rest."""
     is_over = request.param == "end"
-    run = born(str(tmp_path_factory.mktemp("runs")), first_cell_steps=50, cell_steps=100)
-    attempt = claim(run, driver="d", facts={})
-    recorder = Recorder(attempt, keep=2)
-    recorder.steps(block(1, 300))
-    recorder.evaluation(evaluation(300))
-    recorder.commit(snapshot(300, best=300))
-    recorder.steps(block(301, 580))
-    recorder.commit(snapshot(580, best=300, end=is_over))
+    run = create_run(str(tmp_path_factory.mktemp("runs")), first_cell_steps=50, cell_steps=100)
+    attempt = acquire_lease(run, driver="d", metadata={})
+    recorder = AsyncRunWriter(attempt, keep=2)
+    recorder.log_steps(make_block(1, 300))
+    recorder.log_evaluation(make_evaluation(300))
+    recorder.commit(make_snapshot(300, best=300))
+    recorder.log_steps(make_block(301, 580))
+    recorder.commit(make_snapshot(580, best=300, end=is_over))
     recorder.finish()
     recorder.close()
     attempt.close()
     return run
 
 
-@pytest.mark.parametrize("name", [MIDDLE, LAST])
+@pytest.mark.parametrize("name", [MIDDLE_SEGMENT, LAST_SEGMENT])
 @pytest.mark.parametrize("how", ["missing", "altered"])
-def test_a_missing_file_is_always_named_and_an_altered_one_when_every_file_is_read(
-    trained: Run, name: str, how: str
-) -> None:
+def test_missing_segment_is_found_and_altered_segment_with_full_verification(trained: Run, name: str, how: str) -> None:
     path = Path(trained.url) / name
     data = path.read_bytes()
-    assert damage(trained) == damage(trained, every_file=True) == []
+    assert find_damage(trained) == find_damage(trained, read_all_files=True) == []
     try:
         if how == "missing":
             path.unlink()
@@ -53,25 +51,25 @@ def test_a_missing_file_is_always_named_and_an_altered_one_when_every_file_is_re
         assert [line.split()[0] for line in show(trained.url, verify=True).damaged] == [name]
         quick = [line.split()[0] for line in show(trained.url).damaged]
         is_over = trained.has_result()
-        assert quick == ([name] if how == "missing" or (name == LAST and not is_over) else [])
+        assert quick == ([name] if how == "missing" or (name == LAST_SEGMENT and not is_over) else [])
     finally:
         path.write_bytes(data)
 
 
-def test_a_kept_checkpoint_that_was_altered_is_named_when_every_file_is_read(trained: Run) -> None:
+def test_altered_checkpoint_is_found_with_full_verification(trained: Run) -> None:
     path = Path(trained.url) / "checkpoints/step-000000300-a0001/model.safetensors"
     data = path.read_bytes()
     try:
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-        assert damage(trained) == []
-        (line,) = damage(trained, every_file=True)
+        assert find_damage(trained) == []
+        (line,) = find_damage(trained, read_all_files=True)
         assert "step-000000300-a0001" in line
         assert "model.safetensors was altered" in line
     finally:
         path.write_bytes(data)
 
 
-class Counted(LocalBackend):
+class CountingBackend(LocalBackend):
     """Files, and how often the metric log was asked for."""
 
     def __init__(self) -> None:
@@ -94,16 +92,16 @@ class Counted(LocalBackend):
 
 
 @pytest.mark.parametrize("cells", [1, 60])
-def test_what_show_reads_of_the_log_is_the_same_at_any_length(tmp_path: Path, cells: int) -> None:
-    run = born(str(tmp_path), cell_steps=10)
-    attempt = claim(run, driver="d", facts={})
-    recorder = Recorder(attempt, keep=2)
-    recorder.steps(block(1, 10 * cells))
-    recorder.commit(snapshot(10 * cells))
+def test_requests_of_show_are_independent_of_log_length(tmp_path: Path, cells: int) -> None:
+    run = create_run(str(tmp_path), cell_steps=10)
+    attempt = acquire_lease(run, driver="d", metadata={})
+    recorder = AsyncRunWriter(attempt, keep=2)
+    recorder.log_steps(make_block(1, 10 * cells))
+    recorder.commit(make_snapshot(10 * cells))
     recorder.finish()
     recorder.close()
     attempt.close()
     assert len(run.storage.list("metrics/steps")) == cells
-    backend = Counted()
-    assert damage(Run(Storage(backend, str(tmp_path), str(tmp_path)), "run")) == []
+    backend = CountingBackend()
+    assert find_damage(Run(Storage(backend, str(tmp_path), str(tmp_path)), "run")) == []
     assert backend.asked == {"read": 2, "list": 2}

@@ -11,78 +11,91 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from pipeline.record import decisions, saving
-from pipeline.record.attempt import Attempt, choose_base, take
-from pipeline.record.cells import Cell, CellLayout, Columns, EvaluationRow, Rows, StepBlock, encode
+from pipeline.record.attempt import Attempt, append_claim, select_resume_checkpoint
+from pipeline.record.cells import (
+    EvaluationRow,
+    MetricSchema,
+    PendingRows,
+    Segment,
+    SegmentLayout,
+    StepBlock,
+    encode_table,
+)
 from pipeline.record.checkpoint import Checkpoint, DamagedError
-from pipeline.record.entries import Claim, Commit, Entry, JournalState
+from pipeline.record.entries import Claim, Commit, JournalEntry, JournalState
 from pipeline.record.journal import Journal
 from pipeline.record.live import LiveWriter
 from pipeline.record.run import Run
-from pipeline.record.writer import EVALUATIONS, STEPS, Snapshot, Writer
+from pipeline.record.writer import EVALUATIONS_FOLDER, STEPS_FOLDER, RunWriter, Snapshot
 from pipeline.storage import faults
-from tests.record.record_lives import CELLS, KEEP, Faithful
-from tests.record.record_machine import Machine
-from tests.record.record_sweeps import sweep
+from tests.record.record_lives import KEEP_CHECKPOINTS, SEGMENT_LAYOUT, ReferenceProtocol
+from tests.record.record_machine import ProtocolStateMachine
+from tests.record.record_sweeps import fault_cases
 
 
-class Mutant(Faithful):
+class WriterMutant(ReferenceProtocol):
     """A protocol whose writer is another."""
 
-    writer_type: type[Writer]
+    writer_type: type[RunWriter]
 
-    def writer(self, attempt: Attempt) -> Writer:
-        return self.writer_type(attempt, layout=CELLS, keep=KEEP, columns=Columns())
+    def make_writer(self, attempt: Attempt) -> RunWriter:
+        return self.writer_type(attempt, layout=SEGMENT_LAYOUT, keep=KEEP_CHECKPOINTS, metric_schema=MetricSchema())
 
 
-def _with_writer(writer: type[Writer]) -> Faithful:
-    mutant = Mutant()
+def _with_writer(writer: type[RunWriter]) -> ReferenceProtocol:
+    mutant = WriterMutant()
     mutant.writer_type = writer
     return mutant
 
 
-class CellsBeforeTheCommit(Writer):
+class SegmentsBeforeCommit(RunWriter):
     def _check_finite(self, snapshot: Snapshot) -> None:
-        for cell in self.rows.cells(snapshot.step, end=snapshot.end):
-            self._write_cell(cell)
+        for cell in self.rows.iter_segments(snapshot.step, is_final=snapshot.is_final):
+            self._write_segment(cell)
 
 
-class StepsBeforeEvaluations(Writer):
-    def _write_cell(self, cell: Cell) -> None:
-        self._run.storage.replace(f"{STEPS}/{cell.name}", encode(cell.steps))
-        self._run.storage.replace(f"{EVALUATIONS}/{cell.name}", encode(cell.evaluations))
+class StepsBeforeEvaluations(RunWriter):
+    def _write_segment(self, segment: Segment) -> None:
+        self._run.storage.replace(f"{STEPS_FOLDER}/{segment.file_name}", encode_table(segment.steps))
+        self._run.storage.replace(f"{EVALUATIONS_FOLDER}/{segment.file_name}", encode_table(segment.evaluations))
 
 
-class CellsOfOneSize(Writer):
+class FixedSizeSegments(RunWriter):
     """As an earlier version would, which knows no others."""
 
-    def __init__(self, attempt: Attempt, *, layout: CellLayout, keep: int, columns: Columns) -> None:
-        super().__init__(attempt, layout=CellLayout(layout.most, layout.most), keep=keep, columns=columns)
+    def __init__(self, attempt: Attempt, *, layout: SegmentLayout, keep: int, metric_schema: MetricSchema) -> None:
+        super().__init__(
+            attempt,
+            layout=SegmentLayout(layout.max_segment_steps, layout.max_segment_steps),
+            keep=keep,
+            metric_schema=metric_schema,
+        )
 
 
-class CellsDescending(Writer):
-    def _publish(self, step: int, *, end: bool) -> None:
-        for cell in reversed(list(self.rows.cells(step, end=end))):
-            self._write_cell(cell)
-        if not end:
-            self.rows.drop(step)
+class SegmentsInDescendingOrder(RunWriter):
+    def _publish_segments(self, step: int, *, is_final: bool) -> None:
+        for cell in reversed(list(self.rows.iter_segments(step, is_final=is_final))):
+            self._write_segment(cell)
+        if not is_final:
+            self.rows.drop_published(step)
 
 
-class IncompleteCells(Writer):
-    def _publish(self, step: int, *, end: bool) -> None:
-        for cell in self.rows.cells(step, end=True):
-            self._write_cell(cell)
-        if not end:
-            self.rows.drop(step)
+class IncompleteSegments(RunWriter):
+    def _publish_segments(self, step: int, *, is_final: bool) -> None:
+        for cell in self.rows.iter_segments(step, is_final=True):
+            self._write_segment(cell)
+        if not is_final:
+            self.rows.drop_published(step)
 
 
-class BaseNotPublished(Writer):
-    def begin(self) -> None:
-        if self.attempt.base is not None:
-            self.rows.load(self.attempt.base.rows(), self.attempt.base.first_cell)
-            self.rows.drop(self.attempt.base.step)
+class ResumeSegmentsNotPublished(RunWriter):
+    def resume(self) -> None:
+        if self.attempt.resume_checkpoint is not None:
+            self.rows.load(self.attempt.resume_checkpoint.read_rows(), self.attempt.resume_checkpoint.first_segment)
+            self.rows.drop_published(self.attempt.resume_checkpoint.step)
 
 
-class CommitBeforeItsFiles(Writer):
+class CommitBeforeFiles(RunWriter):
     """The entry first, the checkpoint's files after it."""
 
     def commit(self, snapshot: Snapshot, blocks: Sequence[StepBlock], evaluations: Sequence[EvaluationRow]) -> None:
@@ -90,7 +103,7 @@ class CommitBeforeItsFiles(Writer):
         original = saving.write_checkpoint
         append = self.attempt.append
 
-        def append_then_write(entry: Entry) -> None:
+        def append_then_write(entry: JournalEntry) -> None:
             append(entry)
             saving.write_checkpoint = original
             for words in delayed:
@@ -105,217 +118,219 @@ class CommitBeforeItsFiles(Writer):
             self.attempt.append = append  # type: ignore[method-assign]
 
 
-class RowsSinceTheLastCommitOnly(Writer):
+class OnlyRowsSinceLastCommit(RunWriter):
     def commit(self, snapshot: Snapshot, blocks: Sequence[StepBlock], evaluations: Sequence[EvaluationRow]) -> None:
         super().commit(snapshot, blocks, evaluations)
-        if not snapshot.end:
-            self.rows.first_cell = CELLS.complete(snapshot.step)
+        if not snapshot.is_final:
+            self.rows.first_segment = SEGMENT_LAYOUT.count_complete(snapshot.step)
             self.rows.steps = self.rows.steps.slice(0, 0)
             self.rows.evaluations = self.rows.evaluations.slice(0, 0)
 
 
-class DeletesTheOtherKept(Writer):
-    def _retain(self, commit: Commit) -> None:
-        super()._retain(replace(commit, kept=commit.kept[:1]))
+class DeletesSecondRetained(RunWriter):
+    def _apply_retention(self, commit: Commit) -> None:
+        super()._apply_retention(replace(commit, kept=commit.kept[:1]))
 
 
-class DeletesTheBest(Writer):
-    def _retain(self, commit: Commit) -> None:
-        super()._retain(replace(commit, kept=tuple((name, None) for name, _ in commit.kept)))
+class DeletesBestCheckpoint(RunWriter):
+    def _apply_retention(self, commit: Commit) -> None:
+        super()._apply_retention(replace(commit, kept=tuple((name, None) for name, _ in commit.kept)))
 
 
-class DeletesWhatEndsKeep(Writer):
-    def _retain(self, commit: Commit) -> None:
+class DeletesCheckpointsOfEnds(RunWriter):
+    def _apply_retention(self, commit: Commit) -> None:
         state, self.attempt.state = self.attempt.state, JournalState()
-        super()._retain(commit)
+        super()._apply_retention(commit)
         self.attempt.state = state
 
 
-class DeletesOfHigherAttempts(Writer):
-    def _retain(self, commit: Commit) -> None:
-        spare = decisions.spared(commit.kept, self.attempt.state)
-        for name in self._run.storage.list(saving.FOLDER):
+class DeletesOfNewerAttempts(RunWriter):
+    def _apply_retention(self, commit: Commit) -> None:
+        spare = decisions.checkpoints_to_keep(commit.kept, self.attempt.state)
+        for name in self._run.storage.list(saving.CHECKPOINTS_FOLDER):
             if name not in spare:
                 saving.delete_checkpoint(self._run.storage, name)
 
 
-class DeletesBeforeTheCommit(Writer):
+class DeletesBeforeCommit(RunWriter):
     def _check_finite(self, snapshot: Snapshot) -> None:
-        for name in self._run.storage.list(saving.FOLDER):
+        for name in self._run.storage.list(saving.CHECKPOINTS_FOLDER):
             saving.delete_checkpoint(self._run.storage, name)
 
 
-class NeverDeletes(Writer):
-    def _retain(self, commit: Commit) -> None:
+class NeverDeletes(RunWriter):
+    def _apply_retention(self, commit: Commit) -> None:
         return
 
 
-class NoResult(Writer):
-    def complete(self) -> None:
+class NoResult(RunWriter):
+    def finalize(self) -> None:
         return
 
 
-class IgnoresThatItIsSuperseded(Faithful):
-    def writer(self, attempt: Attempt) -> Writer:
-        def append(entry: Entry) -> None:
+class IgnoresSuperseded(ReferenceProtocol):
+    def make_writer(self, attempt: Attempt) -> RunWriter:
+        def append(entry: JournalEntry) -> None:
             while not attempt.run.journal.append(entry):
-                attempt.state = attempt.run.journal.state()
+                attempt.state = attempt.run.journal.read_state()
                 entry = replace(entry, number=attempt.state.number + 1, before=attempt.state)
-            attempt.state = decisions.apply(attempt.state, entry)
+            attempt.state = decisions.apply_entry(attempt.state, entry)
 
         attempt.append = append  # type: ignore[method-assign]
-        return super().writer(attempt)
+        return super().make_writer(attempt)
 
 
-class TrustsTheHint(Journal):
+class HintOnlyJournal(Journal):
     """The number in `run.json` taken for the newest, with no look beyond it."""
 
     searches = 0
 
-    def _find_newest(self) -> Entry | None:
+    def _find_newest(self) -> JournalEntry | None:
         self.searches += 1
         assert self.searches < 20, "the number after it is taken again and again"
         hint = self._hint()
-        return self.entry(hint) if hint > self._state.number else None if hint else super()._find_newest()
+        return self.read_entry(hint) if hint > self._state.number else None if hint else super()._find_newest()
 
 
-class SearchesNoFurther(Faithful):
+class UsesHintOnly(ReferenceProtocol):
     """A claimant that takes the entry which `run.json` names for the newest."""
 
-    def claim(self, run: Run, template: Claim, dead: int | None) -> Attempt:
-        run.journal = TrustsTheHint(run.storage, run.journal._hint)
-        return super().claim(run, template, dead)
+    def claim(self, run: Run, template: Claim, known_dead_attempt: int | None) -> Attempt:
+        run.journal = HintOnlyJournal(run.storage, run.journal._hint)
+        return super().claim(run, template, known_dead_attempt)
 
 
-class CarriesWhatTheClaimDid(Faithful):
+class CarriesStateOfClaim(ReferenceProtocol):
     """Commits that leave out their attempt's own."""
 
-    def writer(self, attempt: Attempt) -> Writer:
+    def make_writer(self, attempt: Attempt) -> RunWriter:
         append, before = attempt.append, attempt.state
         attempt.append = lambda entry: append(replace(entry, before=before))  # type: ignore[method-assign]
-        return super().writer(attempt)
+        return super().make_writer(attempt)
 
 
-class CarriesNoEnds(Faithful):
+class CarriesNoEndCheckpoints(ReferenceProtocol):
     """What ends keep is left out of what entries carry."""
 
-    def claim(self, run: Run, template: Claim, dead: int | None) -> Attempt:
-        attempt = super().claim(run, template, dead)
+    def claim(self, run: Run, template: Claim, known_dead_attempt: int | None) -> Attempt:
+        attempt = super().claim(run, template, known_dead_attempt)
         attempt.state = replace(attempt.state, kept_by_ends=())
         return attempt
 
 
-class BaseBeforeTheClaim(Faithful):
-    def claim(self, run: Run, template: Claim, dead: int | None) -> Attempt:
-        before = Attempt(run, 0, "", run.journal.state())
-        choose_base(before)
-        attempt = take(run, template, dead)
-        attempt.base, attempt.kept = before.base, before.kept
+class SelectsBeforeClaim(ReferenceProtocol):
+    def claim(self, run: Run, template: Claim, known_dead_attempt: int | None) -> Attempt:
+        before = Attempt(run, 0, "", run.journal.read_state())
+        select_resume_checkpoint(before)
+        attempt = append_claim(run, template, known_dead_attempt)
+        attempt.resume_checkpoint, attempt.retained = before.resume_checkpoint, before.retained
         return attempt
 
 
-class BaseByListing(Faithful):
-    def claim(self, run: Run, template: Claim, dead: int | None) -> Attempt:
-        attempt = take(run, template, dead)
-        for name in reversed(run.storage.list(saving.FOLDER)):
+class SelectsByListing(ReferenceProtocol):
+    def claim(self, run: Run, template: Claim, known_dead_attempt: int | None) -> Attempt:
+        attempt = append_claim(run, template, known_dead_attempt)
+        for name in reversed(run.storage.list(saving.CHECKPOINTS_FOLDER)):
             try:
-                attempt.base = Checkpoint(run, name)
-                attempt.base.verify()
-                attempt.base.rows()
+                attempt.resume_checkpoint = Checkpoint(run, name)
+                attempt.resume_checkpoint.verify()
+                attempt.resume_checkpoint.read_rows()
             except DamagedError:
-                attempt.base = None
+                attempt.resume_checkpoint = None
                 continue
-            attempt.kept = ((name, attempt.base.best.checkpoint if attempt.base.best else None),)
+            attempt.retained = (
+                (name, attempt.resume_checkpoint.best.checkpoint if attempt.resume_checkpoint.best else None),
+            )
             break
         return attempt
 
 
-class BaseUnchecked(Faithful):
-    def claim(self, run: Run, template: Claim, dead: int | None) -> Attempt:
-        attempt = take(run, template, dead)
+class SelectsWithoutCheck(ReferenceProtocol):
+    def claim(self, run: Run, template: Claim, known_dead_attempt: int | None) -> Attempt:
+        attempt = append_claim(run, template, known_dead_attempt)
         commit = attempt.state.commit
         if commit is not None:
-            attempt.base, attempt.kept = Checkpoint(run, commit.checkpoint), commit.kept
+            attempt.resume_checkpoint, attempt.retained = Checkpoint(run, commit.checkpoint), commit.kept
         return attempt
 
 
-class LiveRowsInOneFile(Faithful):
+class LiveRowsInOneFile(ReferenceProtocol):
     """Whichever attempt writes them."""
 
-    def live_writer(self, attempt: Attempt) -> LiveWriter:
-        return LiveWriter(attempt.run, 1, CELLS, Columns())
+    def make_live_writer(self, attempt: Attempt) -> LiveWriter:
+        return LiveWriter(attempt.run, 1, SEGMENT_LAYOUT, MetricSchema())
 
 
-class LiveRowsDroppedBeforeTheirCells(Faithful):
+class LiveRowsDroppedBeforeSegments(ReferenceProtocol):
     """As soon as they fill a cell."""
 
-    def live_writer(self, attempt: Attempt) -> LiveWriter:
+    def make_live_writer(self, attempt: Attempt) -> LiveWriter:
         class Hasty(LiveWriter):
-            def steps(self, rows: StepBlock) -> None:
-                super().steps(rows)
-                self._first_step = CELLS.first_step(CELLS.complete(int(rows["step"][-1])))
+            def log_steps(self, block: StepBlock) -> None:
+                super().log_steps(block)
+                self._first_step = SEGMENT_LAYOUT.first_step(SEGMENT_LAYOUT.count_complete(int(block["step"][-1])))
 
-        return Hasty(attempt.run, attempt.number, CELLS, Columns())
+        return Hasty(attempt.run, attempt.number, SEGMENT_LAYOUT, MetricSchema())
 
 
-class LiveRowsWithoutThoseOfTheBase(Faithful):
-    def live_writer(self, attempt: Attempt) -> LiveWriter:
+class LiveRowsWithoutResumedRows(ReferenceProtocol):
+    def make_live_writer(self, attempt: Attempt) -> LiveWriter:
         class Forgetful(LiveWriter):
-            def begin(self, rows: Rows) -> None:
-                super().begin(rows)
+            def resume(self, rows: PendingRows) -> None:
+                super().resume(rows)
                 self._rows.steps = rows.steps.slice(0, 0)
 
-        return Forgetful(attempt.run, attempt.number, CELLS, Columns())
+        return Forgetful(attempt.run, attempt.number, SEGMENT_LAYOUT, MetricSchema())
 
 
-class LiveRowsStay(Faithful):
+class LiveRowsNotRemoved(ReferenceProtocol):
     def remove_live_rows(self, run: Run) -> None:
         return
 
 
-class EndsBelowTheHighestStep(Faithful):
-    def floor(self, attempt: Attempt) -> int:
+class EndsBelowHighestStep(ReferenceProtocol):
+    def min_end_step(self, attempt: Attempt) -> int:
         return 0
 
 
-class GoesBeyondTheEnd(Faithful):
-    def bound(self, attempt: Attempt) -> int | None:
+class TrainsBeyondEnd(ReferenceProtocol):
+    def required_end_step(self, attempt: Attempt) -> int | None:
         return None
 
 
-MUTANTS: dict[str, Faithful] = {
+MUTANTS: dict[str, ReferenceProtocol] = {
     kind.__name__: _with_writer(kind)
     for kind in (
-        CellsBeforeTheCommit, StepsBeforeEvaluations, CellsOfOneSize, CellsDescending, IncompleteCells,
-        BaseNotPublished, CommitBeforeItsFiles, RowsSinceTheLastCommitOnly, DeletesTheOtherKept, DeletesTheBest,
-        DeletesWhatEndsKeep, DeletesOfHigherAttempts, DeletesBeforeTheCommit, NeverDeletes, NoResult,
+        SegmentsBeforeCommit, StepsBeforeEvaluations, FixedSizeSegments, SegmentsInDescendingOrder, IncompleteSegments,
+        ResumeSegmentsNotPublished, CommitBeforeFiles, OnlyRowsSinceLastCommit, DeletesSecondRetained, DeletesBestCheckpoint,
+        DeletesCheckpointsOfEnds, DeletesOfNewerAttempts, DeletesBeforeCommit, NeverDeletes, NoResult,
     )
 } | {
     kind.__name__: kind()
     for kind in (
-        IgnoresThatItIsSuperseded, BaseBeforeTheClaim, BaseByListing, BaseUnchecked, EndsBelowTheHighestStep,
-        GoesBeyondTheEnd, SearchesNoFurther, CarriesWhatTheClaimDid, CarriesNoEnds, LiveRowsInOneFile,
-        LiveRowsDroppedBeforeTheirCells, LiveRowsWithoutThoseOfTheBase, LiveRowsStay,
+        IgnoresSuperseded, SelectsBeforeClaim, SelectsByListing, SelectsWithoutCheck, EndsBelowHighestStep,
+        TrainsBeyondEnd, UsesHintOnly, CarriesStateOfClaim, CarriesNoEndCheckpoints, LiveRowsInOneFile,
+        LiveRowsDroppedBeforeSegments, LiveRowsWithoutResumedRows, LiveRowsNotRemoved,
     )
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_clause_left_out_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "FIRST_PAUSE_S", 0.0)
+def test_mutant_is_found_by_fault_sweep(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "INITIAL_BACKOFF_S", 0.0)
     with pytest.raises(Exception):  # noqa: B017, PT012 - a violation may show as any error of the writers
-        for case in sweep(MUTANTS[name], thin=True):
+        for case in fault_cases(MUTANTS[name], thin=True):
             case()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_clause_left_out_is_found_by_the_search_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "FIRST_PAUSE_S", 0.0)
+def test_mutant_is_found_by_state_machine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faults, "INITIAL_BACKOFF_S", 0.0)
     with pytest.raises(Exception):  # noqa: B017 - as above
         run_state_machine_as_test(
-            type(name, (Machine,), {"protocol": MUTANTS[name]}),
+            type(name, (ProtocolStateMachine,), {"protocol": MUTANTS[name]}),
             settings=settings(
                 deadline=None,
                 stateful_step_count=40,

@@ -15,38 +15,38 @@ from pipeline.errors import Interrupted
 from pipeline.events import EvaluationLogged, Event
 from pipeline.record import recorder
 from tests.cli.conftest import trainyard as trainyard
-from tests.security.spoiling import JOB, Made
+from tests.security.spoiling import JOB, ExampleRuns
 
 STEPS = 600
 """Of the whole run: 3 cells."""
-STOPPED_AFTER = 450
+INTERRUPTED_AFTER = 450
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+def example_runs(tmp_path_factory: pytest.TempPathFactory) -> ExampleRuns:
     """The runs and their job file."""
     folder = tmp_path_factory.mktemp("security")
     job = folder / "victim.yaml"
     job.write_text(JOB)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recorder, "REST", 0)  # a commit whenever one is due
+        patch.setattr(recorder, "COMMIT_INTERVAL_FACTOR", 0)  # a commit whenever one is due
         untouched = train(job, storage=str(folder / "untouched"))
 
         def stop(event: Event) -> None:
-            if isinstance(event, EvaluationLogged) and event.step >= STOPPED_AFTER:
+            if isinstance(event, EvaluationLogged) and event.step >= INTERRUPTED_AFTER:
                 os.kill(os.getpid(), signal.SIGINT)
 
         with pytest.raises(Interrupted):
             train(job, storage=str(folder / "interrupted"), on_event=stop)
-    return Made(job, Path(untouched.url), folder / "interrupted" / untouched.run)
+    return ExampleRuns(job, Path(untouched.url), folder / "interrupted" / untouched.run)
 
 
 @pytest.fixture
-def spoil(made: Made, tmp_path: Path) -> Callable[[str], Path]:
+def copy_run(example_runs: ExampleRuns, tmp_path: Path) -> Callable[[str], Path]:
     """A copy of the finished or the interrupted run, in `runs` of the working directory."""
 
     def copied(which: str = "finished") -> Path:
-        source = made.finished if which == "finished" else made.interrupted
+        source = example_runs.finished if which == "finished" else example_runs.interrupted
         return Path(shutil.copytree(source, tmp_path / "runs" / source.name))
 
     return copied

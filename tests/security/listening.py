@@ -8,10 +8,10 @@ import socket
 import struct
 from pathlib import Path
 
-LISTEN = "0A"
+LISTEN_STATE = "0A"
 
 
-def family(pid: int) -> list[int]:
+def process_tree(pid: int) -> list[int]:
     """A process and all that came from it."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -25,7 +25,7 @@ def family(pid: int) -> list[int]:
     return pids
 
 
-def listening(pid: int) -> set[str]:
+def listening_addresses(pid: int) -> set[str]:
     """Addresses of the TCP sockets that a process listens on."""
     socket_inodes = set()
     for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
@@ -37,7 +37,7 @@ def listening(pid: int) -> set[str]:
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             words = line.split()
-            if words[3] == LISTEN and words[9] in socket_inodes:
+            if words[3] == LISTEN_STATE and words[9] in socket_inodes:
                 addresses.add(_address(words[1].partition(":")[0]))
     return addresses
 
@@ -50,10 +50,10 @@ def _address(text: str) -> str:
     return str(address.ipv4_mapped or address)
 
 
-def command_lines(pid: int) -> list[str]:
+def list_command_lines(pid: int) -> list[str]:
     """Those of a process and all that came from it."""
     lines = []
-    for process in family(pid):
+    for process in process_tree(pid):
         try:
             lines.append(Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
         except OSError:

@@ -6,13 +6,14 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from pipeline.record.values import digest_of, sealed
+from pipeline.record.values import compute_digest, with_digest
 
 JOB = """
 schema: 1
@@ -26,7 +27,7 @@ checkpoint: {every_steps: 50, keep: 2}
 
 
 @dataclass(frozen=True)
-class Made:
+class ExampleRuns:
     """A job file, a run of it that is finished, and one that was interrupted."""
 
     job: Path
@@ -34,11 +35,15 @@ class Made:
     interrupted: Path
 
 
-def reseal(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+def _replace_entry(tree: dict[str, Any], name: str, entry: dict[str, Any]) -> None:
+    tree["files"][name] = entry
+
+
+def edit_with_digest(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Change a journal entry or manifest, as one who knows how its digest is made."""
     tree = {key: value for key, value in json.loads(path.read_text()).items() if key != "sha256"}
     change(tree)
-    path.write_text(json.dumps(sealed(tree)))
+    path.write_text(json.dumps(with_digest(tree)))
 
 
 def rewrite_job(run: Path, change: Callable[[dict[str, Any]], Any], facts: dict[str, Any] | None = None) -> None:
@@ -47,16 +52,16 @@ def rewrite_job(run: Path, change: Callable[[dict[str, Any]], Any], facts: dict[
     text = path.read_text().partition("\n")[2]
     tree = yaml.safe_load(text)
     change(tree)
-    put_job(run, yaml.safe_dump(tree), facts)
+    replace_job(run, yaml.safe_dump(tree), facts)
 
 
-def put_job(run: Path, text: str, facts: dict[str, Any] | None = None) -> None:
+def replace_job(run: Path, text: str, facts: dict[str, Any] | None = None) -> None:
     """Another stored job, sealed."""
     path = run / "job.yaml"
     header = json.loads(path.read_text().partition("\n")[0].removeprefix("# trainyard: "))
     header = {**header, "facts": {**header["facts"], **(facts or {})}}
     del header["sha256"]
-    header["sha256"] = digest_of({**header, "job": text})
+    header["sha256"] = compute_digest({**header, "job": text})
     path.write_text(f"# trainyard: {json.dumps(header)}\n{text}")
 
 
@@ -72,17 +77,17 @@ def checkpoints(run: Path) -> list[Path]:
     return [run / "checkpoints" / name for name in {commit["checkpoint"], commit["best"]["checkpoint"]}]
 
 
-def put_file(run: Path, name: str, content: bytes) -> None:
+def replace_file(run: Path, name: str, content: bytes) -> None:
     """Other content for a file of the newest checkpoint and of the best, with manifests that vouch for it."""
     for folder in checkpoints(run):
         if not (folder / name).exists():
             continue
         (folder / name).write_bytes(content)
         file_entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        reseal(folder / "manifest.json", lambda tree, own=own: tree["files"].update({name: own}))  # type: ignore[misc]
+        edit_with_digest(folder / "manifest.json", partial(_replace_entry, name=name, entry=file_entry))
 
 
-def some(cases: Iterable[str], *quick: str) -> list[Any]:
+def quick_and_slow(cases: Iterable[str], *quick: str) -> list[Any]:
     """Parameters: those named run always, the others with -m slow."""
     names = list(cases)
     assert set(quick) <= set(names)

@@ -18,17 +18,17 @@ from pipeline.errors import InputError
 from pipeline.record.checkpoint import Checkpoint, DamagedError
 from pipeline.record.run import open_run
 from pipeline.verbs.show import show
-from tests.faults.fault_evidence import evidence
-from tests.security.spoiling import Made
+from tests.faults.fault_evidence import final_state
+from tests.security.spoiling import ExampleRuns
 
-Spoil = Callable[[str], Path]
+CopyRun = Callable[[str], Path]
 
 
 def files_of(run: Path) -> list[str]:
     return sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.is_file() and ".tmp" not in path.parts)
 
 
-def damaged(data: bytes, how: str, where: float, bit: int) -> bytes | None:
+def damage(data: bytes, how: str, where: float, bit: int) -> bytes | None:
     """The content after it; None: the file is gone."""
     offset = min(int(where * len(data)), max(0, len(data) - 1))
     if how == "delete":
@@ -42,7 +42,7 @@ def damaged(data: bytes, how: str, where: float, bit: int) -> bytes | None:
     return b"\xff\x00garbage" * 3
 
 
-hows = st.tuples(
+damage_kinds = st.tuples(
     st.sampled_from(["flip", "flip", "flip", "truncate", "delete", "zeros", "garbage"]),
     st.floats(0, 1, exclude_max=True),
     st.integers(0, 7),
@@ -50,14 +50,14 @@ hows = st.tuples(
 numbers = itertools.count()
 
 
-def check_spoiled(made: Made, folder: Path, which: str, choice: float, how: tuple[str, float, int]) -> str:
+def check_damaged(made: ExampleRuns, folder: Path, which: str, choice: float, how: tuple[str, float, int]) -> str:
     """Spoil one file of a copy and go on. Returns what came of it."""
     source = made.interrupted if which == "interrupted" else made.finished
     storage = folder / str(next(numbers))
     run = Path(shutil.copytree(source, storage / source.name))
     names = files_of(run)
     name = names[int(choice * len(names))]
-    content = damaged((run / name).read_bytes(), *how)
+    content = damage((run / name).read_bytes(), *how)
     if content is None:
         (run / name).unlink()
     else:
@@ -75,9 +75,9 @@ def check_spoiled(made: Made, folder: Path, which: str, choice: float, how: tupl
             assert "Traceback" not in str(refused), description
             return "refused"
         damaged_files = show(source.name, str(storage), verify=True).damaged
-        expected = evidence(made.finished)
+        expected = final_state(made.finished)
         try:
-            ended: dict[str, Any] = evidence(run)
+            ended: dict[str, Any] = final_state(run)
         except Exception:  # whatever outsiders' libraries make of a file that is broken
             ended = {}
         if ended != expected and name.startswith("checkpoints/"):  # of a run that is over: found out by who reads it
@@ -98,19 +98,19 @@ def check_spoiled(made: Made, folder: Path, which: str, choice: float, how: tupl
 @given(
     which=st.sampled_from(["interrupted", "interrupted", "finished"]),
     choice=st.floats(0, 1, exclude_max=True),
-    how=hows,
+    how=damage_kinds,
 )
-def test_any_damage_is_made_good_or_named(
-    made: Made, tmp_path: Path, which: str, choice: float, how: tuple[str, float, int]
+def test_any_damage_is_repaired_or_named(
+    example_runs: ExampleRuns, tmp_path: Path, which: str, choice: float, how: tuple[str, float, int]
 ) -> None:
-    check_spoiled(made, tmp_path, which, choice, how)
+    check_damaged(example_runs, tmp_path, which, choice, how)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(which=st.sampled_from(["interrupted", "finished"]), choice=st.floats(0, 1, exclude_max=True), how=hows)
-def test_much_damage_is_made_good_or_named(
-    made: Made, tmp_path: Path, which: str, choice: float, how: tuple[str, float, int]
+@given(which=st.sampled_from(["interrupted", "finished"]), choice=st.floats(0, 1, exclude_max=True), how=damage_kinds)
+def test_many_damages_are_repaired_or_named(
+    example_runs: ExampleRuns, tmp_path: Path, which: str, choice: float, how: tuple[str, float, int]
 ) -> None:
-    check_spoiled(made, tmp_path, which, choice, how)
+    check_damaged(example_runs, tmp_path, which, choice, how)

@@ -28,17 +28,26 @@ from safetensors.torch import save
 
 from pipeline import load
 from pipeline.errors import InputError
-from pipeline.record.columns import Columns
-from tests.cli.cli_calls import Trainyard
+from pipeline.record.columns import MetricSchema
+from tests.cli.cli_calls import RunCommand
 from tests.record.earlier_checkpoints import put_state
-from tests.security.spoiling import Made, checkpoints, newest_commit, put_file, put_job, reseal, rewrite_job, some
+from tests.security.spoiling import (
+    ExampleRuns,
+    checkpoints,
+    edit_with_digest,
+    newest_commit,
+    quick_and_slow,
+    replace_file,
+    replace_job,
+    rewrite_job,
+)
 
-Spoil = Callable[[str], Path]
-Change = Callable[[dict[str, Any]], Any]
+CopyRun = Callable[[str], Path]
+ChangeTree = Callable[[dict[str, Any]], Any]
 
-MEMORY = 1 << 30
+MEMORY_BYTES = 1 << 30
 """Bytes that a command may take beyond what this process has: no bomb fits in."""
-SECONDS = 60
+TIME_LIMIT_S = 60
 
 
 @pytest.fixture
@@ -50,7 +59,7 @@ def canary(tmp_path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def bounded() -> Iterator[None]:
+def limited_resources() -> Iterator[None]:
     """Little memory and little time, or a MemoryError, or a TimeoutError."""
 
     def late(*_: Any) -> None:
@@ -59,8 +68,8 @@ def bounded() -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_AS)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     handler = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, before[1]))
+    signal.alarm(TIME_LIMIT_S)
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY_BYTES, before[1]))
     try:
         yield
     finally:
@@ -69,7 +78,7 @@ def bounded() -> Iterator[None]:
         signal.signal(signal.SIGALRM, handler)
 
 
-def commands(run: Path, made: Made) -> dict[str, list[str]]:
+def read_commands(run: Path, made: ExampleRuns) -> dict[str, list[str]]:
     """The commands that read a run."""
     return {
         "show": ["show", run.name],
@@ -80,13 +89,13 @@ def commands(run: Path, made: Made) -> dict[str, list[str]]:
     }
 
 
-def check(trainyard: Trainyard, made: Made, run: Path, *names: str) -> dict[str, str]:
+def check_commands(trainyard: RunCommand, made: ExampleRuns, run: Path, *names: str) -> dict[str, str]:
     """Every command (or those named) ends as a command does; the messages of those that refuse."""
     error_messages = {}
-    for name, words in commands(run, made).items():
+    for name, words in read_commands(run, made).items():
         if names and name not in names:
             continue
-        with bounded():
+        with limited_resources():
             ended = trainyard(*words)
         assert ended.code in (0, 2), f"{name}: {ended.code}: {ended.err}"
         assert "Traceback" not in ended.err, f"{name}: {ended.err}"
@@ -99,7 +108,7 @@ def check(trainyard: Trainyard, made: Made, run: Path, *names: str) -> dict[str,
 # --------------------------------------------------------------------------------------------------- safetensors
 
 
-def header(tree: Any, body: bytes = b"") -> bytes:
+def safetensors_bytes(tree: Any, body: bytes = b"") -> bytes:
     text = json.dumps(tree).encode()
     return struct.pack("<Q", len(text)) + text + body
 
@@ -119,19 +128,21 @@ def broken(name: str) -> dict[str, bytes]:
         "header cut": struct.pack("<Q", 10**8) + b"{" * 1000,
         "cut": whole[:-1],
         "longer": whole + b"x",
-        "shape": header({name: {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}, bytes(4)),
-        "size": header({name: {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}, bytes(4)),
-        "type": header({name: {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
-        "overlapping": header(
+        "shape": safetensors_bytes({name: {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}, bytes(4)),
+        "size": safetensors_bytes(
+            {name: {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}, bytes(4)
+        ),
+        "type": safetensors_bytes({name: {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
+        "overlapping": safetensors_bytes(
             {one: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for one in (name, "another")}, bytes(4)
         ),
-        "list": header([]),
+        "list": safetensors_bytes([]),
         "deep": b"[" * 100_000,
         "zip": pickled({name: torch.zeros(4)}),
     }
 
 
-WEIGHTS = {
+HOSTILE_WEIGHTS = {
     **broken("0.weight"),
     "a tensor of it": save({"0.weight": torch.zeros(6, 2)}),
     "no numbers": save({"0.weight": torch.zeros(0, 2**30)}),
@@ -145,19 +156,19 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("kind", some(WEIGHTS, "header", "shape", "a tensor of it"))
-def test_weight_files(trainyard: Trainyard, made: Made, spoil: Spoil, kind: str) -> None:
-    run = spoil("interrupted")
-    put_file(run, "model.safetensors", WEIGHTS[kind])
-    said = check(trainyard, made, run)
+@pytest.mark.parametrize("kind", quick_and_slow(HOSTILE_WEIGHTS, "header", "shape", "a tensor of it"))
+def test_weight_files(trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, kind: str) -> None:
+    run = copy_run("interrupted")
+    replace_file(run, "model.safetensors", HOSTILE_WEIGHTS[kind])
+    said = check_commands(trainyard, example_runs, run)
     assert said.keys() == {"evaluate", "predict", "resume", "init_from"}
 
 
-@pytest.mark.parametrize("kind", some(STATES, "header", "size", "zip", "other shape"))
-def test_state_files(trainyard: Trainyard, made: Made, spoil: Spoil, kind: str) -> None:
-    run = spoil("interrupted")
-    put_file(run, "state.safetensors", STATES[kind])
-    said = check(trainyard, made, run, "show", "resume")
+@pytest.mark.parametrize("kind", quick_and_slow(STATES, "header", "size", "zip", "other shape"))
+def test_state_files(trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, kind: str) -> None:
+    run = copy_run("interrupted")
+    replace_file(run, "state.safetensors", STATES[kind])
+    said = check_commands(trainyard, example_runs, run, "show", "resume")
     assert said.keys() == {"resume"}
     if kind in broken(""):
         assert "state.safetensors is not what Trainyard writes" in said["resume"]
@@ -180,9 +191,9 @@ class Canary:
 
 @pytest.mark.parametrize("kind", ["pickle", "zip"])
 def test_no_pickle_is_read(
-    trainyard: Trainyard,
-    made: Made,
-    spoil: Spoil,
+    trainyard: RunCommand,
+    made: ExampleRuns,
+    spoil: CopyRun,
     canary: Path,
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
@@ -195,40 +206,40 @@ def test_no_pickle_is_read(
 
     monkeypatch.setattr(torch, "load", refuse)
     run = spoil("interrupted")
-    put_file(run, "state.safetensors", content)
-    assert "state.safetensors is not what" in check(trainyard, made, run, "show", "resume")["resume"]
+    replace_file(run, "state.safetensors", content)
+    assert "state.safetensors is not what" in check_commands(trainyard, made, run, "show", "resume")["resume"]
     shutil.rmtree(run)
     run = spoil("interrupted")
     for folder in checkpoints(run):
         if (folder / "state.safetensors").exists():
             put_state(folder, content)
-    said = check(trainyard, made, run)
+    said = check_commands(trainyard, made, run)
     assert said.keys() == {"predict", "resume"}, "no table is there to predict from"
     assert "begun by an earlier version" in said["resume"]
     shutil.rmtree(run)
     run = spoil("interrupted")
     for folder in checkpoints(run):
         (folder / "state.pt").write_bytes(content)
-    assert check(trainyard, made, run).keys() == {"predict"}
+    assert check_commands(trainyard, made, run).keys() == {"predict"}
 
 
 # ------------------------------------------------------------------------------------------------------- Parquet
 
 
-def parquet(table: pa.Table, **how: Any) -> bytes:
+def encode_parquet(table: pa.Table, **how: Any) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, **how)
     return buffer.getvalue()
 
 
-def rows_schema() -> pa.Schema:
-    both = pa.unify_schemas([Columns().step_schema(), Columns().evaluation_schema()])
+def read_rows_schema() -> pa.Schema:
+    both = pa.unify_schemas([MetricSchema().step_schema(), MetricSchema().evaluation_schema()])
     return both.append(pa.field("table", pa.string()))
 
 
-def many_rows() -> bytes:
+def encode_many_rows() -> bytes:
     """Twelve million empty rows in some kilobytes."""
-    schema, buffer = rows_schema(), io.BytesIO()
+    schema, buffer = read_rows_schema(), io.BytesIO()
     group = pa.table([pa.nulls(4_000_000, one.type) for one in schema], schema=schema)
     with pq.ParquetWriter(buffer, schema, compression="zstd") as writer:
         for _ in range(3):
@@ -238,45 +249,47 @@ def many_rows() -> bytes:
 
 @pytest.mark.parametrize(
     "kind",
-    some(["empty", "no Parquet", "other columns", "many rows", "other types", "metadata", "cut"], "many rows", "cut"),
+    quick_and_slow(
+        ["empty", "no Parquet", "other columns", "many rows", "other types", "metadata", "cut"], "many rows", "cut"
+    ),
 )
-def test_row_files(trainyard: Trainyard, made: Made, spoil: Spoil, kind: str) -> None:
-    run = spoil("interrupted")
+def test_row_files(trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, kind: str) -> None:
+    run = copy_run("interrupted")
     own = next(
         folder / "rows.parquet" for folder in checkpoints(run) if (folder / "rows.parquet").exists()
     ).read_bytes()
     makers: dict[str, Callable[[], bytes]] = {
         "empty": lambda: b"",
         "no Parquet": lambda: b"PAR1" + b"\xff" * 100 + struct.pack("<I", 2**31 - 1) + b"PAR1",
-        "other columns": lambda: parquet(pa.table({"step": [1]})),
-        "many rows": many_rows,
-        "other types": lambda: parquet(
+        "other columns": lambda: encode_parquet(pa.table({"step": [1]})),
+        "many rows": encode_many_rows,
+        "other types": lambda: encode_parquet(
             pa.table({one.name: pa.array(["x"]) for one in pq.read_schema(io.BytesIO(own))})
         ),
-        "metadata": lambda: parquet(pa.table({"a": [1]}).replace_schema_metadata({"x": "y" * 10_000_000})),
+        "metadata": lambda: encode_parquet(pa.table({"a": [1]}).replace_schema_metadata({"x": "y" * 10_000_000})),
         "cut": lambda: own[: len(own) // 2],
     }
-    put_file(run, "rows.parquet", makers[kind]())
-    said = check(trainyard, made, run, "show", "resume")
+    replace_file(run, "rows.parquet", makers[kind]())
+    said = check_commands(trainyard, example_runs, run, "show", "resume")
     assert said.keys() == {"resume"}
 
 
-@pytest.mark.parametrize("kind", some(["empty", "many rows", "cut"], "cut"))
-def test_cells(trainyard: Trainyard, made: Made, spoil: Spoil, kind: str) -> None:
-    run = spoil("finished")
+@pytest.mark.parametrize("kind", quick_and_slow(["empty", "many rows", "cut"], "cut"))
+def test_segment_files(trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, kind: str) -> None:
+    run = copy_run("finished")
     cell = run / "metrics" / "steps" / "000001.parquet"
-    cell.write_bytes({"empty": b"", "many rows": many_rows(), "cut": cell.read_bytes()[:-20]}[kind])
-    assert check(trainyard, made, run).keys() == {"predict"}
+    cell.write_bytes({"empty": b"", "many rows": encode_many_rows(), "cut": cell.read_bytes()[:-20]}[kind])
+    assert check_commands(trainyard, example_runs, run).keys() == {"predict"}
     shown = trainyard("show", run.name, "--verify")
     assert "damaged   metrics/steps/000001.parquet" in shown.out
 
 
 # ---------------------------------------------------------------------------------------------------------- JSON
 
-DEEP = "[" * 50_000 + "]" * 50_000
-BOMBS: dict[str, str | bytes] = {
-    "deep": DEEP,
-    "deep in a key": '{"number": ' + DEEP + "}",
+DEEPLY_NESTED = "[" * 50_000 + "]" * 50_000
+HOSTILE_DOCUMENTS: dict[str, str | bytes] = {
+    "deep": DEEPLY_NESTED,
+    "deep in a key": '{"number": ' + DEEPLY_NESTED + "}",
     "a long number": '{"number": ' + "9" * 100_000 + "}",
     "NaN": '{"number": NaN}',
     "infinite": '{"number": 1e999, "kind": "claim"}',
@@ -287,13 +300,13 @@ BOMBS: dict[str, str | bytes] = {
 }
 
 
-PLACES = ["journal", "heartbeat", "manifest", "run.json", "result.json"]
+DOCUMENT_FILES = ["journal", "heartbeat", "manifest", "run.json", "result.json"]
 
 
 @pytest.mark.parametrize(
     "case",
-    some(
-        [f"{bomb} as {where}" for where in PLACES for bomb in BOMBS],
+    quick_and_slow(
+        [f"{bomb} as {where}" for where in DOCUMENT_FILES for bomb in HOSTILE_DOCUMENTS],
         "deep as journal",
         "cut as journal",
         "no UTF-8 as manifest",
@@ -302,10 +315,10 @@ PLACES = ["journal", "heartbeat", "manifest", "run.json", "result.json"]
         "empty as result.json",
     ),
 )
-def test_documents_that_are_none(trainyard: Trainyard, made: Made, spoil: Spoil, case: str) -> None:
+def test_invalid_documents(trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, case: str) -> None:
     bomb, _, where = case.partition(" as ")
-    run = spoil("interrupted" if where == "heartbeat" else "finished")
-    text = BOMBS[bomb]
+    run = copy_run("interrupted" if where == "heartbeat" else "finished")
+    text = HOSTILE_DOCUMENTS[bomb]
     path = {
         "journal": newest_commit(run)[0],
         "heartbeat": next((run / "heartbeats").glob("*")),
@@ -314,7 +327,9 @@ def test_documents_that_are_none(trainyard: Trainyard, made: Made, spoil: Spoil,
         "result.json": run / "result.json",
     }[where]
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    said = check(trainyard, made, run, "show", *(["evaluate", "resume"] if where in ("journal", "manifest") else []))
+    said = check_commands(
+        trainyard, example_runs, run, "show", *(["evaluate", "resume"] if where in ("journal", "manifest") else [])
+    )
     if where == "journal":
         assert all(path.name in text for text in said.values())
         assert said.keys() >= {"show", "resume"}
@@ -324,7 +339,7 @@ def test_documents_that_are_none(trainyard: Trainyard, made: Made, spoil: Spoil,
     assert (listed.code, run.name in listed.out) == (0, True)
 
 
-HOSTILE_COMMITS: dict[str, Change] = {
+HOSTILE_COMMITS: dict[str, ChangeTree] = {
     "traversal": lambda tree: tree.update(checkpoint="../../x"),
     "absolute": lambda tree: tree.update(checkpoint="/etc"),
     "kept": lambda tree: tree.update(kept=[["../../../etc", None]]),
@@ -352,7 +367,7 @@ CARRIED_COMMITS = [f"{kind}, carried" for kind in HOSTILE_COMMITS if "kind" not 
 
 @pytest.mark.parametrize(
     "case",
-    some(
+    quick_and_slow(
         [*HOSTILE_COMMITS, *CARRIED_COMMITS],
         "traversal",
         "kept best",
@@ -363,24 +378,24 @@ CARRIED_COMMITS = [f"{kind}, carried" for kind in HOSTILE_COMMITS if "kind" not 
         "a word for a number, carried",
     ),
 )
-def test_commits_of_others(trainyard: Trainyard, made: Made, spoil: Spoil, case: str) -> None:
+def test_hostile_commits(trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, case: str) -> None:
     kind = case.removesuffix(", carried")
-    run = spoil("interrupted")
+    run = copy_run("interrupted")
     path, _ = newest_commit(run)
     leave = sorted((run / "journal").glob("*"))[-1]
     assert leave != path
     if kind == case:
         leave.unlink()
-        reseal(path, HOSTILE_COMMITS[kind])
+        edit_with_digest(path, HOSTILE_COMMITS[kind])
     else:
         path = leave
-        reseal(path, lambda tree: HOSTILE_COMMITS[kind](tree["before"]["commit"]))
-    said = check(trainyard, made, run)
+        edit_with_digest(path, lambda tree: HOSTILE_COMMITS[kind](tree["before"]["commit"]))
+    said = check_commands(trainyard, example_runs, run)
     assert said.keys() == {"show", "evaluate", "predict", "resume", "init_from"}
     assert all(path.name in text for text in said.values())
 
 
-HOSTILE_CLAIMS: dict[str, Change] = {
+HOSTILE_CLAIMS: dict[str, ChangeTree] = {
     "interval": lambda tree: tree.update(interval_s=1e300),
     "lock": lambda tree: tree.update(lock=5),
     "facts": lambda tree: tree.update(facts=[]),
@@ -389,23 +404,23 @@ HOSTILE_CLAIMS: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize("kind", some(HOSTILE_CLAIMS, "interval", "code"))
-def test_claims_of_others(trainyard: Trainyard, made: Made, spoil: Spoil, kind: str) -> None:
+@pytest.mark.parametrize("kind", quick_and_slow(HOSTILE_CLAIMS, "interval", "code"))
+def test_hostile_claims(trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, kind: str) -> None:
     """As the newest entry, and as what a later one carries of it; the claim itself is then read for words only."""
-    run = spoil("interrupted")
+    run = copy_run("interrupted")
     first = run / "journal" / "00000001.json"
-    reseal(first, HOSTILE_CLAIMS[kind])
-    assert check(trainyard, made, run, "show") == {}
+    edit_with_digest(first, HOSTILE_CLAIMS[kind])
+    assert check_commands(trainyard, example_runs, run, "show") == {}
     leave = sorted((run / "journal").glob("*"))[-1]
     if kind != "code":  # which nothing carries
-        reseal(leave, lambda tree: HOSTILE_CLAIMS[kind](tree["before"]["claim"]))
-        assert check(trainyard, made, run, "show", "resume").keys() == {"show", "resume"}
+        edit_with_digest(leave, lambda tree: HOSTILE_CLAIMS[kind](tree["before"]["claim"]))
+        assert check_commands(trainyard, example_runs, run, "show", "resume").keys() == {"show", "resume"}
     for path in sorted((run / "journal").glob("*"))[1:]:
         path.unlink()
-    assert check(trainyard, made, run, "show", "resume").keys() == {"show", "resume"}
+    assert check_commands(trainyard, example_runs, run, "show", "resume").keys() == {"show", "resume"}
 
 
-HOSTILE_MANIFESTS: dict[str, Change] = {
+HOSTILE_MANIFESTS: dict[str, ChangeTree] = {
     "traversal": lambda tree: tree["files"].update({"../../../job.yaml": {"size": 1, "sha256": "0"}}),
     "absolute": lambda tree: tree["files"].update({"/etc/passwd": {"size": 1, "sha256": "0"}}),
     "size": lambda tree: tree["files"]["model.safetensors"].update(size="x"),
@@ -422,37 +437,37 @@ HOSTILE_MANIFESTS: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize("kind", some(HOSTILE_MANIFESTS, "traversal", "no state", "position", "cell"))
-def test_manifests_of_others(trainyard: Trainyard, made: Made, spoil: Spoil, kind: str) -> None:
-    run = spoil("interrupted")
+@pytest.mark.parametrize("kind", quick_and_slow(HOSTILE_MANIFESTS, "traversal", "no state", "position", "cell"))
+def test_hostile_manifests(trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, kind: str) -> None:
+    run = copy_run("interrupted")
     for folder in (run / "checkpoints").iterdir():
-        reseal(folder / "manifest.json", HOSTILE_MANIFESTS[kind])
-    said = check(trainyard, made, run)
+        edit_with_digest(folder / "manifest.json", HOSTILE_MANIFESTS[kind])
+    said = check_commands(trainyard, example_runs, run)
     assert "show" not in said
 
 
-def test_a_journal_with_one_high_number_is_not_read_a_million_times(
-    trainyard: Trainyard, made: Made, spoil: Spoil
+def test_huge_entry_number_does_not_cause_a_long_scan(
+    trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun
 ) -> None:
-    run = spoil("interrupted")
+    run = copy_run("interrupted")
     for name in ("\u00b2" * 8 + ".json", "\u0660" * 8 + ".json", "99999999999.json"):
         (run / "journal" / name).write_text("{}")
     (run / "reads").mkdir()
     (run / "reads" / ("\u00b2" * 8 + ".json")).write_text("")
-    assert check(trainyard, made, run, "show", "resume") == {}
+    assert check_commands(trainyard, example_runs, run, "show", "resume") == {}
     assert trainyard("evaluate", run.name, "--split", "test").code == 0
     assert "finished" in trainyard("show", run.name).out
     (run / "journal" / "99999999.json").write_text("{}")
-    assert check(trainyard, made, run, "show", "resume") == {}
+    assert check_commands(trainyard, example_runs, run, "show", "resume") == {}
     assert "is missing, though later ones are there" in trainyard("show", run.name).out
 
 
-def test_words_from_storage_do_not_reach_the_terminal_as_commands(
-    trainyard: Trainyard, made: Made, spoil: Spoil
+def test_stored_text_cannot_inject_terminal_sequences(
+    trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun
 ) -> None:
-    run = spoil("interrupted")
+    run = copy_run("interrupted")
     leave = sorted((run / "journal").glob("*"))[-1]
-    reseal(
+    edit_with_digest(
         leave, lambda tree: tree.update(status="failed", error={"type": "x", "message": "\x1b]0;pwned\x07\u202efine"})
     )
     shown = trainyard("show", run.name)
@@ -462,11 +477,13 @@ def test_words_from_storage_do_not_reach_the_terminal_as_commands(
 
 # -------------------------------------------------------------------------------------------------------- job.yaml
 
-LAUGHS = "\n".join(["a0: &a0 [x, x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *a{n - 1}]" for n in range(1, 60))])
-JOBS: dict[str, str | bytes] = {
+BILLION_LAUGHS = "\n".join(
+    ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}, *a{n - 1}]" for n in range(1, 60))]
+)
+HOSTILE_JOBS: dict[str, str | bytes] = {
     "python": "name: !!python/object/apply:os.mkdir [{canary}]\n",
     "python name": "name: v\nmodel: !!python/name:os.system\n",
-    "laughs": LAUGHS,
+    "laughs": BILLION_LAUGHS,
     "laughs in args": "name: v\ndata:\n  source:\n    call: os:mkdir\n    args: {{b: &b [x, x],\n"
     + "".join(
         f"      c{n}: &c{n} [*{'b' if n == 0 else f'c{n - 1}'}, *{'b' if n == 0 else f'c{n - 1}'}],\n"
@@ -486,22 +503,26 @@ JOBS: dict[str, str | bytes] = {
 }
 
 
-@pytest.mark.parametrize("kind", some(JOBS, "python", "laughs in args", "wide", "no UTF-8", "a huge number"))
-def test_stored_jobs(trainyard: Trainyard, made: Made, spoil: Spoil, canary: Path, kind: str) -> None:
-    run = spoil("finished")
-    text = JOBS[kind]
+@pytest.mark.parametrize(
+    "kind", quick_and_slow(HOSTILE_JOBS, "python", "laughs in args", "wide", "no UTF-8", "a huge number")
+)
+def test_stored_jobs(
+    trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, canary: Path, kind: str
+) -> None:
+    run = copy_run("finished")
+    text = HOSTILE_JOBS[kind]
     if isinstance(text, bytes):
         path = run / "job.yaml"
         path.write_bytes(path.read_bytes().partition(b"\n")[0] + b"\n" + text)
     else:
-        put_job(
+        replace_job(
             run, text.replace("{canary}", str(canary)).replace("{{", "{").replace("}}", "}"), {"identity": "another"}
         )
-    said = check(trainyard, made, run)
+    said = check_commands(trainyard, example_runs, run)
     assert said.keys() >= {"evaluate", "predict", "resume"}
 
 
-NAMES: dict[str, Change] = {
+IMPORTING_JOBS: dict[str, ChangeTree] = {
     "data": lambda tree: tree["data"].update(source={"call": "hostile:run", "args": {}}),
     "model": lambda tree: tree.update(model={"kind": "hostile:run"}),
     "loss": lambda tree: tree["task"].update(loss="hostile:run"),
@@ -511,37 +532,39 @@ NAMES: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize("kind", some(NAMES, "system", "model"))
-def test_modules_that_a_stored_job_names_are_not_imported(
-    trainyard: Trainyard, made: Made, spoil: Spoil, canary: Path, kind: str
+@pytest.mark.parametrize("kind", quick_and_slow(IMPORTING_JOBS, "system", "model"))
+def test_modules_named_by_a_stored_job_are_not_imported(
+    trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, canary: Path, kind: str
 ) -> None:
-    run = spoil("finished")
+    run = copy_run("finished")
     code = f"import os\nos.mkdir({str(canary)!r})\ndef run(**args): pass\ndef gauge(*args): pass\n"
     (run.parent.parent / "hostile.py").write_text(code)  # even where it can be found
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("hostile.py", code)
     (run / "code.zip").write_bytes(buffer.getvalue())
-    rewrite_job(run, NAMES[kind])
-    said = check(trainyard, made, run)
+    rewrite_job(run, IMPORTING_JOBS[kind])
+    said = check_commands(trainyard, example_runs, run)
     assert "--trust" in said["evaluate"]
     assert "hostile" not in sys.modules
     if kind in ("model", "Popen"):
         assert "--trust" in said["predict"]
 
 
-def test_a_stored_jobs_code_folder_is_no_place_to_import_from(trainyard: Trainyard, made: Made, spoil: Spoil) -> None:
+def test_stored_code_folder_is_not_imported_from(
+    trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun
+) -> None:
     """Else any module that a library looks for in vain could be put there."""
-    run = spoil("finished")
+    run = copy_run("finished")
     rewrite_job(run, lambda tree: tree.update(code=str(run)))
     before = list(sys.path)
-    assert check(trainyard, made, run).keys() == {"predict"}
+    assert check_commands(trainyard, example_runs, run).keys() == {"predict"}
     assert str(run) not in {*sys.path} - {*before}
 
 
 @pytest.mark.parametrize(
     "url",
-    some(
+    quick_and_slow(
         [
             "reference://::file:///tmp/x.json",
             "dask://x",
@@ -552,27 +575,27 @@ def test_a_stored_jobs_code_folder_is_no_place_to_import_from(trainyard: Trainya
         "reference://::file:///tmp/x.json",
     ),
 )
-def test_a_stored_job_has_its_data_read_by_plain_file_systems_alone(
-    trainyard: Trainyard, made: Made, spoil: Spoil, url: str
+def test_stored_job_reads_data_only_by_plain_file_systems(
+    trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, url: str
 ) -> None:
-    run = spoil("finished")
+    run = copy_run("finished")
     rewrite_job(run, lambda tree: tree["data"].update(source="parquet", url=url, label="y"))
-    said = check(trainyard, made, run, "evaluate")
+    said = check_commands(trainyard, example_runs, run, "evaluate")
     assert "--trust" in said["evaluate"]
 
 
 @pytest.mark.parametrize(
     "entry",
-    some(
+    quick_and_slow(
         ["../out.py", "/tmp/out.py", "a/../../out.py", "C:\\out.py", "link.py", "big.py", "sitecustomize.pth"],
         "../out.py",
         "big.py",
     ),
 )
-def test_stored_code_does_not_leave_its_folder_even_when_trusted(
-    trainyard: Trainyard, made: Made, spoil: Spoil, tmp_path: Path, entry: str
+def test_stored_code_stays_in_its_folder_even_if_trusted(
+    trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, tmp_path: Path, entry: str
 ) -> None:
-    run = spoil("finished")
+    run = copy_run("finished")
     rewrite_job(run, lambda tree: tree.update(model={"kind": "nowhere:Net"}))
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -581,7 +604,7 @@ def test_stored_code_does_not_leave_its_folder_even_when_trusted(
             info.external_attr = 0o120777 << 16
         archive.writestr(info, b"/etc/passwd" if entry == "link.py" else bytes(2 * 10**7 if entry == "big.py" else 10))
     (run / "code.zip").write_bytes(buffer.getvalue())
-    with bounded(), pytest.raises(InputError):
+    with limited_resources(), pytest.raises(InputError):
         load(str(run), trust=True)
     assert not list(tmp_path.glob("out.py"))
     assert not Path("/tmp/out.py").exists()
@@ -590,7 +613,7 @@ def test_stored_code_does_not_leave_its_folder_even_when_trusted(
 # ------------------------------------------------------------------------------------------------- preprocess.json
 
 
-FITTED: dict[str, Change] = {
+HOSTILE_PREPROCESSING: dict[str, ChangeTree] = {
     "huge": lambda tree: tree["inputs"].update(sample_shape=[10**9, 10**9]),
     "negative": lambda tree: tree["inputs"].update(sample_shape=[-1]),
     "no axis": lambda tree: tree["inputs"].update(sample_shape=[]),
@@ -611,19 +634,19 @@ FITTED: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize("kind", some(FITTED, "huge", "means", "codes"))
-def test_preprocessing(trainyard: Trainyard, made: Made, spoil: Spoil, kind: str) -> None:
-    run = spoil("finished")
+@pytest.mark.parametrize("kind", quick_and_slow(HOSTILE_PREPROCESSING, "huge", "means", "codes"))
+def test_preprocessing(trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, kind: str) -> None:
+    run = copy_run("finished")
     tree = json.loads(next(folder / "preprocess.json" for folder in checkpoints(run)).read_text())
-    FITTED[kind](tree)
-    put_file(run, "preprocess.json", json.dumps(tree).encode())
-    check(trainyard, made, run, "evaluate", "predict")
-    with bounded(), suppress(InputError):
+    HOSTILE_PREPROCESSING[kind](tree)
+    replace_file(run, "preprocess.json", json.dumps(tree).encode())
+    check_commands(trainyard, example_runs, run, "evaluate", "predict")
+    with limited_resources(), suppress(InputError):
         load(str(run)).predict(np.zeros((3, 2)))
 
 
-def test_what_is_not_spoiled_is_read(trainyard: Trainyard, made: Made, spoil: Spoil) -> None:
+def test_undamaged_run_is_read(trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun) -> None:
     """The other tests mean something: without damage these commands work (but for predict, which has no table)."""
-    run = spoil("interrupted")
-    assert check(trainyard, made, run).keys() == {"predict"}
+    run = copy_run("interrupted")
+    assert check_commands(trainyard, example_runs, run).keys() == {"predict"}
     assert load(str(run)).predict(np.zeros((3, 2))).shape == (3,)

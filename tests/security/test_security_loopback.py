@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-SCRIPT = """
+DRIVER_SCRIPT = """
 import json, os, signal, warnings
 warnings.simplefilter("ignore")
-from pipeline.cluster.connection import connected
-from pipeline.job import Scale
-from tests.security.listening import family, listening
+from pipeline.cluster.connection import ray_connection
+from pipeline.job import ScalingConfig
+from tests.security.listening import listening_addresses, process_tree
 
-with connected(None, Scale(workers=1), lambda event: None, verbose=False) as ray:
-    found = {pid: sorted(listening(pid)) for pid in family(os.getpid())}
+with ray_connection(None, ScalingConfig(workers=1), lambda event: None, verbose=False) as ray:
+    found = {pid: sorted(listening_addresses(pid)) for pid in process_tree(os.getpid())}
     heard = []
     signal.signal(signal.SIGHUP, lambda number, frame: heard.append(number))
     os.killpg(0, signal.SIGHUP)  # as a terminal that is closed
@@ -28,11 +28,11 @@ with connected(None, Scale(workers=1), lambda event: None, verbose=False) as ray
 
 
 @pytest.fixture(scope="module")
-def told() -> Any:
+def cluster_facts() -> Any:
     """What such a cluster's driver, in a session of its own, says of it."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     ran = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
+        [sys.executable, "-c", DRIVER_SCRIPT],
         capture_output=True,
         text=True,
         timeout=240,
@@ -44,11 +44,11 @@ def told() -> Any:
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-def test_servers_of_a_local_cluster_listen_on_loopback(told: Any) -> None:
-    by_pid = {pid: addresses for pid, addresses in told["listening"].items() if addresses}
+def test_local_cluster_servers_listen_on_loopback(cluster_facts: Any) -> None:
+    by_pid = {pid: addresses for pid, addresses in cluster_facts["listening"].items() if addresses}
     assert len(by_pid) > 3, "these are not the processes of a cluster"
     assert {address for addresses in by_pid.values() for address in addresses} == {"127.0.0.1"}
 
 
-def test_a_terminal_that_is_closed_ends_none_of_its_processes(told: Any) -> None:
-    assert (len(told["heard"]), told["square"]) == (1, 49)
+def test_closed_terminal_does_not_end_cluster_processes(cluster_facts: Any) -> None:
+    assert (len(cluster_facts["heard"]), cluster_facts["square"]) == (1, 49)

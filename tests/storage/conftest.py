@@ -11,7 +11,7 @@ from pipeline.storage import faults
 
 
 @pytest.fixture
-def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def backoff_pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses before another try, in seconds: none of them is made, and time does not pass for who waits."""
     made: list[float] = []
     patient = SimpleNamespace(monotonic=lambda: 0.0, sleep=made.append, time=time.time)

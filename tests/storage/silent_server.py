@@ -44,10 +44,10 @@ class SilentProxy:
             except OSError:
                 return
             self._open += [client_socket, there]
-            threading.Thread(target=self._pass_on, args=(client_socket, there, False), daemon=True).start()
-            threading.Thread(target=self._pass_on, args=(there, client_socket, True), daemon=True).start()
+            threading.Thread(target=self._forward, args=(client_socket, there, False), daemon=True).start()
+            threading.Thread(target=self._forward, args=(there, client_socket, True), daemon=True).start()
 
-    def _pass_on(self, source: socket.socket, target: socket.socket, is_answer: bool) -> None:
+    def _forward(self, source: socket.socket, target: socket.socket, is_answer: bool) -> None:
         try:
             while data := source.recv(65536):
                 if is_answer and self.silent.is_set():

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.errors import StorageError
 from pipeline.storage import Storage, remote
-from pipeline.testing import faults
+from pipeline.testing import inject_faults
 
 
 @pytest.fixture(params=["local", "memory", "s3", "faulty"])
@@ -26,11 +26,11 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]
     elif request.param == "s3":
         yield Storage.open(request.getfixturevalue("s3_url"))
     else:
-        with faults("seed=4 error=0.02 lost=0.02 slow_down=0.002 truncated=0.01"):
+        with inject_faults("seed=4 error=0.02 lost=0.02 slow_down=0.002 truncated=0.01"):
             yield Storage.open(request.getfixturevalue("s3_url").replace("s3://", "faulty://s3/"))
 
 
-def test_what_was_put_is_read(storage: Storage) -> None:
+def test_put_and_read(storage: Storage) -> None:
     storage.replace("run/a.bin", b"\x00one")
     assert storage.read("run/a.bin") == b"\x00one"
     storage.replace("run/a.bin", b"two", sync=True)
@@ -39,13 +39,13 @@ def test_what_was_put_is_read(storage: Storage) -> None:
     assert storage.read("run/empty") == b""
 
 
-def test_a_large_file_is_put_whole(storage: Storage) -> None:
+def test_put_large_file(storage: Storage) -> None:
     data = bytes(range(256)) * 20_000
     storage.replace("run/large.bin", data)
     assert storage.read("run/large.bin") == data
 
 
-def test_what_is_absent_is_not_found(storage: Storage) -> None:
+def test_missing_file_is_not_found(storage: Storage) -> None:
     with pytest.raises(FileNotFoundError):
         storage.read("run/none")
     assert storage.list() == []
@@ -55,27 +55,27 @@ def test_what_is_absent_is_not_found(storage: Storage) -> None:
     storage.delete_folder("run/none")
 
 
-def test_files_around_the_size_that_is_asked_for_first(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_around_the_first_read_size(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "FIRST_READ_BYTES", 1000)
     for size in (0, 1, 999, 1000, 1001, 3000):
         storage.replace(f"run/{size}", bytes(size))
         assert storage.read(f"run/{size}") == bytes(size)
 
 
-def test_nothing_is_below_a_file(storage: Storage) -> None:
+def test_no_children_below_a_file(storage: Storage) -> None:
     storage.replace("run/file", b"")
     with pytest.raises(FileNotFoundError):
         storage.read("run/file/below")
 
 
-def test_create_is_won_once(storage: Storage) -> None:
+def test_create_succeeds_once(storage: Storage) -> None:
     assert storage.create("run/x.json", b"mine")
     assert storage.create("run/x.json", b"mine"), "the same content again is a repeated request"
     assert not storage.create("run/x.json", b"other")
     assert storage.read("run/x.json") == b"mine"
 
 
-def test_threads_that_race_for_a_name_agree_on_the_winner(storage: Storage) -> None:
+def test_concurrent_creates_agree_on_the_winner(storage: Storage) -> None:
     rounds, racers = 12, 4
     won: dict[int, list[bytes]] = {number: [] for number in range(rounds)}
     barrier = threading.Barrier(racers)
@@ -95,7 +95,7 @@ def test_threads_that_race_for_a_name_agree_on_the_winner(storage: Storage) -> N
         assert won[number] == [storage.read(f"run/{number}")]
 
 
-def test_a_listing_names_files_and_folders_at_once(storage: Storage) -> None:
+def test_listing_has_files_and_folders(storage: Storage) -> None:
     assert storage.list("run") == []
     storage.replace("run/b", b"")
     assert storage.list("run") == ["b"]
@@ -110,7 +110,7 @@ def test_a_listing_names_files_and_folders_at_once(storage: Storage) -> None:
     assert storage.list() == ["running"]
 
 
-def test_exists_knows_files_and_folders(storage: Storage) -> None:
+def test_exists_for_files_and_folders(storage: Storage) -> None:
     storage.replace("run/folder/c", b"")
     assert storage.exists("run")
     assert storage.exists("run/folder")
@@ -119,29 +119,29 @@ def test_exists_knows_files_and_folders(storage: Storage) -> None:
     assert not storage.exists("run/folder/c")
 
 
-def test_a_folder_opened_through_another_is_the_same(storage: Storage) -> None:
-    inner = storage.at("run").at("metrics/steps")
+def test_opened_subfolder_is_equivalent(storage: Storage) -> None:
+    inner = storage.subfolder("run").subfolder("metrics/steps")
     inner.replace("0", b"cell")
     assert storage.read("run/metrics/steps/0") == b"cell"
     assert inner.url == f"{storage.url}/run/metrics/steps"
 
 
 @pytest.mark.parametrize("path", ["..", "../other", "a/../../b", "/etc", "a//b", "./a", "", "a\0b"])
-def test_no_path_leaves_its_folder(storage: Storage, path: str) -> None:
-    for action in (storage.read, storage.at, storage.exists, storage.delete, storage.delete_folder):
+def test_paths_stay_in_their_folder(storage: Storage, path: str) -> None:
+    for action in (storage.read, storage.subfolder, storage.exists, storage.delete, storage.delete_folder):
         with pytest.raises(StorageError, match="no path inside"):
             action(path)
     with pytest.raises(StorageError, match="no path inside"):
         storage.replace(path, b"")
 
 
-def test_it_says_whether_create_excludes(storage: Storage) -> None:
+def test_reports_exclusive_create(storage: Storage) -> None:
     assert storage.has_conditional_writes()
     assert storage.list() == [], "trying it out leaves nothing behind"
 
 
-def test_it_crosses_processes(storage: Storage) -> None:
-    inner = storage.at("run", own_temporaries=True).within(7.0)
+def test_pickles_to_other_processes(storage: Storage) -> None:
+    inner = storage.subfolder("run", own_temporary_folder=True).with_timeout(7.0)
     inner.replace("a", b"1")
     copy = pickle.loads(pickle.dumps(inner))
     assert copy.url == inner.url
@@ -150,9 +150,9 @@ def test_it_crosses_processes(storage: Storage) -> None:
     assert storage.list("run") == ["a", "b"]
 
 
-def test_each_keeps_the_order(storage: Storage) -> None:
+def test_map_concurrent_keeps_order(storage: Storage) -> None:
     for number in range(20):
         storage.replace(f"run/{number}", str(number).encode())
-    assert list(storage.each(lambda number: storage.read(f"run/{number}"), range(20))) == [
+    assert list(storage.map_concurrent(lambda number: storage.read(f"run/{number}"), range(20))) == [
         str(number).encode() for number in range(20)
     ]

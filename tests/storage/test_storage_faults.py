@@ -15,12 +15,12 @@ import pytest
 
 from pipeline.errors import StorageError, StorageLostError
 from pipeline.storage import Storage
-from pipeline.storage.faults import Patience, explain, scrub
+from pipeline.storage.faults import RetryPolicy, redact, summarize_error
 from pipeline.storage.local import LocalBackend
 
 
 @pytest.fixture
-def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_retry_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patience of a second."""
     monkeypatch.setenv("TRAINYARD_STORAGE_LIMIT_S", "1")
 
@@ -48,20 +48,20 @@ def new_s3_client() -> Iterator[None]:
         ("file://relative", "absolute"),
     ],
 )
-def test_a_url_that_cannot_be_used(url: str, says: str) -> None:
+def test_unusable_url(url: str, says: str) -> None:
     with pytest.raises(StorageError, match=says) as caught:
         Storage.open(url)
     assert caught.value.exit_code == 2
     assert caught.value.fix
 
 
-def test_a_missing_library_names_the_extra() -> None:
+def test_missing_library_names_the_extra() -> None:
     with pytest.raises(StorageError) as caught:
         Storage.open("abfs://container/x")
     assert caught.value.fix == "pip install 'trainyard[azure]'"
 
 
-def test_a_missing_bucket_is_bad_input_at_once(s3_endpoint: str, pauses: list[float]) -> None:
+def test_a_missing_bucket_is_bad_input_at_once(s3_endpoint: str, backoff_pauses: list[float]) -> None:
     storage = Storage.open("s3://no-such-bucket/runs")
     actions: list[Callable[[], object]] = [
         lambda: storage.list(),
@@ -73,10 +73,12 @@ def test_a_missing_bucket_is_bad_input_at_once(s3_endpoint: str, pauses: list[fl
     for action in actions:
         with pytest.raises(StorageError, match="no such bucket"):
             action()
-    assert pauses == []
+    assert backoff_pauses == []
 
 
-def test_an_endpoint_that_is_not_there(brief: None, new_s3_client: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endpoint_that_does_not_exist(
+    short_retry_limit: None, new_s3_client: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with closing(socket.socket()) as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -89,7 +91,7 @@ def test_an_endpoint_that_is_not_there(brief: None, new_s3_client: None, monkeyp
 
 
 def test_an_endpoint_without_credentials(
-    brief: None, new_s3_client: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    short_retry_limit: None, new_s3_client: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
@@ -101,7 +103,7 @@ def test_an_endpoint_without_credentials(
         Storage.open("s3://bucket-of-others/runs").replace("a", b"")
 
 
-class Flaky(LocalBackend):
+class FlakyBackend(LocalBackend):
     """Files whose requests fail a few times, before or after they take effect."""
 
     def __init__(self, failures: int, error: Exception, *, after: bool = False) -> None:
@@ -133,32 +135,34 @@ class Flaky(LocalBackend):
         return super().read(path)
 
 
-class AwayError(Exception):
+class UnavailableError(Exception):
     """An error of a library that knows stores, and no OSError."""
 
 
-AwayError.__module__ = "botocore.exceptions"
+UnavailableError.__module__ = "botocore.exceptions"
 
 
-@pytest.mark.parametrize("error", [OSError(5, "I/O error"), TimeoutError(), ConnectionResetError(), AwayError("503")])
-def test_a_passing_fault_is_waited_for(tmp_path: Path, error: Exception) -> None:
-    backend = Flaky(2, error)
+@pytest.mark.parametrize(
+    "error", [OSError(5, "I/O error"), TimeoutError(), ConnectionResetError(), UnavailableError("503")]
+)
+def test_transient_fault_is_retried(tmp_path: Path, error: Exception) -> None:
+    backend = FlakyBackend(2, error)
     Storage(backend, str(tmp_path), str(tmp_path)).replace("a", b"1")
     assert backend.tries == 3
     assert (tmp_path / "a").read_bytes() == b"1"
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_a_create_whose_reply_is_lost_is_won_or_lost_all_the_same(tmp_path: Path, after: bool) -> None:
-    storage = Storage(Flaky(1, TimeoutError(), after=after), str(tmp_path), str(tmp_path))
+def test_create_with_a_lost_reply_is_resolved(tmp_path: Path, after: bool) -> None:
+    storage = Storage(FlakyBackend(1, TimeoutError(), after=after), str(tmp_path), str(tmp_path))
     assert storage.create("a", b"mine")
-    storage = Storage(Flaky(1, TimeoutError()), str(tmp_path), str(tmp_path))
+    storage = Storage(FlakyBackend(1, TimeoutError()), str(tmp_path), str(tmp_path))
     assert not storage.create("a", b"another")
     assert storage.read("a") == b"mine"
 
 
-def test_storage_that_stays_away_is_lost(tmp_path: Path, brief: None) -> None:
-    backend = Flaky(10**9, TimeoutError("no reply"))
+def test_unavailable_storage_raises_after_the_limit(tmp_path: Path, short_retry_limit: None) -> None:
+    backend = FlakyBackend(10**9, TimeoutError("no reply"))
     storage = Storage(backend, str(tmp_path), "s3://bucket/runs")
     assert storage.list() == []
     started = time.monotonic()
@@ -171,38 +175,38 @@ def test_storage_that_stays_away_is_lost(tmp_path: Path, brief: None) -> None:
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
-def test_a_shorter_limit_where_it_is_asked_for(tmp_path: Path) -> None:
-    storage = Storage(Flaky(10**9, TimeoutError()), str(tmp_path), str(tmp_path))
+def test_shorter_limit_is_respected(tmp_path: Path) -> None:
+    storage = Storage(FlakyBackend(10**9, TimeoutError()), str(tmp_path), str(tmp_path))
     storage.list()
     with pytest.raises(StorageLostError, match="stayed away for 3 s"):
-        storage.within(3.0).replace("a", b"")
+        storage.with_timeout(3.0).replace("a", b"")
 
 
-def test_an_error_in_our_own_code_is_not_waited_for(tmp_path: Path) -> None:
-    backend = Flaky(10**9, AttributeError("a slip"))
+def test_programming_errors_are_not_retried(tmp_path: Path) -> None:
+    backend = FlakyBackend(10**9, AttributeError("a slip"))
     with pytest.raises(AttributeError, match="a slip"):
         Storage(backend, str(tmp_path), str(tmp_path)).replace("a", b"")
     assert backend.tries == 1
 
 
-def test_a_limit_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRAINYARD_STORAGE_LIMIT_S", "soon")
     with pytest.raises(StorageError, match="soon"):
-        Patience("x")
+        RetryPolicy("x")
 
 
-class Forgetful(LocalBackend):
+class UnconditionalBackend(LocalBackend):
     """A store without conditional writes: the second create of a name passes like the first."""
 
     def create(self, path: str, data: bytes, temporary: str) -> None:
         self.replace(path, data, temporary, sync=True)
 
-    def conditional_writes(self, folder: str) -> bool:
+    def has_conditional_writes(self, folder: str) -> bool:
         return False
 
 
-def test_a_store_without_conditional_writes_says_so_and_still_does_its_best(tmp_path: Path) -> None:
-    storage = Storage(Forgetful(), str(tmp_path), str(tmp_path))
+def test_store_without_conditional_writes_is_reported(tmp_path: Path) -> None:
+    storage = Storage(UnconditionalBackend(), str(tmp_path), str(tmp_path))
     assert not storage.has_conditional_writes()
     assert storage.create("a", b"1")
     assert storage.create("a", b"1")
@@ -210,7 +214,7 @@ def test_a_store_without_conditional_writes_says_so_and_still_does_its_best(tmp_
     assert storage.read("a") == b"1"
 
 
-def test_a_store_that_ignores_the_condition_is_found_out() -> None:
+def test_store_that_ignores_conditions_is_detected() -> None:
     from fsspec.implementations.memory import MemoryFileSystem
 
     from pipeline.storage.remote import RemoteBackend
@@ -243,12 +247,12 @@ def test_a_store_that_ignores_the_condition_is_found_out() -> None:
     ],
 )
 def test_urls_are_printed_without_secrets(text: str, clean: str) -> None:
-    assert scrub(f"see {text}") == f"see {clean}"
+    assert redact(f"see {text}") == f"see {clean}"
 
 
-def test_secrets_of_the_environment_never_get_into_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_of_the_environment_are_not_in_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI")
-    assert explain(OSError("signed with wJalrXUtnFEMI\nand more")) == "OSError: signed with ***"
+    assert summarize_error(OSError("signed with wJalrXUtnFEMI\nand more")) == "OSError: signed with ***"
 
 
 @pytest.fixture
@@ -302,9 +306,7 @@ def cut_off_s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
     thread.join()
 
 
-def test_a_real_store_that_goes_away_and_comes_back(
-    cut_off_s3: Callable[[bool], None], s3_url: str, new_s3_client: None
-) -> None:
+def test_s3_outage_is_survived(cut_off_s3: Callable[[bool], None], s3_url: str, new_s3_client: None) -> None:
     storage = Storage.open(s3_url)
     assert storage.create("a", b"1")
     cut_off_s3(True)
@@ -315,12 +317,12 @@ def test_a_real_store_that_goes_away_and_comes_back(
     timer.join()
     cut_off_s3(True)
     with pytest.raises(StorageLostError, match="stayed away for 1 s"):
-        storage.within(1.0).replace("c", b"")
+        storage.with_timeout(1.0).replace("c", b"")
     cut_off_s3(False)
     assert storage.list() == ["a", "b"]
 
 
-def test_pauses_leave_the_callers_random_generator_alone() -> None:
+def test_backoff_does_not_use_the_global_rng() -> None:
     answers = iter([ConnectionResetError("away"), None])
 
     def answer() -> None:
@@ -328,5 +330,5 @@ def test_pauses_leave_the_callers_random_generator_alone() -> None:
             raise error
 
     before = random.getstate()
-    Patience("here").call(answer)
+    RetryPolicy("here").call(answer)
     assert random.getstate() == before

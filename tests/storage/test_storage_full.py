@@ -13,18 +13,18 @@ import pytest
 import torch
 
 from pipeline.errors import StorageFullError
-from pipeline.record.attempt import claim
+from pipeline.record.attempt import acquire_lease
 from pipeline.record.entries import Commit
-from pipeline.record.recorder import Recorder
+from pipeline.record.recorder import AsyncRunWriter
 from pipeline.record.run import Run
 from pipeline.storage import Storage
-from tests.record.record_parts import block, born, read_entries, snapshot
+from tests.record.record_parts import create_run, make_block, make_snapshot, read_entries
 
 DISK_BYTES = 1_000_000
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of a megabyte in memory."""
     mount_point = tmp_path / "disk"
     mount_point.mkdir()
@@ -39,67 +39,69 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(mount_point)], check=True)
 
 
-def files(folder: Path) -> set[str]:
+def list_files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def fill(disk: Path, leave: int) -> Path:
+def fill_disk(disk: Path, leave: int) -> Path:
     (disk / "ballast").write_bytes(b"\0" * (shutil.disk_usage(disk).free - leave))
     return disk / "ballast"
 
 
-def test_a_full_disk_is_told_with_numbers_and_leaves_nothing(disk: Path) -> None:
-    storage = Storage.open(str(disk / "runs"))
+def test_full_disk_is_reported_with_sizes_and_leaves_nothing(small_disk: Path) -> None:
+    storage = Storage.open(str(small_disk / "runs"))
     storage.replace("run/a", b"old")
-    fill(disk, 20_000)
-    before = files(disk)
+    fill_disk(small_disk, 20_000)
+    before = list_files(small_disk)
     for action in (storage.replace, storage.create):
         with pytest.raises(
             StorageFullError, match=r"disk is full: 300,000 bytes are needed, [\d,]+ are free"
         ) as caught:
             action("run/a" if action == storage.replace else "run/b", b"x" * 300_000)
-        assert caught.value.where.startswith(str(disk / "runs" / "run"))
+        assert caught.value.where.startswith(str(small_disk / "runs" / "run"))
         assert "make room" in caught.value.fix
         assert caught.value.exit_code == 1
-    assert files(disk) == before
+    assert list_files(small_disk) == before
     assert storage.read("run/a") == b"old"
 
 
-def test_a_run_on_a_full_disk_is_saved_elsewhere_and_goes_on_when_there_is_room(
-    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_run_on_a_full_disk_is_saved_elsewhere_and_resumes(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRAINYARD_SPOOL", str(tmp_path / "spool"))
-    run = born(str(disk / "runs"))
-    attempt = claim(run, driver="d", facts={})
-    recorder = Recorder(attempt, keep=2)
-    recorder.steps(block(1, 120))
-    recorder.commit(snapshot(120))
+    run = create_run(str(small_disk / "runs"))
+    attempt = acquire_lease(run, driver="d", metadata={})
+    recorder = AsyncRunWriter(attempt, keep=2)
+    recorder.log_steps(make_block(1, 120))
+    recorder.commit(make_snapshot(120))
     recorder.finish()
-    ballast = fill(disk, 16_384)
-    before = {name for name in files(disk / "runs") if "checkpoints" in name}
-    recorder.steps(block(121, 150))
-    recorder.commit(snapshot(150, state={"momentum": torch.zeros(10_000)}))
+    ballast = fill_disk(small_disk, 16_384)
+    before = {name for name in list_files(small_disk / "runs") if "checkpoints" in name}
+    recorder.log_steps(make_block(121, 150))
+    recorder.commit(make_snapshot(150, state={"momentum": torch.zeros(10_000)}))
     with pytest.raises(StorageFullError, match=r"disk is full: .* step 150 is saved in") as caught:
         recorder.finish()
-    assert {name for name in files(disk / "runs") if "checkpoints" in name} == before, "nothing half-written stays"
-    recorder.leave("failed", caught.value, 150)
+    assert {name for name in list_files(small_disk / "runs") if "checkpoints" in name} == before, (
+        "nothing half-written stays"
+    )
+    recorder.write_exit("failed", caught.value, 150)
     recorder.close()
     attempt.close()
 
     ballast.unlink()
-    run = Run(Storage.open(str(disk / "runs")), "run")
-    attempt = claim(run, driver="d", facts={}, dead=1)
-    assert attempt.spooled is not None
-    recorder = Recorder(attempt, keep=2)
-    recorder.steps(block(151, 200))
-    recorder.commit(snapshot(200, end=True))
+    run = Run(Storage.open(str(small_disk / "runs")), "run")
+    attempt = acquire_lease(run, driver="d", metadata={}, known_dead_attempt=1)
+    assert attempt.local_checkpoint is not None
+    recorder = AsyncRunWriter(attempt, keep=2)
+    recorder.log_steps(make_block(151, 200))
+    recorder.commit(make_snapshot(200, end=True))
     recorder.finish()
     recorder.close()
     attempt.close()
     assert [entry.step for entry in read_entries(run.journal) if isinstance(entry, Commit)] == [120, 150, 200]
 
 
-def test_a_quota_that_is_used_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exhausted_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(source: str, target: str) -> None:
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
@@ -107,4 +109,4 @@ def test_a_quota_that_is_used_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(StorageFullError, match="quota is used up: 3 bytes are needed"):
         storage.replace("a", b"123")
-    assert files(tmp_path) == set()
+    assert list_files(tmp_path) == set()

@@ -11,18 +11,16 @@ from pipeline.errors import StorageError
 from pipeline.storage import Storage
 
 
-def test_unfinished_files_lie_in_the_runs_own_folder(tmp_path: Path) -> None:
+def test_temporary_files_are_in_the_runs_folder(tmp_path: Path) -> None:
     root = Storage.open(str(tmp_path))
-    run = root.at("run", own_temporaries=True)
-    run.at("metrics").replace("a", b"1")
+    run = root.subfolder("run", own_temporary_folder=True)
+    run.subfolder("metrics").replace("a", b"1")
     assert (tmp_path / "run" / ".tmp").is_dir()
     assert not (tmp_path / ".tmp").exists()
     assert run.list() == ["metrics"]
 
 
-def test_a_writer_whose_unfinished_file_is_swept_away_writes_it_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_write_is_repeated_if_its_temporary_file_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Storage.open(str(tmp_path))
     link, replace = os.link, os.replace
     swept: list[str] = []
@@ -30,7 +28,7 @@ def test_a_writer_whose_unfinished_file_is_swept_away_writes_it_again(
     def sweep_first(source: str, target: str) -> None:
         if len(swept) in (0, 2):
             swept.append(source)
-            storage.sweep()
+            storage.remove_temporary()
         swept.append(target)
         (link if target.endswith("created") else replace)(source, target)
 
@@ -43,7 +41,7 @@ def test_a_writer_whose_unfinished_file_is_swept_away_writes_it_again(
     assert len(swept) > 2
 
 
-def test_new_files_have_the_users_permissions(tmp_path: Path) -> None:
+def test_new_files_follow_the_umask(tmp_path: Path) -> None:
     storage = Storage.open(str(tmp_path))
     umask = os.umask(0o022)
     try:
@@ -55,7 +53,7 @@ def test_new_files_have_the_users_permissions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("url", ["{}/runs", "file://{}/runs", "local://{}/runs"])
-def test_a_local_folder_prints_as_a_plain_path(tmp_path: Path, url: str) -> None:
+def test_local_storage_prints_as_a_path(tmp_path: Path, url: str) -> None:
     storage = Storage.open(url.format(tmp_path))
     assert storage.url == str(tmp_path / "runs")
     assert storage.local_path == tmp_path / "runs"
@@ -69,7 +67,7 @@ def test_relative_and_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert Storage.open("~/runs").url == str(tmp_path / "home" / "runs")
 
 
-def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
+def test_file_in_place_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     storage = Storage.open(str(tmp_path / "runs"))
     for action in (lambda: storage.create("a/b", b""), lambda: storage.replace("a/b", b""), lambda: storage.list()):
@@ -78,8 +76,8 @@ def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/sys").is_dir(), reason="needs a folder in which nothing can be made, such as /sys")
-def test_a_folder_that_nobody_can_write(tmp_path: Path, pauses: list[float]) -> None:
+def test_unwritable_folder(tmp_path: Path, backoff_pauses: list[float]) -> None:
     storage = Storage.open("/sys/trainyard")
     with pytest.raises(StorageError):
         storage.create("a", b"")
-    assert pauses == []
+    assert backoff_pauses == []

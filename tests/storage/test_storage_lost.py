@@ -16,10 +16,10 @@ from pipeline import load, train
 from pipeline.errors import Interrupted, StorageLostError
 from pipeline.events import CheckpointCommitted, Event, TrainingStarted
 from pipeline.record import recorder
-from pipeline.testing import faults
-from tests.faults.fault_evidence import check_at_rest, entries, evidence, only_run
+from pipeline.testing import inject_faults
+from tests.faults.fault_evidence import check_checkpoints, final_state, find_run, read_entries
 
-CODE = """
+USER_MODEL = """
 import time
 
 import torch
@@ -49,24 +49,24 @@ checkpoint: {every_steps: 10, keep: 2}
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "lost_code.py").write_text(CODE)
+    (tmp_path / "lost_code.py").write_text(USER_MODEL)
     (tmp_path / "job.yaml").write_text(JOB)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("TRAINYARD_SPOOL", str(tmp_path / "spool"))
-    monkeypatch.setattr(recorder, "REST", 0)  # a commit whenever one is due
+    monkeypatch.setattr(recorder, "COMMIT_INTERVAL_FACTOR", 0)  # a commit whenever one is due
     return tmp_path
 
 
-def test_what_was_trained_while_storage_was_away_is_not_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_during_an_outage_is_not_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"faulty://file{folder}/runs"
     monkeypatch.setenv("TRAINYARD_STORAGE_LIMIT_S", "0.5")
-    with faults("expires_after=150 renewals=0"), pytest.raises(StorageLostError, match="credentials") as caught:
+    with inject_faults("expires_after=150 renewals=0"), pytest.raises(StorageLostError, match="credentials") as caught:
         train("job.yaml", storage=url)
     named = re.search(r"step (\d+) is saved in (\S+) on ", caught.value.what)
     assert named is not None
     saved, local_folder = int(named[1]), Path(named[2])
-    committed = max(entry["step"] for entry in entries(only_run(folder / "runs")) if entry["kind"] == "commit")
+    committed = max(entry["step"] for entry in read_entries(find_run(folder / "runs")) if entry["kind"] == "commit")
     assert committed < saved, "none of it is acknowledged"
     assert load(str(local_folder), trust=True).step <= saved
     assert load(f"{local_folder}@last", trust=True).step == saved
@@ -76,15 +76,15 @@ def test_what_was_trained_while_storage_was_away_is_not_lost(folder: Path, monke
     assert [event.step for event in events if isinstance(event, TrainingStarted)] == [saved]
     assert any(f"going on from step {saved}" in str(event) for event in events)
     assert not local_folder.exists()
-    run = only_run(folder / "runs")
-    check_at_rest(run)
+    run = find_run(folder / "runs")
+    check_checkpoints(run)
     assert train("job.yaml", storage=str(folder / "untouched")).status == "finished"
-    assert evidence(run) == evidence(only_run(folder / "untouched"))
+    assert final_state(run) == final_state(find_run(folder / "untouched"))
 
 
-def test_a_slow_storage_does_not_stretch_what_may_be_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_storage_keeps_the_commit_interval(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commits come as often as the user asks; without that, a hundred times as far apart as the last one took."""
-    monkeypatch.setattr(recorder, "REST", 100)
+    monkeypatch.setattr(recorder, "COMMIT_INTERVAL_FACTOR", 100)
     began, commits = time.monotonic(), list[tuple[float, float]]()
 
     def on_event(event: Event) -> None:
@@ -94,8 +94,8 @@ def test_a_slow_storage_does_not_stretch_what_may_be_lost(folder: Path, monkeypa
                 os.kill(os.getpid(), signal.SIGINT)
 
     changes = {"train.phases.0.epochs": 200, "checkpoint.every_steps": 100_000, "checkpoint.every_minutes": 0.01}
-    with faults("delay_s=0.02 on=write"), pytest.raises(Interrupted):
+    with inject_faults("delay_s=0.02 on=write"), pytest.raises(Interrupted):
         train("job.yaml", set=changes, storage=f"faulty://file{folder}/runs", on_event=on_event)
     assert commits[0][0] - began >= 0.6 - commits[0][1], "not before it is asked for"
     for (before, cost), (after, _) in pairwise(commits[:4]):
-        assert after - before < recorder.REST / 2 * cost
+        assert after - before < recorder.COMMIT_INTERVAL_FACTOR / 2 * cost

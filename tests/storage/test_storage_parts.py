@@ -9,7 +9,7 @@ import s3fs
 
 from pipeline.errors import StorageLostError
 from pipeline.storage import Storage, remote
-from pipeline.testing import faults
+from pipeline.testing import inject_faults
 
 MIB = 2**20
 
@@ -22,7 +22,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+def s3_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """What was asked of S3 itself: name of the request, and the number of the part."""
     seen: list[tuple[str, int]] = []
     ask = s3fs.S3FileSystem.call_s3
@@ -35,23 +35,23 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return seen
 
 
-def content(size: int) -> bytes:
+def make_content(size: int) -> bytes:
     return (bytes(range(256)) * (size // 256 + 1))[:size]
 
 
-def open_uploads(s3_url: str) -> list[Any]:
+def list_open_uploads(s3_url: str) -> list[Any]:
     bucket = s3_url.removeprefix("s3://").partition("/")[0]
     response = s3fs.S3FileSystem().call_s3("list_multipart_uploads", Bucket=bucket)
     return [one for one in response.get("Uploads", []) if one["Key"] in f"{s3_url}/large"]
 
 
-def test_only_what_is_large_goes_in_parts(s3_url: str, calls: list[tuple[str, int]]) -> None:
+def test_only_large_files_use_multipart_upload(s3_url: str, s3_calls: list[tuple[str, int]]) -> None:
     storage = Storage.open(s3_url)
-    storage.replace("large", content(10 * MIB))
-    assert calls == []
-    data = content(11 * MIB)
+    storage.replace("large", make_content(10 * MIB))
+    assert s3_calls == []
+    data = make_content(11 * MIB)
     storage.replace("large", data)
-    assert sorted(calls) == [
+    assert sorted(s3_calls) == [
         ("complete_multipart_upload", 0),
         ("create_multipart_upload", 0),
         *(("upload_part", number) for number in (1, 2, 3)),
@@ -59,42 +59,42 @@ def test_only_what_is_large_goes_in_parts(s3_url: str, calls: list[tuple[str, in
     assert storage.read("large") == data
 
 
-def test_a_part_that_fails_is_sent_again_alone(s3_url: str, calls: list[tuple[str, int]]) -> None:
+def test_failed_part_is_retried_alone(s3_url: str, s3_calls: list[tuple[str, int]]) -> None:
     """The requests: the upload's begin, then three parts in some order."""
-    data = content(11 * MIB)
-    with faults("error@2 truncated@3 lost@4 on=write") as dice:
+    data = make_content(11 * MIB)
+    with inject_faults("error@2 truncated@3 lost@4 on=write") as dice:
         Storage.open(s3_url.replace("s3://", "faulty://s3/")).replace("large", data)
-    assert dice.met == {"error": 1, "truncated": 1, "lost": 1}
-    names = [name for name, _ in calls]
+    assert dice.counts == {"error": 1, "truncated": 1, "lost": 1}
+    names = [name for name, _ in s3_calls]
     assert names.count("create_multipart_upload") == names.count("complete_multipart_upload") == 1
     assert names.count("upload_part") == 3 + 2, "the truncated one and the one without a reply arrived, too"
     assert Storage.open(s3_url).read("large") == data
 
 
-def test_a_completion_whose_reply_is_lost(s3_url: str, calls: list[tuple[str, int]]) -> None:
-    data = content(11 * MIB)
-    with faults("lost@5 on=write") as dice:
+def test_completion_with_a_lost_reply(s3_url: str, s3_calls: list[tuple[str, int]]) -> None:
+    data = make_content(11 * MIB)
+    with inject_faults("lost@5 on=write") as dice:
         Storage.open(s3_url.replace("s3://", "faulty://s3/")).replace("large", data)
-    assert dice.met == {"lost": 1}
+    assert dice.counts == {"lost": 1}
     assert Storage.open(s3_url).read("large") == data
-    assert open_uploads(s3_url) == []
+    assert list_open_uploads(s3_url) == []
 
 
-def test_what_is_given_up_is_taken_back(s3_url: str, calls: list[tuple[str, int]]) -> None:
-    old = content(1000)
+def test_failed_upload_is_aborted(s3_url: str, s3_calls: list[tuple[str, int]]) -> None:
+    old = make_content(1000)
     storage = Storage.open(s3_url)
     storage.replace("large", old)
-    with faults("error@4 on=write"):
+    with inject_faults("error@4 on=write"):
         far = Storage.open(s3_url.replace("s3://", "faulty://s3/"))
         far.list()
         with pytest.raises(StorageLostError):
-            far.within(0.0).replace("large", content(11 * MIB))
-    assert ("abort_multipart_upload", 0) in calls
-    assert open_uploads(s3_url) == []
+            far.with_timeout(0.0).replace("large", make_content(11 * MIB))
+    assert ("abort_multipart_upload", 0) in s3_calls
+    assert list_open_uploads(s3_url) == []
     assert storage.read("large") == old
 
 
-def test_a_small_file_is_read_in_one_request(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_file_is_read_in_one_request(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is not there, too: most of what a run is told by are small files, and the end of a journal is one that
     is absent."""
     asked: list[str] = []

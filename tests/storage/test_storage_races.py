@@ -16,7 +16,7 @@ import pytest
 
 from pipeline.storage import Storage
 
-RACER = """
+RACER_SCRIPT = """
 import sys
 from pipeline.storage import Storage
 storage, own = Storage.open(sys.argv[1]), sys.argv[2]
@@ -26,7 +26,7 @@ for number in sys.stdin:
     print(int(storage.create(f"journal/{number.strip()}", own.encode() * 400)), flush=True)
 """
 
-WRITER = """
+WRITER_SCRIPT = """
 import itertools, sys
 from pipeline.storage import Storage, remote
 storage, size = Storage.open(sys.argv[1]), int(sys.argv[2])
@@ -41,7 +41,7 @@ for number in itertools.count():
 
 
 @contextmanager
-def running(code: str, *words: str) -> Iterator[subprocess.Popen[str]]:
+def start_ready(code: str, *words: str) -> Iterator[subprocess.Popen[str]]:
     """A process that is ready; killed at the end."""
     with subprocess.Popen(
         [sys.executable, "-c", code, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -54,10 +54,10 @@ def running(code: str, *words: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def race(url: str, rounds: int) -> None:
+def race_processes(url: str, rounds: int) -> None:
     """Two processes create the same names at the same moments: each name has one winner, and both know which."""
     winners: list[str] = []
-    with running(RACER, url, "a") as first, running(RACER, url, "b") as second:
+    with start_ready(RACER_SCRIPT, url, "a") as first, start_ready(RACER_SCRIPT, url, "b") as second:
         for number in range(rounds):
             for racer in (first, second) if number % 2 else (second, first):
                 assert racer.stdin is not None
@@ -68,22 +68,22 @@ def race(url: str, rounds: int) -> None:
             winners.append("ab"[answers.index(1)])
     assert set(winners) == {"a", "b"}, "both took part, or nothing was raced for"
     storage = Storage.open(url)
-    contents = storage.each(lambda number: storage.read(f"journal/{number}"), range(rounds))
+    contents = storage.map_concurrent(lambda number: storage.read(f"journal/{number}"), range(rounds))
     assert [data.decode() for data in contents] == [winner * 400 for winner in winners]
 
 
-def test_processes_race_for_files(tmp_path: Path) -> None:
-    race(str(tmp_path), 400)
+def test_processes_race_for_local_files(tmp_path: Path) -> None:
+    race_processes(str(tmp_path), 400)
 
 
 def test_processes_race_for_objects(s3_url: str) -> None:
-    race(s3_url, 40)
+    race_processes(s3_url, 40)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["local", "s3"])
 def test_thousands_of_races(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    race(str(tmp_path) if place == "local" else request.getfixturevalue("s3_url"), 4000)
+    race_processes(str(tmp_path) if place == "local" else request.getfixturevalue("s3_url"), 4000)
 
 
 def test_threads_race_for_names_in_memory() -> None:
@@ -106,14 +106,14 @@ def test_threads_race_for_names_in_memory() -> None:
 
 
 @pytest.mark.parametrize(("place", "size", "lives"), [("local", 300_000, 6), ("s3", 12 * 2**20, 3)])
-def test_a_kill_at_any_moment_leaves_whole_files(
+def test_kill_at_any_moment_leaves_whole_files(
     place: str, size: int, lives: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Those on S3 go there in three parts, or in one request."""
     url = str(tmp_path) if place == "local" else request.getfixturevalue("s3_url")
     storage = Storage.open(url)
     for life in range(lives):
-        with running(WRITER, url, str(size)) as writer:
+        with start_ready(WRITER_SCRIPT, url, str(size)) as writer:
             time.sleep(0.004 * life if place == "local" else 0.15 * life)
             writer.send_signal(signal.SIGKILL)
             writer.wait()
@@ -123,15 +123,13 @@ def test_a_kill_at_any_moment_leaves_whole_files(
             assert data.count(data[0]) == len(data), f"{name} is torn"
     assert len(storage.list("run")) > 1
     assert ".tmp" not in storage.list()
-    storage.sweep()
+    storage.remove_temporary()
     if place == "local":
         assert list((tmp_path / ".tmp").iterdir()) == []
 
 
 @pytest.mark.parametrize("place", ["local", "memory", "s3"])
-def test_a_folder_that_is_deleted_while_others_write_into_it(
-    place: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_folder_deleted_during_concurrent_writes(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """What a superseded attempt still writes may stay, and harms nothing: no error here, no torn file there."""
     url = str(tmp_path) if place == "local" else f"memory://{uuid.uuid4().hex}"
     storage = Storage.open(request.getfixturevalue("s3_url") if place == "s3" else url)

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from pipeline.errors import InputError, StorageError, StorageLostError
 from pipeline.storage import Storage
-from pipeline.testing import Faults, FaultyFileSystem, faults
-from pipeline.testing.faults import GROUPS, KINDS, Dice
+from pipeline.testing import FaultSettings, FaultyFileSystem, inject_faults
+from pipeline.testing.faults import FAULT_KINDS, REQUEST_GROUPS, FaultInjector
 
 
 @pytest.fixture
@@ -29,13 +29,13 @@ def url() -> str:
     return f"faulty://memory/{uuid.uuid4().hex}"
 
 
-def opened(url: str) -> tuple[Any, str]:
+def open_filesystem(url: str) -> tuple[Any, str]:
     fs, path = fsspec.core.url_to_fs(url)
     return fs, path
 
 
-def test_without_faults_it_is_the_store_beneath(url: str) -> None:
-    fs, path = opened(url)
+def test_no_faults_match_the_wrapped_store(url: str) -> None:
+    fs, path = open_filesystem(url)
     fs.pipe_file(f"{path}/a", b"1")
     with fs.open(f"{path}/b", "wb") as file:
         file.write(b"22")
@@ -48,12 +48,12 @@ def test_without_faults_it_is_the_store_beneath(url: str) -> None:
     assert not beneath.exists(path)
 
 
-def test_it_is_found_by_url_in_a_process_of_its_own(tmp_path: Path) -> None:
+def test_found_by_url_in_another_process(tmp_path: Path) -> None:
     code = (
         "import sys, fsspec; fs, path = fsspec.core.url_to_fs(sys.argv[1]);"
         "fs.pipe_file(path, b'1'); print(fs.dice.faults.at)"
     )
-    with faults("error@7"):
+    with inject_faults("error@7"):
         words = [sys.executable, "-c", code, f"faulty://file{tmp_path}/a"]
         completed = subprocess.run(words, capture_output=True, text=True, check=True)
     assert completed.stdout == "{7: 'error'}\n"
@@ -70,26 +70,26 @@ def test_it_is_found_by_url_in_a_process_of_its_own(tmp_path: Path) -> None:
         ("expired", PermissionError, None),
     ],
 )
-def test_what_a_write_leaves_behind(url: str, kind: str, raises: type[Exception], left: bytes | None) -> None:
-    with faults(f"{kind}@1") as dice:
-        fs, path = opened(url)
+def test_failed_write_outcomes(url: str, kind: str, raises: type[Exception], left: bytes | None) -> None:
+    with inject_faults(f"{kind}@1") as dice:
+        fs, path = open_filesystem(url)
         with pytest.raises(raises, match="injected"):
             fs.pipe_file(path, b"0123456789")
-        assert dice.met == {kind: 1}
+        assert dice.counts == {kind: 1}
         assert (fs.cat_file(path) if fs.exists(path) else None) == left
 
 
-def test_an_exclusive_write_is_never_torn(url: str) -> None:
-    with faults("truncated@1"):
-        fs, path = opened(url)
+def test_exclusive_write_is_never_partial(url: str) -> None:
+    with inject_faults("truncated@1"):
+        fs, path = open_filesystem(url)
         with pytest.raises(ConnectionResetError):
             fs.pipe_file(path, b"0123456789", mode="create")
         assert not fs.exists(path)
 
 
-def test_a_stale_listing_is_that_of_the_last_look(url: str) -> None:
-    with faults("stale@2 on=list"):
-        fs, path = opened(url)
+def test_stale_listing_repeats_the_last_listing(url: str) -> None:
+    with inject_faults("stale@2 on=list"):
+        fs, path = open_filesystem(url)
         fs.pipe_file(f"{path}/a", b"")
         assert len(fs.ls(path)) == 1
         fs.pipe_file(f"{path}/b", b"")
@@ -97,17 +97,17 @@ def test_a_stale_listing_is_that_of_the_last_look(url: str) -> None:
         assert len(fs.ls(path)) == 2
 
 
-def test_a_slow_link_takes_its_time(url: str) -> None:
-    with faults("delay_s=0.05 bytes_per_s=1e6"):
-        fs, path = opened(url)
+def test_slow_connection_takes_time(url: str) -> None:
+    with inject_faults("delay_s=0.05 bytes_per_s=1e6"):
+        fs, path = open_filesystem(url)
         began = time.monotonic()
         fs.pipe_file(path, b"x" * 100_000)
         assert time.monotonic() - began >= 0.15
 
 
 def test_credentials_expire_and_are_renewed(url: str) -> None:
-    with faults("expires_after=2 renewals=1"):
-        fs, path = opened(url)
+    with inject_faults("expires_after=2 renewals=1"):
+        fs, path = open_filesystem(url)
         for _ in range(2):
             fs.pipe_file(path, b"")
         for _ in range(2):
@@ -121,35 +121,37 @@ def test_credentials_expire_and_are_renewed(url: str) -> None:
             fs.pipe_file(path, b"")
 
 
-def test_only_the_groups_that_were_named_meet_faults(url: str) -> None:
-    with faults("error=1 on=delete") as dice:
-        fs, path = opened(url)
+def test_only_selected_operations_fail(url: str) -> None:
+    with inject_faults("error=1 on=delete") as dice:
+        fs, path = open_filesystem(url)
         fs.pipe_file(path, b"1")
         assert fs.cat_file(path) == b"1"
         with pytest.raises(ConnectionResetError):
             fs.rm_file(path)
-        assert dice.requests == 1
+        assert dice.request_count == 1
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.integers(0, 10**6), st.dictionaries(st.sampled_from(KINDS), st.floats(0, 0.15), max_size=6))
+@given(st.integers(0, 10**6), st.dictionaries(st.sampled_from(FAULT_KINDS), st.floats(0, 0.15), max_size=6))
 def test_the_same_seed_gives_the_same_faults(seed: int, rates: dict[Any, float]) -> None:
-    one, other = (Dice(Faults(seed=seed, rates=rates)) for _ in range(2))
+    one, other = (FaultInjector(FaultSettings(seed=seed, rates=rates)) for _ in range(2))
     for number in range(60):
-        assert one.throw(GROUPS[number % 4]) == other.throw(GROUPS[number % 4])
+        assert one.next_fault(REQUEST_GROUPS[number % 4]) == other.next_fault(REQUEST_GROUPS[number % 4])
 
 
-def test_rates_are_kept() -> None:
-    dice = Dice(Faults(seed=1, rates={"error": 0.05, "lost": 0.1}))
+def test_fault_rates() -> None:
+    dice = FaultInjector(FaultSettings(seed=1, rates={"error": 0.05, "lost": 0.1}))
     for _ in range(20_000):
-        dice.throw("read")
-    assert dice.met["error"] == pytest.approx(1000, rel=0.15)
-    assert dice.met["lost"] == pytest.approx(2000, rel=0.15)
+        dice.next_fault("read")
+    assert dice.counts["error"] == pytest.approx(1000, rel=0.15)
+    assert dice.counts["lost"] == pytest.approx(2000, rel=0.15)
 
 
-def test_settings_in_words() -> None:
-    read = Faults.parse("seed=7 error=0.05 lost@3 slow_down@12 on=write,list delay_s=0.1 expires_after=9 renewals=2")
-    assert read == Faults(
+def test_parse_fault_settings() -> None:
+    read = FaultSettings.parse(
+        "seed=7 error=0.05 lost@3 slow_down@12 on=write,list delay_s=0.1 expires_after=9 renewals=2"
+    )
+    assert read == FaultSettings(
         seed=7,
         rates={"error": 0.05},
         at={3: "lost", 12: "slow_down"},
@@ -158,7 +160,7 @@ def test_settings_in_words() -> None:
         expires_after=9,
         renewals=2,
     )
-    assert Faults.parse("") == Faults()
+    assert FaultSettings.parse("") == FaultSettings()
 
 
 @pytest.mark.parametrize(
@@ -166,9 +168,9 @@ def test_settings_in_words() -> None:
     ["errors=0.1", "error", "error=often", "error@0", "error@x", "error=0.6 lost=0.6", "error=-1", "on=writes",
      "seed=x", "delay_s=-1", "bytes_per_s=0", "renewals=-1", "0.05"],
 )  # fmt: skip
-def test_settings_that_cannot_be_read(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_fault_settings(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError) as caught:
-        Faults.parse(text)
+        FaultSettings.parse(text)
     assert "TRAINYARD_FAULTS" in str(caught.value)
     monkeypatch.setenv("TRAINYARD_FAULTS", text)
     with pytest.raises(InputError, match="TRAINYARD_FAULTS"):
@@ -176,20 +178,20 @@ def test_settings_that_cannot_be_read(text: str, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("url", ["faulty://", "faulty://nosuch/x", "faulty://faulty/x", "faulty://s3", "faulty://s3/"])
-def test_a_url_that_names_no_store(url: str) -> None:
+def test_url_without_a_store(url: str) -> None:
     with pytest.raises(StorageError):
         Storage.open(url)
 
 
 @pytest.mark.parametrize("store", ["memory", "file", "s3"])
-def test_storage_stands_every_fault(store: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_storage_survives_every_fault(store: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Every operation, with one request in six going wrong."""
     if store == "s3":
         storage_url = request.getfixturevalue("s3_url").replace("s3://", "faulty://s3/")
     else:
         storage_url = f"faulty://{store}{tmp_path if store == 'file' else f'/{uuid.uuid4().hex}'}"
     settings = "seed=3 error=0.06 lost=0.06 slow_down=0.005 truncated=0.04 expired=0.01"
-    with faults(settings) as dice:
+    with inject_faults(settings) as dice:
         storage = Storage.open(storage_url)
         storage.list()  # from now on credentials were good once
         assert storage.has_conditional_writes()
@@ -203,53 +205,53 @@ def test_storage_stands_every_fault(store: str, tmp_path: Path, request: pytest.
         assert not storage.exists("run/0")
         storage.delete_folder("run")
         assert storage.list("run") == []
-        assert dice.met.total() > 5
+        assert dice.counts.total() > 5
 
 
-def test_credentials_that_expire_in_mid_run_are_renewed(s3_url: str) -> None:
-    with faults("expires_after=5") as dice:
+def test_expired_credentials_are_renewed(s3_url: str) -> None:
+    with inject_faults("expires_after=5") as dice:
         storage = Storage.open(s3_url.replace("s3://", "faulty://s3/"))
         for number in range(12):
             storage.replace("a", str(number).encode())
         assert storage.read("a") == b"11"
-        assert dice.met["expired"] >= 2
+        assert dice.counts["expired"] >= 2
 
 
-def test_credentials_that_are_never_renewed_are_named(s3_url: str) -> None:
-    with faults("expires_after=2 renewals=0"):
+def test_credentials_that_are_never_renewed_are_reported(s3_url: str) -> None:
+    with inject_faults("expires_after=2 renewals=0"):
         storage = Storage.open(s3_url.replace("s3://", "faulty://s3/"))
         storage.replace("a", b"1")
         assert storage.list() == ["a"]
         with pytest.raises(StorageLostError, match="credentials are no longer good") as caught:
-            storage.within(0.5).list()
+            storage.with_timeout(0.5).list()
     assert "renew the credentials" in caught.value.fix
     assert caught.value.exit_code == 1
 
 
-def test_credentials_that_were_never_good_are_bad_input(s3_url: str, pauses: list[float]) -> None:
-    with faults("expired=1"), pytest.raises(StorageError, match=r"no permission .*expired"):
+def test_invalid_credentials_are_bad_input(s3_url: str, backoff_pauses: list[float]) -> None:
+    with inject_faults("expired=1"), pytest.raises(StorageError, match=r"no permission .*expired"):
         Storage.open(s3_url.replace("s3://", "faulty://s3/")).list()
-    assert pauses == []
+    assert backoff_pauses == []
 
 
-def test_a_missing_right_is_no_passing_fault(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_permission_is_not_transient(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Storage.open(s3_url)
     storage.replace("a", b"1")
     denied = PermissionError("Access Denied")
-    denied.__cause__ = Answer("AccessDenied")
+    denied.__cause__ = S3ResponseError("AccessDenied")
     monkeypatch.setattr(storage.backend, "read", lambda path: _raise(denied))
     with pytest.raises(StorageError, match="no permission"):
         storage.read("a")
 
 
-def test_a_store_that_asks_to_slow_down_gets_a_second(url: str, pauses: list[float]) -> None:
-    with faults("slow_down@1 on=write"):
+def test_slow_down_response_backs_off(url: str, backoff_pauses: list[float]) -> None:
+    with inject_faults("slow_down@1 on=write"):
         Storage.open(url).replace("a", b"1")
-    (pause,) = pauses
+    (pause,) = backoff_pauses
     assert 0.5 <= pause <= 1.0
 
 
-class Answer(Exception):
+class S3ResponseError(Exception):
     """S3's, as the cause of an error."""
 
     def __init__(self, code: str) -> None:
@@ -261,23 +263,23 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-def test_a_real_session_is_renewed(s3_url: str) -> None:
+def test_s3_session_is_renewed(s3_url: str) -> None:
     """s3fs begins a session of its own credentials, and the store goes on to answer."""
     storage = Storage.open(s3_url)
     storage.replace("a", b"1")
-    storage.backend.renew()
+    storage.backend.renew_credentials()
     assert storage.read("a") == b"1"
 
 
-def test_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRAINYARD_FAULTS", "seed=5")
-    with faults("seed=6"):
+    with inject_faults("seed=6"):
         assert os.environ["TRAINYARD_FAULTS"] == "seed=6"
     assert os.environ["TRAINYARD_FAULTS"] == "seed=5"
 
 
 def test_a_file_system_of_ones_own() -> None:
-    with faults("error@1 seed=7") as dice, pytest.raises(ConnectionResetError) as caught:
+    with inject_faults("error@1 seed=7") as dice, pytest.raises(ConnectionResetError) as caught:
         FaultyFileSystem(store="memory", faults="error@1 seed=7").pipe_file(f"/{uuid.uuid4().hex}", b"")
     assert caught.value.errno == errno.ECONNRESET
-    assert dice.requests == 1
+    assert dice.request_count == 1

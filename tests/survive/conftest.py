@@ -6,35 +6,35 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.survive.hosts import S3, Hosts, why_not
-from tests.survive.nodes import RayCluster, loopback_places
-from tests.survive.survive_scenes import Scene, scene
+from tests.survive.hosts import S3Server, VirtualHosts, unavailable_reason
+from tests.survive.nodes import RayCluster, loopback_placements
+from tests.survive.survive_scenes import Scenario, make_scenario
 
 WORKER_HOSTS = 3
 STORAGE_HOST = WORKER_HOSTS + 1
 
 
 @pytest.fixture(scope="session")
-def short(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+def short_scenario(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
     """A minute of training, unless it is told to hurry."""
-    return scene(tmp_path_factory.mktemp("short"), epochs=24, pause_s=0.1)
+    return make_scenario(tmp_path_factory.mktemp("short"), epochs=24, pause_s=0.1)
 
 
 @pytest.fixture(scope="session")
-def longer(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+def long_scenario(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
     """Three minutes of it."""
-    return scene(tmp_path_factory.mktemp("longer"), epochs=70, pause_s=0.1)
+    return make_scenario(tmp_path_factory.mktemp("longer"), epochs=70, pause_s=0.1)
 
 
 @pytest.fixture(scope="session")
-def three(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+def three_worker_scenario(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
     """The short one, on three workers."""
-    return scene(tmp_path_factory.mktemp("three"), epochs=24, pause_s=0.1, workers=3)
+    return make_scenario(tmp_path_factory.mktemp("three"), epochs=24, pause_s=0.1, workers=3)
 
 
 @pytest.fixture(scope="session")
 def _nodes() -> Iterator[RayCluster]:
-    head, *places = loopback_places(1 + 3)
+    head, *places = loopback_placements(1 + 3)
     with RayCluster(head, places) as cluster:
         yield cluster
 
@@ -47,35 +47,37 @@ def nodes(_nodes: RayCluster) -> RayCluster:
 
 
 @pytest.fixture(scope="session")
-def _network() -> Iterator[Hosts]:
-    if why_not():
-        pytest.skip(why_not())
-    with Hosts(1 + WORKER_HOSTS + 1) as hosts:
+def _network() -> Iterator[VirtualHosts]:
+    if unavailable_reason():
+        pytest.skip(unavailable_reason())
+    with VirtualHosts(1 + WORKER_HOSTS + 1) as hosts:
         yield hosts
 
 
 @pytest.fixture
-def network(_network: Hosts) -> Hosts:
+def network(_network: VirtualHosts) -> VirtualHosts:
     """Host 0 for the head and drivers, `WORKER_HOSTS` for workers, and one for storage; no cable pulled."""
-    _network.heal_all()
+    _network.reconnect_all()
     return _network
 
 
 @pytest.fixture(scope="session")
-def _on_hosts(_network: Hosts) -> Iterator[RayCluster]:
-    with RayCluster(_network.place(0), [_network.place(1 + number) for number in range(WORKER_HOSTS)]) as cluster:
+def _host_cluster(_network: VirtualHosts) -> Iterator[RayCluster]:
+    with RayCluster(
+        _network.placement(0), [_network.placement(1 + number) for number in range(WORKER_HOSTS)]
+    ) as cluster:
         yield cluster
 
 
 @pytest.fixture
-def on_hosts(_on_hosts: RayCluster, network: Hosts) -> RayCluster:
+def host_cluster(_host_cluster: RayCluster, network: VirtualHosts) -> RayCluster:
     """A cluster with one node of one processor on each of these hosts."""
-    _on_hosts.restore()
-    return _on_hosts
+    _host_cluster.restore()
+    return _host_cluster
 
 
 @pytest.fixture
-def s3(network: Hosts) -> Iterator[S3]:
+def s3(network: VirtualHosts) -> Iterator[S3Server]:
     """An S3 server on the host for storage."""
-    with S3(network, STORAGE_HOST) as server:
+    with S3Server(network, STORAGE_HOST) as server:
         yield server

@@ -23,11 +23,11 @@ from types import TracebackType
 
 RAY = str(Path(sys.executable).with_name("ray"))
 REPOSITORY = Path(__file__).resolve().parents[2]
-MARK = "TRAINYARD_TEST_NODE"
-RAYLET = "raylet/raylet "
-STORE_BYTES = 80 * 1024 * 1024
+MARK_VARIABLE = "TRAINYARD_TEST_NODE"
+RAYLET_COMMAND = "raylet/raylet "
+OBJECT_STORE_BYTES = 80 * 1024 * 1024
 
-HEALTH = {
+HEALTH_CHECK_ENV = {
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
@@ -39,7 +39,7 @@ HEALTH = {
 def ray_environment(token: str) -> dict[str, str]:
     """For every process of a cluster and its drivers."""
     return {
-        **HEALTH,
+        **HEALTH_CHECK_ENV,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -53,7 +53,7 @@ def ray_environment(token: str) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Place:
+class NodePlacement:
     """Where a node's processes run: an address, and words before each command that lead there."""
 
     address: str
@@ -67,29 +67,29 @@ class Place:
 class Node:
     """One node of a cluster."""
 
-    place: Place
+    placement: NodePlacement
     mark: str = field(default_factory=lambda: secrets.token_hex(6))
     folder: str = field(default_factory=lambda: tempfile.mkdtemp(prefix="ty-", dir="/tmp"))
-    lost: bool = False
+    is_lost: bool = False
     """Whether a test has harmed it: then it is no node for the next one."""
 
     def start(self, cpus: float, token: str, head: str) -> None:
         """Run `ray start`: a head at its own address `head`, or a node that joins one there."""
         own_address, _, port = head.partition(":")
-        is_head = own_address == self.place.address
+        is_head = own_address == self.placement.address
         role = ["--head", f"--port={port}", "--include-dashboard=false"] if is_head else [f"--address={head}"]
         words = [
-            *(*self.place.prefix, RAY, "start", *role),
-            *(f"--node-ip-address={self.place.address}", f"--num-cpus={cpus}", f"--temp-dir={self.folder}"),
-            *(f"--object-store-memory={STORE_BYTES}", "--disable-usage-stats", "--include-log-monitor=false"),
+            *(*self.placement.prefix, RAY, "start", *role),
+            *(f"--node-ip-address={self.placement.address}", f"--num-cpus={cpus}", f"--temp-dir={self.folder}"),
+            *(f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats", "--include-log-monitor=false"),
         ]
-        environment = {**os.environ, **ray_environment(token), **self.place.environment(), MARK: self.mark}
+        environment = {**os.environ, **ray_environment(token), **self.placement.environment(), MARK_VARIABLE: self.mark}
         made = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
         assert made.returncode == 0, (made.stdout + made.stderr)[-500:]
 
     def processes(self, word: str = "") -> set[int]:
         """This node's processes, those whose command line holds `word`."""
-        return {pid for pid, words in _processes(self).items() if word in words}
+        return {pid for pid, words in _node_processes(self).items() if word in words}
 
     def signal(self, number: int, word: str = "") -> set[int]:
         """Send a signal to these processes."""
@@ -97,12 +97,12 @@ class Node:
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
-        self.lost = True
+        self.is_lost = True
         return pids
 
     def kill_raylet(self) -> None:
         """SIGKILL; its workers end themselves when they notice."""
-        assert self.signal(signal.SIGKILL, RAYLET)
+        assert self.signal(signal.SIGKILL, RAYLET_COMMAND)
 
     def kill(self) -> None:
         """As a machine that loses its power: all processes at once."""
@@ -118,9 +118,9 @@ class Node:
 class RayCluster:
     """A head without processors of its own, where drivers run, and nodes that can be added and killed."""
 
-    def __init__(self, head: Place, places: Sequence[Place], cpus: int = 1) -> None:
+    def __init__(self, head: NodePlacement, places: Sequence[NodePlacement], cpus: int = 1) -> None:
         self.token = secrets.token_hex(16)
-        self.address = f"{head.address}:{free_port()}"
+        self.address = f"{head.address}:{find_free_port()}"
         self.nodes: dict[str, Node] = {}
         """By address; the head too."""
         self._cpus = cpus
@@ -141,25 +141,25 @@ class RayCluster:
     def head(self) -> Node:
         return self.nodes[self._head.address]
 
-    def start(self, place: Place) -> Node:
+    def add_node(self, placement: NodePlacement) -> Node:
         """A new node at this place; a head there begins a new cluster."""
-        if place.address in self.nodes:
-            self.nodes[place.address].remove()
-        node = self.nodes[place.address] = Node(place)
-        node.start(0 if place is self._head else self._cpus, self.token, self.address)
+        if placement.address in self.nodes:
+            self.nodes[placement.address].remove()
+        node = self.nodes[placement.address] = Node(placement)
+        node.start(0 if placement is self._head else self._cpus, self.token, self.address)
         return node
 
     def restore(self) -> None:
         """Make good what tests have done: a new cluster where the head is lost, else new nodes for lost ones."""
         existing = self.nodes.get(self._head.address)
-        if existing is None or existing.lost:
+        if existing is None or existing.is_lost:
             self._remove()
-            self.start(self._head)
+            self.add_node(self._head)
         for placement in self._places:
             if self._is_lost(placement):
-                self.start(placement)
+                self.add_node(placement)
 
-    def only(self, count: int) -> None:
+    def keep_nodes(self, count: int) -> None:
         """Take nodes away until so many are left beside the head."""
         for placement in self._places[count:]:
             self.nodes[placement.address].kill()
@@ -181,8 +181,8 @@ class RayCluster:
         """These words, to be run on the head."""
         return [*self._head.prefix, *words]
 
-    def _is_lost(self, place: Place) -> bool:
-        return place.address not in self.nodes or self.nodes[place.address].lost
+    def _is_lost(self, placement: NodePlacement) -> bool:
+        return placement.address not in self.nodes or self.nodes[placement.address].is_lost
 
     def _remove(self) -> None:
         for node in self.nodes.values():
@@ -190,22 +190,22 @@ class RayCluster:
         self.nodes.clear()
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """A port that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
 
 
-def loopback_places(count: int) -> list[Place]:
+def loopback_placements(count: int) -> list[NodePlacement]:
     """Addresses of this machine that no other test uses."""
     net = f"127.{secrets.randbelow(200) + 20}.{secrets.randbelow(250) + 1}"
-    return [Place(f"{net}.{number + 1}") for number in range(count)]
+    return [NodePlacement(f"{net}.{number + 1}") for number in range(count)]
 
 
-def _processes(node: Node) -> Mapping[int, str]:
+def _node_processes(node: Node) -> Mapping[int, str]:
     """Command lines of a node's processes: its mark is in their environment, or their output goes to its folder (Ray
     gives workers an environment of the driver's)."""
-    needle, command_lines = f"{MARK}={node.mark}\0".encode(), {}
+    needle, command_lines = f"{MARK_VARIABLE}={node.mark}\0".encode(), {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
             is_own = os.readlink(path / "fd/1").startswith(f"{node.folder}/") or (

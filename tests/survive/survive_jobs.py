@@ -16,15 +16,15 @@ from typing import Any
 
 import yaml
 
-from tests.faults.fault_evidence import entries, only_run, wait_for
-from tests.survive.nodes import REPOSITORY, RayCluster, free_port
+from tests.faults.fault_evidence import find_run, read_entries, wait_for
+from tests.survive.nodes import REPOSITORY, RayCluster, find_free_port
 
 COMMAND = str(Path(sys.executable).with_name("trainyard"))
 
-HURRY = "hurry"
+HURRY_FILE = "hurry"
 """A file beside the job: while it is there, steps do not wait."""
 
-CODE = """
+USER_MODEL = """
 import time
 from pathlib import Path
 
@@ -65,11 +65,11 @@ def write_job(folder: Path, *, epochs: int, pause_s: float, workers: int = 2) ->
         "checkpoint": {"every_steps": 10, "keep": 2},
         "scale": {"workers": workers, "device": "cpu"},
     }
-    (folder / "survivor_code.py").write_text(CODE)
+    (folder / "survivor_code.py").write_text(USER_MODEL)
     (folder / "job.yaml").write_text(yaml.safe_dump(job))
 
 
-class Driver:
+class DriverProcess:
     """`trainyard train job.yaml` in a process of its own; remembers when each line came."""
 
     def __init__(self, folder: Path, storage: str, cluster: RayCluster, options: Sequence[str]) -> None:
@@ -96,7 +96,7 @@ class Driver:
         return self._process.poll() is not None
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return "\n".join(line for _, line in self.lines)
 
     def seconds_to(self, pattern: str, since: float) -> float | None:
@@ -109,13 +109,13 @@ class Driver:
     def wait_for(self, pattern: str, since: float, limit_s: float) -> float:
         """Seconds until it says so."""
         wait_for(
-            lambda: self.seconds_to(pattern, since) is not None or self.is_over, limit_s, f"{pattern}\n{self.said}"
+            lambda: self.seconds_to(pattern, since) is not None or self.is_over, limit_s, f"{pattern}\n{self.output}"
         )
         elapsed_s = self.seconds_to(pattern, since)
-        assert elapsed_s is not None, f"ended without {pattern!r}:\n{self.said}"
+        assert elapsed_s is not None, f"ended without {pattern!r}:\n{self.output}"
         return elapsed_s
 
-    def end(self, limit_s: float = 180) -> int:
+    def wait_for_exit(self, limit_s: float = 180) -> int:
         """Its exit code."""
         code = self._process.wait(limit_s)
         self._reader.join(10)
@@ -123,7 +123,7 @@ class Driver:
             self._process.stderr.close()
         return code
 
-    def kill(self, number: int) -> None:
+    def send_signal(self, number: int) -> None:
         """A signal to the process and its children."""
         os.killpg(self._process.pid, number)
 
@@ -134,37 +134,37 @@ class Driver:
 
 
 @contextmanager
-def driving(folder: Path, storage: Path | str, cluster: RayCluster, *options: str) -> Iterator[Driver]:
+def running_driver(folder: Path, storage: Path | str, cluster: RayCluster, *options: str) -> Iterator[DriverProcess]:
     """A driver that does not outlive the block."""
-    driver = Driver(folder, str(storage), cluster, options)
+    driver = DriverProcess(folder, str(storage), cluster, options)
     try:
         yield driver
     finally:
         if not driver.is_over:
-            driver.kill(signal.SIGKILL)
-            driver.end()
+            driver.send_signal(signal.SIGKILL)
+            driver.wait_for_exit()
 
 
-def commits(storage: Path, attempt: int | None = None) -> list[dict[str, Any]]:
+def read_commits(storage: Path, attempt: int | None = None) -> list[dict[str, Any]]:
     """Entries of checkpoints in the one run there, of one attempt or all; none before the run is born."""
     if not list(storage.glob("*/job.yaml")):
         return []
-    journal_entries = entries(only_run(storage))
+    journal_entries = read_entries(find_run(storage))
     return [one for one in journal_entries if one["kind"] == "commit" and attempt in (None, one["attempt"])]
 
 
-def claims(storage: Path) -> list[dict[str, Any]]:
+def read_claims(storage: Path) -> list[dict[str, Any]]:
     """Entries of attempts that began."""
     if not list(storage.glob("*/job.yaml")):
         return []
-    return [one for one in entries(only_run(storage)) if one["kind"] == "claim"]
+    return [one for one in read_entries(find_run(storage)) if one["kind"] == "claim"]
 
 
-def untouched(folder: Path, storage: Path) -> Path:
+def train_reference(folder: Path, storage: Path) -> Path:
     """The run of this job that nobody touches: as many plain processes around gloo, without Ray, without a pause."""
-    (folder / HURRY).touch()
+    (folder / HURRY_FILE).touch()
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.survive.untouched_run", str(storage), str(free_port())],
+        [sys.executable, "-m", "tests.survive.untouched_run", str(storage), str(find_free_port())],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": f"{folder}:{REPOSITORY}", "GLOO_SOCKET_IFNAME": "lo"},
         stderr=subprocess.PIPE,
@@ -172,4 +172,4 @@ def untouched(folder: Path, storage: Path) -> Path:
         timeout=240,
     )
     assert ran.returncode == 0, ran.stderr
-    return only_run(storage)
+    return find_run(storage)

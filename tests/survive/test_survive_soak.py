@@ -14,62 +14,64 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.fault_evidence import Watcher, wait_for
-from tests.survive.nodes import RayCluster, loopback_places
-from tests.survive.survive_jobs import Driver, claims, commits, driving
-from tests.survive.survive_scenes import PATIENCE_S, Scene, ended, now, scene
+from tests.faults.fault_evidence import RunReader, wait_for
+from tests.survive.nodes import RayCluster, loopback_placements
+from tests.survive.survive_jobs import DriverProcess, read_claims, read_commits, running_driver
+from tests.survive.survive_scenes import WAIT_LIMIT_S, Scenario, make_scenario, monotonic_time, wait_for_exit_code
 
 MINUTES = float(os.environ.get("TRAINYARD_SOAK_MINUTES", "20"))
 SEED = int(os.environ.get("TRAINYARD_TEST_SEED", "1"))
 TRAINING_BETWEEN_KILLS_S = (5, 20)
 PAUSE_S = 0.05
 """A step. About 26 steps an epoch."""
-BACK_S = 15
+NODE_RETURN_S = 15
 """At the least between a kill and training again: what is trained in so many minutes cannot be more."""
-LEFT_ALONE_S = 1500
+FINISH_LIMIT_S = 1500
 """For what the kills have left to do."""
 VICTIMS = ("RayTrainWorker", "RayTrainWorker", "TrainController", "driver")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(MINUTES * 60 + 1800)
-def test_a_run_that_is_killed_at_random_again_and_again_finishes_exactly(tmp_path: Path) -> None:
+def test_randomly_killed_run_finishes_bit_identically(tmp_path: Path) -> None:
     """Workers, the controller and now and then the driver, which is then started again."""
     draw = random.Random(SEED)
-    most_s = MINUTES * 60 * TRAINING_BETWEEN_KILLS_S[1] / (TRAINING_BETWEEN_KILLS_S[1] + BACK_S)
-    made = scene(tmp_path, epochs=max(4, round(most_s / PAUSE_S / 26)), pause_s=PAUSE_S)
-    made.anew()
-    head, node = loopback_places(2)
+    most_s = MINUTES * 60 * TRAINING_BETWEEN_KILLS_S[1] / (TRAINING_BETWEEN_KILLS_S[1] + NODE_RETURN_S)
+    made = make_scenario(tmp_path, epochs=max(4, round(most_s / PAUSE_S / 26)), pause_s=PAUSE_S)
+    made.reset()
+    head, node = loopback_placements(2)
     kills: dict[str, int] = {}
-    with RayCluster(head, [node], cpus=2) as cluster, Watcher(made.storage):
-        until, seen = now() + MINUTES * 60, 0
-        while now() < until:
-            with driving(made.folder, made.storage, cluster) as driver:
+    with RayCluster(head, [node], cpus=2) as cluster, RunReader(made.storage):
+        until, seen = monotonic_time() + MINUTES * 60, 0
+        while monotonic_time() < until:
+            with running_driver(made.folder, made.storage, cluster) as driver:
                 victim = ""
-                while victim != "driver" and now() < until:
-                    wait_for(partial(trains_again, made, seen, driver), PATIENCE_S, "training again")
-                    assert not driver.is_over, driver.said
+                while victim != "driver" and monotonic_time() < until:
+                    wait_for(partial(has_resumed, made, seen, driver), WAIT_LIMIT_S, "training again")
+                    assert not driver.is_over, driver.output
                     time.sleep(draw.uniform(*TRAINING_BETWEEN_KILLS_S))
-                    seen, victim = len(claims(made.storage)), draw.choice(VICTIMS)
-                    kill(victim, cluster, driver.pid, draw)
+                    seen, victim = len(read_claims(made.storage)), draw.choice(VICTIMS)
+                    kill_victim(victim, cluster, driver.pid, draw)
                     kills[victim] = kills.get(victim, 0) + 1
                 if victim != "driver":
-                    assert ended(made, driver, LEFT_ALONE_S) == 0, driver.said
-        with driving(made.folder, made.storage, cluster) as driver:
-            assert ended(made, driver, LEFT_ALONE_S) == 0, driver.said
-    attempts = len(claims(made.storage))
-    print(f"\n{MINUTES:g} minutes: {kills}, {attempts} attempts, {len(commits(made.storage))} checkpoints")
+                    assert wait_for_exit_code(made, driver, FINISH_LIMIT_S) == 0, driver.output
+        with running_driver(made.folder, made.storage, cluster) as driver:
+            assert wait_for_exit_code(made, driver, FINISH_LIMIT_S) == 0, driver.output
+    attempts = len(read_claims(made.storage))
+    print(f"\n{MINUTES:g} minutes: {kills}, {attempts} attempts, {len(read_commits(made.storage))} checkpoints")
     assert attempts > sum(kills.values()) / 2
     made.check()
 
 
-def trains_again(made: Scene, seen: int, driver: Driver) -> bool:
+def has_resumed(made: Scenario, seen: int, driver: DriverProcess) -> bool:
     """Whether an attempt after the first `seen` has made a checkpoint, or nothing will."""
-    attempts = claims(made.storage)
-    return driver.is_over or (len(attempts) > seen and bool(commits(made.storage, attempt=attempts[-1]["attempt"])))
+    attempts = read_claims(made.storage)
+    return driver.is_over or (
+        len(attempts) > seen and bool(read_commits(made.storage, attempt=attempts[-1]["attempt"]))
+    )
 
 
-def kill(victim: str, cluster: RayCluster, driver: int, draw: random.Random) -> None:
+def kill_victim(victim: str, cluster: RayCluster, driver: int, draw: random.Random) -> None:
     """SIGKILL one process of that kind."""
     of_kind = {pid for node in cluster.nodes.values() for pid in node.processes(victim)}
     os.kill(driver if victim == "driver" else draw.choice(sorted(of_kind)), signal.SIGKILL)

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from pipeline import train
 from pipeline.cluster import driver
 from pipeline.context import SingleProcessContext, T
-from pipeline.job import Scale
-from pipeline.worker import Order, run_worker
+from pipeline.job import ScalingConfig
+from pipeline.worker import WorkerSpec, run_worker
 
 
-class Among(SingleProcessContext):
+class GlooContext(SingleProcessContext):
     """One plain process among others."""
 
     def __init__(self, rank: int, world_size: int) -> None:
@@ -34,26 +34,26 @@ class Among(SingleProcessContext):
         return received
 
 
-def run_rank(order: Order, rank: int, world_size: int, port: int) -> None:
+def run_rank(worker_spec: WorkerSpec, rank: int, world_size: int, port: int) -> None:
     """One rank's whole part."""
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    run_worker(order, Among(rank, world_size))
+    run_worker(worker_spec, GlooContext(rank, world_size))
     dist.destroy_process_group()
 
 
 def main(storage: str, port: int) -> None:
     """Train job.yaml of this folder."""
 
-    def train_on_processes(ready: driver.Ready, scale: Scale, *_: Any, **__: Any) -> None:
+    def train_on_processes(create_run: driver.CreateRunFn, scale: ScalingConfig, *_: Any, **__: Any) -> None:
         assert isinstance(scale.workers, int)
-        order, _journal = ready()
+        worker_spec, _journal = create_run()
         others = [
-            multiprocessing.get_context("spawn").Process(target=run_rank, args=(order, rank, scale.workers, port))
+            multiprocessing.get_context("spawn").Process(target=run_rank, args=(worker_spec, rank, scale.workers, port))
             for rank in range(1, scale.workers)
         ]
         for other in others:
             other.start()
-        run_rank(order, 0, scale.workers, port)
+        run_rank(worker_spec, 0, scale.workers, port)
         for other in others:
             other.join()
             assert other.exitcode == 0

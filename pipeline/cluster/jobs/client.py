@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pipeline.cluster.jobs.tokens import WAYS, find_token
+from pipeline.cluster.jobs.tokens import TOKEN_SOURCES, find_token
 from pipeline.cluster.ray_internals import (
     NODES_PATH,
-    jobs_client_class,
+    make_client_class,
     new_package_name,
     node_interpreter,
     package_path,
@@ -21,27 +21,27 @@ from pipeline.cluster.ray_internals import (
     silence_jobs_client,
 )
 from pipeline.errors import ClusterError, InputError
-from pipeline.storage.faults import scrub
+from pipeline.storage.faults import redact
 
 T = TypeVar("T")
 
-CONNECT_S, ANSWER_S = 5.0, 60.0
+CONNECT_TIMEOUT_S, RESPONSE_TIMEOUT_S = 5.0, 60.0
 """Limits for a connection to the head, and for its answer."""
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-EXAMPLE = "--address http://HEAD:8265, the address of the cluster's dashboard"
+ADDRESS_EXAMPLE = "--address http://HEAD:8265, the address of the cluster's dashboard"
 
 
 @dataclass(frozen=True)
-class Node:
+class ClusterNode:
     """A node that is alive, as the head shows it."""
 
     id: str
     is_head: bool
-    python: str
+    python_executable: str
     """The interpreter of its workers, with its folder; empty where the head does not know it yet."""
 
 
-class Cluster:
+class ClusterClient:
     """A cluster whose Jobs API answers. `url` is its address, `ray_version` what it runs.
 
     Every method raises ClusterError where the cluster does not answer any more.
@@ -52,27 +52,27 @@ class Cluster:
         self.url = url
         self.ray_version: str = server_ray_version(client)
 
-    def nodes(self) -> list[Node]:
+    def list_nodes(self) -> list[ClusterNode]:
         """The nodes that are alive."""
         tree = self._request("GET", NODES_PATH).json()
         return [
-            Node(node["raylet"]["nodeId"], bool(node["raylet"].get("isHeadNode")), node_interpreter(node))
+            ClusterNode(node["raylet"]["nodeId"], bool(node["raylet"].get("isHeadNode")), node_interpreter(node))
             for node in tree["data"]["summary"]
             if node.get("raylet", {}).get("state") == "ALIVE"
         ]
 
-    def post(self, sealed: bytes) -> str:
+    def upload_payload(self, payload: bytes) -> str:
         """Put a letter into the head's memory; the name to take it out by."""
         name = new_package_name()
-        self._request("PUT", package_path(name), data=sealed)
+        self._request("PUT", package_path(name), data=payload)
         return name
 
-    def submit(
+    def submit_job(
         self, job_id: str, entrypoint: str, *, runtime_env: Mapping[str, Any], metadata: Mapping[str, str]
     ) -> bool:
         """Start a job; False where there is one of that id."""
         try:
-            self._ask(
+            self._call(
                 lambda: self._client.submit_job(
                     entrypoint=entrypoint,
                     submission_id=job_id,
@@ -81,51 +81,51 @@ class Cluster:
                 )
             )
         except ClusterError:
-            if self.info(job_id) is not None:  # perhaps of another who submits the same at this moment
+            if self.get_job_info(job_id) is not None:  # perhaps of another who submits the same at this moment
                 return False
             raise
         return True
 
-    def infos(self) -> list[Any]:
+    def list_jobs(self) -> list[Any]:
         """Ray's `JobDetails` of every submitted job, oldest first."""
-        jobs = [info for info in self._ask(self._client.list_jobs) or [] if info.submission_id]
+        jobs = [info for info in self._call(self._client.list_jobs) or [] if info.submission_id]
         return sorted(jobs, key=lambda info: info.start_time or 0)
 
-    def info(self, job_id: str) -> Any | None:
+    def get_job_info(self, job_id: str) -> Any | None:
         """Ray's `JobDetails` of a job, or None where there is no such job."""
-        return self._ask(lambda: self._client.get_job_info(job_id), missing="404")
+        return self._call(lambda: self._client.get_job_info(job_id), missing_status="404")
 
-    def logs(self, job_id: str) -> str:
+    def get_job_logs(self, job_id: str) -> str:
         """All that a job has written so far."""
-        return str(self._ask(lambda: self._client.get_job_logs(job_id)) or "")
+        return str(self._call(lambda: self._client.get_job_logs(job_id)) or "")
 
-    def tail(self, job_id: str) -> AsyncIterator[str]:
+    def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
         """What a job has written, from its beginning, and what it writes until it ends; raises whatever breaks it."""
         chunks: AsyncIterator[str] = self._client.tail_job_logs(job_id)
         return chunks
 
-    def stop(self, job_id: str) -> bool:
+    def stop_job(self, job_id: str) -> bool:
         """Ask a job to stop; False where it has ended."""
-        return bool(self._ask(lambda: self._client.stop_job(job_id)))
+        return bool(self._call(lambda: self._client.stop_job(job_id)))
 
     def _request(self, method: str, path: str, **body: Any) -> Any:
-        reply: Any = self._ask(lambda: request(self._client, method, path, **body))
+        reply: Any = self._call(lambda: request(self._client, method, path, **body))
         if reply.status_code != 200:
             raise ClusterError(
-                f"the cluster answered {reply.status_code} to {path.partition('?')[0]}: {scrub(reply.text)[:200]}",
+                f"the cluster answered {reply.status_code} to {path.partition('?')[0]}: {redact(reply.text)[:200]}",
                 where=self.url,
                 fix="see the dashboard's logs on the head",
             )
         return reply
 
-    def _ask(self, action: Callable[[], T], missing: str = "") -> T | None:
+    def _call(self, action: Callable[[], T], missing_status: str = "") -> T | None:
         """The answer; None where the server's complaint holds `missing`."""
-        with _errors_for_people(self.url, missing):
+        with _translate_errors(self.url, missing_status):
             return action()
         return None
 
 
-def connect(address: str | None, token_file: str | None = None, *, verbose: bool = False) -> Cluster:
+def connect(address: str | None, token_file: str | None = None, *, verbose: bool = False) -> ClusterClient:
     """A cluster whose Jobs API answers, and takes our token where it asks for one.
 
     Parameters
@@ -138,32 +138,38 @@ def connect(address: str | None, token_file: str | None = None, *, verbose: bool
     """
     url = address or next((os.environ[name] for name in ADDRESS_VARIABLES if os.environ.get(name)), None)
     if url is None:
-        raise InputError("no cluster is named", where="--address", fix=f"{EXAMPLE}; or RAY_API_SERVER_ADDRESS")
+        raise InputError("no cluster is named", where="--address", fix=f"{ADDRESS_EXAMPLE}; or RAY_API_SERVER_ADDRESS")
     if url.startswith("ray://"):
-        raise InputError(f"{url} is an address of the Ray Client, not of the Jobs API", where="--address", fix=EXAMPLE)
+        raise InputError(
+            f"{url} is an address of the Ray Client, not of the Jobs API", where="--address", fix=ADDRESS_EXAMPLE
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from ray.exceptions import AuthenticationError
     if not verbose:
         silence_jobs_client()
-    make = jobs_client_class((CONNECT_S, ANSWER_S))
-    with _errors_for_people(url), _named():
+    make = make_client_class((CONNECT_TIMEOUT_S, RESPONSE_TIMEOUT_S))
+    with _translate_errors(url), _without_address_variables():
         try:
-            return Cluster(make(url), url)  # where it asks for no token it gets none
+            return ClusterClient(make(url), url)  # where it asks for no token it gets none
         except AuthenticationError:
             token = find_token(token_file)
         if token is None:
-            raise ClusterError("the cluster asks for a token, and there is none", where=url, fix=f"give it by {WAYS}")
+            raise ClusterError(
+                "the cluster asks for a token, and there is none", where=url, fix=f"give it by {TOKEN_SOURCES}"
+            )
         try:
-            return Cluster(make(url, headers={"Authorization": f"Bearer {token.value}"}), url)
+            return ClusterClient(make(url, headers={"Authorization": f"Bearer {token.value}"}), url)
         except AuthenticationError:
             raise ClusterError(
-                f"the cluster refuses the token of {token.source}", where=url, fix=f"give the right one by {WAYS}"
+                f"the cluster refuses the token of {token.source}",
+                where=url,
+                fix=f"give the right one by {TOKEN_SOURCES}",
             ) from None
 
 
 @contextmanager
-def _named() -> Iterator[None]:
+def _without_address_variables() -> Iterator[None]:
     """Ray's client takes these variables before the address that it is given; ours takes the flag first."""
     before = {name: os.environ.pop(name, None) for name in ADDRESS_VARIABLES}
     try:
@@ -173,27 +179,31 @@ def _named() -> Iterator[None]:
 
 
 @contextmanager
-def _errors_for_people(url: str, missing: str = "") -> Iterator[None]:
+def _translate_errors(url: str, missing_status: str = "") -> Iterator[None]:
     import requests
     from ray.exceptions import AuthenticationError
 
     try:
         yield
     except AuthenticationError:
-        raise ClusterError("the cluster takes our token no longer", where=url, fix=f"give it by {WAYS}") from None
+        raise ClusterError(
+            "the cluster takes our token no longer", where=url, fix=f"give it by {TOKEN_SOURCES}"
+        ) from None
     except (requests.exceptions.ConnectionError, requests.exceptions.Timeout, ConnectionError, TimeoutError):
-        raise ClusterError("no Ray cluster answers there", where=url, fix=f"check the address: {EXAMPLE}") from None
+        raise ClusterError(
+            "no Ray cluster answers there", where=url, fix=f"check the address: {ADDRESS_EXAMPLE}"
+        ) from None
     except (requests.exceptions.RequestException, RuntimeError, ValueError, KeyError) as error:
-        if missing and f"status code {missing}" in str(error):
+        if missing_status and f"status code {missing_status}" in str(error):
             return
         raise ClusterError(
-            f"what answers there is no Jobs API, or refuses ({_reason(error)})",
+            f"what answers there is no Jobs API, or refuses ({_error_line(error)})",
             where=url,
-            fix=f"check the address: {EXAMPLE}",
+            fix=f"check the address: {ADDRESS_EXAMPLE}",
         ) from None
 
 
-def _reason(error: Exception) -> str:
+def _error_line(error: Exception) -> str:
     """The line that says it: the last of a traceback that the server sends, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return scrub(lines[-1] if "Traceback" in lines[0] else lines[0])[:300]
+    return redact(lines[-1] if "Traceback" in lines[0] else lines[0])[:300]

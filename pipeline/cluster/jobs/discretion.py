@@ -5,23 +5,25 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from pipeline.cluster.jobs.records import SEPARATOR
-from pipeline.redaction import scrub
-from pipeline.streams import Stream
+from pipeline.cluster.jobs.records import RECORD_SEPARATOR
+from pipeline.redaction import redact
+from pipeline.streams import SafeStream
 
 
-def be_discreet() -> None:
+def redact_stdout_and_stderr() -> None:
     """From now on, whatever a library or the user's code prints of a secret is blotted out, and a log that cannot be
     written ends nothing."""
-    sys.stdout, sys.stderr = _Discreet(Stream(sys.stdout)), _Discreet(Stream(sys.stderr))
+    sys.stdout, sys.stderr = RedactingStream(SafeStream(sys.stdout)), RedactingStream(SafeStream(sys.stderr))
 
 
-class _Discreet:
-    def __init__(self, stream: Stream) -> None:
+class RedactingStream:
+    def __init__(self, stream: SafeStream) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(text if text.startswith(SEPARATOR) else scrub(text))  # a record has none to begin with
+        self._stream.write(
+            text if text.startswith(RECORD_SEPARATOR) else redact(text)
+        )  # a record has none to begin with
         return len(text)
 
     def __getattr__(self, name: str) -> Any:

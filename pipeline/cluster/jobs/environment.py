@@ -12,10 +12,10 @@ from dotenv.parser import parse_stream  # what `dotenv_values` reads with; it al
 
 from pipeline.errors import InputError
 
-NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+ENV_NAME_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
-def environment_of(names: Iterable[str], files: Iterable[str]) -> dict[str, str]:
+def collect_env_vars(names: Iterable[str], files: Iterable[str]) -> dict[str, str]:
     """Values by name; a name that is given alone wins over one in a file.
 
     Parameters
@@ -31,7 +31,7 @@ def environment_of(names: Iterable[str], files: Iterable[str]) -> dict[str, str]
     """
     env_vars: dict[str, str] = {}
     for file in files:
-        env_vars |= _file(file)
+        env_vars |= _read_env_file(file)
     for name in names:
         if "=" in name:
             raise InputError(
@@ -45,7 +45,7 @@ def environment_of(names: Iterable[str], files: Iterable[str]) -> dict[str, str]
     return env_vars
 
 
-def _file(file: str) -> dict[str, str]:
+def _read_env_file(file: str) -> dict[str, str]:
     try:
         text = Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -55,7 +55,7 @@ def _file(file: str) -> dict[str, str]:
     for binding in parse_stream(StringIO(text)):
         if binding.key is None and not binding.error:  # a comment, or blank lines at the end
             continue
-        if binding.value is None or not NAME.fullmatch(binding.key or ""):
+        if binding.value is None or not ENV_NAME_PATTERN.fullmatch(binding.key or ""):
             statement = binding.original.string
             blank = statement[: len(statement) - len(statement.lstrip())]
             number = binding.original.line + blank.count("\n")

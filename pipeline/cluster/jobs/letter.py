@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipeline.cluster.ray_internals import is_package_name, take_package
+from pipeline.cluster.ray_internals import fetch_package, is_package_name
 from pipeline.errors import WorkError
 
-FORMAT = 1
+PAYLOAD_FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Letter:
+class SubmissionPayload:
     """What `train` is called with on the cluster.
 
     Everything is plain: `job` is the resolved job file's text; `environment` holds variables to set first.
@@ -35,12 +35,12 @@ class Letter:
     probe: Mapping[str, Any] | None = None
     """For the probe: what it is asked, see `probe`."""
 
-    def sealed(self) -> bytes:
+    def to_bytes(self) -> bytes:
         """The bytes to send. (Ray's server quotes the first fifteen where it cannot keep them.)"""
-        return json.dumps({"trainyard letter": FORMAT, **asdict(self)}).encode()
+        return json.dumps({"trainyard letter": PAYLOAD_FORMAT, **asdict(self)}).encode()
 
 
-def take_out(name: str) -> Letter:
+def fetch_payload(name: str) -> SubmissionPayload:
     """On the cluster: read a letter and destroy it.
 
     Raises
@@ -49,10 +49,10 @@ def take_out(name: str) -> Letter:
     """
     if not is_package_name(name):
         raise WorkError(f"{name!r} is no letter", where="the entry point", fix="`trainyard submit` writes them")
-    content = take_package(name)
+    content = fetch_package(name)
     if content is None:
         raise WorkError("what was sent with the job is not there any more", where=name, fix="submit it again")
     tree = json.loads(content)
-    if tree.pop("trainyard letter", None) != FORMAT:
+    if tree.pop("trainyard letter", None) != PAYLOAD_FORMAT:
         raise WorkError("the job was sent by another version of Trainyard", where=name, fix="submit it again")
-    return Letter(**tree)
+    return SubmissionPayload(**tree)

@@ -7,11 +7,11 @@ from urllib.parse import urlsplit
 
 from pipeline.errors import InputError
 
-STORE = "--storage s3://BUCKET/runs, or any object store"
+OBJECT_STORE_EXAMPLE = "--storage s3://BUCKET/runs, or any object store"
 MOUNTED = "file:///FOLDER for a folder that is mounted on every node"
 
 
-def storage_for(url: str, address: str, nodes: int) -> str:
+def resolve_cluster_storage(url: str, address: str, num_nodes: int) -> str:
     """The storage URL as the cluster is to read it.
 
     Parameters
@@ -25,14 +25,14 @@ def storage_for(url: str, address: str, nodes: int) -> str:
     InputError: a path of one machine where several take part, or of a machine that is not this one.
     """
     if url.startswith("memory://"):
-        raise InputError("it lives in one process", where=f"storage: {url}", fix=f"use {STORE}")
+        raise InputError("it lives in one process", where=f"storage: {url}", fix=f"use {OBJECT_STORE_EXAMPLE}")
     if "://" in url:
         return url
-    if nodes > 1:
+    if num_nodes > 1:
         raise InputError(
-            f"a path of one machine, and the cluster has {nodes} nodes",
+            f"a path of one machine, and the cluster has {num_nodes} nodes",
             where=f"storage: {url}",
-            fix=f"use {STORE}, or {MOUNTED}",
+            fix=f"use {OBJECT_STORE_EXAMPLE}, or {MOUNTED}",
         )
     path = os.path.expanduser(url)
     if is_loopback(address):
@@ -41,22 +41,22 @@ def storage_for(url: str, address: str, nodes: int) -> str:
         raise InputError(
             "a path that starts where you are, and the cluster is on another machine",
             where=f"storage: {url}",
-            fix=f"use {STORE}, or an absolute path on the cluster's node",
+            fix=f"use {OBJECT_STORE_EXAMPLE}, or an absolute path on the cluster's node",
         )
     return path
 
 
-def must_be_here(url: str, address: str) -> bool:
+def is_folder_of_this_machine(url: str, address: str) -> bool:
     """Whether a storage URL means a folder of this very machine: then the cluster must be on it."""
     return "://" not in url and is_loopback(address)
 
 
-def refuse_other_machine(path: str) -> InputError:
+def make_other_machine_error(path: str) -> InputError:
     """For a cluster that is reached through loopback and is elsewhere, as behind a forwarded port."""
     return InputError(
         "a path of this machine, and the cluster is on another one, behind a forwarded port",
         where=f"storage: {path}",
-        fix=f"use {STORE}, or file:///FOLDER for a folder of the cluster's",
+        fix=f"use {OBJECT_STORE_EXAMPLE}, or file:///FOLDER for a folder of the cluster's",
     )
 
 

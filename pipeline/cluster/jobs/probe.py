@@ -14,26 +14,27 @@ def main() -> None:
     """Answer the questions of the letter that the command line names."""
     from importlib import metadata
 
-    from pipeline.cluster.jobs.discretion import be_discreet
-    from pipeline.cluster.jobs.records import record_line
+    from pipeline.cluster.jobs.discretion import redact_stdout_and_stderr
+    from pipeline.cluster.jobs.records import format_record
 
-    be_discreet()
+    redact_stdout_and_stderr()
     installed = {
-        str(distribution.metadata["Name"]).lower().replace("_", "-"): distribution.version for distribution in metadata.distributions()
+        str(distribution.metadata["Name"]).lower().replace("_", "-"): distribution.version
+        for distribution in metadata.distributions()
     }
     python = ".".join(str(part) for part in sys.version_info[:3])
-    print(record_line("versions", {"python": python, "installed": installed}), flush=True)
+    print(format_record("versions", {"python": python, "installed": installed}), flush=True)
 
     from pipeline.errors import TrainyardError
 
     try:
-        print(record_line("cluster", _look(sys.argv[1])), flush=True)
+        print(format_record("cluster", _inspect_cluster(sys.argv[1])), flush=True)
     except TrainyardError as error:
         refusal = {"what": error.what, "where": error.where, "fix": error.fix}
-        print(record_line("refused", refusal), flush=True)
+        print(format_record("refused", refusal), flush=True)
 
 
-def _look(letter_name: str) -> dict[str, object]:
+def _inspect_cluster(payload_name: str) -> dict[str, object]:
     """What the cluster has; tries the storage out.
 
     Raises
@@ -42,31 +43,35 @@ def _look(letter_name: str) -> dict[str, object]:
     """
     import logging
 
-    from pipeline.cluster.connection import draining
-    from pipeline.cluster.jobs.letter import take_out
-    from pipeline.cluster.jobs.places import refuse_other_machine
+    from pipeline.cluster.connection import get_draining_nodes
+    from pipeline.cluster.jobs.letter import fetch_payload
+    from pipeline.cluster.jobs.places import make_other_machine_error
     from pipeline.cluster.reach import check_storage
-    from pipeline.cluster.room import Room, added, look_at
-    from pipeline.job import IN_PLACE_WORKERS, Scale
-    from pipeline.record.lock import boot
+    from pipeline.cluster.room import WorkerPlacement, cluster_resources, sum_resources
+    from pipeline.job import IN_PLACE_WORKERS, ScalingConfig
+    from pipeline.record.lock import read_boot_id
     from pipeline.storage import handed
 
-    payload = take_out(letter_name)
-    handed.take(payload.environment)
+    payload = fetch_payload(payload_name)
+    handed.set_credentials(payload.environment)
     question = payload.probe or {}
-    if question["boot_id"] is not None and question["boot_id"] != boot():
-        raise refuse_other_machine(payload.storage)
+    if question["boot_id"] is not None and question["boot_id"] != read_boot_id():
+        raise make_other_machine_error(payload.storage)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import ray
     ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    scale = Scale.model_validate(question["scale"])
+    scale = ScalingConfig.model_validate(question["scale"])
     if scale.workers != IN_PLACE_WORKERS:
-        Room(lambda: look_at(ray, draining=draining), scale).check()
-    check_storage(ray, payload.storage, from_here=True)
-    resources = look_at(ray, draining=draining)
+        WorkerPlacement(lambda: cluster_resources(ray, get_draining_nodes=get_draining_nodes), scale).check_feasible()
+    check_storage(ray, payload.storage, include_driver=True)
+    resources = cluster_resources(ray, get_draining_nodes=get_draining_nodes)
     ray.shutdown()
-    return {"nodes": len(resources.total), "has": added(resources.total), "grows": resources.possible is not None}
+    return {
+        "nodes": len(resources.total),
+        "has": sum_resources(resources.total),
+        "grows": resources.autoscaler_max is not None,
+    }
 
 
 if __name__ == "__main__":

@@ -10,28 +10,30 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipeline.redaction import scrubbed
+from pipeline.redaction import redact_tree
 
-SEPARATOR = "\x1e"
-_RAYS_END = re.compile(r"(?:Job supervisor actor (?:died|could not be scheduled)|Unexpected error occurred): The actor")
+RECORD_SEPARATOR = "\x1e"
+_RAY_ACTOR_DEATH = re.compile(
+    r"(?:Job supervisor actor (?:died|could not be scheduled)|Unexpected error occurred): The actor"
+)
 
 
-def record_line(kind: str, values: Mapping[str, Any]) -> str:
+def format_record(kind: str, values: Mapping[str, Any]) -> str:
     """One line for `print`, without secrets: one that is a word of JSON, such as true, is blotted out in texts only."""
-    return SEPARATOR + json.dumps({"kind": kind, **scrubbed(values)})
+    return RECORD_SEPARATOR + json.dumps({"kind": kind, **redact_tree(values)})
 
 
-def records(log: str) -> Iterator[dict[str, Any]]:
+def iter_records(log: str) -> Iterator[dict[str, Any]]:
     """The records in a log, in order. A line that only looks like one is left out."""
     for line in log.split("\n"):
-        record = record_in(line)
+        record = parse_record(line)
         if record is not None:
             yield record
 
 
-def record_in(line: str) -> dict[str, Any] | None:
+def parse_record(line: str) -> dict[str, Any] | None:
     """The record that a line is, or None."""
-    if not line.startswith(SEPARATOR):
+    if not line.startswith(RECORD_SEPARATOR):
         return None
     try:
         tree = json.loads(line[1:])
@@ -40,28 +42,28 @@ def record_in(line: str) -> dict[str, Any] | None:
     return tree if isinstance(tree, dict) and isinstance(tree.get("kind"), str) else None
 
 
-def last(log: str, kind: str) -> dict[str, Any] | None:
+def find_last_record(log: str, kind: str) -> dict[str, Any] | None:
     """The last record of a kind."""
-    matching = [record for record in records(log) if record["kind"] == kind]
+    matching = [record for record in iter_records(log) if record["kind"] == kind]
     return matching[-1] if matching else None
 
 
-def lines_for_people(log: str) -> Iterator[str]:
+def human_lines(log: str) -> Iterator[str]:
     """The log without records, and without what Ray writes before the entry point begins.
 
     (`splitlines` would take the separator for the end of a line.)
     """
-    log = without_rays_end(log)
+    log = strip_ray_actor_death(log)
     for line in log.removesuffix("\n").split("\n") if log else ():
-        if not line.startswith(SEPARATOR) and not _is_rays(line):
+        if not line.startswith(RECORD_SEPARATOR) and not _is_ray_line(line):
             yield line
 
 
-def without_rays_end(log: str) -> str:
+def strip_ray_actor_death(log: str) -> str:
     """The log up to what Ray adds where it loses the process that started the job: a paragraph on dead actors."""
-    match = _RAYS_END.search(log)
+    match = _RAY_ACTOR_DEATH.search(log)
     return log[: match.start()] if match else log
 
 
-def _is_rays(line: str) -> bool:
+def _is_ray_line(line: str) -> bool:
     return line.startswith("Running entrypoint for job ") or " job_manager.py:" in line[:60]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from pipeline.own_code.dependencies import OURS
+from pipeline.own_code.dependencies import PACKAGE_FOLDER
 
 ENTRYPOINT_MODULE = "pipeline.cli.on_cluster"
 """What a cluster runs for `trainyard submit`, with `python -m`; a part of the package, so that it is sent with it."""
@@ -17,7 +17,7 @@ CODE_FOLDER = "trainyard_code"
 
 
 @dataclass(frozen=True)
-class Cargo:
+class StagedPackage:
     """Folders of this machine that hold what is sent."""
 
     package: Path
@@ -29,7 +29,7 @@ class Cargo:
         """For Ray, which sends each folder once for all jobs that have the same."""
         return {"py_modules": [str(self.package)], "working_dir": str(self.folder)}
 
-    def files(self) -> dict[str, int]:
+    def list_files(self) -> dict[str, int]:
         """Every file that is sent, and its size in bytes."""
         return {
             f"{above}{file.relative_to(folder).as_posix()}": file.stat().st_size
@@ -38,16 +38,16 @@ class Cargo:
             if file.is_file()
         }
 
-    def words(self) -> str:
+    def describe(self) -> str:
         """`656 kB: the package, the job, 2 files of its code`"""
-        files = self.files()
+        files = self.list_files()
         num_code_files = sum(path.startswith(f"{CODE_FOLDER}/") for path in files)
         code = f", {num_code_files} file{'s' * (num_code_files != 1)} of its code" if num_code_files else ""
         return f"{sum(files.values()) / 1000:,.0f} kB: the package, the job{code}"
 
 
 @contextmanager
-def staged(code: Mapping[str, bytes]) -> Iterator[Cargo]:
+def stage_package(code: Mapping[str, bytes]) -> Iterator[StagedPackage]:
     """A cargo in temporary folders.
 
     Of the package its Python files alone are taken, from wherever it was imported: a checkout, or an installed wheel.
@@ -57,15 +57,15 @@ def staged(code: Mapping[str, bytes]) -> Iterator[Cargo]:
     code: the Python files of the job's own, by their paths below an import path.
     """
     with TemporaryDirectory(prefix="trainyard-cargo-") as temporary:
-        package, folder = Path(temporary, OURS.name), Path(temporary, "job")
-        for file in sorted(OURS.rglob("*.py")):
-            _put(package / file.relative_to(OURS), file.read_bytes())
+        package, folder = Path(temporary, PACKAGE_FOLDER.name), Path(temporary, "job")
+        for file in sorted(PACKAGE_FOLDER.rglob("*.py")):
+            _write_file(package / file.relative_to(PACKAGE_FOLDER), file.read_bytes())
         folder.mkdir()
         for path, content in code.items():
-            _put(folder / CODE_FOLDER / path, content)
-        yield Cargo(package, folder)
+            _write_file(folder / CODE_FOLDER / path, content)
+        yield StagedPackage(package, folder)
 
 
-def _put(path: Path, content: bytes) -> None:
+def _write_file(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.errors import InputError
 
-WAYS = "--token-file FILE, RAY_AUTH_TOKEN, or ~/.ray/auth_token (RAY_AUTH_TOKEN_PATH names another file)"
+TOKEN_SOURCES = "--token-file FILE, RAY_AUTH_TOKEN, or ~/.ray/auth_token (RAY_AUTH_TOKEN_PATH names another file)"
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,16 @@ def find_token(file: str | None) -> Token | None:
     InputError: a file that is named and cannot be read, or is empty.
     """
     if file is not None:
-        return _read(file, "--token-file")
+        return _read_token(file, "--token-file")
     if value := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return Token(value, "RAY_AUTH_TOKEN")
     if path := os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        return _read(path, "RAY_AUTH_TOKEN_PATH")
+        return _read_token(path, "RAY_AUTH_TOKEN_PATH")
     default_path = Path("~/.ray/auth_token").expanduser()
-    return _read(str(default_path), str(default_path)) if default_path.is_file() else None
+    return _read_token(str(default_path), str(default_path)) if default_path.is_file() else None
 
 
-def _read(file: str, source: str) -> Token:
+def _read_token(file: str, source: str) -> Token:
     try:
         value = Path(file).expanduser().read_text().strip()
     except (OSError, ValueError) as error:

@@ -6,47 +6,55 @@ the global batch) alone, so the ranks' shares of a changed batch, one after anot
 
 from __future__ import annotations
 
-from pipeline.data.augment.changes import augmented
-from pipeline.data.augment.drawing import Draws, draw, draw_partners, draw_shares, sent
-from pipeline.data.augment.mixing import Mix, needed
+from pipeline.data.augment.changes import apply_augment
+from pipeline.data.augment.drawing import (
+    AugmentParams,
+    copy_to_device_async,
+    sample_mixup_lambda,
+    sample_mixup_permutation,
+    sample_params,
+)
+from pipeline.data.augment.mixing import MixupParams, required_positions
 from pipeline.errors import DataError
-from pipeline.job import Augment, Jitter
+from pipeline.job import AugmentConfig, ColorJitterConfig
 
 __all__ = [
-    "is_wanted",
+    "is_enabled",
     "check_images",
-    "Draws",
-    "draw",
-    "augmented",
-    "draw_partners",
-    "draw_shares",
-    "needed",
-    "Mix",
-    "sent",
+    "AugmentParams",
+    "sample_params",
+    "apply_augment",
+    "sample_mixup_permutation",
+    "sample_mixup_lambda",
+    "required_positions",
+    "MixupParams",
+    "copy_to_device_async",
 ]
 
-IMAGE_AXES = (2, 3)
+IMAGE_NDIMS = (2, 3)
 """Axes of a sample that is an image: (H, W) or (C, H, W)."""
 
-COLOURS = (1, 3)
+COLOR_CHANNELS = (1, 3)
 """Channels of an image whose colours can be changed: grey, or red, green and blue."""
 
 
-def is_wanted(spec: Augment) -> bool:
+def is_enabled(config: AugmentConfig) -> bool:
     """Whether a job asks for any of it."""
-    return spec.crop > 0 or spec.flip or spec.rotate > 0 or spec.jitter != Jitter() or spec.mixup > 0
+    return (
+        config.crop > 0 or config.flip or config.rotate > 0 or config.jitter != ColorJitterConfig() or config.mixup > 0
+    )
 
 
-def check_images(spec: Augment, sample_shape: tuple[int, ...]) -> None:
+def check_images(config: AugmentConfig, sample_shape: tuple[int, ...]) -> None:
     """Raise DataError for samples that are no images, or not of the colours that jitter needs."""
-    if len(sample_shape) not in IMAGE_AXES:
+    if len(sample_shape) not in IMAGE_NDIMS:
         raise DataError(
             f"augmentation is for images, but a sample here has the shape {sample_shape}",
             where="data.augment",
             fix="leave it out",
         )
     channels = sample_shape[0] if len(sample_shape) == 3 else 1
-    if spec.jitter != Jitter() and channels not in COLOURS:
+    if config.jitter != ColorJitterConfig() and channels not in COLOR_CHANNELS:
         raise DataError(
             f"colours are changed in images of 1 or 3 channels, but here are {channels}",
             where="data.augment.jitter",

@@ -12,31 +12,31 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.preprocess.columns import TablePreprocess
-from pipeline.data.preprocess.fitting import fit_table
-from pipeline.data.preprocess.leaks import fit_warnings
-from pipeline.data.preprocess.passes import number_places
+from pipeline.data.preprocess.columns import TabularTransform
+from pipeline.data.preprocess.fitting import fit_tabular_transform
+from pipeline.data.preprocess.leaks import leakage_warnings
+from pipeline.data.preprocess.passes import numeric_columns_of
 from pipeline.data.preprocess.report import DataReport
-from pipeline.data.preprocess.samples import Prepare, SamplePreprocess, fit_samples
-from pipeline.data.sources.arrays import Source
-from pipeline.job import Job
+from pipeline.data.preprocess.samples import ArrayTransform, TransformFn, fit_array_transform
+from pipeline.data.sources.arrays import Dataset
+from pipeline.job import JobConfig
 
 __all__ = [
     "DataReport",
-    "Prepare",
-    "Preprocess",
-    "SamplePreprocess",
-    "TablePreprocess",
-    "fit_preprocess",
-    "fit_warnings",
-    "number_places",
-    "preprocess_from_json",
+    "TransformFn",
+    "InputTransform",
+    "ArrayTransform",
+    "TabularTransform",
+    "fit_input_transform",
+    "leakage_warnings",
+    "numeric_columns_of",
+    "input_transform_from_json",
 ]
 
-Preprocess = SamplePreprocess | TablePreprocess
+InputTransform = ArrayTransform | TabularTransform
 
 
-def fit_preprocess(job: Job, source: Source, rows: np.ndarray) -> Preprocess:
+def fit_input_transform(job: JobConfig, dataset: Dataset, indices: np.ndarray) -> InputTransform:
     """Fit what `data.normalize` and `data.missing` ask for.
 
     Parameters
@@ -47,12 +47,12 @@ def fit_preprocess(job: Job, source: Source, rows: np.ndarray) -> Preprocess:
     ------
     DataError: a normalisation that does not fit the samples; with `missing: fail`, a missing value anywhere.
     """
-    if source.schema is None:
-        return fit_samples(job, source.train, rows, source.names)
-    return fit_table(job, source.train, source.schema, rows)
+    if dataset.schema is None:
+        return fit_array_transform(job, dataset.train, indices, dataset.column_names)
+    return fit_tabular_transform(job, dataset.train, dataset.schema, indices)
 
 
-def preprocess_from_json(values: Mapping[str, Any]) -> Preprocess:
+def input_transform_from_json(values: Mapping[str, Any]) -> InputTransform:
     """What `to_json` of either kind gave.
 
     Raises
@@ -60,4 +60,4 @@ def preprocess_from_json(values: Mapping[str, Any]) -> Preprocess:
     DataError: written by another version, or damaged.
     """
     is_table = isinstance(values, Mapping) and values.get("kind") == "table"
-    return TablePreprocess.from_json(values) if is_table else SamplePreprocess.from_json(values)
+    return TabularTransform.from_json(values) if is_table else ArrayTransform.from_json(values)

@@ -11,24 +11,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.preprocess.passes import category_places, number_places
-from pipeline.data.preprocess.samples import Prepare
-from pipeline.data.statistics import blocks
-from pipeline.data.stored import VERSION, float_name, reading
-from pipeline.data.tables.schema import Column, Kind, Schema
+from pipeline.data.preprocess.passes import categorical_columns_of, numeric_columns_of
+from pipeline.data.preprocess.samples import TransformFn
+from pipeline.data.statistics import iter_blocks
+from pipeline.data.stored import VERSION, check_stored_values, parse_float_name
+from pipeline.data.tables.schema import Column, ColumnKind, Schema
 from pipeline.errors import DataError
 
-OTHERWISE: dict[Kind, str] = {"number": "median, mean or a number", "category": "own_level or the level it counts as"}
+MISSING_VALUE_HINTS: dict[ColumnKind, str] = {
+    "number": "median, mean or a number",
+    "category": "own_level or the level it counts as",
+}
 
 
-NEEDED = ("fill", "mean", "std")
+REQUIRED_STATISTICS = ("fill", "mean", "std")
 """What is stored of each number of a column."""
-PARTS = (*NEEDED, "low", "high")
+STORED_STATISTICS = (*REQUIRED_STATISTICS, "low", "high")
 """... and with these, which checkpoints of earlier versions lack."""
 
 
 @dataclass(frozen=True)
-class TablePreprocess:
+class TabularTransform:
     """How rows of a table are prepared: plain values, the same for training, evaluation and prediction.
 
     A prepared row has first its numbers, filled and scaled; then each categorical column of at most `one_hot_up_to`
@@ -55,13 +58,13 @@ class TablePreprocess:
     fill: tuple[float, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    missing: tuple[int, ...]
+    missing_codes: tuple[int, ...]
     one_hot_up_to: int
-    refused: tuple[Kind, ...] = ()
+    kinds_without_missing: tuple[ColumnKind, ...] = ()
     dtype: str = ""
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
-    nulls: tuple[float, ...] = ()
+    null_fractions: tuple[float, ...] = ()
 
     @property
     def named_columns(self) -> Schema:
@@ -69,22 +72,22 @@ class TablePreprocess:
         return self.schema
 
     @property
-    def categories(self) -> list[Column]:
+    def categorical_columns(self) -> list[Column]:
         """The categorical columns."""
         return [column for column in self.schema.columns if column.kind == "category"]
 
     @property
     def code_sizes(self) -> tuple[int, ...]:
         """For each of the last places of a prepared row that hold codes, how many there are: 0 to size - 1."""
-        return tuple(codes + 1 for codes in self._codes() if codes > self.one_hot_up_to)
+        return tuple(codes + 1 for codes in self._max_codes() if codes > self.one_hot_up_to)
 
     @property
     def output_shape(self) -> tuple[int, ...]:
         """Shape of a prepared row."""
-        one_hot = sum(codes for codes in self._codes() if codes <= self.one_hot_up_to)
+        one_hot = sum(codes for codes in self._max_codes() if codes <= self.one_hot_up_to)
         return (len(self.fill) + one_hot + len(self.code_sizes),)
 
-    def check(self, raw: np.ndarray, schema: Schema | None = None) -> None:
+    def check_missing_values(self, raw: np.ndarray, schema: Schema | None = None) -> None:
         """Refuse missing values where `data.missing` says fail.
 
         Parameters
@@ -96,27 +99,29 @@ class TablePreprocess:
         ------
         DataError: names the column, how many rows, and the first of them.
         """
-        if not self.refused:
+        if not self.kinds_without_missing:
             return
         counts, first_rows = np.zeros(self.schema.width, np.int64), np.full(self.schema.width, -1)
         row = 0
-        for block in blocks(raw, np.arange(len(raw))):
+        for block in iter_blocks(raw, np.arange(len(raw))):
             missing = np.isnan(block)
             first_rows = np.where((first_rows < 0) & missing.any(0), row + missing.argmax(0), first_rows)
             counts += missing.sum(0)
             row += len(block)
         schema = schema or self.schema
         for column, offset in zip(schema.columns, schema.offsets, strict=True):
-            if column.kind in self.refused and (places := counts[offset : offset + column.width]).any():
+            if column.kind in self.kinds_without_missing and (places := counts[offset : offset + column.width]).any():
                 begins = first_rows[offset : offset + column.width]
                 raise DataError(
                     f"{places.max():,} of {len(raw):,} rows have no value in column {column.name!r}, the first is row "
                     f"{begins[begins >= 0].min()}",
                     where=f"data.missing.{'numeric' if column.kind == 'number' else 'categorical'}",
-                    fix=f"fill them, leave the column out of data.features, or say {OTHERWISE[column.kind]}",
+                    fix=f"fill them, leave the column out of data.features, or say {MISSING_VALUE_HINTS[column.kind]}",
                 )
 
-    def to(self, device: torch.device, dtype: torch.dtype, raw: Schema | None = None) -> Prepare:
+    def make_transform_fn(
+        self, device: torch.device, dtype: torch.dtype, input_schema: Schema | None = None
+    ) -> TransformFn:
         """A function from raw rows (B, schema.width) on `device` to prepared ones (B, *output_shape) of `dtype`.
 
         The result never shares memory with its argument.
@@ -126,14 +131,17 @@ class TablePreprocess:
         raw: the schema by which the rows were encoded, where it is not this one: the same columns in any order, with
             other levels. A position of as many as there are levels stands for any other level.
         """
-        layouts = [[replace(column, levels=()) for column in one.columns] for one in (raw or self.schema, self.schema)]
-        if raw is not None and layouts[0] != layouts[1]:
-            return self._reordered(device, dtype, raw)
-        numeric_fn = self._numbers(device, dtype)
-        if not self.categories:
+        layouts = [
+            [replace(column, categories=()) for column in one.columns]
+            for one in (input_schema or self.schema, self.schema)
+        ]
+        if input_schema is not None and layouts[0] != layouts[1]:
+            return self._make_reordering_fn(device, dtype, input_schema)
+        numeric_fn = self._make_numeric_fn(device, dtype)
+        if not self.categorical_columns:
             return numeric_fn
-        offsets = torch.from_numpy(category_places(self.schema)).to(device)
-        starts, targets, values = (part.to(device) for part in self._lookup(raw or self.schema))
+        offsets = torch.from_numpy(categorical_columns_of(self.schema)).to(device)
+        starts, targets, values = (part.to(device) for part in self._build_lookup(input_schema or self.schema))
         values = values.to(dtype)
         count, width = len(self.fill), self.output_shape[0]
 
@@ -147,29 +155,35 @@ class TablePreprocess:
 
         return prepare
 
-    def _reordered(self, device: torch.device, dtype: torch.dtype, raw: Schema) -> Prepare:
+    def _make_reordering_fn(self, device: torch.device, dtype: torch.dtype, input_schema: Schema) -> TransformFn:
         """As `to`, from rows whose columns come in another order."""
-        columns_by_name = {column.name: (column, offset) for column, offset in zip(raw.columns, raw.offsets, strict=True)}
+        columns_by_name = {
+            column.name: (column, offset)
+            for column, offset in zip(input_schema.columns, input_schema.offsets, strict=True)
+        }
         ordered = [columns_by_name[column.name] for column in self.schema.columns]
         same = all(own.width == column.width for own, (column, _) in zip(self.schema.columns, ordered, strict=True))
         assert same, "other columns"
         positions = [offset + place for column, offset in ordered for place in range(column.width)]
-        prepare = self.to(device, dtype, Schema(tuple(column for column, _ in ordered)))
+        prepare = self.make_transform_fn(device, dtype, Schema(tuple(column for column, _ in ordered)))
         order = torch.tensor(positions, device=device)
         return lambda rows: prepare(rows.index_select(1, order))
 
-    def _codes(self) -> list[int]:
+    def _max_codes(self) -> list[int]:
         """For each categorical column, its highest code."""
-        return [max(len(one.levels), code) for one, code in zip(self.categories, self.missing, strict=True)]
+        return [
+            max(len(one.categories), code)
+            for one, code in zip(self.categorical_columns, self.missing_codes, strict=True)
+        ]
 
-    def _numbers(self, device: torch.device, dtype: torch.dtype) -> Prepare:
+    def _make_numeric_fn(self, device: torch.device, dtype: torch.dtype) -> TransformFn:
         fill, mean, std = (torch.tensor(values, dtype=torch.float64) for values in (self.fill, self.mean, self.std))
         work = torch.float64 if self.dtype == "float64" else dtype
         # Columns far from zero keep their digits only if the mean goes first; what it loses in `work` is made good.
         shift = mean.to(work)
         offset, factor, filled = ((shift.double() - mean) / std, 1 / std, (fill - mean) / std)
         shift, offset, factor, filled = (values.to(device, work) for values in (shift, offset, factor, filled))
-        numeric_columns = torch.from_numpy(number_places(self.schema)).to(device)
+        numeric_columns = torch.from_numpy(numeric_columns_of(self.schema)).to(device)
         has_numbers_only = len(numeric_columns) == self.schema.width
 
         def prepare(rows: Tensor) -> Tensor:
@@ -179,22 +193,22 @@ class TablePreprocess:
 
         return prepare
 
-    def _lookup(self, raw: Schema) -> tuple[Tensor, Tensor, Tensor]:
+    def _build_lookup(self, input_schema: Schema) -> tuple[Tensor, Tensor, Tensor]:
         """What a position among the levels of `raw` becomes: where each column's entries begin, int64 (k,); and for
         each entry the place in the prepared row and the value there. Before a column's first entry is that for a
         missing value, behind its last that for any other level."""
-        codes = self._codes()
+        codes = self._max_codes()
         is_one_hot = np.array([highest <= self.one_hot_up_to for highest in codes])
         widths = np.where(is_one_hot, codes, 1)
         begins = np.empty(len(codes), np.int64)
         order = np.argsort(~is_one_hot, kind="stable")  # one-hot columns first
         begins[order] = len(self.fill) + np.concatenate([[0], widths[order].cumsum()[:-1]])
-        input_columns = [column for column in raw.columns if column.kind == "category"]
+        input_columns = [column for column in input_schema.columns if column.kind == "category"]
         targets: list[np.ndarray] = []
         values: list[np.ndarray] = []
-        for number, (column, given) in enumerate(zip(self.categories, input_columns, strict=True)):
-            known = {level: code for code, level in enumerate(column.levels, start=1)}
-            entries = np.array([self.missing[number], *(known.get(level, 0) for level in given.levels), 0])
+        for number, (column, given) in enumerate(zip(self.categorical_columns, input_columns, strict=True)):
+            known = {level: code for code, level in enumerate(column.categories, start=1)}
+            entries = np.array([self.missing_codes[number], *(known.get(level, 0) for level in given.categories), 0])
             targets.append(begins[number] + (np.maximum(entries - 1, 0) if is_one_hot[number] else 0 * entries))
             values.append(entries > 0 if is_one_hot[number] else entries)
         starts = [0, *accumulate(len(entries) for entries in targets)][:-1]
@@ -206,39 +220,41 @@ class TablePreprocess:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `preprocess_from_json` gives the same object back."""
-        parts = {name: iter(getattr(self, name)) for name in (PARTS if self.low else NEEDED)}
-        missing, nulls = iter(self.missing), iter(self.nulls)
+        parts = {name: iter(getattr(self, name)) for name in (STORED_STATISTICS if self.low else REQUIRED_STATISTICS)}
+        missing, nulls = iter(self.missing_codes), iter(self.null_fractions)
         columns: list[dict[str, Any]] = []
         for column in self.schema.columns:
             stored: dict[str, Any]
             if column.kind == "category":
-                stored = {"levels": list(column.levels), "missing": next(missing)}
+                stored = {"levels": list(column.categories), "missing": next(missing)}
             else:
                 stored = {name: list(islice(part, column.width)) for name, part in parts.items()}
-            if self.nulls:
+            if self.null_fractions:
                 stored["nulls"] = next(nulls)
             columns.append({"name": column.name, "kind": column.kind, **stored})
         return {
             "version": VERSION,
             "kind": "table",
             "one_hot_up_to": self.one_hot_up_to,
-            "refused": list(self.refused),
+            "refused": list(self.kinds_without_missing),
             "dtype": self.dtype,
             "columns": columns,
         }
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> TablePreprocess:
+    def from_json(cls, values: Mapping[str, Any]) -> TabularTransform:
         """What `to_json` gave.
 
         Raises
         ------
         DataError: written by another version, or damaged.
         """
-        with reading(values):
+        with check_stored_values(values):
             columns: list[Column] = []
             stored_parts = {name for stored in values["columns"] for name in stored}
-            numbers: dict[str, list[float]] = {name: [] for name in PARTS if name in {*NEEDED, *stored_parts}}
+            numbers: dict[str, list[float]] = {
+                name: [] for name in STORED_STATISTICS if name in {*REQUIRED_STATISTICS, *stored_parts}
+            }
             missing: list[int] = []
             nulls: list[float] = []
             for stored in values["columns"]:
@@ -246,7 +262,7 @@ class TablePreprocess:
                 if "nulls" in stored_parts:
                     nulls.append(float(stored["nulls"]))
                 if stored["kind"] == "category":
-                    columns.append(Column(name, "category", levels=tuple(map(str, stored["levels"]))))
+                    columns.append(Column(name, "category", categories=tuple(map(str, stored["levels"]))))
                     missing.append(int(stored["missing"]))
                 elif stored["kind"] == "number":
                     widths = {len(stored[part]) for part in numbers}
@@ -264,9 +280,9 @@ class TablePreprocess:
                 tuple(numbers["std"]),
                 tuple(missing),
                 int(values["one_hot_up_to"]),
-                tuple(kind for kind in OTHERWISE if kind in values["refused"]),
-                float_name(values.get("dtype", "")),
+                tuple(kind for kind in MISSING_VALUE_HINTS if kind in values["refused"]),
+                parse_float_name(values.get("dtype", "")),
                 low=tuple(numbers.get("low", ())),
                 high=tuple(numbers.get("high", ())),
-                nulls=tuple(nulls),
+                null_fractions=tuple(nulls),
             )

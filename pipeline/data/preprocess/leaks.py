@@ -4,37 +4,37 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.data.preprocess.passes import number_places
-from pipeline.data.sources.arrays import Arrays, Source
-from pipeline.data.statistics import blocks
+from pipeline.data.preprocess.passes import numeric_columns_of
+from pipeline.data.sources.arrays import Dataset, DatasetPart
+from pipeline.data.statistics import iter_blocks
 from pipeline.data.tables.schema import Schema
-from pipeline.job import Job
+from pipeline.job import JobConfig
 
-MOST_ROWS = 100_000
-MOST_VALUES = 1 << 20
+MAX_SCANNED_ROWS = 100_000
+MAX_SCANNED_VALUES = 1 << 20
 """Of the training rows, so many are looked at for leaks, or fewer where they are wide."""
 
-STRETCHES = 100
+NUM_STRETCHES = 100
 """In so many stretches of rows, evenly spread: a table may be sorted by its label. (Single rows would each be a page to
 read where the table lies on disk.)"""
 
-FEWEST_ROWS = 20
+MIN_ROWS = 20
 """With less, a column can tell the label by accident."""
 
-SCREENED_ROWS = 1_000
+NUM_SCREENING_ROWS = 1_000
 """A column that is far from telling the label of these, evenly spread, is not looked at further."""
 
-TELLS = 0.999
+LEAKAGE_ACCURACY = 0.999
 """Share of the labels that a rule on one column must get right to be a leak."""
 
-MOST_COMMON = 0.99
+MAX_MAJORITY_FRACTION = 0.99
 """... and the share of the most frequent label below which this means something."""
 
-CORRELATES = 0.9999
+LEAKAGE_CORRELATION = 0.9999
 """Correlation of a column with a number to be learned from which on it is a leak."""
 
 
-def fit_warnings(job: Job, source: Source, rows: np.ndarray) -> list[str]:
+def leakage_warnings(job: JobConfig, dataset: Dataset, indices: np.ndarray) -> list[str]:
     """Columns of a table that are constant or empty in training, or that alone give the label away.
 
     A column gives a label away where this rule gets 99.9 % of the labels right, and the most frequent label is below
@@ -45,18 +45,24 @@ def fit_warnings(job: Job, source: Source, rows: np.ndarray) -> list[str]:
     ----------
     rows: positions of the training split in `source.train`, int64 (n,): no other row is looked at.
     """
-    if source.schema is None:
+    if dataset.schema is None:
         return []
-    part = source.train
-    sampled_indices = _spread(rows, max(min(MOST_ROWS, MOST_VALUES // max(source.schema.width, 1)), SCREENED_ROWS))
+    part = dataset.train
+    sampled_indices = _sample_stretches(
+        indices, max(min(MAX_SCANNED_ROWS, MAX_SCANNED_VALUES // max(dataset.schema.width, 1)), NUM_SCREENING_ROWS)
+    )
     inputs, targets = part.inputs[sampled_indices], part.targets[sampled_indices]
     messages = [
         f"column {name!r} has {what} in all training rows: it tells nothing"
-        for name, what in _constant(part, source.schema, rows, inputs)
+        for name, what in _constant_columns(part, dataset.schema, indices, inputs)
     ]
-    find_leaks = _correlated if job.task.kind == "regression" else _telling
-    leaking_columns = find_leaks(inputs, targets, set(number_places(source.schema).tolist())) if len(sampled_indices) >= FEWEST_ROWS else set()
-    for column, first in zip(source.schema.columns, source.schema.offsets, strict=True):
+    find_leaks = _correlated_columns if job.task.kind == "regression" else _predictive_columns
+    leaking_columns = (
+        find_leaks(inputs, targets, set(numeric_columns_of(dataset.schema).tolist()))
+        if len(sampled_indices) >= MIN_ROWS
+        else set()
+    )
+    for column, first in zip(dataset.schema.columns, dataset.schema.offsets, strict=True):
         if not leaking_columns.isdisjoint(range(first, first + column.width)):
             messages.append(
                 f"column {column.name!r} alone gives the label away: leave it out of data.features unless it is known "
@@ -65,21 +71,23 @@ def fit_warnings(job: Job, source: Source, rows: np.ndarray) -> list[str]:
     return messages
 
 
-def _spread(rows: np.ndarray, count: int) -> np.ndarray:
+def _sample_stretches(indices: np.ndarray, count: int) -> np.ndarray:
     """About `count` rows, at most, in stretches that are evenly spread over all of them."""
-    if len(rows) <= count:
-        return rows
-    length = count // STRETCHES
-    starts = np.linspace(0, len(rows) - length, STRETCHES).astype(np.int64)
-    spread: np.ndarray = rows[(starts[:, None] + np.arange(length)).reshape(-1)]
+    if len(indices) <= count:
+        return indices
+    length = count // NUM_STRETCHES
+    starts = np.linspace(0, len(indices) - length, NUM_STRETCHES).astype(np.int64)
+    spread: np.ndarray = indices[(starts[:, None] + np.arange(length)).reshape(-1)]
     return spread
 
 
-def _constant(part: Arrays, schema: Schema, rows: np.ndarray, few: np.ndarray) -> list[tuple[str, str]]:
+def _constant_columns(
+    part: DatasetPart, schema: Schema, indices: np.ndarray, sample: np.ndarray
+) -> list[tuple[str, str]]:
     """Columns without two values, and what they have. Only what is so in a few rows is looked for in all."""
-    first = few[0]
-    is_constant = ((few == first) | (np.isnan(few) & np.isnan(first))).all(0)
-    for block in blocks(part.inputs, rows if len(few) < len(rows) else rows[:0]):
+    first = sample[0]
+    is_constant = ((sample == first) | (np.isnan(sample) & np.isnan(first))).all(0)
+    for block in iter_blocks(part.inputs, indices if len(sample) < len(indices) else indices[:0]):
         if not is_constant.any():
             break
         is_constant &= ((block == first) | (np.isnan(block) & np.isnan(first))).all(0)
@@ -91,9 +99,9 @@ def _constant(part: Arrays, schema: Schema, rows: np.ndarray, few: np.ndarray) -
     return constant_columns
 
 
-def _correlated(inputs: np.ndarray, targets: np.ndarray, numbers: set[int]) -> set[int]:
+def _correlated_columns(inputs: np.ndarray, targets: np.ndarray, numeric_columns: set[int]) -> set[int]:
     """Places of numbers whose correlation with a target is beyond `CORRELATES`, over the rows that have a value."""
-    places = np.array(sorted(numbers), dtype=np.int64)
+    places = np.array(sorted(numeric_columns), dtype=np.int64)
     values = inputs[:, places].astype(np.float64)
     present = ~np.isnan(values)
     counts = np.maximum(present.sum(0), 1)[:, None]
@@ -105,29 +113,29 @@ def _correlated(inputs: np.ndarray, targets: np.ndarray, numbers: set[int]) -> s
     spread = np.square(values).sum(0)[:, None]
     goal_spread = weights.T @ np.square(centered_targets) - np.square(weights.T @ centered_targets) / counts
     product = np.square(values.T @ centered_targets)
-    is_correlated = (product > CORRELATES**2 * spread * goal_spread) & (counts >= FEWEST_ROWS)
+    is_correlated = (product > LEAKAGE_CORRELATION**2 * spread * goal_spread) & (counts >= MIN_ROWS)
     return set(places[is_correlated.any(1)].tolist())
 
 
-def _telling(inputs: np.ndarray, targets: np.ndarray, numbers: set[int]) -> set[int]:
+def _predictive_columns(inputs: np.ndarray, targets: np.ndarray, numeric_columns: set[int]) -> set[int]:
     """Places of columns that tell the label."""
     _, labels, counts = np.unique(targets, return_inverse=True, return_counts=True)
     labels = labels.reshape(-1)
-    if counts.max() > MOST_COMMON * len(labels):
+    if counts.max() > MAX_MAJORITY_FRACTION * len(labels):
         return set()
-    spread = np.linspace(0, len(labels) - 1, min(SCREENED_ROWS, len(labels))).astype(np.int64)
+    spread = np.linspace(0, len(labels) - 1, min(NUM_SCREENING_ROWS, len(labels))).astype(np.int64)
     screened, screened_labels = np.ascontiguousarray(inputs[spread].T), labels[spread]
     predictive: set[int] = set()
     for place in range(inputs.shape[1]):
-        is_number = place in numbers
-        if _errors(screened[place], screened_labels, is_number, 0) > 10 * (1 - TELLS) * len(spread):
+        is_number = place in numeric_columns
+        if _rule_error(screened[place], screened_labels, is_number, 0) > 10 * (1 - LEAKAGE_ACCURACY) * len(spread):
             continue
-        if _errors(inputs[:, place], labels, is_number, 1) <= (1 - TELLS) * len(labels):
+        if _rule_error(inputs[:, place], labels, is_number, 1) <= (1 - LEAKAGE_ACCURACY) * len(labels):
             predictive.add(place)
     return predictive
 
 
-def _errors(values: np.ndarray, labels: np.ndarray, is_number: bool, lonely: int) -> float:
+def _rule_error(values: np.ndarray, labels: np.ndarray, is_number: bool, min_count: int) -> float:
     """How many labels the better of the two rules gets wrong. lonely: 1 where a level of a single row counts as one."""
     values = np.where(np.isnan(values), -np.inf, values)
     order = np.lexsort((labels, values))
@@ -138,7 +146,7 @@ def _errors(values: np.ndarray, labels: np.ndarray, is_number: bool, lonely: int
     firsts = np.flatnonzero(new_value[begins])
     most = np.maximum.reduceat(sizes, firsts)
     wrong = len(values) - int(most.sum())
-    as_levels = wrong + int((np.add.reduceat(sizes, firsts) == 1).sum()) * (lonely or is_number)
+    as_levels = wrong + int((np.add.reduceat(sizes, firsts) == 1).sum()) * (min_count or is_number)
     if not is_number:
         return as_levels
     # Of equally frequent labels any may stand for a value.

@@ -9,28 +9,28 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.data.statistics import blocks
+from pipeline.data.statistics import iter_blocks
 from pipeline.data.tables.schema import Schema
 
 DIGIT_BITS = 11
 """Bits of a value that one pass settles on the way to its median: three passes for float32, six for float64."""
 
 
-def number_places(schema: Schema) -> np.ndarray:
+def numeric_columns_of(schema: Schema) -> np.ndarray:
     """Where a matrix of this schema has numbers, int64 (n,), ascending."""
     pairs = zip(schema.columns, schema.offsets, strict=True)
     places = [np.arange(first, first + column.width) for column, first in pairs if column.kind == "number"]
     return np.concatenate(places) if places else np.empty(0, np.int64)
 
 
-def category_places(schema: Schema) -> np.ndarray:
+def categorical_columns_of(schema: Schema) -> np.ndarray:
     """Where a matrix of this schema has positions of levels, int64 (k,), ascending."""
     pairs = zip(schema.columns, schema.offsets, strict=True)
     return np.array([first for column, first in pairs if column.kind == "category"], dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class ColumnStatistics:
     """The training rows in numbers.
 
     present: rows that have a value, for each place of a number, int64 (n,).
@@ -41,17 +41,19 @@ class Seen:
     misses: for each categorical column, how many rows have no value, int64 (k,).
     """
 
-    present: np.ndarray
+    num_present: np.ndarray
     mean: np.ndarray
     variance: np.ndarray
     median: np.ndarray | None
     low: np.ndarray
     high: np.ndarray
-    levels: list[np.ndarray]
-    misses: np.ndarray
+    present_categories: list[np.ndarray]
+    num_missing: np.ndarray
 
 
-def look(inputs: np.ndarray, rows: np.ndarray, schema: Schema, *, medians: bool) -> Seen:
+def compute_statistics(
+    inputs: np.ndarray, indices: np.ndarray, schema: Schema, *, with_medians: bool
+) -> ColumnStatistics:
     """Look at some rows of a table.
 
     Parameters
@@ -60,43 +62,45 @@ def look(inputs: np.ndarray, rows: np.ndarray, schema: Schema, *, medians: bool)
     rows: positions of the rows that count, int64 (n,), n >= 1.
     medians: whether to find them too: it takes one or four passes more than the others' two.
     """
-    numbers, categories = number_places(schema), category_places(schema)
-    moments, levels = _Moments(len(numbers)), _Levels(schema)
-    middle = _Medians(len(numbers), inputs.dtype) if medians and len(numbers) else None
-    for pass_index in range(max(2, middle.passes if middle else 0)):
-        for block in blocks(inputs, rows):
+    numbers, categories = numeric_columns_of(schema), categorical_columns_of(schema)
+    moments, levels = _Moments(len(numbers)), _CategoryCounter(schema)
+    middle = _Medians(len(numbers), inputs.dtype) if with_medians and len(numbers) else None
+    for pass_index in range(max(2, middle.num_passes if middle else 0)):
+        for block in iter_blocks(inputs, indices):
             values = block if len(numbers) == schema.width else block[:, numbers]
             if pass_index < 2:
-                moments.see(pass_index, values)
+                moments.update(pass_index, values)
             if pass_index == 0:
-                levels.see(block[:, categories])
+                levels.update(block[:, categories])
             if middle is not None:
-                middle.see(pass_index, values)
+                middle.update(pass_index, values)
         if pass_index < 2:
-            moments.finish(pass_index)
+            moments.finish_pass(pass_index)
         if middle is not None:
-            middle.finish(pass_index, moments.present)
-    return Seen(
-        moments.present,
+            middle.finish_pass(pass_index, moments.num_present)
+    return ColumnStatistics(
+        moments.num_present,
         moments.mean,
         moments.variance,
-        None if middle is None else middle.values(),
+        None if middle is None else middle.compute(),
         moments.low,
         moments.high,
-        levels.occur,
-        levels.misses,
+        levels.present_categories,
+        levels.num_missing,
     )
 
 
-class _Levels:
+class _CategoryCounter:
     def __init__(self, schema: Schema) -> None:
-        self.occur = [np.zeros(len(column.levels), bool) for column in schema.columns if column.kind == "category"]
-        self.misses = np.zeros(len(self.occur), np.int64)
+        self.present_categories = [
+            np.zeros(len(column.categories), bool) for column in schema.columns if column.kind == "category"
+        ]
+        self.num_missing = np.zeros(len(self.present_categories), np.int64)
 
-    def see(self, codes: np.ndarray) -> None:
+    def update(self, codes: np.ndarray) -> None:
         missing = np.isnan(codes)
-        self.misses += missing.sum(0)
-        for place, occur in enumerate(self.occur):
+        self.num_missing += missing.sum(0)
+        for place, occur in enumerate(self.present_categories):
             occur[codes[~missing[:, place], place].astype(np.int64)] = True
 
 
@@ -107,30 +111,30 @@ class _Moments:
     def __init__(self, columns: int) -> None:
         self._pilot = np.full(columns, np.nan)
         self._sums = np.zeros(columns)
-        self.present = np.zeros(columns, np.int64)
+        self.num_present = np.zeros(columns, np.int64)
         self.mean = np.zeros(columns)
         self.variance = np.zeros(columns)
         self.low, self.high = np.full(columns, np.nan), np.full(columns, np.nan)
 
-    def see(self, number: int, values: np.ndarray) -> None:
-        if number == 0:
+    def update(self, pass_index: int, values: np.ndarray) -> None:
+        if pass_index == 0:
             new = np.flatnonzero(np.isnan(self._pilot))
             if len(new):
                 self._pilot[new] = values[np.argmax(~np.isnan(values[:, new]), 0), new]
-        differences = values - (self._pilot if number == 0 else self.mean)
+        differences = values - (self._pilot if pass_index == 0 else self.mean)
         missing = np.isnan(differences)
         differences[missing] = 0.0
-        if number == 0:
+        if pass_index == 0:
             self.low = np.fmin(self.low, np.fmin.reduce(values, 0))
             self.high = np.fmax(self.high, np.fmax.reduce(values, 0))
-            self.present += len(values) - missing.sum(0)
+            self.num_present += len(values) - missing.sum(0)
             self._sums += differences.sum(0)
         else:
             self.variance += np.einsum("rc,rc->c", differences, differences)
 
-    def finish(self, number: int) -> None:
-        counts = np.maximum(self.present, 1)
-        if number == 0:
+    def finish_pass(self, pass_index: int) -> None:
+        counts = np.maximum(self.num_present, 1)
+        if pass_index == 0:
             self.mean = self._pilot + self._sums / counts
         else:
             self.variance /= counts
@@ -147,33 +151,33 @@ class _Medians:
 
     columns: int
     dtype: np.dtype
-    passes: int = field(init=False)
+    num_passes: int = field(init=False)
 
     def __post_init__(self) -> None:
         self._word = np.dtype(f"u{self.dtype.itemsize}")
         self._bits = 8 * self.dtype.itemsize
-        self.passes = -(-self._bits // DIGIT_BITS)
+        self.num_passes = -(-self._bits // DIGIT_BITS)
         self._prefix = np.zeros((2, self.columns), self._word)
         self._rank = np.zeros((2, self.columns), np.int64)
         self._counts = np.zeros((2, self.columns, 1 << DIGIT_BITS), np.int64)
 
-    def see(self, number: int, values: np.ndarray) -> None:
-        keys = self._keys(values)
-        above, below = self._cuts(number)
+    def update(self, pass_index: int, values: np.ndarray) -> None:
+        keys = self._sort_keys(values)
+        above, below = self._bits_around(pass_index)
         digits = (keys << self._word.type(above)) >> self._word.type(above + below)
         places = digits.astype(np.int64)
         places += np.arange(self.columns, dtype=np.int64) << DIGIT_BITS
         for side in range(1 if (self._prefix[0] == self._prefix[1]).all() else 2):
-            begins_so = keys >> self._word.type(self._bits - above) == self._prefix[side] if number else None
+            begins_so = keys >> self._word.type(self._bits - above) == self._prefix[side] if pass_index else None
             found = places.reshape(-1) if begins_so is None else places[begins_so]
             self._counts[side] += np.bincount(found, minlength=self._counts[side].size).reshape(self.columns, -1)
 
-    def finish(self, number: int, present: np.ndarray) -> None:
-        if number == 0:
+    def finish_pass(self, pass_index: int, present: np.ndarray) -> None:
+        if pass_index == 0:
             self._rank[:] = (present - 1) // 2, present // 2
         if (self._prefix[0] == self._prefix[1]).all():
             self._counts[1] = self._counts[0]
-        above, below = self._cuts(number)
+        above, below = self._bits_around(pass_index)
         width = self._bits - above - below
         for side in range(2):
             upto = self._counts[side].cumsum(1)
@@ -183,7 +187,7 @@ class _Medians:
             self._prefix[side] = (self._prefix[side] << self._word.type(width)) | digit.astype(self._word)
         self._counts[:] = 0
 
-    def values(self) -> np.ndarray:
+    def compute(self) -> np.ndarray:
         """The medians, float64 (columns,); NaN where there is no value."""
         sign = self._word.type(1 << (self._bits - 1))
         words = np.where(self._prefix & sign, self._prefix ^ sign, ~self._prefix)
@@ -192,12 +196,12 @@ class _Medians:
         middle: np.ndarray = np.where(lower == upper, lower, 0.5 * lower + 0.5 * upper)
         return middle
 
-    def _cuts(self, number: int) -> tuple[int, int]:
+    def _bits_around(self, number: int) -> tuple[int, int]:
         """Bits above and below those of a pass."""
         above = number * DIGIT_BITS
         return above, max(self._bits - above - DIGIT_BITS, 0)
 
-    def _keys(self, values: np.ndarray) -> np.ndarray:
+    def _sort_keys(self, values: np.ndarray) -> np.ndarray:
         """Whole numbers in the order of the values, (b, columns)."""
         words = np.ascontiguousarray(values).view(self._word)
         sign = self._word.type(1 << (self._bits - 1))

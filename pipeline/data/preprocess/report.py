@@ -9,29 +9,29 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.preprocess.columns import TablePreprocess
-from pipeline.data.preprocess.passes import number_places
-from pipeline.data.preprocess.samples import SamplePreprocess
-from pipeline.data.statistics import blocks
+from pipeline.data.preprocess.columns import TabularTransform
+from pipeline.data.preprocess.passes import numeric_columns_of
+from pipeline.data.preprocess.samples import ArrayTransform
+from pipeline.data.statistics import iter_blocks
 from pipeline.data.tables.schema import Column, Schema
 
-LOUD = 0.1
+WARNING_FRACTION = 0.1
 """Share of the rows above which a warning is given; of missing values, above the share that training rows had."""
 
-MOST_NAMED = 5
+MAX_LISTED = 5
 """Columns that are warned of one by one, and that are listed."""
 
-Original = Callable[[str, int], Any]
+OriginalValueFn = Callable[[str, int], Any]
 """The value of a column in a row of the new data, as it was handed over."""
 
 
 @dataclass
-class _Counts:
+class _ColumnCounts:
     """Of one column. example: the first value that is unseen, or far outside the range."""
 
-    rows: int = 0
-    foreign: int = 0
-    filled: int = 0
+    num_rows: int = 0
+    num_unseen: int = 0
+    num_filled: int = 0
     example: str = ""
 
 
@@ -44,20 +44,20 @@ class DataReport:
         rule under which no training row ever counts. Where all training rows had one value, any other counts.
     """
 
-    def __init__(self, preprocess: TablePreprocess | SamplePreprocess) -> None:
+    def __init__(self, preprocess: TabularTransform | ArrayTransform) -> None:
         self._preprocess = preprocess
         self._schema = preprocess.named_columns
-        self._counts = {column.name: _Counts() for column in self._schema.columns}
+        self._counts = {column.name: _ColumnCounts() for column in self._schema.columns}
         low, high = (np.array(ends, np.float64) for ends in (preprocess.low, preprocess.high))
-        self._has_ranges = len(low) == len(number_places(self._schema))
+        self._has_ranges = len(low) == len(numeric_columns_of(self._schema))
         self._low, self._high = low - (high - low), high + (high - low)
 
     def add(
         self,
         raw: np.ndarray,
-        rows: np.ndarray | None = None,
+        indices: np.ndarray | None = None,
         schema: Schema | None = None,
-        original: Original | None = None,
+        original_value: OriginalValueFn | None = None,
     ) -> None:
         """Count some rows, a block at a time.
 
@@ -71,17 +71,19 @@ class DataReport:
             return
         schema = schema or self._schema
         offsets_by_name = dict(zip((column.name for column in schema.columns), schema.offsets, strict=True))
-        order = [offsets_by_name[column.name] + offset for column in self._schema.columns for offset in range(column.width)]
+        order = [
+            offsets_by_name[column.name] + offset for column in self._schema.columns for offset in range(column.width)
+        ]
         is_ordered = order == list(range(schema.width))
-        input_categories = {column.name: column.levels for column in schema.columns}
+        input_categories = {column.name: column.categories for column in schema.columns}
         unknown = {
-            offset: np.array([*_unknown(input_categories[column.name], column.levels), True])
+            offset: np.array([*_unknown_categories(input_categories[column.name], column.categories), True])
             for column, offset in zip(self._schema.columns, self._schema.offsets, strict=True)
             if column.kind == "category"
         }
-        numbers, offsets = number_places(self._schema), self._schema.offsets
-        chosen, first = np.arange(len(raw)) if rows is None else rows, 0
-        for block in blocks(raw, chosen):
+        numbers, offsets = numeric_columns_of(self._schema), self._schema.offsets
+        chosen, first = np.arange(len(raw)) if indices is None else indices, 0
+        for block in iter_blocks(raw, chosen):
             values = block if is_ordered else block[:, order]
             missing, foreign = np.isnan(values), np.zeros(values.shape, bool)
             if self._has_ranges:
@@ -95,15 +97,19 @@ class DataReport:
             totals = zip(self._schema.columns, *(marked.sum(0).tolist() for marked in by_column), strict=True)
             for number, (column, unseen_count, missing_count) in enumerate(totals):
                 counts = self._counts[column.name]
-                if unseen_count and not counts.foreign:
+                if unseen_count and not counts.num_unseen:
                     row = int(np.argmax(by_column[0][:, number]))
                     offset = offsets[number] + int(np.argmax(foreign[row, offsets[number] :]))
-                    counts.example = _example(
-                        column, input_categories[column.name], float(values[row, offset]), int(chosen[first + row]), original
+                    counts.example = _format_example(
+                        column,
+                        input_categories[column.name],
+                        float(values[row, offset]),
+                        int(chosen[first + row]),
+                        original_value,
                     )
-                counts.rows += len(block)
-                counts.foreign += unseen_count
-                counts.filled += missing_count
+                counts.num_rows += len(block)
+                counts.num_unseen += unseen_count
+                counts.num_filled += missing_count
             first += len(block)
 
     def to_json(self) -> dict[str, dict[str, float | int | None]]:
@@ -111,95 +117,101 @@ class DataReport:
         a checkpoint of an earlier version."""
         return {
             column.name: {
-                "rows": self._counts[column.name].rows,
-                "unseen": self._share(column, "category"),
-                "filled": self._filled(column),
-                "outside": self._share(column, "number") if self._has_ranges else None,
+                "rows": self._counts[column.name].num_rows,
+                "unseen": self._unseen_fraction(column, "category"),
+                "filled": self._filled_fraction(column),
+                "outside": self._unseen_fraction(column, "number") if self._has_ranges else None,
             }
             for column in self._schema.columns
         }
 
-    def warnings(self) -> list[str]:
+    def format_warnings(self) -> list[str]:
         """What is large, the largest shares first."""
         warnings_by_fraction: list[tuple[float, str]] = []
         for number, column in enumerate(self._schema.columns):
-            if (share := self._share(column, "category")) > LOUD:
-                warnings_by_fraction.append((share, self._unseen_words(column, share)))
-            if (share := self._share(column, "number")) > LOUD:
-                warnings_by_fraction.append((share, self._outside_words(number, column, share)))
-            known = self._preprocess.nulls[number] if self._preprocess.nulls else 0.0
-            if (share := self._filled(column)) > known + LOUD:
-                warnings_by_fraction.append((share, self._filled_words(number, column, share)))
+            if (share := self._unseen_fraction(column, "category")) > WARNING_FRACTION:
+                warnings_by_fraction.append((share, self._describe_unseen(column, share)))
+            if (share := self._unseen_fraction(column, "number")) > WARNING_FRACTION:
+                warnings_by_fraction.append((share, self._describe_outside(number, column, share)))
+            known = self._preprocess.null_fractions[number] if self._preprocess.null_fractions else 0.0
+            if (share := self._filled_fraction(column)) > known + WARNING_FRACTION:
+                warnings_by_fraction.append((share, self._describe_filled(number, column, share)))
         warnings_by_fraction.sort(key=lambda pair: -pair[0])
-        messages = [text for _, text in warnings_by_fraction[:MOST_NAMED]]
-        if len(warnings_by_fraction) > MOST_NAMED:
-            messages.append(f"{len(warnings_by_fraction) - MOST_NAMED:,} more like these: see `columns` of --json, or `column_report`")
+        messages = [text for _, text in warnings_by_fraction[:MAX_LISTED]]
+        if len(warnings_by_fraction) > MAX_LISTED:
+            messages.append(
+                f"{len(warnings_by_fraction) - MAX_LISTED:,} more like these: see `columns` of --json, or `column_report`"
+            )
         return messages
 
-    def lines(self) -> list[str]:
+    def format_lines(self) -> list[str]:
         """A line for each of the columns with the largest shares, whatever they are."""
         shares = []
         for column in self._schema.columns:
             kinds = {
-                "never seen in training": self._share(column, "category"),
-                "far outside the training range": self._share(column, "number"),
-                "without a value": self._filled(column),
+                "never seen in training": self._unseen_fraction(column, "category"),
+                "far outside the training range": self._unseen_fraction(column, "number"),
+                "without a value": self._filled_fraction(column),
             }
-            words = [f"{_percent(share)} {kind}" for kind, share in kinds.items() if share]
+            words = [f"{_format_percent(share)} {kind}" for kind, share in kinds.items() if share]
             shares.append((max(kinds.values()), f"column {column.name!r}: {', '.join(words)}"))
         shares.sort(key=lambda pair: -pair[0])
         messages = [text for share, text in shares if share]
-        more = [f"and {len(messages) - MOST_NAMED:,} more columns: see --json"] if len(messages) > MOST_NAMED else []
-        return messages[:MOST_NAMED] + more
+        more = [f"and {len(messages) - MAX_LISTED:,} more columns: see --json"] if len(messages) > MAX_LISTED else []
+        return messages[:MAX_LISTED] + more
 
-    def _share(self, column: Column, kind: str) -> float:
+    def _unseen_fraction(self, column: Column, kind: str) -> float:
         counts = self._counts[column.name]
-        return counts.foreign / max(counts.rows, 1) if column.kind == kind else 0.0
+        return counts.num_unseen / max(counts.num_rows, 1) if column.kind == kind else 0.0
 
-    def _filled(self, column: Column) -> float:
+    def _filled_fraction(self, column: Column) -> float:
         counts = self._counts[column.name]
-        return counts.filled / max(counts.rows, 1)
+        return counts.num_filled / max(counts.num_rows, 1)
 
-    def _unseen_words(self, column: Column, share: float) -> str:
+    def _describe_unseen(self, column: Column, share: float) -> str:
         counts = self._counts[column.name]
-        near = difflib.get_close_matches(counts.example, column.levels[:1000], n=1) or column.levels[:1]
+        near = difflib.get_close_matches(counts.example, column.categories[:1000], n=1) or column.categories[:1]
         had = f" (training had {near[0]!r})" if near else ""
         return (
-            f"column {column.name!r}: {_percent(share)} of {counts.rows:,} values were never seen in training, such as "
-            f"{counts.example!r}{had}; each counts as none of the {len(column.levels):,} known ones"
+            f"column {column.name!r}: {_format_percent(share)} of {counts.num_rows:,} values were never seen in training, such as "
+            f"{counts.example!r}{had}; each counts as none of the {len(column.categories):,} known ones"
         )
 
-    def _outside_words(self, number: int, column: Column, share: float) -> str:
-        counts, place = self._counts[column.name], self._place(number)
+    def _describe_outside(self, number: int, column: Column, share: float) -> str:
+        counts, place = self._counts[column.name], self._numeric_offset(number)
         ends = slice(place, place + column.width)
         low, high = min(self._preprocess.low[ends]), max(self._preprocess.high[ends])
         return (
-            f"column {column.name!r}: {_percent(share)} of {counts.rows:,} values lie far outside the training range, "
+            f"column {column.name!r}: {_format_percent(share)} of {counts.num_rows:,} values lie far outside the training range, "
             f"{low:g} to {high:g}, such as {counts.example}; they are used as they are"
         )
 
-    def _filled_words(self, number: int, column: Column, share: float) -> str:
+    def _describe_filled(self, number: int, column: Column, share: float) -> str:
         counts, preprocess = self._counts[column.name], self._preprocess
-        before = f", in training {_percent(preprocess.nulls[number])}" if preprocess.nulls else ""
-        assert isinstance(preprocess, TablePreprocess), "arrays have no missing values"
+        before = (
+            f", in training {_format_percent(preprocess.null_fractions[number])}" if preprocess.null_fractions else ""
+        )
+        assert isinstance(preprocess, TabularTransform), "arrays have no missing values"
         if column.kind == "number":
-            fill = preprocess.fill[self._place(number)]
+            fill = preprocess.fill[self._numeric_offset(number)]
             becomes = f"filled with {fill:g}" if column.width == 1 else "filled in place by place"
         else:
-            code = preprocess.missing[[one.name for one in preprocess.categories].index(column.name)]
+            code = preprocess.missing_codes[[one.name for one in preprocess.categorical_columns].index(column.name)]
             becomes = "counted as none of the known values"
-            if code > len(column.levels):
+            if code > len(column.categories):
                 becomes = "counted as a value of its own, as in training"
             elif code:
-                becomes = f"counted as {column.levels[code - 1]!r}"
-        return f"column {column.name!r}: {_percent(share)} of {counts.rows:,} rows have no value{before}; {becomes}"
+                becomes = f"counted as {column.categories[code - 1]!r}"
+        return f"column {column.name!r}: {_format_percent(share)} of {counts.num_rows:,} rows have no value{before}; {becomes}"
 
-    def _place(self, number: int) -> int:
+    def _numeric_offset(self, number: int) -> int:
         """Where a column's numbers begin among all numbers."""
         return sum(column.width for column in self._schema.columns[:number] if column.kind == "number")
 
 
-def _example(column: Column, levels: tuple[str, ...], value: float, row: int, original: Original | None) -> str:
+def _format_example(
+    column: Column, levels: tuple[str, ...], value: float, row: int, original: OriginalValueFn | None
+) -> str:
     if column.kind == "number":
         return f"{value:g}"
     if value < len(levels):
@@ -207,12 +219,12 @@ def _example(column: Column, levels: tuple[str, ...], value: float, row: int, or
     return str(original(column.name, row)) if original is not None else "another"
 
 
-def _unknown(levels: tuple[str, ...], trained: tuple[str, ...]) -> list[bool]:
+def _unknown_categories(levels: tuple[str, ...], trained: tuple[str, ...]) -> list[bool]:
     known = set(trained)
     return [level not in known for level in levels]
 
 
-def _percent(share: float) -> str:
+def _format_percent(share: float) -> str:
     if share in (0.0, 1.0):
         return "all" if share else "none"
     return f"{share:.1%}" if 0.001 <= share < 0.9995 else "under 0.1%" if share < 0.001 else "over 99.9%"

@@ -11,27 +11,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.data.sources.arrays import Arrays
-from pipeline.data.statistics import lowest_and_highest, mean_and_std
-from pipeline.data.stored import VERSION, reading
+from pipeline.data.sources.arrays import DatasetPart
+from pipeline.data.statistics import compute_mean_and_std, compute_min_and_max
+from pipeline.data.stored import VERSION, check_stored_values
 from pipeline.data.tables.schema import Column, Schema
 from pipeline.errors import DataError
-from pipeline.job import IMAGENET, Job, Normalization
+from pipeline.job import IMAGENET, JobConfig, NormalizeConfig
 
-WHITE = 255.0
+UINT8_MAX = 255.0
 """What uint8 images are divided by, so that they lie in [0, 1]."""
 
 WHERE = "data.normalize"
 
-MOST_NUMBERS = 2**28
+MAX_SAMPLE_VALUES = 2**28
 """Of a sample, as stored: more would be damage."""
 
-Kind = Literal["none", "unit", "scaled"]
-Prepare = Callable[[Tensor], Tensor]
+ScalingKind = Literal["none", "unit", "scaled"]
+TransformFn = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class SamplePreprocess:
+class ArrayTransform:
     """How raw samples are prepared: plain values, the same for training, evaluation and prediction.
 
     kind: none: as they are. unit: uint8 / 255. scaled: (x - mean) / std.
@@ -43,7 +43,7 @@ class SamplePreprocess:
         nothing: new data is compared with them.
     """
 
-    kind: Kind
+    kind: ScalingKind
     dtype: str
     sample_shape: tuple[int, ...]
     mean: tuple[float, ...] = ()
@@ -53,7 +53,7 @@ class SamplePreprocess:
     high: tuple[float, ...] = ()
 
     @property
-    def nulls(self) -> tuple[float, ...]:
+    def null_fractions(self) -> tuple[float, ...]:
         """None: arrays have a value everywhere."""
         return ()
 
@@ -82,17 +82,19 @@ class SamplePreprocess:
         """Channels of an image, or columns."""
         return self.output_shape[0]
 
-    def check(self, raw: np.ndarray, schema: Schema | None = None) -> None:
+    def check_missing_values(self, raw: np.ndarray, schema: Schema | None = None) -> None:
         """Every array can be prepared."""
 
-    def to(self, device: torch.device, dtype: torch.dtype, raw: Schema | None = None) -> Prepare:
+    def make_transform_fn(
+        self, device: torch.device, dtype: torch.dtype, input_schema: Schema | None = None
+    ) -> TransformFn:
         """A function from raw samples (B, *sample_shape) on `device` to prepared ones (B, *output_shape) of `dtype`.
 
         The result never shares memory with its argument.
         """
-        assert raw is None, "arrays have no schema"
+        assert input_schema is None, "arrays have no schema"
         grey = len(self.sample_shape) == 2
-        scale = self._scaling(device, dtype)
+        scale = self._make_scaling_fn(device, dtype)
 
         def prepare(raw: Tensor) -> Tensor:
             prepared = scale(raw)
@@ -100,18 +102,18 @@ class SamplePreprocess:
 
         return prepare
 
-    def _scaling(self, device: torch.device, dtype: torch.dtype) -> Prepare:
+    def _make_scaling_fn(self, device: torch.device, dtype: torch.dtype) -> TransformFn:
         if self.kind == "none":
             return lambda raw: raw.to(dtype, copy=True)
         if self.kind == "unit":
-            return lambda raw: raw.to(dtype, copy=True).div_(WHITE)
+            return lambda raw: raw.to(dtype, copy=True).div_(UINT8_MAX)
         mean = torch.tensor(self.mean, dtype=torch.float64)
         std = torch.tensor(self.std, dtype=torch.float64)
         if len(self.sample_shape) > 2:
             mean, std = (values.view(-1, *[1] * (len(self.sample_shape) - 1)) for values in (mean, std))
         if self.dtype == "uint8":
             # One operation: 0 to 255 lose nothing by being scaled before the mean is taken off.
-            factor, offset = ((values.to(device, dtype)) for values in (1 / (WHITE * std), -mean / std))
+            factor, offset = ((values.to(device, dtype)) for values in (1 / (UINT8_MAX * std), -mean / std))
             return lambda raw: torch.addcmul(offset, raw.to(dtype), factor)
         # Columns far from zero keep their digits only if the mean goes first, and float64 only until it has gone.
         work = torch.float64 if self.dtype == "float64" else dtype
@@ -131,14 +133,14 @@ class SamplePreprocess:
         }
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> SamplePreprocess:
+    def from_json(cls, values: Mapping[str, Any]) -> ArrayTransform:
         """What `to_json` gave.
 
         Raises
         ------
         DataError: written by another version, or damaged.
         """
-        with reading(values):
+        with check_stored_values(values):
             kind, dtype = str(values["kind"]), str(values["dtype"])
             shape = tuple(int(size) for size in values["sample_shape"])
             mean, std = (tuple(float(value) for value in values[name]) for name in ("mean", "std"))
@@ -146,10 +148,10 @@ class SamplePreprocess:
                 raise ValueError(f"kind {kind!r}")
             names = tuple(str(name) for name in values.get("names", ()))
             low, high = (tuple(float(value) for value in values.get(name, ())) for name in ("low", "high"))
-            result = cls(cast(Kind, kind), dtype, shape, mean, std, names, low, high)
+            result = cls(cast(ScalingKind, kind), dtype, shape, mean, std, names, low, high)
             if names and (shape != (len(names),) or len(low) not in (0, len(names)) or len(high) != len(low)):
                 raise ValueError(f"{len(names)} names, {len(low)} and {len(high)} ends for samples of shape {shape}")
-            if min(shape, default=0) < 1 or math.prod(shape) > MOST_NUMBERS:
+            if min(shape, default=0) < 1 or math.prod(shape) > MAX_SAMPLE_VALUES:
                 raise ValueError(f"samples of shape {shape}")
             expected_lengths = (1, result.channels) if kind == "scaled" else (0,)
             if len(mean) not in expected_lengths or len(std) not in expected_lengths:
@@ -157,7 +159,9 @@ class SamplePreprocess:
         return result
 
 
-def fit_samples(job: Job, arrays: Arrays, rows: np.ndarray, names: tuple[str, ...] = ()) -> SamplePreprocess:
+def fit_array_transform(
+    job: JobConfig, dataset_part: DatasetPart, indices: np.ndarray, column_names: tuple[str, ...] = ()
+) -> ArrayTransform:
     """Fit what `data.normalize` asks for; auto is unit for bytes and standard for other numbers.
 
     Parameters
@@ -170,11 +174,11 @@ def fit_samples(job: Job, arrays: Arrays, rows: np.ndarray, names: tuple[str, ..
     ------
     DataError: a normalisation that does not fit the samples.
     """
-    normalize, inputs = job.data.normalize, arrays.inputs
+    normalize, inputs = job.data.normalize, dataset_part.inputs
     if normalize == "auto":
         normalize = "unit" if inputs.dtype == np.uint8 else "standard"
-    low, high = lowest_and_highest(inputs, rows) if names and inputs.dtype.kind == "f" else ((), ())
-    plain = SamplePreprocess("none", inputs.dtype.name, tuple(inputs.shape[1:]), names=names, low=low, high=high)
+    low, high = compute_min_and_max(inputs, indices) if column_names and inputs.dtype.kind == "f" else ((), ())
+    plain = ArrayTransform("none", inputs.dtype.name, tuple(inputs.shape[1:]), names=column_names, low=low, high=high)
     if normalize == "none":
         return plain
     if normalize == "unit":
@@ -193,24 +197,24 @@ def fit_samples(job: Job, arrays: Arrays, rows: np.ndarray, names: tuple[str, ..
                 fix="use data.mode: rgb, or another normalisation",
             )
         normalize = IMAGENET
-    if isinstance(normalize, Normalization):
-        mean, std = given_normalization(normalize, plain.channels)
+    if isinstance(normalize, NormalizeConfig):
+        mean, std = fixed_mean_and_std(normalize, plain.channels)
     else:
-        mean, std = mean_and_std(inputs, rows, per_channel=normalize == "standard")
+        mean, std = compute_mean_and_std(inputs, indices, per_channel=normalize == "standard")
         if inputs.dtype == np.uint8:
-            mean, std = mean / WHITE, std / WHITE
+            mean, std = mean / UINT8_MAX, std / UINT8_MAX
         std = np.where(std == 0, 1.0, std)
     return replace(plain, kind="scaled", mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
 
-def given_normalization(wanted: Normalization, channels: int) -> tuple[np.ndarray, np.ndarray]:
+def fixed_mean_and_std(config: NormalizeConfig, channels: int) -> tuple[np.ndarray, np.ndarray]:
     """Fixed means and deviations, float64 (1,) or (channels,) each.
 
     Raises
     ------
     DataError: another number of them, or numbers that cannot be used.
     """
-    mean, std = (np.atleast_1d(np.asarray(value, dtype=np.float64)) for value in (wanted.mean, wanted.std))
+    mean, std = (np.atleast_1d(np.asarray(value, dtype=np.float64)) for value in (config.mean, config.std))
     for name, values in (("mean", mean), ("std", std)):
         if len(values) not in (1, channels):
             raise DataError(

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.data.sources.arrays import Arrays, Source, make_source
-from pipeline.data.sources.call import open_call
+from pipeline.data.sources.arrays import Dataset, DatasetPart, make_dataset
+from pipeline.data.sources.call import open_user_function
 from pipeline.data.sources.cifar import open_cifar
 from pipeline.data.sources.disc import open_disc
-from pipeline.data.sources.idx import open_idx
+from pipeline.data.sources.idx import open_mnist
 from pipeline.job import (
     DiscDataConfig,
     FileDataConfig,
     ImageFolderDataConfig,
-    Job,
+    JobConfig,
     ParquetDataConfig,
     UserFunctionDataConfig,
 )
-from pipeline.redaction import is_looked_up, looked_up
+from pipeline.redaction import is_env_reference, resolve_env
 
-__all__ = ["Arrays", "Source", "identify", "make_source", "open_source"]
+__all__ = ["DatasetPart", "Dataset", "fingerprint_dataset", "make_dataset", "open_dataset"]
 
 
-def open_source(job: Job, say: Callable[[str], None] = lambda text: None, *, float64: bool | None = None) -> Source:
+def open_dataset(
+    job: JobConfig, on_progress: Callable[[str], None] = lambda text: None, *, float64: bool | None = None
+) -> Dataset:
     """Read, download or make the data that a job trains on. A `data.url` that stands in the environment is looked up.
 
     Parameters
@@ -34,26 +36,28 @@ def open_source(job: Job, say: Callable[[str], None] = lambda text: None, *, flo
     ------
     DataError: data that is absent and cannot be downloaded, damaged, or of a shape or type that cannot be used.
     """
-    job = _with_url(job)
+    job = _resolve_url(job)
     data, wide = job.data, job.train.precision == "fp64" if float64 is None else float64
     if isinstance(data, UserFunctionDataConfig):
-        return open_call(data.source, float64=wide, say=say)
+        return open_user_function(data.source, float64=wide, on_progress=on_progress)
     if isinstance(data, ParquetDataConfig):
         from pipeline.data.sources.parquet import open_parquet  # it needs Arrow
 
-        return open_parquet(job, say, float64=wide)
+        return open_parquet(job, on_progress, float64=wide)
     if isinstance(data, ImageFolderDataConfig):
         from pipeline.data.sources.image_folder import open_image_folder  # it needs Arrow and Pillow
 
-        return open_image_folder(job, say)
+        return open_image_folder(job, on_progress)
     if isinstance(data, DiscDataConfig):
-        return open_disc(job.seed.of("data"))
+        return open_disc(job.seed.for_stream("data"))
     if data.source == "cifar10" or data.source == "cifar100":
         return open_cifar(data.source, data.root)
-    return open_idx(data.source, data.root)
+    return open_mnist(data.source, data.root)
 
 
-def identify(job: Job, say: Callable[[str], None] = lambda text: None) -> tuple[str, Source | None]:
+def fingerprint_dataset(
+    job: JobConfig, on_progress: Callable[[str], None] = lambda text: None
+) -> tuple[str, Dataset | None]:
     """The fingerprint that `open_source` gives, for as little as it takes: tables and images are listed and hashed (or
     their digests remembered, see `digests`), and not decoded; torch is not imported (but for CIFAR, which torchvision
     reads).
@@ -67,22 +71,22 @@ def identify(job: Job, say: Callable[[str], None] = lambda text: None) -> tuple[
     ------
     DataError: as `open_source`.
     """
-    job = _with_url(job)
+    job = _resolve_url(job)
     if isinstance(job.data, ParquetDataConfig):
-        from pipeline.data.sources.parquet import parquet_fingerprint
+        from pipeline.data.sources.parquet import fingerprint_parquet
 
-        return parquet_fingerprint(job, say), None
+        return fingerprint_parquet(job, on_progress), None
     if isinstance(job.data, ImageFolderDataConfig):
-        from pipeline.data.sources.image_folder import image_folder_fingerprint
+        from pipeline.data.sources.image_folder import fingerprint_image_folder
 
-        return image_folder_fingerprint(job, say), None
-    source = open_source(job, say)
+        return fingerprint_image_folder(job, on_progress), None
+    source = open_dataset(job, on_progress)
     return source.fingerprint, source
 
 
-def _with_url(job: Job) -> Job:
+def _resolve_url(job: JobConfig) -> JobConfig:
     """The job with a `data.url` that stands in the environment looked up: to be opened, and never written."""
-    if not isinstance(job.data, FileDataConfig) or not is_looked_up(job.data.url):
+    if not isinstance(job.data, FileDataConfig) or not is_env_reference(job.data.url):
         return job
-    url = looked_up(job.data.url, "data.url")
+    url = resolve_env(job.data.url, "data.url")
     return job.model_copy(update={"data": job.data.model_copy(update={"url": url})})

@@ -12,7 +12,7 @@ from pipeline.data.tables.schema import Schema
 
 
 @dataclass(frozen=True, eq=False)
-class Arrays:
+class DatasetPart:
     """The rows of one part of a source.
 
     inputs: images as uint8 (N, H, W) or (N, C, H, W), or numbers as float32 or float64 (N, F) or of any further shape.
@@ -36,12 +36,12 @@ class SplitColumn:
     """
 
     values: np.ndarray
-    names: tuple[str, ...] = ()
+    value_names: tuple[str, ...] = ()
     is_time: bool = False
 
 
 @dataclass(frozen=True, eq=False)
-class Source:
+class Dataset:
     """What a job trains on.
 
     train: the rows that splits are made of.
@@ -59,31 +59,33 @@ class Source:
     in_float64: opens the same data with inputs in float64, where they are float32 and the data holds more digits.
     """
 
-    train: Arrays
-    test: Arrays | None
+    train: DatasetPart
+    test: DatasetPart | None
     classes: tuple[str, ...]
     fingerprint: str
     schema: Schema | None = None
     label_names: tuple[str, ...] = ()
-    columns: Mapping[str, SplitColumn] = field(default_factory=dict)
+    split_columns: Mapping[str, SplitColumn] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    names: tuple[str, ...] = ()
-    rounding: np.ndarray | None = None
-    in_float64: Callable[[], Source] | None = None
+    column_names: tuple[str, ...] = ()
+    rounding_errors: np.ndarray | None = None
+    reopen_in_float64: Callable[[], Dataset] | None = None
 
-    def part(self, name: str) -> Arrays:
+    def part(self, name: str) -> DatasetPart:
         """The arrays of "train" or "test"."""
         arrays = {"train": self.train, "test": self.test}[name]
         assert arrays is not None, f"the source has no {name} part"
         return arrays
 
 
-def make_source(train: Arrays, test: Arrays | None, classes: tuple[str, ...], names: tuple[str, ...] = ()) -> Source:
+def make_dataset(
+    train: DatasetPart, test: DatasetPart | None, classes: tuple[str, ...], column_names: tuple[str, ...] = ()
+) -> Dataset:
     """A source with its fingerprint."""
-    return Source(train, test, classes, fingerprint(train, test, classes), names=names)
+    return Dataset(train, test, classes, compute_fingerprint(train, test, classes), column_names=column_names)
 
 
-def fingerprint(train: Arrays, test: Arrays | None, classes: tuple[str, ...]) -> str:
+def compute_fingerprint(train: DatasetPart, test: DatasetPart | None, classes: tuple[str, ...]) -> str:
     """SHA-256 over the names, types, shapes and bytes of the arrays, and the classes, in hex."""
     digest = hashlib.sha256()
     for part, arrays in (("train", train), ("test", test)):

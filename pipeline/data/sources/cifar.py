@@ -9,16 +9,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.data.sources.arrays import Arrays, Source, make_source
+from pipeline.data.sources.arrays import Dataset, DatasetPart, make_dataset
 from pipeline.data.sources.download import download
 from pipeline.errors import DataError
 
-Name = Literal["cifar10", "cifar100"]
+CifarName = Literal["cifar10", "cifar100"]
 
-FOLDERS: dict[Name, str] = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+FOLDERS: dict[CifarName, str] = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 
 
-def open_cifar(name: Name, root: str) -> Source:
+def open_cifar(name: CifarName, root: str) -> Dataset:
     """The source from `<root>/cifar-10-batches-py` or `<root>/cifar-100-python`; downloaded where that is absent.
 
     Images are uint8 (N, 3, 32, 32).
@@ -44,9 +44,9 @@ def open_cifar(name: Name, root: str) -> Source:
             where=str(root_folder / FOLDERS[name]),
             fix="delete it, and it is downloaded again; or --set data.root=DIR",
         ) from error
-    return make_source(_arrays(train), _arrays(test), tuple(train.classes))
+    return make_dataset(_to_dataset_part(train), _to_dataset_part(test), tuple(train.classes))
 
 
-def _arrays(dataset: Any) -> Arrays:
+def _to_dataset_part(dataset: Any) -> DatasetPart:
     images = np.ascontiguousarray(dataset.data.transpose(0, 3, 1, 2))
-    return Arrays(images, np.asarray(dataset.targets, dtype=np.int64))
+    return DatasetPart(images, np.asarray(dataset.targets, dtype=np.int64))

@@ -31,42 +31,42 @@ from typing import Any, Protocol
 import numpy as np
 
 from pipeline.cpus import available_cpus
-from pipeline.data.cache import exclusive
+from pipeline.data.cache import exclusive_lock
 from pipeline.errors import DataError
-from pipeline.job import Cache
+from pipeline.job import CacheConfig
 from pipeline.watchdog import note_progress
 
-HASHED_WHOLE = 1 << 30
+MAX_FULL_HASH_BYTES = 1 << 30
 """Up to so many bytes of files in all, those of a store are read and hashed as those of this machine always are."""
 
-REMEMBERED_FROM = 64 << 20
+MIN_CACHED_DIGEST_BYTES = 64 << 20
 """From so many bytes of files in all, digests are remembered: to hash fewer again takes less than 50 ms."""
 
-SETTLED_NS = 2 * 10**9
+MIN_CTIME_AGE_NS = 2 * 10**9
 """A change time must be so much older than a digest: file systems count time in steps, of up to two seconds."""
 
-REMEMBERED = ".digests-"
+DIGEST_CACHE_PREFIX = ".digests-"
 """How the files begin that hold them, in the folder of the cache."""
 
-FORGOTTEN_S = 180 * 86_400
+DIGEST_CACHE_TTL_S = 180 * 86_400
 """Digests of a data set that was not opened for so long are deleted."""
 
-PIECE = 1 << 20
+READ_BYTES = 1 << 20
 """Bytes of a file of this machine that are hashed at once."""
 
-SAMPLES = 4
-SAMPLE = 64 << 10
+SAMPLES_PER_FILE = 4
+SAMPLE_BYTES = 64 << 10
 """Where a store has no checksums: so many blocks of so many bytes of each file, the first and the last among them."""
 
-REQUESTS_AT_ONCE = 16
+MAX_CONCURRENT_REQUESTS = 16
 """Threads that read where each file takes a request over the network."""
 
-SAY_EVERY_S = 1.0
+PROGRESS_INTERVAL_S = 1.0
 
-Stamp = bytes
+FileStamp = bytes
 """A digest of device, inode, size, modification time and change time of a file."""
 
-Say = Callable[[str], None]
+ProgressFn = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,45 +79,45 @@ class DataFile:
     """
 
     where: str
-    size: int
-    local: str = ""
+    size_bytes: int
+    local_path: str = ""
     checksum: str = ""
 
 
-class Access(Protocol):
+class FileAccess(Protocol):
     """How the files of a data set are reached; each is known by its number."""
 
-    def attempt(self, number: int, action: Callable[[], Any]) -> Any:
+    def call(self, number: int, action: Callable[[], Any]) -> Any:
         """The action's result; the system's errors as errors of that file."""
 
     def read(self, number: int, first: int, end: int) -> bytes:
         """Some bytes of a file in a store, of which all may be asked for."""
 
-    def sample(self, number: int) -> list[tuple[int, int]]:
+    def sample_ranges(self, number: int) -> list[tuple[int, int]]:
         """Which bytes stand for the content of a file in a store that has no checksums."""
 
-    def checksums(self) -> list[str]:
+    def list_checksums(self) -> list[str]:
         """What the stores say now of every file, as in `DataFile`."""
 
 
-def evenly_spaced(size: int) -> list[tuple[int, int]]:
+def evenly_spaced_ranges(size: int) -> list[tuple[int, int]]:
     """Blocks of a file of so many bytes, first and last among them; all of a small one."""
-    if size <= SAMPLES * SAMPLE:
+    if size <= SAMPLES_PER_FILE * SAMPLE_BYTES:
         return [(0, size)]
-    starts = [index * (size - SAMPLE) // (SAMPLES - 1) for index in range(SAMPLES)]
-    return [(first, first + SAMPLE) for first in starts]
+    starts = [index * (size - SAMPLE_BYTES) // (SAMPLES_PER_FILE - 1) for index in range(SAMPLES_PER_FILE)]
+    return [(first, first + SAMPLE_BYTES) for first in starts]
 
 
-def reading_threads(is_far: bool) -> int:
+def select_num_read_threads(is_remote: bool) -> int:
     """How many threads are worth while to read and hash.
 
     is_far: whether a read takes a request over the network.
     """
     cores = available_cpus()
-    return max(REQUESTS_AT_ONCE, cores) if is_far else cores
+    return max(MAX_CONCURRENT_REQUESTS, cores) if is_remote else cores
 
 
-class Digests:
+class FileDigests:
     """What identifies the content of some files, found at once and side by side.
 
     tokens: for each file the SHA-256 of its content in hex, the store's checksum, or the digest of a sample.
@@ -140,30 +140,30 @@ class Digests:
     def __init__(
         self,
         files: Sequence[DataFile],
-        access: Access,
+        access: FileAccess,
         *,
         url: str,
-        cache: Cache,
-        threads: int,
-        say: Say,
-        stamps: Sequence[Stamp | None] = (),
+        cache: CacheConfig,
+        num_threads: int,
+        on_progress: ProgressFn,
+        stamps: Sequence[FileStamp | None] = (),
         where: str = "",
     ) -> None:
-        self._files, self._access, self._threads, self._say = files, access, threads, say
+        self._files, self._access, self._num_threads, self._on_progress = files, access, num_threads, on_progress
         self._where = where
-        self._stamps = stamps or take_stamps(files, access)
-        self._total = sum(file.size for file in files)
-        self._settled = [True] * len(files)
+        self._stamps = stamps or read_stamps(files, access)
+        self._total_bytes = sum(file.size_bytes for file in files)
+        self._is_settled = [True] * len(files)
         self.warnings: tuple[str, ...] = ()
-        hashed = [number for number in range(len(files)) if self._is_hashed(number)]
-        self.are_content = len(hashed) == len(files)
+        hashed = [number for number in range(len(files)) if self._is_fully_hashed(number)]
+        self.are_content_hashes = len(hashed) == len(files)
         self.tokens = [file.checksum for file in files]
         self._find_digests(hashed, url, cache)
         sampled = [number for number, token in enumerate(self.tokens) if not token]
-        self._in_threads(self._sample, sampled)
+        self._run_in_threads(self._hash_sample, sampled)
         if sampled:
             self.warnings += (
-                f"the store tells no checksums, and there are {self._total / 1e9:,.1f} GB: blocks of each of "
+                f"the store tells no checksums, and there are {self._total_bytes / 1e9:,.1f} GB: blocks of each of "
                 f"{len(sampled):,} files, such as {where}{files[sampled[0]].where}, stand for its content. A change "
                 "between them that leaves its size as it was would not be seen: give changed data another URL",
             )
@@ -171,99 +171,103 @@ class Digests:
     def verify(self) -> None:
         """Raise DataError if a file is no longer what was identified: whatever was read of it since may be either."""
         remote = [number for number, file in enumerate(self._files) if file.checksum]
-        now = self._access.checksums() if remote else []
+        now = self._access.list_checksums() if remote else []
         for number in remote:
             if now[number] != self._files[number].checksum:
-                raise self._changed(number)
+                raise self._changed_error(number)
         unsure = []
         for number, stamp in enumerate(self._stamps):
             if stamp is not None:
-                if self._access.attempt(number, partial(_stamp_of, self._files[number].local)) != stamp:
-                    raise self._changed(number)
-                if not self._settled[number]:
+                if self._access.call(number, partial(_read_stamp, self._files[number].local_path)) != stamp:
+                    raise self._changed_error(number)
+                if not self._is_settled[number]:
                     unsure.append(number)
         tokens = list(self.tokens)
-        self._in_threads(self._hash, unsure)
-        self._in_threads(
-            self._sample,
-            [number for number, file in enumerate(self._files) if not file.checksum and not self._is_hashed(number)],
+        self._run_in_threads(self._hash_file, unsure)
+        self._run_in_threads(
+            self._hash_sample,
+            [
+                number
+                for number, file in enumerate(self._files)
+                if not file.checksum and not self._is_fully_hashed(number)
+            ],
         )
         for number, (before, after) in enumerate(zip(tokens, self.tokens, strict=True)):
             if before != after:
-                raise self._changed(number)
+                raise self._changed_error(number)
 
-    def _changed(self, number: int) -> DataError:
-        return changed(f"{self._where}{self._files[number].where}")
+    def _changed_error(self, number: int) -> DataError:
+        return changed_file_error(f"{self._where}{self._files[number].where}")
 
-    def _is_hashed(self, number: int) -> bool:
-        return bool(self._files[number].local) or self._total <= HASHED_WHOLE
+    def _is_fully_hashed(self, number: int) -> bool:
+        return bool(self._files[number].local_path) or self._total_bytes <= MAX_FULL_HASH_BYTES
 
-    def _find_digests(self, numbers: list[int], url: str, cache: Cache) -> None:
+    def _find_digests(self, numbers: list[int], url: str, cache: CacheConfig) -> None:
         """Digests of whole files: those that are remembered, and the others."""
-        if self._total < REMEMBERED_FROM:
-            self._in_threads(self._hash, numbers)
+        if self._total_bytes < MIN_CACHED_DIGEST_BYTES:
+            self._run_in_threads(self._hash_file, numbers)
             return
-        keys = {number: key for number in numbers if (key := self._key(number))}
-        cache_file = _Remembered(cache, url)
-        self.tokens = ["" if self._is_hashed(number) else token for number, token in enumerate(self.tokens)]
-        self._take(cache_file, keys)
+        keys = {number: key for number in numbers if (key := self._cache_key(number))}
+        cache_file = _DigestCache(cache, url)
+        self.tokens = ["" if self._is_fully_hashed(number) else token for number, token in enumerate(self.tokens)]
+        self._load_cached(cache_file, keys)
         if not all(self.tokens[number] for number in numbers):
             with ExitStack() as stack:
                 try:
-                    stack.enter_context(exclusive(cache, f"digests-{cache_file.name}"))
+                    stack.enter_context(exclusive_lock(cache, f"digests-{cache_file.name}"))
                 except DataError as error:
-                    self._cannot_remember(error.what)
-                self._take(cache_file, keys)  # another process may have been at it
-                self._in_threads(self._hash, [number for number in numbers if not self.tokens[number]])
+                    self._warn_not_cached(error.what)
+                self._load_cached(cache_file, keys)  # another process may have been at it
+                self._run_in_threads(self._hash_file, [number for number in numbers if not self.tokens[number]])
                 try:
                     cache_file.write(
-                        {key: self.tokens[number] for number, key in keys.items() if self._settled[number]}
+                        {key: self.tokens[number] for number, key in keys.items() if self._is_settled[number]}
                     )
                 except OSError as error:
-                    self._cannot_remember(str(error))
+                    self._warn_not_cached(str(error))
 
-    def _take(self, remembered: _Remembered, keys: Mapping[int, bytes]) -> None:
+    def _load_cached(self, remembered: _DigestCache, keys: Mapping[int, bytes]) -> None:
         known = remembered.read()
         for number, key in keys.items():
             self.tokens[number] = known.get(key, "")
 
-    def _cannot_remember(self, why: str) -> None:
+    def _warn_not_cached(self, why: str) -> None:
         self.warnings = (f"digests of the data cannot be kept, so that every start hashes it again: {why}",)
 
-    def _key(self, number: int) -> bytes:
+    def _cache_key(self, number: int) -> bytes:
         """What tells that a file has not changed since it was hashed; empty where nothing does."""
         file = self._files[number]
-        if file.local:
+        if file.local_path:
             return self._stamps[number] or b""
-        return _short(f"{file.where} {file.size} {file.checksum}") if file.checksum else b""
+        return _short(f"{file.where} {file.size_bytes} {file.checksum}") if file.checksum else b""
 
-    def _hash(self, number: int, moved: Callable[[int], None]) -> None:
+    def _hash_file(self, number: int, on_bytes: Callable[[int], None]) -> None:
         file = self._files[number]
-        if not file.local:
-            content = self._access.read(number, 0, file.size)
-            if len(content) != file.size:
-                raise self._changed(number)
+        if not file.local_path:
+            content = self._access.read(number, 0, file.size_bytes)
+            if len(content) != file.size_bytes:
+                raise self._changed_error(number)
             self.tokens[number] = hashlib.sha256(content).hexdigest()
-            moved(file.size)
+            on_bytes(file.size_bytes)
             return
         began = time.time_ns()
-        before, after, token = self._access.attempt(number, lambda: hash_file(file.local, moved))
-        if not self._stamps[number] == _stamp(before) == _stamp(after) or before.st_size != file.size:
-            raise self._changed(number)
+        before, after, token = self._access.call(number, lambda: hash_file(file.local_path, on_bytes))
+        if not self._stamps[number] == _make_stamp(before) == _make_stamp(after) or before.st_size != file.size_bytes:
+            raise self._changed_error(number)
         self.tokens[number] = token
-        self._settled[number] = before.st_ctime_ns + SETTLED_NS <= began
+        self._is_settled[number] = before.st_ctime_ns + MIN_CTIME_AGE_NS <= began
 
-    def _sample(self, number: int, moved: Callable[[int], None]) -> None:
+    def _hash_sample(self, number: int, on_bytes: Callable[[int], None]) -> None:
         digest = hashlib.sha256()
-        for first, end in self._access.sample(number):
+        for first, end in self._access.sample_ranges(number):
             block = self._access.read(number, first, end)
             digest.update(f"{first} {end}\n".encode() + block)
-            moved(len(block))
+            on_bytes(len(block))
         self.tokens[number] = f"sample:{digest.hexdigest()}"
 
-    def _in_threads(self, work: Callable[[int, Callable[[int], None]], None], numbers: Sequence[int]) -> None:
+    def _run_in_threads(self, work: Callable[[int, Callable[[int], None]], None], numbers: Sequence[int]) -> None:
         """Do some work on files by threads, which tell how many bytes they have moved."""
-        total = sum(self._files[number].size for number in numbers)
+        total = sum(self._files[number].size_bytes for number in numbers)
         waiting, over, lock = iter(numbers), threading.Event(), threading.Lock()
         done = 0
 
@@ -282,8 +286,8 @@ class Digests:
         if not numbers:
             return
         seen, last_report_s = -1, time.monotonic()
-        with ThreadPoolExecutor(min(self._threads, len(numbers))) as pool:
-            running = {pool.submit(run) for _ in range(min(self._threads, len(numbers)))}
+        with ThreadPoolExecutor(min(self._num_threads, len(numbers))) as pool:
+            running = {pool.submit(run) for _ in range(min(self._num_threads, len(numbers)))}
             try:
                 while running:
                     ended, running = wait(running, timeout=0.2, return_when=FIRST_EXCEPTION)
@@ -292,34 +296,34 @@ class Digests:
                     if done != seen:
                         seen = done
                         note_progress()
-                    if time.monotonic() - last_report_s >= SAY_EVERY_S:
+                    if time.monotonic() - last_report_s >= PROGRESS_INTERVAL_S:
                         last_report_s = time.monotonic()
-                        self._say(f"hashing {done / 1e9:.1f} of {total / 1e9:.1f} GB")
+                        self._on_progress(f"hashing {done / 1e9:.1f} of {total / 1e9:.1f} GB")
             finally:
                 over.set()
 
 
-def take_stamps(files: Iterable[DataFile], access: Access) -> list[Stamp | None]:
+def read_stamps(files: Iterable[DataFile], access: FileAccess) -> list[FileStamp | None]:
     """Of the files of this machine; None for the others."""
-    stamps: list[Stamp | None] = []
+    stamps: list[FileStamp | None] = []
     for number, file in enumerate(files):
-        stamps.append(access.attempt(number, partial(_stamp_of, file.local)) if file.local else None)
+        stamps.append(access.call(number, partial(_read_stamp, file.local_path)) if file.local_path else None)
         note_progress()
     return stamps
 
 
-def hash_file(path: str, moved: Callable[[int], None]) -> tuple[os.stat_result, os.stat_result, str]:
+def hash_file(path: str, on_bytes: Callable[[int], None]) -> tuple[os.stat_result, os.stat_result, str]:
     """The status of a file of this machine before and after reading it, and the SHA-256 of its content in hex."""
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(PIECE))
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
     with io.FileIO(path) as file:
         before = os.fstat(file.fileno())
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
-            moved(count)
+            on_bytes(count)
         return before, os.fstat(file.fileno()), digest.hexdigest()
 
 
-def changed(where: str) -> DataError:
+def changed_file_error(where: str) -> DataError:
     """What to say of a file that did not stay as it was."""
     return DataError(
         "changed while it was being read",
@@ -332,16 +336,16 @@ class _StoppedError(Exception):
     """Another thread has failed, or the user has had enough."""
 
 
-class _Remembered:
+class _DigestCache:
     """Digests of an earlier start, for one data set: a table of two columns, replaced as a whole."""
 
     KEY, ROW = 16, 48
     """Bytes of a key, and of a key with its digest."""
 
-    def __init__(self, cache: Cache, url: str) -> None:
+    def __init__(self, cache: CacheConfig, url: str) -> None:
         self.name = hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()[:32]
         self._folder = Path(cache.folder).expanduser().absolute()
-        self._path = self._folder / f"{REMEMBERED}{self.name}.npy"
+        self._path = self._folder / f"{DIGEST_CACHE_PREFIX}{self.name}.npy"
 
     def read(self) -> dict[bytes, str]:
         """Digests in hex by key; none where there are none, or the file is damaged."""
@@ -372,21 +376,21 @@ class _Remembered:
             os.replace(temporary, self._path)
         finally:
             temporary.unlink(missing_ok=True)
-        for path in self._folder.glob(f"{REMEMBERED}*"):
+        for path in self._folder.glob(f"{DIGEST_CACHE_PREFIX}*"):
             with suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > FORGOTTEN_S:
+                if time.time() - path.stat().st_mtime > DIGEST_CACHE_TTL_S:
                     path.unlink()
 
 
 def _short(key: str) -> bytes:
-    return hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=_Remembered.KEY).digest()
+    return hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=_DigestCache.KEY).digest()
 
 
-def _stamp(status: os.stat_result) -> Stamp:
+def _make_stamp(status: os.stat_result) -> FileStamp:
     return _short(f"{status.st_dev} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}")
 
 
-def _stamp_of(path: str) -> Stamp:
+def _read_stamp(path: str) -> FileStamp:
     """Opened for it: a network file system asks its server then, and may else answer from memory."""
     with io.FileIO(path) as file:
-        return _stamp(os.fstat(file.fileno()))
+        return _make_stamp(os.fstat(file.fileno()))

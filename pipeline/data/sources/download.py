@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from pipeline.data.cache import growing, take_lock
+from pipeline.data.cache import acquire_lock, track_folder_growth
 from pipeline.errors import DataError
 
 TIMEOUT_S = 60.0
 """How long a server may be silent."""
 
 
-def download(name: str, root: Path, wanted: Iterable[str], fetch: Callable[[str], object]) -> None:
+def download(name: str, root: Path, paths: Iterable[str], fetch: Callable[[str], object]) -> None:
     """Fetch files into a temporary folder, then move what is wanted to its place.
 
     Parameters
@@ -32,17 +32,17 @@ def download(name: str, root: Path, wanted: Iterable[str], fetch: Callable[[str]
     ------
     DataError: the root cannot be written, or the download failed.
     """
-    wanted = list(wanted)
+    paths = list(paths)
     fix = f"with {name} on disk already: --set data.root=DIR; else see that this machine reaches the network"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _locked(root / ".download.lock") as lock:
-            if all((root / path).exists() for path in wanted):
+        with _file_lock(root / ".download.lock") as lock:
+            if all((root / path).exists() for path in paths):
                 return  # another process was faster
             with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
-                with _quiet(), growing(Path(folder), lock):
+                with _silence_torchvision(), track_folder_growth(Path(folder), lock):
                     fetch(folder)
-                for path in wanted:
+                for path in paths:
                     if not (root / path).exists():
                         (root / path).parent.mkdir(parents=True, exist_ok=True)
                         os.rename(Path(folder) / path, root / path)
@@ -54,15 +54,15 @@ def download(name: str, root: Path, wanted: Iterable[str], fetch: Callable[[str]
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[IO[str]]:
+def _file_lock(path: Path) -> Iterator[IO[str]]:
     """Hold a file lock; it ends with the process, however that ends."""
     with path.open("a") as file:
-        take_lock(file)
+        acquire_lock(file)
         yield file
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _silence_torchvision() -> Iterator[None]:
     """No progress bars, and no waiting for ever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT_S)

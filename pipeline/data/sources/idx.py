@@ -11,16 +11,16 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.data.sources.arrays import Arrays, Source, make_source
+from pipeline.data.sources.arrays import Dataset, DatasetPart, make_dataset
 from pipeline.data.sources.download import download
 from pipeline.errors import DataError
 
-Name = Literal["mnist", "fashion_mnist"]
+MnistName = Literal["mnist", "fashion_mnist"]
 
-FOLDERS: dict[Name, str] = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
+FOLDERS: dict[MnistName, str] = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
 """Folders under the root; torchvision's classes have the same names."""
 
-CLASSES: dict[Name, tuple[str, ...]] = {
+CLASSES: dict[MnistName, tuple[str, ...]] = {
     "mnist": tuple("0123456789"),
     "fashion_mnist": (
         *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
@@ -28,14 +28,14 @@ CLASSES: dict[Name, tuple[str, ...]] = {
     ),
 }
 
-PARTS = {"train": "train", "test": "t10k"}
-FILES = tuple(f"{part}-{kind}-ubyte" for part in PARTS.values() for kind in ("images-idx3", "labels-idx1"))
+FILE_PREFIXES = {"train": "train", "test": "t10k"}
+FILES = tuple(f"{part}-{kind}-ubyte" for part in FILE_PREFIXES.values() for kind in ("images-idx3", "labels-idx1"))
 
 UNSIGNED_BYTES = 8
 """IDX's code for uint8, the third byte of a file; the fourth is the number of axes."""
 
 
-def open_idx(name: Name, root: str) -> Source:
+def open_mnist(name: MnistName, root: str) -> Dataset:
     """The source from `<root>/<folder>/raw`, as plain files or .gz; downloaded where any is absent.
 
     Raises
@@ -43,28 +43,28 @@ def open_idx(name: Name, root: str) -> Source:
     DataError: files that are damaged, or absent and out of reach.
     """
     folder = Path(root).expanduser() / FOLDERS[name] / "raw"
-    if any(_existing(folder / file) is None for file in FILES):
+    if any(_find_existing(folder / file) is None for file in FILES):
         _download(name, Path(root).expanduser())
     parts = {}
-    for part, prefix in PARTS.items():
-        images = read_idx(folder / f"{prefix}-images-idx3-ubyte", axes=3)
-        labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte", axes=1)
+    for part, prefix in FILE_PREFIXES.items():
+        images = read_idx(folder / f"{prefix}-images-idx3-ubyte", ndim=3)
+        labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte", ndim=1)
         if len(images) != len(labels):
             raise DataError(
                 f"{len(images)} images, but {len(labels)} labels", where=str(folder), fix="delete the folder"
             )
-        parts[part] = Arrays(images, labels.astype(np.int64))
-    return make_source(parts["train"], parts["test"], CLASSES[name])
+        parts[part] = DatasetPart(images, labels.astype(np.int64))
+    return make_dataset(parts["train"], parts["test"], CLASSES[name])
 
 
-def read_idx(path: Path, axes: int) -> np.ndarray:
+def read_idx(path: Path, ndim: int) -> np.ndarray:
     """One IDX file of unsigned bytes, plain or, where only that is there, as `.gz`: uint8 of `axes` axes.
 
     Raises
     ------
     DataError: absent, not IDX of so many axes, or not as long as its header says.
     """
-    existing = _existing(path)
+    existing = _find_existing(path)
     fix = "delete it, and it is downloaded again; or --set data.root=DIR"
     if existing is None:
         raise DataError("no such file", where=str(path), fix="--set data.root=DIR")
@@ -75,11 +75,11 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
             content = np.fromfile(existing, np.uint8)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot be read: {error}", where=str(existing), fix=fix) from error
-    header = 4 + 4 * axes
+    header = 4 + 4 * ndim
     begins = content[:4].tobytes()
-    if len(content) < header or begins != bytes([0, 0, UNSIGNED_BYTES, axes]):
+    if len(content) < header or begins != bytes([0, 0, UNSIGNED_BYTES, ndim]):
         raise DataError(
-            f"not an IDX file of bytes with {axes} axes: begins with {begins.hex(' ') or 'nothing'}",
+            f"not an IDX file of bytes with {ndim} axes: begins with {begins.hex(' ') or 'nothing'}",
             where=str(existing),
             fix=fix,
         )
@@ -94,13 +94,13 @@ def read_idx(path: Path, axes: int) -> np.ndarray:
     return content[header:].reshape(shape)
 
 
-def _existing(path: Path) -> Path | None:
+def _find_existing(path: Path) -> Path | None:
     """The plain file, else its .gz, else None."""
     packed = path.with_name(path.name + ".gz")
     return next((candidate for candidate in (path, packed) if os.path.isfile(candidate)), None)
 
 
-def _download(name: Name, root: Path) -> None:
+def _download(name: MnistName, root: Path) -> None:
     def fetch(folder: str) -> None:
         from torchvision import datasets  # costs more than all else: only where it is needed
 

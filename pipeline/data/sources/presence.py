@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pipeline.errors import DataError
-from pipeline.job import FileDataConfig, Job, ParquetDataConfig
-from pipeline.redaction import looked_up, scrub
+from pipeline.job import FileDataConfig, JobConfig, ParquetDataConfig
+from pipeline.redaction import redact, resolve_env
 from pipeline.storage.read_files import IGNORED_IMAGE_PREFIXES, FileReader
 
-LOOKED_INTO = 16
+MAX_CHECKED_FOLDERS = 16
 """Folders of classes in which pictures are looked for."""
 
-CLASSES = "one folder for each class, with pictures in it such as .png and .jpg; or a Parquet file of paths and labels"
+FOLDER_HINT = (
+    "one folder for each class, with pictures in it such as .png and .jpg; or a Parquet file of paths and labels"
+)
 
 
-def check_present(job: Job) -> None:
+def check_data_exists(job: JobConfig) -> None:
     """Look at what `data.url` names. Named sources, which may yet be downloaded, and functions are not looked at.
 
     Of tables, all files are listed, and the first of them must begin and end as Parquet does. Of pictures, the folder
@@ -25,29 +27,31 @@ def check_present(job: Job) -> None:
     """
     if not isinstance(job.data, FileDataConfig):
         return
-    url = looked_up(job.data.url, "data.url")
+    url = resolve_env(job.data.url, "data.url")
     if isinstance(job.data, ParquetDataConfig) or url.endswith(".parquet"):
-        from pipeline.data.sources.parquet.files import check_files  # it needs Arrow
+        from pipeline.data.sources.parquet.files import check_parquet_files  # it needs Arrow
 
-        check_files(url)
+        check_parquet_files(url)
     else:
         _check_folder(url)
 
 
 def _check_folder(url: str) -> None:
-    files, where = FileReader(url), f"data.url: {scrub(url)}"
+    files, where = FileReader(url), f"data.url: {redact(url)}"
     kind = files.kind()
     if kind == "file":
-        raise DataError("is a file", where=where, fix=CLASSES)
+        raise DataError("is a file", where=where, fix=FOLDER_HINT)
     if kind == "missing":
         raise DataError("there is no such folder", where=where, fix="check the URL")
     classes = [name for name, is_folder in files.list_directory("", IGNORED_IMAGE_PREFIXES) if is_folder]
     if not classes:
-        raise DataError("holds no folders, and so no classes", where=where, fix=CLASSES)
+        raise DataError("holds no folders, and so no classes", where=where, fix=FOLDER_HINT)
     from pipeline.data.pictures import is_image_path  # it needs Pillow
 
-    for folder in classes[:LOOKED_INTO]:
+    for folder in classes[:MAX_CHECKED_FOLDERS]:
         inside = files.list_directory(folder, IGNORED_IMAGE_PREFIXES)
         if any(is_folder or is_image_path(name) for name, is_folder in inside):
             return
-    raise DataError(f"no pictures in the folders {', '.join(classes[:LOOKED_INTO])}", where=where, fix=CLASSES)
+    raise DataError(
+        f"no pictures in the folders {', '.join(classes[:MAX_CHECKED_FOLDERS])}", where=where, fix=FOLDER_HINT
+    )

@@ -4,50 +4,50 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.data.random import generator, permutation, words
-from pipeline.data.sources.arrays import Source
-from pipeline.data.targets.labels import strata
+from pipeline.data.random import make_generator, random_permutation, random_uint64
+from pipeline.data.sources.arrays import Dataset
+from pipeline.data.targets.labels import stratification_labels
 from pipeline.errors import DataError
-from pipeline.job import Job, RandomSplits
+from pipeline.job import JobConfig, RandomSplitsConfig
 
 
-def random_rows(job: Job, spec: RandomSplits, source: Source) -> dict[str, np.ndarray]:
+def random_split(job: JobConfig, config: RandomSplitsConfig, dataset: Dataset) -> dict[str, np.ndarray]:
     """Rows drawn without replacement, val first, so that asking for a test split too leaves val as it is."""
-    rows = len(source.train)
-    asked = {"val": spec.val, "test": spec.test, "train": spec.train}
+    rows = len(dataset.train)
+    asked = {"val": config.val, "test": config.test, "train": config.train}
     counts = {
         name: int(value) if value >= 1 else round(rows * value) for name, value in asked.items() if value is not None
     }
     held_out = counts["val"] + counts["test"]
     counts.setdefault("train", max(rows - held_out, 0))
-    if sum(counts.values()) > rows or (spec.train is None and held_out >= rows):
+    if sum(counts.values()) > rows or (config.train is None and held_out >= rows):
         requested = ", ".join(f"{name}: {value:g} ({counts[name]:,} rows)" for name, value in asked.items() if value)
         raise DataError(
-            f"{requested} leave {'no rows to train' if spec.train is None else 'too few'} of {rows:,}",
+            f"{requested} leave {'no rows to train' if config.train is None else 'too few'} of {rows:,}",
             where="data.splits",
             fix="ask for less",
         )
-    order = permutation(generator(job.seed.of("split"), f"split of {source.fingerprint}"), rows)
-    groups = _by_class(order, source, job) if spec.stratify else [order]
+    order = random_permutation(make_generator(job.seed.for_stream("split"), f"split of {dataset.fingerprint}"), rows)
+    groups = _group_by_class(order, dataset, job) if config.stratify else [order]
     drawn: dict[str, np.ndarray] = {}
     for name, count in counts.items():
         if name != "train" and not asked[name]:
             continue
-        takes = proportional([len(group) for group in groups], count)
+        takes = allocate_proportionally([len(group) for group in groups], count)
         drawn[name] = np.sort(np.concatenate([group[:take] for group, take in zip(groups, takes, strict=True)]))
         groups = [group[take:] for group, take in zip(groups, takes, strict=True)]
     return drawn
 
 
-def _by_class(order: np.ndarray, source: Source, job: Job) -> list[np.ndarray]:
+def _group_by_class(order: np.ndarray, dataset: Dataset, job: JobConfig) -> list[np.ndarray]:
     """The drawn order, cut into one list for each class."""
     if job.task.kind == "regression":
         raise DataError("needs classes, and regression has none", where="data.splits.stratify", fix="leave it out")
-    labels = strata(source, job.task)[order]
+    labels = stratification_labels(dataset, job.task)[order]
     return [order[labels == label] for label in np.unique(labels)]
 
 
-def proportional(sizes: list[int], count: int) -> list[int]:
+def allocate_proportionally(sizes: list[int], count: int) -> list[int]:
     """`count` shared out in proportion to `sizes`: whole numbers, none above its size, each within one of exact.
 
     What rounding down leaves goes to the largest remainders, the first of equals.
@@ -61,7 +61,7 @@ def proportional(sizes: list[int], count: int) -> list[int]:
     return takes
 
 
-def stratified_sample(ids: np.ndarray, targets: np.ndarray, count: int, seed: int, stream: str) -> np.ndarray:
+def sample_stratified(indices: np.ndarray, targets: np.ndarray, count: int, seed: int, stream: str) -> np.ndarray:
     """`count` of a split's rows, which stand for all of them: int64 (count,), ascending. All where there are no more.
 
     A systematic sample: the rows are ordered by target, equal ones at random, and from a random first one on every
@@ -74,13 +74,13 @@ def stratified_sample(ids: np.ndarray, targets: np.ndarray, count: int, seed: in
     targets: of these rows, labels (n,) or values (n,) or (n, T), of which the first column orders.
     seed, stream: as `generator` takes them.
     """
-    rows = len(ids)
+    rows = len(indices)
     if rows <= count:
-        return ids
-    rng = generator(seed, stream)
-    order = permutation(rng, rows)
+        return indices
+    rng = make_generator(seed, stream)
+    order = random_permutation(rng, rows)
     column = targets if targets.ndim == 1 else targets[:, 0]
     order = order[np.argsort(column[order], kind="stable")]
-    first = int(words(rng, 1)[0] % np.uint64(rows))
+    first = int(random_uint64(rng, 1)[0] % np.uint64(rows))
     taken = (np.arange(count, dtype=np.int64) * rows + first) // count
-    return np.sort(ids[order[taken]])
+    return np.sort(indices[order[taken]])

@@ -6,20 +6,20 @@ from itertools import pairwise
 
 import numpy as np
 
-from pipeline.data.split.rows import NAMES
+from pipeline.data.split.rows import SPLIT_NAMES
 from pipeline.errors import DataError
-from pipeline.job import RangeSplits
+from pipeline.job import RangeSplitsConfig
 
 
-def range_rows(spec: RangeSplits, rows: int) -> dict[str, np.ndarray]:
+def split_by_range(config: RangeSplitsConfig, num_rows: int) -> dict[str, np.ndarray]:
     """The ranges of the job; DataError where they end beyond the rows or overlap."""
-    given = {name: bounds for name in NAMES if (bounds := getattr(spec, name)) is not None}
+    given = {name: bounds for name in SPLIT_NAMES if (bounds := getattr(config, name)) is not None}
     for name, (first, end) in given.items():
-        if end > rows:
+        if end > num_rows:
             raise DataError(
-                f"[{first}, {end}] ends beyond the {rows:,} rows",
+                f"[{first}, {end}] ends beyond the {num_rows:,} rows",
                 where=f"data.splits.{name}",
-                fix=f"end at {rows} or before",
+                fix=f"end at {num_rows} or before",
             )
     ordered = sorted(given, key=lambda name: given[name])
     for name, other in pairwise(ordered):

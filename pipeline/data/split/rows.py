@@ -11,36 +11,36 @@ import numpy as np
 if TYPE_CHECKING:
     import pyarrow as pa
 
-Part = Literal["train", "test"]
+PartName = Literal["train", "test"]
 
-NAMES = ("train", "val", "test")
+SPLIT_NAMES = ("train", "val", "test")
 """Splits in the order in which they are given and stored."""
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class SplitIndices:
     """The rows of one split.
 
     part: the part of the source that they lie in.
     ids: their positions in it, int64 (n,), ascending. Order in training is the sampler's affair.
     """
 
-    part: Part
-    ids: np.ndarray
+    part: PartName
+    indices: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.indices)
 
 
-def rows_by_part(splits: Mapping[str, Rows]) -> dict[Part, list[np.ndarray]]:
+def indices_by_part(splits: Mapping[str, SplitIndices]) -> dict[PartName, list[np.ndarray]]:
     """The positions that are used of each part."""
-    used: dict[Part, list[np.ndarray]] = {}
+    used: dict[PartName, list[np.ndarray]] = {}
     for rows in splits.values():
-        used.setdefault(rows.part, []).append(rows.ids)
+        used.setdefault(rows.part, []).append(rows.indices)
     return used
 
 
-def splits_table(splits: dict[str, Rows]) -> pa.Table:
+def splits_to_table(splits: dict[str, SplitIndices]) -> pa.Table:
     """The splits as a table of (split: string, part: string, row: int64), to be stored with a run."""
     import pyarrow as pa
 
@@ -48,7 +48,7 @@ def splits_table(splits: dict[str, Rows]) -> pa.Table:
         numbers = np.repeat(np.arange(len(values), dtype=np.int32), [len(rows) for rows in splits.values()])
         return pa.DictionaryArray.from_arrays(numbers, pa.array(values, pa.string())).cast(pa.string())
 
-    ids = [rows.ids for rows in splits.values()]
+    ids = [rows.indices for rows in splits.values()]
     columns = {
         "split": words(list(splits)),
         "part": words([rows.part for rows in splits.values()]),

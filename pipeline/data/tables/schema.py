@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-Kind = Literal["number", "category"]
+ColumnKind = Literal["number", "category"]
 
 
 @dataclass(frozen=True)
@@ -18,9 +18,9 @@ class Column:
     """
 
     name: str
-    kind: Kind
+    kind: ColumnKind
     width: int = 1
-    levels: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.data.sources.arrays import Source
-from pipeline.data.split.rows import Rows
-from pipeline.data.statistics import blocks, mean_and_std
-from pipeline.data.stored import VERSION, reading
-from pipeline.data.targets.classes import numbered_classes, text_classes
-from pipeline.data.targets.labels import WHERE, are_positive, some, whole_numbers
+from pipeline.data.sources.arrays import Dataset
+from pipeline.data.split.rows import SplitIndices
+from pipeline.data.statistics import compute_mean_and_std, iter_blocks
+from pipeline.data.stored import VERSION, check_stored_values
+from pipeline.data.targets.classes import classes_from_numbers, classes_from_text
+from pipeline.data.targets.labels import WHERE, positive_mask, sample_repr, to_integer_labels
 from pipeline.errors import DataError, JobError
-from pipeline.job import FileDataConfig, Job
+from pipeline.job import FileDataConfig, JobConfig
 
 
 @dataclass(frozen=True)
-class Targets:
+class TargetTransform:
     """How raw targets become what is learned: plain values, the same for training, evaluation and prediction.
 
     kind: multiclass, binary or regression.
@@ -35,19 +35,19 @@ class Targets:
 
     kind: str
     classes: tuple[str, ...] = ()
-    text: bool = False
+    is_text: bool = False
     positive: tuple[int | str, ...] | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    values: tuple[int, ...] = ()
+    label_values: tuple[int, ...] = ()
 
-    def prepare(
+    def transform(
         self,
         raw: np.ndarray,
         label_names: tuple[str, ...] = (),
         dtype: type[np.float32] | type[np.float64] = np.float32,
         *,
-        rows: np.ndarray | None = None,
+        indices: np.ndarray | None = None,
         where: str = WHERE,
     ) -> np.ndarray:
         """The targets of a part, or of new data, as the task learns them, rows as they are.
@@ -69,32 +69,32 @@ class Targets:
         DataError: targets that do not fit the task, with the first offending value and how many there are.
         """
         if self.kind == "regression":
-            _refuse_names(label_names, where)
-            return self._scaled(raw, dtype, where)
-        labels = whole_numbers(raw, self.kind, where)
-        if self.text and not label_names:
+            _raise_if_named(label_names, where)
+            return self._scale(raw, dtype, where)
+        labels = to_integer_labels(raw, self.kind, where)
+        if self.is_text and not label_names:
             raise DataError(
-                f"the labels are numbers, but the classes are {some(self.classes)}",
+                f"the labels are numbers, but the classes are {sample_repr(self.classes)}",
                 where=where,
                 fix="give labels as the names of classes",
             )
         if self.kind == "binary" and self.positive is not None:
-            return are_positive(labels, label_names, self.positive).astype(dtype)
-        numbers = self._by_name(labels, label_names) if label_names else self._by_value(labels)
-        used = numbers if rows is None else numbers[rows]
+            return positive_mask(labels, label_names, self.positive).astype(dtype)
+        numbers = self._indices_by_name(labels, label_names) if label_names else self._indices_by_value(labels)
+        used = numbers if indices is None else numbers[indices]
         unknown = used < 0
         if unknown.any():
             position = int(np.argmax(unknown))
-            row = position if rows is None else int(rows[position])
+            row = position if indices is None else int(indices[position])
             label = repr(label_names[labels[row]]) if label_names else labels[row]
             raise DataError(
                 f"{label} at row {row} is no class that was trained ({int(unknown.sum()):,} of {len(used):,} rows)",
                 where=where,
-                fix=f"the classes are {some(self._labels())}",
+                fix=f"the classes are {sample_repr(self._raw_labels())}",
             )
         return numbers if self.kind == "multiclass" else numbers.astype(dtype)
 
-    def number_of(self, label: int | str) -> int:
+    def label_index(self, label: int | str) -> int:
         """The number of a class, given by its name or by the label that means it.
 
         Raises
@@ -103,23 +103,23 @@ class Targets:
         """
         if str(label) in self.classes:
             return self.classes.index(str(label))
-        if label in self.values:
-            return self.values.index(int(label))
+        if label in self.label_values:
+            return self.label_values.index(int(label))
         near = difflib.get_close_matches(str(label), self.classes, n=1, cutoff=0.6)
         raise JobError(
             f"{label} is no class; there are {len(self.classes)}",
             where=f"task.class_weights.{label}",
-            fix=f"did you mean {near[0]}?" if near else f"use {some(self.classes)}",
+            fix=f"did you mean {near[0]}?" if near else f"use {sample_repr(self.classes)}",
         )
 
-    def _by_name(self, labels: np.ndarray, label_names: tuple[str, ...]) -> np.ndarray:
+    def _indices_by_name(self, labels: np.ndarray, label_names: tuple[str, ...]) -> np.ndarray:
         known = {name: number for number, name in enumerate(self.classes)}
         by_position = np.array([known.get(name, -1) for name in label_names], dtype=np.int64)
         numbers: np.ndarray = by_position[labels]
         return numbers
 
-    def _by_value(self, labels: np.ndarray) -> np.ndarray:
-        values = np.array(self.values, dtype=np.int64)
+    def _indices_by_value(self, labels: np.ndarray) -> np.ndarray:
+        values = np.array(self.label_values, dtype=np.int64)
         order = np.argsort(values)
         places = np.minimum(np.searchsorted(values, labels, sorter=order), len(values) - 1)
         numbers: np.ndarray = order[places]
@@ -127,11 +127,11 @@ class Targets:
         numbers[~known] = -1
         return numbers
 
-    def _labels(self) -> tuple[str, ...] | tuple[int, ...]:
+    def _raw_labels(self) -> tuple[str, ...] | tuple[int, ...]:
         """What stands for each class in the data."""
-        return self.values or self.classes
+        return self.label_values or self.classes
 
-    def _scaled(self, raw: np.ndarray, dtype: type[np.float32] | type[np.float64], where: str) -> np.ndarray:
+    def _scale(self, raw: np.ndarray, dtype: type[np.float32] | type[np.float64], where: str) -> np.ndarray:
         columns = raw.reshape(len(raw), -1)
         if not self.mean:
             return np.ascontiguousarray(columns.astype(dtype, copy=False))
@@ -144,16 +144,16 @@ class Targets:
         np.divide(scaled, np.array(self.std), out=scaled, casting="same_kind")
         return scaled
 
-    def named(self, numbers: np.ndarray) -> np.ndarray:
+    def decode_labels(self, class_indices: np.ndarray) -> np.ndarray:
         """Classes (N,) by their numbers int64 (N,): their names; the labels, int64, where nothing else names them."""
-        has_names = self.classes != tuple(map(str, self.values))
-        labels: np.ndarray = np.array(self.classes) if has_names else np.array(self.values, dtype=np.int64)
-        decoded: np.ndarray = labels[numbers]
+        has_names = self.classes != tuple(map(str, self.label_values))
+        labels: np.ndarray = np.array(self.classes) if has_names else np.array(self.label_values, dtype=np.int64)
+        decoded: np.ndarray = labels[class_indices]
         return decoded
 
-    def unscaled(self, learned: np.ndarray) -> np.ndarray:
+    def inverse_scale(self, scaled: np.ndarray) -> np.ndarray:
         """Values as the model gives them, float64 (N, T), in the unit of the targets."""
-        return learned * np.array(self.std) + np.array(self.mean) if self.mean else learned
+        return scaled * np.array(self.std) + np.array(self.mean) if self.mean else scaled
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` gives the same object back."""
@@ -161,22 +161,22 @@ class Targets:
             "version": VERSION,
             "kind": self.kind,
             "classes": list(self.classes),
-            "text": self.text,
-            "values": list(self.values),
+            "text": self.is_text,
+            "values": list(self.label_values),
             "positive": None if self.positive is None else list(self.positive),
             "mean": list(self.mean),
             "std": list(self.std),
         }
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Targets:
+    def from_json(cls, values: Mapping[str, Any]) -> TargetTransform:
         """What `to_json` gave.
 
         Raises
         ------
         DataError: written by another version, or damaged.
         """
-        with reading(values):
+        with check_stored_values(values):
             kind, positive = str(values["kind"]), values["positive"]
             if kind not in ("multiclass", "binary", "regression"):
                 raise ValueError(f"kind {kind!r}")
@@ -193,7 +193,7 @@ class Targets:
             return cls(kind, classes, text, None if positive is None else tuple(positive), mean, std, labels)
 
 
-def fit_targets(job: Job, source: Source, splits: Mapping[str, Rows]) -> Targets:
+def fit_target_transform(job: JobConfig, dataset: Dataset, splits: Mapping[str, SplitIndices]) -> TargetTransform:
     """Fit the classes, or the scale of what is to be regressed, on the training split.
 
     Classes of labels that are text: the names that occur in training, sorted. Of labels that are numbers: those that
@@ -203,21 +203,21 @@ def fit_targets(job: Job, source: Source, splits: Mapping[str, Rows]) -> Targets
     ------
     DataError: targets that do not fit the task, in any split; only one class, or one value, in training.
     """
-    task, raw, train_indices = job.task, source.train.targets, splits["train"].ids
+    task, raw, train_indices = job.task, dataset.train.targets, splits["train"].indices
     data = job.data
     where = f"{data.url}: {', '.join(data.labels)}" if isinstance(data, FileDataConfig) and data.labels else WHERE
     if task.kind == "regression":
-        _refuse_names(source.label_names, where)
-        _refuse_constant(job, raw.reshape(len(raw), -1), train_indices, where)
+        _raise_if_named(dataset.label_names, where)
+        _raise_if_constant(job, raw.reshape(len(raw), -1), train_indices, where)
         if not task.scale_targets:
-            return Targets(task.kind)
-        mean, std = mean_and_std(raw.reshape(len(raw), -1), train_indices, per_channel=True)
-        return Targets(task.kind, mean=tuple(mean.tolist()), std=tuple(np.where(std == 0, 1.0, std).tolist()))
+            return TargetTransform(task.kind)
+        mean, std = compute_mean_and_std(raw.reshape(len(raw), -1), train_indices, per_channel=True)
+        return TargetTransform(task.kind, mean=tuple(mean.tolist()), std=tuple(np.where(std == 0, 1.0, std).tolist()))
     positive = None if task.positive is None else tuple(task.positive)
-    text = bool(source.label_names)
-    classes, values = (text_classes if text else numbered_classes)(source, task, splits, where)
-    fitted = Targets(task.kind, classes, text, positive, values=values)
-    learned = fitted.prepare(raw, source.label_names, rows=train_indices, where=where)[train_indices]
+    text = bool(dataset.label_names)
+    classes, values = (classes_from_text if text else classes_from_numbers)(dataset, task, splits, where)
+    fitted = TargetTransform(task.kind, classes, text, positive, label_values=values)
+    learned = fitted.transform(raw, dataset.label_names, indices=train_indices, where=where)[train_indices]
     if (learned == learned[0]).all():
         raise DataError(
             f"all {len(train_indices):,} training rows are of one class, {classes[int(learned[0])]!r}",
@@ -227,9 +227,9 @@ def fit_targets(job: Job, source: Source, splits: Mapping[str, Rows]) -> Targets
     return fitted
 
 
-def label_warnings(labels: Targets) -> list[str]:
+def label_warnings(labels: TargetTransform) -> list[str]:
     """What was decided about the labels without being asked for."""
-    if labels.kind != "binary" or labels.positive is not None or labels.values in ((), (0, 1)):
+    if labels.kind != "binary" or labels.positive is not None or labels.label_values in ((), (0, 1)):
         return []
     negative, positive = labels.classes
     return [
@@ -238,33 +238,33 @@ def label_warnings(labels: Targets) -> list[str]:
     ]
 
 
-def class_counts(targets: np.ndarray, classes: int) -> list[int]:
+def count_classes(targets: np.ndarray, num_classes: int) -> list[int]:
     """Rows of each class among prepared targets (n,)."""
-    counts: list[int] = np.bincount(targets.astype(np.int64), minlength=classes).tolist()
+    counts: list[int] = np.bincount(targets.astype(np.int64), minlength=num_classes).tolist()
     return counts
 
 
-def _refuse_constant(job: Job, raw: np.ndarray, train: np.ndarray, where: str) -> None:
+def _raise_if_constant(job: JobConfig, raw: np.ndarray, train_indices: np.ndarray, where: str) -> None:
     """Raise DataError for a column of targets (N, T) that has one value in all training rows."""
     varies = np.zeros(raw.shape[1], bool)
-    for block in blocks(raw, train):
-        varies |= (block != raw[train[0]]).any(0)
+    for block in iter_blocks(raw, train_indices):
+        varies |= (block != raw[train_indices[0]]).any(0)
     for column in np.flatnonzero(~varies)[:1]:
         names = [repr(name) for name in job.data.labels] or [
             f"column {number} (from 0)" for number in range(len(varies))
         ]
         raise DataError(
-            f"the target {f'{names[column]} ' if len(varies) > 1 else ''}is {raw[train[0], column]:g} in all "
-            f"{len(train):,} training rows: there is nothing to learn",
+            f"the target {f'{names[column]} ' if len(varies) > 1 else ''}is {raw[train_indices[0], column]:g} in all "
+            f"{len(train_indices):,} training rows: there is nothing to learn",
             where=where,
             fix="use data in which it varies" + (", or leave it out of data.label" if len(varies) > 1 else ""),
         )
 
 
-def _refuse_names(label_names: tuple[str, ...], where: str) -> None:
+def _raise_if_named(label_names: tuple[str, ...], where: str) -> None:
     if label_names:
         raise DataError(
-            f"regression needs numbers, but the labels are {some(label_names)}",
+            f"regression needs numbers, but the labels are {sample_repr(label_names)}",
             where=where,
             fix="name a column of numbers, or use task: multiclass",
         )

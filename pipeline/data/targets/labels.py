@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.data.sources.arrays import Source
+from pipeline.data.sources.arrays import Dataset
 from pipeline.errors import DataError
-from pipeline.job import Task
+from pipeline.job import TaskConfig
 
 WHERE = "targets"
 
@@ -16,7 +16,7 @@ MOST_NAMED = 10
 """Labels that a message names."""
 
 
-def whole_numbers(targets: np.ndarray, kind: str, where: str = WHERE) -> np.ndarray:
+def to_integer_labels(targets: np.ndarray, kind: str, where: str = WHERE) -> np.ndarray:
     """Labels as int64 (N,), for a task of this kind.
 
     Raises
@@ -32,11 +32,13 @@ def whole_numbers(targets: np.ndarray, kind: str, where: str = WHERE) -> np.ndar
             fix="return labels as (N,), or use task: regression",
         )
     if targets.dtype.kind == "f":
-        refuse(targets, targets != np.floor(targets), "no whole number", "use labels, or task: regression", where)
+        raise_if_wrong(
+            targets, targets != np.floor(targets), "no whole number", "use labels, or task: regression", where
+        )
     return targets.astype(np.int64, copy=False)
 
 
-def are_positive(labels: np.ndarray, label_names: Sequence[str], positive: Sequence[int | str]) -> np.ndarray:
+def positive_mask(labels: np.ndarray, label_names: Sequence[str], positive: Sequence[int | str]) -> np.ndarray:
     """Which labels count as 1, bool (N,). Where labels have names, so are those in `positive`."""
     if label_names:
         positive_names = {str(label) for label in positive}
@@ -44,15 +46,15 @@ def are_positive(labels: np.ndarray, label_names: Sequence[str], positive: Seque
     return np.isin(labels, [int(label) for label in positive if not isinstance(label, str)])
 
 
-def strata(source: Source, task: Task) -> np.ndarray:
+def stratification_labels(dataset: Dataset, task: TaskConfig) -> np.ndarray:
     """Numbers that tell the classes of the training part apart, int64 (N,), before any class is fitted."""
-    labels = whole_numbers(source.train.targets, task.kind)
+    labels = to_integer_labels(dataset.train.targets, task.kind)
     if task.positive is None:
         return labels
-    return are_positive(labels, source.label_names, task.positive).astype(np.int64)
+    return positive_mask(labels, dataset.label_names, task.positive).astype(np.int64)
 
 
-def refuse(values: np.ndarray, wrong: np.ndarray, what: str, fix: str, where: str = WHERE) -> None:
+def raise_if_wrong(values: np.ndarray, wrong: np.ndarray, what: str, fix: str, where: str = WHERE) -> None:
     """Raise DataError where any value (N,) is wrong (N,), with the first of them and their number."""
     count = int(wrong.sum())
     if count:
@@ -62,6 +64,6 @@ def refuse(values: np.ndarray, wrong: np.ndarray, what: str, fix: str, where: st
         )
 
 
-def some(values: Sequence[object] | np.ndarray) -> str:
+def sample_repr(values: Sequence[object] | np.ndarray) -> str:
     """The first of them, in words."""
     return ", ".join(map(str, values[:MOST_NAMED])) + (", ..." if len(values) > MOST_NAMED else "")

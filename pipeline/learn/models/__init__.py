@@ -8,20 +8,20 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import JobError
-from pipeline.job import Cnn, Job, Mlp, TorchvisionModel
-from pipeline.learn.models.cnn import CnnNet, cnn
+from pipeline.job import CnnConfig, JobConfig, MlpConfig, TorchvisionModelConfig
+from pipeline.learn.models.cnn import CnnNet, build_cnn
 from pipeline.learn.models.freezing import freeze
 from pipeline.learn.models.layers import ACTIVATIONS
-from pipeline.learn.models.mlp import EmbeddingMlpNet, MlpNet, mlp
-from pipeline.learn.models.own import own
-from pipeline.learn.models.vision import vision
-from pipeline.own_code import failed
+from pipeline.learn.models.mlp import EmbeddingMlpNet, MlpNet, build_mlp
+from pipeline.learn.models.own import build_custom_model
+from pipeline.learn.models.vision import build_torchvision_model
+from pipeline.own_code import wrap_user_error
 
-__all__ = ["build_model", "draws_at_random"]
+__all__ = ["build_model", "uses_rng"]
 
 
 def build_model(
-    job: Job, input_shape: tuple[int, ...], outputs: int, seed: int, code_sizes: tuple[int, ...] = ()
+    job: JobConfig, input_shape: tuple[int, ...], outputs: int, seed: int, code_sizes: tuple[int, ...] = ()
 ) -> nn.Module:
     """The untrained model, on the CPU in float32; its weights are a function of `seed` alone. What the job freezes
     requires no gradient.
@@ -37,8 +37,8 @@ def build_model(
     JobError: a model that does not fit its input or output, or a module of the user's that cannot be built.
     """
     config = job.model
-    if isinstance(config, Cnn | TorchvisionModel) and len(input_shape) != 3:
-        kind = "a cnn" if isinstance(config, Cnn) else config.kind
+    if isinstance(config, CnnConfig | TorchvisionModelConfig) and len(input_shape) != 3:
+        kind = "a cnn" if isinstance(config, CnnConfig) else config.kind
         raise JobError(
             f"{kind} takes images, but a sample here has the shape {input_shape}",
             where="model.kind",
@@ -46,21 +46,21 @@ def build_model(
         )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        if isinstance(config, Mlp):
-            model = mlp(config, input_shape, outputs, code_sizes)
-        elif isinstance(config, Cnn):
-            model = cnn(config, input_shape, outputs)
+        if isinstance(config, MlpConfig):
+            model = build_mlp(config, input_shape, outputs, code_sizes)
+        elif isinstance(config, CnnConfig):
+            model = build_cnn(config, input_shape, outputs)
         else:
-            if isinstance(config, TorchvisionModel):
-                model = vision(config, input_shape, outputs)
+            if isinstance(config, TorchvisionModelConfig):
+                model = build_torchvision_model(config, input_shape, outputs)
             else:
-                model = own(config, input_shape, outputs, code_sizes)
-            _try(model, input_shape, outputs, f"model.kind: {config.kind}")
+                model = build_custom_model(config, input_shape, outputs, code_sizes)
+            _dry_run(model, input_shape, outputs, f"model.kind: {config.kind}")
     freeze(model, config.freeze)
     return model
 
 
-def draws_at_random(model: nn.Module) -> bool:
+def uses_rng(model: nn.Module) -> bool:
     """Whether a forward pass in training draws random numbers. Unknown modules, subclasses too, are taken to."""
     plain: tuple[Any, ...] = (MlpNet, CnnNet, nn.Sequential, nn.Linear, nn.Conv2d, nn.MaxPool2d, nn.Flatten)
     embedding: tuple[Any, ...] = (EmbeddingMlpNet, nn.ModuleList, nn.Embedding)
@@ -68,7 +68,7 @@ def draws_at_random(model: nn.Module) -> bool:
     return any(type(module) not in known for module in model.modules())
 
 
-def _try(model: nn.Module, input_shape: tuple[int, ...], outputs: int, where: str) -> None:
+def _dry_run(model: nn.Module, input_shape: tuple[int, ...], outputs: int, where: str) -> None:
     """One sample of zeros through a model that others wrote; lazy modules get their shapes by it.
 
     Raises
@@ -80,12 +80,14 @@ def _try(model: nn.Module, input_shape: tuple[int, ...], outputs: int, where: st
         with torch.no_grad():
             outputs_tensor = model(torch.zeros(1, *input_shape))
     except Exception as raised:  # whatever a module of the user's raises is the user's to see
-        error = failed(raised, where, JobError)
+        error = wrap_user_error(raised, where, JobError)
         fix = "the model must take samples of this shape: see data.resize, or the model's args"
         raise JobError(f"fails on a sample of shape {input_shape}: {error.what}", where=where, fix=fix) from raised
     model.train()
     if not isinstance(outputs_tensor, Tensor):
-        raise JobError(f"gives a {type(outputs_tensor).__name__}, not one tensor", where=where, fix="return (B, outputs)")
+        raise JobError(
+            f"gives a {type(outputs_tensor).__name__}, not one tensor", where=where, fix="return (B, outputs)"
+        )
     if outputs_tensor.shape != (1, outputs):
         raise JobError(
             f"gives outputs of shape {tuple(outputs_tensor.shape)} for 1 sample, but the task needs {(1, outputs)}",

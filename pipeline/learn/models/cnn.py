@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from pipeline.errors import JobError
-from pipeline.job import Cnn
-from pipeline.learn.models.layers import ACTIVATIONS, dense
+from pipeline.job import CnnConfig
+from pipeline.learn.models.layers import ACTIVATIONS, build_dense_layers
 
 
 class CnnNet(nn.Module):
@@ -22,19 +22,19 @@ class CnnNet(nn.Module):
         return outputs
 
 
-def cnn(spec: Cnn, input_shape: tuple[int, ...], outputs: int) -> CnnNet:
+def build_cnn(config: CnnConfig, input_shape: tuple[int, ...], outputs: int) -> CnnNet:
     """Raises
     ------
     JobError: nothing is left of the images after a convolution.
     """
     channels, height, width = input_shape
     layers: list[nn.Module] = []
-    for number, conv in enumerate(spec.conv):
+    for number, conv in enumerate(config.conv):
         layers.append(nn.Conv2d(channels, conv.channels, conv.kernel, padding=conv.padding))
         height, width = (size + 2 * conv.padding - conv.kernel + 1 for size in (height, width))
-        if spec.batch_norm:
+        if config.batch_norm:
             layers.append(nn.BatchNorm2d(conv.channels))
-        layers.append(ACTIVATIONS[spec.activation]())
+        layers.append(ACTIVATIONS[config.activation]())
         if conv.pool > 1:
             layers.append(nn.MaxPool2d(conv.pool))
             height, width = height // conv.pool, width // conv.pool
@@ -46,5 +46,6 @@ def cnn(spec: Cnn, input_shape: tuple[int, ...], outputs: int) -> CnnNet:
                 fix="use fewer convolutions, smaller kernels, less pooling or more padding",
             )
     return CnnNet(
-        nn.Sequential(*layers), nn.Sequential(*dense([channels * height * width, *spec.hidden], outputs, spec))
+        nn.Sequential(*layers),
+        nn.Sequential(*build_dense_layers([channels * height * width, *config.hidden], outputs, config)),
     )

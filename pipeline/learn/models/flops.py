@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 
-def multiply_adds(model: nn.Module, input_shape: tuple[int, ...]) -> int:
+def count_multiply_adds(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     """Multiply-adds of a forward pass of one sample: of linear layers and convolutions as often as they are applied, of
     other weights (not of embeddings, which are looked up) once.
 
@@ -34,7 +34,7 @@ def multiply_adds(model: nn.Module, input_shape: tuple[int, ...]) -> int:
         if isinstance(module, nn.Linear | _ConvNd):
             handles.append(module.register_forward_hook(add))
         elif not isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            count += sum(weight.numel() for weight in _own_matrices(module))
+            count += sum(weight.numel() for weight in _direct_weight_matrices(module))
     was_training = model.training
     model.eval()
     try:
@@ -47,5 +47,5 @@ def multiply_adds(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     return count
 
 
-def _own_matrices(module: nn.Module) -> list[Tensor]:
+def _direct_weight_matrices(module: nn.Module) -> list[Tensor]:
     return [weight for weight in module.parameters(recurse=False) if weight.ndim > 1]

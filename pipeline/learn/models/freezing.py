@@ -11,10 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.errors import JobError
 
-SHOWN = 8
+MAX_LISTED = 8
 
 
-def freeze(model: nn.Module, spec: str | Sequence[str]) -> None:
+def freeze(model: nn.Module, patterns: str | Sequence[str]) -> None:
     """Take parameters out of training: they get no gradient and stay as they are.
 
     Parameters
@@ -26,10 +26,10 @@ def freeze(model: nn.Module, spec: str | Sequence[str]) -> None:
     JobError: a pattern that matches nothing, or all is frozen.
     """
     parameters = dict(model.named_parameters())
-    if spec == "backbone":
-        frozen = parameters.keys() - set(last_layer(model))
+    if patterns == "backbone":
+        frozen = parameters.keys() - set(last_layer_names(model))
     else:
-        frozen = set(itertools.chain(*(matching(pattern, parameters, "model.freeze") for pattern in spec)))
+        frozen = set(itertools.chain(*(match_names(pattern, parameters, "model.freeze") for pattern in patterns)))
     for name in frozen:
         parameters[name].requires_grad_(False)
     if frozen and not any(parameter.requires_grad for parameter in parameters.values()):
@@ -38,7 +38,7 @@ def freeze(model: nn.Module, spec: str | Sequence[str]) -> None:
         )
 
 
-def last_layer(model: nn.Module) -> list[str]:
+def last_layer_names(model: nn.Module) -> list[str]:
     """Names of all tensors of the last module, in the order of `named_modules`, with parameters of its own: what turns
     features into outputs in all of torchvision's classification models and in nearly all others."""
     layers = [
@@ -48,7 +48,7 @@ def last_layer(model: nn.Module) -> list[str]:
     return [f"{name}.{tensor_name}".lstrip(".") for tensor_name in module.state_dict()]
 
 
-def matching(pattern: str, names: Iterable[str], where: str) -> list[str]:
+def match_names(pattern: str, names: Iterable[str], where: str) -> list[str]:
     """Those names of parameters that a pattern matches.
 
     Raises
@@ -58,16 +58,16 @@ def matching(pattern: str, names: Iterable[str], where: str) -> list[str]:
     names = list(names)
     matches = [name for name in names if fnmatchcase(name, pattern)]
     if not matches:
-        rest = f", ... ({len(names)} in all)" if len(names) > SHOWN else ""
+        rest = f", ... ({len(names)} in all)" if len(names) > MAX_LISTED else ""
         raise JobError(
             f"{pattern!r} matches no parameter",
             where=where,
-            fix=f"patterns are as a shell's; the parameters are {', '.join(names[:SHOWN])}{rest}",
+            fix=f"patterns are as a shell's; the parameters are {', '.join(names[:MAX_LISTED])}{rest}",
         )
     return matches
 
 
-def frozen_norms(model: nn.Module) -> list[nn.Module]:
+def find_frozen_norms(model: nn.Module) -> list[nn.Module]:
     """Batch normalisations whose parameters are all frozen: their statistics stay too, as in evaluation."""
     return [
         module

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from pipeline.job import Cnn, Mlp
+from pipeline.job import CnnConfig, MlpConfig
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -20,14 +20,14 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def dense(widths: list[int], outputs: int, spec: Mlp | Cnn) -> list[nn.Module]:
+def build_dense_layers(widths: list[int], outputs: int, config: MlpConfig | CnnConfig) -> list[nn.Module]:
     """Linear layers from `widths[0]` inputs through the other widths to `outputs`, with what `spec` puts between."""
     layers: list[nn.Module] = []
     for inputs, width in itertools.pairwise(widths):
         layers.append(nn.Linear(inputs, width))
-        if spec.batch_norm:
+        if config.batch_norm:
             layers.append(nn.BatchNorm1d(width))
-        layers.append(ACTIVATIONS[spec.activation]())
-        if spec.dropout:
-            layers.append(nn.Dropout(spec.dropout))
+        layers.append(ACTIVATIONS[config.activation]())
+        if config.dropout:
+            layers.append(nn.Dropout(config.dropout))
     return [*layers, nn.Linear(widths[-1], outputs)]

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.job import Mlp
-from pipeline.learn.models.layers import dense
+from pipeline.job import MlpConfig
+from pipeline.learn.models.layers import build_dense_layers
 
-WIDEST = 50
+MAX_EMBEDDING_DIM = 50
 """Numbers that stand for one level, at most, where the job says auto."""
 
 
@@ -49,27 +49,29 @@ class EmbeddingMlpNet(nn.Module):
         return outputs
 
 
-def mlp(spec: Mlp, input_shape: tuple[int, ...], outputs: int, code_sizes: tuple[int, ...]) -> nn.Module:
+def build_mlp(config: MlpConfig, input_shape: tuple[int, ...], outputs: int, code_sizes: tuple[int, ...]) -> nn.Module:
     """An `MlpNet`, or with codes among its inputs an `EmbeddingMlpNet`."""
     inputs = math.prod(input_shape)
     if not code_sizes:
-        return MlpNet(*dense([inputs, *hidden_widths(spec, inputs)], outputs, spec))
+        return MlpNet(*build_dense_layers([inputs, *compute_hidden_widths(config, inputs)], outputs, config))
     # Code 0 is what no training row has: its numbers stay 0, neutral.
-    embeddings = [nn.Embedding(size, embedding_width(spec, size), padding_idx=0) for size in code_sizes]
+    embeddings = [nn.Embedding(size, compute_embedding_dim(config, size), padding_idx=0) for size in code_sizes]
     inputs += sum(embedding.embedding_dim for embedding in embeddings) - len(code_sizes)
-    return EmbeddingMlpNet(embeddings, dense([inputs, *hidden_widths(spec, inputs)], outputs, spec))
+    return EmbeddingMlpNet(
+        embeddings, build_dense_layers([inputs, *compute_hidden_widths(config, inputs)], outputs, config)
+    )
 
 
-def hidden_widths(spec: Mlp, inputs: int) -> list[int]:
+def compute_hidden_widths(config: MlpConfig, inputs: int) -> list[int]:
     """Widths of the hidden layers; `doubling` gives inputs x 2, 4, 8, ... for `layers` linear layers in all."""
-    if spec.hidden != "doubling":
-        return list(spec.hidden)
-    assert spec.layers is not None
-    return [inputs * 2**depth for depth in range(1, spec.layers)]
+    if config.hidden != "doubling":
+        return list(config.hidden)
+    assert config.layers is not None
+    return [inputs * 2**depth for depth in range(1, config.layers)]
 
 
-def embedding_width(spec: Mlp, levels: int) -> int:
+def compute_embedding_dim(config: MlpConfig, num_codes: int) -> int:
     """Numbers that stand for one of so many levels; `auto` is fastai's `emb_sz_rule`, bounded by 50 instead of 600."""
-    if spec.embedding_width != "auto":
-        return spec.embedding_width
-    return min(WIDEST, round(1.6 * math.pow(levels, 0.56)))
+    if config.embedding_width != "auto":
+        return config.embedding_width
+    return min(MAX_EMBEDDING_DIM, round(1.6 * math.pow(num_codes, 0.56)))

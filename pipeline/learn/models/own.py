@@ -5,11 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from pipeline.errors import JobError
-from pipeline.job import OwnModel
-from pipeline.own_code import called
+from pipeline.job import CustomModelConfig
+from pipeline.own_code import call_user_function
 
 
-def own(spec: OwnModel, input_shape: tuple[int, ...], outputs: int, code_sizes: tuple[int, ...]) -> nn.Module:
+def build_custom_model(
+    config: CustomModelConfig, input_shape: tuple[int, ...], outputs: int, code_sizes: tuple[int, ...]
+) -> nn.Module:
     """What the class or function `module:name` gives for the job's `args`: any nn.Module, (B, *input_shape) floating
     to (B, outputs).
 
@@ -24,9 +26,9 @@ def own(spec: OwnModel, input_shape: tuple[int, ...], outputs: int, code_sizes: 
     ------
     JobError: it cannot be imported or built, or is no nn.Module.
     """
-    where = f"model.kind: {spec.kind}"
+    where = f"model.kind: {config.kind}"
     optional_args = {"input_shape": input_shape, "outputs": outputs, "code_sizes": code_sizes}
-    model = called(spec.kind, spec.args, where=where, error=JobError, offers=optional_args)
+    model = call_user_function(config.kind, config.args, where=where, error=JobError, optional_args=optional_args)
     if not isinstance(model, nn.Module):
         raise JobError(f"gives a {type(model).__name__}, not an nn.Module", where=where)
     return model

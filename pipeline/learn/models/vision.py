@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import JobError
-from pipeline.job import TorchvisionModel
+from pipeline.job import TorchvisionModelConfig
 
-WITH_AUXILIARY = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
+AUXILIARY_HEADS = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
 """Models with a second head that torchvision uses in training alone, and the names of its tensors: left off here."""
 
 OLD_DENSENET = re.compile(r"(.*denselayer\d+\.(?:norm|conv))\.([12]\.\w+)")
 """Names in the published DenseNet weights, which torchvision itself joins on loading: norm.1.weight, norm1.weight."""
 
-FROM_THE_TASK = ("num_classes", "weights", "progress")
+RESERVED_ARGS = ("num_classes", "weights", "progress")
 
 
-def vision(spec: TorchvisionModel, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
+def build_torchvision_model(config: TorchvisionModelConfig, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
     """The untrained model with `outputs` classes: its last layer fits the task. Initialised as torchvision does it.
 
     Its first convolution is replaced where images have another number of channels than 3, unless `weights` are to come
@@ -33,24 +33,24 @@ def vision(spec: TorchvisionModel, input_shape: tuple[int, ...], outputs: int) -
     ------
     JobError: no such model, arguments that it does not take, or channels that the weights do not have.
     """
-    name, where = _name(spec), f"model.kind: {spec.kind}"
+    name, where = _model_name(config), f"model.kind: {config.kind}"
     from torchvision import models
 
-    for argument in FROM_THE_TASK:
-        if argument in spec.args:
+    for argument in RESERVED_ARGS:
+        if argument in config.args:
             fix = "leave it out: " + ("see model.weights" if argument != "num_classes" else "the task says it")
             raise JobError(f"{argument} cannot be an argument", where=f"model.args.{argument}", fix=fix)
     channels = input_shape[0]
-    if channels != 3 and spec.weights is not None:
+    if channels != 3 and config.weights is not None:
         raise JobError(
             f"the weights are for images of 3 channels, but these have {channels}",
             where="model.weights",
             fix="set data.mode: rgb, or leave the weights out",
         )
-    args = dict(spec.args)
-    if name in WITH_AUXILIARY:
+    args = dict(config.args)
+    if name in AUXILIARY_HEADS:
         # With weights the input is taken from ImageNet's mean and std to what these two were trained on.
-        pretrained = spec.weights is not None
+        pretrained = config.weights is not None
         args = {"aux_logits": False, "transform_input": pretrained, "init_weights": not pretrained, **args}
         if args["aux_logits"]:
             fix = "leave it out"
@@ -60,11 +60,11 @@ def vision(spec: TorchvisionModel, input_shape: tuple[int, ...], outputs: int) -
     except Exception as error:  # torchvision checks its arguments in many ways
         raise JobError(f"{type(error).__name__}: {error}", where=where, fix="see model.args") from None
     if channels != 3:
-        _take_channels(model, channels)
+        _replace_first_conv(model, channels)
     return model
 
 
-def pretrained(spec: TorchvisionModel) -> tuple[dict[str, Tensor], str]:
+def load_pretrained(config: TorchvisionModelConfig) -> tuple[dict[str, Tensor], str]:
     """The pretrained weights that `spec.weights` means, as tensors on the CPU by the names of `vision`'s model, and a
     name for messages. Downloads them into torch's cache where they are not a file.
 
@@ -72,13 +72,13 @@ def pretrained(spec: TorchvisionModel) -> tuple[dict[str, Tensor], str]:
     ------
     JobError: there are no such weights, they cannot be downloaded, or the file cannot be read.
     """
-    name, where = _name(spec), f"model.weights: {spec.weights}"
-    assert spec.weights is not None
+    name, where = _model_name(config), f"model.weights: {config.weights}"
+    assert config.weights is not None
     from torchvision import models
 
     weights_enum = models.get_model_weights(name)
-    if spec.weights in weights_enum.__members__:
-        member = weights_enum[spec.weights]
+    if config.weights in weights_enum.__members__:
+        member = weights_enum[config.weights]
         try:
             tensors = member.get_state_dict(progress=False, check_hash=True)
         except Exception as error:  # no network, a wrong hash, or a damaged file in the cache
@@ -87,38 +87,38 @@ def pretrained(spec: TorchvisionModel) -> tuple[dict[str, Tensor], str]:
                 where=where,
                 fix="download the file where there is a network, and set model.weights to its path",
             ) from None
-        return _renamed(tensors, name), f"torchvision's {member}"
-    path = Path(spec.weights).expanduser()
+        return _normalize_keys(tensors, name), f"torchvision's {member}"
+    path = Path(config.weights).expanduser()
     if not path.is_file():
         names = list(weights_enum.__members__)
-        close_matches = difflib.get_close_matches(spec.weights, names, n=1)
+        close_matches = difflib.get_close_matches(config.weights, names, n=1)
         hint = f"did you mean {close_matches[0]}? " if close_matches else ""
         raise JobError(
             f"neither a file nor weights of {name}", where=where, fix=f"{hint}torchvision has {', '.join(names)}"
         )
-    return _renamed(_read(path, where), name), str(path)
+    return _normalize_keys(_read_state_dict(path, where), name), str(path)
 
 
-def _name(spec: TorchvisionModel) -> str:
+def _model_name(config: TorchvisionModelConfig) -> str:
     """Raises
     ------
     JobError: torchvision has no such classification model.
     """
     from torchvision import models
 
-    name = spec.kind.partition(":")[2]
+    name = config.kind.partition(":")[2]
     known = models.list_models(module=models)
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known
         raise JobError(
             f"torchvision has no classification model {name!r}",
-            where=f"model.kind: {spec.kind}",
+            where=f"model.kind: {config.kind}",
             fix=f"use {', '.join(near)}, or another of torchvision.models.list_models(module=torchvision.models)",
         )
     return name
 
 
-def _take_channels(model: nn.Module, channels: int) -> None:
+def _replace_first_conv(model: nn.Module, channels: int) -> None:
     """Replace the first convolution by one for images of so many channels, initialised as torch does."""
     name, first = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
     parent, _, attribute = name.rpartition(".")
@@ -127,7 +127,7 @@ def _take_channels(model: nn.Module, channels: int) -> None:
     setattr(model.get_submodule(parent), attribute, replacement)
 
 
-def _read(path: Path, where: str) -> dict[str, Tensor]:
+def _read_state_dict(path: Path, where: str) -> dict[str, Tensor]:
     """A state dict from a .safetensors or .pth file, without running any code of the file's."""
     try:
         if path.suffix == ".safetensors":
@@ -145,8 +145,8 @@ def _read(path: Path, where: str) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-def _renamed(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    left_out = WITH_AUXILIARY.get(name, ())
+def _normalize_keys(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    left_out = AUXILIARY_HEADS.get(name, ())
     kept = {key: value for key, value in tensors.items() if not key.startswith(left_out)} if left_out else dict(tensors)
     if name.startswith("densenet"):
         kept = {OLD_DENSENET.sub(r"\1\2", key): value for key, value in kept.items()}

@@ -7,16 +7,16 @@ from typing import cast
 
 import numpy as np
 
-from pipeline.data.sources.arrays import Arrays, Source, SplitColumn
-from pipeline.data.sources.digests import Say
-from pipeline.data.sources.image_folder.decoding import decoded
-from pipeline.data.sources.image_folder.listing import Identified, Listing, check_present, listed
-from pipeline.job import ImageFolderDataConfig, Job
+from pipeline.data.sources.arrays import Dataset, DatasetPart, SplitColumn
+from pipeline.data.sources.digests import ProgressFn
+from pipeline.data.sources.image_folder.decoding import decode_all
+from pipeline.data.sources.image_folder.listing import ImageDigests, ImageListing, check_images_exist, list_images
+from pipeline.job import ImageFolderDataConfig, JobConfig
 
-__all__ = ["image_folder_fingerprint", "open_image_folder"]
+__all__ = ["fingerprint_image_folder", "open_image_folder"]
 
 
-def open_image_folder(job: Job, say: Say) -> Source:
+def open_image_folder(job: JobConfig, on_progress: ProgressFn) -> Dataset:
     """The pictures that a job names, all as uint8 (N, C, H, W); without a test set of their own.
 
     `data.url` is a folder: each folder in it is a class, rows in the order of their paths. Or a Parquet file: rows as
@@ -34,28 +34,28 @@ def open_image_folder(job: Job, say: Say) -> Source:
     StorageError: a URL that cannot be used, or not be read.
     """
     assert isinstance(job.data, ImageFolderDataConfig), "a job with source: image_folder"
-    listing = _present(job)
-    digests = Identified(listing, job.data.cache, say)
-    images, rows, warnings = decoded(listing, digests, job.data, say)
+    listing = _list_existing_images(job)
+    digests = ImageDigests(listing, job.data.cache, on_progress)
+    images, rows, warnings = decode_all(listing, digests, job.data, on_progress)
     digest = digests.fingerprint
     left_out = np.setdiff1d(np.arange(len(listing.paths)), rows)
     if len(left_out):  # what this machine's Pillow could not read is part of what is learnt
         digest = hashlib.sha256(f"{digest} without {left_out.tolist()}".encode()).hexdigest()
-    return Source(
-        train=Arrays(cast(np.ndarray, images), listing.targets[rows]),
+    return Dataset(
+        train=DatasetPart(cast(np.ndarray, images), listing.targets[rows]),
         test=None,
         classes=(),
         fingerprint=digest,
         label_names=listing.label_names,
-        columns={
-            name: SplitColumn(column.values[rows], column.names, column.is_time)
-            for name, column in listing.columns.items()
+        split_columns={
+            name: SplitColumn(column.values[rows], column.value_names, column.is_time)
+            for name, column in listing.split_columns.items()
         },
         warnings=(*digests.warnings, *warnings),
     )
 
 
-def image_folder_fingerprint(job: Job, say: Say) -> str:
+def fingerprint_image_folder(job: JobConfig, on_progress: ProgressFn) -> str:
     """That of `open_image_folder`. Nothing is decoded, unless `data.on_error: skip` makes what is broken count and no
     earlier start has left in the cache what that is.
 
@@ -64,11 +64,11 @@ def image_folder_fingerprint(job: Job, say: Say) -> str:
     DataError, StorageError: as `open_image_folder`.
     """
     if isinstance(job.data, ImageFolderDataConfig) and job.data.on_error == "skip":
-        return open_image_folder(job, say).fingerprint
-    return Identified(_present(job), job.data.cache, say).fingerprint
+        return open_image_folder(job, on_progress).fingerprint
+    return ImageDigests(_list_existing_images(job), job.data.cache, on_progress).fingerprint
 
 
-def _present(job: Job) -> Listing:
-    listing = listed(job)
-    check_present(listing)
+def _list_existing_images(job: JobConfig) -> ImageListing:
+    listing = list_images(job)
+    check_images_exist(listing)
     return listing

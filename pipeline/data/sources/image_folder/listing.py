@@ -17,18 +17,24 @@ import pyarrow as pa
 
 from pipeline.data.pictures import is_image_path
 from pipeline.data.sources.arrays import SplitColumn
-from pipeline.data.sources.digests import DataFile, Digests, Say, evenly_spaced, reading_threads
-from pipeline.data.sources.image_folder.table import labels, path_values, splits
+from pipeline.data.sources.digests import (
+    DataFile,
+    FileDigests,
+    ProgressFn,
+    evenly_spaced_ranges,
+    select_num_read_threads,
+)
+from pipeline.data.sources.image_folder.table import read_labels, read_paths, read_splits
 from pipeline.errors import DataError
-from pipeline.job import Cache, ImageFolderDataConfig, Job, TimeSplits
+from pipeline.job import CacheConfig, ImageFolderDataConfig, JobConfig, TimeSplitsConfig
 from pipeline.storage.read_files import IGNORED_IMAGE_PREFIXES, MISSING, FileInfo, FileReader, map_in_threads
 
-PARTS = frozenset({"train", "training", "val", "valid", "validation", "test"})
+SPLIT_FOLDER_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test"})
 """Folders of these names alone are splits and no classes."""
 
 
 @dataclass(frozen=True, eq=False)
-class Listing:
+class ImageListing:
     """The pictures of a source, in the order of its rows.
 
     paths: relative to the folder, or whole URLs. sizes: bytes of each file, int64 (N,).
@@ -37,17 +43,17 @@ class Listing:
     is_folder: whether the files were found by listing a folder.
     """
 
-    files: FileReader
+    reader: FileReader
     paths: tuple[str, ...]
     sizes: np.ndarray
     checksums: tuple[str, ...]
     targets: np.ndarray
     label_names: tuple[str, ...] = ()
-    columns: dict[str, SplitColumn] = field(default_factory=dict)
+    split_columns: dict[str, SplitColumn] = field(default_factory=dict)
     is_folder: bool = True
 
 
-def listed(job: Job) -> Listing:
+def list_images(job: JobConfig) -> ImageListing:
     """The pictures of a job's source.
 
     Raises
@@ -56,14 +62,14 @@ def listed(job: Job) -> Listing:
         used, or not be read.
     """
     assert isinstance(job.data, ImageFolderDataConfig), "a job with source: image_folder"
-    return _in_table(job, job.data) if job.data.url.endswith(".parquet") else _in_folders(job, job.data)
+    return _list_table(job, job.data) if job.data.url.endswith(".parquet") else _list_class_folders(job, job.data)
 
 
-def _in_folders(job: Job, data: ImageFolderDataConfig) -> Listing:
+def _list_class_folders(job: JobConfig, data: ImageFolderDataConfig) -> ImageListing:
     """Folders directly below are the classes, by name; pictures may lie at any depth in them, sorted by path."""
     url = data.url
     where = f"data.url: {url}"
-    _check_job(data)
+    _check_folder_config(data)
     if job.task.kind == "regression":
         raise DataError(
             "a folder of classes has no numbers to learn",
@@ -74,7 +80,7 @@ def _in_folders(job: Job, data: ImageFolderDataConfig) -> Listing:
     files_by_path = _list_folder(files)
     pictures = {path: facts for path, facts in files_by_path.items() if is_image_path(path)}
     if not pictures:
-        others = Counter(_ending(path) or "none" for path in files_by_path)
+        others = Counter(_extension(path) or "none" for path in files_by_path)
         extension_counts = ", ".join(f"{ending} ({count:,})" for ending, count in others.most_common(5))
         raise DataError(
             f"no pictures among {len(files_by_path):,} files; their endings: {extension_counts or 'none'}",
@@ -89,7 +95,7 @@ def _in_folders(job: Job, data: ImageFolderDataConfig) -> Listing:
             fix="one folder for each class; or point data.url at a Parquet file of paths and labels",
         )
     classes = tuple(sorted({path.partition("/")[0] for path in pictures}))
-    if PARTS.issuperset(classes):
+    if SPLIT_FOLDER_NAMES.issuperset(classes):
         raise DataError(
             f"the folders {', '.join(classes)} look like splits, not classes",
             where=where,
@@ -98,7 +104,7 @@ def _in_folders(job: Job, data: ImageFolderDataConfig) -> Listing:
         )
     numbers = {name: number for number, name in enumerate(classes)}
     targets = np.array([numbers[path.partition("/")[0]] for path in pictures], dtype=np.int64)
-    return Listing(files, tuple(pictures), *_columns(pictures.values()), targets, label_names=classes)
+    return ImageListing(files, tuple(pictures), *_sizes_and_checksums(pictures.values()), targets, label_names=classes)
 
 
 def _list_folder(files: FileReader) -> dict[str, FileInfo]:
@@ -110,13 +116,13 @@ def _list_folder(files: FileReader) -> dict[str, FileInfo]:
         ) from None
 
 
-def _columns(facts: Iterable[FileInfo]) -> tuple[np.ndarray, tuple[str, ...]]:
+def _sizes_and_checksums(facts: Iterable[FileInfo]) -> tuple[np.ndarray, tuple[str, ...]]:
     """Sizes and checksums."""
     sizes, checksums = zip(*facts, strict=True)
     return np.array(sizes, dtype=np.int64), checksums
 
 
-def _check_job(data: ImageFolderDataConfig) -> None:
+def _check_folder_config(data: ImageFolderDataConfig) -> None:
     """Refuse what a folder cannot give."""
     if data.label is not None:
         raise DataError(
@@ -132,7 +138,7 @@ def _check_job(data: ImageFolderDataConfig) -> None:
         )
 
 
-def _in_table(job: Job, data: ImageFolderDataConfig) -> Listing:
+def _list_table(job: JobConfig, data: ImageFolderDataConfig) -> ImageListing:
     """Rows as stored. Paths are relative to the folder in which the table lies, or whole URLs."""
     import pyarrow.parquet as pq
 
@@ -156,27 +162,31 @@ def _in_table(job: Job, data: ImageFolderDataConfig) -> Listing:
             )
     if not len(table):
         raise DataError("no rows", where=where, fix="list a picture a row")
-    paths = path_values(table, data.path, where)
-    targets, names = labels(table, data.label, job.task.kind, where)
+    paths = read_paths(table, data.path, where)
+    targets, names = read_labels(table, data.label, job.task.kind, where)
     columns = {}
     if column is not None:
-        columns[column] = splits(table, column, isinstance(data.splits, TimeSplits), where)
-    sizes_and_checksums = _columns(map_in_threads(files.stat, paths, reading_threads(files.is_remote)))
-    return Listing(files, paths, *sizes_and_checksums, targets, label_names=names, columns=columns, is_folder=False)
+        columns[column] = read_splits(table, column, isinstance(data.splits, TimeSplitsConfig), where)
+    sizes_and_checksums = _sizes_and_checksums(
+        map_in_threads(files.stat, paths, select_num_read_threads(files.is_remote))
+    )
+    return ImageListing(
+        files, paths, *sizes_and_checksums, targets, label_names=names, split_columns=columns, is_folder=False
+    )
 
 
-def check_present(listing: Listing) -> None:
+def check_images_exist(listing: ImageListing) -> None:
     """Raise DataError for pictures that are not there."""
     absent = np.flatnonzero(listing.sizes < 0)
     if len(absent):
         raise DataError(
             f"no such picture: {listing.paths[absent[0]]} ({len(absent):,} of {len(listing.paths):,} are absent)",
-            where=f"data.url: {listing.files.printable}",
+            where=f"data.url: {listing.reader.printable}",
             fix="paths are relative to the folder, or whole URLs",
         )
 
 
-class Identified:
+class ImageDigests:
     """The pictures of a listing, their content identified.
 
     fingerprint: SHA-256 over paths, labels, sizes and content, and the splits' column, in hex. Neither places nor times
@@ -188,9 +198,9 @@ class Identified:
     DataError: a picture that changes or vanishes meanwhile.
     """
 
-    def __init__(self, listing: Listing, cache: Cache, say: Say) -> None:
-        files, access = listing.files, _Access(listing)
-        digests = Digests(
+    def __init__(self, listing: ImageListing, cache: CacheConfig, on_progress: ProgressFn) -> None:
+        files, access = listing.reader, _ImageFileAccess(listing)
+        digests = FileDigests(
             [
                 DataFile(path, int(size), files.local_path(path), checksum)
                 for path, size, checksum in zip(listing.paths, listing.sizes, listing.checksums, strict=True)
@@ -198,15 +208,15 @@ class Identified:
             access,
             url=files.url,
             cache=cache,
-            threads=reading_threads(files.is_remote),
-            say=say,
+            num_threads=select_num_read_threads(files.is_remote),
+            on_progress=on_progress,
             where=f"data.url: {files.printable}, ",
         )
         self.warnings = digests.warnings
-        self.fingerprint = _fingerprint(listing, digests.tokens)
-        self._digests: Digests | None = None
+        self.fingerprint = _compute_fingerprint(listing, digests.tokens)
+        self._digests: FileDigests | None = None
         self._contents = b""
-        if digests.are_content:  # of a million pictures, all else is much to hold
+        if digests.are_content_hashes:  # of a million pictures, all else is much to hold
             self._contents = b"".join(map(bytes.fromhex, digests.tokens))
         else:
             self._digests = digests
@@ -224,69 +234,69 @@ class Identified:
             self._digests.verify()
 
 
-def _fingerprint(listing: Listing, tokens: Iterable[str]) -> str:
+def _compute_fingerprint(listing: ImageListing, tokens: Iterable[str]) -> str:
     digest, names = hashlib.sha256(), listing.label_names
     for row, token in enumerate(tokens):
         label = names[listing.targets[row]] if names else repr(listing.targets[row].item())
         text = f"{listing.paths[row]}\0{label}\0{listing.sizes[row]}\0{token}\n"
         digest.update(text.encode("utf-8", "surrogateescape"))
-    for name, column in listing.columns.items():
+    for name, column in listing.split_columns.items():
         little = column.values.astype(column.values.dtype.newbyteorder("<"))
-        digest.update(f"{name} {little.dtype.str} {column.names!r}\n".encode() + little.tobytes())
+        digest.update(f"{name} {little.dtype.str} {column.value_names!r}\n".encode() + little.tobytes())
     return digest.hexdigest()
 
 
-class _Access:
+class _ImageFileAccess:
     """See `digests.Access`."""
 
-    def __init__(self, listing: Listing) -> None:
+    def __init__(self, listing: ImageListing) -> None:
         self._listing = listing
 
-    def attempt(self, number: int, action: Callable[[], Any]) -> Any:
-        with self._present(number):
-            return self._listing.files.retry(action)
+    def call(self, number: int, action: Callable[[], Any]) -> Any:
+        with self._missing_file_errors(number):
+            return self._listing.reader.retry(action)
 
     def read(self, number: int, first: int, end: int) -> bytes:
-        files, path = self._listing.files, self._listing.paths[number]
-        with self._present(number):
+        files, path = self._listing.reader, self._listing.paths[number]
+        with self._missing_file_errors(number):
             is_all = (first, end) == (0, self._listing.sizes[number])
             return files.read(path) if is_all else files.read_range(path, first, end)
 
-    def sample(self, number: int) -> list[tuple[int, int]]:
-        return evenly_spaced(int(self._listing.sizes[number]))
+    def sample_ranges(self, number: int) -> list[tuple[int, int]]:
+        return evenly_spaced_ranges(int(self._listing.sizes[number]))
 
-    def checksums(self) -> list[str]:
-        files, paths = self._listing.files, self._listing.paths
+    def list_checksums(self) -> list[str]:
+        files, paths = self._listing.reader, self._listing.paths
         if self._listing.is_folder:
             now = _list_folder(files)
             return [now.get(path, MISSING).checksum for path in paths]
-        return [info.checksum for info in map_in_threads(files.stat, paths, reading_threads(files.is_remote))]
+        return [info.checksum for info in map_in_threads(files.stat, paths, select_num_read_threads(files.is_remote))]
 
     @contextmanager
-    def _present(self, number: int) -> Iterator[None]:
+    def _missing_file_errors(self, number: int) -> Iterator[None]:
         try:
             yield
         except FileNotFoundError:
             raise DataError(
                 f"{self._listing.paths[number]} is gone",
-                where=f"data.url: {self._listing.files.printable}",
+                where=f"data.url: {self._listing.reader.printable}",
                 fix="leave the folder as it is",
             ) from None
 
 
-class Progress:
+class ThrottledProgress:
     """Tells how far it is, once a second."""
 
-    def __init__(self, doing: str, count: int, say: Say) -> None:
-        self._doing, self._count, self._say = doing, count, say
-        self._said_at = time.monotonic()
+    def __init__(self, doing: str, count: int, on_progress: ProgressFn) -> None:
+        self._doing, self._count, self._on_progress = doing, count, on_progress
+        self._last_report_s = time.monotonic()
 
     def __call__(self, done: int) -> None:
         now = time.monotonic()
-        if now - self._said_at >= 1:
-            self._said_at = now
-            self._say(f"{self._doing} {done:,} of {self._count:,} pictures")
+        if now - self._last_report_s >= 1:
+            self._last_report_s = now
+            self._on_progress(f"{self._doing} {done:,} of {self._count:,} pictures")
 
 
-def _ending(path: str) -> str:
+def _extension(path: str) -> str:
     return PurePosixPath(path).suffix.lower()

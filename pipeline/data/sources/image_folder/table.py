@@ -6,49 +6,51 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.sources.arrays import SplitColumn
-from pipeline.data.sources.parquet.values import as_times, label_values, split_values
-from pipeline.data.tables.contents import as_texts, content, plain
-from pipeline.data.tables.findings import Findings
+from pipeline.data.sources.parquet.values import parse_times, read_label_values, read_split_values
+from pipeline.data.tables.contents import arrow_kind, dictionary_encode, unwrap_storage
+from pipeline.data.tables.findings import InvalidValues
 from pipeline.errors import DataError
 
 
-def path_values(table: pa.Table, name: str, where: str) -> tuple[str, ...]:
+def read_paths(table: pa.Table, name: str, where: str) -> tuple[str, ...]:
     """The paths of the rows.
 
     Raises
     ------
     DataError: nulls, or no text.
     """
-    array, findings = _column(table, name, where)
-    if content(array.type).kind != "text":
-        raise DataError(f"the column {name!r} holds {content(array.type)}, not paths", where=where, fix="see data.path")
-    findings.note(name, "nulls", "remove these rows", array.is_null().to_numpy(zero_copy_only=False))
-    _refuse(findings, len(array))
-    return tuple(plain(array).to_pylist())
+    array, findings = _get_column(table, name, where)
+    if arrow_kind(array.type).kind != "text":
+        raise DataError(
+            f"the column {name!r} holds {arrow_kind(array.type)}, not paths", where=where, fix="see data.path"
+        )
+    findings.add(name, "nulls", "remove these rows", array.is_null().to_numpy(zero_copy_only=False))
+    _raise_if_invalid(findings, len(array))
+    return tuple(unwrap_storage(array).to_pylist())
 
 
-def labels(table: pa.Table, name: str, task: str, where: str) -> tuple[np.ndarray, tuple[str, ...]]:
+def read_labels(table: pa.Table, name: str, task: str, where: str) -> tuple[np.ndarray, tuple[str, ...]]:
     """Targets of the rows, and the sorted texts that they are positions in: int64 (N,), or float64 (N,) for regression.
 
     Raises
     ------
     DataError: nulls, NaN or infinity, or a type that the task cannot learn.
     """
-    array, findings = _column(table, name, where)
-    kind, is_regression = content(array.type).kind, task == "regression"
+    array, findings = _get_column(table, name, where)
+    kind, is_regression = arrow_kind(array.type).kind, task == "regression"
     if kind not in ("whole", "real", "truth") and (is_regression or kind != "text"):
         raise DataError(
-            f"the label {name!r} holds {content(array.type)}, which {task} cannot learn",
+            f"the label {name!r} holds {arrow_kind(array.type)}, which {task} cannot learn",
             where=where,
             fix="see task" if kind == "text" else "use a column of numbers or text",
         )
-    names = _texts(array, name, findings) if kind == "text" else None
-    values = label_values(array, name, names, is_regression, findings)
-    _refuse(findings, len(array))
+    names = _sorted_categories(array, name, findings) if kind == "text" else None
+    values = read_label_values(array, name, names, is_regression, findings)
+    _raise_if_invalid(findings, len(array))
     return values, () if names is None else tuple(names.to_pylist())
 
 
-def splits(table: pa.Table, name: str, is_time: bool, where: str) -> SplitColumn:
+def read_splits(table: pa.Table, name: str, is_time: bool, where: str) -> SplitColumn:
     """What splits go by, one value a row.
 
     Parameters
@@ -59,32 +61,32 @@ def splits(table: pa.Table, name: str, is_time: bool, where: str) -> SplitColumn
     ------
     DataError: nulls, or a type that is neither text, number nor time.
     """
-    array, findings = _column(table, name, where)
-    kind = content(array.type).kind
+    array, findings = _get_column(table, name, where)
+    kind = arrow_kind(array.type).kind
     if kind not in ("text", "whole", "real", "truth", "time"):
-        raise DataError(f"the column {name!r} holds {content(array.type)}", where=where, fix="see data.splits")
-    categories = _texts(array, name, findings) if kind == "text" else None
-    values = split_values(array, name, categories, kind == "real", findings)
-    _refuse(findings, len(array))
+        raise DataError(f"the column {name!r} holds {arrow_kind(array.type)}", where=where, fix="see data.splits")
+    categories = _sorted_categories(array, name, findings) if kind == "text" else None
+    values = read_split_values(array, name, categories, kind == "real", findings)
+    _raise_if_invalid(findings, len(array))
     texts = () if categories is None else tuple(categories.to_pylist())
     if categories is not None and is_time:
-        return SplitColumn(as_times(texts, name, where)[values], is_time=True)
+        return SplitColumn(parse_times(texts, name, where)[values], is_time=True)
     return SplitColumn(values, ("false", "true") if kind == "truth" else texts, kind == "time")
 
 
-def _column(table: pa.Table, name: str, where: str) -> tuple[pa.Array, Findings]:
+def _get_column(table: pa.Table, name: str, where: str) -> tuple[pa.Array, InvalidValues]:
     array = table.column(name).combine_chunks()
-    return array, Findings(where)
+    return array, InvalidValues(where)
 
 
-def _refuse(findings: Findings, rows: int) -> None:
+def _raise_if_invalid(findings: InvalidValues, rows: int) -> None:
     """Raise DataError for what was found; all rows have gone by at once."""
-    findings.rows = rows
-    findings.refuse()
+    findings.num_rows = rows
+    findings.raise_if_any()
 
 
-def _texts(array: pa.Array, name: str, findings: Findings) -> pa.Array:
+def _sorted_categories(array: pa.Array, name: str, findings: InvalidValues) -> pa.Array:
     """The distinct texts of the rows, sorted."""
-    distinct, rows = as_texts(array, name, findings)
+    distinct, rows = dictionary_encode(array, name, findings)
     present = np.unique(rows)
     return pa.array(sorted(distinct.take(pa.array(present[present >= 0])).to_pylist()), pa.string())

@@ -10,31 +10,31 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.cache import cached
-from pipeline.data.sources.arrays import Arrays, Source
-from pipeline.data.sources.parquet.choosing import Choice, choose
+from pipeline.data.cache import get_or_build
+from pipeline.data.sources.arrays import Dataset, DatasetPart
+from pipeline.data.sources.parquet.choosing import ParquetSelection, select_columns
 from pipeline.data.sources.parquet.decoding import (
-    Decoded,
-    decode,
-    decode_to,
-    inputs_layout,
-    schema_of,
-    split_column,
+    DecodedTable,
+    build_schema,
+    build_split_column,
+    decode_files,
+    decode_to_cache,
+    input_array_layout,
 )
-from pipeline.data.sources.parquet.files import Files
+from pipeline.data.sources.parquet.files import ParquetFiles
 from pipeline.errors import DataError
-from pipeline.job import Job, ParquetDataConfig
+from pipeline.job import JobConfig, ParquetDataConfig
 
-__all__ = ["open_parquet", "parquet_fingerprint"]
+__all__ = ["open_parquet", "fingerprint_parquet"]
 
 FORMAT = 2
 """Of what lies in the cache. A change of the code that fills it takes the next number."""
 
-BESIDE_INPUTS = 1 << 20
+HEADER_BYTES = 1 << 20
 """Bytes of an entry for headers."""
 
 
-def open_parquet(job: Job, say: Callable[[str], None], *, float64: bool) -> Source:
+def open_parquet(job: JobConfig, on_progress: Callable[[str], None], *, float64: bool) -> Dataset:
     """The job's columns of all rows of `data.url`: files in the order of their names, rows as stored.
 
     Inputs are a matrix laid out by `Source.schema`, float32 or float64. A single feature of fixed-size bytes
@@ -57,37 +57,39 @@ def open_parquet(job: Job, say: Callable[[str], None], *, float64: bool) -> Sour
     data = job.data
     assert isinstance(data, ParquetDataConfig), "a job with source: parquet"
     dtype = np.float64 if float64 else np.float32
-    with Files(data.url, data.cache) as files:
-        if not files.rows:
+    with ParquetFiles(data.url, data.cache) as files:
+        if not files.num_rows:
             raise DataError(
                 f"no rows in {len(files.files):,} files",
                 where=files.url,
                 fix="check data.url, and what wrote the files",
             )
-        fingerprint = files.fingerprint(say)
-        selection = choose(files, job)
-        shape, kind = inputs_layout(selection, files.rows, dtype)
+        fingerprint = files.compute_fingerprint(on_progress)
+        selection = select_columns(files, job)
+        shape, kind = input_array_layout(selection, files.num_rows, dtype)
         _check_shape(selection)
         size = math.prod(shape) * np.dtype(kind).itemsize
         if size <= data.cache.in_memory_mb * 10**6:
-            decoded = decode(files, selection, np.empty(shape, kind), lambda _: None)
+            decoded = decode_files(files, selection, np.empty(shape, kind), lambda _: None)
             files.verify()
         else:
-            other_bytes = files.rows * 8 * (len(selection.labels) + 1) + BESIDE_INPUTS
+            other_bytes = files.num_rows * 8 * (len(selection.labels) + 1) + HEADER_BYTES
 
             def build(folder: Path) -> None:
-                decode_to(folder, files, selection, dtype, say)
+                decode_to_cache(folder, files, selection, dtype, on_progress)
                 files.verify()
 
-            entry = cached(data.cache, _key(fingerprint, selection, dtype), build, size=size + other_bytes)
-            decoded = Decoded.load(entry)
-        source = _source(selection, decoded, fingerprint, files)
-    if float64 or source.rounding is None:
+            entry = get_or_build(
+                data.cache, _cache_key(fingerprint, selection, dtype), build, size_bytes=size + other_bytes
+            )
+            decoded = DecodedTable.load(entry)
+        source = _to_dataset(selection, decoded, fingerprint, files)
+    if float64 or source.rounding_errors is None:
         return source
-    return replace(source, in_float64=lambda: open_parquet(job, say, float64=True))
+    return replace(source, reopen_in_float64=lambda: open_parquet(job, on_progress, float64=True))
 
 
-def parquet_fingerprint(job: Job, say: Callable[[str], None]) -> str:
+def fingerprint_parquet(job: JobConfig, on_progress: Callable[[str], None]) -> str:
     """That of `open_parquet`, without decoding anything.
 
     Raises
@@ -95,46 +97,46 @@ def parquet_fingerprint(job: Job, say: Callable[[str], None]) -> str:
     DataError: files that cannot be read.
     """
     assert isinstance(job.data, ParquetDataConfig), "a job with source: parquet"
-    with Files(job.data.url, job.data.cache, footers=False) as files:
-        return files.fingerprint(say)
+    with ParquetFiles(job.data.url, job.data.cache, read_footers=False) as files:
+        return files.compute_fingerprint(on_progress)
 
 
-def _source(choice: Choice, decoded: Decoded, fingerprint: str, files: Files) -> Source:
-    names = [decoded.levels[name] for name, found in choice.labels if found.kind == "text"]
-    return Source(
-        train=Arrays(decoded.inputs, decoded.targets),
+def _to_dataset(selection: ParquetSelection, decoded: DecodedTable, fingerprint: str, files: ParquetFiles) -> Dataset:
+    names = [decoded.categories[name] for name, found in selection.labels if found.kind == "text"]
+    return Dataset(
+        train=DatasetPart(decoded.inputs, decoded.targets),
         test=None,
         classes=(),
         fingerprint=fingerprint,
-        schema=schema_of(choice, decoded.levels),
+        schema=build_schema(selection, decoded.categories),
         label_names=names[0] if names else (),
-        columns=split_column(choice, decoded, files.url),
+        split_columns=build_split_column(selection, decoded, files.url),
         warnings=files.warnings,
-        rounding=_rounding(choice, decoded.rounding),
+        rounding_errors=_rounding_by_channel(selection, decoded.rounding),
     )
 
 
-def _rounding(choice: Choice, rounding: np.ndarray) -> np.ndarray | None:
+def _rounding_by_channel(selection: ParquetSelection, rounding: np.ndarray) -> np.ndarray | None:
     """For each column of the inputs; of samples of further axes, for each channel."""
     if not rounding.any():
         return None
-    if len(choice.shape) < 2:
+    if len(selection.shape) < 2:
         return rounding
-    channels = choice.shape[0] if len(choice.shape) > 2 else 1
+    channels = selection.shape[0] if len(selection.shape) > 2 else 1
     largest: np.ndarray = rounding.reshape(channels, -1).max(1)
     return largest
 
 
-def _check_shape(choice: Choice) -> None:
-    if choice.shape and math.prod(choice.shape) != choice.width:
+def _check_shape(selection: ParquetSelection) -> None:
+    if selection.shape and math.prod(selection.shape) != selection.width:
         raise DataError(
-            f"{list(choice.shape)} makes {math.prod(choice.shape):,} numbers, but a row of "
-            f"{choice.features[0].name!r} has {choice.width:,}",
+            f"{list(selection.shape)} makes {math.prod(selection.shape):,} numbers, but a row of "
+            f"{selection.features[0].name!r} has {selection.width:,}",
             where="data.shape",
             fix="for images: [channels, height, width]",
         )
 
 
-def _key(fingerprint: str, choice: Choice, dtype: type[np.generic]) -> str:
+def _cache_key(fingerprint: str, selection: ParquetSelection, dtype: type[np.generic]) -> str:
     """Names what the cache holds of some files."""
-    return hashlib.sha256(f"{FORMAT} {fingerprint} {choice!r} {dtype.__name__}".encode()).hexdigest()
+    return hashlib.sha256(f"{FORMAT} {fingerprint} {selection!r} {dtype.__name__}".encode()).hexdigest()
