@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 from pipeline.version import __version__
 
 if TYPE_CHECKING:
-    from pipeline.verbs.load import load
-    from pipeline.verbs.train import train
+    from pipeline.commands.train import train
+    from pipeline.inference.load import load
 
 __all__ = ["__version__", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "train":
-        from pipeline.verbs.train import train
+        from pipeline.commands.train import train
 
         return train
     if name == "load":
-        from pipeline.verbs.load import load
+        from pipeline.inference.load import load
 
         return load
     raise AttributeError(f"module 'pipeline' has no attribute {name!r}")

@@ -20,7 +20,7 @@ from pipeline.streams import guarded_standard_streams
 from pipeline.version import __version__
 
 if TYPE_CHECKING:
-    from pipeline.terminal import ProgressDisplay
+    from pipeline.cli.terminal import ProgressDisplay
 
 app = typer.Typer(
     name="trainyard",

@@ -15,18 +15,16 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.cluster.connection import HEAD_TIMEOUT_S, HeadMonitor, get_draining_nodes, ray_connection
-from pipeline.cluster.context import EVENT_INTERVAL_S, train_function
-from pipeline.cluster.desk import EventChannel
-from pipeline.cluster.failure import WorkerHang
-from pipeline.cluster.inbox import EventReceiver
-from pipeline.cluster.losses import RESUME_HINT, FailurePolicy, summary_line
-from pipeline.cluster.reach import check_storage
-from pipeline.cluster.room import WorkerPlacement, cluster_resources
+from pipeline.cluster.event_channel import EventChannel, EventReceiver
+from pipeline.cluster.failure_policy import RESUME_HINT, FailurePolicy, WorkerHang, summary_line
+from pipeline.cluster.resources import WorkerPlacement, cluster_resources
+from pipeline.cluster.storage_check import check_storage
+from pipeline.cluster.worker_context import EVENT_INTERVAL_S, train_function
+from pipeline.config import ScalingConfig
 from pipeline.context import StopSignals
 from pipeline.errors import ClusterError, Interrupted, TrainyardError, WorkerLostError
 from pipeline.events import Event, EventHandler, HangReported, WarningMessage
-from pipeline.job import ScalingConfig
-from pipeline.record.journal import Journal
+from pipeline.runs.journal.journal import Journal
 from pipeline.worker import WorkerSpec, hang_limits
 
 UNUSED_RAY_CALLBACKS = ("DatasetsCallback", "PlacementGroupCleanerCallback")
@@ -185,7 +183,7 @@ def _make_trainer(
     import ray.train
     import ray.train.torch
 
-    from pipeline.cluster.backend import WorkerTorchConfig
+    from pipeline.cluster.torch_backend import WorkerTorchConfig
 
     train: Any = ray.train  # Ray's annotations here are those of its older trainer
 

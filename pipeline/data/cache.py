@@ -27,8 +27,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from pipeline.config import CacheConfig
 from pipeline.errors import DataError
-from pipeline.job import CacheConfig
 from pipeline.watchdog import blocking_on, listening_to_progress, note_progress
 from pipeline.watchdog.progress import get_progress_listeners
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.data.random import make_generator, random_permutation
+from pipeline.data.rng import make_generator, random_permutation
 
 
 class GlobalBatchSampler:

@@ -1,5 +1,5 @@
 """One door to storage: a folder of any fsspec file system, with atomic replace and exclusive create."""
 
-from pipeline.storage.door import Storage
+from pipeline.storage.storage import Storage
 
 __all__ = ["Storage"]

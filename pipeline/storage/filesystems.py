@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.errors import StorageError, TrainyardError
-from pipeline.storage.faults import redact, request_timeout_s, summarize_error
+from pipeline.storage.retry import redact, request_timeout_s, summarize_error
 
 PROTOCOL_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 """Protocols of object stores, and the extra of this package that brings each."""

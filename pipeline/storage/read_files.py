@@ -9,7 +9,7 @@ All data comes in through this module, tables as well as images, so that one set
   ImageFolder shows what begins with "_": cameras name photographs `_DSC0001.JPG`, and `_background_` is a class. Parts
   of the URL itself, and a URL that names a single file, are never ignored.
 - Symbolic links on this machine are followed, as Arrow does. One that leads nowhere is a file of size -1.
-- Faults of storage that may pass are retried, see `pipeline.storage.faults`. Others are a StorageError that names the
+- Faults of storage that may pass are retried, see `pipeline.storage.retry`. Others are a StorageError that names the
   URL, or FileNotFoundError where there is no such file; `as_data_errors` makes both a DataError.
 - Credentials come from the environment or the configuration of each store's library; messages never contain them.
 """
@@ -26,8 +26,8 @@ from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from pipeline.errors import DataError, StorageError
-from pipeline.storage.faults import RetryPolicy, redact, summarize_error
 from pipeline.storage.filesystems import open_filesystem
+from pipeline.storage.retry import RetryPolicy, redact, summarize_error
 from pipeline.watchdog import blocking_on, note_progress
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
-from pipeline.storage.faults import request_timeout_s
+from pipeline.storage.retry import request_timeout_s
 
 _MEMORY_LOCK = threading.RLock()
 """fsspec's memory file system is a plain dictionary: two threads of one process need a lock."""

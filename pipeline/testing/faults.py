@@ -19,7 +19,8 @@ RequestGroup = Literal["read", "write", "list", "delete"]
 FAULT_KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
 REQUEST_GROUPS: tuple[RequestGroup, ...] = get_args(RequestGroup)
 _HELP = (
-    f"words such as error=0.05 (a rate) or error@3 (the third request), of {', '.join(FAULT_KINDS)}; and seed=1, on=write, "
+    f"words such as error=0.05 (a rate) or error@3 (the third request), of {', '.join(FAULT_KINDS)}; and seed=1, "
+    "on=write, "
     "delay_s=0.1, bytes_per_s=1e6, expires_after=100, renewals=1, log=FILE"
 )
 

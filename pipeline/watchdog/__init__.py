@@ -4,10 +4,10 @@ Nothing else ends a deadlock, a call that never returns or storage that never an
 Ray and to the operating system.
 """
 
+from pipeline.watchdog.policy import HangTimeouts
 from pipeline.watchdog.progress import blocking_on, listening_to_progress, note_progress, watchdog_suspended
-from pipeline.watchdog.stacks import StackDump
-from pipeline.watchdog.verdict import HangTimeouts
-from pipeline.watchdog.watching import HEARTBEAT_TIMEOUT_S, Watchdog
+from pipeline.watchdog.stack_dump import StackDump
+from pipeline.watchdog.watchdog import HEARTBEAT_TIMEOUT_S, Watchdog
 
 __all__ = [
     "HEARTBEAT_TIMEOUT_S",

@@ -26,7 +26,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from pipeline import load, train
-from pipeline.job_file import build_job
+from pipeline.config.files import build_job
 
 DATASETS = {
     "breast_cancer": (load_breast_cancer, "binary", [32], 40),

@@ -13,17 +13,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import terminal
-from pipeline.events import (
-    EarlyStopped,
-    EvaluationLogged,
-    Message,
-    PhaseStarted,
-    StepsLogged,
-    TrainingStarted,
-)
-from pipeline.learn.words import format_rate
-from pipeline.terminal import ProgressDisplay
+from pipeline.cli import terminal
+from pipeline.cli.terminal import ProgressDisplay
+from pipeline.events import EarlyStopped, EvaluationLogged, Message, PhaseStarted, StepsLogged, TrainingStarted
+from pipeline.format_metrics import format_rate
 
 
 def render(capsys: pytest.CaptureFixture[str], quiet: bool = False) -> str:

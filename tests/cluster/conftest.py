@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.jobs_cluster import JobsCluster, start_cluster
+from tests.cluster.submission_cluster import JobsCluster, start_cluster
 
 CPUS = 3
 

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from pipeline import __version__
-from tests.cluster.jobs_cluster import TOKEN, JobsCluster
-from tests.faults.fault_evidence import read_entries
+from tests.cluster.submission_cluster import TOKEN, JobsCluster
+from tests.process_kill.run_assertions import read_entries
 
 REPOSITORY = Path(__file__).parents[2]
 MARKED_VERSION = f"{__version__}+wheel"
@@ -76,7 +76,7 @@ def test_a_wheel_holds_every_module_and_the_marker_of_its_types(wheel: Path) -> 
 
 def test_what_is_sent_from_an_installed_wheel_is_the_package_alone(site_packages: Path, tmp_path: Path) -> None:
     program = (
-        "import json; from pipeline.cluster.jobs.shipping import stage_package\n"
+        "import json; from pipeline.cluster.submission.packaging import stage_package\n"
         "with stage_package({'nets.py': b''}) as cargo: print(json.dumps(sorted(cargo.list_files())))"
     )
     done = run_installed(site_packages, tmp_path, "-c", program)

@@ -15,9 +15,9 @@ import s3fs
 import yaml
 
 from pipeline import train
-from pipeline.storage import handed
+from pipeline.storage import credentials
 from pipeline.testing import inject_faults
-from tests.faults.fault_evidence import check_checkpoints, final_state, find_run
+from tests.process_kill.run_assertions import check_checkpoints, final_state, find_run
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, and those of what it imports
 
@@ -48,7 +48,7 @@ def start_reference_run(folder: Path) -> subprocess.Popen[bytes]:
     """The same job on two plain processes and files of this machine."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    words = [sys.executable, "-m", "tests.survive.untouched_run", str(folder / "undisturbed"), str(port)]
+    words = [sys.executable, "-m", "tests.fault_tolerance.reference_run", str(folder / "undisturbed"), str(port)]
     return subprocess.Popen(words, cwd=folder, env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin"})
 
 
@@ -56,7 +56,7 @@ def train_with_storage_faults(folder: Path, s3_url: str, monkeypatch: pytest.Mon
     """The run as it lies on S3 in the end, brought here; and the faults that its processes met."""
     log = folder / "faults.log"
     with inject_faults(f"seed=7 {FAULT_RATES} log={log}"):
-        monkeypatch.setattr(handed, "_forwarded_names", {*FORWARDED_VARIABLES, "TRAINYARD_FAULTS"})
+        monkeypatch.setattr(credentials, "_forwarded_names", {*FORWARDED_VARIABLES, "TRAINYARD_FAULTS"})
         outcome = train("job.yaml", storage=s3_url.replace("s3://", "faulty://s3/"))
     assert outcome.status == "finished"
     s3 = s3fs.S3FileSystem()

@@ -8,9 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.config import JobConfig
+from pipeline.config.files import build_job
 from pipeline.data.sources import Dataset, open_dataset
-from pipeline.job import JobConfig
-from pipeline.job_file import build_job
 
 
 def write_parquet(path: Path, columns: dict[str, Any], **options: Any) -> Path:

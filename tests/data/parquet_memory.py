@@ -15,10 +15,10 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 import torch
 
+from pipeline.config import AugmentConfig, DataLoaderConfig
 from pipeline.data.loader import TrainLoader
 from pipeline.data.sampler import GlobalBatchSampler
 from pipeline.data.sources.parquet import open_parquet
-from pipeline.job import AugmentConfig, DataLoaderConfig
 from tests.data.parquet_jobs import make_parquet_job
 
 WIDTH = 1024
@@ -61,8 +61,8 @@ def main(folder: str, cache: str, limit: int, epochs: int) -> None:
     batches = GlobalBatchSampler(len(rows), batch_size=256, seed=1, shuffle=True)
     steps = epochs * batches.steps_per_epoch
     loader = TrainLoader(
-        source.train, rows, batches, first_step=1, last_step=steps, rank=0, world_size=1, loader_config=DataLoaderConfig(),
-        device=torch.device("cpu"), augment_config=AugmentConfig(), seed=1,
+        source.train, rows, batches, first_step=1, last_step=steps, rank=0, world_size=1,
+        loader_config=DataLoaderConfig(), device=torch.device("cpu"), augment_config=AugmentConfig(), seed=1,
     )  # fmt: skip
     seen, total, most = 0, 0.0, memory_usage()["RssAnon"]
     for batch in loader:

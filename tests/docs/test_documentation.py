@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from pipeline.cli.app import app
-from pipeline.job_file import parse_yaml, resolve_job
+from pipeline.config.files import parse_yaml, resolve_job
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,9 +13,9 @@ import pytest
 from pipeline import train
 from pipeline.errors import Interrupted
 from pipeline.events import EvaluationLogged, Event
-from pipeline.record import recorder
+from pipeline.runs import async_writer
 from tests.cli.conftest import trainyard as trainyard
-from tests.security.spoiling import JOB, ExampleRuns
+from tests.security.corruption import JOB, ExampleRuns
 
 STEPS = 600
 """Of the whole run: 3 cells."""
@@ -29,7 +29,7 @@ def example_runs(tmp_path_factory: pytest.TempPathFactory) -> ExampleRuns:
     job = folder / "victim.yaml"
     job.write_text(JOB)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recorder, "COMMIT_INTERVAL_FACTOR", 0)  # a commit whenever one is due
+        patch.setattr(async_writer, "COMMIT_INTERVAL_FACTOR", 0)  # a commit whenever one is due
         untouched = train(job, storage=str(folder / "untouched"))
 
         def stop(event: Event) -> None:

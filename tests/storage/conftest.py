@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.storage import faults
+from pipeline.storage import retry
 
 
 @pytest.fixture
@@ -15,5 +15,5 @@ def backoff_pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses before another try, in seconds: none of them is made, and time does not pass for who waits."""
     made: list[float] = []
     patient = SimpleNamespace(monotonic=lambda: 0.0, sleep=made.append, time=time.time)
-    monkeypatch.setattr(faults, "time", patient)
+    monkeypatch.setattr(retry, "time", patient)
     return made

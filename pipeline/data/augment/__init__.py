@@ -6,17 +6,17 @@ the global batch) alone, so the ranks' shares of a changed batch, one after anot
 
 from __future__ import annotations
 
-from pipeline.data.augment.changes import apply_augment
-from pipeline.data.augment.drawing import (
+from pipeline.config import AugmentConfig, ColorJitterConfig
+from pipeline.data.augment.mixup import MixupParams, required_positions
+from pipeline.data.augment.sampling import (
     AugmentParams,
     copy_to_device_async,
     sample_mixup_lambda,
     sample_mixup_permutation,
     sample_params,
 )
-from pipeline.data.augment.mixing import MixupParams, required_positions
+from pipeline.data.augment.transforms import apply_augment
 from pipeline.errors import DataError
-from pipeline.job import AugmentConfig, ColorJitterConfig
 
 __all__ = [
     "is_enabled",

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pipeline.data.sources.arrays import Dataset, DatasetPart, make_dataset
-from pipeline.data.sources.call import open_user_function
-from pipeline.data.sources.cifar import open_cifar
-from pipeline.data.sources.disc import open_disc
-from pipeline.data.sources.idx import open_mnist
-from pipeline.job import (
+from pipeline.config import (
     DiscDataConfig,
     FileDataConfig,
     ImageFolderDataConfig,
@@ -17,6 +12,11 @@ from pipeline.job import (
     ParquetDataConfig,
     UserFunctionDataConfig,
 )
+from pipeline.data.dataset import Dataset, DatasetPart, make_dataset
+from pipeline.data.sources.cifar import open_cifar
+from pipeline.data.sources.disc import open_disc
+from pipeline.data.sources.mnist import open_mnist
+from pipeline.data.sources.user_function import open_user_function
 from pipeline.redaction import is_env_reference, resolve_env
 
 __all__ = ["DatasetPart", "Dataset", "fingerprint_dataset", "make_dataset", "open_dataset"]
@@ -45,7 +45,7 @@ def open_dataset(
 
         return open_parquet(job, on_progress, float64=wide)
     if isinstance(data, ImageFolderDataConfig):
-        from pipeline.data.sources.image_folder import open_image_folder  # it needs Arrow and Pillow
+        from pipeline.data.sources.images import open_image_folder  # it needs Arrow and Pillow
 
         return open_image_folder(job, on_progress)
     if isinstance(data, DiscDataConfig):
@@ -77,7 +77,7 @@ def fingerprint_dataset(
 
         return fingerprint_parquet(job, on_progress), None
     if isinstance(job.data, ImageFolderDataConfig):
-        from pipeline.data.sources.image_folder import fingerprint_image_folder
+        from pipeline.data.sources.images import fingerprint_image_folder
 
         return fingerprint_image_folder(job, on_progress), None
     source = open_dataset(job, on_progress)

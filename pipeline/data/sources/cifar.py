@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.data.sources.arrays import Dataset, DatasetPart, make_dataset
+from pipeline.data.dataset import Dataset, DatasetPart, make_dataset
 from pipeline.data.sources.download import download
 from pipeline.errors import DataError
 

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from pipeline.data.random import make_generator, random_uint64
-from pipeline.data.sources.arrays import Dataset, DatasetPart, make_dataset
+from pipeline.data.dataset import Dataset, DatasetPart, make_dataset
+from pipeline.data.rng import make_generator, random_uint64
 
 NUM_POINTS = 1000
 """Points in the training part and in the test set, each."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from pipeline.config import FileDataConfig, JobConfig, ParquetDataConfig
 from pipeline.errors import DataError
-from pipeline.job import FileDataConfig, JobConfig, ParquetDataConfig
 from pipeline.redaction import redact, resolve_env
 from pipeline.storage.read_files import IGNORED_IMAGE_PREFIXES, FileReader
 
@@ -29,7 +29,7 @@ def check_data_exists(job: JobConfig) -> None:
         return
     url = resolve_env(job.data.url, "data.url")
     if isinstance(job.data, ParquetDataConfig) or url.endswith(".parquet"):
-        from pipeline.data.sources.parquet.files import check_parquet_files  # it needs Arrow
+        from pipeline.data.sources.parquet.reader import check_parquet_files  # it needs Arrow
 
         check_parquet_files(url)
     else:
@@ -46,7 +46,7 @@ def _check_folder(url: str) -> None:
     classes = [name for name, is_folder in files.list_directory("", IGNORED_IMAGE_PREFIXES) if is_folder]
     if not classes:
         raise DataError("holds no folders, and so no classes", where=where, fix=FOLDER_HINT)
-    from pipeline.data.pictures import is_image_path  # it needs Pillow
+    from pipeline.data.sources.images.decode import is_image_path  # it needs Pillow
 
     for folder in classes[:MAX_CHECKED_FOLDERS]:
         inside = files.list_directory(folder, IGNORED_IMAGE_PREFIXES)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.config import JobConfig, ParquetDataConfig
 from pipeline.data.cache import get_or_build
-from pipeline.data.sources.arrays import Dataset, DatasetPart
-from pipeline.data.sources.parquet.choosing import ParquetSelection, select_columns
-from pipeline.data.sources.parquet.decoding import (
+from pipeline.data.dataset import Dataset, DatasetPart
+from pipeline.data.sources.parquet.columns import ParquetSelection, select_columns
+from pipeline.data.sources.parquet.decode import (
     DecodedTable,
     build_schema,
     build_split_column,
@@ -21,9 +22,8 @@ from pipeline.data.sources.parquet.decoding import (
     decode_to_cache,
     input_array_layout,
 )
-from pipeline.data.sources.parquet.files import ParquetFiles
+from pipeline.data.sources.parquet.reader import ParquetFiles
 from pipeline.errors import DataError
-from pipeline.job import JobConfig, ParquetDataConfig
 
 __all__ = ["open_parquet", "fingerprint_parquet"]
 

@@ -1,0 +1,175 @@
+"""Commands that train, check and use models."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.app import (
+    AllowCodeChange,
+    AsJson,
+    JobFile,
+    MaxSteps,
+    NewRunName,
+    Overrides,
+    Quiet,
+    RunName,
+    StorageUrl,
+    Trust,
+    Verbose,
+    add_workers_override,
+    app,
+    output_mode,
+    print_result,
+    print_warnings,
+    progress_callback,
+)
+
+
+@app.command(epilog="Example: trainyard train jobs/mnist.yaml --set data.root=~/data --workers 2")
+def train(
+    job: JobFile,
+    overrides: Overrides = None,
+    workers: Annotated[
+        str | None, typer.Option(metavar="N|MIN..MAX", help="Ray Train workers; 0: in this process.")
+    ] = None,
+    name: NewRunName = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="RAY", help="A Ray cluster to run on [env: RAY_ADDRESS].")
+    ] = None,
+    max_steps: MaxSteps = None,
+    allow_code_change: AllowCodeChange = False,
+    storage: StorageUrl = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run a job. The same command again resumes an interrupted run, and does nothing for a finished one."""
+    output_mode.update(json=as_json, verbose=verbose, kept=True)
+    from pipeline.cli.terminal import ProgressDisplay, format_run_status
+    from pipeline.events import PhaseStarted
+
+    with ProgressDisplay(quiet=quiet) as progress:
+        progress.show(PhaseStarted("loading"))
+        from pipeline.commands.train import train as verb
+
+        outcome = verb(
+            job,
+            set=add_workers_override(overrides, workers),
+            name=name,
+            storage=storage,
+            address=address,
+            max_steps=max_steps,
+            allow_code_change=allow_code_change,
+            on_event=progress.show,
+            verbose=verbose,
+        )
+    print_result(outcome.to_json(), format_run_status(outcome), as_json)
+
+
+@app.command(epilog="Example: trainyard check jobs/mnist.yaml --batch")
+def check(
+    job: JobFile,
+    overrides: Overrides = None,
+    batch: Annotated[
+        bool, typer.Option("--batch", help="Build everything: shapes, parameters, device, the loss around one update.")
+    ] = False,
+    overfit: Annotated[
+        bool, typer.Option("--overfit", help="Drive one batch to zero loss, or say that it cannot.")
+    ] = False,
+    storage: StorageUrl = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Validate a job file, look whether its data is there, and print it as resolved, every default spelled out."""
+    output_mode.update(json=as_json, verbose=verbose)
+    from pipeline.commands.check import check as verb
+
+    result = verb(job, overrides or [], storage=storage, batch=batch, overfit=overfit)
+    print_result(result.to_json(), result.format_lines(), as_json)
+
+
+@app.command(epilog="Example: trainyard init churn && trainyard check churn.yaml")
+def init(
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the job; the file is NAME.yaml.")] = "job",
+    as_json: AsJson = False,
+) -> None:
+    """Write a commented job file, ready to run and to change."""
+    output_mode.update(json=as_json, verbose=False, kept=True)
+    from pipeline.commands.init import init as verb
+
+    path = verb(name)
+    print_result({"path": path}, [f"wrote {path}", f"next: trainyard check {path} --batch"], as_json)
+
+
+@app.command(epilog="Example: trainyard evaluate mnist-mlp-1a2b3c4d --split test --checkpoint best")
+def evaluate(
+    run: RunName,
+    split: Annotated[str, typer.Option(help="train, val or test. Every read of test is recorded in the run.")] = "val",
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Other rows with labels, instead of a split of the run's own data."),
+    ] = None,
+    checkpoint: Annotated[str, typer.Option(metavar="best|last|STEP", help="Which checkpoint.")] = "best",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Where and how: data.root, data.loader, scale."),
+    ] = None,
+    storage: StorageUrl = None,
+    trust: Trust = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Exact metrics of a saved checkpoint: every row of the split once."""
+    output_mode.update(json=as_json, verbose=verbose)
+    from pipeline.cli.terminal import ProgressDisplay
+    from pipeline.commands.evaluate import evaluate as verb
+
+    with ProgressDisplay(quiet=quiet) as progress:
+        result = verb(
+            run,
+            split=split,
+            data=data,
+            checkpoint=checkpoint,
+            set=overrides or [],
+            storage=storage,
+            trust=trust,
+            on_progress=progress_callback(progress),
+        )
+        print_warnings(progress, result.warnings)
+    print_result(result.to_json(), result.format_lines(), as_json)
+
+
+@app.command(epilog="Example: trainyard predict churn-1a2b3c4d --input s3://bucket/new/ --output new.parquet")
+def predict(
+    model: Annotated[str, typer.Argument(metavar="RUN", help="RUN[@best|@last|@STEP]; best by default.")],
+    input_url: Annotated[
+        str, typer.Option("--input", metavar="URL", help="Parquet, or pictures: a file, glob or folder.")
+    ],
+    output_url: Annotated[str, typer.Option("--output", metavar="URL", help="The Parquet file to write.")],
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    storage: StorageUrl = None,
+    trust: Trust = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Predictions of a saved checkpoint: keys, prediction and probabilities, a row for each row, in order."""
+    output_mode.update(json=as_json, verbose=verbose, kept=True)
+    from pipeline.cli.terminal import ProgressDisplay
+    from pipeline.commands.predict import predict as verb
+
+    with ProgressDisplay(quiet=quiet) as progress:
+        result = verb(
+            model,
+            input=input_url,
+            output=output_url,
+            storage=storage,
+            device=device,
+            trust=trust,
+            on_progress=progress_callback(progress),
+            on_warning=lambda text: print_warnings(progress, [text]),
+        )
+    print_result(result.to_json(), result.format_lines(), as_json)

@@ -1,0 +1,188 @@
+"""`check`: is this job what was meant? The resolved job, one batch through the model, one batch learned by heart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import FileDataConfig, JobConfig
+from pipeline.config.files import dump_job, resolve_job
+from pipeline.errors import WorkError
+from pipeline.runs.locate import resolve_storage_url
+from pipeline.user_code import collect_user_code
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.setup import PreparedData, TrainingSetup
+
+OVERFIT_STEPS = 2000
+OVERFIT_LOSS = 0.01
+"""`--overfit` succeeds below this loss: a probability of 0.99 for the right class on average."""
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What `check` found; `batch` and `overfit` where they were asked for."""
+
+    job: JobConfig
+    batch: dict[str, Any] | None = None
+    overfit: dict[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "job": self.job.to_dict(),
+            "batch": self.batch,
+            "overfit": self.overfit,
+            "warnings": list(self.warnings),
+            "error": None,
+        }
+
+    def format_lines(self) -> list[str]:
+        lines = [f"warning: {text}" for text in self.warnings]
+        if self.batch is None and self.overfit is None:
+            return [*lines, *dump_job(self.job).rstrip().splitlines()]
+        if self.batch is not None:
+            section = self.batch
+            lines += ["parameters"]
+            width = max((len(name) for name, _ in section["parameters"]), default=0)
+            lines += [f"  {name.ljust(width)}  {_format_shape(shape)}" for name, shape in section["parameters"]]
+            lines += [
+                f"  {section['parameter_count']:,} in all",
+                f"rows       {', '.join(f'{split} {rows:,}' for split, rows in section['rows'].items())}",
+                f"steps      {section['steps_per_epoch']:,} an epoch, {section['total_steps']:,} in all",
+                f"batch      inputs {_format_shape(section['inputs'])} {section['input_type']}, targets "
+                f"{_format_shape(section['targets'])}, on {section['device']}",
+                f"outputs    {_format_shape(section['outputs'])}, untrained: from {section['lowest']:.4f} to "
+                f"{section['highest']:.4f}, mean {section['mean']:.4f}",
+                f"loss       {section['loss_before']:.4f} before one update, {section['loss_after']:.4f} after it, "
+                "with "
+                f"learning rate {section['lr']:g}",
+            ]
+        if self.overfit is not None:
+            section = self.overfit
+            lines += [
+                f"overfit    one batch of {section['rows']} rows: loss {section['loss']:.4f} after "
+                f"{section['steps']} steps"
+            ]
+        return lines
+
+
+def check(
+    job: JobConfig | Mapping[str, Any] | str | Path,
+    set: Iterable[str] = (),  # noqa: A002 - the public name of the option
+    *,
+    storage: str | None = None,
+    batch: bool = False,
+    overfit: bool = False,
+) -> CheckResult:
+    """Validate a job, and look whether the data at its `data.url` is there and of the right kind; with `batch` and
+    `overfit` also load the data and build the model.
+
+    Parameters
+    ----------
+    job: a job file, its content as a dict, or a `Job`.
+
+    Raises
+    ------
+    InputError: a job or data that cannot be used.
+    WorkError: `overfit` that does not get there.
+    """
+    where = str(job) if isinstance(job, (str, Path)) else "job"
+    job = resolve_job(job, set)
+    job = job.model_copy(update={"storage": resolve_storage_url(storage, job.storage)})
+    if not (batch or overfit):
+        if isinstance(job.data, FileDataConfig):
+            from pipeline.data.sources.presence import check_data_exists
+
+            check_data_exists(job)
+        return CheckResult(job)
+    from pipeline.device import restore_torch_settings
+    from pipeline.setup import build_training, prepare_data
+    from pipeline.setup.initial_weights import find_initial_weights
+
+    code = collect_user_code(job)
+    with code.activated(), restore_torch_settings():
+        prepared = prepare_data(job, initial_weights=find_initial_weights(job, job.storage), code=code)
+        return CheckResult(
+            job,
+            _inspect_batch(prepared, build_training(prepared)) if batch else None,
+            _overfit_batch(prepared, build_training(prepared), where) if overfit else None,
+            tuple(prepared.warnings),
+        )
+
+
+def _load_first_batch(prepared: PreparedData, built: TrainingSetup) -> tuple[Tensor, Tensor]:
+    from pipeline.setup import build_train_loader
+
+    batch = next(iter(build_train_loader(prepared, built, first_step=1, last_step=1)))
+    return batch.inputs, batch.targets
+
+
+def _inspect_batch(prepared: PreparedData, built: TrainingSetup) -> dict[str, Any]:
+    engine, schedule = built.engine, prepared.schedule
+    inputs, targets = _load_first_batch(prepared, built)
+    outputs = engine.predict_logits(inputs).float()
+    before = _run_step(built, 1, inputs, targets, schedule.lr_at(1))
+    engine.forward_backward(1, inputs, targets)
+    after = float(engine.flat.loss_sums[0] / engine.flat.loss_sums[1])
+    model = engine.flat.model
+    return {
+        "parameters": [(name, list(tensor.shape)) for name, tensor in model.named_parameters()],
+        "parameter_count": sum(tensor.numel() for tensor in model.parameters()),
+        "rows": {split: len(rows) for split, rows in prepared.splits.items()},
+        "steps_per_epoch": schedule.steps_per_epoch,
+        "total_steps": schedule.last_step,
+        "inputs": list(inputs.shape),
+        "input_type": str(inputs.dtype).removeprefix("torch."),
+        "targets": list(targets.shape),
+        "device": str(built.device),
+        "outputs": list(outputs.shape),
+        "lowest": float(outputs.min()),
+        "highest": float(outputs.max()),
+        "mean": float(outputs.mean()),
+        "loss_before": before,
+        "loss_after": after,
+        "lr": schedule.lr_at(1),
+    }
+
+
+def _overfit_batch(prepared: PreparedData, built: TrainingSetup, where: str) -> dict[str, Any]:
+    """Train on the first batch alone, with the job's own optimizer and first learning rate.
+
+    Raises
+    ------
+    WorkError: the loss is not near zero after 2,000 steps.
+    """
+    inputs, targets = _load_first_batch(prepared, built)
+    lr = prepared.job.train.phases[0].lr
+    loss, step = float("inf"), 0
+    while loss >= OVERFIT_LOSS and step < OVERFIT_STEPS:
+        step += 1
+        loss = _run_step(built, step, inputs, targets, lr)
+        if loss != loss:
+            break
+    if not loss < OVERFIT_LOSS:
+        raise WorkError(
+            f"one batch of {len(targets)} rows cannot be learned by heart: its loss is {loss:.4f} after {step} steps "
+            f"with learning rate {lr:g}",
+            where=where,
+            fix="try another learning rate (train.phases.0.lr), a larger model, or look for labels that contradict",
+        )
+    return {"rows": len(targets), "steps": step, "loss": loss, "lr": lr}
+
+
+def _run_step(built: TrainingSetup, step: int, inputs: Tensor, targets: Tensor, lr: float) -> float:
+    """One update; returns the loss before it."""
+    engine = built.engine
+    engine.forward_backward(step, inputs, targets)
+    loss = float(engine.flat.loss_sums[0] / engine.flat.loss_sums[1])
+    engine.optimizer_step(lr)
+    return loss
+
+
+def _format_shape(shape: Iterable[int]) -> str:
+    return " x ".join(str(size) for size in shape)

@@ -1,0 +1,207 @@
+"""`evaluate`: exact metrics of a saved checkpoint."""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import os
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import (
+    FileDataConfig,
+    JobConfig,
+    ParquetDataConfig,
+    RandomSplitsConfig,
+    compute_identity,
+    digest_tree,
+)
+from pipeline.config.files import override_job, parse_job
+from pipeline.context import SingleProcessContext
+from pipeline.data.fitted_transforms import FittedTransforms
+from pipeline.data.transforms import DataReport
+from pipeline.device import restore_torch_settings
+from pipeline.errors import InputError
+from pipeline.format_metrics import baseline_warning, format_metric_table
+from pipeline.inference.load import load_trusted_code
+from pipeline.redaction import redact
+from pipeline.runs.checkpoints.checkpoint import find_checkpoint
+from pipeline.runs.locate import absolute_url, find_run
+from pipeline.runs.run import Run, log_test_access
+from pipeline.setup import (
+    ProgressFn,
+    build_eval_loader,
+    build_training,
+    check_state_dict,
+    prepare_all_rows,
+    prepare_data,
+)
+from pipeline.storage.filesystems import PROTOCOL_EXTRAS
+from pipeline.training import loop
+from pipeline.user_code import UserCode, list_user_references
+
+PLAIN_PROTOCOLS = ("file", "local", "memory", "http", "https", "hf", "sftp", "ssh")
+"""Besides those of object stores: protocols by which a stored job may have its data read."""
+SPLIT_NAMES = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """What a checkpoint is worth on a split."""
+
+    run: str
+    url: str
+    checkpoint: str
+    step: int
+    split: str
+    metrics: dict[str, float]
+    """All that the job measures, and samples, named `split/column`; NaN for what does not exist."""
+    report: DataReport
+    """How the split's columns differ from the training rows."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What should not be overlooked."""
+        return self.report.format_warnings()
+
+    def to_json(self) -> dict[str, Any]:
+        metrics = {name: None if value != value else value for name, value in self.metrics.items()}
+        fields = {name: value for name, value in self.__dict__.items() if name != "report"}
+        report = {"columns": self.report.to_json(), "warnings": self.warnings}
+        return {**fields, "metrics": metrics, **report, "error": None}
+
+    def format_lines(self) -> list[str]:
+        rows, correct = (self.metrics.get(f"{self.split}/{name}") for name in ("samples", "correct"))
+        counted = f"{rows:,.0f} rows" if correct is None else f"{correct:,.0f} of {rows:,.0f} rows correct"
+        lines = [f"{self.run} at step {self.step}, {self.split}: {counted}"]
+        lines += [f"  {line}" for line in format_metric_table(self.metrics, self.split)]
+        lines += [f"  {line}" for line in self.report.format_lines()]
+        warning = baseline_warning(self.metrics, self.split)
+        return [*lines, f"  warning: {warning}"] if warning else lines
+
+
+@restore_torch_settings()
+def evaluate(
+    run: str,
+    *,
+    split: str = "val",
+    data: str | None = None,
+    checkpoint: str = "best",
+    set: Iterable[str] = (),  # noqa: A002 - the public name of the option
+    storage: str | None = None,
+    trust: bool = False,
+    on_progress: ProgressFn = lambda text: None,
+) -> EvaluateResult:
+    """Evaluate a run's checkpoint on a whole split, or on other data with the same columns or kind of pictures.
+
+    Preprocessing and classes are those of the checkpoint. A read of the test split is recorded before it happens.
+
+    Parameters
+    ----------
+    data: URL of other data, all rows of which are evaluated; the metrics are called `data/...` then.
+    checkpoint: best, last, or the number of a step.
+    set: overrides of where and how, such as data.root or scale.device; what determines the weights cannot change.
+    trust: let the stored job import the modules that it names.
+
+    Raises
+    ------
+    InputError: no such run, checkpoint or split, or data that is not the run's or does not fit it.
+    """
+    if split not in SPLIT_NAMES:
+        raise InputError(f"{split!r} is no split", where="--split", fix="train, val or test")
+    opened_run = find_run(run, storage)
+    saved = find_checkpoint(opened_run, checkpoint)
+    job, code = _load_stored_job(opened_run, list(set), trust)
+    job = job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"limit": None})})
+    fitted, weights = FittedTransforms.from_json(saved.load_preprocess()), saved.load_weights()
+    check_state_dict(job, fitted, weights, saved.url)
+    if data is not None:
+        split, prepared = (
+            "data",
+            prepare_all_rows(_with_other_data(job, data, fitted), fitted, "data", on_progress, code=code),
+        )
+    else:
+        prepared = prepare_data(
+            job,
+            fitted=fitted,
+            fingerprint=opened_run.read_metadata()["fingerprint"],
+            on_progress=on_progress,
+            code=code,
+        )
+        if split not in prepared.splits:
+            available = ", ".join(prepared.splits)
+            raise InputError(f"this run has no {split} split", where=opened_run.url, fix=f"it has: {available}")
+    built = build_training(prepared, for_training=False)
+    built.engine.flat.load_state_dict(weights)
+    if split == "test":
+        metadata = {"checkpoint": saved.name, "step": saved.step, "host": socket.gethostname(), "pid": os.getpid()}
+        log_test_access(opened_run, metadata)
+    result = loop.evaluate(built.engine, build_eval_loader(prepared, built, split), SingleProcessContext())
+    metrics = {f"{split}/{name}": value for name, value in result.items()}
+    report = DataReport(fitted.input_transform)
+    rows = prepared.splits[split]
+    report.add(prepared.dataset.part(rows.part).inputs, rows.indices, prepared.dataset.schema)
+    return EvaluateResult(opened_run.name, opened_run.url, saved.name, saved.step, split, metrics, report)
+
+
+def _with_other_data(job: JobConfig, url: str, fitted: FittedTransforms) -> JobConfig:
+    """The job on all rows of a URL. What it learns from is what was learned from; keys and a column for splits are not
+    asked of the new data."""
+    if not isinstance(job.data, FileDataConfig):
+        raise InputError(
+            f"this run was trained on {job.data.source}, which has no URL", where=f"--data {url}", fix="use --split"
+        )
+    update: dict[str, Any] = {"url": absolute_url(url), "splits": RandomSplitsConfig()}
+    if isinstance(job.data, ParquetDataConfig) and fitted.input_transform.schema is not None:
+        names = [column.name for column in fitted.input_transform.schema.columns]
+        update |= {"features": [glob.escape(name) for name in names], "keys": []}
+        update |= {"categorical": [name for name in job.data.categorical if fnmatch.filter(names, name)]}
+    elif isinstance(job.data, ParquetDataConfig) and job.data.splits_column is not None:
+        update |= {"keys": [*job.data.keys, job.data.splits_column]}  # else it would count as a second feature
+    return job.model_copy(update={"data": job.data.model_copy(update=update)})
+
+
+def _check_data_url(job: JobConfig, stored: JobConfig, where: str) -> None:
+    """Refuse to open data by more than a file system when a stored job asks for it: some of fsspec's protocols start
+    programs, talk to servers in their own language or fill in templates.
+
+    Raises
+    ------
+    InputError: such a URL, that no override replaces.
+    """
+    if not isinstance(job.data, FileDataConfig):
+        return
+    url = job.data.url
+    if not isinstance(stored.data, FileDataConfig) or url != stored.data.url:
+        return
+    protocol, separator, _ = url.partition("://")
+    if "::" in url or (separator and protocol not in (*PROTOCOL_EXTRAS, *PLAIN_PROTOCOLS)):
+        raise InputError(
+            f"this job would read its data from {redact(url)}",
+            where=where,
+            fix="--trust (in Python: trust=True) allows it; --set data.url=URL names another",
+        )
+
+
+def _load_stored_job(run: Run, overrides: list[str], trust: bool) -> tuple[JobConfig, UserCode]:
+    """The job as stored with the run, with overrides of where and how; and its own code.
+
+    Raises
+    ------
+    InputError: it names modules and is not trusted, or an override changes what the run is.
+    """
+    where = f"{run.url}/job.yaml"
+    stored = parse_job(run.read_job_yaml(), where)
+    code = load_trusted_code(run, stored, list_user_references(stored), trust)
+    job = override_job(stored, overrides)
+    if not trust:
+        # What it names is imported from there, and so could be any module that some library looks for in vain.
+        job = job.model_copy(update={"code": None})
+        _check_data_url(job, stored, where)
+    if digest_tree(compute_identity(job, fingerprint="")) != digest_tree(compute_identity(stored, fingerprint="")):
+        raise InputError(
+            "an override may not change what was trained", where=f"--set {' '.join(overrides)}", fix="train a new run"
+        )
+    return job, code

@@ -1,0 +1,82 @@
+"""`init`: write a commented job file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.config import validate_name
+from pipeline.errors import InputError
+
+TEMPLATE = """\
+# A Trainyard job. `trainyard check {name}.yaml` prints it with every default spelled out.
+schema: 1
+name: {name}
+seed: 1                        # or {{all: 1, split: 7}} to set single random streams apart
+
+data:
+  source: mnist                # mnist, fashion_mnist, cifar10, cifar100, disc, or {{call: module:function, args: {{}}}}
+  root: ~/.cache/trainyard     # where a named source is, or is downloaded to
+  # A table:                     (a file, a glob or a folder, relative to this file, or at any fsspec URL)
+  # source: parquet
+  # url: churn.parquet
+  # label: churned
+  # features: ["num_*", plan]    # names or patterns; default: all but label, keys and the splits' column
+  # keys: [customer_id]          # never learnt from, kept beside predictions
+  # categorical: [zip]           # numbers that are levels; text is so anyway
+  # missing: {{numeric: median, categorical: own_level}}   # mean, a number, a level, or fail
+  # one_hot_up_to: 16            # levels; a column of more gets an embedding in the mlp
+  # Pictures, one folder a class:
+  # source: image_folder
+  # url: pictures/
+  # resize: [64, 64]             # crop: 56; mode: rgb or grey; on_error: fail or skip
+  normalize: auto              # unit: uint8 images to [0, 1]; scalar; standard: per channel or column; imagenet; none; {{mean: , std: }}
+  splits: {{by: random, val: 0.2}}   # fractions or counts; stratify: true; or {{by: range, train: [0, 1024], val: [1024, 2048]}}
+         # {{by: group, column: user, val: 0.2}}; {{by: time, column: day, val: 14d}}; {{by: column, column: split}}
+  shuffle: true
+  # augment: {{crop: 4, flip: true, rotate: 15, jitter: {{brightness: 0.2, contrast: 0.2}}, mixup: 0.2}}
+  # cache: {{folder: ~/.cache/trainyard/data, max_gb: 50, in_memory_mb: 256}}   # for what is larger than in_memory_mb
+  loader: {{processes: 0, pin_memory: auto, eval_batch_size: 1024}}
+
+model: {{kind: mlp, hidden: [32], activation: relu}}   # cnn; torchvision:resnet18 with weights: DEFAULT; mypkg.nets:Net with args:
+         # init_from: RUN@best starts from another run; freeze: backbone, or patterns of parameter names
+task: multiclass               # or {{kind: binary, positive: ["yes"], class_weights: balanced}}, or {{kind: regression, loss: huber}}
+# metrics: [mypkg.metrics:cost]   # beside the task's own
+# code: .                      # folder of your own modules, relative to this file; stored with the run
+
+train:
+  batch_size: 100              # global: over all workers together; all: the whole training split
+  optimizer: {{kind: sgd, momentum: 0.0, weight_decay: 0.0}}   # sgd, adam, adamw; groups: [{{match: "fc.*", lr_factor: 10}}]
+  phases:                      # stretches of epochs or steps, each with its own learning rate
+    - {{epochs: 5, lr: 0.5}}     # schedule: constant, step, cosine, one_cycle; warmup_steps; optimizer_state: keep or reset
+    - {{epochs: 5, lr: 0.1}}
+  clip_norm: null
+  precision: fp32              # fp64, fp32, bf16, fp16
+
+evaluate: {{every_epochs: 1, splits: [val]}}   # or every_steps: 100; limit: 1024
+best: {{metric: val/loss}}   # val/accuracy, val/auc, val/f1, val/r2, val/rmse, ...; patience: 5 stops after so many evaluations without a better one
+checkpoint: {{every_epochs: 1, every_minutes: 10, keep: 3}}
+scale: {{workers: 0, device: auto}}            # workers: 2 trains on two Ray Train workers; {{min: 1, max: 4}}
+storage: ./runs                # a folder or any fsspec URL, such as s3://bucket/runs
+"""
+
+
+def init(name: str) -> str:
+    """Write `NAME.yaml` in the working directory and return its path.
+
+    Raises
+    ------
+    InputError: not a name, or the file exists.
+    """
+    name = name.removesuffix(".yaml")
+    try:
+        path = Path(f"{validate_name(name)}.yaml")
+    except ValueError as error:
+        raise InputError(str(error), where="NAME") from None
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(TEMPLATE.format(name=name))
+    except FileExistsError:
+        raise InputError("is already there", where=str(path), fix="choose another name or remove it") from None
+    except OSError as error:
+        raise InputError(f"cannot be written: {error.strerror}", where=str(path)) from None
+    return str(path)

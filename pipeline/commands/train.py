@@ -1,0 +1,253 @@
+"""`train`: run a job, or go on with a run that was interrupted."""
+
+from __future__ import annotations
+
+import json
+import sys
+import uuid
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.commands.run_creation import RunCreation
+from pipeline.config import IN_PLACE_WORKERS, JobConfig
+from pipeline.config.files import resolve_job
+from pipeline.context import SingleProcessContext, StopSignals
+from pipeline.data.sources import Dataset, fingerprint_dataset
+from pipeline.errors import BusyError, InputError, TrainyardError
+from pipeline.events import EventHandler, Message, PhaseStarted, RunOpened, WarningMessage, ignore_event
+from pipeline.runs.journal.journal import Journal
+from pipeline.runs.lease.attempt import probe_lease, refuse_pickled_state
+from pipeline.runs.lease.liveness import raise_if_alive
+from pipeline.runs.locate import resolve_storage_url
+from pipeline.runs.run import Run
+from pipeline.runs.status import RunStatus, read_run_status
+from pipeline.storage import credentials
+from pipeline.user_code import collect_user_code
+
+if TYPE_CHECKING:  # they import torch, which takes longer than to find that there is nothing to do
+    from pipeline.setup import PreparedData
+    from pipeline.setup.initial_weights import InitialWeights
+    from pipeline.trackers.sidecar import TrackerSidecar
+    from pipeline.worker import WorkerSpec
+
+NOTHING_TO_DO = "already finished: nothing to do"
+
+
+def train(
+    job: JobConfig | Mapping[str, Any] | str | Path,
+    *,
+    set: Mapping[str, Any] | Iterable[str] = (),  # noqa: A002 - the public name of the option
+    name: str | None = None,
+    storage: str | None = None,
+    address: str | None = None,
+    max_steps: int | None = None,
+    allow_code_change: bool = False,
+    on_event: EventHandler = ignore_event,
+    verbose: bool = False,
+) -> RunStatus:
+    """Run a job to its end, or resume the run that it already has.
+
+    It leaves the calling process as it found it: torch's threads, flags, default type and random generators, the import
+    path, signal handlers and environment.
+
+    Parameters
+    ----------
+    job: a job file, its content as a dict (`code` and other paths relative to the working directory), or a `Job`.
+    set: overrides, as a mapping or as `KEY=VALUE` words.
+    name: name of the run; without one the job's name and the digest of its identity.
+    storage: URL that holds the runs; else TRAINYARD_STORAGE, else the job's.
+    address: a Ray cluster to use instead of one of this machine's; only with workers.
+    max_steps: stop after so many steps.
+    allow_code_change: go on with the run of this `name` although the user's own code was edited since; which files is
+        recorded in the run.
+    on_event: takes events as they happen, see `pipeline.events`.
+
+    Returns
+    -------
+    How the run stands: url, status, step, best, metrics, ...
+
+    Raises
+    ------
+    InputError, WorkError, BusyError, Interrupted: see `pipeline.errors`.
+    """
+    if allow_code_change and name is None:
+        raise InputError(
+            "goes with --name RUN: without a name the same command is a new run after an edit of the code",
+            where="--allow-code-change",
+            fix="add --name RUN, or leave it out",
+        )
+    job = resolve_job(job, _to_override_strings(set) if isinstance(set, Mapping) else set)
+    code = collect_user_code(job)
+    with code.activated(), _default_torch_settings():
+        # The identity of job, code and data says which run it is, before any data is decoded or torch is imported:
+        # there may be nothing to do, or nothing to do now.
+        root = resolve_storage_url(storage, job.storage)
+        start = _initial_weights(job, root)
+        fingerprint, source = fingerprint_dataset(job, lambda text: on_event(PhaseStarted(text)))
+        creation = RunCreation.from_job(
+            job,
+            code,
+            fingerprint=fingerprint,
+            initial_weights_digest=start.digest if start is not None else None,
+            name=name,
+            storage_url=root,
+            max_steps=max_steps,
+            allow_code_change=allow_code_change,
+        )
+        exists = creation.exists()
+        if exists and _is_complete(creation, on_event):
+            return read_run_status(creation.run)
+        from pipeline.device import restore_torch_settings
+
+        with restore_torch_settings():
+            run = _train_run(creation, start, source, exists, on_event, address=address, verbose=verbose)
+        return read_run_status(run)
+
+
+def _is_complete(creation: RunCreation, on_event: EventHandler) -> bool:
+    """Whether the run, which exists, has ended and nothing is missing; then the user is told so.
+
+    Raises
+    ------
+    BusyError: another process is writing it.
+    InputError: it was interrupted, and its checkpoints are of an earlier version that this one cannot resume.
+    """
+    run = creation.run
+    if creation.is_complete():
+        on_event(RunOpened(run.name, run.url, is_new=False))
+        on_event(Message(NOTHING_TO_DO))
+        return True
+    if probe_lease(run) == "busy":
+        raise BusyError("another process is writing this run", where=run.url, fix="`trainyard show` says how it stands")
+    refuse_pickled_state(run)
+    return False
+
+
+def _train_run(
+    creation: RunCreation,
+    initial_weights: InitialWeights | None,
+    source: Dataset | None,
+    exists: bool,
+    on_event: EventHandler,
+    *,
+    address: str | None,
+    verbose: bool,
+) -> Run:
+    """Load the data, build the model, and train in this process or on workers.
+
+    Parameters
+    ----------
+    source: the opened data, where its fingerprint took opening it.
+    exists: whether the run exists, so that its fitted transforms are taken over.
+    """
+    from pipeline.runs.integrity import is_finalized
+    from pipeline.setup import build_training, load_stored_transforms, prepare_data
+    from pipeline.trackers.sidecar import TrackerSidecar
+    from pipeline.worker import WorkerSpec, run_worker
+
+    job, driver = creation.job, uuid.uuid4().hex
+    prepared = prepare_data(
+        job,
+        creation.max_steps,
+        initial_weights=initial_weights,
+        dataset=source,
+        fitted=load_stored_transforms(creation.run) if exists else None,
+        on_progress=lambda text: on_event(PhaseStarted(text)),
+        code=creation.code,
+    )
+    if prepared.dataset.fingerprint != creation.fingerprint:  # arrays of a function that had to be held in float64
+        creation = creation.with_fingerprint(prepared.dataset.fingerprint)
+        if creation.exists() and _is_complete(creation, on_event):
+            return creation.run
+    run = creation.run
+    in_process = job.scale.workers == IN_PLACE_WORKERS
+    # Before the run is created, so that a job that cannot be built leaves nothing behind. Workers build their own.
+    built = build_training(prepared, device_kind="" if in_process else "cpu")
+    misfits = (
+        [f"not taken from {initial_weights.name}: {text}" for text in built.weight_mismatches]
+        if initial_weights is not None
+        else []
+    )
+    for text in (*prepared.warnings, *misfits):
+        on_event(WarningMessage(text))
+    order = WorkerSpec(
+        job=job,
+        storage_url=run.open_url,
+        run_name=run.name,
+        driver=driver,
+        max_steps=creation.max_steps,
+        code=creation.code,
+        environment=credentials.forwarded_credentials(),
+    )
+    is_over = probe_lease(run, driver) == "finished"
+    with StopSignals() as signals, TrackerSidecar(run, job.follow, on_event) as followers:
+        if not in_process and not is_over:
+            _train_on_cluster(order, creation, prepared, followers, on_event, signals, address, verbose)
+            return run
+        creation.find_or_create(prepared, on_event)
+        if is_over and is_finalized(run):  # only its splits or code were missing, or an earlier version made it
+            on_event(Message(NOTHING_TO_DO))
+            return run
+        followers.start()
+        order = replace(order, code_changes=creation.code_changes)
+        context = SingleProcessContext(on_event, signals)
+        run_worker(order, context, prepared=prepared, built=built if in_process else None)
+    return run
+
+
+def _train_on_cluster(
+    spec: WorkerSpec,
+    creation: RunCreation,
+    prepared: PreparedData,
+    followers: TrackerSidecar,
+    on_event: EventHandler,
+    signals: StopSignals,
+    address: str | None,
+    verbose: bool,
+) -> None:
+    """Have Ray Train workers train the run, and record why where they could not do so themselves."""
+    from pipeline.cluster.driver import train_on_workers
+    from pipeline.worker import record_driver_exit
+
+    run = creation.run
+
+    def create_run() -> tuple[WorkerSpec, Journal]:
+        creation.find_or_create(prepared, on_event)
+        raise_if_alive(run, spec.driver)  # before workers are started, or waited for
+        followers.start()
+        return replace(spec, code_changes=creation.code_changes), run.journal
+
+    scale = spec.job.scale
+    try:
+        train_on_workers(
+            create_run, scale, on_event, signals, storage_url=run.open_url, address=address, verbose=verbose
+        )
+    except TrainyardError as error:
+        record_driver_exit(run, spec, error)
+        raise
+
+
+def _default_torch_settings() -> AbstractContextManager[None]:
+    """While entered, torch's settings are its defaults, and afterwards what they were; nothing where it is not
+    imported."""
+    if "torch" not in sys.modules:
+        return nullcontext()
+    from pipeline.device import restore_torch_settings
+
+    return restore_torch_settings()
+
+
+def _initial_weights(job: JobConfig, storage_url: str) -> InitialWeights | None:
+    if job.model.init_from is None and getattr(job.model, "weights", None) is None:
+        return None
+    from pipeline.setup.initial_weights import find_initial_weights  # it imports torch
+
+    return find_initial_weights(job, storage_url)
+
+
+def _to_override_strings(overrides: Mapping[str, Any]) -> list[str]:
+    """As on the command line. JSON is YAML, and keeps text, numbers and null apart."""
+    return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]

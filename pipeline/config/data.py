@@ -1,0 +1,317 @@
+"""`data:` what to train on."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Strict,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from pipeline.config.base import ConfigNode, Fraction, Positive, validate_import_path
+from pipeline.config.splits import RandomSplitsConfig, RangeSplitsConfig, SplitsConfig
+
+
+class UserFunctionConfig(ConfigNode):
+    """A function of your own that returns the data. It may take as long as it likes: `scale.hang_s` does not apply."""
+
+    call: str
+    """`module:function`. It returns NumPy arrays or tensors: `(inputs, targets)`; two such pairs, for training and
+    test; or `{"train": pair, "test": pair, "classes": names}`, of which the last two may be left out. Inputs may be a
+    data frame of numbers."""
+    args: dict[str, Any] = {}
+    """Keyword arguments of the function. A text `env:NAME` becomes the value of that environment variable."""
+
+    @field_validator("call")
+    @classmethod
+    def _validate_call(cls, value: str) -> str:
+        return validate_import_path(value)
+
+
+class NormalizeConfig(ConfigNode):
+    """Inputs become (x - mean) / std with these numbers, in the unit of images scaled to [0, 1] or of raw columns."""
+
+    mean: float | list[float]
+    """What is subtracted: one number for all, or one per channel or column."""
+    std: float | list[float]
+    """What is divided by: one number for all, or one per channel or column."""
+
+
+IMAGENET = NormalizeConfig(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+"""What torchvision's pretrained models expect."""
+
+
+class ColorJitterConfig(ConfigNode):
+    """Random changes of color: each factor is drawn from [1 - value, 1 + value]; 0 changes nothing."""
+
+    brightness: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How far the factor on all values may be from 1."""
+    contrast: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How far the factor on each value's distance from the image's mean gray may be from 1."""
+    saturation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How far the factor on each value's distance from its pixel's gray may be from 1."""
+
+
+class AugmentConfig(ConfigNode):
+    """Random changes to training images, drawn anew for every sample of every step and made on the device."""
+
+    crop: Annotated[int, Field(ge=0)] = 0
+    """Pixels: pad each side with this many zeros, then cut out a random window of the original size."""
+    flip: bool = False
+    """Mirror left to right with probability 0.5."""
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Rotate by up to this many degrees either way."""
+    jitter: ColorJitterConfig = ColorJitterConfig()
+    """Random changes of color."""
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    """Mix each image and its label with another of the global batch, with a share drawn from Beta(mixup, mixup)
+    (Zhang et al. 2018, arXiv:1710.09412); 0 for none."""
+
+
+class ImputationConfig(ConfigNode):
+    """What replaces a null (or NaN) in a feature."""
+
+    numeric: Literal["median", "mean", "fail"] | float = "median"
+    """In columns of numbers: the median or mean of the training rows, or a fixed number; fail makes it an error."""
+    categorical: str = "own_level"
+    """In categorical columns: own_level gives missing values a level of their own; fail makes them an error; any other
+    text is the level that they count as."""
+
+
+class CacheConfig(ConfigNode):
+    """Where tables and decoded images that are too large for memory are kept between runs. Changes speed, never
+    results."""
+
+    folder: str = "~/.cache/trainyard/data"
+    """Folder on a disk of this machine."""
+    max_gb: Annotated[float, Field(gt=0)] = 50.0
+    """Size of the folder, in units of 10^9 bytes; beyond it, what was not used for longest is deleted."""
+    in_memory_mb: Annotated[float, Field(ge=0)] = 256.0
+    """Data of up to this size, in units of 10^6 bytes, is held in memory instead."""
+
+
+class DataLoaderConfig(ConfigNode):
+    """How batches are fetched. Changes speed, never results."""
+
+    processes: Annotated[int, Field(ge=0)] = 0
+    """Loader processes per worker; 0 fetches in the worker itself, which is fastest for data in memory."""
+    pin_memory: Literal["auto"] | bool = "auto"
+    """Put batches into page-locked memory for faster copies to a GPU; auto: where there is one."""
+    eval_batch_size: Positive = 1024
+    """Rows per batch of an evaluation."""
+
+
+Size = Positive | Annotated[tuple[Positive, Positive], Strict(False)]
+"""Pixels: one number for both sides, or [height, width]."""
+
+
+class BaseDataConfig(ConfigNode):
+    """What to train on: the keys of every source."""
+
+    source: str | UserFunctionConfig
+    normalize: Literal["auto", "unit", "scalar", "standard", "imagenet", "none"] | NormalizeConfig = "auto"
+    """How inputs are scaled. unit: uint8 images to [0, 1]. scalar: one mean and one standard deviation of all training
+    values. standard: those of each channel or column. imagenet: those that torchvision's pretrained weights expect.
+    none: not at all. {mean: 0.5, std: 0.25}: these numbers. auto: unit for uint8 images, standard for columns."""
+    splits: SplitsConfig = RandomSplitsConfig()
+    """Which rows train, validate and test; by: random, range, group, time or column."""
+    shuffle: bool = True
+    """Draw a new order of the training rows in each epoch."""
+    augment: AugmentConfig = AugmentConfig()
+    """Random changes to training images."""
+    loader: DataLoaderConfig = DataLoaderConfig()
+    """How batches are fetched."""
+    cache: CacheConfig = CacheConfig()
+    """Where decoded data is kept on this machine's disk between runs."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_unset_keys_of_other_sources(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {key: value for key, value in values.items() if key in cls.model_fields or not _is_unset(key, value)}
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _name_all_sources(cls, value: Any) -> Any:
+        if isinstance(value, dict | UserFunctionConfig) or (isinstance(value, str) and value in SOURCES):
+            return value
+        *names, last = [repr(name) for name in SOURCES]
+        raise PydanticCustomError("literal_error", "unknown source", {"expected": f"{', '.join(names)} or {last}"})
+
+    @field_validator("splits", mode="before")
+    @classmethod
+    def _random_unless_given(cls, value: Any) -> Any:
+        return {"by": "random", **value} if isinstance(value, dict) else value
+
+    @model_serializer(mode="wrap")
+    def _own_keys_before_common_ones(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        return {key: values[key] for key in sorted(values, key=lambda key: key in COMMON_KEYS)}
+
+    @property
+    def splits_column(self) -> str | None:
+        """The column that splits go by, which no pattern of `features` matches."""
+        return None if isinstance(self.splits, RandomSplitsConfig | RangeSplitsConfig) else self.splits.column
+
+    @property
+    def labels(self) -> list[str]:
+        """The label columns; empty for a source without columns."""
+        return []
+
+
+COMMON_KEYS = frozenset(BaseDataConfig.model_fields) - {"source"}
+
+
+class NamedDataConfig(BaseDataConfig):
+    """A public dataset, downloaded at its first use."""
+
+    source: Literal["mnist", "fashion_mnist", "cifar10", "cifar100"] = "mnist"
+    """The name of the dataset."""
+    root: str = "~/.cache/trainyard"
+    """Folder to which the dataset is downloaded, or in which its files already are. The other sources ignore this key,
+    so that a `base:` can set it for jobs of any source."""
+
+
+class DiscDataConfig(BaseDataConfig):
+    """Generated points of the plane, labeled 1 inside a disc around the origin and 0 outside."""
+
+    source: Literal["disc"]
+    """The name of the generator; the seed is `seed.data`."""
+
+
+class UserFunctionDataConfig(BaseDataConfig):
+    """Arrays or tensors that a function of your own returns."""
+
+    source: UserFunctionConfig
+    """The function, as `{call: module:function, args: {}}`."""
+
+
+class FileDataConfig(BaseDataConfig):
+    """Files at a URL."""
+
+    url: str
+    label: str | list[str] | None
+
+    @property
+    def labels(self) -> list[str]:
+        return [] if self.label is None else [self.label] if isinstance(self.label, str) else self.label
+
+
+class ParquetDataConfig(FileDataConfig):
+    """Columns of Parquet files."""
+
+    source: Literal["parquet"]
+    """Parquet files."""
+    url: str
+    """A file, a glob or a partitioned folder: any fsspec URL, or a path."""
+    label: str | Annotated[list[str], Field(min_length=1)]
+    """The column to learn; for a regression of several targets, a list of columns of numbers."""
+    features: Annotated[list[str], Field(min_length=1)] = ["*"]
+    """Columns to learn from: names, or patterns such as num_*. The default is all columns but label, keys and the
+    splits' column."""
+    keys: list[str] = []
+    """Columns that identify a row. The model never learns from them; predictions carry them."""
+    categorical: list[str] = []
+    """Names or patterns of numeric columns that hold categories rather than amounts. Columns of text always do."""
+    missing: ImputationConfig = ImputationConfig()
+    """What replaces missing values."""
+    one_hot_up_to: Annotated[int, Field(ge=0)] = 16
+    """A categorical column of up to this many levels becomes one input per level. One of more levels becomes a single
+    whole number behind the other inputs, for which `kind: mlp` learns an embedding."""
+    shape: Annotated[list[Positive], Field(min_length=1)] | None = None
+    """Shape of a sample where the only feature is a column of fixed-size bytes or lists, such as [1, 28, 28]."""
+
+
+class ImageFolderDataConfig(FileDataConfig):
+    """Image files: a folder for each class, or a Parquet file of paths and labels."""
+
+    source: Literal["image_folder"]
+    """Image files."""
+    url: str
+    """A folder with one folder for each class, or a Parquet file of paths and labels: any fsspec URL, or a path."""
+    label: str | None = None
+    """With a Parquet file: the column of labels. A folder has none, since the folders in it are the classes."""
+    path: str = "path"
+    """With a Parquet file: the column of paths, relative to the file's folder or absolute."""
+    resize: Size | None = None
+    """Pixels: one number scales the shorter side to it; [height, width] scales both sides. Needed unless all images
+    have the same size."""
+    crop: Size | None = None
+    """Pixels: cut this much out of the center, after resizing; one number for both sides, or [height, width]."""
+    mode: Literal["rgb", "grey"] = "rgb"
+    """Channels of the decoded images: rgb for three, grey for one."""
+    on_error: Literal["fail", "skip"] = "fail"
+    """What to do about an image that cannot be decoded: fail, or skip it with a warning."""
+    skip_up_to: Fraction = 0.01
+    """With on_error: skip, the largest share of images that may be skipped; more are an error."""
+
+    @field_validator("label", mode="before")
+    @classmethod
+    def _one_label(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            raise ValueError("source: image_folder takes one label")
+        return value
+
+
+SOURCES: dict[str, type[BaseDataConfig]] = {
+    **dict.fromkeys(("mnist", "fashion_mnist", "cifar10", "cifar100"), NamedDataConfig),
+    "disc": DiscDataConfig,
+    "parquet": ParquetDataConfig,
+    "image_folder": ImageFolderDataConfig,
+}
+"""The configuration class of each source that has a name."""
+
+
+def sources_with(key: str) -> list[str]:
+    """The sources that `key` goes with; empty for a key of all sources or of none."""
+    return (
+        [] if key in COMMON_KEYS | {"source"} else [name for name, kind in SOURCES.items() if key in kind.model_fields]
+    )
+
+
+def _is_unset(key: str, value: Any) -> bool:
+    """Whether a key of another source has its default, as in a job that was written out before keys were divided by
+    source, and in one whose source is overridden. (No other source reads `root`, so any value of it is ignored.)"""
+    if key == "root":
+        return True
+    for kind in SOURCES.values():
+        field = kind.model_fields.get(key)
+        default = None if field is None or field.is_required() else field.get_default()
+        if field is not None and (value == default or (isinstance(default, ConfigNode) and _equals(default, value))):
+            return True
+    return False
+
+
+def _equals(default: ConfigNode, value: Any) -> bool:
+    try:
+        return type(default).model_validate(value) == default
+    except ValidationError:
+        return False
+
+
+def _branch_of_data(value: Any) -> str:
+    """The class that a mapping describes, so that its errors are those of that class alone."""
+    source = value.get("source", "mnist") if isinstance(value, dict) else getattr(value, "source", "mnist")
+    if isinstance(source, dict | UserFunctionConfig):
+        return "UserFunctionDataConfig"
+    return SOURCES.get(source, NamedDataConfig).__name__ if isinstance(source, str) else "NamedDataConfig"
+
+
+DataConfig = Annotated[
+    Annotated[NamedDataConfig, Tag("NamedDataConfig")]
+    | Annotated[DiscDataConfig, Tag("DiscDataConfig")]
+    | Annotated[ParquetDataConfig, Tag("ParquetDataConfig")]
+    | Annotated[ImageFolderDataConfig, Tag("ImageFolderDataConfig")]
+    | Annotated[UserFunctionDataConfig, Tag("UserFunctionDataConfig")],
+    Discriminator(_branch_of_data),
+]

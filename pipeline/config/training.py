@@ -1,0 +1,154 @@
+"""`task:` and `train:` what is learned, and how."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, Strict, field_validator, model_validator
+
+from pipeline.config.base import ConfigNode, Fraction, Positive, validate_import_path
+
+
+def _parse_integer_label(label: Any) -> Any:
+    is_number = isinstance(label, str) and re.fullmatch("0|-?[1-9][0-9]*", label)  # 007 is a text
+    return int(label) if is_number else label
+
+
+Label = Annotated[int | str, BeforeValidator(_parse_integer_label)]
+"""A class: its label, or its name; the keys of JSON and of `--set` are text."""
+
+
+class TaskConfig(ConfigNode):
+    """What is learned: the loss, and what counts as correct. `task: binary` is short for `task: {kind: binary}`."""
+
+    kind: Literal["multiclass", "binary", "regression"] = "multiclass"
+    """multiclass: softmax cross-entropy. binary: one logit and binary cross-entropy. regression: mean squared error."""
+    positive: list[int | bool | str] | None = None
+    """binary: the labels that count as 1, such as [0, 1, 2] or [yes]; the others are 0. By default the later one of two
+    numbers: 1 of 0 and 1, and of -1 and 1."""
+    class_weights: Literal["balanced"] | dict[Label, Annotated[float, Field(gt=0)]] | None = None
+    """Weight of each class in the loss, by its label, such as {0: 1, 1: 5}; balanced: inversely proportional to its
+    rows in the training split; null: all the same."""
+    loss: str | None = None
+    """Another loss than the default of the kind. regression: mse, mae or huber. Any kind: `module:function` of your
+    own, which takes outputs and targets of a batch of B rows and returns B losses."""
+    huber_delta: Annotated[float, Field(gt=0)] = 1.0
+    """With loss: huber, the error at which the loss changes from squares to absolute values, in the unit that is
+    learned (with scale_targets, standard deviations)."""
+    scale_targets: bool = True
+    """regression: learn (target - mean) / std of the training rows. Metrics and predictions stay in the target's unit
+    (with several targets, rmse and mae are in standard deviations, beside those of each target); the loss is that
+    of what is learned."""
+
+    @field_validator("loss")
+    @classmethod
+    def _validate_loss(cls, value: str | None) -> str | None:
+        return value if value is None or value in REGRESSION_LOSSES else validate_import_path(value)
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        if self.positive is not None and self.kind != "binary":
+            raise ValueError("positive goes with kind: binary")
+        if self.class_weights is not None and self.kind == "regression":
+            raise ValueError("class_weights goes with multiclass and binary")
+        if self.loss in REGRESSION_LOSSES and self.kind != "regression":
+            raise ValueError(f"loss: {self.loss} goes with kind: regression")
+        return self
+
+
+REGRESSION_LOSSES = ("mse", "mae", "huber")
+
+
+class ParamGroupConfig(ConfigNode):
+    """Parameters with a learning rate of their own: `{match: "layer4.*", lr_factor: 0.1}`."""
+
+    match: str
+    """Name of a parameter, or a pattern; the first group that matches applies."""
+    lr_factor: Annotated[float, Field(ge=0)] = 1.0
+    """Factor on the phase's learning rate."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Weight decay of these parameters; null: that of the optimizer."""
+
+
+class OptimizerConfig(ConfigNode):
+    """The update rule. The learning rate is part of the phases."""
+
+    kind: Literal["sgd", "adam", "adamw"] = "sgd"
+    """The update rule, as in `torch.optim`."""
+    momentum: Fraction = 0.0
+    """Momentum; sgd only."""
+    nesterov: bool = False
+    """Nesterov momentum; sgd only, and needs momentum."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay: an L2 penalty in sgd and adam, decoupled from the gradient in adamw."""
+    betas: Annotated[tuple[Fraction, Fraction], Strict(False)] = (0.9, 0.999)
+    """Decay rates of the running means of the gradient and of its square; adam and adamw only."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the denominator of the update; adam and adamw only."""
+    groups: list[ParamGroupConfig] = []
+    """Parameters that learn at another rate than the rest."""
+
+    @model_validator(mode="after")
+    def _check_momentum(self) -> Self:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs momentum")
+        if self.kind != "sgd" and (self.momentum or self.nesterov):
+            raise ValueError(f"momentum and nesterov go with kind: sgd, not {self.kind}")
+        return self
+
+
+class PhaseConfig(ConfigNode):
+    """A stretch of epochs or steps with its own learning rate."""
+
+    epochs: Positive | None = None
+    """Length in epochs. A phase has either epochs or steps."""
+    steps: Positive | None = None
+    """Length in steps (updates of the weights)."""
+    lr: Annotated[float, Field(gt=0)]
+    """Learning rate; with a schedule, its highest value."""
+    schedule: Literal["constant", "step", "cosine", "one_cycle"] = "constant"
+    """How the learning rate changes within the phase. step: times `factor` every `every_epochs`. cosine: down to 0.
+    one_cycle: up from lr/25 over the first 30 % of the steps, then down to lr/250,000 (the learning rate of Smith's
+    1cycle)."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps at the start of the phase over which the learning rate rises linearly from 0."""
+    every_epochs: Positive = 1
+    """With schedule: step, the epochs between two changes."""
+    factor: Annotated[float, Field(gt=0)] = 0.1
+    """With schedule: step, the factor on the learning rate at each change."""
+    optimizer_state: Literal["keep", "reset"] = "keep"
+    """Whether the optimizer's momentum and moments carry over from the phase before, or start from zero."""
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("a phase has either epochs or steps")
+        return self
+
+
+class TrainConfig(ConfigNode):
+    """The training loop."""
+
+    batch_size: Positive | Literal["all"] = 100
+    """Rows per step, over all workers together; all: the whole training split."""
+    micro_batch: Positive | None = None
+    """Accumulate gradients over pieces of this many rows on each worker, to save memory; null: all rows at once."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The update rule."""
+    phases: Annotated[list[PhaseConfig], Field(min_length=1)] = [
+        PhaseConfig(epochs=5, lr=0.5),
+        PhaseConfig(epochs=5, lr=0.1),
+    ]
+    """Stretches of training, in order, each with its own length and learning rate."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Scale the whole gradient down to this L2 norm where its norm is larger; null: never."""
+    precision: Literal["fp64", "fp32", "bf16", "fp16"] = "fp32"
+    """Floating-point type of the computation. bf16 and fp16 keep the weights in fp32; fp16 scales the loss."""
+    compile: Literal["auto", "off", "on"] = "auto"
+    """Compile the training step with torch.compile; auto decides by the job and the device."""
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _parse_compile(cls, value: Any) -> Any:
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value

@@ -1,0 +1,313 @@
+"""Pictures of a listing, decoded one at a time or some when they are asked for.
+
+All pictures of a listing: decoded into memory or the cache, or checked and left where they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+import PIL
+
+from pipeline.config import ImageFolderDataConfig
+from pipeline.data.cache import get_or_build, has_room_for
+from pipeline.data.sources.file_digests import ProgressFn, changed_file_error, select_num_read_threads
+from pipeline.data.sources.images.decode import (
+    ImageFormat,
+    ImageTooSmallError,
+    InvalidImageError,
+    decode_image,
+    silence_pillow_warnings,
+)
+from pipeline.data.sources.images.listing import ImageDigests, ImageListing, ThrottledProgress
+from pipeline.errors import DataError, WorkError
+from pipeline.storage.read_files import map_in_threads
+from pipeline.watchdog import note_progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class ImageDecoder:
+    """Decodes single pictures of a listing, of the content that was identified alone.
+
+    shape: (C, H, W) of each; where the job does not decide it, of the first whole picture.
+    """
+
+    def __init__(self, listing: ImageListing, digests: ImageDigests, image_format: ImageFormat) -> None:
+        self.listing, self.digests, self._image_format = listing, digests, image_format
+        self._first: tuple[int, tuple[int, ...]] | None = None
+        self.shape: tuple[int, ...] = (image_format.channels, *(image_format.output_size or self._find_first_size()))
+
+    def __call__(self, row: int) -> np.ndarray:
+        """One picture, uint8 of `shape`.
+
+        Raises
+        ------
+        BrokenPictureError: it cannot be decoded.
+        DataError: it is of another size, has changed, or is gone.
+        """
+        picture = self._decode(row)
+        if picture.shape != self.shape:
+            assert self._first is not None
+            actual_size, expected_size = (f"{shape[1]} x {shape[2]}" for shape in (picture.shape, self.shape))
+            raise DataError(
+                f"{self.path_of(row)} is {actual_size} pixels, but {self.path_of(self._first[0])} is {expected_size}",
+                where=self.where,
+                fix="give them one size, for example data: {resize: [224, 224]}, or {resize: 256, crop: 224}",
+            )
+        return picture
+
+    def path_of(self, row: int) -> str:
+        return self.listing.paths[row]
+
+    @property
+    def where(self) -> str:
+        return f"data.url: {self.listing.reader.printable}"
+
+    def _decode(self, row: int) -> np.ndarray:
+        try:
+            content = self.listing.reader.read(self.path_of(row))
+            if not self.digests.is_unchanged(row, content):
+                raise changed_file_error(f"{self.where}, {self.path_of(row)}")
+            return decode_image(content, self._image_format)
+        except FileNotFoundError:
+            raise DataError(f"{self.path_of(row)} is gone", where=self.where, fix="leave the folder as it is") from None
+        except ImageTooSmallError as error:
+            raise DataError(
+                f"{self.path_of(row)} is {error}, too small for crop: {self._image_format.crop}",
+                where=self.where,
+                fix="resize: enlarges pictures before they are cut",
+            ) from None
+
+    def _find_first_size(self) -> tuple[int, ...]:
+        reason = ""
+        with silence_pillow_warnings():
+            for row in range(len(self.listing.paths)):
+                try:
+                    self._first = row, self._decode(row).shape
+                except InvalidImageError as error:
+                    reason = reason or str(error)
+                else:
+                    return self._first[1][1:]
+        raise DataError(
+            f"none of {len(self.listing.paths):,} pictures can be decoded; {self.path_of(0)}: {reason}",
+            where=self.where,
+            fix="see that they are pictures",
+        )
+
+
+class LazyImages:
+    """Rows that are decoded when they are asked for: uint8 (N, C, H, W), see `data.tensors.RowsOnDemand`."""
+
+    def __init__(self, decoder: ImageDecoder, rows: np.ndarray) -> None:
+        self._decoder, self._indices = decoder, rows
+        self.shape = (len(rows), *decoder.shape)
+        self.dtype = np.dtype(np.uint8)
+        self.ndim = len(self.shape)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
+        """Some rows, uint8 (b, C, H, W), by as many threads as there are cores; by one in a loader process.
+
+        Raises
+        ------
+        WorkError: a broken picture.
+        """
+        files, indices = self._decoder.listing.reader, self._indices[rows]
+        threads = select_num_read_threads(files.is_remote) if files.is_remote or not _is_in_loader_process() else 1
+        decoded = np.empty((len(indices), *self.shape[1:]), dtype=np.uint8)
+        with silence_pillow_warnings():
+            for position, picture in enumerate(map_in_threads(self._decode, indices.tolist(), threads)):
+                decoded[position] = picture
+        return decoded
+
+    def _decode(self, row: int) -> np.ndarray:
+        try:
+            return self._decoder(row)
+        except InvalidImageError as error:
+            raise WorkError(
+                f"the picture {self._decoder.path_of(row)} is broken: {error}",
+                where=self._decoder.where,
+                fix="replace or delete it; or data: {on_error: skip}",
+            ) from None
+
+
+def _is_in_loader_process() -> bool:
+    loaded = sys.modules.get("torch.utils.data")  # who looks at data alone has not imported it
+    return loaded is not None and loaded.get_worker_info() is not None
+
+
+IMAGES_PER_BLOCK = 16
+"""Pictures that a loader process decodes at once."""
+
+PIXELS_FILE = "pixels.npy"
+INVALID_IMAGES_FILE = "broken.json"
+
+INVALID_LIST_BYTES = 1 << 12
+"""What a list of broken pictures takes in the cache, roughly."""
+
+InvalidImages = dict[int, str]
+"""Rows of broken pictures, and why they are so."""
+
+
+def decode_all(
+    listing: ImageListing, digests: ImageDigests, data: ImageFolderDataConfig, on_progress: ProgressFn
+) -> tuple[np.ndarray | LazyImages, np.ndarray, tuple[str, ...]]:
+    """The pictures, uint8 (n, C, H, W); their rows in the listing, int64 (n,); and warnings of what was left out.
+
+    In memory, where `data.cache.in_memory_mb` allows; else memory-mapped from the cache, where they fit into it; else
+    decoded when they are asked for. The bytes are the same.
+
+    Raises
+    ------
+    DataError: broken pictures, with `on_error: skip` more of them than allowed; different sizes; pictures that change.
+    """
+    image_format, count = ImageFormat.from_config(data), len(listing.paths)
+    decoder = ImageDecoder(listing, digests, image_format)
+    size = count * math.prod(decoder.shape)
+    key = f"{digests.fingerprint} {image_format} {data.on_error} Pillow {PIL.__version__}"
+    run = _DecodePass(decoder, data, on_progress)
+    broken: InvalidImages = {}
+    images: np.ndarray | None = None
+    if size <= data.cache.in_memory_mb * 1e6:
+        images, filled = np.empty((count, *decoder.shape), dtype=np.uint8), 0
+        for picture in run.decode_valid(broken):
+            images[filled] = picture
+            filled += 1
+        images = images[:filled]
+    elif has_room_for(data.cache, size + INVALID_LIST_BYTES):
+        entry = get_or_build(data.cache, _digest(key), run.write_images, size_bytes=size + INVALID_LIST_BYTES)
+        images, broken = entry.map_array(PIXELS_FILE), _read_invalid(entry.folder)
+    elif data.on_error == "skip" or not image_format.accepts_any_size:
+        entry = get_or_build(data.cache, _digest(f"broken of {key}"), run.write_invalid, size_bytes=INVALID_LIST_BYTES)
+        broken = _read_invalid(entry.folder)
+    run.check_broken_fraction(broken)
+    rows = np.setdiff1d(np.arange(count, dtype=np.int64), np.array(list(broken), dtype=np.int64))
+    return LazyImages(decoder, rows) if images is None else images, rows, run.format_warnings(broken)
+
+
+class _DecodePass:
+    """One pass over all pictures."""
+
+    def __init__(self, decoder: ImageDecoder, data: ImageFolderDataConfig, say: ProgressFn) -> None:
+        self._decoder, self._data, self._on_progress = decoder, data, say
+        self._count = len(decoder.listing.paths)
+
+    def decode_valid(self, broken: InvalidImages) -> Iterator[np.ndarray]:
+        """The pictures that can be decoded, in order; the others are noted.
+
+        Raises
+        ------
+        DataError: after the last, if any was broken and none may be.
+        """
+        progress = ThrottledProgress("decoding", self._count, self._on_progress)
+        for row, result in enumerate(self._iter_results()):
+            progress(row + 1)
+            if isinstance(result, str):
+                broken[row] = result
+            elif not broken or self._data.on_error == "skip":
+                yield result
+        self._decoder.digests.verify()
+        self.check_broken_fraction(broken)
+
+    def write_images(self, folder: Path) -> None:
+        """Write all that can be decoded."""
+        broken: InvalidImages = {}
+        shape, filled = self._decoder.shape, 0
+        with (folder / PIXELS_FILE).open("wb") as file:
+            header = _write_header(file, (self._count, *shape))
+            for picture in self.decode_valid(broken):
+                file.write(picture.data)
+                filled += 1
+            file.seek(0)
+            assert _write_header(file, (filled, *shape)) == header, "NumPy leaves room for the number of rows to grow"
+        _write_invalid(folder, broken)
+
+    def write_invalid(self, folder: Path) -> None:
+        """Write which are broken."""
+        broken: InvalidImages = {}
+        for _ in self.decode_valid(broken):
+            pass
+        _write_invalid(folder, broken)
+
+    def check_broken_fraction(self, broken: InvalidImages) -> None:
+        """Raise DataError for more broken pictures than the job allows."""
+        skips = self._data.on_error == "skip"
+        if len(broken) <= (self._data.skip_up_to * self._count if skips else 0):
+            return
+        row, reason = next(iter(broken.items()))
+        allowed = f"; skip_up_to allows {self._data.skip_up_to:.2%}" if skips else ""
+        raise DataError(
+            f"{len(broken):,} of {self._count:,} pictures are broken{allowed}. The first is "
+            f"{self._decoder.path_of(row)}: "
+            f"{reason}",
+            where=self._decoder.where,
+            fix="replace or delete them; or data: {on_error: skip, skip_up_to: 0.05}",
+        )
+
+    def format_warnings(self, broken: InvalidImages) -> tuple[str, ...]:
+        if not broken:
+            return ()
+        named = ", ".join(self._decoder.path_of(row) for row in list(broken)[:10])
+        more = ", ..." if len(broken) > 10 else ""
+        return (f"{len(broken):,} of {self._count:,} pictures are broken and left out: {named}{more}",)
+
+    def _iter_results(self) -> Iterator[np.ndarray | str]:
+        """A picture, or why there is none, for every row."""
+        processes = self._data.loader.processes
+        with silence_pillow_warnings():
+            if not processes:
+                threads = select_num_read_threads(self._decoder.listing.reader.is_remote)
+                yield from map_in_threads(self._decode_or_reason, range(self._count), threads)
+                return
+            from pipeline.data.loader_workers import map_in_processes
+
+            blocks = [
+                range(first, min(first + IMAGES_PER_BLOCK, self._count))
+                for first in range(0, self._count, IMAGES_PER_BLOCK)
+            ]
+            for block in map_in_processes(self._decode_block, blocks, processes):
+                note_progress()
+                yield from (result if isinstance(result, str) else result.numpy() for result in block)
+
+    def _decode_block(self, rows: Sequence[int]) -> list[Tensor | str]:
+        """As tensors, which go from process to process without a copy."""
+        import torch
+
+        files = self._decoder.listing.reader
+        results = map_in_threads(self._decode_or_reason, rows, select_num_read_threads(True) if files.is_remote else 1)
+        return [result if isinstance(result, str) else torch.from_numpy(result) for result in results]
+
+    def _decode_or_reason(self, row: int) -> np.ndarray | str:
+        try:
+            return self._decoder(row)
+        except InvalidImageError as error:
+            return str(error)
+
+
+def _write_header(file: IO[bytes], shape: tuple[int, ...]) -> int:
+    """NumPy's own for uint8; returns where it ends."""
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return file.tell()
+
+
+def _write_invalid(folder: Path, broken: InvalidImages) -> None:
+    (folder / INVALID_IMAGES_FILE).write_text(json.dumps(broken))
+
+
+def _read_invalid(folder: Path) -> InvalidImages:
+    return {int(row): reason for row, reason in json.loads((folder / INVALID_IMAGES_FILE).read_text()).items()}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

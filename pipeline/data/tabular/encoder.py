@@ -1,0 +1,230 @@
+"""Tables as matrices: Arrow columns in, rows of numbers out, laid out by a schema; in training and in prediction."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.data.rounding import NumberKind, max_rounding_error
+from pipeline.data.tabular.schema import (
+    NUMERIC_KINDS,
+    ArrowKind,
+    Column,
+    FloatType,
+    InvalidValues,
+    Schema,
+    arrow_kind,
+    bytes_to_array,
+    dictionary_encode,
+    is_exact,
+    to_float_array,
+    unwrap_storage,
+    value_type,
+)
+from pipeline.errors import DataError
+
+NUMERIC_PATTERN = re.compile(r"-?[0-9]+|true|false")
+"""Levels that a column of numbers or booleans can hold, see `as_texts`."""
+
+
+class TableEncoder:
+    """Writes batches of a table as rows of a matrix."""
+
+    def __init__(self, schema: Schema) -> None:
+        self._schema = schema
+        self._categories = {column.name: pa.array(column.categories, pa.string()) for column in schema.columns}
+        self._numeric = {
+            column.name for column in schema.columns if any(map(NUMERIC_PATTERN.fullmatch, column.categories))
+        }
+
+    def write(
+        self, batch: pa.RecordBatch, out: np.ndarray, findings: InvalidValues, rounding: np.ndarray | None = None
+    ) -> None:
+        """Fill `out`, float32 or float64 (n, width), from a batch of n rows; extra columns are of no account.
+
+        Parameters
+        ----------
+        rounding: float64 (width,), raised to the largest error that conversion to `out`'s type makes in each place.
+
+        Raises
+        ------
+        DataError: a column that is absent or of another kind.
+        """
+        for column, offset in zip(self._schema.columns, self._schema.offsets, strict=True):
+            array = _get_column(batch, column, findings.where)
+            if column.kind == "category":
+                out[:, offset] = self._category_codes(array, column, findings)
+                continue
+            end = offset + column.width
+            is_measured = rounding is not None and not is_exact(array.type, out.dtype)
+            dtype = np.dtype(np.float64) if is_measured else out.dtype
+            if column.width == 1 and arrow_kind(array.type).kind in (*NUMERIC_KINDS, "null"):
+                values = to_float_array(array, dtype)[:, None]
+            else:
+                values = _lists_to_array(array, column, dtype, findings)
+            with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is noted
+                out[:, offset:end] = values
+            if rounding is not None and is_measured:
+                errors = max_rounding_error(values, out[:, offset:end], kind=_number_kind(array.type))
+                np.maximum(rounding[offset:end], errors, out=rounding[offset:end])
+            findings.add(
+                column.name,
+                "infinite values",
+                "replace them, with nulls for instance; numbers beyond 3e38 need train.precision: fp64",
+                np.isinf(out[:, offset:end]).any(1),
+            )
+
+    def _category_codes(self, array: pa.Array, column: Column, findings: InvalidValues) -> np.ndarray:
+        kind = arrow_kind(array.type)
+        texts, rows = dictionary_encode(array, column.name, findings)
+        if kind.kind in NUMERIC_KINDS and column.categories and column.name not in self._numeric and (rows >= 0).any():
+            raise DataError(
+                f"the column {column.name!r} holds {kind}, but held text in training, such as "
+                f"{column.categories[0]!r}: no "
+                "number can be any of its values",
+                where=findings.where,
+                fix="give the texts that these numbers stand for",
+            )
+        known = pc.index_in(texts, value_set=self._categories[column.name]).fill_null(len(column.categories))
+        positions: np.ndarray = np.append(known.to_numpy(zero_copy_only=False).astype(np.float64), np.nan)[rows]
+        return positions
+
+
+def encode_to_matrix(table: pa.Table | pa.RecordBatch, schema: Schema, *, dtype: FloatType, where: str) -> np.ndarray:
+    """A table as a matrix (n, width): NaN where a value is missing, `len(levels)` for an unknown level.
+
+    Whole numbers, booleans and decimals do where numbers are wanted; numbers do where texts are, by what they look like
+    as text, unless no level looks like a number. The order of the columns and further columns are of no account.
+
+    Parameters
+    ----------
+    where: what to call the table in messages.
+
+    Raises
+    ------
+    DataError: a column that is absent or of another kind, an infinite value, a list of another length.
+    """
+    encoder, findings = TableEncoder(schema), InvalidValues(where)
+    out = np.empty((table.num_rows, schema.width), dtype)
+    for batch in table.to_batches() if isinstance(table, pa.Table) else [table]:
+        encoder.write(batch, out[findings.num_rows : findings.num_rows + len(batch)], findings)
+        findings.num_rows += len(batch)
+    findings.raise_if_any()
+    return out
+
+
+def to_arrow_table(data: Any) -> pa.Table:
+    """A table of pandas, polars, Arrow or whatever else speaks Arrow's C stream, a dict of columns or a list
+    of dicts, one a row, as Arrow table.
+
+    Columns of a dict may be NumPy arrays (n,) or (n, width), or sequences.
+
+    Raises
+    ------
+    DataError: anything else, or columns of unequal length or mixed types.
+    """
+    try:
+        if isinstance(data, Mapping):
+            return pa.table({str(name): _to_arrow_array(values) for name, values in data.items()})
+        if isinstance(data, list | tuple) and all(isinstance(row, Mapping) for row in data):
+            return pa.Table.from_pylist([dict(row) for row in data])
+        if isinstance(data, pa.RecordBatch):
+            return pa.Table.from_batches([data])
+        if isinstance(data, pa.Table) or hasattr(data, "__arrow_c_stream__"):
+            return pa.table(data)
+    except (pa.ArrowException, ValueError, TypeError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"cannot be read as a table: {first_line}", where="table", fix="one type a column, all of one length"
+        ) from error
+    raise DataError(
+        f"a {type(data).__name__} is no table",
+        where="table",
+        fix="use a pandas or polars DataFrame, an Arrow table, a dict of columns or a list of dicts, one a row",
+    )
+
+
+def _to_arrow_array(values: Any) -> pa.Array:
+    if isinstance(values, np.ndarray) and values.ndim == 2:
+        return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+    return values if isinstance(values, (pa.Array, pa.ChunkedArray)) else pa.array(values, from_pandas=True)
+
+
+def suggest_columns(name: str, names: Iterable[str]) -> str:
+    """What to look at when a column is not there."""
+    known = list(names)
+    close = difflib.get_close_matches(name, known, n=3)
+    if close:
+        return f"did you mean {', '.join(close)}?"
+    return f"columns here: {', '.join(known[:20])}{', ...' if len(known) > 20 else ''}"
+
+
+def check_columns(schema: Schema, column_kinds: Mapping[str, ArrowKind], num_rows: int, where: str) -> None:
+    """Whether a table whose columns hold this can be encoded, as far as their types tell.
+
+    Raises
+    ------
+    DataError: a column that is absent or of another kind.
+    """
+    for column in schema.columns:
+        if column.name not in column_kinds:
+            raise _missing_column_error(column.name, num_rows, column_kinds, where)
+        _check_kind(column, column_kinds[column.name], where)
+
+
+def _get_column(batch: pa.RecordBatch, column: Column, where: str) -> pa.Array:
+    index = batch.schema.get_field_index(column.name)
+    if index < 0:
+        raise _missing_column_error(column.name, batch.num_rows, batch.schema.names, where)
+    array = batch.column(index)
+    _check_kind(column, arrow_kind(array.type), where)
+    return array
+
+
+def _missing_column_error(name: str, num_rows: int, names: Iterable[str], where: str) -> DataError:
+    return DataError(f"there is no column {name!r} ({num_rows:,} rows)", where=where, fix=suggest_columns(name, names))
+
+
+def _check_kind(column: Column, arrow_kind: ArrowKind, where: str) -> None:
+    if column.kind == "category":
+        is_valid = arrow_kind.kind in ("text", "null", *NUMERIC_KINDS)
+    elif arrow_kind.kind in ("vector", "bytes"):
+        is_valid = arrow_kind.width in (0, column.width)
+    else:
+        is_valid = arrow_kind.kind == "null" or (arrow_kind.kind in NUMERIC_KINDS and column.width == 1)
+    if not is_valid:
+        expected = "text" if column.kind == "category" else f"{column.width} numbers" if column.width > 1 else "numbers"
+        raise DataError(
+            f"the column {column.name!r} holds {arrow_kind}; wanted: {expected}", where=where, fix="cast it"
+        )
+
+
+def _number_kind(kind: pa.DataType) -> NumberKind:
+    if is_exact(kind, np.float64):
+        return "floats"
+    return "integers" if pa.types.is_integer(value_type(kind)) else "decimals"
+
+
+def _lists_to_array(array: pa.Array, column: Column, dtype: np.dtype[Any], findings: InvalidValues) -> np.ndarray:
+    """Fixed-size or equally long lists, or bytes, as floats (n, width), NaN where null."""
+    array = unwrap_storage(array)
+    out = np.full((len(array), column.width), np.nan, dtype)
+    if pa.types.is_null(array.type):
+        return out
+    valid = array.is_valid().to_numpy(zero_copy_only=False)
+    if pa.types.is_fixed_size_binary(array.type):
+        out[valid] = bytes_to_array(array, column.width)[valid]
+        return out
+    lengths = pc.list_value_length(array).fill_null(column.width).to_numpy(zero_copy_only=False)
+    findings.add(
+        column.name, f"lists whose length is not {column.width}", "make all lists equally long", lengths != column.width
+    )
+    if (lengths == column.width).all():
+        out[valid] = to_float_array(array.flatten(), dtype).reshape(-1, column.width)
+    return out

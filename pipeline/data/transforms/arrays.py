@@ -1,0 +1,231 @@
+"""Preprocessing of arrays and images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config import IMAGENET, JobConfig, NormalizeConfig
+from pipeline.data.dataset import DatasetPart
+from pipeline.data.serialization import VERSION, check_stored_values
+from pipeline.data.statistics import compute_mean_and_std, compute_min_and_max
+from pipeline.data.tabular.schema import Column, Schema
+from pipeline.errors import DataError
+
+UINT8_MAX = 255.0
+"""What uint8 images are divided by, so that they lie in [0, 1]."""
+
+WHERE = "data.normalize"
+
+MAX_SAMPLE_VALUES = 2**28
+"""Of a sample, as stored: more would be damage."""
+
+ScalingKind = Literal["none", "unit", "scaled"]
+TransformFn = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ArrayTransform:
+    """How raw samples are prepared: plain values, the same for training, evaluation and prediction.
+
+    kind: none: as they are. unit: uint8 / 255. scaled: (x - mean) / std.
+    dtype: NumPy's name of the raw samples' type; uint8 samples are divided by 255 before they are scaled.
+    sample_shape: of a raw sample: (H, W), (C, H, W), (F,), or further.
+    mean, std: one number, or one for each channel (images) or column; empty unless scaled.
+    names: of the columns of samples (F,) that were rows of a data frame; else empty.
+    low, high: of named columns of floating numbers, the smallest and the largest value in training. They prepare
+        nothing: new data is compared with them.
+    """
+
+    kind: ScalingKind
+    dtype: str
+    sample_shape: tuple[int, ...]
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    names: tuple[str, ...] = ()
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+
+    @property
+    def null_fractions(self) -> tuple[float, ...]:
+        """None: arrays have a value everywhere."""
+        return ()
+
+    @property
+    def named_columns(self) -> Schema:
+        """The columns of a sample, where they have names."""
+        return Schema(tuple(Column(name, "number") for name in self.names))
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Shape of a prepared sample: as the raw one, images of two axes with a channel before them."""
+        return (1, *self.sample_shape) if len(self.sample_shape) == 2 else self.sample_shape
+
+    @property
+    def code_sizes(self) -> tuple[int, ...]:
+        """None: only tables have columns of codes."""
+        return ()
+
+    @property
+    def schema(self) -> Schema | None:
+        """None: only tables have one."""
+        return None
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image, or columns."""
+        return self.output_shape[0]
+
+    def check_missing_values(self, raw: np.ndarray, schema: Schema | None = None) -> None:
+        """Every array can be prepared."""
+
+    def make_transform_fn(
+        self, device: torch.device, dtype: torch.dtype, input_schema: Schema | None = None
+    ) -> TransformFn:
+        """A function from raw samples (B, *sample_shape) on `device` to prepared ones (B, *output_shape) of `dtype`.
+
+        The result never shares memory with its argument.
+        """
+        assert input_schema is None, "arrays have no schema"
+        grey = len(self.sample_shape) == 2
+        scale = self._make_scaling_fn(device, dtype)
+
+        def prepare(raw: Tensor) -> Tensor:
+            prepared = scale(raw)
+            return prepared.unsqueeze(1) if grey else prepared
+
+        return prepare
+
+    def _make_scaling_fn(self, device: torch.device, dtype: torch.dtype) -> TransformFn:
+        if self.kind == "none":
+            return lambda raw: raw.to(dtype, copy=True)
+        if self.kind == "unit":
+            return lambda raw: raw.to(dtype, copy=True).div_(UINT8_MAX)
+        mean = torch.tensor(self.mean, dtype=torch.float64)
+        std = torch.tensor(self.std, dtype=torch.float64)
+        if len(self.sample_shape) > 2:
+            mean, std = (values.view(-1, *[1] * (len(self.sample_shape) - 1)) for values in (mean, std))
+        if self.dtype == "uint8":
+            # One operation: 0 to 255 lose nothing by being scaled before the mean is taken off.
+            factor, offset = ((values.to(device, dtype)) for values in (1 / (UINT8_MAX * std), -mean / std))
+            return lambda raw: torch.addcmul(offset, raw.to(dtype), factor)
+        # Columns far from zero keep their digits only if the mean goes first, and float64 only until it has gone.
+        work = torch.float64 if self.dtype == "float64" else dtype
+        mean, factor = mean.to(device, work), (1 / std).to(device, work)
+        return lambda raw: (raw.to(work) - mean).mul_(factor).to(dtype)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; `preprocess_from_json` gives the same object back."""
+        return {
+            "version": VERSION,
+            "kind": self.kind,
+            "dtype": self.dtype,
+            "sample_shape": list(self.sample_shape),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            **{name: list(getattr(self, name)) for name in ("names", "low", "high") if self.names},
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ArrayTransform:
+        """What `to_json` gave.
+
+        Raises
+        ------
+        DataError: written by another version, or damaged.
+        """
+        with check_stored_values(values):
+            kind, dtype = str(values["kind"]), str(values["dtype"])
+            shape = tuple(int(size) for size in values["sample_shape"])
+            mean, std = (tuple(float(value) for value in values[name]) for name in ("mean", "std"))
+            if kind not in ("none", "unit", "scaled"):
+                raise ValueError(f"kind {kind!r}")
+            names = tuple(str(name) for name in values.get("names", ()))
+            low, high = (tuple(float(value) for value in values.get(name, ())) for name in ("low", "high"))
+            result = cls(cast(ScalingKind, kind), dtype, shape, mean, std, names, low, high)
+            if names and (shape != (len(names),) or len(low) not in (0, len(names)) or len(high) != len(low)):
+                raise ValueError(f"{len(names)} names, {len(low)} and {len(high)} ends for samples of shape {shape}")
+            if min(shape, default=0) < 1 or math.prod(shape) > MAX_SAMPLE_VALUES:
+                raise ValueError(f"samples of shape {shape}")
+            expected_lengths = (1, result.channels) if kind == "scaled" else (0,)
+            if len(mean) not in expected_lengths or len(std) not in expected_lengths:
+                raise ValueError(f"{len(mean)} means and {len(std)} deviations for {result.channels} channels")
+        return result
+
+
+def fit_array_transform(
+    job: JobConfig, dataset_part: DatasetPart, indices: np.ndarray, column_names: tuple[str, ...] = ()
+) -> ArrayTransform:
+    """Fit what `data.normalize` asks for; auto is unit for bytes and standard for other numbers.
+
+    Parameters
+    ----------
+    arrays: the training part of the source.
+    rows: positions of the training split in it, int64 (n,): no other row is looked at.
+    names: of the columns, where they have any.
+
+    Raises
+    ------
+    DataError: a normalisation that does not fit the samples.
+    """
+    normalize, inputs = job.data.normalize, dataset_part.inputs
+    if normalize == "auto":
+        normalize = "unit" if inputs.dtype == np.uint8 else "standard"
+    low, high = compute_min_and_max(inputs, indices) if column_names and inputs.dtype.kind == "f" else ((), ())
+    plain = ArrayTransform("none", inputs.dtype.name, tuple(inputs.shape[1:]), names=column_names, low=low, high=high)
+    if normalize == "none":
+        return plain
+    if normalize == "unit":
+        if inputs.dtype != np.uint8:
+            raise DataError(
+                f"unit is for images of bytes, but the inputs are {inputs.dtype}",
+                where=WHERE,
+                fix="use standard, scalar or none",
+            )
+        return replace(plain, kind="unit")
+    if normalize == "imagenet":
+        if len(plain.sample_shape) != 3 or plain.channels != 3:
+            raise DataError(
+                f"imagenet is for images of 3 channels, but a sample has the shape {plain.sample_shape}",
+                where=WHERE,
+                fix="use data.mode: rgb, or another normalisation",
+            )
+        normalize = IMAGENET
+    if isinstance(normalize, NormalizeConfig):
+        mean, std = fixed_mean_and_std(normalize, plain.channels)
+    else:
+        mean, std = compute_mean_and_std(inputs, indices, per_channel=normalize == "standard")
+        if inputs.dtype == np.uint8:
+            mean, std = mean / UINT8_MAX, std / UINT8_MAX
+        std = np.where(std == 0, 1.0, std)
+    return replace(plain, kind="scaled", mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+
+
+def fixed_mean_and_std(config: NormalizeConfig, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Fixed means and deviations, float64 (1,) or (channels,) each.
+
+    Raises
+    ------
+    DataError: another number of them, or numbers that cannot be used.
+    """
+    mean, std = (np.atleast_1d(np.asarray(value, dtype=np.float64)) for value in (config.mean, config.std))
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, channels):
+            raise DataError(
+                f"{len(values)} numbers for {channels} channels or columns",
+                where=f"{WHERE}.{name}",
+                fix=f"give 1 or {channels}",
+            )
+        if not np.isfinite(values).all() or (name == "std" and (values <= 0).any()):
+            raise DataError(
+                f"{values.tolist()} holds a number that cannot be used",
+                where=f"{WHERE}.{name}",
+                fix="finite numbers, and deviations above 0",
+            )
+    return mean, std

@@ -1,0 +1,1 @@
+"""Trained models: loaded with their preprocessing, called on raw inputs."""

@@ -1,0 +1,71 @@
+"""`load`: a trained model, ready to answer."""
+
+from __future__ import annotations
+
+from pipeline import user_code
+from pipeline.config import CustomModelConfig, JobConfig
+from pipeline.config.files import parse_job
+from pipeline.data.fitted_transforms import FittedTransforms
+from pipeline.device import Precision, default_settings, select_device
+from pipeline.errors import InputError
+from pipeline.inference.predictor import Predictor
+from pipeline.models import build_model
+from pipeline.runs.checkpoints.checkpoint import find_checkpoint
+from pipeline.runs.locate import find_run
+from pipeline.runs.run import Run, parse_run_ref
+from pipeline.setup import check_state_dict
+from pipeline.training.flat_parameters import load_state_dict_strict
+
+
+def load(model: str, *, storage: str | None = None, device: str = "cpu", trust: bool = False) -> Predictor:
+    """A trained model with its preprocessing and class names.
+
+    Parameters
+    ----------
+    model: RUN[@best|@last|@STEP]: a run's URL, or its name under the storage; best by default.
+    storage: URL that holds the runs; else TRAINYARD_STORAGE, else ./runs.
+    device: cpu, cuda, mps or auto; `to` moves it later.
+    trust: let a run with a model of the user's own import it, from the code stored with the run. Without it nothing
+        that lies in storage is ever run.
+
+    Raises
+    ------
+    InputError: there is no such run or checkpoint, it is damaged, or it needs `trust`.
+    """
+    name, which = parse_run_ref(model)
+    run = find_run(name, storage)
+    job = parse_job(run.read_job_yaml(), f"{run.url}/job.yaml")
+    custom_modules = [job.model.kind] if isinstance(job.model, CustomModelConfig) else []
+    code = load_trusted_code(run, job, custom_modules, trust)
+    saved = find_checkpoint(run, which)
+    fitted, target_device = FittedTransforms.from_json(saved.load_preprocess()), select_device(device)
+    preprocess = fitted.input_transform
+    weights = saved.load_weights()
+    check_state_dict(job, fitted, weights, saved.url)
+    with code.activated(), default_settings():
+        net = build_model(job, preprocess.output_shape, fitted.num_outputs, 0, preprocess.code_sizes)
+        net.to(
+            target_device, Precision.from_name(job.train.precision, target_device).dtype
+        )  # first: fp64 stays what it is
+        load_state_dict_strict(net, weights, "".join(custom_modules))
+    return Predictor(net, fitted, job, run.name, saved.step, code)
+
+
+def load_trusted_code(run: Run, job: JobConfig, names: list[str], trust: bool) -> user_code.UserCode:
+    """The code that the modules which a stored job names are imported from: the code stored with it, or what lies where
+    they were then if none was stored.
+
+    Raises
+    ------
+    InputError: they are not trusted.
+    """
+    if not names:
+        return user_code.NO_CODE
+    if not trust:
+        raise InputError(
+            f"this job would import {', '.join(names)}",
+            where=f"{run.url}/job.yaml",
+            fix="--trust (in Python: trust=True) allows it, if you trust this storage",
+        )
+    archive = run.read_code()
+    return user_code.load_stored_code(archive) if archive is not None else user_code.collect_user_code(job)

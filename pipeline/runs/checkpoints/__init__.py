@@ -1,0 +1,1 @@
+"""Checkpoints: what they hold, their files and manifests, and how they are read safely."""

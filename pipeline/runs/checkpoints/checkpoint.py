@@ -1,0 +1,272 @@
+"""Checkpoints as they are read: nothing in one counts but what its manifest vouches for."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import StorageError
+from pipeline.runs.checkpoints.format import (
+    CHECKPOINTS_FOLDER,
+    MANIFEST_FILE,
+    PICKLED_STATE,
+    PREPROCESS_FILE,
+    ROWS_FILE,
+    STATE_FILE,
+    WEIGHTS_FILE,
+    Manifest,
+    parse_manifest,
+)
+from pipeline.runs.journal import decisions
+from pipeline.runs.journal.entries import BestCheckpoint, CheckpointPair
+from pipeline.runs.run import Run
+from pipeline.runs.serialization import from_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class DamagedError(StorageError):
+    """A checkpoint that is missing, incomplete or altered."""
+
+
+class Checkpoint:
+    """A checkpoint in storage. Every file is checked against the manifest whenever it is read.
+
+    Parameters
+    ----------
+    run: where it lies.
+    name: of its directory, such as "step-000004800-a0001".
+
+    Raises
+    ------
+    DamagedError: there is no sound manifest.
+    """
+
+    def __init__(self, run: Run, name: str) -> None:
+        self.name = name
+        self.run_url = run.url
+        """Where the run lies that holds it, printable."""
+        self._storage = run.storage.subfolder(f"{CHECKPOINTS_FOLDER}/{name}")
+        self._manifest = self._read_manifest()
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self._storage.url!r})"
+
+    @property
+    def url(self) -> str:
+        """Where it lies, printable."""
+        return self._storage.url
+
+    @property
+    def step(self) -> int:
+        """The step whose weights it holds."""
+        return self._manifest.step
+
+    @property
+    def epoch(self) -> int:
+        """The epoch at the commit."""
+        return self._manifest.epoch
+
+    @property
+    def is_final(self) -> bool:
+        """Whether training was over."""
+        return self._manifest.end
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """Plain values that the worker gave at the commit."""
+        return dict(self._manifest.position)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The latest evaluation at the commit."""
+        return dict(self._manifest.metrics)
+
+    @property
+    def best(self) -> BestCheckpoint | None:
+        """The best evaluation so far and where its weights are; None before the first."""
+        return self._manifest.best
+
+    @property
+    def evaluations_since_best(self) -> int | None:
+        """Evaluations since the best one."""
+        return self._manifest.patience
+
+    @property
+    def first_segment(self) -> int:
+        """The first cell of the metric log that its rows cover."""
+        return self._manifest.first_cell
+
+    @property
+    def has_pickled_state(self) -> bool:
+        """Whether an earlier version wrote it, with a `state.pt` that this version cannot resume from."""
+        return PICKLED_STATE in self._manifest.files and STATE_FILE not in self._manifest.files
+
+    @property
+    def files(self) -> list[str]:
+        """Names of its files, the manifest left out."""
+        return list(self._manifest.files)
+
+    def load_weights(self) -> dict[str, Tensor]:
+        """The model's tensors by name, on the CPU.
+
+        Raises
+        ------
+        DamagedError: not what Trainyard writes.
+        """
+        return self._tensors(WEIGHTS_FILE)
+
+    def load_state(self) -> dict[str, Tensor]:
+        """What else training needs to go on: tensors by name, on the CPU.
+
+        Raises
+        ------
+        DamagedError: not what Trainyard writes.
+        """
+        return self._tensors(STATE_FILE)
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        from pipeline.runs.checkpoints.safe_load import decode_tensors
+
+        try:
+            return decode_tensors(self.read(name))
+        except ValueError as error:
+            raise self._damaged_error(f"{name} is not what Trainyard writes ({error})") from None
+
+    def load_preprocess(self) -> dict[str, Any]:
+        """What turns raw data into the model's input, as plain values."""
+        try:
+            tree = from_json(self.read(PREPROCESS_FILE))
+        except ValueError as error:
+            raise self._damaged_error(f"{PREPROCESS_FILE} is not JSON ({error})") from None
+        if not isinstance(tree, dict):
+            raise self._damaged_error(f"{PREPROCESS_FILE} is no mapping of names to values")
+        return tree
+
+    def read_rows(self) -> bytes:
+        """`rows.parquet`, for the metric log."""
+        return self.read(ROWS_FILE)
+
+    def verify(self) -> None:
+        """Read every file and compare sizes and SHA-256.
+
+        Raises
+        ------
+        DamagedError: a file is missing or altered.
+        """
+        for name in self._manifest.files:
+            self.read(name)
+
+    def read(self, name: str) -> bytes:
+        """A file's content, as it was when the checkpoint was made.
+
+        Raises
+        ------
+        DamagedError: it is missing or altered.
+        """
+        expected = self._manifest.files.get(name)
+        if expected is None:
+            raise self._damaged_error(f"it holds no {name}")
+        try:
+            data = self._storage.read(name)
+        except FileNotFoundError:
+            raise self._damaged_error(f"{name} is missing") from None
+        if len(data) != expected.size:
+            raise self._damaged_error(f"{name} has {len(data)} bytes instead of {expected.size}")
+        if hashlib.sha256(data).hexdigest() != expected.sha256:
+            raise self._damaged_error(f"{name} was altered")
+        return data
+
+    def _read_manifest(self) -> Manifest:
+        try:
+            return parse_manifest(self._storage.read(MANIFEST_FILE))
+        except FileNotFoundError:
+            raise self._damaged_error("it has no manifest") from None
+        except ValueError as error:
+            raise self._damaged_error(f"its manifest is damaged ({error})") from None
+
+    def _damaged_error(self, what: str) -> DamagedError:
+        return DamagedError(f"the checkpoint cannot be used: {what}", where=self._storage.url, fix="use another one")
+
+
+ResumeCheckpoint = Checkpoint
+"""What an attempt goes on from."""
+
+
+def find_first_valid(run: Run, retained: tuple[CheckpointPair, ...]) -> tuple[Checkpoint | None, list[str]]:
+    """The first pair whose checkpoint and best are both sound, and the names of those that are not.
+
+    The best counts, for a run that lost it could not end as one that was never touched.
+    """
+    verified: dict[str, Checkpoint | None] = {}
+    for pair in retained:
+        names = [name for name in pair if name is not None]
+        for name in names:
+            if name not in verified:
+                verified[name] = _load_if_valid(run, name)
+        if all(verified[name] is not None for name in names):
+            return verified[names[0]], _damaged_names(verified)
+    return None, _damaged_names(verified)
+
+
+def has_pickled_state(run: Run, kept: tuple[CheckpointPair, ...]) -> bool:
+    """Whether the newest checkpoint that has a sound manifest was written by an earlier version. One run holds no
+    checkpoints of both, since none of the earlier is resumed."""
+    for name, _ in kept:
+        with suppress(DamagedError):
+            return Checkpoint(run, name).has_pickled_state
+    return False
+
+
+def _damaged_names(verified: dict[str, Checkpoint | None]) -> list[str]:
+    return [name for name, checkpoint in verified.items() if checkpoint is None]
+
+
+def _load_if_valid(run: Run, name: str) -> Checkpoint | None:
+    try:
+        checkpoint = Checkpoint(run, name)
+        checkpoint.verify()
+    except DamagedError:
+        return None
+    return checkpoint
+
+
+def find_checkpoint(run: Run, which: str) -> Checkpoint:
+    """A committed checkpoint by "best", "last" or the number of a step.
+
+    Raises
+    ------
+    StorageError: there is no such checkpoint (or not any more), or it is damaged.
+    """
+    for _ in range(3):  # one that vanishes was deleted by a newer commit: look again
+        name = _resolve_name(run, which)
+        try:
+            return Checkpoint(run, name)
+        except DamagedError as error:
+            failure = error
+        if _resolve_name(run, which) == name:
+            break
+    raise failure
+
+
+def _resolve_name(run: Run, which: str) -> str:
+    commit = run.journal.read_state().commit
+    if commit is None:
+        raise StorageError("it has no checkpoint yet", where=run.url, fix="wait for the first commit")
+    if which == "last":
+        return commit.checkpoint
+    if which == "best":
+        return commit.best.checkpoint if commit.best is not None else commit.checkpoint
+    parsed_names = {
+        name: decisions.parse_checkpoint_name(name) for pair in commit.kept for name in pair if name is not None
+    }
+    steps = {parsed[0]: name for name, parsed in parsed_names.items() if parsed is not None}
+    if not which.isdigit() or int(which) not in steps:
+        raise StorageError(
+            f"it has no checkpoint {which!r}",
+            where=run.url,
+            fix=f"use best, last or one of the steps {', '.join(map(str, sorted(steps)))}",
+        )
+    return steps[int(which)]

@@ -1,0 +1,161 @@
+"""Columns of the metric log, and how its tables become files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.config import JobConfig
+from pipeline.errors import StorageError
+
+PARQUET_MAGIC = b"PAR1"
+MAX_UNPACKED_BYTES, MAX_UNPACKED_BYTES_PER_ROW = 10_000_000, 4096
+"""What a file may take unpacked: so much, and so much a row. (A row of ours takes a hundred.)"""
+
+ColumnType = Literal["float64", "int64", "string", "bool"]
+_ARROW_TYPES = {"float64": pa.float64(), "int64": pa.int64(), "string": pa.string(), "bool": pa.bool_()}
+_TIME = pa.timestamp("us", tz="UTC")
+_COMMON_COLUMNS = [("run", pa.string()), ("attempt", pa.int64()), ("epoch", pa.int64()), ("step", pa.int64())]
+_STEP_COLUMNS = [
+    *_COMMON_COLUMNS,
+    ("loss", pa.float64()),
+    ("correct", pa.int64()),
+    ("lr", pa.float64()),
+    ("samples", pa.int64()),
+    ("seconds", pa.float64()),
+    ("time", _TIME),
+]
+_EVALUATION_COLUMNS = [
+    *_COMMON_COLUMNS,
+    ("split", pa.string()),
+    ("loss", pa.float64()),
+    ("accuracy", pa.float64()),
+    ("correct", pa.int64()),
+    ("samples", pa.int64()),
+    ("seconds", pa.float64()),
+    ("time", _TIME),
+]
+
+
+@dataclass(frozen=True)
+class MetricSchema:
+    """What is logged besides the columns that every run has, as name to type; fixed at a run's birth."""
+
+    steps: Mapping[str, ColumnType] = field(default_factory=dict)
+    evaluations: Mapping[str, ColumnType] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.steps.keys() & self.evaluations.keys():
+            if self.steps[name] != self.evaluations[name]:
+                raise ValueError(f"the column {name!r} must have one type in both tables")
+
+    @classmethod
+    def from_job(cls, job: JobConfig, num_targets: int | None = None) -> MetricSchema:
+        """What the job's task and its user measure besides loss and accuracy, and for fp16 how the loss is scaled.
+
+        Parameters
+        ----------
+        targets: of a regression, how many numbers it learns; those of `data.label` by default.
+        """
+        standard_names = {name for name, _ in _EVALUATION_COLUMNS}
+        names = [name for name in job.metric_columns(num_targets) if name not in standard_names]
+        steps = ("loss_scale", "skipped") if job.train.precision == "fp16" else ()
+        return cls(steps=dict.fromkeys(steps, "float64"), evaluations=dict.fromkeys(names, "float64"))
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, Any]) -> MetricSchema:
+        """Those that a run's birth recorded as `columns`; none without it.
+
+        Raises
+        ------
+        StorageError: not what `to_json` gave.
+        """
+        tree = metadata.get("columns") or {}
+        steps, evaluations = tree.get("steps", {}), tree.get("evaluations", {})
+        sections = (steps, evaluations)
+        if not all(
+            isinstance(section, dict) and set(map(str, section.values())) <= _ARROW_TYPES.keys() for section in sections
+        ):
+            raise StorageError("columns of a type that no run has", where="job.yaml", fix="restore it")
+        return cls(steps, evaluations)
+
+    def columns_missing_from(self, other: MetricSchema) -> list[str]:
+        """Columns of evaluations that a run does not have which was born with others."""
+        return [name for name in self.evaluations if name not in other.evaluations]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a birth's `columns`."""
+        return {"steps": dict(self.steps), "evaluations": dict(self.evaluations)}
+
+    def step_schema(self) -> pa.Schema:
+        """Columns of `metrics/steps`."""
+        return pa.schema([*_STEP_COLUMNS, *((name, _ARROW_TYPES[kind]) for name, kind in self.steps.items())])
+
+    def evaluation_schema(self) -> pa.Schema:
+        """Columns of `metrics/evals`."""
+        return pa.schema(
+            [*_EVALUATION_COLUMNS, *((name, _ARROW_TYPES[kind]) for name, kind in self.evaluations.items())]
+        )
+
+
+def encode_table(table: pa.Table) -> bytes:
+    """A Parquet file, small and readable by all: 2 to 5 bytes a row. The same table gives the same bytes."""
+    dictionary = [one.name for one in table.schema if pa.types.is_string(one.type)]
+    encodings = {
+        one.name: "BYTE_STREAM_SPLIT" if pa.types.is_floating(one.type) else "DELTA_BINARY_PACKED"
+        for one in table.schema
+        if one.name not in dictionary and not pa.types.is_boolean(one.type)
+    }
+    buffer = io.BytesIO()
+    pq.write_table(
+        table,
+        buffer,
+        compression="zstd",
+        use_dictionary=dictionary,
+        column_encoding=encodings,
+        row_group_size=10_000,
+        write_statistics=["step", "epoch", "loss"],
+        write_page_checksum=True,
+    )
+    return buffer.getvalue()
+
+
+def decode_table(data: bytes, schema: pa.Schema, max_rows: int, where: str) -> pa.Table:
+    """The table of a file that `encode` wrote. What the file says of itself is checked before anything is unpacked.
+
+    Parameters
+    ----------
+    schema: the columns that it must have, in any order.
+
+    Raises
+    ------
+    StorageError: no such file, damaged, of other columns or of more rows.
+    """
+    try:
+        if data[:4] != PARQUET_MAGIC:  # pyarrow looks at the end alone
+            raise ValueError("it does not begin as a Parquet file")
+        file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
+        file_schema = file.schema_arrow
+        if {one.name: one.type for one in file_schema} != {one.name: one.type for one in schema} or len(
+            file_schema
+        ) != len(schema):
+            raise ValueError("its columns are others")
+        if not 0 <= file.metadata.num_rows <= max_rows:
+            raise ValueError(f"{file.metadata.num_rows:,} rows")
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        if (
+            sum(group.total_byte_size for group in groups)
+            > MAX_UNPACKED_BYTES + MAX_UNPACKED_BYTES_PER_ROW * file.metadata.num_rows
+        ):
+            raise ValueError("rows that are too large")
+        table: pa.Table = file.read()
+        table.validate(full=True)
+    except (pa.ArrowException, ValueError, OSError, OverflowError) as error:
+        problem = str(error).partition("\n")[0][:200]
+        raise StorageError(f"cannot be used: {problem}", where=where, fix="use another checkpoint") from None
+    return table.select(schema.names)

@@ -1,0 +1,17 @@
+"""From a job to what trains it: data, splits, plan, model and loaders. The same for every verb that needs them."""
+
+from pipeline.setup.data import PreparedData, ProgressFn, load_stored_transforms, prepare_all_rows, prepare_data
+from pipeline.setup.model import TrainingSetup, build_eval_loader, build_train_loader, build_training, check_state_dict
+
+__all__ = [
+    "TrainingSetup",
+    "PreparedData",
+    "ProgressFn",
+    "build_training",
+    "check_state_dict",
+    "build_eval_loader",
+    "prepare_data",
+    "prepare_all_rows",
+    "load_stored_transforms",
+    "build_train_loader",
+]

@@ -1,0 +1,248 @@
+"""The data of a job: opened, split, looked at and fitted, and the plan that follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from pipeline.config import JobConfig
+from pipeline.cpus import available_cpus
+from pipeline.data import augment
+from pipeline.data.dataset import SplitIndices, indices_by_part
+from pipeline.data.fitted_transforms import FittedTransforms, check_layout, find_rounded_columns, fit_transforms
+from pipeline.data.sources import Dataset, DatasetPart, open_dataset
+from pipeline.data.splits import make_splits, sample_stratified, split_warnings
+from pipeline.data.targets import label_warnings
+from pipeline.data.transforms import leakage_warnings
+from pipeline.errors import JobError, StorageError
+from pipeline.runs.checkpoints.checkpoint import find_checkpoint
+from pipeline.runs.run import Run
+from pipeline.setup.initial_weights import InitialWeights
+from pipeline.training.metric_accumulator import check_best_metric_gathered, describe_oversized_splits
+from pipeline.training.schedule import TrainingSchedule
+from pipeline.user_code import UserCode, collect_user_code
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """The data of a job, split and looked at, and the plan that follows from it."""
+
+    job: JobConfig
+    dataset: Dataset
+    splits: dict[str, SplitIndices]
+    targets: dict[str, np.ndarray]
+    """Prepared targets of each part of the source."""
+    fitted: FittedTransforms
+    """How samples and targets become what is learned: fitted on the training split."""
+    schedule: TrainingSchedule
+    initial_weights: InitialWeights | None = None
+    """Weights from elsewhere to begin with."""
+    is_fitted_earlier: bool = False
+    """`fitted` comes from a checkpoint; what is to be said of the columns was said when it was made."""
+    code: UserCode = field(kw_only=True)
+    """The user's own code that the job imports."""
+
+    @property
+    def evaluation_splits(self) -> list[str]:
+        """The splits to evaluate while training."""
+        return list(self.job.evaluate.splits or (["val"] if "val" in self.splits else ["train"]))
+
+    @property
+    def num_evaluation_rows(self) -> dict[str, int]:
+        """How many rows of each split are evaluated while training."""
+        limit, splits = self.job.evaluate.limit, self.splits
+        return {
+            split: len(splits[split]) if limit is None else min(len(splits[split]), limit)
+            for split in self.evaluation_splits
+        }
+
+    def evaluation_indices(self, split: str) -> np.ndarray:
+        """The rows of a split that an evaluation takes: all, or a sample of `evaluate.limit`. It is a function of the
+        job and the data, so that every evaluation, attempt and number of workers takes the same."""
+        limit, rows = self.job.evaluate.limit, self.splits[split]
+        if limit is None:
+            return rows.indices
+        targets = self.targets[rows.part][rows.indices]
+        return sample_stratified(
+            rows.indices, targets, limit, self.job.seed.for_stream("split"), f"rows of {split} to evaluate"
+        )
+
+    def dataset_part(self, split: str) -> DatasetPart:
+        """The part in which a split lies, with prepared targets."""
+        part = self.splits[split].part
+        return DatasetPart(self.dataset.part(part).inputs, self.targets[part])
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is allowed, but probably not meant."""
+        messages = [*self.dataset.warnings, *split_warnings(self.job, self.splits)]
+        if not self.is_fitted_earlier:
+            messages += leakage_warnings(self.job, self.dataset, self.splits["train"].indices)
+            messages += label_warnings(self.fitted.target_transform)
+        best, processes, cores = self.job.best, self.job.data.loader.processes, available_cpus()
+        if best.patience is not None and best.metric.partition("/")[0] not in self.evaluation_splits:
+            messages.append(f"best.patience has no effect: {best.metric} is not evaluated")
+        messages += describe_oversized_splits(self.job, self.fitted.num_outputs, self.num_evaluation_rows).values()
+        if processes > cores:
+            messages.append(f"data.loader.processes is {processes}, but there are {cores} cores: 0 may be faster")
+        return messages
+
+
+def load_stored_transforms(run: Run) -> FittedTransforms | None:
+    """What the attempts of a run fitted, from its newest checkpoint; None before the first.
+
+    All checkpoints of a run hold the same: the first attempt fitted it, every later one took it over.
+
+    Raises
+    ------
+    DataError: written by another version.
+    """
+    try:
+        return FittedTransforms.from_json(find_checkpoint(run, "last").load_preprocess())
+    except StorageError:  # none yet, or damaged: fitting the same rows again gives the same
+        return None
+
+
+ProgressFn = Callable[[str], None]
+"""Takes a few words on what is going on, such as "decoding 1,200 of 50,000 pictures"."""
+
+
+def prepare_data(
+    job: JobConfig,
+    max_steps: int | None = None,
+    *,
+    initial_weights: InitialWeights | None = None,
+    dataset: Dataset | None = None,
+    fitted: FittedTransforms | None = None,
+    fingerprint: str | None = None,
+    on_progress: ProgressFn = lambda text: None,
+    code: UserCode | None = None,
+) -> PreparedData:
+    """Load and split the data, fit its preprocessing, and lay out the plan.
+
+    Parameters
+    ----------
+    start: weights to begin with; without them the untrained weights stay what they are, for those who load others over
+        them.
+    source: the job's data, where it is open.
+    fitted: what an earlier attempt of the run fitted on the same data. A resume takes it, for another version of NumPy
+        could give other statistics in their last bits.
+    fingerprint: of the run's data; any other is refused.
+    code: the user's own code that the job imports; else what is there now.
+
+    Raises
+    ------
+    InputError: data that cannot be loaded or does not fit the job.
+    """
+    code = code if code is not None else collect_user_code(job)
+    with code.activated():
+        if dataset is None or (fitted is not None and dataset.reopen_in_float64 is not None and _needs_float64(fitted)):
+            dataset = open_dataset(job, on_progress, float64=_needs_float64(fitted))
+    if fingerprint is not None and dataset.fingerprint != fingerprint:
+        raise JobError(
+            "the data here is not the data of this run",
+            where="data",
+            fix="see --set data.root=DIR and data.url=URL; `evaluate --data URL` evaluates on other data",
+        )
+    if augment.is_enabled(job.data.augment):
+        augment.check_images(job.data.augment, tuple(dataset.train.inputs.shape[1:]))
+    was_fitted = fitted is not None
+    if fitted is None:
+        dataset, splits, fitted = _split_and_fit(job, dataset)
+    else:
+        splits = make_splits(job, dataset)
+    prepared = PreparedData(
+        job=job,
+        dataset=dataset,
+        splits=splits,
+        targets=_transform_targets(job, dataset, splits, fitted),
+        fitted=fitted,
+        schedule=TrainingSchedule(job, len(splits["train"]), max_steps),
+        initial_weights=initial_weights,
+        is_fitted_earlier=was_fitted,
+        code=code,
+    )
+    for split in prepared.evaluation_splits:
+        if split not in splits:
+            raise JobError(f"there is no {split} split to evaluate", where="evaluate.splits", fix="see data.splits")
+    if job.best.metric.partition("/")[2] not in (available_metrics := job.metric_columns(fitted.num_outputs)):
+        raise JobError(
+            f"{job.best.metric} is not measured", where="best.metric", fix=f"there are {', '.join(available_metrics)}"
+        )
+    check_best_metric_gathered(job, fitted.num_outputs, prepared.num_evaluation_rows)
+    best_split = job.best.metric.partition("/")[0]
+    if best_split in splits and best_split not in prepared.evaluation_splits:
+        raise JobError(
+            f"{job.best.metric} is not evaluated", where="best.metric", fix=f"add {best_split} to evaluate.splits"
+        )
+    return prepared
+
+
+def _split_and_fit(job: JobConfig, dataset: Dataset) -> tuple[Dataset, dict[str, SplitIndices], FittedTransforms]:
+    """Split the source and fit on its training rows: in float32 where that is enough for them, else in float64."""
+    splits = make_splits(job, dataset)
+    fitted = fit_transforms(job, dataset, splits)
+    coarse = find_rounded_columns(job, dataset, fitted)
+    if coarse and dataset.reopen_in_float64 is not None:
+        dataset = dataset.reopen_in_float64()
+        splits = make_splits(job, dataset)
+        fitted = fit_transforms(job, dataset, splits)
+        coarse = find_rounded_columns(job, dataset, fitted)
+    warnings = [
+        f"{name if name.startswith('number ') else f'column {name!r}'} has numbers of more digits than float64 holds, "
+        "and they matter beside the spread of its training rows: list it under data.keys if it is one, or subtract "
+        "a constant from it"
+        for name in coarse
+    ]
+    return replace(dataset, reopen_in_float64=None, warnings=(*dataset.warnings, *warnings)), splits, fitted
+
+
+def prepare_all_rows(
+    job: JobConfig,
+    fitted: FittedTransforms,
+    split: str,
+    on_progress: ProgressFn = lambda text: None,
+    *,
+    code: UserCode | None = None,
+) -> PreparedData:
+    """All rows of the job's source as one split called `name`, under what was fitted before. Code as for `prepare`.
+
+    Raises
+    ------
+    InputError: data that cannot be loaded, or is of another layout than what was fitted.
+    """
+    code = code if code is not None else collect_user_code(job)
+    with code.activated():
+        source = open_dataset(job, on_progress, float64=_needs_float64(fitted))
+    check_layout(fitted, source)
+    fitted.input_transform.check_missing_values(source.train.inputs, source.schema)
+    splits = {split: SplitIndices("train", np.arange(len(source.train), dtype=np.int64))}
+    return PreparedData(
+        job=job,
+        dataset=source,
+        splits=splits,
+        targets=_transform_targets(job, source, splits, fitted),
+        fitted=fitted,
+        schedule=TrainingSchedule(job, len(source.train)),
+        code=code,
+    )
+
+
+def _needs_float64(fitted: FittedTransforms | None) -> bool | None:
+    """Whether rows have to be held in float64 because what was fitted was; None leaves it to the job."""
+    return True if fitted is not None and fitted.input_transform.dtype == "float64" else None
+
+
+def _transform_targets(
+    job: JobConfig, dataset: Dataset, splits: dict[str, SplitIndices], fitted: FittedTransforms
+) -> dict[str, np.ndarray]:
+    """What is learned, of each part of the source."""
+    dtype = np.float64 if job.train.precision == "fp64" else np.float32
+    return {
+        part: fitted.target_transform.transform(
+            dataset.part(part).targets, dataset.label_names, dtype, indices=np.concatenate(ids)
+        )
+        for part, ids in indices_by_part(splits).items()
+    }

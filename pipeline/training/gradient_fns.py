@@ -1,0 +1,68 @@
+"""The ways to run the gradient half of a step, and the table that chooses one.
+
+A way takes one piece of a batch, adds the gradient of its weighted sum of losses to a `FlatModel`'s exchange vector,
+and returns its sums. The choice depends on the job and the device kind alone, never on a timing, so that every resume
+of a run computes in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pipeline.config import JobConfig, MlpConfig
+from pipeline.device import Precision
+from pipeline.training.flat_parameters import FlatParameters
+from pipeline.training.manual_backward import ManualMlpBackward
+from pipeline.training.task import LossSums, Task
+
+GradientFn = Callable[[Tensor, Tensor, Tensor | float], LossSums]
+"""(inputs (B, ...), targets (B, ...), scale of the gradient) -> sums without graph; B is 1 at least."""
+
+
+def select_gradient_backend(job: JobConfig, device: torch.device, code_sizes: tuple[int, ...] = ()) -> str:
+    """`written` for plain MLPs in fp32 and fp64, `compiled` where the job says so, else `eager`.
+
+    code_sizes: as `build_model` takes them: with embeddings and with frozen layers an MLP is not plain.
+    """
+    if job.train.compile == "on":
+        return "compiled"
+    plain = isinstance(job.model, MlpConfig) and not job.model.dropout and not job.model.batch_norm
+    plain = plain and not code_sizes and not job.model.freeze
+    if plain and ManualMlpBackward.supports(job) and device.type in ("cpu", "cuda"):
+        return "written"
+    return "eager"
+
+
+def build_gradient_fn(
+    gradient_backend: str, flat: FlatParameters, task: Task, precision: Precision, device: torch.device
+) -> GradientFn:
+    if gradient_backend == "written":
+        return ManualMlpBackward(flat, task)
+    return _autograd_gradient_fn(flat, task, precision, device, compiled=gradient_backend == "compiled")
+
+
+def _autograd_gradient_fn(
+    flat: FlatParameters, task: Task, precision: Precision, device: torch.device, compiled: bool
+) -> GradientFn:
+    """The gradient by autograd, the forward pass and loss as written or compiled by torch."""
+
+    def forward(inputs: Tensor, targets: Tensor) -> LossSums:
+        with precision.autocast_context(device):
+            outputs = flat.model(inputs)
+        return task.compute_loss_sums(outputs, targets)
+
+    if compiled:
+        # Code of its own for each shape: with dynamic shapes it would depend on the shape that a resume meets first.
+        forward = torch.compile(forward, dynamic=False)
+
+    def gradient(inputs: Tensor, targets: Tensor, scale: Tensor | float) -> LossSums:
+        sums = forward(inputs, targets)
+        loss = sums.loss_sum if isinstance(scale, float) and scale == 1.0 else sums.loss_sum * scale
+        gradients = torch.autograd.grad(loss, flat.parameters, materialize_grads=True)
+        torch._foreach_add_(flat.grads, gradients)
+        return LossSums(sums.loss_sum.detach(), sums.weight_sum, sums.num_correct)
+
+    return gradient

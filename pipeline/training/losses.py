@@ -1,0 +1,133 @@
+"""Losses: one number a sample, those of the tasks and the user's own."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - torch's own name for it
+
+from pipeline import config as spec
+from pipeline.errors import JobError, TrainyardError, WorkError
+from pipeline.user_code import import_user_function, wrap_user_error
+
+WHERE = "task.loss"
+
+Reduction = Literal["none", "sum"]
+
+
+class LossFn(Protocol):
+    """(outputs (B, K) floating, targets as prepared) -> losses (B,), or with reduction "sum" their sum, a scalar."""
+
+    def __call__(self, outputs: Tensor, targets: Tensor, reduction: Reduction = "none") -> Tensor: ...
+
+
+def build_loss(task: spec.TaskConfig) -> LossFn:
+    """The loss of a job.
+
+    Raises
+    ------
+    JobError: there is no such function.
+    """
+    if task.loss is not None and ":" in task.loss:
+        return CustomLoss(task.loss)
+    if task.kind == "multiclass":
+        return cross_entropy
+    if task.kind == "binary":
+        return binary_cross_entropy
+    if task.loss == "mae":
+        return partial(_mean_over_columns, F.l1_loss)
+    if task.loss == "huber":
+        return partial(_mean_over_columns, partial(F.huber_loss, delta=task.huber_delta))
+    return partial(_mean_over_columns, F.mse_loss)
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor, reduction: Reduction = "none") -> Tensor:
+    """Softmax cross-entropy; targets: classes (B,) int64, or probabilities (B, K) of mixed samples."""
+    if targets.ndim > 1:
+        targets = targets.to(outputs.dtype)
+    return F.cross_entropy(outputs, targets, reduction=reduction)
+
+
+def binary_cross_entropy(outputs: Tensor, targets: Tensor, reduction: Reduction = "none") -> Tensor:
+    """Cross-entropy of one logit; targets: (B,) from 0 to 1."""
+    return F.binary_cross_entropy_with_logits(outputs.squeeze(1), targets.to(outputs.dtype), reduction=reduction)
+
+
+def _mean_over_columns(loss: Any, outputs: Tensor, targets: Tensor, reduction: Reduction = "none") -> Tensor:
+    """A loss of single numbers, its mean over a target's columns; targets: (B, K), or (B,) where K is 1."""
+    losses: Tensor = loss(outputs, targets.to(outputs.dtype).view_as(outputs), reduction="none").mean(1)
+    return losses.sum() if reduction == "sum" else losses
+
+
+class CustomLoss:
+    """A function of the user's, `module:function`: (outputs (B, K), targets as prepared) -> losses (B,).
+
+    Targets are int64 classes (B,), or probabilities (B, K) with mixup; floating 0 or 1 (B,), with mixup in between;
+    or floating values (B, K), scaled as the task says.
+
+    Raises
+    ------
+    JobError: there is no such function.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._function = import_user_function(name, where=WHERE, error=JobError)
+
+    def __call__(self, outputs: Tensor, targets: Tensor, reduction: Reduction = "none") -> Tensor:
+        """Raises
+        ------
+        WorkError: the function raised something itself, or gives something else than a loss a sample.
+        """
+        try:
+            losses = self._function(outputs, targets)
+        except Exception as raised:  # whatever the user's function raises is the user's to see
+            raise wrap_user_error(raised, f"{WHERE}: {self.name}", WorkError) from raised
+        expected_shape = (len(outputs),)
+        if not isinstance(losses, Tensor) or losses.shape != expected_shape:
+            shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise WorkError(
+                f"gives {shape} for {len(outputs)} samples, but the task needs a tensor of shape {expected_shape}",
+                where=f"{WHERE}: {self.name}",
+                fix='return one loss a sample, as reduction="none" does',
+            )
+        return losses.sum() if reduction == "sum" else losses
+
+
+def check_custom_loss(loss: CustomLoss, outputs: Tensor, targets: Tensor, *, has_mixup: bool) -> None:
+    """Try a loss of the user's on a few samples before training.
+
+    Parameters
+    ----------
+    outputs: (B, K) of the untrained model. targets: (B,) or (B, K) as prepared.
+    mixes: whether training will mix samples: then classes come as probabilities too.
+
+    Raises
+    ------
+    JobError: it fails, has another shape, cannot be differentiated by the outputs, or is not finite on finite outputs.
+    """
+    if has_mixup and not targets.is_floating_point():
+        mixed = F.one_hot(targets, outputs.shape[1]).to(outputs.dtype)
+        check_custom_loss(loss, outputs, mixed, has_mixup=False)
+    where = f"{WHERE}: {loss.name}"
+    outputs = outputs.detach().clone().requires_grad_()
+    try:
+        losses = loss(outputs, targets)
+    except TrainyardError as error:
+        raise JobError(error.what, where=where, fix=error.fix) from error
+    if not losses.requires_grad:
+        raise JobError(
+            "cannot be differentiated by the outputs", where=where, fix="compute it from outputs with torch alone"
+        )
+    (gradient,) = torch.autograd.grad(losses.sum(), outputs, allow_unused=True)
+    for what, values in (("loss", losses), ("gradient", gradient)):
+        if values is not None and outputs.isfinite().all() and not values.isfinite().all():
+            nonfinite_value = values[~values.isfinite()][0].item()
+            raise JobError(
+                f"its {what} is {nonfinite_value} for a sample of the training split",
+                where=where,
+                fix="see that it is finite",
+            )

@@ -1,0 +1,300 @@
+"""train, show, runs: what a user types, what comes out, what lies there afterwards."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pandas as pd
+import polars as pl
+import pyarrow.dataset as ds
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from pipeline.config import METRICS
+from pipeline.runs.metric_log.schema import MetricSchema
+from tests.cli.command_line import SMALL_JOB, RunCommand, write_job
+
+
+def test_a_run_leaves_the_documented_files(trainyard: RunCommand, tmp_path: Path) -> None:
+    ended = trainyard("train", write_job(tmp_path), "--json")
+    assert ended.code == 0, ended.err
+    found = ended.json
+    assert found["status"] == "finished"
+    assert (found["step"], found["epoch"], found["attempts"]) == (24, 3, 1)
+    assert found["best"]["metric"] == "val/loss"
+    assert set(found["metrics"]) == {f"val/{name}" for name in METRICS["multiclass"]}
+    assert found["error"] is None
+    run = Path(found["url"])
+    assert run == tmp_path / "runs" / found["run"]
+    assert found["run"].startswith("small-")
+    there = {path.name for path in run.iterdir()}
+    assert {"job.yaml", "run.json", "result.json", "splits.parquet", "journal", "metrics", "checkpoints"} <= there
+    assert "epoch 3" in ended.err
+    assert len([line for line in ended.err.splitlines() if line.startswith("epoch")]) == 4, "one line an evaluation"
+
+
+def test_all_readers_see_each_step_once(trainyard: RunCommand, tmp_path: Path) -> None:
+    run = Path(trainyard("train", write_job(tmp_path), "--json").json["url"])
+    steps, evals = run / "metrics/steps", run / "metrics/evals"
+    assert pd.read_parquet(steps).sort_values("step")["step"].tolist() == list(range(1, 25))
+    assert ds.dataset(steps).to_table().num_rows == 24
+    assert [len(pd.read_parquet(path)) for path in sorted(steps.iterdir())] == [10, 10, 4], "small files first"
+    assert pl.read_parquet(steps / "*.parquet")["samples"].sum() == 3 * 800
+    rows = duckdb.connect().execute(f"select step, split, loss from '{evals}/*.parquet' order by step").fetchall()
+    assert [(step, split) for step, split, _ in rows] == [(0, "val"), (8, "val"), (16, "val"), (24, "val")]
+
+
+def test_plain_torch_reproduces_the_recorded_accuracy(trainyard: RunCommand, tmp_path: Path) -> None:
+    run = Path(trainyard("train", write_job(tmp_path), "--json").json["url"])
+    result = json.loads((run / "result.json").read_text())
+    model = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 2))
+    model.load_state_dict(load_file(run / "checkpoints" / result["chosen"] / "model.safetensors"))
+    evaluated = trainyard("evaluate", run.name, "--json").json
+    assert evaluated["checkpoint"] == result["chosen"]
+    assert evaluated["metrics"]["val/loss"] == result["best"]["value"]
+    splits = pd.read_parquet(run / "splits.parquet")
+    rows = splits.loc[splits["split"] == "val", "row"].to_numpy()
+    from pipeline.config.files import load_job
+    from pipeline.data.sources import open_dataset
+    from pipeline.data.transforms import fit_input_transform
+
+    job = load_job(tmp_path / "small.yaml")
+    source = open_dataset(job)
+    train_rows = splits.loc[splits["split"] == "train", "row"].to_numpy()
+    prepare = fit_input_transform(job, source, train_rows).make_transform_fn(torch.device("cpu"), torch.float32)
+    outputs = model(prepare(torch.from_numpy(source.train.inputs[rows])))
+    correct = int((outputs.argmax(1) == torch.from_numpy(source.train.targets[rows])).sum())
+    assert evaluated["metrics"]["val/correct"] == correct
+
+
+def test_repeated_command_is_a_no_op_and_changed_job_is_a_new_run(trainyard: RunCommand, tmp_path: Path) -> None:
+    job = write_job(tmp_path)
+    first = trainyard("train", job, "--json").json
+    again = trainyard("train", job, "--json")
+    assert again.code == 0
+    assert "nothing to do" in again.err
+    assert again.json["run"] == first["run"]
+    assert again.json["attempts"] == 1
+    other = trainyard("train", job, "--set", "train.phases.0.lr=0.3", "--json").json
+    assert other["run"] != first["run"]
+    elsewhere = trainyard("train", job, "--set", "checkpoint.keep=1", "--set", "scale.threads=1", "--json").json
+    assert elsewhere["run"] == first["run"], "where and how fast do not make another run"
+    listed = trainyard("runs")
+    assert {first["run"], other["run"]} <= set(listed.out.split())
+    assert {run["run"] for run in trainyard("runs", "--json").json["runs"]} == {first["run"], other["run"]}
+
+
+def test_name_of_another_job_is_rejected_with_differences(trainyard: RunCommand, tmp_path: Path) -> None:
+    job = write_job(tmp_path)
+    assert trainyard("train", job, "--name", "mine", "--max-steps", "3").code == 0
+    refused = trainyard("train", job, "--name", "mine", "--set", "train.batch_size=50")
+    assert refused.code == 2
+    assert "train.batch_size: 100 there, 50 here" in refused.err
+    assert "max_steps: 3 there, None here" in refused.err
+    assert trainyard("show", "mine", "--json").json["step"] == 3
+
+
+def test_storage_precedence_is_flag_environment_job(
+    trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = write_job(tmp_path, storage="./from_job")
+    short = ("--max-steps", "1", "--json")
+    assert "/from_job/" in trainyard("train", job, *short).json["url"]
+    monkeypatch.setenv("TRAINYARD_STORAGE", str(tmp_path / "from_env"))
+    assert "/from_env/" in trainyard("train", job, *short).json["url"]
+    assert "/from_flag/" in trainyard("train", job, *short, "--storage", "from_flag").json["url"]
+    assert "/memory" not in trainyard("runs").out
+
+
+def test_quiet_prints_nothing(trainyard: RunCommand, tmp_path: Path) -> None:
+    ended = trainyard("train", write_job(tmp_path), "--quiet", "--max-steps", "2")
+    assert ended.err == ""
+    assert "finished" in ended.out
+
+
+def test_only_evaluate_reads_the_test_split_and_each_read_is_logged(trainyard: RunCommand, tmp_path: Path) -> None:
+    run = Path(trainyard("train", write_job(tmp_path), "--json").json["url"])
+    assert not (run / "reads").exists()
+    assert trainyard("evaluate", run.name, "--split", "val").code == 0
+    assert not (run / "reads").exists()
+    first = trainyard("evaluate", run.name, "--split", "test", "--json").json
+    assert first["metrics"]["test/samples"] == 1000
+    trainyard("evaluate", str(run), "--split", "test", "--checkpoint", "last")
+    assert sorted(path.name for path in (run / "reads").iterdir()) == ["00000001.json", "00000002.json"]
+    assert json.loads((run / "reads/00000001.json").read_text())["checkpoint"] == first["checkpoint"]
+
+
+def test_nonfinite_loss_fails_with_its_step(trainyard: RunCommand, tmp_path: Path) -> None:
+    job = write_job(tmp_path, train={**SMALL_JOB["train"], "phases": [{"epochs": 3, "lr": 1e30}]})
+    ended = trainyard("train", job, "--json", "--name", "wild")
+    assert ended.code == 1
+    assert "at step" in ended.err
+    assert "learning rate 1e+30" in ended.err
+    assert "Traceback" not in ended.err
+    assert ended.json["error"]["type"] == "NotFiniteError"
+    shown = trainyard("show", "wild", "--json").json
+    assert shown["status"] == "failed"
+    assert "learning rate" in shown["error"]["message"]
+    words = trainyard("show", "wild").out
+    assert "the same command would end there again" in words
+    assert "goes on from" not in words
+
+
+def test_run_that_only_worsens_recommends_no_checkpoint(trainyard: RunCommand, tmp_path: Path) -> None:
+    train = {**SMALL_JOB["train"], "phases": [{"steps": 6, "lr": 100.0}]}
+    job = write_job(tmp_path, train=train, evaluate={"every_steps": 2})
+    ended = trainyard("train", job, "--json")
+    rows = pd.read_parquet(Path(ended.json["url"]) / "metrics/evals").sort_values("step")
+    before, *after = rows["loss"]
+    assert min(after) > before, "what this test is about"
+    lines = [line for line in ended.err.splitlines() if line.startswith("epoch")]
+    assert [line.endswith("  no better than before training") for line in lines] == [False, True, True, True]
+    no_gain = f"no evaluation is better than before training (val/loss {before:.4f})"
+    assert f"warning: {no_gain}: the learning rate, 100 now, may be too high" in ended.err
+    assert (ended.json["best"]["value"], ended.json["best"]["before_training"]) == (min(after), before)
+    assert f"  warning   {no_gain}" in trainyard("show", ended.json["run"]).out
+    train["phases"].append({"steps": 9, "lr": 1e30})
+    diverged = trainyard("train", write_job(tmp_path, train=train, evaluate={"every_steps": 2}), "--name", "wild")
+    assert diverged.code == 1
+    assert f"{no_gain}, so no checkpoint is worth going on from" in diverged.err
+    assert "init_from" not in diverged.err + trainyard("show", "wild").out
+    good = trainyard("train", write_job(tmp_path), "--json")
+    assert "before training" not in good.err + trainyard("show", good.json["run"]).out
+
+
+def test_best_is_the_earliest_minimum_and_patience_stops(trainyard: RunCommand, tmp_path: Path) -> None:
+    job = write_job(
+        tmp_path,
+        train={**SMALL_JOB["train"], "phases": [{"epochs": 200, "lr": 0.5}]},
+        evaluate={"every_steps": 4},
+        best={"metric": "val/accuracy", "mode": "max", "patience": 3},
+    )
+    ended = trainyard("train", job, "--json")
+    found = ended.json
+    evals = pd.read_parquet(Path(found["url"]) / "metrics/evals").sort_values("step")
+    trained = [row for row in evals.to_dict("records") if row["step"] > 0]
+    best = max(trained, key=lambda row: (row["accuracy"], -row["step"]))
+    assert found["best"]["step"] == best["step"]
+    assert found["step"] == found["best"]["step"] + 12 < 1600
+    assert (found["stopped_early"], found["evaluations_since_best"]) == (True, 3)
+    words = "3 evaluations without a better val/accuracy"
+    assert f"early stop at step {found['step']} of 1600: {words}" in ended.err
+    assert f"  stopped   early, of 1600 steps: {words}" in trainyard("show", found["run"]).out
+    assert "early" not in trainyard("train", write_job(tmp_path)).out
+
+
+OUT_OF_MEMORY_MODULE = """
+import torch
+
+class Hungry(torch.nn.Module):
+    def __init__(self, input_shape, outputs):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, outputs)
+
+    def forward(self, inputs):
+        if self.training:
+            torch.empty(1 << 50)
+        return self.layer(inputs)
+"""
+
+
+def test_out_of_memory_names_settings_to_lower(trainyard: RunCommand, tmp_path: Path) -> None:
+    (tmp_path / "hungry_model.py").write_text(OUT_OF_MEMORY_MODULE)
+    job = write_job(tmp_path, model={"kind": "hungry_model:Hungry"}, code=".")
+    ended = trainyard("train", job)
+    assert ended.code == 1
+    assert "train.batch_size: 100: out of memory on cpu, with pieces of 100 samples" in ended.err
+    assert "train.micro_batch: 50" in ended.err
+    assert "Traceback" not in ended.err
+    assert "failed" in trainyard("runs").out
+
+
+CUSTOM_METRICS = "tests.training.custom_metrics"
+
+
+def test_fp16_counts_skipped_updates(trainyard: RunCommand, tmp_path: Path) -> None:
+    train = {**SMALL_JOB["train"], "precision": "fp16", "phases": [{"epochs": 3, "lr": 1e-4}]}
+    job = write_job(tmp_path, train=train, task={"loss": f"{CUSTOM_METRICS}:steep"})
+    ended = trainyard("train", job, "--json")
+    found = ended.json
+    skipped = pd.read_parquet(Path(found["url"]) / "metrics/steps").sort_values("step")["skipped"]
+    assert found["skipped_updates"] >= skipped.max() > 0
+    count = found["skipped_updates"]
+    assert f"  skipped   {count} updates" in trainyard("show", found["run"]).out
+    assert trainyard("show", found["run"], "--json").json["skipped_updates"] == count
+    assert trainyard("train", write_job(tmp_path), "--json").json["skipped_updates"] is None
+
+
+def test_fp16_run_of_an_earlier_version_is_resumed(
+    trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_job = MetricSchema.from_job
+    monkeypatch.setattr(MetricSchema, "from_job", lambda *of: replace(of_job(*of), steps={}))
+    found = trainyard("train", write_job(tmp_path, train={**SMALL_JOB["train"], "precision": "fp16"}), "--json").json
+    assert (found["status"], found["skipped_updates"]) == ("finished", 0)
+    assert "loss_scale" not in pd.read_parquet(Path(found["url"]) / "metrics/steps")
+
+
+GRADIENTLESS_MODULE = """
+import torch
+
+class Gradientless(torch.nn.Module):
+    def __init__(self, input_shape, outputs):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, outputs)
+
+    def forward(self, inputs):
+        outputs = self.layer(inputs)
+        return outputs + (outputs - outputs.detach()).square().sqrt()
+"""
+"""Finite outputs, gradients that are always NaN."""
+
+
+@pytest.mark.parametrize(
+    ("epochs", "words"), [(3, "all 24 updates were skipped"), (9, "layer.weight, layer.bias are not finite at step 32")]
+)
+def test_fp16_reports_a_model_without_gradients(trainyard: RunCommand, tmp_path: Path, epochs: int, words: str) -> None:
+    train = {**SMALL_JOB["train"], "precision": "fp16", "phases": [{"epochs": epochs, "lr": 0.1}]}
+    (tmp_path / "gradientless_model.py").write_text(GRADIENTLESS_MODULE)
+    job = write_job(tmp_path, train=train, model={"kind": "gradientless_model:Gradientless"}, code=".")
+    ended = trainyard("train", job, "--json")
+    assert (ended.code, ended.json["error"]["type"]) == (1, "NotFiniteError")
+    assert words in ended.err
+    assert "bf16" in ended.err
+    again = trainyard("train", job, "--json")  # from the last checkpoint
+    assert (again.code, again.err.splitlines()[-2:]) == (1, ended.err.splitlines()[-2:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "threads"),
+    [
+        ({}, 1),
+        ({"model": {"hidden": [1024, 1024]}}, 3),
+        ({"model": {"hidden": [1024, 1024]}, "train": {**SMALL_JOB["train"], "micro_batch": 70}}, 2),
+        ({"model": {"hidden": [1024, 1024]}, "scale": {"threads": 1}}, 1),
+        ({"scale": {"threads": 2}}, 2),
+    ],
+)
+def test_thread_count_depends_on_the_model(
+    trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], threads: int
+) -> None:
+    monkeypatch.setattr("pipeline.setup.model.available_cpus", lambda: 4)
+    before = torch.get_num_threads()
+    run = Path(trainyard("train", write_job(tmp_path, **changes), "--max-steps", "1", "--json").json["url"])
+    torch.set_num_threads(before)
+    assert json.loads((run / "journal/00000001.json").read_text())["facts"]["threads"] == threads
+
+
+def test_run_of_many_epochs_prints_about_a_hundred_lines(trainyard: RunCommand, tmp_path: Path) -> None:
+    train = {"batch_size": "all", "phases": [{"epochs": 120, "lr": 0.1}, {"epochs": 121, "lr": 0.05}]}
+    ended = trainyard("train", write_job(tmp_path, train=train), "--json")
+    epochs = [int(line.split()[1]) for line in ended.err.splitlines() if line.startswith("epoch")]
+    assert epochs == sorted({*range(0, 241, 5), 121, 241})
+    assert "of 241 evaluations 1 in 5 is shown here" in ended.err
+    assert len(pd.read_parquet(Path(ended.json["url"]) / "metrics/evals")) == 242

@@ -1,0 +1,48 @@
+"""The jobs on users' own data, on Ray workers as in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline import load, train
+from pipeline.runs.status import RunStatus
+from tests.inference.conftest import JOB_OVERRIDES, REPOSITORY, example_data, job_overrides, train_example
+
+__all__ = ["example_data", "train_example"]  # fixtures
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, and those of what it imports
+
+TOLERANCES = {"table": 0.05, "regression": 0.05, "pictures": 0.5, "finetune": 0.1, "examples/own_model/job": 0.05}
+"""Of the validation loss, relative: rounding, and what each rank draws for dropout and batch statistics."""
+
+
+def check_same_results(
+    job: str, workers: int, trained: Callable[[str], RunStatus], example_data: Path, tmp_path: Path
+) -> None:
+    settings = {**job_overrides(job, example_data), "scale.workers": workers, "scale.device": "cpu"}
+    there = train(REPOSITORY / "jobs" / f"{job}.yaml", set=settings, storage=str(tmp_path))
+    single_process = trained(job)
+    assert there.status == "finished"
+    assert there.step == single_process.step
+    assert set(there.metrics) == set(single_process.metrics)
+    assert there.metrics["val/loss"] == pytest.approx(single_process.metrics["val/loss"], rel=TOLERANCES[job])
+    assert load(there.url, trust=True).step > 0
+
+
+def test_tabular_job_on_two_workers(
+    cluster: Any, train_example: Callable[[str], RunStatus], example_data: Path, tmp_path: Path
+) -> None:
+    check_same_results("table", 2, train_example, example_data, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("job", list(JOB_OVERRIDES))
+def test_each_job_on_workers(
+    cluster: Any, train_example: Callable[[str], RunStatus], example_data: Path, tmp_path: Path, job: str, workers: int
+) -> None:
+    check_same_results(job, workers, train_example, example_data, tmp_path)

@@ -1,0 +1,163 @@
+"""Warnings on columns that tell nothing, or give the label away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.config.files import build_job
+from pipeline.data import statistics
+from pipeline.data.sources import Dataset, DatasetPart
+from pipeline.data.tabular.schema import Column, Schema
+from pipeline.data.transforms import leakage, leakage_warnings
+
+NUM_ROWS = 3_000
+
+
+def warned_columns(
+    columns: dict[str, tuple[Column, np.ndarray]], targets: np.ndarray, task: Any, rows: Any = None
+) -> set[str]:
+    """Which columns are warned of, and why."""
+    schema = Schema(tuple(column for column, _ in columns.values()))
+    inputs = np.concatenate([values.reshape(len(values), -1) for _, values in columns.values()], axis=1)
+    source = Dataset(DatasetPart(inputs.astype(np.float32), targets), None, (), "f", schema)
+    job = build_job({"name": "t", "task": task, "data": {"source": "parquet", "url": "x", "label": "y"}}, "test")
+    warnings_found = set()
+    for warning in leakage_warnings(job, source, np.arange(len(inputs)) if rows is None else rows):
+        name = warning.partition("'")[2].partition("'")[0]
+        warnings_found.add(f"{name} {'leaks' if 'gives the label away' in warning else 'tells nothing'}")
+    return warnings_found
+
+
+def numeric_column(name: str, values: np.ndarray) -> tuple[Column, np.ndarray]:
+    return Column(name, "number", values.shape[1] if values.ndim > 1 else 1), values
+
+
+def categorical_column(name: str, values: np.ndarray) -> tuple[Column, np.ndarray]:
+    return Column(name, "category", categories=tuple(map(str, range(int(np.nanmax(values)) + 1)))), values
+
+
+def make_noise(seed: int, rows: int = NUM_ROWS) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=rows)
+
+
+def make_columns(*given_columns: tuple[Column, np.ndarray]) -> dict[str, tuple[Column, np.ndarray]]:
+    return {column.name: (column, values) for column, values in given_columns}
+
+
+@pytest.mark.parametrize("classes", [2, 7])
+def test_leaking_columns_of_a_classification(classes: int) -> None:
+    labels = np.random.default_rng(0).integers(0, classes, NUM_ROWS)
+    almost = labels.astype(float)
+    almost[:2] = (almost[:2] + 1) % classes
+    often = labels.astype(float)
+    often[::50] = (often[::50] + 1) % classes  # right in 98 %
+    scores = labels + 0.3 * np.tanh(make_noise(1))
+    warnings_found = warned_columns(
+        make_columns(
+            numeric_column("noise", make_noise(2)),
+            numeric_column("hint", labels + make_noise(3)),
+            numeric_column("same", labels.astype(float)),
+            numeric_column("almost", almost),
+            numeric_column("often", often),
+            numeric_column("scores", scores),
+            numeric_column("vector", np.stack([make_noise(4), -scores, make_noise(5)], axis=1)),
+            categorical_column("renamed", (labels * 3 + 1) % 7),
+            categorical_column("where_missing", np.where(labels == 0, np.nan, labels)),
+            categorical_column("customer", np.arange(NUM_ROWS)),
+            categorical_column("pair", np.arange(NUM_ROWS) // 2),
+            numeric_column("customer_number", np.random.default_rng(6).permutation(NUM_ROWS).astype(float)),
+        ),
+        labels,
+        "multiclass",
+    )
+    leaking = {"same", "almost", "scores", "vector", "renamed", "where_missing"}
+    assert warnings_found == {f"{name} leaks" for name in leaking}
+
+
+def test_rare_class_is_no_leak() -> None:
+    labels = (np.arange(NUM_ROWS) < 20).astype(np.int64)
+    assert warned_columns(make_columns(numeric_column("flag", labels.astype(float))), labels, "binary") == set()
+
+
+def test_leaking_columns_of_a_regression() -> None:
+    goal = make_noise(0)
+    holed = goal * -3 + 1e3
+    holed[::2] = np.nan
+    warnings_found = warned_columns(
+        make_columns(
+            numeric_column("noise", make_noise(1)),
+            numeric_column("near", goal + 0.05 * make_noise(2)),
+            numeric_column("twice", 2 * goal + 1e3),
+            numeric_column("holed", holed),
+            categorical_column("level", np.arange(NUM_ROWS) % 3),
+        ),
+        np.stack([make_noise(3), goal], axis=1).astype(np.float32),
+        "regression",
+    )
+    assert warnings_found == {"twice leaks", "holed leaks"}
+
+
+def test_uninformative_columns_are_no_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leakage, "MAX_SCANNED_ROWS", 1_000)  # the rest is looked at in blocks
+    monkeypatch.setattr(statistics, "BLOCK_VALUES", 300)
+    late = np.ones(NUM_ROWS)
+    late[2_500] = 2
+    late_value = np.full(NUM_ROWS, np.nan)
+    late_value[2_999] = 1
+    given_columns = make_columns(
+        numeric_column("constant", np.full(NUM_ROWS, 0.1)),
+        numeric_column("empty", np.full((NUM_ROWS, 2), np.nan)),
+        categorical_column("one_level", np.ones(NUM_ROWS)),
+        numeric_column("late", late),
+        numeric_column("late_value", late_value),
+        numeric_column("half", np.stack([np.ones(NUM_ROWS), make_noise(1)], axis=1)),
+    )
+    labels = np.random.default_rng(0).integers(0, 2, NUM_ROWS)
+    always = {"constant tells nothing", "empty tells nothing", "one_level tells nothing"}
+    assert warned_columns(given_columns, labels, "binary") == always
+    rows = np.delete(np.arange(NUM_ROWS), [2_500, 2_999])
+    assert warned_columns(given_columns, labels, "binary", rows) == {
+        *always,
+        "late tells nothing",
+        "late_value tells nothing",
+    }
+
+
+@given(
+    rows=st.integers(1, 400),
+    seed=st.integers(0, 10_000),
+    task=st.sampled_from(["multiclass", "regression"]),
+    missing=st.sampled_from([0.0, 0.5]),
+)
+@settings(deadline=None, max_examples=60)
+def test_noise_is_no_leak(rows: int, seed: int, task: str, missing: float) -> None:
+    draws = np.random.default_rng(seed)
+    values = draws.normal(size=rows)
+    values[draws.random(rows) < missing] = np.nan
+    labels = np.arange(rows) % 3 if task == "multiclass" else draws.normal(size=rows).astype(np.float32)
+    given_columns = make_columns(
+        numeric_column("x", values), categorical_column("c", draws.integers(0, 300, rows).astype(float))
+    )
+    assert not any("leaks" in one for one in warned_columns(given_columns, labels, task))
+
+
+def test_arrays_without_columns_are_not_checked() -> None:
+    job = build_job({"name": "t"}, "test")
+    source = Dataset(DatasetPart(np.zeros((30, 2), np.float32), np.arange(30) % 2), None, (), "f")
+    assert leakage_warnings(job, source, np.arange(30)) == []
+
+
+def test_leak_in_a_table_sorted_by_label_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leakage, "MAX_SCANNED_ROWS", 1_000)
+    labels = np.sort(np.random.default_rng(0).integers(0, 2, 10 * NUM_ROWS))
+    warnings_found = warned_columns(
+        make_columns(numeric_column("leak", labels.astype(float)), numeric_column("noise", make_noise(2, len(labels)))),
+        labels,
+        "binary",
+    )
+    assert warnings_found == {"leak leaks"}

@@ -1,0 +1,418 @@
+"""Loaders: the same batches for any number of loader processes and any world size."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.config import AugmentConfig, ColorJitterConfig, DataLoaderConfig
+from pipeline.data import device_transfer
+from pipeline.data.augment import apply_augment, sample_mixup_lambda, sample_mixup_permutation, sample_params
+from pipeline.data.loader import EvalLoader, TrainLoader
+from pipeline.data.sampler import GlobalBatchSampler, rank_slice
+from pipeline.data.sources import DatasetPart, open_dataset
+from pipeline.data.sources.images.dataset import LazyImages
+from pipeline.errors import DataError, WorkError
+from tests.data.image_files import make_image_files, make_image_job, write_files
+
+ROOT = Path(__file__).parents[2]
+
+DEVICES = ["cpu", "cuda, resident", "cuda, pinned"]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    kind, _, memory = request.param.partition(", ")
+    if kind == "cuda" and not torch.cuda.is_available():
+        pytest.skip("this machine has no CUDA device")
+    if memory == "pinned":
+        monkeypatch.setattr(device_transfer, "MAX_RESIDENT_FRACTION", 0.0)
+    return torch.device(kind)
+
+
+def make_part(rows: int = 60, shape: tuple[int, ...] = (4, 4)) -> DatasetPart:
+    inputs = np.random.default_rng(0).integers(0, 256, (rows, *shape), dtype=np.uint8)
+    return DatasetPart(inputs, np.arange(rows, dtype=np.int64))
+
+
+def make_train_loader(data: DatasetPart, rows: np.ndarray, **changes: Any) -> TrainLoader:
+    batches = GlobalBatchSampler(len(rows), changes.pop("batch_size", 7), shuffle=changes.pop("shuffle", True), seed=3)
+    settings: dict[str, Any] = {
+        "first_step": 1,
+        "last_step": 3 * batches.steps_per_epoch,
+        "rank": 0,
+        "world_size": 1,
+        "loader": DataLoaderConfig(processes=changes.pop("processes", 0)),
+        "device": torch.device("cpu"),
+        "augment": AugmentConfig(),
+        "seed": 5,
+        "classes": len(data),
+    }
+    return TrainLoader(data, rows, batches, **{**settings, **changes})
+
+
+def collect_batches(loader: TrainLoader) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """Batches as they were when they came out; everything behind them has run on by the time that they are compared."""
+    with loader:
+        kept = [(batch.step, batch.inputs.clone(), batch.targets.clone()) for batch in loader]
+    assert len(kept) == len(loader)
+    return [(step, inputs.cpu().numpy(), targets.cpu().numpy()) for step, inputs, targets in kept]
+
+
+def assert_same_batches(ours: list[Any], theirs: list[Any]) -> None:
+    assert len(ours) == len(theirs) > 0
+    for one, other in zip(ours, theirs, strict=True):
+        assert all(
+            np.array_equal(a, b) and np.asarray(a).dtype == np.asarray(b).dtype for a, b in zip(one, other, strict=True)
+        )
+
+
+ALL_AUGMENTATIONS = AugmentConfig(
+    crop=1, flip=True, rotate=20, jitter=ColorJitterConfig(brightness=0.2, contrast=0.2, saturation=0.2), mixup=0.3
+)
+
+INDICES = np.arange(3, 56, 2)
+"""27 rows: three batches of 7, and one of 6."""
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_batches_match_the_epoch_permutation(device: torch.device, shuffle: bool) -> None:
+    data = make_part()
+    batches = GlobalBatchSampler(len(INDICES), 7, shuffle=shuffle, seed=3)
+    expected = [
+        (step, data.inputs[INDICES[batches.batch_indices(step)]], INDICES[batches.batch_indices(step)])
+        for step in range(1, 13)
+    ]
+    assert_same_batches(collect_batches(make_train_loader(data, INDICES, shuffle=shuffle, device=device)), expected)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("fetch_bytes", [1, 400, 1 << 20])
+def test_loader_workers_do_not_change_batches(
+    device: torch.device, processes: int, fetch_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.data.loader.FETCH_BYTES", fetch_bytes)
+    changes: dict[str, Any] = {"augment": ALL_AUGMENTATIONS, "device": device, "world_size": 4, "rank": 1}
+    without = collect_batches(make_train_loader(make_part(), INDICES, **changes))
+    assert_same_batches(
+        collect_batches(make_train_loader(make_part(), INDICES, processes=processes, **changes)), without
+    )
+    assert multiprocessing.active_children() == []
+
+
+@given(
+    count=st.integers(1, 30),
+    batch_size=st.integers(1, 12),
+    world_size=st.integers(1, 4),
+    first=st.integers(1, 20),
+    augment=st.sampled_from([AugmentConfig(), AugmentConfig(crop=2, flip=True), ALL_AUGMENTATIONS]),
+)
+@settings(deadline=None, max_examples=30)
+def test_rank_slices_form_the_global_batch(
+    count: int, batch_size: int, world_size: int, first: int, augment: AugmentConfig
+) -> None:
+    changes: dict[str, Any] = {"batch_size": batch_size, "augment": augment}
+    whole = collect_batches(make_train_loader(make_part(), np.arange(count), last_step=25, **changes))[first - 1 :]
+    ranks = [
+        collect_batches(
+            make_train_loader(
+                *(make_part(), np.arange(count)),
+                first_step=first,
+                last_step=25,
+                rank=rank,
+                world_size=world_size,
+                **changes,
+            )
+        )
+        for rank in range(world_size)
+    ]
+    together = [
+        (step, *(np.concatenate([ranks[rank][position][part] for rank in range(world_size)]) for part in (1, 2)))
+        for position, step in enumerate(range(first, 26))
+    ]
+    assert_same_batches(together, whole)
+
+
+def test_augmentation_is_sampled_for_the_global_batch(device: torch.device) -> None:
+    data, spec = make_part(), AugmentConfig(crop=2, flip=True)
+    plain = collect_batches(make_train_loader(data, INDICES))
+    expected = [
+        (
+            step,
+            apply_augment(spec, torch.from_numpy(inputs), sample_params(spec, 5, step, len(inputs))).numpy(),
+            ids,
+        )
+        for step, inputs, ids in plain
+    ]
+    assert_same_batches(collect_batches(make_train_loader(data, INDICES, augment=spec, device=device)), expected)
+    assert not np.array_equal(expected[0][1], plain[0][1])
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_mixup_partners_come_from_the_global_batch(device: torch.device, world_size: int) -> None:
+    data, spec = make_part(), AugmentConfig(mixup=0.4)
+    for rank in range(world_size):
+        changes: dict[str, Any] = {"rank": rank, "world_size": world_size, "device": device, "last_step": 4}
+        plain = collect_batches(make_train_loader(data, INDICES, **changes))
+        whole = collect_batches(make_train_loader(data, INDICES, last_step=4))
+        mixed = collect_batches(make_train_loader(data, INDICES, augment=spec, **changes))
+        for (_, _, ids), (_, _, batch), (step, inputs, targets) in zip(plain, whole, mixed, strict=True):
+            rank_rows = rank_slice(len(batch), rank, world_size)
+            partners = batch[sample_mixup_permutation(5, step, len(batch))][rank_rows]
+            shares = sample_mixup_lambda(0.4, 5, step, len(batch))[rank_rows]
+            expected = np.zeros((len(ids), len(data)))
+            np.add.at(expected, (np.arange(len(ids)), ids), shares)
+            np.add.at(expected, (np.arange(len(ids)), partners), 1 - shares)
+            assert inputs.dtype == targets.dtype == np.dtype("float32")
+            assert np.allclose(targets, expected, atol=1e-6)
+            kept = shares[:, None, None]
+            assert np.allclose(inputs, kept * data.inputs[ids] + (1 - kept) * data.inputs[partners], atol=1e-3)
+
+
+def test_mixup_of_regression_targets() -> None:
+    data = make_part()
+    numbers = DatasetPart(data.inputs, data.targets[:, None].astype(np.float64))
+    (_, _, labels), *_ = collect_batches(make_train_loader(data, INDICES, augment=AugmentConfig(mixup=1)))
+    (_, _, mixed), *_ = collect_batches(make_train_loader(numbers, INDICES, augment=AugmentConfig(mixup=1), classes=0))
+    assert mixed.dtype == np.float64
+    assert np.allclose(mixed[:, 0], labels @ np.arange(len(data)), atol=1e-4)
+
+
+def test_augmenting_columns_is_rejected() -> None:
+    with pytest.raises(DataError, match=r"data\.augment"):
+        make_train_loader(make_part(shape=(4,)), INDICES, augment=AugmentConfig(flip=True))
+
+
+def test_empty_loader() -> None:
+    for processes in (0, 1):
+        loader = make_train_loader(make_part(), INDICES, first_step=5, last_step=4, processes=processes)
+        assert (len(loader), list(loader)) == (0, [])
+
+
+@given(
+    rows=st.lists(st.integers(0, 59), min_size=1, unique=True).map(sorted),
+    batch_size=st.integers(1, 20),
+    world_size=st.integers(1, 4),
+)
+@settings(deadline=None)
+def test_evaluation_yields_each_row_once(rows: list[int], batch_size: int, world_size: int) -> None:
+    data, ids = make_part(), np.array(rows)
+    seen: list[torch.Tensor] = []
+    for rank in range(world_size):
+        loader = EvalLoader(
+            *(data, ids),
+            rank=rank,
+            world_size=world_size,
+            batch_size=batch_size,
+            device=torch.device("cpu"),
+        )
+        blocks = list(loader)
+        assert len(blocks) == len(loader)
+        assert all(1 <= len(targets) <= batch_size for _, targets in blocks)
+        assert all(torch.equal(inputs, torch.from_numpy(data.inputs)[targets]) for inputs, targets in blocks)
+        assert len(list(loader)) == len(blocks)  # as often as needed
+        seen += [targets for _, targets in blocks]
+    assert torch.cat(seen).tolist() == rows
+
+
+def test_evaluation_on_each_device(device: torch.device) -> None:
+    data = make_part()
+    for ids in (np.arange(10, 40), INDICES):
+        blocks = list(EvalLoader(data, ids, rank=0, world_size=1, batch_size=8, device=device))
+        assert all(inputs.device.type == targets.device.type == device.type for inputs, targets in blocks)
+        assert torch.equal(torch.cat([targets.cpu() for _, targets in blocks]), torch.from_numpy(ids))
+        assert torch.equal(torch.cat([inputs.cpu() for inputs, _ in blocks]), torch.from_numpy(data.inputs[ids]))
+
+
+def test_consecutive_rows_are_not_copied() -> None:
+    data = make_part()
+    (inputs, targets), *_ = EvalLoader(
+        data, np.arange(10, 40), rank=0, world_size=1, batch_size=8, device=torch.device("cpu")
+    )
+    assert np.shares_memory(inputs.numpy(), data.inputs)
+    assert np.shares_memory(targets.numpy(), data.targets)
+
+
+def test_read_only_arrays_can_be_loaded() -> None:
+    data = make_part()
+    for values in (data.inputs, data.targets):
+        values.flags.writeable = False
+    assert len(collect_batches(make_train_loader(data, INDICES))) == 12
+
+
+def test_memory_mapped_arrays_are_not_loaded(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_transfer, "COPY_BLOCK_BYTES", 100)  # several blocks to a GPU
+    data = make_part()
+    np.save(tmp_path / "inputs.npy", data.inputs)
+    mapped = DatasetPart(np.load(tmp_path / "inputs.npy", mmap_mode="r"), data.targets)
+    assert_same_batches(
+        collect_batches(make_train_loader(mapped, INDICES, device=device)),
+        collect_batches(make_train_loader(data, INDICES, device=device)),
+    )
+    on_cpu = device_transfer.to_tensors(mapped, INDICES, torch.device("cpu"))
+    assert isinstance(on_cpu.inputs, torch.Tensor)
+    assert np.shares_memory(on_cpu.inputs.numpy(), mapped.inputs)
+
+
+@pytest.fixture
+def make_image_part(tmp_path: Path) -> Callable[[float], DatasetPart]:
+    """The same pictures, in memory or on demand."""
+    url = write_files(tmp_path / "pictures", make_image_files(per_class=20))
+
+    def open_with(in_memory_mb: float) -> DatasetPart:
+        cache = {"in_memory_mb": in_memory_mb, "max_gb": 1e-5, "folder": str(tmp_path / "cache")}
+        return open_dataset(make_image_job(url, cache=cache, resize=[9, 8])).train
+
+    return open_with
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize("augment", [AugmentConfig(), ALL_AUGMENTATIONS])
+def test_lazy_images_match_images_in_memory(
+    device: torch.device, make_image_part: Callable[[float], DatasetPart], processes: int, augment: AugmentConfig
+) -> None:
+    in_memory, on_demand = make_image_part(1), make_image_part(0)
+    assert isinstance(on_demand.inputs, LazyImages)
+    changes: dict[str, Any] = {"augment": augment, "device": device, "world_size": 3, "rank": 1}
+    wanted = collect_batches(make_train_loader(in_memory, INDICES, **changes))
+    assert_same_batches(collect_batches(make_train_loader(on_demand, INDICES, processes=processes, **changes)), wanted)
+    for ids in (np.arange(10, 40), INDICES):
+        loaders = [
+            EvalLoader(data, ids, rank=0, world_size=2, batch_size=8, device=device) for data in (in_memory, on_demand)
+        ]
+        for ours, theirs in zip(*loaders, strict=True):
+            assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_broken_image_ends_training(
+    make_image_part: Callable[[float], DatasetPart], tmp_path: Path, processes: int
+) -> None:
+    (tmp_path / "pictures/bee/7.png").write_bytes(b"no picture")
+    on_demand = make_image_part(0)
+    with (
+        make_train_loader(on_demand, np.arange(60), processes=processes) as loader,
+        pytest.raises(
+            WorkError,
+            match=r"^data\.url: .*: the picture bee/7\.png is broken: no picture that Pillow knows",
+        ),
+    ):
+        for _ in loader:
+            pass
+    assert multiprocessing.active_children() == []
+
+
+def make_endless_loader(processes: int = 2) -> TrainLoader:
+    return make_train_loader(make_part(), INDICES, processes=processes, last_step=10**6)
+
+
+def test_global_torch_rng_is_unchanged() -> None:
+    before = torch.get_rng_state()
+    collect_batches(make_train_loader(make_part(), INDICES, processes=1, augment=AugmentConfig(flip=True)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_early_close_ends_the_workers() -> None:
+    with make_endless_loader() as loader:
+        batches = iter(loader)
+        next(batches)
+        assert len(multiprocessing.active_children()) == 2
+    assert multiprocessing.active_children() == []
+
+
+SIGNALLED_SCRIPT = """
+import os, signal, sys
+sys.path.insert(0, ".")
+from tests.data.test_loader import make_endless_loader
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+for number in SIGNALS:
+    signal.signal(number, lambda *_: None)
+batches = iter(make_endless_loader(processes=1))
+next(batches)
+for number in SIGNALS:
+    os.killpg(0, number)
+import multiprocessing, subprocess
+child = multiprocessing.active_children()[0].pid
+subprocess.run(["kill", str(child)], check=True)  # as Ray sends it to each process of a job that is stopped
+for _ in range(30_000):  # more than was fetched ahead
+    last = next(batches)
+print(last.step)
+"""
+
+
+def test_workers_ignore_group_signals_and_end_with_the_process() -> None:
+    # Ctrl-C and a shell's kill reach the whole process group; the worker wants to finish its step and save.
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED_SCRIPT],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "30001\n", "")
+
+
+def test_killed_worker_is_an_error_and_no_hang() -> None:
+    with make_endless_loader() as loader:
+        batches = iter(loader)
+        next(batches)
+        assert signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL  # torch's handler would raise anywhere
+        child = multiprocessing.active_children()[0]
+        assert child.pid is not None
+        os.kill(child.pid, signal.SIGKILL)
+        with pytest.raises(WorkError, match=r"data\.loader\.processes"):
+            for _ in batches:
+                pass
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def has_exited(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere than on Linux they follow within five seconds")
+def test_loader_workers_exit_when_their_parent_is_killed() -> None:
+    program = """
+import multiprocessing, sys, time
+import torch.utils.data
+torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 3600  # theirs would do too, and only after five seconds
+sys.path.insert(0, ".")
+from tests.data.test_loader import make_endless_loader
+batches = iter(make_endless_loader())
+next(batches)
+print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        pids = [int(pid) for pid in worker.stdout.readline().split()]
+        worker.kill()
+    assert len(pids) == 2
+    assert wait_until(lambda: all(has_exited(pid) for pid in pids), seconds=60)

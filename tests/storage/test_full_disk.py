@@ -1,0 +1,112 @@
+"""A disk or a quota that is full: said at once, with how much is needed, and nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.errors import StorageFullError
+from pipeline.runs.async_writer import AsyncRunWriter
+from pipeline.runs.journal.entries import Commit
+from pipeline.runs.lease.attempt import acquire_lease
+from pipeline.runs.run import Run
+from pipeline.storage import Storage
+from tests.runs.parts import create_run, make_block, make_snapshot, read_entries
+
+DISK_BYTES = 1_000_000
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a megabyte in memory."""
+    mount_point = tmp_path / "disk"
+    mount_point.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "none", str(mount_point)]
+    try:
+        refusal = subprocess.run(words, capture_output=True, text=True).stderr.strip()
+    except OSError as error:
+        refusal = str(error)
+    if not os.path.ismount(mount_point):
+        pytest.skip(f"this machine mounts no tmpfs for a test: {refusal}")
+    yield mount_point
+    subprocess.run(["umount", str(mount_point)], check=True)
+
+
+def list_files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def fill_disk(disk: Path, leave: int) -> Path:
+    (disk / "ballast").write_bytes(b"\0" * (shutil.disk_usage(disk).free - leave))
+    return disk / "ballast"
+
+
+def test_full_disk_is_reported_with_sizes_and_leaves_nothing(small_disk: Path) -> None:
+    storage = Storage.open(str(small_disk / "runs"))
+    storage.replace("run/a", b"old")
+    fill_disk(small_disk, 20_000)
+    before = list_files(small_disk)
+    for action in (storage.replace, storage.create):
+        with pytest.raises(
+            StorageFullError, match=r"disk is full: 300,000 bytes are needed, [\d,]+ are free"
+        ) as caught:
+            action("run/a" if action == storage.replace else "run/b", b"x" * 300_000)
+        assert caught.value.where.startswith(str(small_disk / "runs" / "run"))
+        assert "make room" in caught.value.fix
+        assert caught.value.exit_code == 1
+    assert list_files(small_disk) == before
+    assert storage.read("run/a") == b"old"
+
+
+def test_run_on_a_full_disk_is_saved_elsewhere_and_resumes(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRAINYARD_SPOOL", str(tmp_path / "spool"))
+    run = create_run(str(small_disk / "runs"))
+    attempt = acquire_lease(run, driver="d", metadata={})
+    recorder = AsyncRunWriter(attempt, keep=2)
+    recorder.log_steps(make_block(1, 120))
+    recorder.commit(make_snapshot(120))
+    recorder.finish()
+    ballast = fill_disk(small_disk, 16_384)
+    before = {name for name in list_files(small_disk / "runs") if "checkpoints" in name}
+    recorder.log_steps(make_block(121, 150))
+    recorder.commit(make_snapshot(150, state={"momentum": torch.zeros(10_000)}))
+    with pytest.raises(StorageFullError, match=r"disk is full: .* step 150 is saved in") as caught:
+        recorder.finish()
+    assert {name for name in list_files(small_disk / "runs") if "checkpoints" in name} == before, (
+        "nothing half-written stays"
+    )
+    recorder.write_exit("failed", caught.value, 150)
+    recorder.close()
+    attempt.close()
+
+    ballast.unlink()
+    run = Run(Storage.open(str(small_disk / "runs")), "run")
+    attempt = acquire_lease(run, driver="d", metadata={}, known_dead_attempt=1)
+    assert attempt.local_checkpoint is not None
+    recorder = AsyncRunWriter(attempt, keep=2)
+    recorder.log_steps(make_block(151, 200))
+    recorder.commit(make_snapshot(200, end=True))
+    recorder.finish()
+    recorder.close()
+    attempt.close()
+    assert [entry.step for entry in read_entries(run.journal) if isinstance(entry, Commit)] == [120, 150, 200]
+
+
+def test_exhausted_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: str, target: str) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    storage = Storage.open(str(tmp_path))
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(StorageFullError, match="quota is used up: 3 bytes are needed"):
+        storage.replace("a", b"123")
+    assert list_files(tmp_path) == set()

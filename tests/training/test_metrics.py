@@ -1,0 +1,329 @@
+"""Metrics against scikit-learn, on random outputs with ties, missing classes and columns far from zero."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn import metrics as sk
+
+from pipeline.config import METRICS
+from pipeline.config.files import build_job
+from pipeline.config.metrics import make_target_names
+from pipeline.context import SingleProcessContext
+from pipeline.errors import JobError, WorkError
+from pipeline.training import metric_accumulator as tally_module
+from pipeline.training.metric_accumulator import (
+    MAX_GATHERED_VALUES,
+    MetricAccumulator,
+    check_best_metric_gathered,
+    describe_oversized_splits,
+)
+from pipeline.training.task import TargetScale, Task, build_task
+from pipeline.user_code import import_user_function
+from tests.training.factories import make_job
+
+CPU = torch.device("cpu")
+CUSTOM_METRICS = "tests.training.custom_metrics"
+FLOAT32_TOLERANCE = 1e-6
+"""Losses of single rows are computed in the arithmetic of training, here float32."""
+
+
+class FakeContext(SingleProcessContext):
+    def all_reduce(self, vector: torch.Tensor) -> None:
+        raise AssertionError("a world of one has nothing to sum")
+
+
+def make_task(kind: str, classes: int = 3, *, metrics: tuple[str, ...] = (), task: Any = None, **options: Any) -> Task:
+    job = build_job({"name": "metrics", "task": {"kind": kind, **(task or {})}, "metrics": list(metrics)}, "here")
+    return build_task(job, classes, classes, **options)
+
+
+def evaluate_outputs(task: Task, outputs: np.ndarray, targets: np.ndarray, size: int = 7) -> dict[str, float]:
+    tally = MetricAccumulator(task, CPU)
+    for first in range(0, len(targets), size):
+        block = slice(first, first + size)
+        tally.update(torch.from_numpy(outputs[block]), torch.from_numpy(targets[block]))
+    return tally.compute(FakeContext())
+
+
+def approximately(value: float, at_least: float = 1e-9) -> Any:
+    return pytest.approx(value, rel=1e-6, abs=at_least, nan_ok=True)
+
+
+@st.composite
+def outputs_and_labels(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
+    """Outputs (N, C) float32, often tied, and labels (N,), of which some classes may have none."""
+    rows, classes, seed = draw(st.integers(1, 40)), draw(st.integers(2, 5)), draw(st.integers(0, 2**32 - 1))
+    generator = np.random.default_rng(seed)
+    outputs = generator.normal(0, 2, (rows, classes))
+    if draw(st.booleans()):
+        outputs = np.round(outputs)
+    labels = generator.integers(0, draw(st.integers(1, classes)), rows)
+    return outputs.astype(np.float32), labels, classes
+
+
+@given(outputs_and_labels())
+@settings(deadline=None, max_examples=80)
+def test_multiclass_metrics_match_scikit_learn(case: tuple[np.ndarray, np.ndarray, int]) -> None:
+    outputs, labels, classes = case
+    counts = list(range(classes))
+    found = evaluate_outputs(make_task("multiclass", classes, class_counts=counts), outputs, labels)
+    assert list(found) == [*METRICS["multiclass"], "samples"]
+    exponentials = np.exp(outputs.astype(np.float64) - outputs.max(1, keepdims=True))
+    chances, picks = exponentials / exponentials.sum(1, keepdims=True), outputs.argmax(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert found["accuracy"] == approximately(sk.accuracy_score(labels, picks))
+        assert found["correct"] == (labels == picks).sum()
+        assert found["balanced_accuracy"] == approximately(sk.balanced_accuracy_score(labels, picks))
+        assert found["f1"] == approximately(sk.f1_score(labels, picks, average="macro"))
+        assert found["log_loss"] == approximately(
+            sk.log_loss(labels, chances, labels=range(classes)), FLOAT32_TOLERANCE
+        )
+        occurring = np.unique(labels)
+        each = [sk.roc_auc_score(labels == one, chances[:, one]) for one in occurring] if len(occurring) > 1 else []
+        assert found["auc"] == approximately(float(np.mean(each)) if each else math.nan)
+        if classes > 2 and len(occurring) == classes:
+            assert found["auc"] == approximately(sk.roc_auc_score(labels, chances, multi_class="ovr"))
+    assert found["loss"] == found["log_loss"]
+    assert found["baseline_accuracy"] == approximately(float((labels == classes - 1).mean()))
+    assert found["samples"] == len(labels)
+
+
+@given(outputs_and_labels())
+@settings(deadline=None, max_examples=80)
+def test_binary_metrics_match_scikit_learn(case: tuple[np.ndarray, np.ndarray, int]) -> None:
+    outputs, labels = case[0][:, :1], (case[1] > 0).astype(np.float32)
+    found = evaluate_outputs(make_task("binary", class_counts=[7, 7]), outputs, labels)
+    assert list(found) == [*METRICS["binary"], "samples"]
+    chances, picks = 1 / (1 + np.exp(-outputs[:, 0].astype(np.float64))), outputs[:, 0] > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert found["accuracy"] == approximately(sk.accuracy_score(labels, picks))
+        assert found["balanced_accuracy"] == approximately(sk.balanced_accuracy_score(labels, picks))
+        assert found["f1"] == approximately(sk.f1_score(labels, picks))
+        assert found["log_loss"] == approximately(sk.log_loss(labels, chances, labels=[0, 1]), FLOAT32_TOLERANCE)
+        one_class = len(np.unique(labels)) == 1
+        assert found["auc"] == approximately(math.nan if one_class else sk.roc_auc_score(labels, chances))
+    assert found["baseline_accuracy"] == approximately(float((labels == 0).mean())), (
+        "the lower of equally frequent classes"
+    )
+
+
+@given(
+    rows=st.integers(2, 40),
+    columns=st.integers(1, 3),
+    seed=st.integers(0, 2**32 - 1),
+    unit_of=st.sampled_from([(0.0, 1.0), (0.0, 1e-3), (-3.0, 250.0), (1e6, 250.0)]),
+    scaled=st.booleans(),
+)
+@settings(deadline=None, max_examples=80)
+def test_regression_metrics_match_scikit_learn_in_user_units(
+    rows: int, columns: int, seed: int, unit_of: tuple[float, float], scaled: bool
+) -> None:
+    """Of targets whose differences float64 holds to far more digits than are compared."""
+    mean, std = unit_of
+    generator = np.random.default_rng(seed)
+    learned, goals = generator.normal(0.2, 1, (rows, columns)), generator.normal(0.4, 1, (rows, columns))
+    values, truth = mean + std * learned, mean + std * goals
+    unit = TargetScale((mean,) * columns, (std,) * columns)
+    means = (truth + std).mean(0)  # of other rows than these
+    spreads = std * np.arange(1, columns + 1)  # of the training rows, which are others too
+    if scaled:
+        options = {"means": ((means - mean) / std).tolist(), "spreads": (spreads / std).tolist()}
+        found = evaluate_outputs(make_task("regression", columns, unit=unit, **options), learned, goals)
+    else:
+        task = make_task("regression", columns, means=means.tolist(), spreads=spreads.tolist())
+        found = evaluate_outputs(task, values, truth)
+    always = np.broadcast_to(means, truth.shape)
+    measures: dict[str, Any] = {
+        "rmse": (sk.root_mean_squared_error, values),
+        "mae": (sk.mean_absolute_error, values),
+        "r2": (sk.r2_score, values),
+        "baseline_rmse": (sk.root_mean_squared_error, always),
+        "baseline_mae": (sk.mean_absolute_error, always),
+    }
+    if columns == 1:
+        assert list(found) == [*METRICS["regression"], "samples"]
+        for name, (measure, answers) in measures.items():
+            assert found[name] == approximately(measure(truth, answers))
+    else:
+        single = [f"{name}_{place}" for name in measures for place in range(columns)]
+        assert list(found) == [*METRICS["regression"], *single, "samples"]
+        for name, (measure, answers) in measures.items():
+            each = [measure(truth[:, place], answers[:, place]) for place in range(columns)]
+            assert all(found[f"{name}_{place}"] == approximately(each[place]) for place in range(columns))
+            unit_free = np.array(each) if name == "r2" else np.array(each) / spreads
+            assert found[name] == approximately(float(unit_free.mean()))
+    assert found["loss"] == approximately(float(((learned - goals) ** 2).mean() * (1 if scaled else std**2)))
+
+
+def test_targets_are_weighted_equally_whatever_their_units() -> None:
+    """Degrees and hectopascals: each in its own; together in standard deviations of the training rows."""
+    job = build_job(
+        {
+            "name": "t",
+            "task": "regression",
+            "data": {"source": "parquet", "url": "x", "label": ["temp (°C)", "air_hPa"]},
+        },
+        "here",
+    )
+    task = build_task(
+        job, 0, 2, target_mean=[0.0, 0.0], target_std=[1.0, 1.0], target_scale=TargetScale((10.0, 1000.0), (8.0, 400.0))
+    )
+    found = evaluate_outputs(task, np.array([[0.5, 0.0], [0.5, 0.0]]), np.zeros((2, 2)))
+    assert (found["rmse_temp_C"], found["rmse_air_hPa"]) == (4.0, 0.0)
+    assert (found["rmse"], found["mae"]) == (0.25, 0.25)
+    huge = dataclasses.replace(task, target_scale=TargetScale((10.0, 1000.0), (8.0, 4e9)))
+    assert evaluate_outputs(huge, np.array([[0.5, 0.0]]), np.zeros((1, 2)))["rmse"] == 0.25
+
+
+def test_target_names_are_metric_columns() -> None:
+    assert make_target_names(["a b", "a-b", "°", "x"], 4) == ("a_b", "a_b_1", "2", "x")
+    assert make_target_names([], 3) == ("0", "1", "2")
+    assert make_target_names(["x"], 1) == make_target_names([], 65) == ()
+
+
+def test_undefined_metrics_are_nan() -> None:
+    regression = make_task("regression", 1, means=[0.0])
+    constant = evaluate_outputs(regression, np.arange(3.0)[:, None], np.full((3, 1), 0.1))
+    single = evaluate_outputs(regression, np.zeros((1, 1)), np.ones((1, 1)))
+    assert math.isnan(constant["r2"])
+    assert math.isnan(single["r2"])
+    assert constant["baseline_mae"] == pytest.approx(0.1)
+    unknown = evaluate_outputs(make_task("regression", 1), np.zeros((2, 1)), np.array([[1.0], [2.0]]))
+    assert math.isnan(unknown["baseline_rmse"])
+    assert unknown["rmse"] == pytest.approx(math.sqrt(2.5))
+    assert math.isnan(evaluate_outputs(make_task("binary"), np.zeros((2, 1)), np.zeros(2))["baseline_accuracy"])
+
+
+@pytest.mark.parametrize("kind", METRICS)
+def test_empty_data_has_no_metrics(kind: str) -> None:
+    task = make_task(kind, 1 if kind == "regression" else 3, class_counts=[1, 1, 1], means=[0.0])
+    found = MetricAccumulator(task, CPU).compute(FakeContext())
+    assert list(found) == [*METRICS[kind], "samples"]
+    counted = {"samples": 0, "correct": 0}
+    assert all(value == counted[name] if name in counted else math.isnan(value) for name, value in found.items())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", ["multiclass", "binary"])
+def test_nonfinite_outputs_have_no_auc(kind: str, bad: float) -> None:
+    outputs = np.zeros((4, 3 if kind == "multiclass" else 1))
+    outputs[1, 0] = bad
+    targets = np.array([0, 1, 0, 1]) if kind == "multiclass" else np.array([0.0, 1.0, 0.0, 1.0])
+    assert math.isnan(evaluate_outputs(make_task(kind), outputs, targets)["auc"])
+
+
+def test_collapsed_model_is_visible_next_to_its_baseline() -> None:
+    labels = np.array([0.0] * 88 + [1.0] * 12)
+    found = evaluate_outputs(make_task("binary", class_counts=[880, 120]), np.full((100, 1), -5.0), labels)
+    assert (found["accuracy"], found["baseline_accuracy"]) == (0.88, 0.88)
+    assert (found["balanced_accuracy"], found["f1"], found["auc"]) == (0.5, 0.0, 0.5)
+
+
+def test_log_loss_ignores_class_weights_and_custom_loss() -> None:
+    outputs, labels = np.array([[2.0, 0.0], [1.0, 1.0]]), np.array([1, 0])
+    expected = (math.log(1 + math.exp(2)) + math.log(2)) / 2
+    weighted = make_task("multiclass", 2, task={"class_weights": {0: 9.0}})
+    with_custom_loss = make_task("multiclass", 2, task={"loss": f"{CUSTOM_METRICS}:sum_of_outputs"})
+    for task in (weighted, with_custom_loss):
+        assert evaluate_outputs(task, outputs, labels)["log_loss"] == pytest.approx(expected)
+    assert evaluate_outputs(weighted, outputs, labels)["loss"] == pytest.approx(
+        (math.log(1 + math.exp(2)) + 9 * math.log(2)) / 10
+    )
+    assert evaluate_outputs(with_custom_loss, outputs, labels)["loss"] == 2.0
+
+
+# ---------------------------------------------------------------------------------- metrics of the user's own
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_custom_metric_sees_the_whole_split_in_order_and_user_units(size: int) -> None:
+    name = f"{CUSTOM_METRICS}:remembers"
+    seen = import_user_function(name, where="here", error=JobError).__globals__["SEEN"]
+    seen.clear()
+    logits = np.array([[0.0, 1.0, -1.0]] * 3 + [[800.0, 0.0, -800.0]] * 2, dtype=np.float32)
+    found = evaluate_outputs(make_task("multiclass", metrics=(name,)), logits, np.array([2, 1, 0, 2, 1]), size)
+    assert list(found)[-2:] == ["remembers", "samples"]
+    assert found["remembers"] == 5.0
+    evaluate_outputs(make_task("binary", metrics=(name,)), logits[:, :1], np.array([1.0, 0.0, 1.0, 0.0, 1.0]), size)
+    unit = TargetScale((10.0,), (2.0,))
+    evaluate_outputs(make_task("regression", 1, metrics=(name,), unit=unit), logits[:, 1:2], logits[:, :1], size)
+    both = TargetScale((10.0, 0.0), (2.0, 1.0))
+    evaluate_outputs(make_task("regression", 2, metrics=(name,), unit=both), logits[:, 1:], logits[:, :2], size)
+    (chances, labels), (positive, ones), (values, truth), (pairs, _) = seen
+    assert chances.dtype == positive.dtype == values.dtype == np.float64
+    assert labels.tolist() == [2, 1, 0, 2, 1]
+    np.testing.assert_allclose(chances[0], torch.tensor([0.0, 1.0, -1.0]).softmax(0), rtol=1e-6)
+    assert chances[4].tolist() == [1.0, 0.0, 0.0]
+    assert positive.tolist() == [0.5] * 3 + [1.0] * 2
+    assert ones.tolist() == [1, 0, 1, 0, 1]
+    assert values.tolist() == [12.0] * 3 + [10.0] * 2
+    assert truth.tolist() == [10.0] * 3 + [1610.0] * 2
+    assert pairs.tolist() == [[12.0, -1.0]] * 3 + [[10.0, -800.0]] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("raises", r"no cost of 2 rows, at .*own_measures\.py"),
+        ("changes", "read-only"),
+        ("gives_many", "TypeError"),
+    ],
+)
+def test_failing_custom_metric_is_named(name: str, words: str) -> None:
+    with pytest.raises(WorkError, match=words) as caught:
+        evaluate_outputs(make_task("binary", metrics=(f"{CUSTOM_METRICS}:{name}",)), np.zeros((2, 1)), np.zeros(2))
+    assert caught.value.where == f"metrics: {CUSTOM_METRICS}:{name}"
+
+
+def test_missing_custom_metric() -> None:
+    with pytest.raises(JobError, match="no function") as caught:
+        make_task("binary", metrics=(f"{CUSTOM_METRICS}:nothing",))
+    assert caught.value.where == f"metrics: {CUSTOM_METRICS}:nothing"
+
+
+# ------------------------------------------------------------------------------------------------- bounds
+
+
+@pytest.mark.parametrize("limit", [12, 13])
+@pytest.mark.parametrize("folded", [1, 4, 100])
+def test_split_too_large_to_gather_omits_metrics_that_need_all_rows(
+    monkeypatch: pytest.MonkeyPatch, limit: int, folded: int
+) -> None:
+    monkeypatch.setattr(tally_module, "MAX_GATHERED_VALUES", limit)
+    monkeypatch.setattr(tally_module, "FLUSH_OUTPUTS", folded)
+    task = make_task("binary", class_counts=[1, 1], metrics=(f"{CUSTOM_METRICS}:remembers",))
+    for rows in (6, 7):
+        outputs, targets = np.linspace(-1, 1, rows)[:, None], np.arange(rows) % 2.0
+        found = evaluate_outputs(task, outputs, targets, 2)
+        assert math.isnan(found["auc"]) == math.isnan(found["remembers"]) == (2 * rows > limit)
+        assert found["accuracy"] == approximately(sk.accuracy_score(targets, outputs[:, 0] > 0))
+        assert found["log_loss"] == approximately(sk.log_loss(targets, 1 / (1 + np.exp(-outputs[:, 0]))))
+
+
+def test_too_large_split_is_reported_before_training() -> None:
+    job = make_job(metrics=[f"{CUSTOM_METRICS}:remembers"], best={"metric": "val/auc"})
+    most = MAX_GATHERED_VALUES // 11
+    assert describe_oversized_splits(job, 10, {"val": most}) == {}
+    check_best_metric_gathered(job, 10, {"val": most, "train": most + 1})
+    ((split, text),) = describe_oversized_splits(job, 10, {"val": 9, "train": most + 1}).items()
+    assert split == "train"
+    assert f"train has {most + 1:,} rows, too many for auc and remembers" in text
+    with pytest.raises(JobError, match="auc needs all rows at once") as caught:
+        check_best_metric_gathered(job, 10, {"val": most + 1})
+    assert caught.value.where == "best.metric: val/auc"
+    check_best_metric_gathered(make_job(best={"metric": "val/f1"}), 10, {"val": most + 1})
+    assert describe_oversized_splits(make_job(task="regression"), 10, {"val": 10**9}) == {}
+    assert describe_oversized_splits(
+        make_job(task="regression", metrics=[f"{CUSTOM_METRICS}:remembers"]), 10, {"val": 10**9}
+    )
