@@ -133,7 +133,7 @@ def test_every_change_of_a_large_table_is_detected(
 def test_missing_store_checksums_are_reported(tmp_path: Path) -> None:
     fsspec.filesystem("memory").pipe_file("/assumed/t.parquet", encode_table(make_columns()))
     (warning,) = open_dataset(make_table_job("memory://assumed/t.parquet", tmp_path)).warnings
-    assert "the store tells no checksums" in warning
+    assert "the store has no checksums" in warning
     assert "assumed/t.parquet" in warning
 
 

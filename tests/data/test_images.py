@@ -1,4 +1,4 @@
-"""Folders and tables of pictures: the same rows from every place, in memory, from the cache and on demand."""
+"""Folders and tables of images: the same samples from every storage, in memory, from the cache and on demand."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from tests.data.image_files import CLASSES, encode_image, make_image_files, make
 IMAGE_FILES = make_image_files()
 
 BROKEN_FILES = {"ant/1.png": b"no picture", "cat/2.png": encode_image(1)[:200]}
-"""Two broken ones."""
+"""Two broken files."""
 
 STORAGE_OPTIONS: dict[str, dict[str, Any]] = {
     "memory": {},
     "cache": {"in_memory_mb": 0},
     "on demand": {"in_memory_mb": 0, "max_gb": 1e-5},
 }
-"""What makes pictures lie where: 15 of them take 14,400 bytes, a list of broken ones less than 5,000."""
+"""Cache options by where the images are stored: 15 images take 14,400 bytes, a list of broken ones less than 5,000."""
 
 
 @pytest.fixture
@@ -46,35 +46,37 @@ def folder(tmp_path: Path) -> str:
 
 @pytest.fixture
 def open_images(tmp_path: Path) -> Callable[..., Dataset]:
-    def open_it(url: str, place: str = "memory", task: str = "multiclass", **data: Any) -> Dataset:
-        cache = {**STORAGE_OPTIONS[place], "folder": str(tmp_path / "cache")}
+    def open_it(url: str, storage: str = "memory", task: str = "multiclass", **data: Any) -> Dataset:
+        cache = {**STORAGE_OPTIONS[storage], "folder": str(tmp_path / "cache")}
         return open_dataset(make_image_job(url, task, **{"cache": cache, **data}))
 
     return open_it
 
 
-def decode_expected(files: dict[str, bytes], form: ImageFormat | None = None) -> np.ndarray:
-    return np.stack([decode_image(files[path], form or ImageFormat()) for path in sorted(files)])
+def decode_expected(files: dict[str, bytes], image_format: ImageFormat | None = None) -> np.ndarray:
+    return np.stack([decode_image(files[path], image_format or ImageFormat()) for path in sorted(files)])
 
 
 @pytest.mark.parametrize("processes", [0, 2])
-@pytest.mark.parametrize("place", STORAGE_OPTIONS)
+@pytest.mark.parametrize("storage", STORAGE_OPTIONS)
 def test_rows_are_images_in_path_order(
-    open_images: Callable[..., Dataset], folder: str, place: str, processes: int
+    open_images: Callable[..., Dataset], folder: str, storage: str, processes: int
 ) -> None:
-    source = open_images(folder, place, loader={"processes": processes}, resize=[20, 17])
+    source = open_images(folder, storage, loader={"processes": processes}, resize=[20, 17])
     inputs = source.train.inputs
-    assert isinstance(inputs, {"memory": np.ndarray, "cache": np.memmap, "on demand": LazyImages}[place])
-    wanted = decode_expected(IMAGE_FILES, ImageFormat(resize=(20, 17)))
-    assert (inputs.shape, inputs.dtype, inputs.ndim, len(inputs)) == (wanted.shape, np.dtype("uint8"), 4, 15)
-    assert np.array_equal(inputs[np.arange(15)], wanted)
-    assert np.array_equal(inputs[2:5], wanted[2:5])
-    assert np.array_equal(inputs[np.array([7, 7, 0])], wanted[[7, 7, 0]])
-    assert inputs[np.arange(0)].shape == (0, *wanted.shape[1:])
+    assert isinstance(inputs, {"memory": np.ndarray, "cache": np.memmap, "on demand": LazyImages}[storage])
+    expected = decode_expected(IMAGE_FILES, ImageFormat(resize=(20, 17)))
+    assert (inputs.shape, inputs.dtype, inputs.ndim, len(inputs)) == (expected.shape, np.dtype("uint8"), 4, 15)
+    assert np.array_equal(inputs[np.arange(15)], expected)
+    assert np.array_equal(inputs[2:5], expected[2:5])
+    assert np.array_equal(inputs[np.array([7, 7, 0])], expected[[7, 7, 0]])
+    assert inputs[np.arange(0)].shape == (0, *expected.shape[1:])
     assert source.train.targets.tolist() == sorted([0, 1, 2] * 5)
     assert source.train.targets.dtype == np.int64
     assert (source.classes, source.test, source.label_names, source.warnings) == ((), None, CLASSES, ())
-    ours, theirs = (compute_mean_and_std(values, np.arange(1, 15, 2), per_channel=True) for values in (inputs, wanted))
+    ours, theirs = (
+        compute_mean_and_std(values, np.arange(1, 15, 2), per_channel=True) for values in (inputs, expected)
+    )
     assert np.array_equal(ours, theirs)
 
 
@@ -240,7 +242,7 @@ def test_text_timestamps(open_images: Callable[..., Dataset], folder: str) -> No
 
 INVALID_TABLES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no label named": ({"path": TABLE_PATHS}, {}, r"data\.label"),
-    "no such column": ({"file": TABLE_PATHS, "label": [1] * 4}, {}, "no column path; there are file, label"),
+    "no such column": ({"file": TABLE_PATHS, "label": [1] * 4}, {}, "no column path; the columns are file, label"),
     "no column of splits": (
         {"path": TABLE_PATHS, "label": [1] * 4},
         {"splits": {"by": "group", "column": "who", "val": 0.5}},
@@ -255,12 +257,12 @@ INVALID_TABLES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "NaN": ({"path": TABLE_PATHS, "label": [1.0, 2, float("nan"), 1]}, {}, r"nulls .* first in row 2"),
     "fractions": ({"path": TABLE_PATHS, "label": [1.0, 2.5, 3, 1]}, {}, "not whole in 1 of 4 rows, first in row 1"),
-    "lists": ({"path": TABLE_PATHS, "label": [[1]] * 4}, {}, "cannot learn"),
+    "lists": ({"path": TABLE_PATHS, "label": [[1]] * 4}, {}, "cannot use"),
     "no rows": ({"path": pa.array([], pa.string()), "label": pa.array([], pa.int64())}, {}, "no rows"),
     "absent": (
         {"path": [*TABLE_PATHS[:2], "dog/1.png", "x.png"], "label": [1] * 4},
         {},
-        r"no such picture: dog/1.png \(2 of 4 are absent\)",
+        r"no such image: dog/1.png \(2 of 4 are absent\)",
     ),
 }
 
@@ -275,19 +277,19 @@ def test_invalid_tables_are_rejected(open_images: Callable[..., Dataset], folder
 
 def test_unreadable_table_is_rejected(open_images: Callable[..., Dataset], tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(DataError, match="no Parquet file"):
+    with pytest.raises(DataError, match="not a Parquet file"):
         open_images(str(tmp_path / "x.parquet"), label="label")
     with pytest.raises(DataError, match="no such file"):
         open_images(str(tmp_path / "y.parquet"), label="label")
 
 
 INVALID_FOLDERS: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
-    "empty": ({}, {}, "no pictures among 0 files"),
+    "empty": ({}, {}, "no images among 0 files"),
     "others alone": ({"a/x.txt": b"", "a/y.txt": b"", "b/z.csv": b""}, {}, r"\.txt \(2\), \.csv \(1\)"),
     "loose": (
         {**IMAGE_FILES, "x.png": b"", "y.png": b""},
         {},
-        r"x.png is in no folder of a class \(2 of 17 pictures\)",
+        r"x.png is not in the folder of a class \(2 of 17 images\)",
     ),
     "splits": ({f"{part}/ant/1.png": encode_image(1) for part in ("train", "test")}, {}, "look like splits"),
     "sizes": (
@@ -299,19 +301,19 @@ INVALID_FOLDERS: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
     "crop": (IMAGE_FILES, {"crop": 17}, "20 x 16 pixels, too small for crop"),
     "label": (IMAGE_FILES, {"label": "label"}, r"data\.label"),
     "column": (IMAGE_FILES, {"splits": {"by": "group", "column": "who", "val": 0.5}}, "no column who"),
-    "all broken": ({"a/1.png": b"x", "b/1.png": b"y"}, {}, "none of 2 pictures can be decoded; a/1.png"),
+    "all broken": ({"a/1.png": b"x", "b/1.png": b"y"}, {}, "none of 2 images can be decoded; a/1.png"),
 }
 
 
-@pytest.mark.parametrize("place", STORAGE_OPTIONS)
+@pytest.mark.parametrize("storage", STORAGE_OPTIONS)
 @pytest.mark.parametrize("name", INVALID_FOLDERS)
 def test_invalid_folders_are_rejected(
-    open_images: Callable[..., Dataset], tmp_path: Path, name: str, place: str
+    open_images: Callable[..., Dataset], tmp_path: Path, name: str, storage: str
 ) -> None:
     files, data, message = INVALID_FOLDERS[name]
     (tmp_path / "pictures").mkdir()
     with pytest.raises(DataError, match=message):
-        open_images(write_files(tmp_path / "pictures", files), place, **data)
+        open_images(write_files(tmp_path / "pictures", files), storage, **data)
 
 
 def test_missing_paths_are_rejected(open_images: Callable[..., Dataset], tmp_path: Path) -> None:
@@ -322,7 +324,7 @@ def test_missing_paths_are_rejected(open_images: Callable[..., Dataset], tmp_pat
     for url in (tmp_path / "file.png", "nosuch://x/y"):
         with pytest.raises(StorageError, match="cannot be"):
             open_images(str(url))
-    with pytest.raises(DataError, match="no numbers to learn"):
+    with pytest.raises(DataError, match="no numeric targets"):
         open_images(write_files(tmp_path / "pictures", IMAGE_FILES), task="regression")
 
 
@@ -333,7 +335,7 @@ def test_symlinks_are_followed(open_images: Callable[..., Dataset], folder: str,
         (linked / name).symlink_to(Path(folder) / name)
     assert open_images(str(linked)).fingerprint == open_images(folder).fingerprint
     (Path(folder) / "bee/gone.png").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"no such picture: bee/gone\.png \(1 of 16 are absent\)"):
+    with pytest.raises(DataError, match=r"no such image: bee/gone\.png \(1 of 16 are absent\)"):
         open_images(folder)
 
 
@@ -347,27 +349,27 @@ def test_no_permission(open_images: Callable[..., Dataset], folder: str, path: s
 
 
 @pytest.mark.parametrize("processes", [0, 2])
-@pytest.mark.parametrize("place", ["memory", "cache"])
+@pytest.mark.parametrize("storage", ["memory", "cache"])
 def test_broken_images_are_named_and_counted(
-    open_images: Callable[..., Dataset], tmp_path: Path, place: str, processes: int
+    open_images: Callable[..., Dataset], tmp_path: Path, storage: str, processes: int
 ) -> None:
     url = write_files(tmp_path / "pictures", {**IMAGE_FILES, **BROKEN_FILES})
-    with pytest.raises(DataError, match=r"2 of 15 pictures are broken\. The first is ant/1.png"):
-        open_images(url, place, loader={"processes": processes})
+    with pytest.raises(DataError, match=r"2 of 15 images are broken\. The first is ant/1.png"):
+        open_images(url, storage, loader={"processes": processes})
 
 
-@pytest.mark.parametrize("place", STORAGE_OPTIONS)
-def test_broken_images_are_skipped(open_images: Callable[..., Dataset], tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("storage", STORAGE_OPTIONS)
+def test_broken_images_are_skipped(open_images: Callable[..., Dataset], tmp_path: Path, storage: str) -> None:
     url = write_files(tmp_path / "pictures", {**IMAGE_FILES, **BROKEN_FILES})
     form: dict[str, Any] = {"resize": [20, 17], "on_error": "skip"}
     rest = {path: content for path, content in IMAGE_FILES.items() if path not in BROKEN_FILES}
     for _ in range(2):  # decoded, then as it was kept
-        source = open_images(url, place, skip_up_to=0.2, **form)
+        source = open_images(url, storage, skip_up_to=0.2, **form)
         assert np.array_equal(source.train.inputs[0:13], decode_expected(rest, ImageFormat(resize=(20, 17))))
         assert source.train.targets.tolist() == [0] * 4 + [1] * 5 + [2] * 4
-        assert source.warnings == ("2 of 15 pictures are broken and left out: ant/1.png, cat/2.png",)
+        assert source.warnings == ("2 of 15 images are broken and skipped: ant/1.png, cat/2.png",)
         with pytest.raises(DataError, match=r"skip_up_to allows 10\.00%"):
-            open_images(url, place, skip_up_to=0.1, **form)
+            open_images(url, storage, skip_up_to=0.1, **form)
     assert source.fingerprint != open_images(write_files(tmp_path / "whole", IMAGE_FILES)).fingerprint
 
 
@@ -386,7 +388,7 @@ def test_image_that_changes_later(open_images: Callable[..., Dataset], folder: s
     with pytest.raises(DataError, match=r"ant/2\.png: changed while it was being read"):
         pictures[np.array([7, 1])]
     (Path(folder) / "ant/2.png").unlink()
-    with pytest.raises(DataError, match=r"ant/2\.png is gone"):
+    with pytest.raises(DataError, match=r"ant/2\.png no longer exists"):
         pictures[0:3]
 
 
@@ -397,7 +399,7 @@ def test_progress_is_reported_once_a_second(monkeypatch: pytest.MonkeyPatch) -> 
     for done in range(1, 2001):
         now[0] = done / 800
         progress(done)
-    assert messages == ["decoding 800 of 50,000 pictures", "decoding 1,600 of 50,000 pictures"]
+    assert messages == ["decoding 800 of 50,000 images", "decoding 1,600 of 50,000 images"]
 
 
 def test_no_threads_are_left_running(open_images: Callable[..., Dataset], folder: str) -> None:
