@@ -28,7 +28,7 @@ from tests.data.image_files import CLASSES, encode_image, make_image_files, make
 
 IMAGE_FILES = make_image_files()
 
-BROKEN_FILES = {"ant/1.png": b"no picture", "cat/2.png": encode_image(1)[:200]}
+BROKEN_FILES = {"ant/1.png": b"no image", "cat/2.png": encode_image(1)[:200]}
 """Two broken files."""
 
 STORAGE_OPTIONS: dict[str, dict[str, Any]] = {
@@ -41,7 +41,7 @@ STORAGE_OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> str:
-    return write_files(tmp_path / "pictures", IMAGE_FILES)
+    return write_files(tmp_path / "images", IMAGE_FILES)
 
 
 @pytest.fixture
@@ -59,11 +59,11 @@ def decode_expected(files: dict[str, bytes], image_format: ImageFormat | None = 
 
 @pytest.mark.parametrize("processes", [0, 2])
 @pytest.mark.parametrize("storage", STORAGE_OPTIONS)
-def test_rows_are_images_in_path_order(
+def test_samples_are_in_path_order(
     open_images: Callable[..., Dataset], folder: str, storage: str, processes: int
 ) -> None:
-    source = open_images(folder, storage, loader={"processes": processes}, resize=[20, 17])
-    inputs = source.train.inputs
+    dataset = open_images(folder, storage, loader={"processes": processes}, resize=[20, 17])
+    inputs = dataset.train.inputs
     assert isinstance(inputs, {"memory": np.ndarray, "cache": np.memmap, "on demand": LazyImages}[storage])
     expected = decode_expected(IMAGE_FILES, ImageFormat(resize=(20, 17)))
     assert (inputs.shape, inputs.dtype, inputs.ndim, len(inputs)) == (expected.shape, np.dtype("uint8"), 4, 15)
@@ -71,13 +71,13 @@ def test_rows_are_images_in_path_order(
     assert np.array_equal(inputs[2:5], expected[2:5])
     assert np.array_equal(inputs[np.array([7, 7, 0])], expected[[7, 7, 0]])
     assert inputs[np.arange(0)].shape == (0, *expected.shape[1:])
-    assert source.train.targets.tolist() == sorted([0, 1, 2] * 5)
-    assert source.train.targets.dtype == np.int64
-    assert (source.classes, source.test, source.label_names, source.warnings) == ((), None, CLASSES, ())
-    ours, theirs = (
+    assert dataset.train.targets.tolist() == sorted([0, 1, 2] * 5)
+    assert dataset.train.targets.dtype == np.int64
+    assert (dataset.classes, dataset.test, dataset.label_names, dataset.warnings) == ((), None, CLASSES, ())
+    statistics, expected_statistics = (
         compute_mean_and_std(values, np.arange(1, 15, 2), per_channel=True) for values in (inputs, expected)
     )
-    assert np.array_equal(ours, theirs)
+    assert np.array_equal(statistics, expected_statistics)
 
 
 def test_second_start_decodes_nothing(
@@ -101,13 +101,13 @@ def test_other_image_formats_are_other_cache_entries(open_images: Callable[..., 
 def test_fingerprint_covers_what_affects_training(
     open_images: Callable[..., Dataset], tmp_path: Path, folder: str
 ) -> None:
-    print_of = open_images(folder).fingerprint
+    fingerprint = open_images(folder).fingerprint
     os.utime(Path(folder) / "ant/1.png", (1, 1))
     write_files(
-        Path(folder), {"notes.txt": b"no picture", ".hidden/x.png": b"", "ant/._1.png": b"", "ant/labels.csv": b""}
+        Path(folder), {"notes.txt": b"no image", ".hidden/x.png": b"", "ant/._1.png": b"", "ant/labels.csv": b""}
     )
-    assert open_images(folder).fingerprint == open_images(folder, "cache", resize=9).fingerprint == print_of
-    assert open_images(write_files(tmp_path / "elsewhere", IMAGE_FILES)).fingerprint == print_of
+    assert open_images(folder).fingerprint == open_images(folder, "cache", resize=9).fingerprint == fingerprint
+    assert open_images(write_files(tmp_path / "elsewhere", IMAGE_FILES)).fingerprint == fingerprint
     for number, changed in enumerate(
         [
             {**IMAGE_FILES, "ant/1.png": encode_image(99)},
@@ -116,7 +116,7 @@ def test_fingerprint_covers_what_affects_training(
             {**IMAGE_FILES, "ant/1.png": IMAGE_FILES["ant/2.png"], "ant/2.png": IMAGE_FILES["ant/1.png"]},
         ]
     ):
-        assert open_images(write_files(tmp_path / str(number), changed)).fingerprint != print_of
+        assert open_images(write_files(tmp_path / str(number), changed)).fingerprint != fingerprint
 
 
 @pytest.fixture
@@ -129,10 +129,10 @@ def upload_to(tmp_path: Path) -> Iterator[Callable[[str], str]]:
 
             with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
                 for path, content in IMAGE_FILES.items():
-                    archive.writestr(f"pictures/{path}", content)
-            return f"zip://pictures::{tmp_path}/all.zip"
-        memory.pipe({f"/pictures/{path}": content for path, content in IMAGE_FILES.items()})
-        return "memory://pictures"
+                    archive.writestr(f"images/{path}", content)
+            return f"zip://images::{tmp_path}/all.zip"
+        memory.pipe({f"/images/{path}": content for path, content in IMAGE_FILES.items()})
+        return "memory://images"
 
     yield fill
     memory.store.clear()
@@ -140,15 +140,15 @@ def upload_to(tmp_path: Path) -> Iterator[Callable[[str], str]]:
 
 @pytest.mark.parametrize("kind", ["memory", "zip"])
 @pytest.mark.parametrize("processes", [0, 2])
-def test_remote_file_systems(
+def test_images_on_other_file_systems(
     open_images: Callable[..., Dataset], folder: str, upload_to: Callable[[str], str], kind: str, processes: int
 ) -> None:
-    ours = open_images(upload_to(kind), loader={"processes": processes})
-    assert ours.fingerprint == open_images(folder).fingerprint
-    assert np.array_equal(ours.train.inputs, decode_expected(IMAGE_FILES))
+    remote = open_images(upload_to(kind), loader={"processes": processes})
+    assert remote.fingerprint == open_images(folder).fingerprint
+    assert np.array_equal(remote.train.inputs, decode_expected(IMAGE_FILES))
 
 
-def test_s3(open_images: Callable[..., Dataset], folder: str, s3_url: str, tmp_path: Path) -> None:
+def test_images_on_s3(open_images: Callable[..., Dataset], folder: str, s3_url: str, tmp_path: Path) -> None:
     fs = fsspec.filesystem("s3")
     for path, content in IMAGE_FILES.items():
         fs.pipe_file(f"{s3_url}/{path}", content)
@@ -156,21 +156,21 @@ def test_s3(open_images: Callable[..., Dataset], folder: str, s3_url: str, tmp_p
     with fs.open(f"{s3_url}/list.parquet", "wb") as file:
         pq.write_table(table, file)
     local = open_images(folder)
-    # Processes are forked while this one has clients of the store under way.
+    # With 2, processes are forked while this one has open clients of the store.
     for processes in (0, 2):
-        ours = open_images(s3_url, loader={"processes": processes})
-        assert ours.fingerprint == local.fingerprint
-        assert np.array_equal(ours.train.inputs, local.train.inputs)
-    pictures = open_images(s3_url, "on demand").train.inputs
-    for row, picture in enumerate(map_in_processes(lambda row: pictures[row : row + 1], range(3), 1)):
-        assert np.array_equal(picture, local.train.inputs[row : row + 1])
+        remote = open_images(s3_url, loader={"processes": processes})
+        assert remote.fingerprint == local.fingerprint
+        assert np.array_equal(remote.train.inputs, local.train.inputs)
+    images = open_images(s3_url, "on demand").train.inputs
+    for row, image in enumerate(map_in_processes(lambda row: images[row : row + 1], range(3), 1)):
+        assert np.array_equal(image, local.train.inputs[row : row + 1])
     listed = open_images(f"{s3_url}/list.parquet", label="label")
     assert np.array_equal(listed.train.inputs, local.train.inputs)
     assert listed.label_names == CLASSES
     with pytest.raises(DataError, match="no such folder"):
         open_images(f"{s3_url}/absent")
     with pytest.raises(DataError, match="no such folder or bucket"):
-        open_images("s3://trainyard-absent/pictures")
+        open_images("s3://trainyard-absent/images")
 
 
 def write_path_table(folder: str, **columns: Any) -> str:
@@ -187,14 +187,14 @@ def test_table_of_paths(open_images: Callable[..., Dataset], folder: str) -> Non
     url = write_path_table(
         folder, path=paths, label=["b", "a", "b", "c"], day=pa.array([3, 1, 2, 1], pa.timestamp("s"))
     )
-    source = open_images(url, label="label", splits={"by": "time", "column": "day", "val": "1s"})
+    dataset = open_images(url, label="label", splits={"by": "time", "column": "day", "val": "1s"})
     assert np.array_equal(
-        source.train.inputs, np.stack([decode_image(IMAGE_FILES[path], ImageFormat()) for path in TABLE_PATHS])
+        dataset.train.inputs, np.stack([decode_image(IMAGE_FILES[path], ImageFormat()) for path in TABLE_PATHS])
     )
-    assert (source.label_names, source.classes) == (("a", "b", "c"), ())
-    assert source.train.targets.tolist() == [1, 0, 1, 2]
-    assert source.split_columns["day"].values.tolist() == [3 * 10**9, 10**9, 2 * 10**9, 10**9]
-    assert source.split_columns["day"].is_time
+    assert (dataset.label_names, dataset.classes) == (("a", "b", "c"), ())
+    assert dataset.train.targets.tolist() == [1, 0, 1, 2]
+    assert dataset.split_columns["day"].values.tolist() == [3 * 10**9, 10**9, 2 * 10**9, 10**9]
+    assert dataset.split_columns["day"].is_time
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_table_of_paths(open_images: Callable[..., Dataset], folder: str) -> Non
         (pa.array([5, -1, 2, 1]), "regression", [5, -1, 2, 1], ()),
     ],
 )
-def test_labels(
+def test_label_types_in_a_table(
     open_images: Callable[..., Dataset],
     folder: str,
     labels: pa.Array,
@@ -216,28 +216,28 @@ def test_labels(
     targets: list[float],
     names: tuple[str, ...],
 ) -> None:
-    source = open_images(write_path_table(folder, path=TABLE_PATHS, label=labels), label="label", task=task)
-    assert source.train.targets.dtype == (np.float64 if task == "regression" else np.int64)
-    assert source.train.targets.tolist() == targets
-    assert source.label_names == names
+    dataset = open_images(write_path_table(folder, path=TABLE_PATHS, label=labels), label="label", task=task)
+    assert dataset.train.targets.dtype == (np.float64 if task == "regression" else np.int64)
+    assert dataset.train.targets.tolist() == targets
+    assert dataset.label_names == names
 
 
-def test_group_column(open_images: Callable[..., Dataset], folder: str) -> None:
+def test_column_of_group_splits(open_images: Callable[..., Dataset], folder: str) -> None:
     by: dict[str, Any] = {"label": "label", "splits": {"by": "group", "column": "who", "val": 0.5}}
     url = write_path_table(folder, path=TABLE_PATHS, label=[0, 1, 0, 1], who=["u", "v", "u", "t"])
-    source = open_images(url, **by)
-    assert source.split_columns["who"].value_names == ("t", "u", "v")
-    assert source.split_columns["who"].values.tolist() == [1, 2, 1, 0]
+    dataset = open_images(url, **by)
+    assert dataset.split_columns["who"].value_names == ("t", "u", "v")
+    assert dataset.split_columns["who"].values.tolist() == [1, 2, 1, 0]
     write_path_table(folder, path=TABLE_PATHS, label=[0, 1, 0, 1], who=["u", "v", "v", "t"])
-    assert open_images(url, **by).fingerprint != source.fingerprint
+    assert open_images(url, **by).fingerprint != dataset.fingerprint
 
 
-def test_text_timestamps(open_images: Callable[..., Dataset], folder: str) -> None:
+def test_column_of_time_splits_as_text(open_images: Callable[..., Dataset], folder: str) -> None:
     url = write_path_table(
         folder, path=TABLE_PATHS, label=[0, 1, 0, 1], day=["1970-01-02", "1970-01-01", "1970-01-02", "1970-01-03"]
     )
-    source = open_images(url, label="label", splits={"by": "time", "column": "day", "val": "1d"})
-    assert (source.split_columns["day"].values / 86_400e9).tolist() == [1, 0, 1, 2]
+    dataset = open_images(url, label="label", splits={"by": "time", "column": "day", "val": "1d"})
+    assert (dataset.split_columns["day"].values / 86_400e9).tolist() == [1, 0, 1, 2]
 
 
 INVALID_TABLES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
@@ -311,9 +311,9 @@ def test_invalid_folders_are_rejected(
     open_images: Callable[..., Dataset], tmp_path: Path, name: str, storage: str
 ) -> None:
     files, data, message = INVALID_FOLDERS[name]
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     with pytest.raises(DataError, match=message):
-        open_images(write_files(tmp_path / "pictures", files), storage, **data)
+        open_images(write_files(tmp_path / "images", files), storage, **data)
 
 
 def test_missing_paths_are_rejected(open_images: Callable[..., Dataset], tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_missing_paths_are_rejected(open_images: Callable[..., Dataset], tmp_pat
         with pytest.raises(StorageError, match="cannot be"):
             open_images(str(url))
     with pytest.raises(DataError, match="no numeric targets"):
-        open_images(write_files(tmp_path / "pictures", IMAGE_FILES), task="regression")
+        open_images(write_files(tmp_path / "images", IMAGE_FILES), task="regression")
 
 
 def test_symlinks_are_followed(open_images: Callable[..., Dataset], folder: str, tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ def test_symlinks_are_followed(open_images: Callable[..., Dataset], folder: str,
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("path", ["ant", "ant/1.png"])
-def test_no_permission(open_images: Callable[..., Dataset], folder: str, path: str) -> None:
+def test_missing_permission_is_reported(open_images: Callable[..., Dataset], folder: str, path: str) -> None:
     (Path(folder) / path).chmod(0)
     with pytest.raises(StorageError, match="no permission"):
         open_images(folder)
@@ -353,43 +353,43 @@ def test_no_permission(open_images: Callable[..., Dataset], folder: str, path: s
 def test_broken_images_are_named_and_counted(
     open_images: Callable[..., Dataset], tmp_path: Path, storage: str, processes: int
 ) -> None:
-    url = write_files(tmp_path / "pictures", {**IMAGE_FILES, **BROKEN_FILES})
+    url = write_files(tmp_path / "images", {**IMAGE_FILES, **BROKEN_FILES})
     with pytest.raises(DataError, match=r"2 of 15 images are broken\. The first is ant/1.png"):
         open_images(url, storage, loader={"processes": processes})
 
 
 @pytest.mark.parametrize("storage", STORAGE_OPTIONS)
 def test_broken_images_are_skipped(open_images: Callable[..., Dataset], tmp_path: Path, storage: str) -> None:
-    url = write_files(tmp_path / "pictures", {**IMAGE_FILES, **BROKEN_FILES})
+    url = write_files(tmp_path / "images", {**IMAGE_FILES, **BROKEN_FILES})
     form: dict[str, Any] = {"resize": [20, 17], "on_error": "skip"}
     rest = {path: content for path, content in IMAGE_FILES.items() if path not in BROKEN_FILES}
-    for _ in range(2):  # decoded, then as it was kept
-        source = open_images(url, storage, skip_up_to=0.2, **form)
-        assert np.array_equal(source.train.inputs[0:13], decode_expected(rest, ImageFormat(resize=(20, 17))))
-        assert source.train.targets.tolist() == [0] * 4 + [1] * 5 + [2] * 4
-        assert source.warnings == ("2 of 15 images are broken and skipped: ant/1.png, cat/2.png",)
+    for _ in range(2):  # decoded, then from the cache
+        dataset = open_images(url, storage, skip_up_to=0.2, **form)
+        assert np.array_equal(dataset.train.inputs[0:13], decode_expected(rest, ImageFormat(resize=(20, 17))))
+        assert dataset.train.targets.tolist() == [0] * 4 + [1] * 5 + [2] * 4
+        assert dataset.warnings == ("2 of 15 images are broken and skipped: ant/1.png, cat/2.png",)
         with pytest.raises(DataError, match=r"skip_up_to allows 10\.00%"):
             open_images(url, storage, skip_up_to=0.1, **form)
-    assert source.fingerprint != open_images(write_files(tmp_path / "whole", IMAGE_FILES)).fingerprint
+    assert dataset.fingerprint != open_images(write_files(tmp_path / "whole", IMAGE_FILES)).fingerprint
 
 
-def test_image_broken_from_the_start(open_images: Callable[..., Dataset], folder: str) -> None:
+def test_broken_image_on_demand_raises_when_it_is_decoded(open_images: Callable[..., Dataset], folder: str) -> None:
     (Path(folder) / "ant/2.png").write_bytes(b"x")
-    pictures = open_images(folder, "on demand", resize=[20, 17]).train.inputs
-    assert len(pictures[5:15]) == 10
+    images = open_images(folder, "on demand", resize=[20, 17]).train.inputs
+    assert len(images[5:15]) == 10
     with pytest.raises(WorkError, match=r"ant/2\.png is broken"):
-        pictures[np.array([7, 1])]
+        images[np.array([7, 1])]
 
 
-def test_image_that_changes_later(open_images: Callable[..., Dataset], folder: str) -> None:
-    pictures = open_images(folder, "on demand", resize=[20, 17]).train.inputs
+def test_image_on_demand_that_changes_later_is_rejected(open_images: Callable[..., Dataset], folder: str) -> None:
+    images = open_images(folder, "on demand", resize=[20, 17]).train.inputs
     write_files(Path(folder), {"ant/2.png": encode_image(99)})
-    assert len(pictures[5:15]) == 10
+    assert len(images[5:15]) == 10
     with pytest.raises(DataError, match=r"ant/2\.png: changed while it was being read"):
-        pictures[np.array([7, 1])]
+        images[np.array([7, 1])]
     (Path(folder) / "ant/2.png").unlink()
     with pytest.raises(DataError, match=r"ant/2\.png no longer exists"):
-        pictures[0:3]
+        images[0:3]
 
 
 def test_progress_is_reported_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,7 +410,7 @@ def test_no_threads_are_left_running(open_images: Callable[..., Dataset], folder
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_limited_evaluation_covers_every_class(tmp_path: Path, split: str) -> None:
-    """A folder is listed class by class."""
+    """Although the samples of a folder are sorted by class."""
     job = make_image_job(write_files(tmp_path, make_image_files(per_class=20)), splits={"val": 0.5, "stratify": True})
     prepared = prepare_data(job.model_copy(update={"evaluate": EvaluationConfig(limit=9)}))
     built = build_training(prepared)

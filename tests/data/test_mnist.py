@@ -96,20 +96,20 @@ def test_images_and_labels_must_match(tmp_path: Path) -> None:
 def test_fingerprint_covers_everything(tmp_path: Path) -> None:
     write_idx_files(tmp_path / "one")
     write_idx_files(tmp_path / "two", packed=True)
-    first, two = (open_dataset(make_job(tmp_path / name)) for name in ("one", "two"))
-    assert first.fingerprint == two.fingerprint
+    first, second = (open_dataset(make_job(tmp_path / name)) for name in ("one", "two"))
+    assert first.fingerprint == second.fingerprint
     train, test = first.train, first.test
-    seen = {
+    fingerprints = {
         first.fingerprint,
         compute_fingerprint(train, None, first.classes),
         compute_fingerprint(train, test, ("a",)),
     }
     for arrays in (train.inputs, train.targets):
         arrays.flat[-1] ^= 1
-        seen.add(compute_fingerprint(train, test, first.classes))
+        fingerprints.add(compute_fingerprint(train, test, first.classes))
     train.inputs.shape = (20, 4, 5)
-    seen.add(compute_fingerprint(train, test, first.classes))
-    assert len(seen) == 6
+    fingerprints.add(compute_fingerprint(train, test, first.classes))
+    assert len(fingerprints) == 6
 
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"real MNIST is not in {REAL_DATA}")

@@ -192,7 +192,7 @@ def test_storage_survives_every_fault(store: str, tmp_path: Path, request: pytes
     settings = "seed=3 error=0.06 lost=0.06 slow_down=0.005 truncated=0.04 expired=0.01"
     with inject_faults(settings) as injector:
         storage = Storage.open(storage_url)
-        storage.list()  # from now on credentials were good once
+        storage.list()  # a first response, after which failing credentials count as expired
         assert storage.has_conditional_writes()
         for number in range(8):
             assert storage.create(f"run/{number}", f"own {number}".encode())

@@ -55,7 +55,7 @@ SOURCES: dict[str, SourceFunctions] = {
     "image_folder": SourceFunctions(
         open="images:open_image_folder",
         fingerprint="images:fingerprint_image_folder",
-        check_url="presence:check_image_folder",
+        check_url="images.presence:check_image_folder",
     ),
     USER_FUNCTION: SourceFunctions("user_function:open_user_function"),
 }
