@@ -46,11 +46,11 @@ def folder(tmp_path: Path) -> str:
 
 @pytest.fixture
 def open_images(tmp_path: Path) -> Callable[..., Dataset]:
-    def open_it(url: str, storage: str = "memory", task: str = "multiclass", **data: Any) -> Dataset:
+    def open_dataset_of(url: str, storage: str = "memory", task: str = "multiclass", **data: Any) -> Dataset:
         cache = {**STORAGE_OPTIONS[storage], "folder": str(tmp_path / "cache")}
         return open_dataset(make_image_job(url, task, **{"cache": cache, **data}))
 
-    return open_it
+    return open_dataset_of
 
 
 def decode_expected(files: dict[str, bytes], image_format: ImageFormat | None = None) -> np.ndarray:
@@ -92,8 +92,8 @@ def test_second_start_decodes_nothing(
 
 def test_other_image_formats_are_other_cache_entries(open_images: Callable[..., Dataset], folder: str) -> None:
     shapes = [
-        open_images(folder, "cache", **form).train.inputs.shape
-        for form in ({}, {"crop": 6}, {"mode": "grey"}, {"resize": 5})
+        open_images(folder, "cache", **options).train.inputs.shape
+        for options in ({}, {"crop": 6}, {"mode": "grey"}, {"resize": 5})
     ]
     assert shapes == [(15, 3, 20, 16), (15, 3, 6, 6), (15, 1, 20, 16), (15, 3, 6, 5)]
 
@@ -361,15 +361,15 @@ def test_broken_images_are_named_and_counted(
 @pytest.mark.parametrize("storage", STORAGE_OPTIONS)
 def test_broken_images_are_skipped(open_images: Callable[..., Dataset], tmp_path: Path, storage: str) -> None:
     url = write_files(tmp_path / "images", {**IMAGE_FILES, **BROKEN_FILES})
-    form: dict[str, Any] = {"resize": [20, 17], "on_error": "skip"}
+    options: dict[str, Any] = {"resize": [20, 17], "on_error": "skip"}
     rest = {path: content for path, content in IMAGE_FILES.items() if path not in BROKEN_FILES}
     for _ in range(2):  # decoded, then from the cache
-        dataset = open_images(url, storage, skip_up_to=0.2, **form)
+        dataset = open_images(url, storage, skip_up_to=0.2, **options)
         assert np.array_equal(dataset.train.inputs[0:13], decode_expected(rest, ImageFormat(resize=(20, 17))))
         assert dataset.train.targets.tolist() == [0] * 4 + [1] * 5 + [2] * 4
         assert dataset.warnings == ("2 of 15 images are broken and skipped: ant/1.png, cat/2.png",)
         with pytest.raises(DataError, match=r"skip_up_to allows 10\.00%"):
-            open_images(url, storage, skip_up_to=0.1, **form)
+            open_images(url, storage, skip_up_to=0.1, **options)
     assert dataset.fingerprint != open_images(write_files(tmp_path / "whole", IMAGE_FILES)).fingerprint
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StorageError, StorageLostError
+from pipeline.redaction import redact
 from pipeline.storage import Storage
 from pipeline.storage.local import LocalBackend
-from pipeline.storage.retry import RetryPolicy, redact, summarize_error
+from pipeline.storage.retry import RetryPolicy, summarize_error
 
 
 @pytest.fixture
