@@ -174,7 +174,7 @@ def test_pipe_in_storage_does_not_hang(trainyard: RunCommand, copy_run: CopyRun)
     run = copy_run("finished")
     (run / "run.json").unlink()
     os.mkfifo(run / "run.json")
-    assert "no plain file" in trainyard("show", run.name).err
+    assert "not a regular file" in trainyard("show", run.name).err
 
 
 def test_storage_root_may_be_a_symlink(example_runs: ExampleRuns, tmp_path: Path) -> None:
