@@ -15,7 +15,7 @@ from pipeline.cli.terminal import format_age, format_run_status, format_runs
 from pipeline.commands.show import runs
 from pipeline.config import JobConfig
 from pipeline.config.files import dump_job
-from pipeline.config.files.yaml import YamlDumper
+from pipeline.config.files.yaml_io import YamlDumper
 from pipeline.errors import WorkerLostError
 from pipeline.runs.async_writer import AsyncRunWriter
 from pipeline.runs.lease.attempt import Attempt, acquire_lease

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pipeline.config import STORED, JobConfig
 from pipeline.config.files.loading import apply_overrides, merge_bases, read_tree, require_mapping, with_absolute_paths
 from pipeline.config.files.validation_errors import explain_validation_error
-from pipeline.config.files.yaml import YamlDumper, parse_yaml
+from pipeline.config.files.yaml_io import YamlDumper, parse_yaml
 from pipeline.errors import JobError
 from pipeline.redaction import find_secrets
 

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.config import JobConfig
-from pipeline.config.files.yaml import parse_yaml
+from pipeline.config.files.yaml_io import parse_yaml
 from pipeline.errors import JobError
 from pipeline.redaction import has_secret, is_env_reference, is_secret_name
 
