@@ -65,7 +65,7 @@ NEW_DATA = pd.DataFrame(
 
 
 @pytest.mark.parametrize("block", [1, 1 << 20])
-def test_column_counts(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+def test_unseen_missing_and_far_values_are_counted_by_column(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     monkeypatch.setattr(statistics, "BLOCK_VALUES", block)
     report = make_report(fit_training_data(), NEW_DATA).to_json()
     assert report == {

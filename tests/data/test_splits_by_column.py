@@ -141,7 +141,7 @@ def test_newest_rows_are_held_out_and_ties_stay_together(
         assert abs(taken - expected_size) <= tie / 2
 
 
-def test_time_windows() -> None:
+def test_time_windows_contain_the_newest_rows() -> None:
     hours = make_dataset(np.arange(100) * 3600 * 10**9, is_time=True)
     assert split_values("time", hours, val="2d", test="12h")["test"] == list(range(88, 100))
     assert split_values("time", hours, val="2d", test="12h")["val"] == list(range(40, 88))

@@ -53,13 +53,13 @@ def expect_data_error(data: Dataset, task: Any, train: int | None = None) -> Dat
 @pytest.mark.parametrize(
     "targets", [np.array([2, 0, 1]), np.array([2.0, 0.0, 1.0], np.float32), np.array([[2], [0], [1]])]
 )
-def test_multiclass(targets: np.ndarray) -> None:
+def test_multiclass_targets_are_class_indices(targets: np.ndarray) -> None:
     prepared = fit_dataset_targets(make_dataset(targets), "multiclass").transform(targets)
     assert prepared.dtype == np.int64
     assert prepared.tolist() == [2, 0, 1]
 
 
-def test_binary() -> None:
+def test_binary_targets_are_zero_and_one() -> None:
     data = make_dataset([5, 2, 0, 5])
     prepared = fit_dataset_targets(data, {"kind": "binary", "positive": [0, 5]}).transform(data.train.targets)
     assert prepared.dtype == np.float32
@@ -84,12 +84,12 @@ def test_binary() -> None:
         ([0, 1], {"kind": "binary", "positive": ["yes"]}, ["['yes']"]),
     ],
 )
-def test_invalid_labels_are_rejected(targets: Any, task: Any, words: list[str]) -> None:
+def test_labels_that_do_not_fit_the_task_are_rejected(targets: Any, task: Any, words: list[str]) -> None:
     error = expect_data_error(make_dataset(targets), task)
     assert all(word in error.what for word in words), error.what
 
 
-def test_class_names() -> None:
+def test_class_names_come_from_the_source_or_the_labels() -> None:
     assert fit_dataset_targets(make_dataset([0, 1], classes=("a", "b", "c")), "multiclass").classes == ("a", "b", "c")
     assert fit_dataset_targets(make_dataset([0, 1], classes=("no", "yes")), "binary").classes == ("no", "yes")
     assert fit_dataset_targets(make_dataset([0, 1]), "binary").classes == ("0", "1")
@@ -176,7 +176,7 @@ def test_values_that_are_not_labels_are_rejected(names: tuple[str, ...]) -> None
     fit_dataset_targets(make_dataset(np.arange(90)), "multiclass")
 
 
-def test_text_labels() -> None:
+def test_text_labels_become_class_indices() -> None:
     data = make_dataset([2, 0, 2, 0], names=CLASS_NAMES)
     fitted = fit_dataset_targets(data, "multiclass")
     assert fitted.classes == ("blue", "red")  # no row is green
@@ -203,7 +203,7 @@ def test_text_label_without_training_rows_is_rejected() -> None:
     assert fitted.transform(data.train.targets, CLASS_NAMES, indices=np.array([0, 1])).tolist() == [0, 1, -1]
 
 
-def test_binary_text_labels() -> None:
+def test_positive_text_labels_become_one() -> None:
     data = make_dataset([1, 0, 1], names=("no", "yes"))
     fitted = fit_dataset_targets(data, {"kind": "binary", "positive": ["yes"]})
     assert fitted.classes == ("no", "yes")
@@ -299,7 +299,7 @@ def test_damaged_targets_are_rejected(damage: dict[str, Any]) -> None:
         TargetTransform.from_json({**stored, **damage})
 
 
-def test_label_index() -> None:
+def test_label_index_accepts_names_and_labels() -> None:
     named = fit_dataset_targets(make_dataset([2, 0, 1], names=CLASS_NAMES), "multiclass")
     assert named.label_index("green") == 1
     numbers = fit_dataset_targets(make_dataset([1, 0, 1], names=("5", "0")), "multiclass")
@@ -319,12 +319,12 @@ def test_label_index() -> None:
             fitted.label_index(label)
 
 
-def test_class_counts() -> None:
+def test_count_classes() -> None:
     assert count_classes(np.array([0, 2, 2]), 4) == [1, 0, 2, 0]
     assert count_classes(np.array([0.0, 1.0, 1.0], np.float32), 2) == [1, 2]
 
 
-def test_stratify_with_class_names() -> None:
+def test_stratified_split_of_text_labels() -> None:
     data = make_dataset([0] * 40 + [1] * 20 + [2] * 40, names=CLASS_NAMES)
     for task, sizes in (("multiclass", [8, 4, 8]), ({"kind": "binary", "positive": ["green"]}, None)):
         a_job = build_job(
