@@ -71,16 +71,16 @@ def test_random_splits_have_the_requested_sizes(
 
 
 def test_random_split_depends_on_seed_and_data() -> None:
-    spec = {"by": "random", "val": 0.5}
+    splits = {"by": "random", "val": 0.5}
 
-    def val(a_job: JobConfig, data: Dataset) -> list[int]:
-        ids: list[int] = make_splits(a_job, data)["val"].indices.tolist()
-        return ids
+    def val(job: JobConfig, data: Dataset) -> list[int]:
+        indices: list[int] = make_splits(job, data)["val"].indices.tolist()
+        return indices
 
-    first = val(make_job(spec), make_indexed_dataset(100))
-    assert val(make_job(spec, seed={"all": 1, "init": 2}), make_indexed_dataset(100)) == first
-    assert val(make_job(spec, seed={"all": 1, "split": 2}), make_indexed_dataset(100)) != first
-    assert val(make_job(spec), make_indexed_dataset(100, classes=4)) != first
+    first = val(make_job(splits), make_indexed_dataset(100))
+    assert val(make_job(splits, seed={"all": 1, "init": 2}), make_indexed_dataset(100)) == first
+    assert val(make_job(splits, seed={"all": 1, "split": 2}), make_indexed_dataset(100)) != first
+    assert val(make_job(splits), make_indexed_dataset(100, classes=4)) != first
 
 
 def test_adding_a_test_split_keeps_val() -> None:
@@ -93,13 +93,13 @@ def test_adding_a_test_split_keeps_val() -> None:
 @settings(deadline=None)
 def test_stratified_splits_are_proportional(counts: list[int], val: float) -> None:
     labels = np.repeat(np.arange(len(counts)), counts)
-    rows = len(labels)
-    data = make_dataset(DatasetPart(np.zeros((rows, 1), np.float32), labels.astype(np.int64)), None, ())
-    if round(val * rows) == 0:
+    num_rows = len(labels)
+    data = make_dataset(DatasetPart(np.zeros((num_rows, 1), np.float32), labels.astype(np.int64)), None, ())
+    if round(val * num_rows) == 0:
         return
-    ids = make_splits(make_job({"val": val, "stratify": True}), data)["val"].indices
-    taken = np.bincount(labels[ids], minlength=len(counts))
-    assert (np.abs(taken - round(val * rows) * np.array(counts) / rows) < 1).all()
+    indices = make_splits(make_job({"val": val, "stratify": True}), data)["val"].indices
+    taken = np.bincount(labels[indices], minlength=len(counts))
+    assert (np.abs(taken - round(val * num_rows) * np.array(counts) / num_rows) < 1).all()
 
 
 def test_stratify_needs_classes() -> None:
@@ -169,24 +169,24 @@ def test_table_of_splits_contains_every_row() -> None:
 
 @given(
     counts=st.lists(st.integers(1, 60), min_size=1, max_size=12),
-    share=st.floats(0.01, 1.2),
+    fraction=st.floats(0.01, 1.2),
     kind=st.sampled_from(["labels", "values", "columns"]),
 )
 @settings(deadline=None)
-def test_limited_sample_is_representative(counts: list[int], share: float, kind: str) -> None:
+def test_limited_sample_is_representative(counts: list[int], fraction: float, kind: str) -> None:
     """Rows are sorted by class, which is the worst case."""
     labels = np.repeat(np.arange(len(counts)), counts)
-    rows = len(labels)
-    ids = 5 + 2 * np.arange(rows)
+    num_rows = len(labels)
+    indices = 5 + 2 * np.arange(num_rows)
     targets = {"labels": labels, "values": labels / 3, "columns": np.stack([labels / 3, -labels], 1)}[kind]
-    count = max(1, round(rows * share))
-    sample = sample_stratified(ids, targets, count, 1, "val")
-    assert len(sample) == min(count, rows)
+    count = max(1, round(num_rows * fraction))
+    sample = sample_stratified(indices, targets, count, 1, "val")
+    assert len(sample) == min(count, num_rows)
     assert np.array_equal(sample, np.unique(sample))
-    assert np.isin(sample, ids).all()
+    assert np.isin(sample, indices).all()
     class_counts = np.bincount(labels[(sample - 5) // 2], minlength=len(counts))
-    assert (np.abs(class_counts - np.array(counts) * len(sample) / rows) < 1).all()
-    assert np.array_equal(sample_stratified(ids, targets, count, 1, "val"), sample)
+    assert (np.abs(class_counts - np.array(counts) * len(sample) / num_rows) < 1).all()
+    assert np.array_equal(sample_stratified(indices, targets, count, 1, "val"), sample)
 
 
 def test_sampled_rows_are_uniform() -> None:

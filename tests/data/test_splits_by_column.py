@@ -26,20 +26,20 @@ def make_dataset(values: Any, names: tuple[str, ...] = (), *, is_time: bool = Fa
     return Dataset(arrays, None, (), fingerprint, split_columns={"c": SplitColumn(values, names, is_time)})
 
 
-def split_dataset(by: str, data: Dataset, *, seed: int = 1, **spec: Any) -> dict[str, SplitIndices]:
-    job = build_job({"name": "t", "seed": seed, "data": {"splits": {"by": by, "column": "c", **spec}}}, "test")
+def split_dataset(by: str, data: Dataset, *, seed: int = 1, **options: Any) -> dict[str, SplitIndices]:
+    job = build_job({"name": "t", "seed": seed, "data": {"splits": {"by": by, "column": "c", **options}}}, "test")
     return make_splits(job, data)
 
 
-def try_split(by: str, data: Dataset, **spec: Any) -> dict[str, SplitIndices] | DataError:
+def try_split(by: str, data: Dataset, **options: Any) -> dict[str, SplitIndices] | DataError:
     try:
-        return split_dataset(by, data, **spec)
+        return split_dataset(by, data, **options)
     except DataError as error:
         return error
 
 
-def split_values(by: str, data: Dataset, **spec: Any) -> dict[str, list[int]]:
-    return {name: rows.indices.tolist() for name, rows in split_dataset(by, data, **spec).items()}
+def split_values(by: str, data: Dataset, **options: Any) -> dict[str, list[int]]:
+    return {name: rows.indices.tolist() for name, rows in split_dataset(by, data, **options).items()}
 
 
 def check_partition(parts: dict[str, SplitIndices], rows: int) -> None:
@@ -156,7 +156,7 @@ def test_later_boundary_wins_a_tie() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "spec", "where", "words"),
+    ("data", "options", "where", "words"),
     [
         (make_dataset([1, 2]), {"val": "14d"}, "data.splits.val", ["14d", "number"]),
         (make_dataset([0, DAY_NS], is_time=True), {"val": 14.0}, "data.splits.val", ["14", "timestamp"]),
@@ -172,9 +172,9 @@ def test_later_boundary_wins_a_tie() -> None:
         (make_dataset([1.0, np.nan]), {"val": 0.5}, "data.splits.column", ["1 of 2", "row 1"]),
     ],
 )
-def test_invalid_windows_are_rejected(data: Dataset, spec: dict[str, Any], where: str, words: list[str]) -> None:
+def test_invalid_windows_are_rejected(data: Dataset, options: dict[str, Any], where: str, words: list[str]) -> None:
     with pytest.raises(DataError) as error:
-        split_dataset("time", data, **spec)
+        split_dataset("time", data, **options)
     assert error.value.where == where
     assert all(word in error.value.what for word in words), error.value.what
     assert error.value.fix
@@ -218,16 +218,16 @@ def test_unknown_split_values_are_rejected(data: Dataset, by: str, words: list[s
 
 
 @pytest.mark.parametrize(
-    ("spec", "where", "words"),
+    ("options", "where", "words"),
     [
         ({"val": 3}, "data.splits.val", ["3 of 3 groups"]),
         ({"val": 1, "test": 2}, "data.splits.test", ["2 of 2 groups"]),
         ({"val": 0.01}, "data.splits.val", ["0 of 3 groups", "largest has 4 of 7"]),
     ],
 )
-def test_invalid_groups_are_rejected(spec: dict[str, Any], where: str, words: list[str]) -> None:
+def test_invalid_groups_are_rejected(options: dict[str, Any], where: str, words: list[str]) -> None:
     with pytest.raises(DataError) as error:
-        split_dataset("group", make_dataset([1, 1, 2, 3, 3, 3, 3]), **spec)
+        split_dataset("group", make_dataset([1, 1, 2, 3, 3, 3, 3]), **options)
     assert error.value.where == where
     assert all(word in error.value.what for word in words), error.value.what
 

@@ -54,16 +54,16 @@ def expect_data_error(data: Dataset, task: Any, train: int | None = None) -> Dat
     "targets", [np.array([2, 0, 1]), np.array([2.0, 0.0, 1.0], np.float32), np.array([[2], [0], [1]])]
 )
 def test_multiclass_targets_are_class_indices(targets: np.ndarray) -> None:
-    prepared = fit_dataset_targets(make_dataset(targets), "multiclass").transform(targets)
-    assert prepared.dtype == np.int64
-    assert prepared.tolist() == [2, 0, 1]
+    transformed = fit_dataset_targets(make_dataset(targets), "multiclass").transform(targets)
+    assert transformed.dtype == np.int64
+    assert transformed.tolist() == [2, 0, 1]
 
 
 def test_binary_targets_are_zero_and_one() -> None:
     data = make_dataset([5, 2, 0, 5])
-    prepared = fit_dataset_targets(data, {"kind": "binary", "positive": [0, 5]}).transform(data.train.targets)
-    assert prepared.dtype == np.float32
-    assert prepared.tolist() == [1, 0, 1, 1]
+    transformed = fit_dataset_targets(data, {"kind": "binary", "positive": [0, 5]}).transform(data.train.targets)
+    assert transformed.dtype == np.float32
+    assert transformed.tolist() == [1, 0, 1, 1]
     unchanged = fit_dataset_targets(make_dataset([0, 1]), "binary").transform(np.array([0, 1]), dtype=np.float64)
     assert (unchanged.dtype, unchanged.tolist()) == (np.dtype("f8"), [0, 1])
     assert fit_dataset_targets(make_dataset([0, 1]), {"kind": "binary", "positive": [False]}).transform(
@@ -241,12 +241,12 @@ def test_regression_targets_are_scaled(values: list[list[float]], dtype: Any) ->
     fitted = fit_dataset_targets(data, "regression", train=3)
     raw = np.array(values)
     mean, std = raw[:3].mean(0), raw[:3].std(0)
-    prepared = fitted.transform(data.train.targets, dtype=dtype)
-    assert prepared.dtype == dtype
-    np.testing.assert_allclose(prepared * fitted.std + fitted.mean, raw, atol=1e-3)
+    transformed = fitted.transform(data.train.targets, dtype=dtype)
+    assert transformed.dtype == dtype
+    np.testing.assert_allclose(transformed * fitted.std + fitted.mean, raw, atol=1e-3)
     for column in np.flatnonzero(std > 1e-3):
         expected = (raw[:, column] - mean[column]) / std[column]
-        np.testing.assert_allclose(prepared[:, column], expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(transformed[:, column], expected, rtol=1e-4, atol=1e-4)
     plain = fit_dataset_targets(data, {"kind": "regression", "scale_targets": False}, train=3)
     assert (plain.mean, plain.std) == ((), ())
     assert np.array_equal(plain.transform(data.train.targets, dtype=dtype), raw.astype(np.float32).astype(dtype))
@@ -327,9 +327,9 @@ def test_count_classes() -> None:
 def test_stratified_split_of_text_labels() -> None:
     data = make_dataset([0] * 40 + [1] * 20 + [2] * 40, names=CLASS_NAMES)
     for task, sizes in (("multiclass", [8, 4, 8]), ({"kind": "binary", "positive": ["green"]}, None)):
-        a_job = build_job(
+        job = build_job(
             {"name": "t", "task": task, "data": {"splits": {"by": "random", "val": 0.2, "stratify": True}}}, "test"
         )
-        counts = np.bincount(data.train.targets[make_splits(a_job, data)["val"].indices])
+        counts = np.bincount(data.train.targets[make_splits(job, data)["val"].indices])
         assert counts[1] == 4
         assert sizes is None or counts.tolist() == sizes

@@ -37,14 +37,14 @@ def random_inputs(shape: tuple[int, ...], dtype: str, seed: int = 0) -> np.ndarr
     return (rng.normal(3, 7, shape) * np.arange(1, shape[1] + 1).reshape(-1, *[1] * (len(shape) - 2))).astype(dtype)
 
 
-def numpy_reference(kind: str, inputs: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def numpy_reference(kind: str, inputs: np.ndarray, indices: np.ndarray) -> np.ndarray:
     """Compute the same with NumPy in float64, without blocks: (N, *output_shape)."""
     values = inputs.astype(np.float64) / (255 if inputs.dtype == np.uint8 and kind != "none" else 1)
     values = values[:, None] if values.ndim == 3 else values
     if kind in ("none", "unit"):
         return values
     axes = tuple(range(values.ndim)) if kind == "scalar" else (0, *range(2, values.ndim))
-    mean, std = (function(values[rows], axis=axes, keepdims=True) for function in (np.mean, np.std))
+    mean, std = (function(values[indices], axis=axes, keepdims=True) for function in (np.mean, np.std))
     scaled: np.ndarray = (values - mean) / np.where(std == 0, 1, std)
     return scaled
 
@@ -58,9 +58,9 @@ def test_transform_matches_numpy(
     kind: str, dtype: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(statistics, "BLOCK_VALUES", 100)  # several blocks, the last one smaller
-    inputs, rows = random_inputs(shape, dtype), np.arange(0, 33)
-    transform = fit_input_transform(make_job(kind), make_dataset(inputs), rows)
-    expected = numpy_reference(kind, inputs, rows)
+    inputs, indices = random_inputs(shape, dtype), np.arange(0, 33)
+    transform = fit_input_transform(make_job(kind), make_dataset(inputs), indices)
+    expected = numpy_reference(kind, inputs, indices)
     raw = torch.from_numpy(inputs.copy())
     for expected_dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         transformed = transform.make_transform_fn(CPU, expected_dtype)(raw)
@@ -81,14 +81,14 @@ def test_transform_matches_numpy(
 )
 @settings(deadline=None, max_examples=30)
 def test_statistics_use_training_rows_only(kind: str, dtype: str, rows: list[int]) -> None:
-    inputs, ids = random_inputs((30, 3), dtype), np.array(sorted(rows))
+    inputs, indices = random_inputs((30, 3), dtype), np.array(sorted(rows))
     changed = inputs.copy()
-    changed[np.setdiff1d(np.arange(30), ids)] = 99
-    fitted = [fit_input_transform(make_job(kind), make_dataset(values), ids) for values in (inputs, changed)]
+    changed[np.setdiff1d(np.arange(30), indices)] = 99
+    fitted = [fit_input_transform(make_job(kind), make_dataset(values), indices) for values in (inputs, changed)]
     assert fitted[0] == fitted[1]
     np.testing.assert_allclose(
         fitted[0].make_transform_fn(CPU, torch.float64)(torch.from_numpy(inputs)),
-        numpy_reference(kind, inputs, ids),
+        numpy_reference(kind, inputs, indices),
         atol=1e-9,
     )
 

@@ -46,8 +46,8 @@ def make_dataset(inputs: np.ndarray, schema: Schema = SCHEMA) -> Dataset:
     return Dataset(DatasetPart(inputs, np.zeros(len(inputs), np.int64)), None, (), "fingerprint", schema)
 
 
-def fit_table(inputs: np.ndarray, rows: Any, schema: Schema = SCHEMA, **data: Any) -> TabularTransform:
-    fitted = fit_input_transform(make_job(**data), make_dataset(inputs, schema), np.asarray(rows))
+def fit_table(inputs: np.ndarray, indices: Any, schema: Schema = SCHEMA, **data: Any) -> TabularTransform:
+    fitted = fit_input_transform(make_job(**data), make_dataset(inputs, schema), np.asarray(indices))
     assert isinstance(fitted, TabularTransform)
     return fitted
 
@@ -90,14 +90,14 @@ NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32) | st.sampled_from([0.0, -0.
 @settings(deadline=None, max_examples=150)
 def test_medians_and_moments_match_numpy(columns: list[list[float]], rows: set[int], dtype: str, block: int) -> None:
     inputs = np.array(columns).T.astype(dtype)
-    ids = np.array(sorted(rows))
+    indices = np.array(sorted(rows))
     schema = Schema(tuple(Column(str(column), "number") for column in range(len(columns))))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "BLOCK_VALUES", block)
-        computed = compute_statistics(inputs, ids, schema, with_medians=True)
-    chosen = inputs[ids].astype(np.float64)
+        computed = compute_statistics(inputs, indices, schema, with_medians=True)
+    selected = inputs[indices].astype(np.float64)
     assert computed.median is not None
-    for column, values in enumerate(chosen.T):
+    for column, values in enumerate(selected.T):
         values = values[~np.isnan(values)]
         assert computed.num_present[column] == len(values)
         if len(values):
@@ -124,8 +124,8 @@ def test_medians_of_many_rows_match_numpy() -> None:
 @pytest.mark.parametrize("strategy", ["median", "mean", 7.5])
 def test_transform_matches_scikit_learn(strategy: Any, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "BLOCK_VALUES", 100)
-    raw, rows = random_table(300, dtype=dtype), np.arange(40, 300)
-    fitted = fit_table(raw, rows, missing={"numeric": strategy})
+    raw, indices = random_table(300, dtype=dtype), np.arange(40, 300)
+    fitted = fit_table(raw, indices, missing={"numeric": strategy})
     text = {
         "plan": np.array([*PLANS, "without"], dtype=object)[np.where(np.isnan(raw[:, 1]), 4, raw[:, 1]).astype(int)],
         "city": np.where(np.isnan(raw[:, 4]), 3, raw[:, 4]),
@@ -141,7 +141,7 @@ def test_transform_matches_scikit_learn(strategy: Any, dtype: str, monkeypatch: 
             ("numbers", make_pipeline(filler, StandardScaler()), ["a", "b", "c"]),
             ("categories", OneHotEncoder(sparse_output=False, handle_unknown="ignore"), ["plan", "city"]),
         ]
-    ).fit(frame.iloc[rows])
+    ).fit(frame.iloc[indices])
     np.testing.assert_allclose(apply_transform(fitted, raw), reference.transform(frame), atol=1e-9, rtol=1e-9)
     if dtype == "float32":
         single = fitted.make_transform_fn(CPU, torch.float32, SCHEMA)(torch.from_numpy(raw))
@@ -151,8 +151,8 @@ def test_transform_matches_scikit_learn(strategy: Any, dtype: str, monkeypatch: 
 @given(seed=st.integers(0, 1000), rows=st.sets(st.integers(0, 39), min_size=1, max_size=39), data=st.data())
 @settings(deadline=None, max_examples=60)
 def test_statistics_use_training_rows_only(seed: int, rows: set[int], data: st.DataObject) -> None:
-    raw, ids = random_table(40, seed), np.array(sorted(rows))
-    others = np.setdiff1d(np.arange(40), ids)
+    raw, indices = random_table(40, seed), np.array(sorted(rows))
+    others = np.setdiff1d(np.arange(40), indices)
     changed = raw.copy()
     changed[others] = random_table(len(others), data.draw(st.integers(0, 1000)), missing=0.5)
     options: dict[str, Any] = data.draw(
@@ -169,7 +169,7 @@ def test_statistics_use_training_rows_only(seed: int, rows: set[int], data: st.D
             }
         )
     )
-    first, second = (fit_table(values, ids, **options) for values in (raw, changed))
+    first, second = (fit_table(values, indices, **options) for values in (raw, changed))
     stored = json.dumps(first.to_json())
     assert stored == json.dumps(second.to_json())
     assert input_transform_from_json(json.loads(stored)) == first
