@@ -177,7 +177,7 @@ def test_unseen_values_are_reported(trainyard: Any, tmp_path: Path) -> None:
     assert "'work' holds whole numbers (int64), but held text in training" in refused.err
     refused = trainyard("evaluate", run, "--data", "numbers.parquet")
     assert refused.code == 2
-    assert "'work' holds numbers, in training holds text or levels" in refused.err
+    assert "'work' holds numbers, in training holds text or categories" in refused.err
 
 
 def write_parts(folder: Path, *keys: pa.Array) -> None:

@@ -70,7 +70,8 @@ def test_unseen_label_is_rejected(tmp_path: Path) -> None:
     frame = pd.DataFrame({"x": np.arange(100.0), "y": 2019 + np.arange(100) % 3})
     run = train_frame(tmp_path, frame, "multiclass")
     frame.assign(y=2018).to_parquet(tmp_path / "old.parquet")
-    with pytest.raises(DataError, match=r"2018 at row 0 is no class that was trained \(100 of 100 rows\)") as refused:
+    message = r"2018 at row 0 is not a class of the training data \(100 of 100 rows\)"
+    with pytest.raises(DataError, match=message) as refused:
         evaluate(run.url, data=str(tmp_path / "old.parquet"))
     assert "the classes are 2019, 2020, 2021" in refused.value.fix
 
@@ -101,11 +102,11 @@ def test_positive_class_of_two_numbers_is_reported(tmp_path: Path) -> None:
 
 def test_class_weights_are_given_by_label(tmp_path: Path) -> None:
     frame = pd.DataFrame({"x": np.arange(90.0), "y": 2019 + np.arange(90) % 3})
-    with pytest.raises(JobError, match="2 is no class; there are 3"):
+    with pytest.raises(JobError, match="2 is not one of the 3 classes"):
         train_frame(tmp_path, frame, {"kind": "multiclass", "class_weights": {2: 5.0}})
     train_frame(tmp_path, frame, {"kind": "multiclass", "class_weights": {2020: 5.0}})
     names = frame.assign(y=frame.y.map({2019: "a", 2020: "b", 2021: "c"}))
-    with pytest.raises(JobError, match="2 is no class; there are 3"):
+    with pytest.raises(JobError, match="2 is not one of the 3 classes"):
         train_frame(tmp_path, names, {"kind": "multiclass", "class_weights": {2: 5.0}})
 
 

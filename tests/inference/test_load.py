@@ -90,7 +90,7 @@ def test_mismatched_inputs_are_rejected(train_example: TrainExample, example_dat
         model.predict(frame.assign(num_calls="three"))
     with pytest.raises(DataError, match="num_spend"):
         model.predict(frame.assign(num_spend=np.inf))
-    with pytest.raises(DataError, match="int is no table"):
+    with pytest.raises(DataError, match="int is not a table"):
         model.predict(3)
 
 

@@ -85,7 +85,7 @@ def test_other_columns_are_rejected(predictors: dict[str, Predictor], change: pd
 def test_values_far_from_training_are_reported(predictors: dict[str, Predictor]) -> None:
     model = predictors["frame"]
     far = NEW_DATA.assign(age=[0.0, 1000.0, 2000.0])
-    with pytest.warns(UserWarning, match="column 'age': 66.7% of 3 values lie far outside the training range"):
+    with pytest.warns(UserWarning, match="column 'age': 66.7% of 3 values are far outside the training range"):
         model.predict(far)
     with pytest.warns(UserWarning, match="column 'age'"):
         model.predict(far.to_numpy())

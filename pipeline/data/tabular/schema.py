@@ -1,8 +1,7 @@
-"""What the columns of a table's matrix mean: each row of a table is one row of numbers, laid out by a schema.
+"""The schema of a table: the layout of its rows as a matrix, the kinds of Arrow columns, and their values as arrays.
 
-What Arrow columns hold, as far as training is concerned, and their values as NumPy arrays.
-
-Bad values in a table: counted while rows go by, told when all were seen.
+`Schema` lays out the matrix that a table is encoded to. `ArrowKind` describes an Arrow column. `InvalidValues` counts
+values that cannot be used.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ ColumnKind = Literal["number", "category"]
 class Column:
     """One feature.
 
-    kind: number: `width` numbers (1, or the length of a fixed-size list), NaN where missing; booleans are 0 and 1.
-        category: one whole number, the position of the text in `levels`, NaN where missing.
+    kind: number: `width` numbers (1, or the length of a fixed-size list), NaN if missing; booleans are 0 and 1.
+        category: one integer, the position of the text in `categories`, NaN if missing.
     """
 
     name: str
@@ -45,7 +44,7 @@ class Schema:
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Where each column begins."""
+        """The index in a row at which each column begins."""
         ends = [0]
         for column in self.columns:
             ends.append(ends[-1] + column.width)
@@ -64,7 +63,7 @@ KIND_NAMES: dict[ValueKind, str] = {
     "vector": "lists of numbers",
     "bytes": "bytes",
     "time": "times",
-    "null": "nulls alone",
+    "null": "only nulls",
     "other": "neither numbers nor text",
 }
 NUMERIC_KINDS: tuple[ValueKind, ...] = ("whole", "real", "truth")
@@ -72,9 +71,9 @@ NUMERIC_KINDS: tuple[ValueKind, ...] = ("whole", "real", "truth")
 
 @dataclass(frozen=True)
 class ArrowKind:
-    """What a column holds.
+    """The kind of values in an Arrow column.
 
-    width: numbers in a row; 0 for lists whose length only the rows tell. type: as Arrow calls it, for messages.
+    width: numbers per row; 0 for lists of variable length. type: Arrow's name of the type, for messages.
     """
 
     kind: ValueKind
@@ -86,7 +85,7 @@ class ArrowKind:
 
 
 def arrow_kind(arrow_type: pa.DataType) -> ArrowKind:
-    """What a column of an Arrow type holds. Widths of integers, texts and dictionaries make no difference."""
+    """Return the kind of a column of an Arrow type. Widths of integers, texts and dictionaries make no difference."""
     types, name = pa.types, str(arrow_type)
     while isinstance(arrow_type, (pa.BaseExtensionType, pa.DictionaryType)):
         arrow_type = arrow_type.storage_type if isinstance(arrow_type, pa.BaseExtensionType) else arrow_type.value_type
@@ -112,7 +111,7 @@ def arrow_kind(arrow_type: pa.DataType) -> ArrowKind:
 
 
 def common_kind(first: ArrowKind, second: ArrowKind) -> ArrowKind | None:
-    """What holds the rows of two files' columns; None if they do not go together."""
+    """Return the kind that holds the rows of two files' columns; None if they are incompatible."""
     if "null" in (first.kind, second.kind):
         return second if first.kind == "null" else first
     if {first.kind, second.kind} == {"whole", "real"}:
@@ -123,7 +122,7 @@ def common_kind(first: ArrowKind, second: ArrowKind) -> ArrowKind | None:
 
 
 def value_type(arrow_type: pa.DataType) -> pa.DataType:
-    """The type of single values: of a list, an extension type or a dictionary that of what it holds."""
+    """Return the type of single values: for a list, an extension type or a dictionary, the type of its values."""
     while isinstance(arrow_type, (pa.BaseExtensionType, pa.DictionaryType)) or pa.types.is_nested(arrow_type):
         if isinstance(arrow_type, pa.BaseExtensionType):
             arrow_type = arrow_type.storage_type
@@ -135,7 +134,7 @@ def value_type(arrow_type: pa.DataType) -> pa.DataType:
 
 
 def is_exact(arrow_type: pa.DataType, dtype: np.dtype[Any] | FloatType) -> bool:
-    """Whether float32 or float64, whichever `dtype` is, holds every single value of an Arrow type."""
+    """Return whether `dtype`, float32 or float64, represents every single value of an Arrow type exactly."""
     arrow_type, types, size = value_type(arrow_type), pa.types, np.dtype(dtype).itemsize
     if types.is_integer(arrow_type):
         return bool(arrow_type.bit_width <= 4 * size)
@@ -145,7 +144,7 @@ def is_exact(arrow_type: pa.DataType, dtype: np.dtype[Any] | FloatType) -> bool:
 
 
 def to_float_array(array: pa.Array, dtype: np.dtype[Any] | FloatType) -> np.ndarray:
-    """A column of numbers or booleans as floats (n,), NaN where null."""
+    """Return a column of numbers or booleans as floats (n,), NaN where null."""
     array = unwrap_storage(array)
     if pa.types.is_boolean(array.type):
         array = array.cast(pa.uint8())
@@ -156,37 +155,38 @@ def to_float_array(array: pa.Array, dtype: np.dtype[Any] | FloatType) -> np.ndar
 
 
 def dictionary_encode(array: pa.Array, name: str, findings: InvalidValues) -> tuple[pa.Array, np.ndarray]:
-    """The distinct texts of a column, and each row's position in them, int64 (n,): -1 where null.
+    """Return the distinct texts of a column, and each row's position in them, int64 (n,): -1 where null.
 
-    Whole numbers are texts such as "3", whatever the width of their type; so are floats that are whole, for that is
-    what whole numbers with nulls easily become. Booleans are "false" and "true".
+    Integers become texts such as "3", whatever the width of their type; so do floats with integer values, since
+    integers with nulls are often converted to floats. Booleans are "false" and "true".
     """
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
     if pa.types.is_string_view(array.type):
         array = array.cast(pa.large_string())
     encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
-    rows = encoded.indices.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
+    codes = encoded.indices.cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
     values = encoded.dictionary
     if arrow_kind(values.type).kind == "real":
         floats = to_float_array(values, np.float64)
-        broken = np.append((floats != np.floor(floats)) | (np.abs(floats) >= 2.0**63), False)
+        not_integer = np.append((floats != np.floor(floats)) | (np.abs(floats) >= 2.0**63), False)
         findings.add(
             name,
             "numbers that are not whole",
             "round them, or do not list the column under data.categorical",
-            (broken & ~np.isnan(np.append(floats, np.nan)))[rows],
+            (not_integer & ~np.isnan(np.append(floats, np.nan)))[codes],
         )
-        whole = np.where(broken[:-1], 0, floats).astype(np.int64)
-        values = pa.array(whole, mask=np.isnan(floats))
+        integers = np.where(not_integer[:-1], 0, floats).astype(np.int64)
+        values = pa.array(integers, mask=np.isnan(floats))
     texts = values.cast(pa.string())
     if texts.null_count:
-        rows = np.append(np.where(texts.is_null().to_numpy(zero_copy_only=False), -1, np.arange(len(texts))), -1)[rows]
-    return texts, rows
+        valid_codes = np.where(texts.is_null().to_numpy(zero_copy_only=False), -1, np.arange(len(texts)))
+        codes = np.append(valid_codes, -1)[codes]
+    return texts, codes
 
 
 def bytes_to_array(array: pa.Array, width: int) -> np.ndarray:
-    """Fixed-size bytes as uint8 (n, width), a view where possible; what nulls hold is undefined."""
+    """Return fixed-size bytes as uint8 (n, width), a view where possible; the content of null rows is undefined."""
     array = unwrap_storage(array)
     if pa.types.is_fixed_size_list(array.type):
         array = array.values.slice(array.offset * width, len(array) * width)
@@ -196,7 +196,7 @@ def bytes_to_array(array: pa.Array, width: int) -> np.ndarray:
 
 
 def has_inner_null(array: pa.Array, width: int) -> np.ndarray:
-    """Rows of fixed-size bytes or lists that have a value, but not in each of its places: bool (n,)."""
+    """Return which rows of fixed-size bytes or lists are not null, but contain a null: bool (n,)."""
     array = unwrap_storage(array)
     if not pa.types.is_fixed_size_list(array.type):
         return np.zeros(len(array), bool)
@@ -207,7 +207,7 @@ def has_inner_null(array: pa.Array, width: int) -> np.ndarray:
 
 
 def unwrap_storage(array: pa.Array) -> pa.Array:
-    """The same values without the dress of an extension type or a dictionary."""
+    """Return the same values without extension types or dictionaries around them."""
     while isinstance(array, (pa.ExtensionArray, pa.DictionaryArray)):
         array = array.storage if isinstance(array, pa.ExtensionArray) else array.dictionary_decode()
     return array
@@ -215,9 +215,11 @@ def unwrap_storage(array: pa.Array) -> pa.Array:
 
 @dataclass
 class InvalidValues:
-    """Values that cannot be used, counted while rows go by, so that an error can say how many there are.
+    """Counts of values that cannot be used, collected over batches of rows so that an error can report the total.
 
     where: the file or table.
+    num_rows: rows of the batches before the current one.
+    counts: first row and count, by (column, what, fix).
     """
 
     where: str
@@ -225,14 +227,14 @@ class InvalidValues:
     counts: dict[tuple[str, str, str], list[int]] = field(default_factory=dict)
 
     def add(self, column: str, what: str, fix: str, wrong: np.ndarray) -> None:
-        """`wrong`: bool (n,), of the rows after the first `rows`."""
+        """Count the rows marked in `wrong`, bool (n,): the rows of the current batch, after the first `num_rows`."""
         count = int(np.count_nonzero(wrong))
         if count:
             first = self.num_rows + int(np.argmax(wrong))
             self.counts.setdefault((column, what, fix), [first, 0])[1] += count
 
     def raise_if_any(self) -> None:
-        """Raise what was found first.
+        """Raise an error for the first problem found, if any.
 
         Raises
         ------
