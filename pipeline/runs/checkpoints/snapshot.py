@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.runs.checkpoints import format as checkpoint_format
 from pipeline.runs.journal.entries import BestCheckpoint
-from pipeline.runs.metric_log.segments import PendingRows
 from pipeline.runs.serialization import to_json
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from pipeline.runs.metric_log.segments import PendingRows
 
 
 @dataclass
