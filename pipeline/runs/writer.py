@@ -92,7 +92,7 @@ class RunWriter:
         self._pending_snapshot = snapshot
         name = decisions.format_checkpoint_name(snapshot.step, self.attempt.number)
         best = self._locate_best(snapshot, name)
-        if best is not None and self._needs_own_checkpoint(best, name):
+        if best is not None and self._needs_separate_checkpoint(best, name):
             checkpoint_format.write_checkpoint(self._run.storage, *self._builder.build_best(snapshot, best))
         checkpoint_format.write_checkpoint(self._run.storage, *self._builder.build(snapshot, best, name))
         pair: CheckpointPair = (name, best.checkpoint if best is not None else None)
@@ -144,7 +144,7 @@ class RunWriter:
         best = self._locate_best(snapshot, name)
         best_files = (
             self._builder.build_best(snapshot, best)
-            if best is not None and self._needs_own_checkpoint(best, name)
+            if best is not None and self._needs_separate_checkpoint(best, name)
             else None
         )
         allowed_heads = [self._last_committed]
@@ -230,7 +230,7 @@ class RunWriter:
             raise ValueError(f"the weights of the best step {best.step} are neither given nor in a checkpoint")
         return replace(best, checkpoint=decisions.format_checkpoint_name(best.step, self.attempt.number))
 
-    def _needs_own_checkpoint(self, best: BestCheckpoint, name: str) -> bool:
+    def _needs_separate_checkpoint(self, best: BestCheckpoint, name: str) -> bool:
         """Whether the weights of the best are not stored yet and are not those of checkpoint `name`."""
         return best.checkpoint != name and best is not self._best
 

@@ -194,9 +194,9 @@ def test_nonfinite_loss_is_never_committed(run: Run, loss: float) -> None:
     attempt, writer = start_attempt(run)
     writer.log_steps(make_block(1, 10))
     writer.commit(make_snapshot(10))
-    bad = make_block(11, 20)
-    bad["loss"][4:] = loss
-    writer.log_steps(bad)
+    block = make_block(11, 20)
+    block["loss"][4:] = loss
+    writer.log_steps(block)
     writer.commit(make_snapshot(20))
     with pytest.raises(NotFiniteError, match=rf"loss is {loss} at step 15 \(learning rate 0.1\)") as caught:
         writer.finish()
@@ -214,9 +214,9 @@ def test_nonfinite_loss_is_never_committed(run: Run, loss: float) -> None:
 
 def test_exit_entry_names_the_nonfinite_row(run: Run) -> None:
     attempt, writer = start_attempt(run)
-    bad = make_block(1, 5)
-    bad["loss"][2] = math.nan
-    writer.log_steps(bad)
+    block = make_block(1, 5)
+    block["loss"][2] = math.nan
+    writer.log_steps(block)
     writer.write_exit("failed", NotFiniteError("the loss is nan"), 5)
     stop_attempt(attempt, writer)
     last = read_entries(run.journal)[-1]
@@ -239,8 +239,8 @@ def test_nonfinite_evaluation_is_reported_with_its_split(run: Run) -> None:
 def test_nonfinite_weights_are_never_committed(run: Run, where: str) -> None:
     attempt, writer = start_attempt(run)
     writer.log_steps(make_block(1, 10))
-    bad = {"0.weight": torch.tensor([1.0, math.nan]), "0.count": torch.tensor(3)}
-    writer.commit(make_snapshot(10, best=5 if where == "best_weights" else None, **{where: bad}))
+    nonfinite = {"0.weight": torch.tensor([1.0, math.nan]), "0.count": torch.tensor(3)}
+    writer.commit(make_snapshot(10, best=5 if where == "best_weights" else None, **{where: nonfinite}))
     with pytest.raises(NotFiniteError, match=r"weights 0\.weight are not finite at step 10"):
         writer.finish()
     stop_attempt(attempt, writer)

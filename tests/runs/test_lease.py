@@ -216,8 +216,8 @@ def test_driver_skips_the_watch_for_attempts_it_ended(run: Run, start_process: S
 
 
 def test_one_of_several_concurrent_claims_wins(run: Run, start_process: StartProcess) -> None:
-    racers = [start_process() for _ in range(3)]
-    lines = [read_line(racer) for racer in racers]
+    processes = [start_process() for _ in range(3)]
+    lines = [read_line(process) for process in processes]
     assert sorted(lines)[-1] == "claimed 1", lines
     assert sum(line.startswith("BusyError 3") for line in lines) == 2, lines
 

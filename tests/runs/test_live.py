@@ -101,9 +101,9 @@ def test_late_write_of_an_earlier_attempt_changes_nothing(run: Run) -> None:
 def test_last_rows_before_a_failure_are_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRAINYARD_HEARTBEAT_S", "3600")
     attempt, writer = start_attempt(run)
-    bad = make_block(1, 20)
-    bad["loss"][19] = math.nan
-    writer.log_steps(bad)
+    block = make_block(1, 20)
+    block["loss"][19] = math.nan
+    writer.log_steps(block)
     writer.write_exit("failed", RuntimeError("x"), 20)
     stop_attempt(attempt, writer)
     rows = live.read_live_tables(run, MetricSchema())

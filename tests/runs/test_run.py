@@ -30,12 +30,12 @@ def test_run_is_created_once(tmp_path: Path) -> None:
         run.read_metadata()
     assert run.create("name: mnist\n", METADATA)
     assert not run.create("name: other\n", {})
-    again = Run(Storage.open(str(tmp_path)), "mnist-1")
-    assert again.exists()
-    assert again.read_metadata() == METADATA
-    assert again.read_job_yaml().endswith("}\nname: mnist\n")
-    assert (tmp_path / "mnist-1" / "job.yaml").read_text() == again.read_job_yaml()
-    assert again.url == str(tmp_path / "mnist-1")
+    reopened = Run(Storage.open(str(tmp_path)), "mnist-1")
+    assert reopened.exists()
+    assert reopened.read_metadata() == METADATA
+    assert reopened.read_job_yaml().endswith("}\nname: mnist\n")
+    assert (tmp_path / "mnist-1" / "job.yaml").read_text() == reopened.read_job_yaml()
+    assert reopened.url == str(tmp_path / "mnist-1")
 
 
 def test_edited_job_file_is_rejected(tmp_path: Path) -> None:

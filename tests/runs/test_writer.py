@@ -136,7 +136,7 @@ def test_superseded_attempt_writes_nothing(tmp_path: Path) -> None:
     writer = make_writer(zombie)
     train_and_commit(writer, 1, 4, 4)
     assert zombie.lock is not None
-    zombie.lock.release(remove=False)  # as if its process had died
+    zombie.lock.release(remove=False)  # as if its process had ended
     successor = acquire_attempt(Run(Storage.open(str(tmp_path)), "run"))
     assert successor.number == 2
     with pytest.raises(SupersededError):

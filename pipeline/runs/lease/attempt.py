@@ -144,9 +144,9 @@ def acquire_lease(
     nonce = secrets.token_hex(16)
     interval_s = get_interval_s()
     try:
-        own_lock = lock.ProcessLock(nonce)  # held before the claim is visible, so that a free lock is proof
+        held_lock = lock.ProcessLock(nonce)  # held before the claim is visible, so that a free lock is proof
     except OSError:
-        own_lock = None  # without a temporary folder, other processes have to watch the heartbeat
+        held_lock = None  # without a temporary folder, other processes have to watch the heartbeat
     attempt: Attempt | None = None
     try:
         template = Claim(
@@ -155,13 +155,13 @@ def acquire_lease(
             time="",
             attempt=0,
             driver=driver,
-            boot=lock.read_boot_id() if own_lock is not None else "",
-            lock=own_lock.path if own_lock is not None else "",
+            boot=lock.read_boot_id() if held_lock is not None else "",
+            lock=held_lock.path if held_lock is not None else "",
             interval_s=interval_s,
             facts=dict(metadata),
         )
         attempt = append_claim(run, template, known_dead_attempt, on_watch)
-        attempt.lock = own_lock
+        attempt.lock = held_lock
         attempt.heartbeat = Heartbeat(run.storage, attempt.number, interval_s)
         attempt.heartbeat.start()
         select_resume_checkpoint(attempt)
@@ -174,9 +174,9 @@ def acquire_lease(
     except BaseException as error:
         if attempt is not None:
             attempt.close()
-        elif own_lock is not None:
+        elif held_lock is not None:
             # Only after these errors is it certain that no claim was stored that needs the lock as proof.
-            own_lock.release(remove=isinstance(error, BusyError) or type(error) is InputError)
+            held_lock.release(remove=isinstance(error, BusyError) or type(error) is InputError)
         raise
     return attempt
 

@@ -23,7 +23,7 @@ def is_proven_stopped(last_claim: Claim, driver: str, known_dead_attempt: int | 
     ) is False
 
 
-def watch_heartbeat(run: Run, last_claim: Claim, own_interval_s: float, on_watch: Callable[[str], None]) -> None:
+def watch_heartbeat(run: Run, last_claim: Claim, claimant_interval_s: float, on_watch: Callable[[str], None]) -> None:
     """Watch a heartbeat for three intervals of this machine's clock.
 
     Raises
@@ -33,7 +33,7 @@ def watch_heartbeat(run: Run, last_claim: Claim, own_interval_s: float, on_watch
     if process_lock.is_held(last_claim) and is_heartbeat_fresh(run, last_claim):
         raise make_busy_error(run, last_claim, "is writing this run")
     first_data, _ = read_heartbeat(run.storage, last_claim.attempt)
-    interval_s = max(own_interval_s, last_claim.interval_s)
+    interval_s = max(claimant_interval_s, last_claim.interval_s)
     limit_s = STALE_AFTER_INTERVALS * interval_s
     on_watch(
         f"attempt {last_claim.attempt} {_describe_process(last_claim)} may still be writing: watching its heartbeat "

@@ -2,7 +2,7 @@
 
 `live/steps/0001.parquet` and `live/evals/0001.parquet` have the log's columns and are replaced every few seconds. Each
 attempt has separate files, so a late write of an attempt that was presumed dead does not change those of the next one;
-the highest number is valid. Steps that a resume repeats are dropped first and appear again.
+the one with the highest number is current. Steps that a resume repeats are dropped first and appear again.
 """
 
 from __future__ import annotations
