@@ -41,9 +41,9 @@ def test_training_is_refused_and_loses_nothing(trainyard: RunCommand, job: str, 
         refused = trainyard("train", job, "--name", "cut", "--set", f"scale.workers={workers}")
         assert refused.code == 2
         assert refused.err.count("error:") == 1
-        assert "begun by an earlier version" in refused.err
+        assert "started by an earlier version" in refused.err
         assert f"{interrupted}/checkpoints/step-" in refused.err
-        assert "finish it with the version that began it" in refused.err
+        assert "finish it with the version that started it" in refused.err
         assert contents(interrupted) == before
 
 

@@ -25,7 +25,7 @@ from pipeline.runs.status import read_run_status
 from pipeline.storage import Storage
 from tests.cli.command_line import RunCommand
 from tests.process_kill.run_assertions import wait_for
-from tests.runs.parts import create_run, make_block, make_snapshot
+from tests.runs.factories import create_run, make_block, make_snapshot
 
 METADATA = {"host": "node-7", "world_size": 2, "device": "cpu"}
 

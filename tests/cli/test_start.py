@@ -33,7 +33,7 @@ from pipeline.setup.initial_weights import InitialWeights, compute_weights_diges
 from pipeline.storage import Storage
 from pipeline.training.engine import TrainEngine
 from tests.cli.command_line import SMALL_JOB, RunCommand, write_job
-from tests.runs.parts import read_entries
+from tests.runs.factories import read_entries
 from tests.training.factories import make_job
 
 SHORT_TRAIN = {**SMALL_JOB["train"], "phases": [{"epochs": 1, "lr": 0.1}]}
@@ -119,8 +119,8 @@ def test_another_start_is_another_run(trainyard: RunCommand, tmp_path: Path) -> 
     ("spec", "words"),
     [
         ("nowhere", "no such run"),
-        ("base@7", "it has no checkpoint '7'"),
-        ("base@newest", "it has no checkpoint 'newest'"),
+        ("base@7", "the run has no checkpoint '7'"),
+        ("base@newest", "the run has no checkpoint 'newest'"),
         ("damaged", "was altered"),
     ],
 )

@@ -18,7 +18,7 @@ from pipeline.runs.journal.entries import Commit
 from pipeline.runs.lease.attempt import acquire_lease
 from pipeline.runs.run import Run
 from pipeline.storage import Storage
-from tests.runs.parts import create_run, make_block, make_snapshot, read_entries
+from tests.runs.factories import create_run, make_block, make_snapshot, read_entries
 
 DISK_BYTES = 1_000_000
 
@@ -94,7 +94,7 @@ def test_run_on_a_full_disk_is_saved_elsewhere_and_resumes(
     assert attempt.local_checkpoint is not None
     recorder = AsyncRunWriter(attempt, keep=2)
     recorder.log_steps(make_block(151, 200))
-    recorder.commit(make_snapshot(200, end=True))
+    recorder.commit(make_snapshot(200, is_final=True))
     recorder.finish()
     recorder.close()
     attempt.close()

@@ -74,7 +74,7 @@ def test_training_during_an_outage_is_not_lost(folder: Path, monkeypatch: pytest
     events: list[Event] = []
     assert train("job.yaml", storage=url, on_event=events.append).status == "finished"
     assert [event.step for event in events if isinstance(event, TrainingStarted)] == [saved]
-    assert any(f"going on from step {saved}" in str(event) for event in events)
+    assert any(f"resuming from step {saved}" in str(event) for event in events)
     assert not local_folder.exists()
     run = find_run(folder / "runs")
     check_checkpoints(run)

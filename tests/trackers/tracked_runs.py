@@ -18,7 +18,7 @@ from pipeline.runs.metric_log import live
 from pipeline.runs.metric_log.schema import MetricSchema
 from pipeline.runs.run import Run
 from tests.process_kill.run_assertions import wait_for
-from tests.runs.parts import create_run, make_block, make_evaluation, make_snapshot
+from tests.runs.factories import create_run, make_block, make_evaluation, make_snapshot
 
 
 class TrainedRun:
@@ -35,7 +35,7 @@ class TrainedRun:
         """Train on, evaluate, commit, and wait until that is durable."""
         self._recorder.log_steps(make_block(self.step + 1, step))
         self._recorder.log_evaluation(make_evaluation(step, loss=1 / step))
-        self._recorder.commit(make_snapshot(step, best=step, end=end))
+        self._recorder.commit(make_snapshot(step, best=step, is_final=end))
         self._recorder.finish()
         self.step = step
         if end:
