@@ -96,7 +96,7 @@ def check(
     job = job.model_copy(update={"storage": resolve_storage_url(storage, job.storage)})
     if not (batch or overfit):
         if isinstance(job.data, FileDataConfig):
-            from pipeline.data.sources.presence import check_data_exists
+            from pipeline.data.sources import check_data_exists
 
             check_data_exists(job)
         return CheckResult(job)

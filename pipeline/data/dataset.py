@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from pipeline.data.tabular.schema import Schema
-
 if TYPE_CHECKING:
     import pyarrow as pa
+
+    from pipeline.data.tabular.schema import Schema
 
 
 PartName = Literal["train", "test"]

@@ -1,4 +1,4 @@
-"""One door to storage: a folder of any fsspec file system, with atomic replace and exclusive create."""
+"""Storage: a folder of any fsspec file system, with atomic replace and exclusive create."""
 
 from pipeline.storage.storage import Storage
 

@@ -1,4 +1,4 @@
-"""What a kind of storage must be able to do. `local` and `remote` do it; a test may bring its own."""
+"""The protocol of a storage backend. `local` and `remote` implement it; a test may bring its own."""
 
 from __future__ import annotations
 
@@ -7,63 +7,63 @@ from typing import Protocol
 
 
 class Upload(Protocol):
-    """One file on its way in parts. Nothing is seen of it before `complete`.
+    """A multipart upload of one file. Readers see nothing of it before `complete`.
 
-    Every method raises FileNotFoundError where the store knows of no such upload (any more).
+    Every method raises FileNotFoundError if the store has no such upload, or no longer has it.
     """
 
     part_bytes: int
     """Size of all parts but the last."""
 
     def put(self, number: int, data: bytes) -> str:
-        """Send a part, counted from 1; sent again, it takes the place of the first. Returns the store's tag of it."""
+        """Send a part and return the store's tag for it. Parts count from 1; one that is sent again is replaced."""
 
     def complete(self, tags: Sequence[str]) -> None:
-        """Put the file in place in one step, from the parts with these tags."""
+        """Assemble the file from the parts with these tags, in one step."""
 
     def abort(self) -> None:
-        """Give the upload up, so that the store keeps no parts of it."""
+        """Abort the upload, so that the store keeps no parts of it."""
 
 
 class Backend(Protocol):
-    """Plain operations on whole paths, tried once: no retries and no judgement of errors, which are the door's.
+    """Plain operations on whole paths, each tried once. `Storage` retries them and classifies their errors.
 
-    A path is that of the backend's own file system, "/"-separated. `temporary` is a folder on the same file system
-    where unfinished files may lie; an object store has no use for it.
+    A path is a path of the backend's file system, "/"-separated. `temporary` is a folder on the same file system for
+    unfinished files; object stores ignore it.
     """
 
     is_remote: bool
-    """Whether requests take long enough that several at once pay."""
+    """Whether requests take long enough for concurrent requests to pay off."""
 
     def read(self, path: str) -> bytes:
-        """The whole content, never from a cache. FileNotFoundError where absent."""
+        """Return the whole content, never from a cache. FileNotFoundError if absent."""
 
     def replace(self, path: str, data: bytes, temporary: str, sync: bool) -> None:
-        """Put the content in place in one step, missing folders included. `sync`: it survives a power loss."""
+        """Write the content in one step and make missing folders. `sync`: it survives a power loss."""
 
     def upload(self, path: str, size: int) -> Upload | None:
-        """Begin to replace a file in parts, where that pays for so many bytes; else None."""
+        """Begin to replace a file of `size` bytes in parts; None where the size is not worth it."""
 
     def create(self, path: str, data: bytes, temporary: str) -> None:
-        """Put the whole content there in one step, unless something is there: then FileExistsError. Synced."""
+        """Write the whole content in one step, synced. FileExistsError if the path exists."""
 
     def list(self, path: str) -> list[str]:
-        """Names of files and folders in a folder, in any order. FileNotFoundError where absent."""
+        """Return the names of the files and folders in a folder, in any order. FileNotFoundError if absent."""
 
     def exists(self, path: str) -> bool:
-        """Whether there is a file or a folder."""
+        """Return whether there is a file or a folder."""
 
     def delete(self, path: str) -> None:
-        """Remove a file. FileNotFoundError where absent."""
+        """Remove a file. FileNotFoundError if absent."""
 
     def delete_folder(self, path: str) -> None:
-        """Remove a folder with all in it. What others write there meanwhile may stay."""
+        """Remove a folder with all its content. Files that others write to it meanwhile may stay."""
 
     def remove_temporary(self, temporary: str) -> None:
-        """Remove what killed writers left in `temporary`. A live writer that loses its file writes it again."""
+        """Remove what killed writers left in `temporary`. A live writer whose file is removed writes it again."""
 
     def has_conditional_writes(self, folder: str) -> bool:
-        """Whether `create` excludes, tried out on a key of its own."""
+        """Return whether `create` is exclusive, after a trial with a key of its own."""
 
     def renew_credentials(self) -> None:
-        """Look for credentials anew: those in use have expired."""
+        """Look up the credentials again, because those in use have expired."""

@@ -1,6 +1,7 @@
-"""Environment variables that were handed to this process: what storage and trackers need, and nobody may read.
+"""Secret environment variables that storage and trackers need and that this process received from another one.
 
-They travel inside messages between our own processes, never in a command line, a file, or what Ray shows of a job.
+They are sent in messages between Trainyard's processes, never in a command line, in a file or in what Ray shows of a
+job.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ _forwarded_names: set[str] = set()
 
 
 def set_credentials(environment: Mapping[str, str]) -> None:
-    """Set these variables here, and keep their values out of everything that is written."""
+    """Set these environment variables, and redact their values in all output."""
     os.environ.update(environment)
     _forwarded_names.update(environment)
     register_secrets(environment)
 
 
 def forwarded_credentials() -> dict[str, str]:
-    """What this process was handed and hands on to its workers."""
+    """Return the variables that this process received, for it to forward to its workers."""
     return {name: os.environ[name] for name in sorted(_forwarded_names) if name in os.environ}

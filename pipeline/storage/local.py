@@ -1,4 +1,4 @@
-"""Storage in folders of this machine (or mounted by it)."""
+"""Storage in local or mounted folders."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ _DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 class LocalBackend:
-    """Plain files. fsspec is passed by: its local "create" is a check and then a write, which two racers pass.
+    """Local files, without fsspec: its local "create" checks first and then writes, so that two racing processes can
+    both succeed.
 
     Parameters
     ----------
-    top: folder below which no symbolic link is followed: nothing that somebody put there leads out of it. (Who can
-        write there at this very moment could still be quicker than the check.)
+    root: folder below which no symbolic link is followed, so that a planted link cannot lead out of it. (A process
+        that can write to the folder could still replace a file between the check and the access.)
     """
 
     is_remote = False
@@ -34,12 +35,12 @@ class LocalBackend:
     def read(self, path: str) -> bytes:
         self._raise_if_symlink(path)
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe would wait for its writer
-        except NotADirectoryError as error:  # below a file, as on an object store, nothing is
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe must not block
+        except NotADirectoryError as error:  # as on an object store, a path below a file does not exist
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             os.close(descriptor)
-            raise StorageError("is no plain file", where=path, fix="remove it")
+            raise StorageError("is not a regular file", where=path, fix="remove it")
         with open(descriptor, "rb") as file:
             return file.read()
 
@@ -84,7 +85,7 @@ class LocalBackend:
 
     def delete_folder(self, path: str) -> None:
         self._raise_if_symlink(path)
-        # Late writes of a superseded attempt can put files here meanwhile: they stay, and are harmless.
+        # Late writes of a superseded attempt can add files meanwhile. They stay, and are harmless.
         shutil.rmtree(path, onerror=_raise_unless_gone_or_refilled)
 
     def remove_temporary(self, temporary: str) -> None:
@@ -95,19 +96,19 @@ class LocalBackend:
                     os.unlink(os.path.join(temporary, name))
 
     def _raise_if_symlink(self, *paths: str) -> None:
-        """Refuse a path that goes through a symbolic link below the top.
+        """Refuse paths with a symbolic link below the root.
 
         Raises
         ------
-        StorageError: names the link.
+        StorageError: with the path of the link.
         """
         for path in paths if self._root else ():
             while len(path) > len(self._root):
                 if os.path.islink(path):
                     raise StorageError(
-                        "is a symbolic link, and none is followed in storage",
+                        "is a symbolic link; links inside storage are not followed",
                         where=path,
-                        fix="put the folder itself there, or give the one that it leads to as --storage",
+                        fix="replace it by the folder itself, or give its target as --storage",
                     )
                 path = os.path.dirname(path)
 
@@ -120,7 +121,7 @@ class LocalBackend:
 
 @contextmanager
 def _translate_disk_full(path: str, size: int) -> Iterator[None]:
-    """Say what is wrong where a disk or a quota is full: no waiting cures that, but a person may."""
+    """Raise StorageFullError for a full disk or quota: retrying does not help, but the user can free space."""
     try:
         yield
     except OSError as error:
@@ -130,12 +131,12 @@ def _translate_disk_full(path: str, size: int) -> Iterator[None]:
         raise StorageFullError(
             f"{what}: {size:,} bytes are needed, {_free_bytes(path):,} are free",
             where=path,
-            fix="make room there, and run the same command again: it goes on from the last checkpoint",
+            fix="free some space, and run the same command again: it continues from the last checkpoint",
         ) from None
 
 
 def _free_bytes(path: str) -> int:
-    """Bytes that are free on the disk of a path that may not be there yet."""
+    """Return the free bytes on the disk of a path, which need not exist yet."""
     while not os.path.exists(path):
         path = os.path.dirname(path)
     return shutil.disk_usage(path).free
@@ -143,10 +144,10 @@ def _free_bytes(path: str) -> int:
 
 @contextmanager
 def _temporary_file(temporary: str, data: bytes, sync: bool) -> Iterator[str]:
-    """Path of a temporary file with this content, gone at the end.
+    """Yield the path of a temporary file with this content, removed at the end.
 
-    Where it or a folder vanishes (a sweep, a retention) the write raises a BlockingIOError, which the door repeats:
-    FileNotFoundError is no answer to a write.
+    If the file or a folder is removed meanwhile (by `remove_temporary` or by retention), the write raises a
+    BlockingIOError, which `Storage` retries: callers do not expect FileNotFoundError from a write.
     """
     path = os.path.join(temporary, secrets.token_hex(8))
     try:
@@ -165,7 +166,7 @@ def _temporary_file(temporary: str, data: bytes, sync: bool) -> Iterator[str]:
 
 
 def _make_folder(path: str) -> None:
-    """Make a folder and those above it, each entered durably into its parent."""
+    """Make a folder and its missing parents, and sync the entry of each in its parent."""
     if os.path.isdir(path):
         return
     parent = os.path.dirname(path)
@@ -176,7 +177,7 @@ def _make_folder(path: str) -> None:
 
 
 def _sync_folder(path: str) -> None:
-    """Make names in a folder durable; a folder that was removed meanwhile needs nothing."""
+    """Make the names in a folder durable. A folder that was removed meanwhile is ignored."""
     with suppress(FileNotFoundError):
         descriptor = os.open(path, os.O_RDONLY)
         try:

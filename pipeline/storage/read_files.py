@@ -1,16 +1,16 @@
-"""Reading files at any fsspec URL: finding them below a folder or a glob, and reading them from any thread or process.
+"""Find files by fsspec URL (a folder, a glob or a single file), and read them from any thread or process.
 
-All data comes in through this module, tables as well as images, so that one set of rules holds for both:
+All data is read through this module, tables as well as images, so that the same rules apply to both:
 
-- Ignored files: a file is ignored where its name, or that of a folder between it and the URL, begins with one of the
-  reader's ignored prefixes (Arrow's `ignore_prefixes`). The default is Arrow's and Spark's, "." and "_": writers of
-  tables keep `_SUCCESS`, `_delta_log/` and unfinished files under such names. A Hive partition folder of a column that
-  begins with an underscore, `_day=2024-01-01`, is data all the same. Image folders ignore "." alone, as torchvision's
-  ImageFolder shows what begins with "_": cameras name photographs `_DSC0001.JPG`, and `_background_` is a class. Parts
-  of the URL itself, and a URL that names a single file, are never ignored.
-- Symbolic links on this machine are followed, as Arrow does. One that leads nowhere is a file of size -1.
-- Faults of storage that may pass are retried, see `pipeline.storage.retry`. Others are a StorageError that names the
-  URL, or FileNotFoundError where there is no such file; `as_data_errors` makes both a DataError.
+- Ignored files: a file is ignored if its name, or that of a folder between it and the URL, begins with one of the
+  reader's ignored prefixes (Arrow's `ignore_prefixes`). The default is that of Arrow and Spark, "." and "_": writers of
+  tables use such names for `_SUCCESS`, `_delta_log/` and unfinished files. A Hive partition folder of a column whose
+  name begins with an underscore, `_day=2024-01-01`, is not ignored. Image folders ignore only ".", because
+  torchvision's ImageFolder includes names that begin with "_": cameras write `_DSC0001.JPG`, and `_background_` is a
+  class. Parts of the URL itself, and the file of a single-file URL, are never ignored.
+- Local symbolic links are followed, as in Arrow. A broken link is a file of size -1.
+- Transient storage errors are retried, see `pipeline.storage.retry`. Others raise a StorageError with the URL, or
+  FileNotFoundError; `as_data_errors` turns both into a DataError.
 - Credentials come from the environment or the configuration of each store's library; messages never contain them.
 """
 
@@ -26,29 +26,31 @@ from itertools import islice
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from pipeline.errors import DataError, StorageError
+from pipeline.redaction import redact
 from pipeline.storage.filesystems import open_filesystem
-from pipeline.storage.retry import RetryPolicy, redact, summarize_error
+from pipeline.storage.retry import RetryPolicy, summarize_error
 from pipeline.watchdog import blocking_on, note_progress
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 IGNORED_PREFIXES = (".", "_")
-"""Of tables; see the module's documentation."""
+"""Prefixes for tables; see the docstring of this module."""
 
 IGNORED_IMAGE_PREFIXES = (".",)
 
 WILDCARD = re.compile(r"[*?\[]")
 
 CHECKSUM_KEYS = ("md5Hash", "generation", "ETag", "etag", "blob_id", "CRC")
-"""What listings of fsspec's stores call a checksum or version of the content: Google Cloud Storage (the first two),
-S3 and HTTP, Azure, Hugging Face, zip archives."""
+"""Keys of a checksum or version of the content in the listings of fsspec file systems: Google Cloud Storage (the first
+two), S3 and HTTP, Azure, Hugging Face, zip archives."""
 
 
 class FileInfo(NamedTuple):
-    """What a listing says of a file.
+    """The entry of a file in a listing.
 
-    size: bytes; -1 where there is no such file. checksum: of the content, see `store_checksum`; empty where unknown.
+    size: bytes; -1 if there is no such file.
+    checksum: that of the content, see `store_checksum`; empty if unknown.
     """
 
     size: int
@@ -59,15 +61,15 @@ MISSING = FileInfo(-1)
 
 
 class FileReader:
-    """The files below a folder, by their "/"-separated paths relative to it, and any others by whole URL.
+    """Reads the files below a folder by their "/"-separated paths relative to it, and any other file by its URL.
 
-    Can be used by many threads, and after a fork.
+    It can be used by several threads, and after a fork.
 
     Parameters
     ----------
-    url: of the folder, or of what `find_files` was asked for.
+    url: URL of the folder, or the URL that was passed to `find_files`.
     folder: path of the folder in the file system of `url`; by default that of `url`.
-    printable: the folder's URL for messages, without secrets.
+    printable: URL of the folder for messages, without secrets.
     """
 
     def __init__(self, url: str, *, folder: str | None = None, printable: str | None = None) -> None:
@@ -80,17 +82,17 @@ class FileReader:
 
     @property
     def is_local(self) -> bool:
-        """Whether the files are this machine's."""
+        """Whether the files are local."""
         return is_local(self._open()[0])
 
     @property
     def is_remote(self) -> bool:
-        """Whether a read takes a request over the network."""
+        """Whether a read takes a network request."""
         fs = self._open()[0]
         return not is_local(fs) and "memory" not in fs.protocol
 
     def kind(self) -> Literal["file", "folder", "missing"]:
-        """What the URL names."""
+        """Return what the URL refers to."""
         fs, folder = self._open()
         try:
             return "folder" if self.retry(lambda: fs.info(folder))["type"] == "directory" else "file"
@@ -99,21 +101,22 @@ class FileReader:
 
     @blocking_on("storage")
     def list_files(self, ignored: Sequence[str] = IGNORED_PREFIXES) -> dict[str, FileInfo]:
-        """All files below the folder at any depth, sorted by path.
+        """Return all files below the folder at any depth, sorted by path.
 
         Raises
         ------
-        FileNotFoundError: there is no such folder, or a store has no files below it. StorageError: it cannot be read.
+        FileNotFoundError: there is no such folder, or a store has no files below it.
+        StorageError: the folder cannot be read.
         """
         fs, folder = self._open()
-        found = self.retry(lambda: dict(_list_files(fs, folder, ignored)))
-        if not found and not (is_local(fs) and os.path.isdir(folder)):
+        files = self.retry(lambda: dict(_list_files(fs, folder, ignored)))
+        if not files and not (is_local(fs) and os.path.isdir(folder)):
             raise FileNotFoundError(folder)
-        return self._relative(found, ignored)
+        return self._relative(files, ignored)
 
     @blocking_on("storage")
     def list_directory(self, path: str = "", ignored: Sequence[str] = IGNORED_PREFIXES) -> list[tuple[str, bool]]:
-        """Paths of the files and folders directly in a folder, sorted, each with whether it is a folder."""
+        """Return the sorted paths of the files and folders directly in a folder, each with whether it is a folder."""
         fs, full = self._resolve(path) if path else self._open()
 
         def list_once() -> list[tuple[str, bool]]:
@@ -129,7 +132,7 @@ class FileReader:
         return self.retry(list_once)
 
     def stat(self, path: str) -> FileInfo:
-        """What the store says of a file; `MISSING` where there is none."""
+        """Return the size and checksum of a file; `MISSING` if there is none."""
         fs, full = self._resolve(path)
         try:
             return _file_info(self.retry(lambda: fs.info(full)))
@@ -137,22 +140,22 @@ class FileReader:
             return MISSING
 
     def local_path(self, path: str) -> str:
-        """The path of a file of this machine; empty for one elsewhere."""
+        """Return the path of a local file; empty for a remote one."""
         fs, full = self._resolve(path)
         return full if is_local(fs) else ""
 
     def full_path(self, path: str) -> str:
-        """The path of a file in its file system."""
+        """Return the path of a file in its file system."""
         return self._resolve(path)[1]
 
     def location(self, path: str) -> str:
-        """Where a file lies, for messages: a path of this machine, or a URL without secrets."""
+        """Return the location of a file for messages: a local path, or a URL without secrets."""
         fs, full = self._resolve(path)
         return full if is_local(fs) else redact(fs.unstrip_protocol(full))
 
     @blocking_on("storage")
     def read(self, path: str) -> bytes:
-        """The whole content of a file.
+        """Return the whole content of a file.
 
         Raises
         ------
@@ -163,30 +166,30 @@ class FileReader:
 
     @blocking_on("storage")
     def read_range(self, path: str, start: int, end: int) -> bytes:
-        """The bytes of a file from `start` up to `end`. Some servers send whole files alone: see `read`."""
+        """Return the bytes `start` to `end` (exclusive) of a file. Some servers only send whole files: see `read`."""
         fs, full = self._resolve(path)
         return bytes(self.retry(lambda: fs.cat_file(full, start=start, end=end)))
 
     @blocking_on("storage")
     def download(self, path: str, target: str) -> None:
-        """Copy a file to a path of this machine."""
+        """Copy a file to a local path."""
         fs, full = self._resolve(path)
         self.retry(lambda: fs.get_file(full, target))
 
     def retry(self, action: Callable[[], T]) -> T:
-        """The action's result; faults of storage that may pass are retried."""
+        """Run the action, retry it after transient storage errors, and return its result."""
         return self._retry.call(action)
 
-    def _relative(self, found: Mapping[str, FileInfo], ignored: Sequence[str]) -> dict[str, FileInfo]:
-        """Files by paths relative to the folder, sorted, without those to ignore."""
+    def _relative(self, files: Mapping[str, FileInfo], ignored: Sequence[str]) -> dict[str, FileInfo]:
+        """Return the files by their paths relative to the folder, sorted, without the ignored ones."""
         prefix = len(self._open()[1].strip("/"))
-        named = {full.strip("/")[prefix:].strip("/"): full for full in found}
-        files = {path: found[named[path]] for path in sorted(named) if not is_ignored(path, ignored)}
-        self._irregular = {path: named[path] for path in files if "//" in named[path]}
-        return files
+        full_paths = {full.strip("/")[prefix:].strip("/"): full for full in files}
+        relative = {path: files[full_paths[path]] for path in sorted(full_paths) if not is_ignored(path, ignored)}
+        self._irregular = {path: full_paths[path] for path in relative if "//" in full_paths[path]}
+        return relative
 
     def _resolve(self, path: str) -> tuple[Any, str]:
-        """The file system and full path of a file."""
+        """Return the file system and full path of a file."""
         if "://" in path:
             return open_filesystem(path)
         fs, folder = self._open()
@@ -196,29 +199,30 @@ class FileReader:
         return fs, f"{scheme}{separator}{posixpath.normpath(full)}"
 
     def _open(self) -> tuple[Any, str]:
-        """The file system and the folder in it. Clients of a store do not survive a fork: each process has its own."""
-        process = os.getpid()
-        if process not in self._filesystems:
+        """Return the file system and the folder in it. Each process opens its own, since clients of a store do not
+        survive a fork."""
+        pid = os.getpid()
+        if pid not in self._filesystems:
             fs, path = open_filesystem(self.url)
-            self._filesystems[process] = fs, path if self._folder is None else self._folder
-        return self._filesystems[process]
+            self._filesystems[pid] = fs, path if self._folder is None else self._folder
+        return self._filesystems[pid]
 
 
 @blocking_on("storage")
 def find_files(
     url: str, ignored: Sequence[str] = IGNORED_PREFIXES, *, expand_folders: bool = True
 ) -> tuple[FileReader, dict[str, FileInfo]]:
-    """The files that a URL means, sorted by path: itself, all below a folder, or what a glob matches.
+    """Return the files of a URL, sorted by path: a single file, all files below a folder, or the matches of a glob.
 
     Paths are relative to the folder, to that of a single file, or to the part of a glob before its first wildcard.
 
     Parameters
     ----------
-    expand_folders: whether a folder that a glob matches stands for all files below it; else it is passed over.
+    expand_folders: whether a folder that a glob matches stands for all files below it; else it is skipped.
 
     Raises
     ------
-    FileNotFoundError: nothing is there; a glob that matches nothing is no error.
+    FileNotFoundError: there is no such file or folder. A glob without a match is no error.
     StorageError: an unusable URL, or no permission.
     """
     fs, path = open_filesystem(url)
@@ -229,7 +233,7 @@ def find_files(
         info = reader.retry(lambda: fs.info(path))
     except FileNotFoundError:
         if wildcard is None:
-            raise  # with the store's own words: it may be the bucket
+            raise  # with the store's message: the bucket may be missing
     else:
         if info["type"] == "directory":
             return reader, reader.list_files(ignored)
@@ -243,14 +247,14 @@ def find_files(
 
 
 def _reader_below(url: str, end: int, folder: str) -> FileReader:
-    """A reader of the folder in which a URL's last part lies, or all from its first wildcard at `end` on."""
+    """Return a reader of the folder that contains the last part of a URL, or its part from the wildcard at `end`."""
     shown = url[:end].rpartition("/")[0] or ("/" if url.startswith("/") else ".")
     is_chain = "::" in url or ("://" in url) != ("://" in shown)
     return FileReader(url, folder=folder, printable=redact(url if is_chain else shown))
 
 
 def is_ignored(path: str, prefixes: Sequence[str]) -> bool:
-    """Whether a part of a relative path begins as those of files that are no data, see the module's documentation."""
+    """Return whether a part of a relative path begins with one of the prefixes; see the docstring of this module."""
     return any(
         part.startswith(prefix) and not (prefix == "_" and "=" in part)
         for part in path.split("/")
@@ -259,14 +263,14 @@ def is_ignored(path: str, prefixes: Sequence[str]) -> bool:
 
 
 def is_local(fs: Any) -> bool:
-    """Whether a file system of fsspec is this machine's."""
+    """Return whether an fsspec file system is local."""
     return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
 
 
 def store_checksum(info: Mapping[str, Any]) -> str:
-    """The checksum or version of a file's content by the listing of its store; empty where it has none.
+    """Return the checksum or version of a file's content from the listing of its store; empty if it has none.
 
-    A weak ETag (`W/...`) is none: files that differ may share it.
+    A weak ETag (`W/...`) does not count: different files may share it.
     """
     for name in CHECKSUM_KEYS:
         value = str(info.get(name) or "").strip('"')
@@ -277,35 +281,33 @@ def store_checksum(info: Mapping[str, Any]) -> str:
 
 @contextmanager
 def as_data_errors(where: str) -> Iterator[None]:
-    """Errors of storage as DataError of what lies at `where`."""
+    """Turn storage errors into a DataError at `where`."""
     try:
         yield
     except FileNotFoundError as error:
-        reason = f" ({summarize_error(error)})" if "://" in where else ""  # a store's own words: it may be the bucket
-        raise DataError(
-            f"is not there{reason}", where=where, fix="check the URL, and the bucket where it has one"
-        ) from None
+        reason = f" ({summarize_error(error)})" if "://" in where else ""  # the store's message: it may be the bucket
+        raise DataError(f"does not exist{reason}", where=where, fix="check the URL, and the bucket if any") from None
     except StorageError as error:
         raise DataError(error.what, where=where, fix=error.fix) from None
 
 
 def map_in_threads(function: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
-    """`function` of every item, in order, by threads that work a little ahead.
+    """Yield the results of `function` for all items, in order, computed by threads a few items ahead.
 
-    Each result counts as progress of the calling thread, see `pipeline.watchdog`.
+    Each result counts as progress of the calling thread; see `pipeline.watchdog`.
     """
     if threads == 1:
         for item in items:
             yield function(item)
             note_progress()
         return
-    left = iter(items)
+    remaining = iter(items)
     with ThreadPoolExecutor(threads) as pool:
-        ahead = [pool.submit(function, item) for item in islice(left, 2 * threads)]
+        ahead = [pool.submit(function, item) for item in islice(remaining, 2 * threads)]
         try:
             while ahead:
                 result = ahead.pop(0).result()
-                ahead += [pool.submit(function, item) for item in islice(left, 1)]
+                ahead += [pool.submit(function, item) for item in islice(remaining, 1)]
                 yield result
                 note_progress()
         finally:
@@ -313,12 +315,12 @@ def map_in_threads(function: Callable[[T], R], items: Iterable[T], threads: int)
 
 
 def _list_files(fs: Any, folder: str, ignored: Sequence[str]) -> Iterator[tuple[str, FileInfo]]:
-    """Full paths of all files below a folder; ignored folders of this machine are not entered."""
+    """Yield the full paths of all files below a folder. Ignored local folders are not entered."""
     if is_local(fs):
         yield from _walk(folder, ignored)
         return
     fs.invalidate_cache()
-    fs.ls(folder)  # `find` is silent about a folder that it may not read
+    fs.ls(folder)  # `find` raises no error for a folder without permission
     for path, info in fs.find(folder, detail=True).items():
         if info["type"] == "file" and path.strip("/") != folder.strip("/") and not path.endswith("/"):
             yield path, _file_info(info)
@@ -341,7 +343,7 @@ def _walk(root: str, ignored: Sequence[str]) -> Iterator[tuple[str, FileInfo]]:
 
 
 def _links_upwards(path: str, folder: str) -> bool:
-    """Whether a path is a link to a folder that contains it: following it would never end."""
+    """Return whether a path is a link to a folder that contains it, which would be followed without end."""
     return os.path.islink(path) and f"{os.path.realpath(folder)}/".startswith(f"{os.path.realpath(path)}/")
 
 

@@ -1,4 +1,4 @@
-"""Storage in anything that fsspec reaches: object stores above all."""
+"""Storage in any fsspec file system, above all in object stores."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from typing import Any
 from pipeline.storage.retry import request_timeout_s
 
 _MEMORY_LOCK = threading.RLock()
-"""fsspec's memory file system is a plain dictionary: two threads of one process need a lock."""
+"""fsspec's memory file system is a plain dictionary, so threads of one process need a lock."""
 _HAS_CONDITIONAL_WRITES: dict[tuple[str, str], bool] = {}
-"""What was found out of each store in this process, by protocol and bucket."""
+"""Results of the probes of this process, by protocol and bucket."""
 S3_PROTOCOLS = ("s3", "s3a")
 LOCAL_PROTOCOLS = ("file", "local")
 PART_BYTES = 16 * 2**20
-"""Of an upload in parts; files of up to two parts go in one request."""
+"""Size of a part of a multipart upload. Files of up to two parts are sent in one request."""
 FIRST_READ_BYTES = 8 * 2**20
-"""Most files are shorter: entries, heartbeats, cells."""
+"""Size of the first read of a file. Most files are shorter: journal entries, heartbeats, metric segments."""
 _MISSING_BUCKET = re.compile(r"NoSuchBucket|bucket does not exist|ContainerNotFound")
 
 
 @contextmanager
 def _translate_missing_bucket() -> Iterator[None]:
-    """Around every request: a missing bucket is no missing name, for a person must make it.
+    """Tell a missing bucket, which the user must create, from a missing file.
 
     Raises
     ------
@@ -42,13 +42,13 @@ def _translate_missing_bucket() -> Iterator[None]:
 
 
 def _timeout_options(fs: Any, data: bytes) -> dict[str, float]:
-    """The limit of a request that carries data. The libraries' own timeouts begin once all of it is sent: to a server
-    that accepts a connection and stays silent they never begin (S3's `Expect: 100-continue`)."""
+    """Return the timeout option of a request that sends `data`. The libraries' own timeouts start after the last byte
+    is sent. They never start if a server accepts a connection and does not answer (S3's `Expect: 100-continue`)."""
     return {"timeout": request_timeout_s(len(data))} if getattr(fs, "async_impl", False) else {}
 
 
 class S3Upload:
-    """An upload in parts to S3. s3fs has one too, but there a part that fails ends the whole."""
+    """A multipart upload to S3. That of s3fs fails as a whole when one part fails."""
 
     part_bytes = PART_BYTES
 
@@ -73,11 +73,11 @@ class S3Upload:
 
 
 class RemoteBackend:
-    """One fsspec file system.
+    """A backend on one fsspec file system.
 
     Parameters
     ----------
-    fs: the file system, its listings not cached.
+    fs: the file system, without a listing cache.
     protocol: such as "s3".
     """
 
@@ -94,18 +94,18 @@ class RemoteBackend:
 
     def read(self, path: str) -> bytes:
         with self._request():
-            beginning = self._read_small_file(path) if self.protocol in S3_PROTOCOLS else None
-            return beginning if beginning is not None else bytes(self.fs.cat_file(path))
+            content = self._read_small_file(path) if self.protocol in S3_PROTOCOLS else None
+            return content if content is not None else bytes(self.fs.cat_file(path))
 
     def _read_small_file(self, path: str) -> bytes | None:
-        """A file of S3's that is no longer than `FIRST_READ_BYTES`, else None: in one request, where s3fs makes two (it
-        asks for the size first, so as to read large files in parallel)."""
+        """Return the content of an S3 file that is shorter than `FIRST_READ_BYTES`, else None. This takes one request;
+        s3fs makes two, the first for the size, so as to read large files in parallel."""
         try:
             data = bytes(self.fs.cat_file(path, start=0, end=FIRST_READ_BYTES))
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            return None  # an empty file has no such bytes; what else it may be shows when the whole is read
+            return None  # an empty file has no such range; for any other reason, reading the whole file fails too
         return data if len(data) < FIRST_READ_BYTES else None
 
     def replace(self, path: str, data: bytes, temporary: str, sync: bool) -> None:
@@ -171,10 +171,10 @@ class RemoteBackend:
             self.fs.connect(refresh=True)
 
     def _probe_exclusive_create(self, path: str) -> bool:
-        """Create a random key twice; a store that lets the second pass does not exclude.
+        """Create a random key twice, and return whether the second create is refused.
 
-        Nobody else creates this key, so a refusal of the first is one of the second, too: its reply was lost, and the
-        HTTP library sent it again by itself (aiohttp does with any PUT on a connection that it had used before).
+        A refusal of the first create counts as well: no one else creates this key, so its reply was lost and the HTTP
+        library sent it again (aiohttp does so with any PUT on a connection that was used before).
         """
         try:
             with self._request():
@@ -184,7 +184,7 @@ class RemoteBackend:
                     except FileExistsError:
                         return True
                 return False
-        except (NotImplementedError, TypeError):  # the library cannot even ask for it
+        except (NotImplementedError, TypeError):  # the library has no exclusive create
             return False
         finally:
             with suppress(FileNotFoundError):
@@ -196,9 +196,9 @@ class RemoteBackend:
         except FileNotFoundError as error:
             if _MISSING_BUCKET.search(f"{error} {error.__cause__}"):
                 raise
-            # File systems with real folders (sftp, smb) want them made first.
+            # File systems with real folders (sftp, smb) need the folder first.
             self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
             try:
                 self.fs.pipe_file(path, data, **mode, **_timeout_options(self.fs, data))
-            except FileNotFoundError as again:  # no answer to a write
-                raise ValueError(f"nothing can be written there ({again})") from again
+            except FileNotFoundError as second_error:  # callers do not expect it from a write
+                raise ValueError(f"nothing can be written there ({second_error})") from second_error

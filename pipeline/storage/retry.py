@@ -1,4 +1,4 @@
-"""Which storage errors pass, which are a person's to solve, and how long to wait."""
+"""Retries of storage requests: which errors are transient, which the user must solve, and how long to wait."""
 
 from __future__ import annotations
 
@@ -16,41 +16,42 @@ from pipeline.redaction import redact as redact
 T = TypeVar("T")
 
 DEFAULT_LIMIT_S = 300.0
-"""How long storage may stay away; `TRAINYARD_STORAGE_LIMIT_S` sets another number of seconds."""
+"""How long storage may be unavailable, in seconds; `TRAINYARD_STORAGE_LIMIT_S` overrides it."""
 FIRST_CONTACT_LIMIT_S = 15.0
-"""The same before anything has ever worked: then a wrong URL is likelier than a passing fault."""
+"""The same before the first response, when a wrong URL is more likely than a transient fault."""
 INITIAL_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 10.0
 REQUEST_TIMEOUT_S = 60.0
 BYTES_PER_REQUEST_TIMEOUT = 8 * 2**20
-"""A request that stays without an answer for so many seconds is given up and sent again; it gets as many more for each
-so many bytes that it carries."""
+"""A request without an answer for `REQUEST_TIMEOUT_S` seconds is given up and sent again. It gets as many seconds more
+for each `BYTES_PER_REQUEST_TIMEOUT` bytes that it sends."""
 SLOW_DOWN_BACKOFF_S = 1.0
-"""The first pause after a store said that it gets too many requests."""
+"""The first pause after a store reported too many requests."""
 _jitter_rng = random.Random()
-"""Of our own: the module's belongs to whoever calls us."""
+"""Separate from the global generator of `random`, which belongs to the user's code."""
 
 _STORAGE_LIBRARIES = (
     "botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "adlfs", "azure", "requests", "urllib3", "asyncssh",
     "paramiko", "fsspec",
 )  # fmt: skip
-"""Packages whose own exceptions, other than OSError, tell of a store."""
+"""Packages whose exceptions, other than OSError, are storage errors."""
 _PERMANENT_ERRNOS = frozenset({errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES})
-"""Wrong at any time."""
+"""Errors that are permanent at any time."""
 _PERMANENT_AT_FIRST_ERRNOS = frozenset(
     {errno.EINVAL, errno.ENOSYS, errno.EPERM, getattr(errno, "EREMCHG", errno.EINVAL)}
 )
-"""What stores answer to a bad bucket name, region or endpoint, and now and then to a garbled upload."""
+"""Errors that are permanent before the first response: stores return them for a wrong bucket name, region or endpoint,
+but occasionally also for a garbled upload."""
 _CREDENTIALS_ERROR = re.compile(r"Credential|Profile|Token|SSO|Auth")
 _EXPIRED_CODES = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidAccessKeyId"})
-"""What S3 answers to credentials that were good once: they may be renewed or exchanged while a run goes on."""
+"""Codes of S3 for credentials that have expired. They may be renewed or replaced during a run."""
 _POSSIBLY_EXPIRED_CODES = frozenset({"400"})
-"""What it answers to them where a reply has no text (HEAD)."""
+"""The code in replies without a body (to HEAD)."""
 _SLOW_DOWN_CODES = frozenset({"SlowDown", "503", "ServiceUnavailable", "429", "TooManyRequests"})
 
 
 class RetryPolicy:
-    """Repeats an action while its faults pass, for one storage URL.
+    """Retries actions on one storage URL while their errors are transient.
 
     Parameters
     ----------
@@ -62,7 +63,7 @@ class RetryPolicy:
         self.limit_s = get_limit_s()
         self.has_responded = False
         self.response_count = 0
-        """Calls that ended well under the usual limit."""
+        """Number of successful calls, without those that had a shorter limit."""
 
     def call(
         self,
@@ -70,15 +71,19 @@ class RetryPolicy:
         limit_s: float | None = None,
         renew_credentials: Callable[[], None] = lambda: None,
     ) -> T:
-        """The action's result, after as many tries as its faults and the limit allow.
+        """Run the action, retry it while its errors are transient, and return its result.
 
-        Credentials that expire in mid-run are a fault like others: `renew` looks for new ones before the next try.
+        Credentials that expire during a run are a transient error: `renew_credentials` is called before the next try.
+
+        Parameters
+        ----------
+        limit_s: how long to retry, if shorter than the usual limit.
 
         Raises
         ------
-        StorageError: an error that waiting does not cure, such as a missing permission.
-        StorageLostError: storage stayed away for longer than the limit.
-        FileNotFoundError, FileExistsError: as the action raises them; these are answers, not faults.
+        StorageError: a permanent error, such as a missing permission.
+        StorageLostError: storage was unavailable for longer than the limit.
+        FileNotFoundError, FileExistsError: as the action raises them; they are never retried.
         """
         began = time.monotonic()
         pause = INITIAL_BACKOFF_S
@@ -108,13 +113,12 @@ class RetryPolicy:
                 self.has_responded = True
                 self.response_count += limit_s is None
                 return result
-            time.sleep(
-                min(pause * _jitter_rng.uniform(0.5, 1.0), remaining_s)
-            )  # at random: who failed together should part
+            jittered_pause = pause * _jitter_rng.uniform(0.5, 1.0)  # so that processes that failed together spread out
+            time.sleep(min(jittered_pause, remaining_s))
             pause = min(2 * pause, MAX_BACKOFF_S)
 
     def _raise_if_permanent(self, error: Exception) -> None:
-        """Raise what no waiting cures: a StorageError, or the error itself where it does not tell of storage."""
+        """Raise StorageError for a permanent storage error, and the error itself if it is no storage error."""
         library = type(error).__module__.partition(".")[0]
         number = error.errno if isinstance(error, OSError) else None
         if isinstance(error, PermissionError) or (
@@ -123,7 +127,7 @@ class RetryPolicy:
             raise StorageError(
                 f"no permission ({summarize_error(error)})",
                 where=self.where,
-                fix="check the credentials and their rights; reading a name that may be absent needs the right to list",
+                fix="check the credentials and their rights; reading a file that may be absent needs the right to list",
             ) from None
         if (
             isinstance(error, (ValueError, NotImplementedError))
@@ -145,20 +149,19 @@ class RetryPolicy:
             )
         if _error_code(error) in _EXPIRED_CODES or _CREDENTIALS_ERROR.search(type(error).__name__):
             return StorageLostError(
-                f"the credentials are no longer good, and were not renewed within {limit_s:.0f} s "
-                f"({summarize_error(error)})",
+                f"the credentials have expired, and were not renewed within {limit_s:.0f} s ({summarize_error(error)})",
                 where=self.where,
-                fix="renew the credentials where they come from, and run the same command again",
+                fix="renew the credentials at their source, and run the same command again",
             )
         return StorageLostError(
-            f"storage stayed away for {limit_s:.0f} s ({summarize_error(error)})",
+            f"storage was unavailable for {limit_s:.0f} s ({summarize_error(error)})",
             where=self.where,
-            fix="run the same command again when it is back",
+            fix="run the same command again when it is available",
         )
 
 
 def _error_code(error: BaseException) -> str:
-    """S3's own code of an error, such as "SlowDown"; s3fs keeps it in the cause. Empty where there is none."""
+    """Return the S3 code of an error, such as "SlowDown", which s3fs keeps in the cause; empty if there is none."""
     for candidate in (error, error.__cause__):
         response = getattr(candidate, "response", None)
         if isinstance(response, Mapping) and isinstance(response.get("Error"), Mapping):
@@ -167,22 +170,22 @@ def _error_code(error: BaseException) -> str:
 
 
 def summarize_error(error: BaseException) -> str:
-    """Kind and first line of an error, without secrets."""
+    """Return the type and first line of an error, without secrets."""
     text = redact(str(error)).strip().partition("\n")[0]
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
 def request_timeout_s(num_bytes: int = 0) -> float:
-    """How long a single request may stay without an answer, in seconds, when it carries so many bytes."""
+    """Return the timeout in seconds of a single request that sends `num_bytes` bytes."""
     return min(REQUEST_TIMEOUT_S, get_limit_s()) * (1 + num_bytes / BYTES_PER_REQUEST_TIMEOUT)
 
 
 def get_limit_s() -> float:
-    """How long storage may stay away, in seconds.
+    """Return how long storage may be unavailable, in seconds.
 
     Raises
     ------
-    StorageError: TRAINYARD_STORAGE_LIMIT_S is no number.
+    StorageError: TRAINYARD_STORAGE_LIMIT_S is not a number.
     """
     text = os.environ.get("TRAINYARD_STORAGE_LIMIT_S")
     if not text:

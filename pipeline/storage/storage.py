@@ -1,4 +1,4 @@
-"""The one door to storage."""
+"""`Storage`: all reads and writes of runs."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.errors import StorageError, TrainyardError
+from pipeline.redaction import redact
 from pipeline.storage.backend import Backend, Upload
 from pipeline.storage.filesystems import PROTOCOL_EXTRAS, open_filesystem
 from pipeline.storage.local import LocalBackend
-from pipeline.storage.retry import RetryPolicy, redact
+from pipeline.storage.retry import RetryPolicy
 from pipeline.watchdog import blocking_on
 
 S = TypeVar("S")
 T = TypeVar("T")
 
 TEMPORARY_FOLDER = ".tmp"
-"""Folder of unfinished files, never listed. Each run has its own, so that it may be a mount of its own."""
+"""Folder of unfinished files, never listed. Each run has its own, so that a run may be a separate mount."""
 MAX_CONCURRENT_REQUESTS = 32
 MAX_CONCURRENT_PARTS = 4
 ABORT_LIMIT_S = 1.0
-"""How long giving an upload up may take; stores are set up to forget what is left."""
+"""How long to try to abort an upload. Stores are configured to remove aborted parts."""
 
 
 class Storage:
     """A folder, local or of any fsspec file system. Paths are relative to it and "/"-separated.
 
-    Passing faults are repeated until they have lasted for a limit (see `pipeline.storage.retry`), in every method:
+    Every method retries transient errors up to a time limit (see `pipeline.storage.retry`).
 
     Raises
     ------
-    StorageError: a path, URL, bucket or permission that a person must put right.
-    StorageLostError: storage stayed away for longer than the limit.
+    StorageError: a path, URL, bucket or permission that the user must correct.
+    StorageLostError: storage was unavailable for longer than the limit.
     """
 
     def __init__(self, backend: Backend, root: str, url: str, *, open_url: str = "") -> None:
@@ -50,19 +51,19 @@ class Storage:
 
     @classmethod
     def open(cls, url: str) -> Storage:
-        """A folder by URL: "./runs", "file:///x", "memory://x", "s3://bucket/x". Nothing is contacted yet.
+        """Open a folder by URL: "./runs", "file:///x", "memory://x", "s3://bucket/x". No server is contacted yet.
 
         Raises
         ------
-        StorageError: no URL, an unknown protocol, or one whose library is not installed.
+        StorageError: an invalid URL, an unknown protocol, or one whose library is not installed.
         """
         protocol, separator, rest = url.partition("://")
         if not url.strip() or "\0" in url or "::" in url:
-            raise StorageError(f"{url!r} is no folder", where="storage", fix="use a folder, or s3://bucket/folder")
+            raise StorageError(f"{url!r} is not a folder", where="storage", fix="use a folder, or s3://bucket/folder")
         if not separator or protocol in ("file", "local"):
             path = rest if separator else url
             if separator and not path.startswith("/"):
-                raise StorageError(f"{url!r} names no absolute folder", where="storage", fix="use file:///folder")
+                raise StorageError(f"{url!r} is not an absolute path", where="storage", fix="use file:///folder")
             root = os.path.abspath(os.path.expanduser(path))
             return cls(LocalBackend(root), root, root, open_url=root)
         return cls._open_remote(url, protocol, rest)
@@ -72,9 +73,9 @@ class Storage:
         from pipeline.storage.remote import RemoteBackend
 
         fs, root = open_filesystem(url)
-        protocol = getattr(fs, "store_protocol", protocol)  # of what lies beneath a file system that wraps another
+        protocol = getattr(fs, "store_protocol", protocol)  # that of the wrapped file system, if it wraps one
         if protocol in PROTOCOL_EXTRAS and not root.strip("/"):
-            raise StorageError("the URL names no bucket", where=redact(url), fix=f"use {protocol}://bucket/folder")
+            raise StorageError("the URL has no bucket", where=redact(url), fix=f"use {protocol}://bucket/folder")
         return cls(RemoteBackend(fs, protocol), root, url.rstrip("/") if path else url, open_url=url)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -86,21 +87,26 @@ class Storage:
 
     @property
     def open_url(self) -> str:
-        """What `open` was given (a local path from the root). It may hold a password: for no eye but `open`'s."""
+        """The argument of `open` (a local path is absolute). It may contain a password: pass it to `open` only."""
         return self._open_url
 
     @property
     def local_path(self) -> Path | None:
-        """The folder as a path of this machine, where it is one."""
+        """The folder as a local path; None if it is remote."""
         return Path(self._root) if isinstance(self.backend, LocalBackend) else None
 
     @property
     def response_count(self) -> int:
-        """How often it has answered so far, heartbeats and other calls with a shorter limit aside."""
+        """Number of successful calls so far, without heartbeats and other calls with a shorter limit."""
         return self._retry_policy.response_count
 
     def subfolder(self, path: str, *, own_temporary_folder: bool = False) -> Storage:
-        """A folder in this one. `own_temporaries`: unfinished files lie there, not further up."""
+        """Return a folder in this one.
+
+        Parameters
+        ----------
+        own_temporary_folder: whether its unfinished files are stored in it, not in the folder that was opened.
+        """
         inner = self._copy()
         inner._root = self._resolve_path(path)
         inner.url = f"{self.url.rstrip('/')}/{path}"
@@ -109,23 +115,23 @@ class Storage:
         return inner
 
     def with_timeout(self, limit_s: float) -> Storage:
-        """The same folder, with a shorter limit for faults."""
+        """Return the same folder with a shorter time limit for retries."""
         inner = self._copy()
         inner._limit_s = limit_s
         return inner
 
     def read(self, path: str) -> bytes:
-        """The whole content of a file, never from a cache.
+        """Return the whole content of a file, never from a cache.
 
         Raises
         ------
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such file.
         """
         where = self._resolve_path(path)
         return self._call(lambda: self.backend.read(where))
 
     def replace(self, path: str, data: bytes, *, sync: bool = False) -> None:
-        """Put `data` at `path` in one step: readers see the old content or the new. `sync`: survives a power loss."""
+        """Write `data` to `path` in one step: readers get the old or the new content. `sync`: survives a power loss."""
         where = self._resolve_path(path)
         self._call(lambda: self._replace(where, data, sync))
 
@@ -137,7 +143,7 @@ class Storage:
             self._upload_parts(upload, full_path, data)
 
     def _upload_parts(self, upload: Upload, full_path: str, data: bytes) -> None:
-        """Send the parts, several at once; a fault repeats only its own."""
+        """Send the parts concurrently. Only a part that fails is sent again."""
         size = upload.part_bytes
 
         def send(start: int) -> str:
@@ -147,21 +153,22 @@ class Storage:
             tags = self.map_concurrent(send, range(0, len(data), size), max_concurrent=MAX_CONCURRENT_PARTS)
             self._call(lambda: upload.complete(tags))
         except FileNotFoundError:
-            # It was completed and only the reply got lost, or the store gave it up: the whole once more is safe.
-            raise BlockingIOError(f"the upload of {full_path} is gone") from None
+            # It was completed and the reply was lost, or the store dropped it. Either way a new upload is safe.
+            raise BlockingIOError(f"the upload of {full_path} no longer exists") from None
         except BaseException:
             with suppress(TrainyardError, FileNotFoundError):
                 self._retry_policy.call(upload.abort, ABORT_LIMIT_S)
             raise
 
     def create(self, path: str, data: bytes) -> bool:
-        """Put `data` at `path` if nothing is there, whole and durable: of several who try, one wins.
+        """Write `data` to `path` if it does not exist, whole and durable: of several concurrent calls, one succeeds.
 
-        `data` must hold a nonce, for after an error the content tells who won; names must never be deleted.
+        `data` must contain a nonce, because after an error the content decides which call succeeded. Paths must never
+        be deleted.
 
         Returns
         -------
-        True if the content of `path` is this.
+        True if the content of `path` is `data`.
         """
         where = self._resolve_path(path)
         excludes = self.has_conditional_writes()
@@ -173,19 +180,19 @@ class Storage:
             if is_exclusive:
                 self.backend.create(full_path, data, self._temporary)
                 return True
-            if not self.backend.exists(full_path):  # the most that such a store allows
+            if not self.backend.exists(full_path):  # the closest that such a store allows
                 self.backend.replace(full_path, data, self._temporary, sync=True)
         except Exception as error:
-            failure = error  # perhaps only the reply was lost: what lies there decides
+            failure = error  # perhaps only the reply was lost, so the stored content decides
         try:
             return self.backend.read(full_path) == data
         except FileNotFoundError:
             if failure is not None and not isinstance(failure, FileExistsError):
                 raise failure from None
-            raise BlockingIOError(f"{full_path} is there and is not") from failure
+            raise BlockingIOError(f"{full_path} exists, but cannot be read") from failure
 
     def list(self, path: str = "") -> list[str]:
-        """Names of the files and folders in a folder, sorted, never from a cache; [] where there is none."""
+        """Return the sorted names of the files and folders in a folder, never from a cache; [] if it is absent."""
         where = self._resolve_path(path) if path else self._root
         try:
             names = self._call(lambda: self.backend.list(where))
@@ -194,39 +201,39 @@ class Storage:
         return sorted({name for name in names if name and name != TEMPORARY_FOLDER})
 
     def exists(self, path: str) -> bool:
-        """Whether there is a file or a folder."""
+        """Return whether there is a file or a folder."""
         where = self._resolve_path(path)
         return self._call(lambda: self.backend.exists(where))
 
     def delete(self, path: str) -> None:
-        """Remove a file; one that is not there is fine."""
+        """Remove a file, if it exists."""
         where = self._resolve_path(path)
         with suppress(FileNotFoundError):
             self._call(lambda: self.backend.delete(where))
 
     def delete_folder(self, path: str) -> None:
-        """Remove a folder and all in it, in no particular order; one that is not there is fine."""
+        """Remove a folder with all its content, in no particular order, if it exists."""
         where = self._resolve_path(path)
         with suppress(FileNotFoundError):
             self._call(lambda: self.backend.delete_folder(where))
 
     def remove_temporary(self) -> None:
-        """Remove unfinished files that killed writers left; a live writer that loses one writes it again."""
+        """Remove unfinished files of killed writers. A live writer whose file is removed writes it again."""
         self._call(lambda: self.backend.remove_temporary(self._temporary))
 
     def has_conditional_writes(self) -> bool:
-        """Whether `create` is exclusive here, tried out once per store and process."""
+        """Return whether `create` is exclusive. The trial happens once per store and process."""
         return self._call(lambda: self.backend.has_conditional_writes(self._opened_root))
 
     def map_concurrent(
         self, action: Callable[[S], T], items: Iterable[S], *, max_concurrent: int = MAX_CONCURRENT_REQUESTS
     ) -> Sequence[T]:
-        """`action` of every item, in order; several at once where storage is far away."""
-        todo = list(items)
-        if not self.backend.is_remote or len(todo) < 2:
-            return [action(item) for item in todo]
-        with ThreadPoolExecutor(min(max_concurrent, len(todo))) as pool:
-            return list(pool.map(action, todo))
+        """Return the results of `action` for all items, in order; computed concurrently on remote storage."""
+        pending = list(items)
+        if not self.backend.is_remote or len(pending) < 2:
+            return [action(item) for item in pending]
+        with ThreadPoolExecutor(min(max_concurrent, len(pending))) as pool:
+            return list(pool.map(action, pending))
 
     @blocking_on("storage")
     def _call(self, action: Callable[[], T]) -> T:
@@ -240,7 +247,7 @@ class Storage:
     def _resolve_path(self, path: str) -> str:
         parts = path.split("/")
         if any(part in ("", ".", "..") or "\0" in part for part in parts):
-            raise StorageError(f"{path!r} is no path inside the folder", where=self.url, fix="use plain names")
+            raise StorageError(f"{path!r} is not a path inside the folder", where=self.url, fix="use plain names")
         return f"{self._root}/{path}"
 
 

@@ -1,8 +1,8 @@
-"""Tools for tests of what must survive bad storage: a file system that fails on purpose.
+"""Fault injection for tests: a file system that wraps another one and fails on purpose.
 
-`faulty://s3/bucket/folder`, `faulty://memory/folder` and `faulty://file/absolute/folder` are the stores beneath, with
-the faults that the environment variable TRAINYARD_FAULTS asks for; see `Faults`. Any process reaches them by URL, the
-workers of a cluster too.
+`faulty://s3/bucket/folder`, `faulty://memory/folder` and `faulty://file/absolute/folder` are the wrapped stores, with
+the faults in the environment variable TRAINYARD_FAULTS; see `FaultSettings`. Any process can open these URLs, including
+the workers of a cluster.
 """
 
 from pipeline.testing.faults import FaultSettings, inject_faults

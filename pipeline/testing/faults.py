@@ -1,4 +1,4 @@
-"""What goes wrong with which request: settings, and the dice."""
+"""Which requests fail and how: the settings, and the injector that applies them."""
 
 from __future__ import annotations
 
@@ -19,55 +19,54 @@ RequestGroup = Literal["read", "write", "list", "delete"]
 FAULT_KINDS: tuple[FaultKind, ...] = get_args(FaultKind)
 REQUEST_GROUPS: tuple[RequestGroup, ...] = get_args(RequestGroup)
 _HELP = (
-    f"words such as error=0.05 (a rate) or error@3 (the third request), of {', '.join(FAULT_KINDS)}; and seed=1, "
-    "on=write, "
-    "delay_s=0.1, bytes_per_s=1e6, expires_after=100, renewals=1, log=FILE"
+    f"use words such as error=0.05 (a rate) or error@3 (the third request), of {', '.join(FAULT_KINDS)}; and seed=1, "
+    "on=write, delay_s=0.1, bytes_per_s=1e6, expires_after=100, renewals=1, log=FILE"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FaultSettings:
-    """Which requests fail, and how: the n-th request of a process meets what the seed and n say.
+    """Which requests fail, and how. The fault of the n-th request of a process depends on the seed and n.
 
     error: the connection breaks, and nothing was done.
     lost: the request was done, and its reply is lost.
     slow_down: the store answers 503 SlowDown, and nothing was done.
-    truncated: a write (never an exclusive one) leaves half of the content behind, as in a store that is not atomic.
-    stale: a listing is answered as at the last look of this process at that folder.
+    truncated: a write (never an exclusive one) leaves half of the content, as in a store that is not atomic.
+    stale: a listing returns what the last listing of that folder by this process returned.
     expired: the credentials are refused, and nothing was done.
     """
 
     seed: int = 0
     rates: Mapping[FaultKind, float] = field(default_factory=dict)
-    """Share of all requests, by kind; 1 in all at the most."""
+    """Fraction of the requests that fail, by kind; at most 1 in total."""
     at: Mapping[int, FaultKind] = field(default_factory=dict)
-    """Requests by number, counted from 1 in each process."""
+    """Requests that fail, by number, counted from 1 in each process."""
     on: frozenset[RequestGroup] = frozenset(REQUEST_GROUPS)
-    """The groups of requests that count and that faults happen to: read, write, list, delete."""
+    """The groups of requests that are counted and can fail: read, write, list, delete."""
     delay_s: float = 0.0
-    """A slow link: how long each request waits."""
+    """Latency of a slow connection: the delay of each request."""
     bytes_per_s: float = float("inf")
-    """A slow link: how fast content goes through it."""
+    """Bandwidth of a slow connection."""
     expires_after: int = 0
-    """Credentials are good for so many requests, counted from their renewal; 0: for ever."""
+    """Number of requests after which credentials expire, counted from their renewal; 0 for never."""
     renewals: int = 1_000_000_000
-    """So often they can be renewed."""
+    """How often credentials can be renewed."""
     log: str = ""
-    """A file to which every process adds a line for each fault: process, number and group of the request, kind."""
+    """A file to which every process appends a line for each fault: pid, number and group of the request, kind."""
 
     def __post_init__(self) -> None:
         if any(not 0 <= rate <= 1 for rate in self.rates.values()) or sum(self.rates.values()) > 1:
-            raise InputError("the rates of faults must be from 0 to 1, and 1 in all at the most", where=FAULTS_VARIABLE)
+            raise InputError("fault rates must be from 0 to 1, and at most 1 in total", where=FAULTS_VARIABLE)
         if self.delay_s < 0 or self.bytes_per_s <= 0 or min(self.expires_after, self.renewals) < 0:
             raise InputError("a number of TRAINYARD_FAULTS is out of range", where=FAULTS_VARIABLE, fix=_HELP)
 
     @classmethod
     def parse(cls, text: str) -> FaultSettings:
-        """Faults in words: "seed=1 error=0.05 lost@3 on=write,list delay_s=0.1".
+        """Parse settings such as "seed=1 error=0.05 lost@3 on=write,list delay_s=0.1".
 
         Raises
         ------
-        InputError: a word that is none of these.
+        InputError: a word that is no setting.
         """
         rates: dict[FaultKind, float] = {}
         at: dict[int, FaultKind] = {}
@@ -89,7 +88,7 @@ class FaultSettings:
                 else:
                     raise ValueError
             except ValueError:
-                raise InputError(f"{word!r} is no fault", where=FAULTS_VARIABLE, fix=_HELP) from None
+                raise InputError(f"{word!r} is not a fault setting", where=FAULTS_VARIABLE, fix=_HELP) from None
         return cls(
             seed=int(rest.get("seed", 0)),
             rates=rates,
@@ -106,19 +105,19 @@ class FaultSettings:
 
 
 class FaultInjector:
-    """Counts the requests of this process and says what each of them meets. Safe in several threads."""
+    """Counts the requests of this process and decides which of them fail. Thread-safe."""
 
     def __init__(self, faults: FaultSettings) -> None:
         self.faults = faults
         self.request_count = 0
         self.counts: Counter[str] = Counter()
-        """What happened so far, by kind."""
+        """Number of faults so far, by kind."""
         self._requests_until_expiry = faults.expires_after
         self._renewals = faults.renewals
         self._lock = threading.Lock()
 
     def next_fault(self, group: RequestGroup) -> FaultKind | None:
-        """The fault that the next request of a group meets."""
+        """Return the fault of the next request of a group, or None."""
         if group not in self.faults.on:
             return None
         with self._lock:
@@ -136,7 +135,7 @@ class FaultInjector:
             return kind
 
     def renew_credentials(self) -> None:
-        """New credentials, where there are any left."""
+        """Renew the credentials, if renewals are left."""
         with self._lock:
             if self._renewals > 0:
                 self._renewals -= 1
@@ -157,11 +156,11 @@ class FaultInjector:
 
 
 _INJECTORS: dict[str, FaultInjector] = {}
-"""One for each setting: fsspec makes a file system a thread, and all of them count together."""
+"""One for each settings text: fsspec opens a file system in each thread, and these must share their counts."""
 
 
 def get_injector(text: str) -> FaultInjector:
-    """This process' dice for settings in words. InputError: settings that cannot be read."""
+    """Return this process's injector for a settings text. InputError: a word that is no setting."""
     if text not in _INJECTORS:
         _INJECTORS[text] = FaultInjector(FaultSettings.parse(text))
     return _INJECTORS[text]
@@ -169,22 +168,22 @@ def get_injector(text: str) -> FaultInjector:
 
 @contextmanager
 def inject_faults(text: str) -> Iterator[FaultInjector]:
-    """Set TRAINYARD_FAULTS while entered, for this process and those that it starts, and count from 1.
+    """Set TRAINYARD_FAULTS in the context, for this process and its child processes, and count requests from 1.
 
     Raises
     ------
-    InputError: a word that cannot be read.
+    InputError: a word that is no setting.
     """
-    before = os.environ.get(FAULTS_VARIABLE)
+    previous = os.environ.get(FAULTS_VARIABLE)
     _INJECTORS.pop(text, None)
-    dice = get_injector(text)
+    injector = get_injector(text)
     os.environ[FAULTS_VARIABLE] = text
     try:
-        yield dice
+        yield injector
     finally:
         os.environ.pop(FAULTS_VARIABLE)
-        if before is not None:
-            os.environ[FAULTS_VARIABLE] = before
+        if previous is not None:
+            os.environ[FAULTS_VARIABLE] = previous
 
 
 def _positive(text: str) -> int:

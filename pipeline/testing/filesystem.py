@@ -1,4 +1,4 @@
-"""A file system of fsspec's that hands every request to the store beneath, and fails as it is told to."""
+"""An fsspec file system that forwards every request to a wrapped store, and injects faults."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ T = TypeVar("T")
 SLOW_DOWN_MESSAGE = "Please reduce your request rate."
 EXPIRED_MESSAGE = "The provided token has expired."
 _LISTINGS: dict[tuple[str, str, str], Any] = {}
-"""What each folder last answered in this process: by settings, store and path."""
+"""The last listing of each folder in this process, by settings, store and path."""
 
 
 class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]
-    """`faulty://STORE/PATH`: the store beneath, and its faults. `open` counts as one request.
+    """`faulty://STORE/PATH`: a wrapped store with faults. `open` counts as one request.
 
     Parameters
     ----------
-    store: protocol of the store beneath: s3, memory, file (whose writes are atomic here, as in `pipeline.storage`), or
-        another one that fsspec knows.
-    faults: settings in words, see `Faults.parse`; by URL those of TRAINYARD_FAULTS.
+    store: protocol of the wrapped store: s3, memory, file (with atomic writes, as in `pipeline.storage`), or any other
+        protocol of fsspec.
+    faults: settings, see `FaultSettings.parse`; for a URL, those in TRAINYARD_FAULTS.
     """
 
     protocol = "faulty"
@@ -40,15 +40,15 @@ class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]
     def __init__(self, store: str = "", faults: str = "", **options: Any) -> None:
         super().__init__(**options)
         if not store or store == self.protocol:
-            raise StorageError("the URL names no store", where="faulty://", fix="use faulty://s3/bucket/folder")
+            raise StorageError("the URL has no store", where="faulty://", fix="use faulty://s3/bucket/folder")
         self.store_protocol = store
         self.fs: Any = _AtomicLocalFileSystem() if store in ("file", "local") else open_filesystem(f"{store}://")[0]
         self._faults = faults
-        get_injector(faults)  # so that settings which cannot be read are told now
+        get_injector(faults)  # invalid settings are an error here
 
     @property
     def injector(self) -> FaultInjector:
-        """What says which request fails. fsspec keeps file systems for long; `faults` may have begun anew since."""
+        """The current injector. fsspec caches file systems, and `inject_faults` may have made a new injector since."""
         return get_injector(self._faults)
 
     @classmethod
@@ -75,32 +75,34 @@ class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **options: Any) -> Any:
         self._simulate_transfer(len(value))
 
-        def half() -> None:
+        def write_half() -> None:
             if mode != "create":
                 self.fs.pipe_file(path, value[: len(value) // 2], mode=mode, **options)
 
-        return self._run_request("write", lambda: self.fs.pipe_file(path, value, mode=mode, **options), write_half=half)
+        return self._run_request(
+            "write", lambda: self.fs.pipe_file(path, value, mode=mode, **options), write_half=write_half
+        )
 
     def call_s3(self, method: str, *args: Any, **options: Any) -> Any:
-        """A request of S3's own, where that lies beneath."""
+        """Call the S3 API, if the wrapped store is S3."""
         body = options.get("Body", b"")
         self._simulate_transfer(len(body))
 
-        def half() -> None:
+        def write_half() -> None:
             if body:
                 self.fs.call_s3(method, *args, **{**options, "Body": body[: len(body) // 2]})
 
         group: RequestGroup = (
             "read" if method.startswith(("get", "head")) else "list" if method.startswith("list") else "write"
         )
-        return self._run_request(group, lambda: self.fs.call_s3(method, *args, **options), write_half=half)
+        return self._run_request(group, lambda: self.fs.call_s3(method, *args, **options), write_half=write_half)
 
     def split_path(self, path: str) -> Any:
-        """S3's bucket, key and version."""
+        """Return the bucket, key and version of an S3 path."""
         return self.fs.split_path(path)
 
     def connect(self, **options: Any) -> None:
-        """Begin with new credentials."""
+        """Connect with new credentials."""
         self.injector.renew_credentials()
         if hasattr(self.fs, "connect"):
             self.fs.connect(**options)
@@ -143,7 +145,7 @@ class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]
         write_half: Callable[[], None] | None = None,
         listing_key: str = "",
     ) -> T:
-        """One request, and what becomes of it."""
+        """Make a request, with the fault that the injector returns for it."""
         if group in self.injector.faults.on:
             time.sleep(self.injector.faults.delay_s)
         kind = self.injector.next_fault(group)
@@ -165,12 +167,12 @@ class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]
         raise _make_error(kind)
 
     def _simulate_transfer(self, num_bytes: int) -> None:
-        """The time that content takes through the link."""
+        """Sleep for as long as the transfer takes with the configured bandwidth."""
         time.sleep(num_bytes / self.injector.faults.bytes_per_s)
 
 
 class InjectedS3Error(Exception):
-    """What S3's own library would raise, as the cause of an error."""
+    """An error as of S3's own library, used as the cause of another error."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -178,7 +180,7 @@ class InjectedS3Error(Exception):
 
 
 def _make_error(kind: FaultKind) -> OSError:
-    """The error that s3fs would raise."""
+    """Return the error that s3fs would raise."""
     if kind == "lost":
         return TimeoutError(errno.ETIMEDOUT, "injected: no reply")
     if kind not in ("slow_down", "expired"):
@@ -190,7 +192,7 @@ def _make_error(kind: FaultKind) -> OSError:
 
 
 class _AtomicLocalFileSystem(LocalFileSystem):  # type: ignore[misc]
-    """Files of this machine, written as `pipeline.storage` writes them: fsspec's own create is no exclusive one."""
+    """Local files, written as in `pipeline.storage`, because fsspec's local "create" is not exclusive."""
 
     cachable = False
 

@@ -1,4 +1,4 @@
-"""Folders of small pictures for tests, and the jobs that read them."""
+"""Folders of small images for tests, and the jobs that read them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CLASSES = ("ant", "bee", "cat")
 
 
 def encode_image(number: int, size: tuple[int, int] = (20, 16), kind: str = "PNG") -> bytes:
-    """A file of noise, another for each number."""
+    """Encode an image of noise, different for each number."""
     pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, kind)
@@ -24,7 +24,7 @@ def encode_image(number: int, size: tuple[int, int] = (20, 16), kind: str = "PNG
 
 
 def make_image_files(per_class: int = 5, **options: Any) -> dict[str, bytes]:
-    """By path: some pictures of each class, one of them further down."""
+    """Return image files by path: `per_class` images of each class, one of them in a nested folder."""
     paths = [f"{name}/{'deep/er/' if row == 0 else ''}{row}.png" for name in CLASSES for row in range(per_class)]
     return {path: encode_image(number, **options) for number, path in enumerate(paths)}
 

@@ -1,4 +1,4 @@
-"""Jobs on Parquet files, and the sources that they open."""
+"""Jobs on Parquet files, and the datasets that they open."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pipeline.data.sources import Dataset, open_dataset
 
 
 def write_parquet(path: Path, columns: dict[str, Any], **options: Any) -> Path:
-    """One file of some columns."""
+    """Write a file with these columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path, **options)
     return path
 
 
 def make_parquet_job(url: object, *, task: str = "multiclass", precision: str = "fp32", **data: Any) -> JobConfig:
-    """`label: y` unless said; the cache lies where the test says."""
+    """Make a job on Parquet files; the default label is `y`."""
     tree = {"source": "parquet", "url": str(url), "label": "y", **data}
     best = {"metric": "val/loss"}
     return build_job({"name": "t", "task": task, "data": tree, "train": {"precision": precision}, "best": best}, "test")

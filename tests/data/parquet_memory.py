@@ -1,4 +1,4 @@
-"""A process that trains on a table larger than the memory it may have, and says what that took."""
+"""A program that reads a table larger than its memory limit for some epochs, and prints its memory usage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pandas  # noqa: F401  # Arrow would import it at its first array
+import pandas  # noqa: F401  # before the limit is set, since Arrow imports it with the first array
 import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
@@ -25,7 +25,7 @@ WIDTH = 1024
 
 
 def write_table(folder: Path, megabytes: int) -> None:
-    """Files of embeddings, amounts and a category, in all `megabytes` x 10^6 bytes as a matrix of float32."""
+    """Write files of embeddings, amounts and a category, whose float32 matrix has `megabytes` x 10^6 bytes in total."""
     rng = np.random.default_rng(1)
     rows = megabytes * 10**6 // (4 * (WIDTH + 3)) // 4
     block = rng.random((rows, WIDTH), np.float32)
@@ -42,45 +42,49 @@ def write_table(folder: Path, megabytes: int) -> None:
 
 
 def memory_usage() -> dict[str, int]:
-    """Bytes that the kernel counts against RLIMIT_DATA, and those that lie in memory and in no file."""
+    """Return the bytes that count towards RLIMIT_DATA, and the resident bytes that are anonymous or from files."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(lines[name].split()[0]) * 1024 for name in ("VmData", "RssAnon", "RssFile")}
 
 
 def main(folder: str, cache: str, limit: int, epochs: int) -> None:
-    """limit: bytes of RLIMIT_DATA, on top of what the imports took."""
+    """Read the table under a memory limit.
+
+    limit: bytes of RLIMIT_DATA, in addition to the memory that the imports use.
+    """
     torch.set_num_threads(1)
     base = memory_usage()["VmData"]
     limit += base
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     began = time.monotonic()
     job = make_parquet_job(folder, label="churned", cache={"folder": cache, "in_memory_mb": 16})
-    source = open_parquet(job, lambda text: print(text, file=sys.stderr), float64=False)
+    dataset = open_parquet(job, lambda text: print(text, file=sys.stderr), float64=False)
     opened = time.monotonic()
-    rows = np.arange(len(source.train), dtype=np.int64)
+    rows = np.arange(len(dataset.train), dtype=np.int64)
     batches = GlobalBatchSampler(len(rows), batch_size=256, seed=1, shuffle=True)
     steps = epochs * batches.steps_per_epoch
     loader = TrainLoader(
-        source.train, rows, batches, first_step=1, last_step=steps, rank=0, world_size=1,
+        dataset.train, rows, batches, first_step=1, last_step=steps, rank=0, world_size=1,
         loader_config=DataLoaderConfig(), device=torch.device("cpu"), augment_config=AugmentConfig(), seed=1,
     )  # fmt: skip
-    seen, total, most = 0, 0.0, memory_usage()["RssAnon"]
+    num_seen, total, max_anonymous = 0, 0.0, memory_usage()["RssAnon"]
     for batch in loader:
-        seen += len(batch.inputs)
+        num_seen += len(batch.inputs)
         total += float(batch.inputs[:, 0].double().sum())
-        most = max(most, memory_usage()["RssAnon"]) if batch.step % 100 == 0 else most
+        if batch.step % 100 == 0:
+            max_anonymous = max(max_anonymous, memory_usage()["RssAnon"])
     print(
         json.dumps(
             {
                 "base": base,
                 "limit": limit,
-                "matrix": source.train.inputs.nbytes,
+                "matrix": dataset.train.inputs.nbytes,
                 "rows": len(rows),
-                "seen": seen,
+                "seen": num_seen,
                 "total": total,
                 "open_s": round(opened - began, 2),
                 "epochs_s": round(time.monotonic() - opened, 2),
-                "most_anonymous": most,
+                "max_anonymous": max_anonymous,
                 **memory_usage(),
             }
         )

@@ -1,4 +1,4 @@
-"""The made-up disc."""
+"""The generated disc dataset."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from pipeline.config.files import build_job
 from pipeline.data.sources import open_dataset
 
 
-def test_disc() -> None:
-    source = open_dataset(build_job({"name": "t", "data": {"source": "disc"}}, "test"))
-    assert source.test is not None
-    assert source.classes == ("outside", "inside")
-    for arrays in (source.train, source.test):
+def test_disc_points_and_labels() -> None:
+    dataset = open_dataset(build_job({"name": "t", "data": {"source": "disc"}}, "test"))
+    assert dataset.test is not None
+    assert dataset.classes == ("outside", "inside")
+    for arrays in (dataset.train, dataset.test):
         assert (arrays.inputs.shape, arrays.inputs.dtype) == ((1000, 2), np.dtype("f4"))
         assert (arrays.inputs >= 0).all()
         assert (arrays.inputs < 1).all()
         inside = (arrays.inputs.astype(np.float64) ** 2).sum(1) < 1 / (2 * math.pi)
         assert np.array_equal(arrays.targets, inside)
-        assert 85 < inside.sum() < 165  # an eighth, give or take four deviations
+        assert 85 < inside.sum() < 165  # an eighth, within about four standard deviations
         assert abs(arrays.inputs.mean() - 0.5) < 0.03
-    assert not np.array_equal(source.train.inputs, source.test.inputs)
+    assert not np.array_equal(dataset.train.inputs, dataset.test.inputs)
 
 
 def test_disc_depends_only_on_the_data_seed() -> None:

@@ -1,4 +1,4 @@
-"""Downloads: torchvision's own code against a server on this machine, and against no server at all."""
+"""Downloads with torchvision's code, from a server on this machine and without any server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UNREACHABLE_URL = "http://127.0.0.1:9/"
 """The discard port, where no server listens."""
 
 SERVED_PATHS: list[str] = []
-"""Paths that were asked of the server since it started."""
+"""Paths that were requested from the server since it started."""
 
 
 def open_named_dataset(name: str, root: Path) -> Dataset:
@@ -36,16 +36,16 @@ def open_named_dataset(name: str, root: Path) -> Dataset:
 
 @pytest.fixture
 def file_server(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    """A folder and the URL under which its files can be fetched."""
+    """A folder and the URL of the server of its files."""
 
-    class Quiet(http.server.SimpleHTTPRequestHandler):
+    class RecordingHandler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
             SERVED_PATHS.append(self.path)
 
     folder = tmp_path / "served"
     folder.mkdir()
     SERVED_PATHS.clear()
-    handler = functools.partial(Quiet, directory=str(folder))
+    handler = functools.partial(RecordingHandler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -64,7 +64,7 @@ def encode_gzipped_idx(values: np.ndarray) -> bytes:
 
 @pytest.fixture
 def fashion_mnist_server(file_server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A server with a small Fashion-MNIST; the folder that it serves."""
+    """The folder of a server with a small Fashion-MNIST."""
     from torchvision import datasets
 
     folder, url = file_server
@@ -93,7 +93,7 @@ def test_missing_files_are_downloaded(
     assert source.classes[9] == "Ankle boot"
     names = {f"FashionMNIST/raw/{path.stem}" for path in fashion_mnist_server.iterdir()}
     assert list_files(root) == {*names, ".download.lock"}
-    assert capfd.readouterr() == ("", "")  # torchvision's noise is kept away
+    assert capfd.readouterr() == ("", "")  # torchvision's output is suppressed
     for path in fashion_mnist_server.iterdir():
         path.unlink()
     assert open_named_dataset("fashion_mnist", root).fingerprint == source.fingerprint
@@ -125,19 +125,19 @@ def test_concurrent_opens_download_once(fashion_mnist_server: Path, tmp_path: Pa
     assert len(SERVED_PATHS) == 2 * num_requests
 
 
-def test_failed_download_leaves_nothing(
+def test_failed_download_leaves_no_files(
     fashion_mnist_server: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (fashion_mnist_server / "t10k-images-idx3-ubyte.gz").write_bytes(b"not what was promised")
-    with pytest.raises(DataError) as refused:
+    (fashion_mnist_server / "t10k-images-idx3-ubyte.gz").write_bytes(b"wrong content")
+    with pytest.raises(DataError) as caught:
         open_named_dataset("fashion_mnist", tmp_path / "data")
     assert list_files(tmp_path / "data") == {".download.lock"}
-    assert "\n" not in refused.value.what
+    assert "\n" not in caught.value.what
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100"])
-def test_no_network(
+def test_missing_network_is_reported(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from torchvision import datasets
@@ -146,12 +146,12 @@ def test_no_network(
         monkeypatch.setattr(dataset, "mirrors", [UNREACHABLE_URL])
     for dataset in (datasets.CIFAR10, datasets.CIFAR100):
         monkeypatch.setattr(dataset, "url", UNREACHABLE_URL + "cifar.tar.gz")
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as caught:
         open_named_dataset(name, tmp_path)
-    assert refused.value.what.startswith(f"{name} is not there and could not be downloaded: ")
-    assert str(tmp_path) in refused.value.where
-    assert "--set data.root=DIR" in refused.value.fix
-    assert "\n" not in refused.value.what
+    assert caught.value.what.startswith(f"{name} is absent and could not be downloaded: ")
+    assert str(tmp_path) in caught.value.where
+    assert "--set data.root=DIR" in caught.value.fix
+    assert "\n" not in caught.value.what
     assert capfd.readouterr() == ("", "")
 
 
@@ -163,7 +163,7 @@ def test_unwritable_root_is_reported(tmp_path: Path) -> None:
 
 @pytest.fixture
 def cifar_images(file_server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
-    """A server with a small CIFAR-10; its training images, (10, 3, 32, 32)."""
+    """The images of a server with a small CIFAR-10, uint8 (12, 3, 32, 32): 10 for training and 2 for test."""
     from torchvision import datasets
 
     folder, url = file_server
@@ -190,7 +190,9 @@ def cifar_images(file_server: tuple[Path, str], monkeypatch: pytest.MonkeyPatch)
     return images
 
 
-def test_cifar(cifar_images: np.ndarray, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_cifar_is_downloaded_and_verified(
+    cifar_images: np.ndarray, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     source = open_named_dataset("cifar10", tmp_path / "data")
     assert source.test is not None
     assert np.array_equal(source.train.inputs, cifar_images[:10])
@@ -200,9 +202,9 @@ def test_cifar(cifar_images: np.ndarray, tmp_path: Path, capfd: pytest.CaptureFi
     assert capfd.readouterr() == ("", "")
     damaged = tmp_path / "data" / "cifar-10-batches-py" / "test_batch"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    with pytest.raises(DataError, match="damaged") as refused:
+    with pytest.raises(DataError, match="damaged") as caught:
         open_named_dataset("cifar10", tmp_path / "data")
-    assert refused.value.where == str(damaged.parent)
+    assert caught.value.where == str(damaged.parent)
 
 
 def test_existing_files_do_not_import_torchvision(fashion_mnist_server: Path, tmp_path: Path) -> None:
@@ -214,7 +216,7 @@ from pipeline.config.files import build_job
 open_dataset(build_job({{"name": "t", "data": {{"source": "fashion_mnist", "root": {str(tmp_path)!r}}}}}, "test"))
 print(sorted({{"torchvision", "torch._dynamo", "pyarrow", "ray"}} & set(sys.modules)))
 """
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", program], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
     )
-    assert done.stdout == "[]\n"
+    assert completed.stdout == "[]\n"

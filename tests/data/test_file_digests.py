@@ -1,4 +1,4 @@
-"""What identifies data follows its content, at any size: digests of files, stores' checksums, and samples."""
+"""Fingerprints change with the content of files of any size: by digests, checksums of stores, and sampled blocks."""
 
 from __future__ import annotations
 
@@ -23,18 +23,17 @@ from pipeline.data.sources.parquet.reader import ParquetFiles
 from pipeline.errors import DataError
 from pipeline.storage.read_files import store_checksum
 from pipeline.watchdog import listening_to_progress
-from tests.data.image_files import CLASSES, encode_image, make_image_job
-from tests.data.image_files import write_files as write_pictures
+from tests.data.image_files import CLASSES, encode_image, make_image_job, write_files
 from tests.data.parquet_jobs import make_parquet_job
 
 NUM_ROWS = 20_000
 TICK_S = 0.02
-"""Longer than the steps in which Linux counts change times (a 100th of a second at the most)."""
+"""Longer than the resolution of change times on Linux (at most 10 ms)."""
 
 
 @pytest.fixture(autouse=True)
-def _large(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All data counts as large: beyond what is read from stores, and large enough to remember digests of."""
+def _low_size_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat all data as large: too large for full hashes of remote files, and large enough for cached digests."""
     monkeypatch.setattr(file_digests, "MAX_FULL_HASH_BYTES", 100)
     monkeypatch.setattr(file_digests, "MIN_CACHED_DIGEST_BYTES", 0)
     monkeypatch.setattr(file_digests, "MIN_CTIME_AGE_NS", 0)
@@ -42,13 +41,13 @@ def _large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hashed_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the files of this machine that are hashed from now on."""
+    """The names of the local files that are hashed during the test."""
     names: list[str] = []
-    really = file_digests.hash_file
+    original = file_digests.hash_file
 
-    def hash_file(path: str, *rest: Any) -> Any:
+    def hash_file(path: str, *args: Any) -> Any:
         names.append(Path(path).name)
-        return really(path, *rest)
+        return original(path, *args)
 
     monkeypatch.setattr(file_digests, "hash_file", hash_file)
     return names
@@ -60,14 +59,14 @@ def make_columns() -> dict[str, np.ndarray]:
 
 
 def encode_table(values: dict[str, np.ndarray]) -> bytes:
-    """A file whose size and footer do not tell what is in it."""
+    """Encode a table to a file whose size and footer do not depend on the values."""
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.table(values), buffer, compression="none", use_dictionary=False, row_group_size=5_000)
     return bytes(buffer.getvalue())
 
 
 def swap_values(values: dict[str, np.ndarray]) -> None:
-    """A thousand rows change places."""
+    """Reverse the order of a thousand values."""
     values["x"][6000:7000] = values["x"][6000:7000][::-1].copy()
 
 
@@ -79,7 +78,7 @@ CHANGES: list[Callable[[dict[str, np.ndarray]], None]] = [swap_values, swap_labe
 
 
 def edit_in_place(path: Path, new: bytes) -> None:
-    """In place, of the same size, and as if it had not been touched since."""
+    """Overwrite a file in place with content of the same size, and restore its modification time."""
     time.sleep(TICK_S)
     before = path.stat()
     assert len(new) == before.st_size
@@ -106,7 +105,7 @@ def expected_arrays(values: dict[str, np.ndarray]) -> dict[str, list[Any]]:
 def test_every_change_of_a_large_table_is_detected(
     kind: str, change: Callable[[dict[str, np.ndarray]], None], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """And none is taken from the cache."""
+    """The changed data is also decoded again, not read from the cache."""
     values, path = make_columns(), tmp_path / "t.parquet"
     url = str(path) if kind == "local" else "memory://large/t.parquet"
     if kind == "s3":
@@ -133,7 +132,7 @@ def test_every_change_of_a_large_table_is_detected(
 def test_missing_store_checksums_are_reported(tmp_path: Path) -> None:
     fsspec.filesystem("memory").pipe_file("/assumed/t.parquet", encode_table(make_columns()))
     (warning,) = open_dataset(make_table_job("memory://assumed/t.parquet", tmp_path)).warnings
-    assert "the store tells no checksums" in warning
+    assert "the store has no checksums" in warning
     assert "assumed/t.parquet" in warning
 
 
@@ -168,13 +167,13 @@ def encode_bitmap(number: int) -> bytes:
 @pytest.mark.parametrize("in_memory_mb", [0, 100])
 def test_edit_in_the_middle_of_an_image_is_detected(tmp_path: Path, in_memory_mb: float) -> None:
     files = {f"{name}/{row}.bmp": encode_bitmap(row) for name in CLASSES for row in range(3)}
-    url = write_pictures(tmp_path / "pictures", files)
+    url = write_files(tmp_path / "images", files)
     job = make_image_job(url, cache={"folder": str(tmp_path / "cache"), "in_memory_mb": in_memory_mb})
     first = open_dataset(job)
     assert open_dataset(job).fingerprint == first.fingerprint == fingerprint_dataset(job)[0]
     new = bytearray(files["bee/1.bmp"])
     new[6000] ^= 255
-    edit_in_place(tmp_path / "pictures/bee/1.bmp", bytes(new))
+    edit_in_place(tmp_path / "images/bee/1.bmp", bytes(new))
     changed = open_dataset(job)
     assert changed.fingerprint == fingerprint_dataset(job)[0] != first.fingerprint
     different = np.flatnonzero((changed.train.inputs != first.train.inputs).any((1, 2, 3)))
@@ -196,7 +195,7 @@ def test_images_in_a_store_are_identified_by_checksum(tmp_path: Path, s3_url: st
     assert not set(before) & {open_dataset(job).fingerprint for job in jobs}
 
 
-def test_file_is_hashed_once(tmp_path: Path, hashed_files: list[str]) -> None:
+def test_unchanged_files_are_hashed_once(tmp_path: Path, hashed_files: list[str]) -> None:
     folder = tmp_path / "table"
     folder.mkdir()
     for name in "abc":
@@ -215,15 +214,15 @@ def test_file_is_hashed_once(tmp_path: Path, hashed_files: list[str]) -> None:
     after = fingerprint_dataset(job)[0]
     assert after == fingerprint_dataset(job)[0] != before
     assert hashed_files == ["b.parquet"]
-    (remembered,) = (tmp_path / "cache").glob(".digests-*")
-    remembered.write_bytes(remembered.read_bytes()[:-1])  # damage costs time alone
+    (digest_file,) = (tmp_path / "cache").glob(".digests-*")
+    digest_file.write_bytes(digest_file.read_bytes()[:-1])  # a damaged file is ignored
     assert fingerprint_dataset(job)[0] == after
 
 
 def test_digest_of_a_just_written_file_is_not_cached(
     tmp_path: Path, hashed_files: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another edit might carry the same time: see git's "racily clean" entries."""
+    """A later edit could have the same change time, as with git's "racily clean" entries."""
     monkeypatch.setattr(file_digests, "MIN_CTIME_AGE_NS", 3600 * 10**9)
     (tmp_path / "t.parquet").write_bytes(encode_table(make_columns()))
     job = make_table_job(tmp_path / "t.parquet", tmp_path)
@@ -245,7 +244,7 @@ def test_unwritable_digest_cache_is_ignored(tmp_path: Path, hashed_files: list[s
 def test_table_changed_while_decoding_is_rejected(
     tmp_path: Path, is_settled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By its change time; or, where that may be that of two edits, by its content."""
+    """It is detected by its change time; or by its content, if the change time is not old enough to be reliable."""
     monkeypatch.setattr("pipeline.data.sources.parquet.decode.PROGRESS_INTERVAL_S", 0.0)
     if not is_settled:
         monkeypatch.setattr(file_digests, "MIN_CTIME_AGE_NS", 3600 * 10**9)
@@ -256,16 +255,16 @@ def test_table_changed_while_decoding_is_rejected(
     job = make_table_job(path, tmp_path)
     messages: list[str] = []
 
-    def say(text: str) -> None:
+    def on_progress(text: str) -> None:
         if text.startswith("caching") and not messages:
             messages.append(text)
             edit_in_place(path, encode_table(values))
 
     with pytest.raises(DataError, match=r"t\.parquet: changed while it was being read\n.*the same command again"):
-        open_dataset(job, say)
+        open_dataset(job, on_progress)
     assert messages
-    assert [place.name for place in (tmp_path / "cache").iterdir() if place.is_dir()] == []
-    assert read_arrays(open_dataset(job, say)) == expected_arrays(values)
+    assert [path.name for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
+    assert read_arrays(open_dataset(job, on_progress)) == expected_arrays(values)
 
 
 def test_objects_changed_while_decoding_are_rejected(
@@ -285,10 +284,10 @@ def encode_idx(values: np.ndarray) -> bytes:
 
 @pytest.fixture
 def data_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, dict[str, Any]]]:
-    """`data:` of one job for each kind of source."""
+    """The `data:` of one job for each kind of source."""
     (tmp_path / "t.parquet").write_bytes(encode_table(make_columns()))
-    pictures = write_pictures(tmp_path / "pictures", {f"{name}/1.png": encode_image(1) for name in CLASSES})
-    broken = write_pictures(
+    images = write_files(tmp_path / "images", {f"{name}/1.png": encode_image(1) for name in CLASSES})
+    broken = write_files(
         tmp_path / "broken", {f"{name}/1.png": encode_image(1) for name in CLASSES} | {"ant/2.png": b""}
     )
     raw = tmp_path / "MNIST" / "raw"
@@ -304,7 +303,7 @@ def data_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[di
     cache = {"folder": str(tmp_path / "cache")}
     yield {
         "parquet": {"source": "parquet", "url": "t.parquet", "label": "y", "cache": cache},
-        "image_folder": {"source": "image_folder", "url": pictures, "cache": cache},
+        "image_folder": {"source": "image_folder", "url": images, "cache": cache},
         "broken": {"source": "image_folder", "url": broken, "cache": cache, "on_error": "skip", "skip_up_to": 0.5},
         "mnist": {"source": "mnist", "root": str(tmp_path)},
         "disc": {"source": "disc"},
@@ -320,44 +319,46 @@ def make_job(data: dict[str, Any]) -> JobConfig:
 def test_fingerprint_needs_neither_torch_nor_decoding(
     data_configs: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = {name: open_dataset(make_job(data)).fingerprint for name, data in data_configs.items()}
+    expected = {name: open_dataset(make_job(data)).fingerprint for name, data in data_configs.items()}
     program = f"""
 import json, sys
 from pipeline.data.sources import fingerprint_dataset
 from pipeline.config.files import build_job
-found = {{}}
+fingerprints = {{}}
 for name, data in {data_configs!r}.items():
     job = build_job({{"name": "t", "data": data, "best": {{"metric": "val/loss"}}}}, "test")
-    found[name] = fingerprint_dataset(job)[0]
-print(found == {wanted!r}, sorted({{"torch", "torchvision", "ray"}} & set(sys.modules)))
+    fingerprints[name] = fingerprint_dataset(job)[0]
+print(fingerprints == {expected!r}, sorted({{"torch", "torchvision", "ray"}} & set(sys.modules)))
 """
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), str(Path(__file__).parents[2])])}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=env)
-    assert (done.stdout, done.stderr) == ("True []\n", "")
+    completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=env)
+    assert (completed.stdout, completed.stderr) == ("True []\n", "")
     monkeypatch.setattr(ParquetFiles, "iter_batches", None)
     monkeypatch.setattr("pipeline.data.sources.images.decode_all", None)
     for name in ("parquet", "image_folder"):
-        assert fingerprint_dataset(make_job(data_configs[name]))[0] == wanted[name]
+        assert fingerprint_dataset(make_job(data_configs[name]))[0] == expected[name]
 
 
 def test_url_from_the_environment_is_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "t.parquet").write_bytes(encode_table(make_columns()))
     monkeypatch.setenv("DIGESTS_URL", str(tmp_path / "t.parquet"))
-    named = make_table_job("env:DIGESTS_URL", tmp_path)
+    job = make_table_job("env:DIGESTS_URL", tmp_path)
     assert (
-        fingerprint_dataset(named)[0]
-        == open_dataset(named).fingerprint
+        fingerprint_dataset(job)[0]
+        == open_dataset(job).fingerprint
         == fingerprint_dataset(make_table_job(tmp_path / "t.parquet", tmp_path))[0]
     )
 
 
 @pytest.mark.parametrize("name", ["parquet", "image_folder"])
 @pytest.mark.parametrize("in_memory_mb", [0, 100])
-def test_hashing_reports_progress(data_configs: dict[str, dict[str, Any]], name: str, in_memory_mb: float) -> None:
+def test_hashing_and_decoding_report_progress(
+    data_configs: dict[str, dict[str, Any]], name: str, in_memory_mb: float
+) -> None:
     data = data_configs[name]
-    noted: list[None] = []
-    with listening_to_progress(lambda: noted.append(None)):
-        fingerprint_dataset(make_job(data))[0]
-        hashing = len(noted)
+    reports: list[None] = []
+    with listening_to_progress(lambda: reports.append(None)):
+        fingerprint_dataset(make_job(data))
+        num_while_hashing = len(reports)
         open_dataset(make_job({**data, "cache": {**data["cache"], "in_memory_mb": in_memory_mb}}))
-    assert 0 < hashing < len(noted) - 2
+    assert 0 < num_while_hashing < len(reports) - 2

@@ -1,4 +1,4 @@
-"""Single pictures: every mode and size that files come in."""
+"""Decoding of single images of all modes, formats and sizes."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ MODES = {
     "P": "GIF",
     "PA": "TIFF",
 }
-"""Modes of pixels, and a format that holds them."""
+"""Pixel modes, each with a file format that supports it."""
 
 
 def make_image(mode: str) -> Image.Image:
-    """Noise; with transparency, where the mode has any."""
+    """Make an image of noise, with transparency if the mode has it."""
     image = Image.fromarray(NOISE)
     if mode == "RGBA":
         return image
@@ -60,20 +60,20 @@ def test_image_modes(mode: str) -> None:
     content = encode_image(make_image(mode), MODES[mode])
     with Image.open(io.BytesIO(content)) as stored:
         expected = {"rgb": np.asarray(stored.convert("RGB")), "grey": np.asarray(stored.convert("RGB").convert("L"))}
-    for form in (ImageFormat(), ImageFormat("grey")):
-        picture = decode_image(content, form)
-        assert picture.dtype == np.uint8
-        assert picture.shape == (form.channels, 12, 9)
-        assert picture.flags.c_contiguous
-        close = np.abs(picture.astype(int) - np.atleast_3d(expected[form.mode]).transpose(2, 0, 1))
+    for image_format in (ImageFormat(), ImageFormat("grey")):
+        image = decode_image(content, image_format)
+        assert image.dtype == np.uint8
+        assert image.shape == (image_format.channels, 12, 9)
+        assert image.flags.c_contiguous
+        close = np.abs(image.astype(int) - np.atleast_3d(expected[image_format.mode]).transpose(2, 0, 1))
         assert close.max() <= 1
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bit_images(kind: str) -> None:
     values = np.array([[0, 128, 129, 257, 32768, 65535]], dtype=np.uint16)
-    picture = decode_image(encode_image(Image.fromarray(values), kind), ImageFormat())
-    assert picture.tolist() == [[[0, 0, 1, 1, 128, 255]]] * 3
+    image = decode_image(encode_image(Image.fromarray(values), kind), ImageFormat())
+    assert image.tolist() == [[[0, 0, 1, 1, 128, 255]]] * 3
 
 
 @pytest.mark.parametrize("values", [np.array([[0, 70_000]], np.int32), np.array([[0.0, 1.0]], np.float32)])
@@ -82,14 +82,14 @@ def test_pixels_without_a_known_maximum_are_rejected(values: np.ndarray) -> None
         decode_image(encode_image(Image.fromarray(values), "TIFF"), ImageFormat())
 
 
-def test_palette_transparency() -> None:
+def test_transparency_of_a_palette_is_dropped() -> None:
     image = make_rgb_image().convert("P")
     content = encode_image(image, "PNG", transparency=bytes([0, 128] * 128))
     assert np.array_equal(decode_image(content, ImageFormat()), np.asarray(image.convert("RGB")).transpose(2, 0, 1))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(orientation: int) -> None:
+def test_exif_orientation_is_applied(orientation: int) -> None:
     upright = np.zeros((8, 16, 3), dtype=np.uint8)
     upright[0:4, 0:8] = 255  # bright at the top left
     stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1]}
@@ -101,8 +101,8 @@ def test_exif_orientation(orientation: int) -> None:
     assert np.array_equal(decode_image(content, ImageFormat()), upright.transpose(2, 0, 1))
 
 
-def test_animation_is_its_first_frame() -> None:
-    frames = [Image.new("RGB", (5, 4), colour) for colour in ("red", "blue")]
+def test_first_frame_of_an_animation_is_decoded() -> None:
+    frames = [Image.new("RGB", (5, 4), color) for color in ("red", "blue")]
     content = encode_image(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert decode_image(content, ImageFormat()).tolist() == [[[255] * 5] * 4, [[0] * 5] * 4, [[0] * 5] * 4]
 
@@ -121,13 +121,13 @@ def test_resize_and_crop_match_torchvision(
         expected = v2.Resize(resize, antialias=True)(expected)
     if crop is not None:
         expected = v2.CenterCrop(crop)(expected)
-    ours = decode_image(encode_image(image), ImageFormat(resize=resize, crop=crop))
-    assert torch.equal(torch.from_numpy(ours), v2.functional.pil_to_tensor(expected))
-    assert ImageFormat(resize=resize, crop=crop).output_size in (ours.shape[1:], None)
+    decoded = decode_image(encode_image(image), ImageFormat(resize=resize, crop=crop))
+    assert torch.equal(torch.from_numpy(decoded), v2.functional.pil_to_tensor(expected))
+    assert ImageFormat(resize=resize, crop=crop).output_size in (decoded.shape[1:], None)
 
 
-def test_has_fixed_size() -> None:
-    for resize, crop, size, suits_all in [
+def test_output_size_of_formats() -> None:
+    for resize, crop, size, accepts_any_size in [
         (None, None, None, False),
         (16, None, None, False),
         (16, (16, 9), (16, 9), True),
@@ -136,8 +136,13 @@ def test_has_fixed_size() -> None:
         ((9, 8), None, (9, 8), True),
         ((9, 8), (9, 1), (9, 1), True),
     ]:
-        form = ImageFormat(resize=resize, crop=crop)
-        assert (form.output_size, form.accepts_any_size) == (size, suits_all)
+        image_format = ImageFormat(resize=resize, crop=crop)
+        assert (image_format.output_size, image_format.accepts_any_size) == (size, accepts_any_size)
+
+
+def test_cache_key_does_not_change_between_versions() -> None:
+    assert ImageFormat().cache_key == "Form(mode='rgb', resize=None, crop=None)"
+    assert ImageFormat("grey", (20, 17), (5, 6)).cache_key == "Form(mode='grey', resize=(20, 17), crop=(5, 6))"
 
 
 def test_too_large_crops_are_rejected() -> None:
@@ -152,7 +157,7 @@ def make_broken_images() -> dict[str, bytes]:
     whole, jpeg = encode_image(make_rgb_image(64, 64)), encode_image(make_rgb_image(64, 64), "JPEG")
     return {
         "empty": b"",
-        "text": b"This is no picture.",
+        "text": b"This is not an image.",
         "page": b"<html><body>404</body></html>",
         "cut png": whole[: len(whole) // 2],
         "cut jpeg": jpeg[: len(jpeg) // 2],
@@ -170,19 +175,19 @@ def test_broken_files_are_rejected(name: str) -> None:
 
 @pytest.mark.parametrize("factor", [1, 3])
 def test_decompression_bombs_are_rejected(factor: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Pillow itself warns of the smaller, and refuses the larger one.
+    # Pillow itself warns of the smaller excess, and raises for the larger.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 12 * 9 * 10 // 10 - 1 if factor == 1 else 12 * 9 // factor)
     with silence_pillow_warnings(), pytest.raises(InvalidImageError, match="pixels"):
         decode_image(encode_image(make_rgb_image()), ImageFormat())
 
 
-def test_odd_files_print_no_warnings() -> None:
-    exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff"  # says that there are more entries than there are
+def test_pillow_warnings_are_suppressed() -> None:
+    exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff"  # has fewer entries than it declares
     content = encode_image(make_rgb_image(), "JPEG", exif=exif)
     with silence_pillow_warnings():
         assert decode_image(content, ImageFormat()).shape == (3, 12, 9)
         with pytest.raises(UserWarning):
-            warnings.warn("another's", stacklevel=1)
+            warnings.warn("not from Pillow", stacklevel=1)
 
 
 def test_image_extensions() -> None:

@@ -1,4 +1,4 @@
-"""Folders and tables of pictures: the same rows from every place, in memory, from the cache and on demand."""
+"""Folders and tables of images: the same samples from every storage, in memory, from the cache and on demand."""
 
 from __future__ import annotations
 
@@ -28,54 +28,56 @@ from tests.data.image_files import CLASSES, encode_image, make_image_files, make
 
 IMAGE_FILES = make_image_files()
 
-BROKEN_FILES = {"ant/1.png": b"no picture", "cat/2.png": encode_image(1)[:200]}
-"""Two broken ones."""
+BROKEN_FILES = {"ant/1.png": b"no image", "cat/2.png": encode_image(1)[:200]}
+"""Two broken files."""
 
 STORAGE_OPTIONS: dict[str, dict[str, Any]] = {
     "memory": {},
     "cache": {"in_memory_mb": 0},
     "on demand": {"in_memory_mb": 0, "max_gb": 1e-5},
 }
-"""What makes pictures lie where: 15 of them take 14,400 bytes, a list of broken ones less than 5,000."""
+"""Cache options by where the images are stored: 15 images take 14,400 bytes, a list of broken ones less than 5,000."""
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> str:
-    return write_files(tmp_path / "pictures", IMAGE_FILES)
+    return write_files(tmp_path / "images", IMAGE_FILES)
 
 
 @pytest.fixture
 def open_images(tmp_path: Path) -> Callable[..., Dataset]:
-    def open_it(url: str, place: str = "memory", task: str = "multiclass", **data: Any) -> Dataset:
-        cache = {**STORAGE_OPTIONS[place], "folder": str(tmp_path / "cache")}
+    def open_dataset_of(url: str, storage: str = "memory", task: str = "multiclass", **data: Any) -> Dataset:
+        cache = {**STORAGE_OPTIONS[storage], "folder": str(tmp_path / "cache")}
         return open_dataset(make_image_job(url, task, **{"cache": cache, **data}))
 
-    return open_it
+    return open_dataset_of
 
 
-def decode_expected(files: dict[str, bytes], form: ImageFormat | None = None) -> np.ndarray:
-    return np.stack([decode_image(files[path], form or ImageFormat()) for path in sorted(files)])
+def decode_expected(files: dict[str, bytes], image_format: ImageFormat | None = None) -> np.ndarray:
+    return np.stack([decode_image(files[path], image_format or ImageFormat()) for path in sorted(files)])
 
 
 @pytest.mark.parametrize("processes", [0, 2])
-@pytest.mark.parametrize("place", STORAGE_OPTIONS)
-def test_rows_are_images_in_path_order(
-    open_images: Callable[..., Dataset], folder: str, place: str, processes: int
+@pytest.mark.parametrize("storage", STORAGE_OPTIONS)
+def test_samples_are_in_path_order(
+    open_images: Callable[..., Dataset], folder: str, storage: str, processes: int
 ) -> None:
-    source = open_images(folder, place, loader={"processes": processes}, resize=[20, 17])
-    inputs = source.train.inputs
-    assert isinstance(inputs, {"memory": np.ndarray, "cache": np.memmap, "on demand": LazyImages}[place])
-    wanted = decode_expected(IMAGE_FILES, ImageFormat(resize=(20, 17)))
-    assert (inputs.shape, inputs.dtype, inputs.ndim, len(inputs)) == (wanted.shape, np.dtype("uint8"), 4, 15)
-    assert np.array_equal(inputs[np.arange(15)], wanted)
-    assert np.array_equal(inputs[2:5], wanted[2:5])
-    assert np.array_equal(inputs[np.array([7, 7, 0])], wanted[[7, 7, 0]])
-    assert inputs[np.arange(0)].shape == (0, *wanted.shape[1:])
-    assert source.train.targets.tolist() == sorted([0, 1, 2] * 5)
-    assert source.train.targets.dtype == np.int64
-    assert (source.classes, source.test, source.label_names, source.warnings) == ((), None, CLASSES, ())
-    ours, theirs = (compute_mean_and_std(values, np.arange(1, 15, 2), per_channel=True) for values in (inputs, wanted))
-    assert np.array_equal(ours, theirs)
+    dataset = open_images(folder, storage, loader={"processes": processes}, resize=[20, 17])
+    inputs = dataset.train.inputs
+    assert isinstance(inputs, {"memory": np.ndarray, "cache": np.memmap, "on demand": LazyImages}[storage])
+    expected = decode_expected(IMAGE_FILES, ImageFormat(resize=(20, 17)))
+    assert (inputs.shape, inputs.dtype, inputs.ndim, len(inputs)) == (expected.shape, np.dtype("uint8"), 4, 15)
+    assert np.array_equal(inputs[np.arange(15)], expected)
+    assert np.array_equal(inputs[2:5], expected[2:5])
+    assert np.array_equal(inputs[np.array([7, 7, 0])], expected[[7, 7, 0]])
+    assert inputs[np.arange(0)].shape == (0, *expected.shape[1:])
+    assert dataset.train.targets.tolist() == sorted([0, 1, 2] * 5)
+    assert dataset.train.targets.dtype == np.int64
+    assert (dataset.classes, dataset.test, dataset.label_names, dataset.warnings) == ((), None, CLASSES, ())
+    statistics, expected_statistics = (
+        compute_mean_and_std(values, np.arange(1, 15, 2), per_channel=True) for values in (inputs, expected)
+    )
+    assert np.array_equal(statistics, expected_statistics)
 
 
 def test_second_start_decodes_nothing(
@@ -90,8 +92,8 @@ def test_second_start_decodes_nothing(
 
 def test_other_image_formats_are_other_cache_entries(open_images: Callable[..., Dataset], folder: str) -> None:
     shapes = [
-        open_images(folder, "cache", **form).train.inputs.shape
-        for form in ({}, {"crop": 6}, {"mode": "grey"}, {"resize": 5})
+        open_images(folder, "cache", **options).train.inputs.shape
+        for options in ({}, {"crop": 6}, {"mode": "grey"}, {"resize": 5})
     ]
     assert shapes == [(15, 3, 20, 16), (15, 3, 6, 6), (15, 1, 20, 16), (15, 3, 6, 5)]
 
@@ -99,13 +101,13 @@ def test_other_image_formats_are_other_cache_entries(open_images: Callable[..., 
 def test_fingerprint_covers_what_affects_training(
     open_images: Callable[..., Dataset], tmp_path: Path, folder: str
 ) -> None:
-    print_of = open_images(folder).fingerprint
+    fingerprint = open_images(folder).fingerprint
     os.utime(Path(folder) / "ant/1.png", (1, 1))
     write_files(
-        Path(folder), {"notes.txt": b"no picture", ".hidden/x.png": b"", "ant/._1.png": b"", "ant/labels.csv": b""}
+        Path(folder), {"notes.txt": b"no image", ".hidden/x.png": b"", "ant/._1.png": b"", "ant/labels.csv": b""}
     )
-    assert open_images(folder).fingerprint == open_images(folder, "cache", resize=9).fingerprint == print_of
-    assert open_images(write_files(tmp_path / "elsewhere", IMAGE_FILES)).fingerprint == print_of
+    assert open_images(folder).fingerprint == open_images(folder, "cache", resize=9).fingerprint == fingerprint
+    assert open_images(write_files(tmp_path / "elsewhere", IMAGE_FILES)).fingerprint == fingerprint
     for number, changed in enumerate(
         [
             {**IMAGE_FILES, "ant/1.png": encode_image(99)},
@@ -114,7 +116,7 @@ def test_fingerprint_covers_what_affects_training(
             {**IMAGE_FILES, "ant/1.png": IMAGE_FILES["ant/2.png"], "ant/2.png": IMAGE_FILES["ant/1.png"]},
         ]
     ):
-        assert open_images(write_files(tmp_path / str(number), changed)).fingerprint != print_of
+        assert open_images(write_files(tmp_path / str(number), changed)).fingerprint != fingerprint
 
 
 @pytest.fixture
@@ -127,10 +129,10 @@ def upload_to(tmp_path: Path) -> Iterator[Callable[[str], str]]:
 
             with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
                 for path, content in IMAGE_FILES.items():
-                    archive.writestr(f"pictures/{path}", content)
-            return f"zip://pictures::{tmp_path}/all.zip"
-        memory.pipe({f"/pictures/{path}": content for path, content in IMAGE_FILES.items()})
-        return "memory://pictures"
+                    archive.writestr(f"images/{path}", content)
+            return f"zip://images::{tmp_path}/all.zip"
+        memory.pipe({f"/images/{path}": content for path, content in IMAGE_FILES.items()})
+        return "memory://images"
 
     yield fill
     memory.store.clear()
@@ -138,15 +140,15 @@ def upload_to(tmp_path: Path) -> Iterator[Callable[[str], str]]:
 
 @pytest.mark.parametrize("kind", ["memory", "zip"])
 @pytest.mark.parametrize("processes", [0, 2])
-def test_remote_file_systems(
+def test_images_on_other_file_systems(
     open_images: Callable[..., Dataset], folder: str, upload_to: Callable[[str], str], kind: str, processes: int
 ) -> None:
-    ours = open_images(upload_to(kind), loader={"processes": processes})
-    assert ours.fingerprint == open_images(folder).fingerprint
-    assert np.array_equal(ours.train.inputs, decode_expected(IMAGE_FILES))
+    remote = open_images(upload_to(kind), loader={"processes": processes})
+    assert remote.fingerprint == open_images(folder).fingerprint
+    assert np.array_equal(remote.train.inputs, decode_expected(IMAGE_FILES))
 
 
-def test_s3(open_images: Callable[..., Dataset], folder: str, s3_url: str, tmp_path: Path) -> None:
+def test_images_on_s3(open_images: Callable[..., Dataset], folder: str, s3_url: str, tmp_path: Path) -> None:
     fs = fsspec.filesystem("s3")
     for path, content in IMAGE_FILES.items():
         fs.pipe_file(f"{s3_url}/{path}", content)
@@ -154,21 +156,21 @@ def test_s3(open_images: Callable[..., Dataset], folder: str, s3_url: str, tmp_p
     with fs.open(f"{s3_url}/list.parquet", "wb") as file:
         pq.write_table(table, file)
     local = open_images(folder)
-    # Processes are forked while this one has clients of the store under way.
+    # With 2, processes are forked while this one has open clients of the store.
     for processes in (0, 2):
-        ours = open_images(s3_url, loader={"processes": processes})
-        assert ours.fingerprint == local.fingerprint
-        assert np.array_equal(ours.train.inputs, local.train.inputs)
-    pictures = open_images(s3_url, "on demand").train.inputs
-    for row, picture in enumerate(map_in_processes(lambda row: pictures[row : row + 1], range(3), 1)):
-        assert np.array_equal(picture, local.train.inputs[row : row + 1])
+        remote = open_images(s3_url, loader={"processes": processes})
+        assert remote.fingerprint == local.fingerprint
+        assert np.array_equal(remote.train.inputs, local.train.inputs)
+    images = open_images(s3_url, "on demand").train.inputs
+    for row, image in enumerate(map_in_processes(lambda row: images[row : row + 1], range(3), 1)):
+        assert np.array_equal(image, local.train.inputs[row : row + 1])
     listed = open_images(f"{s3_url}/list.parquet", label="label")
     assert np.array_equal(listed.train.inputs, local.train.inputs)
     assert listed.label_names == CLASSES
     with pytest.raises(DataError, match="no such folder"):
         open_images(f"{s3_url}/absent")
     with pytest.raises(DataError, match="no such folder or bucket"):
-        open_images("s3://trainyard-absent/pictures")
+        open_images("s3://trainyard-absent/images")
 
 
 def write_path_table(folder: str, **columns: Any) -> str:
@@ -185,14 +187,14 @@ def test_table_of_paths(open_images: Callable[..., Dataset], folder: str) -> Non
     url = write_path_table(
         folder, path=paths, label=["b", "a", "b", "c"], day=pa.array([3, 1, 2, 1], pa.timestamp("s"))
     )
-    source = open_images(url, label="label", splits={"by": "time", "column": "day", "val": "1s"})
+    dataset = open_images(url, label="label", splits={"by": "time", "column": "day", "val": "1s"})
     assert np.array_equal(
-        source.train.inputs, np.stack([decode_image(IMAGE_FILES[path], ImageFormat()) for path in TABLE_PATHS])
+        dataset.train.inputs, np.stack([decode_image(IMAGE_FILES[path], ImageFormat()) for path in TABLE_PATHS])
     )
-    assert (source.label_names, source.classes) == (("a", "b", "c"), ())
-    assert source.train.targets.tolist() == [1, 0, 1, 2]
-    assert source.split_columns["day"].values.tolist() == [3 * 10**9, 10**9, 2 * 10**9, 10**9]
-    assert source.split_columns["day"].is_time
+    assert (dataset.label_names, dataset.classes) == (("a", "b", "c"), ())
+    assert dataset.train.targets.tolist() == [1, 0, 1, 2]
+    assert dataset.split_columns["day"].values.tolist() == [3 * 10**9, 10**9, 2 * 10**9, 10**9]
+    assert dataset.split_columns["day"].is_time
 
 
 @pytest.mark.parametrize(
@@ -206,7 +208,7 @@ def test_table_of_paths(open_images: Callable[..., Dataset], folder: str) -> Non
         (pa.array([5, -1, 2, 1]), "regression", [5, -1, 2, 1], ()),
     ],
 )
-def test_labels(
+def test_label_types_in_a_table(
     open_images: Callable[..., Dataset],
     folder: str,
     labels: pa.Array,
@@ -214,33 +216,33 @@ def test_labels(
     targets: list[float],
     names: tuple[str, ...],
 ) -> None:
-    source = open_images(write_path_table(folder, path=TABLE_PATHS, label=labels), label="label", task=task)
-    assert source.train.targets.dtype == (np.float64 if task == "regression" else np.int64)
-    assert source.train.targets.tolist() == targets
-    assert source.label_names == names
+    dataset = open_images(write_path_table(folder, path=TABLE_PATHS, label=labels), label="label", task=task)
+    assert dataset.train.targets.dtype == (np.float64 if task == "regression" else np.int64)
+    assert dataset.train.targets.tolist() == targets
+    assert dataset.label_names == names
 
 
-def test_group_column(open_images: Callable[..., Dataset], folder: str) -> None:
+def test_column_of_group_splits(open_images: Callable[..., Dataset], folder: str) -> None:
     by: dict[str, Any] = {"label": "label", "splits": {"by": "group", "column": "who", "val": 0.5}}
     url = write_path_table(folder, path=TABLE_PATHS, label=[0, 1, 0, 1], who=["u", "v", "u", "t"])
-    source = open_images(url, **by)
-    assert source.split_columns["who"].value_names == ("t", "u", "v")
-    assert source.split_columns["who"].values.tolist() == [1, 2, 1, 0]
+    dataset = open_images(url, **by)
+    assert dataset.split_columns["who"].value_names == ("t", "u", "v")
+    assert dataset.split_columns["who"].values.tolist() == [1, 2, 1, 0]
     write_path_table(folder, path=TABLE_PATHS, label=[0, 1, 0, 1], who=["u", "v", "v", "t"])
-    assert open_images(url, **by).fingerprint != source.fingerprint
+    assert open_images(url, **by).fingerprint != dataset.fingerprint
 
 
-def test_text_timestamps(open_images: Callable[..., Dataset], folder: str) -> None:
+def test_column_of_time_splits_as_text(open_images: Callable[..., Dataset], folder: str) -> None:
     url = write_path_table(
         folder, path=TABLE_PATHS, label=[0, 1, 0, 1], day=["1970-01-02", "1970-01-01", "1970-01-02", "1970-01-03"]
     )
-    source = open_images(url, label="label", splits={"by": "time", "column": "day", "val": "1d"})
-    assert (source.split_columns["day"].values / 86_400e9).tolist() == [1, 0, 1, 2]
+    dataset = open_images(url, label="label", splits={"by": "time", "column": "day", "val": "1d"})
+    assert (dataset.split_columns["day"].values / 86_400e9).tolist() == [1, 0, 1, 2]
 
 
 INVALID_TABLES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no label named": ({"path": TABLE_PATHS}, {}, r"data\.label"),
-    "no such column": ({"file": TABLE_PATHS, "label": [1] * 4}, {}, "no column path; there are file, label"),
+    "no such column": ({"file": TABLE_PATHS, "label": [1] * 4}, {}, "no column path; the columns are file, label"),
     "no column of splits": (
         {"path": TABLE_PATHS, "label": [1] * 4},
         {"splits": {"by": "group", "column": "who", "val": 0.5}},
@@ -255,12 +257,12 @@ INVALID_TABLES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "NaN": ({"path": TABLE_PATHS, "label": [1.0, 2, float("nan"), 1]}, {}, r"nulls .* first in row 2"),
     "fractions": ({"path": TABLE_PATHS, "label": [1.0, 2.5, 3, 1]}, {}, "not whole in 1 of 4 rows, first in row 1"),
-    "lists": ({"path": TABLE_PATHS, "label": [[1]] * 4}, {}, "cannot learn"),
+    "lists": ({"path": TABLE_PATHS, "label": [[1]] * 4}, {}, "cannot use"),
     "no rows": ({"path": pa.array([], pa.string()), "label": pa.array([], pa.int64())}, {}, "no rows"),
     "absent": (
         {"path": [*TABLE_PATHS[:2], "dog/1.png", "x.png"], "label": [1] * 4},
         {},
-        r"no such picture: dog/1.png \(2 of 4 are absent\)",
+        r"no such image: dog/1.png \(2 of 4 are absent\)",
     ),
 }
 
@@ -275,19 +277,19 @@ def test_invalid_tables_are_rejected(open_images: Callable[..., Dataset], folder
 
 def test_unreadable_table_is_rejected(open_images: Callable[..., Dataset], tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more")
-    with pytest.raises(DataError, match="no Parquet file"):
+    with pytest.raises(DataError, match="not a Parquet file"):
         open_images(str(tmp_path / "x.parquet"), label="label")
     with pytest.raises(DataError, match="no such file"):
         open_images(str(tmp_path / "y.parquet"), label="label")
 
 
 INVALID_FOLDERS: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
-    "empty": ({}, {}, "no pictures among 0 files"),
+    "empty": ({}, {}, "no images among 0 files"),
     "others alone": ({"a/x.txt": b"", "a/y.txt": b"", "b/z.csv": b""}, {}, r"\.txt \(2\), \.csv \(1\)"),
     "loose": (
         {**IMAGE_FILES, "x.png": b"", "y.png": b""},
         {},
-        r"x.png is in no folder of a class \(2 of 17 pictures\)",
+        r"x.png is not in the folder of a class \(2 of 17 images\)",
     ),
     "splits": ({f"{part}/ant/1.png": encode_image(1) for part in ("train", "test")}, {}, "look like splits"),
     "sizes": (
@@ -299,19 +301,19 @@ INVALID_FOLDERS: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
     "crop": (IMAGE_FILES, {"crop": 17}, "20 x 16 pixels, too small for crop"),
     "label": (IMAGE_FILES, {"label": "label"}, r"data\.label"),
     "column": (IMAGE_FILES, {"splits": {"by": "group", "column": "who", "val": 0.5}}, "no column who"),
-    "all broken": ({"a/1.png": b"x", "b/1.png": b"y"}, {}, "none of 2 pictures can be decoded; a/1.png"),
+    "all broken": ({"a/1.png": b"x", "b/1.png": b"y"}, {}, "none of 2 images can be decoded; a/1.png"),
 }
 
 
-@pytest.mark.parametrize("place", STORAGE_OPTIONS)
+@pytest.mark.parametrize("storage", STORAGE_OPTIONS)
 @pytest.mark.parametrize("name", INVALID_FOLDERS)
 def test_invalid_folders_are_rejected(
-    open_images: Callable[..., Dataset], tmp_path: Path, name: str, place: str
+    open_images: Callable[..., Dataset], tmp_path: Path, name: str, storage: str
 ) -> None:
     files, data, message = INVALID_FOLDERS[name]
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     with pytest.raises(DataError, match=message):
-        open_images(write_files(tmp_path / "pictures", files), place, **data)
+        open_images(write_files(tmp_path / "images", files), storage, **data)
 
 
 def test_missing_paths_are_rejected(open_images: Callable[..., Dataset], tmp_path: Path) -> None:
@@ -322,8 +324,8 @@ def test_missing_paths_are_rejected(open_images: Callable[..., Dataset], tmp_pat
     for url in (tmp_path / "file.png", "nosuch://x/y"):
         with pytest.raises(StorageError, match="cannot be"):
             open_images(str(url))
-    with pytest.raises(DataError, match="no numbers to learn"):
-        open_images(write_files(tmp_path / "pictures", IMAGE_FILES), task="regression")
+    with pytest.raises(DataError, match="no numeric targets"):
+        open_images(write_files(tmp_path / "images", IMAGE_FILES), task="regression")
 
 
 def test_symlinks_are_followed(open_images: Callable[..., Dataset], folder: str, tmp_path: Path) -> None:
@@ -333,13 +335,13 @@ def test_symlinks_are_followed(open_images: Callable[..., Dataset], folder: str,
         (linked / name).symlink_to(Path(folder) / name)
     assert open_images(str(linked)).fingerprint == open_images(folder).fingerprint
     (Path(folder) / "bee/gone.png").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"no such picture: bee/gone\.png \(1 of 16 are absent\)"):
+    with pytest.raises(DataError, match=r"no such image: bee/gone\.png \(1 of 16 are absent\)"):
         open_images(folder)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("path", ["ant", "ant/1.png"])
-def test_no_permission(open_images: Callable[..., Dataset], folder: str, path: str) -> None:
+def test_missing_permission_is_reported(open_images: Callable[..., Dataset], folder: str, path: str) -> None:
     (Path(folder) / path).chmod(0)
     with pytest.raises(StorageError, match="no permission"):
         open_images(folder)
@@ -347,47 +349,47 @@ def test_no_permission(open_images: Callable[..., Dataset], folder: str, path: s
 
 
 @pytest.mark.parametrize("processes", [0, 2])
-@pytest.mark.parametrize("place", ["memory", "cache"])
+@pytest.mark.parametrize("storage", ["memory", "cache"])
 def test_broken_images_are_named_and_counted(
-    open_images: Callable[..., Dataset], tmp_path: Path, place: str, processes: int
+    open_images: Callable[..., Dataset], tmp_path: Path, storage: str, processes: int
 ) -> None:
-    url = write_files(tmp_path / "pictures", {**IMAGE_FILES, **BROKEN_FILES})
-    with pytest.raises(DataError, match=r"2 of 15 pictures are broken\. The first is ant/1.png"):
-        open_images(url, place, loader={"processes": processes})
+    url = write_files(tmp_path / "images", {**IMAGE_FILES, **BROKEN_FILES})
+    with pytest.raises(DataError, match=r"2 of 15 images are broken\. The first is ant/1.png"):
+        open_images(url, storage, loader={"processes": processes})
 
 
-@pytest.mark.parametrize("place", STORAGE_OPTIONS)
-def test_broken_images_are_skipped(open_images: Callable[..., Dataset], tmp_path: Path, place: str) -> None:
-    url = write_files(tmp_path / "pictures", {**IMAGE_FILES, **BROKEN_FILES})
-    form: dict[str, Any] = {"resize": [20, 17], "on_error": "skip"}
+@pytest.mark.parametrize("storage", STORAGE_OPTIONS)
+def test_broken_images_are_skipped(open_images: Callable[..., Dataset], tmp_path: Path, storage: str) -> None:
+    url = write_files(tmp_path / "images", {**IMAGE_FILES, **BROKEN_FILES})
+    options: dict[str, Any] = {"resize": [20, 17], "on_error": "skip"}
     rest = {path: content for path, content in IMAGE_FILES.items() if path not in BROKEN_FILES}
-    for _ in range(2):  # decoded, then as it was kept
-        source = open_images(url, place, skip_up_to=0.2, **form)
-        assert np.array_equal(source.train.inputs[0:13], decode_expected(rest, ImageFormat(resize=(20, 17))))
-        assert source.train.targets.tolist() == [0] * 4 + [1] * 5 + [2] * 4
-        assert source.warnings == ("2 of 15 pictures are broken and left out: ant/1.png, cat/2.png",)
+    for _ in range(2):  # decoded, then from the cache
+        dataset = open_images(url, storage, skip_up_to=0.2, **options)
+        assert np.array_equal(dataset.train.inputs[0:13], decode_expected(rest, ImageFormat(resize=(20, 17))))
+        assert dataset.train.targets.tolist() == [0] * 4 + [1] * 5 + [2] * 4
+        assert dataset.warnings == ("2 of 15 images are broken and skipped: ant/1.png, cat/2.png",)
         with pytest.raises(DataError, match=r"skip_up_to allows 10\.00%"):
-            open_images(url, place, skip_up_to=0.1, **form)
-    assert source.fingerprint != open_images(write_files(tmp_path / "whole", IMAGE_FILES)).fingerprint
+            open_images(url, storage, skip_up_to=0.1, **options)
+    assert dataset.fingerprint != open_images(write_files(tmp_path / "whole", IMAGE_FILES)).fingerprint
 
 
-def test_image_broken_from_the_start(open_images: Callable[..., Dataset], folder: str) -> None:
+def test_broken_image_on_demand_raises_when_it_is_decoded(open_images: Callable[..., Dataset], folder: str) -> None:
     (Path(folder) / "ant/2.png").write_bytes(b"x")
-    pictures = open_images(folder, "on demand", resize=[20, 17]).train.inputs
-    assert len(pictures[5:15]) == 10
+    images = open_images(folder, "on demand", resize=[20, 17]).train.inputs
+    assert len(images[5:15]) == 10
     with pytest.raises(WorkError, match=r"ant/2\.png is broken"):
-        pictures[np.array([7, 1])]
+        images[np.array([7, 1])]
 
 
-def test_image_that_changes_later(open_images: Callable[..., Dataset], folder: str) -> None:
-    pictures = open_images(folder, "on demand", resize=[20, 17]).train.inputs
+def test_image_on_demand_that_changes_later_is_rejected(open_images: Callable[..., Dataset], folder: str) -> None:
+    images = open_images(folder, "on demand", resize=[20, 17]).train.inputs
     write_files(Path(folder), {"ant/2.png": encode_image(99)})
-    assert len(pictures[5:15]) == 10
+    assert len(images[5:15]) == 10
     with pytest.raises(DataError, match=r"ant/2\.png: changed while it was being read"):
-        pictures[np.array([7, 1])]
+        images[np.array([7, 1])]
     (Path(folder) / "ant/2.png").unlink()
-    with pytest.raises(DataError, match=r"ant/2\.png is gone"):
-        pictures[0:3]
+    with pytest.raises(DataError, match=r"ant/2\.png no longer exists"):
+        images[0:3]
 
 
 def test_progress_is_reported_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,7 +399,7 @@ def test_progress_is_reported_once_a_second(monkeypatch: pytest.MonkeyPatch) -> 
     for done in range(1, 2001):
         now[0] = done / 800
         progress(done)
-    assert messages == ["decoding 800 of 50,000 pictures", "decoding 1,600 of 50,000 pictures"]
+    assert messages == ["decoding 800 of 50,000 images", "decoding 1,600 of 50,000 images"]
 
 
 def test_no_threads_are_left_running(open_images: Callable[..., Dataset], folder: str) -> None:
@@ -408,7 +410,7 @@ def test_no_threads_are_left_running(open_images: Callable[..., Dataset], folder
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_limited_evaluation_covers_every_class(tmp_path: Path, split: str) -> None:
-    """A folder is listed class by class."""
+    """Although the samples of a folder are sorted by class."""
     job = make_image_job(write_files(tmp_path, make_image_files(per_class=20)), splits={"val": 0.5, "stratify": True})
     prepared = prepare_data(job.model_copy(update={"evaluate": EvaluationConfig(limit=9)}))
     built = build_training(prepared)

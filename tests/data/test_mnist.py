@@ -1,4 +1,4 @@
-"""MNIST's files: read whole and right, or refused with the file's name and what to do."""
+"""MNIST files: read correctly, or rejected with the name of the file and a fix."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def encode_idx(values: np.ndarray) -> bytes:
 
 
 def write_idx_files(root: Path, *, packed: bool = False, folder: str = "MNIST") -> dict[str, np.ndarray]:
-    """Small random files in torchvision's layout; what was written, by file name."""
+    """Write small random files in torchvision's layout, and return their content by file name."""
     raw = root / folder / "raw"
     raw.mkdir(parents=True)
-    draws, written = np.random.default_rng(1), {}
+    rng, written = np.random.default_rng(1), {}
     for prefix, rows in (("train", 20), ("t10k", 7)):
-        written[f"{prefix}-images-idx3-ubyte"] = draws.integers(0, 256, (rows, 5, 4), dtype=np.uint8)
-        written[f"{prefix}-labels-idx1-ubyte"] = draws.integers(0, 10, rows, dtype=np.uint8)
+        written[f"{prefix}-images-idx3-ubyte"] = rng.integers(0, 256, (rows, 5, 4), dtype=np.uint8)
+        written[f"{prefix}-labels-idx1-ubyte"] = rng.integers(0, 10, rows, dtype=np.uint8)
     for name, values in written.items():
         content = encode_idx(values)
         (raw / (name + ".gz" * packed)).write_bytes(gzip.compress(content) if packed else content)
@@ -46,7 +46,7 @@ def make_job(root: Path, source: str = "mnist") -> JobConfig:
 def test_existing_files_are_read(tmp_path: Path, name: str, folder: str, packed: bool) -> None:
     written = write_idx_files(tmp_path, packed=packed, folder=folder)
     for path in [*tmp_path.rglob("*"), tmp_path]:
-        path.chmod(0o555)  # a folder that cannot be written is good enough
+        path.chmod(0o555)  # the files can be read from a read-only folder
     source = open_dataset(make_job(tmp_path, name))
     assert source.test is not None
     assert len(source.classes) == 10
@@ -70,10 +70,10 @@ def test_truncated_file_is_rejected(tmp_path: Path, cut: int, packed: bool) -> N
     write_idx_files(tmp_path, packed=packed)
     path = tmp_path / "MNIST" / "raw" / (IMAGES_FILE + ".gz" * packed)
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as caught:
         open_dataset(make_job(tmp_path))
-    assert refused.value.where == str(path)
-    assert "data.root" in refused.value.fix
+    assert caught.value.where == str(path)
+    assert "data.root" in caught.value.fix
 
 
 def test_file_of_another_type_is_rejected(tmp_path: Path) -> None:
@@ -96,20 +96,20 @@ def test_images_and_labels_must_match(tmp_path: Path) -> None:
 def test_fingerprint_covers_everything(tmp_path: Path) -> None:
     write_idx_files(tmp_path / "one")
     write_idx_files(tmp_path / "two", packed=True)
-    first, two = (open_dataset(make_job(tmp_path / name)) for name in ("one", "two"))
-    assert first.fingerprint == two.fingerprint
+    first, second = (open_dataset(make_job(tmp_path / name)) for name in ("one", "two"))
+    assert first.fingerprint == second.fingerprint
     train, test = first.train, first.test
-    seen = {
+    fingerprints = {
         first.fingerprint,
         compute_fingerprint(train, None, first.classes),
         compute_fingerprint(train, test, ("a",)),
     }
     for arrays in (train.inputs, train.targets):
         arrays.flat[-1] ^= 1
-        seen.add(compute_fingerprint(train, test, first.classes))
+        fingerprints.add(compute_fingerprint(train, test, first.classes))
     train.inputs.shape = (20, 4, 5)
-    seen.add(compute_fingerprint(train, test, first.classes))
-    assert len(seen) == 6
+    fingerprints.add(compute_fingerprint(train, test, first.classes))
+    assert len(fingerprints) == 6
 
 
 @pytest.mark.skipif(not REAL_DATA.is_dir(), reason=f"real MNIST is not in {REAL_DATA}")
@@ -120,4 +120,4 @@ def test_real_mnist() -> None:
     assert source.test.inputs.shape == (10000, 28, 28)
     assert source.train.targets[:10].tolist() == [5, 0, 4, 1, 9, 2, 1, 3, 1, 4]
     assert np.bincount(source.test.targets).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
-    assert abs(source.train.inputs.mean() / 255 - 0.1307) < 1e-4  # the number in every tutorial
+    assert abs(source.train.inputs.mean() / 255 - 0.1307) < 1e-4  # the mean in every tutorial

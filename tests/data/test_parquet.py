@@ -1,4 +1,4 @@
-"""Parquet as a source: which columns, what becomes of each type, and what is refused before training."""
+"""The Parquet dataset: selection of columns, conversion of each type, and tables that are rejected."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def test_each_type_is_encoded_in_its_column(tmp_path: Path) -> None:
         "zip": pa.array([10, 9, None]),
         "y": [2, 0, 1],
     }
-    source = open_parquet(write_parquet(tmp_path / "t.parquet", columns), categorical=["zip"])
-    assert source.schema is not None
-    assert source.schema.columns == (
+    dataset = open_parquet(write_parquet(tmp_path / "t.parquet", columns), categorical=["zip"])
+    assert dataset.schema is not None
+    assert dataset.schema.columns == (
         *(Column(name, "number") for name in ("whole", "real", "half", "money", "yes")),
         Column("plan", "category", categories=("a", "b")),
         Column("city", "category", categories=("Rom", "Ulm")),
@@ -54,10 +54,10 @@ def test_each_type_is_encoded_in_its_column(tmp_path: Path) -> None:
         [NAN, NAN, 1, NAN, 0, NAN, 1, NAN, NAN, 4, 5, 6, 1, 2, 1],
         [3, NAN, NAN, -2, NAN, 0, NAN, 3, NAN, NAN, NAN, NAN, NAN, NAN, NAN],
     ]
-    np.testing.assert_array_equal(source.train.inputs, np.array(expected, np.float32), strict=True)
-    np.testing.assert_array_equal(source.train.targets, np.array([2, 0, 1], np.int64), strict=True)
-    assert source.test is None
-    assert source.label_names == ()
+    np.testing.assert_array_equal(dataset.train.inputs, np.array(expected, np.float32), strict=True)
+    np.testing.assert_array_equal(dataset.train.targets, np.array([2, 0, 1], np.int64), strict=True)
+    assert dataset.test is None
+    assert dataset.label_names == ()
 
 
 def test_feature_patterns_exclude_label_keys_and_split_column(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_feature_patterns_exclude_label_keys_and_split_column(tmp_path: Path) ->
     assert names(features=["__index_level_0__"]) == ["__index_level_0__"]
 
 
-def test_fp64_keeps_what_float32_cannot_hold(tmp_path: Path) -> None:
+def test_fp64_keeps_digits_that_float32_loses(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "t.parquet", {"x": [2**40 + 1, 1], "y": [0, 1]})
     assert open_parquet(path, precision="fp64").train.inputs[0, 0] == 2**40 + 1
     assert open_parquet(path).train.inputs.dtype == np.float32
@@ -86,12 +86,12 @@ def test_fp64_keeps_what_float32_cannot_hold(tmp_path: Path) -> None:
 )
 def test_text_labels_are_class_indices(tmp_path: Path, kind: pa.DataType) -> None:
     labels = pa.array(["no", "yes", "no", "maybe"]).cast(kind)
-    source = open_parquet(write_parquet(tmp_path / "t.parquet", {"x": [1, 2, 3, 4], "y": labels}))
-    assert source.label_names == ("maybe", "no", "yes")
-    np.testing.assert_array_equal(source.train.targets, np.array([1, 2, 1, 0], np.int64), strict=True)
+    dataset = open_parquet(write_parquet(tmp_path / "t.parquet", {"x": [1, 2, 3, 4], "y": labels}))
+    assert dataset.label_names == ("maybe", "no", "yes")
+    np.testing.assert_array_equal(dataset.train.targets, np.array([1, 2, 1, 0], np.int64), strict=True)
 
 
-def test_unused_categories_are_no_classes(tmp_path: Path) -> None:
+def test_unused_dictionary_entries_are_not_classes(tmp_path: Path) -> None:
     labels = pa.DictionaryArray.from_arrays(pa.array([2, 0], pa.int8()), ["a", "b", "c"])
     assert open_parquet(write_parquet(tmp_path / "t.parquet", {"x": [1, 2], "y": labels})).label_names == ("a", "c")
 
@@ -108,9 +108,9 @@ def test_numeric_labels(tmp_path: Path, values: list[Any], classes: list[int], n
 
 def test_several_label_columns(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "t.parquet", {"a": [1, 2], "x": [0, 0], "b": [0.5, 3.0]})
-    source = open_parquet(path, task="regression", label=["b", "a"])
-    np.testing.assert_array_equal(source.train.targets, np.array([[0.5, 1], [3, 2]]), strict=True)
-    assert source.train.inputs.shape == (2, 1)
+    dataset = open_parquet(path, task="regression", label=["b", "a"])
+    np.testing.assert_array_equal(dataset.train.targets, np.array([[0.5, 1], [3, 2]]), strict=True)
+    assert dataset.train.inputs.shape == (2, 1)
 
 
 @pytest.mark.parametrize("kind", [pa.binary(6), pa.list_(pa.uint8(), 6)], ids=str)
@@ -118,20 +118,20 @@ def test_raw_bytes_column_is_the_sample(tmp_path: Path, kind: pa.DataType) -> No
     rows = [bytes(range(6)), bytes(range(6, 12)), bytes([255] * 6)]
     pixels = pa.array(rows if pa.types.is_fixed_size_binary(kind) else [list(row) for row in rows], kind)
     path = write_parquet(tmp_path / "t.parquet", {"pixels": pixels, "y": [0, 1, 0]})
-    source = open_parquet(path, shape=[1, 2, 3])
-    assert source.schema is None
+    dataset = open_parquet(path, shape=[1, 2, 3])
+    assert dataset.schema is None
     expected = np.array([list(row) for row in rows], np.uint8)
-    np.testing.assert_array_equal(source.train.inputs, expected.reshape(3, 1, 2, 3), strict=True)
+    np.testing.assert_array_equal(dataset.train.inputs, expected.reshape(3, 1, 2, 3), strict=True)
     np.testing.assert_array_equal(open_parquet(path).train.inputs, expected, strict=True)
 
 
-def test_only_list_columns_can_have_a_shape(tmp_path: Path) -> None:
+def test_shape_of_a_list_column(tmp_path: Path) -> None:
     values = pa.array([[1, 2, 3, 4], [5, 6, 7, 8]], pa.list_(pa.float32(), 4))
     path = write_parquet(tmp_path / "t.parquet", {"x": values, "y": [0, 1]})
-    source = open_parquet(path, shape=[2, 2])
-    assert source.schema is None
-    np.testing.assert_array_equal(source.train.inputs[1], np.array([[5, 6], [7, 8]], np.float32), strict=True)
-    with pytest.raises(DataError, match=r"\[3\] makes 3 numbers, but a row of 'x' has 4"):
+    dataset = open_parquet(path, shape=[2, 2])
+    assert dataset.schema is None
+    np.testing.assert_array_equal(dataset.train.inputs[1], np.array([[5, 6], [7, 8]], np.float32), strict=True)
+    with pytest.raises(DataError, match=r"\[3\] has 3 numbers, but a row of 'x' has 4"):
         open_parquet(path, shape=[3])
 
 
@@ -140,7 +140,7 @@ def to_nanoseconds(text: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("spec", "values", "expected", "names"),
+    ("splits", "values", "expected", "names"),
     [
         ({"by": "group"}, ["v", "u"], [1, 0], ("u", "v")),
         ({"by": "group"}, [7, 5], [7, 5], ()),
@@ -173,13 +173,13 @@ def to_nanoseconds(text: str) -> int:
     ],
 )
 def test_split_columns(
-    tmp_path: Path, spec: dict[str, str], values: Any, expected: list[float], names: tuple[str, ...]
+    tmp_path: Path, splits: dict[str, str], values: Any, expected: list[float], names: tuple[str, ...]
 ) -> None:
     path = write_parquet(tmp_path / "t.parquet", {"x": [1, 2], "s": values, "y": [0, 1]})
-    column = open_parquet(path, splits={**spec, "column": "s"}).split_columns["s"]
+    column = open_parquet(path, splits={**splits, "column": "s"}).split_columns["s"]
     np.testing.assert_array_equal(column.values, np.array(expected), strict=True)
     assert column.value_names == names
-    assert column.is_time == (spec["by"] == "time" and column.values.dtype == np.int64)
+    assert column.is_time == (splits["by"] == "time" and column.values.dtype == np.int64)
 
 
 FEATURE_VALUES, LABEL_VALUES = [1.0, 2.0, 3.0, 4.0], [0, 1, 0, 1]
@@ -191,12 +191,12 @@ FEATURE_VALUES, LABEL_VALUES = [1.0, 2.0, 3.0, 4.0], [0, 1, 0, 1]
         (
             {"churn": FEATURE_VALUES, "y": LABEL_VALUES},
             {"features": ["chrun"]},
-            r"data\.features: no column is called 'chrun'\n.*churn",
+            r"data\.features: no column matches 'chrun'\n.*churn",
         ),
         (
             {"x": FEATURE_VALUES, "y": LABEL_VALUES},
             {"features": ["num_*"]},
-            r"no column is called 'num_\*'\n.*columns here: x",
+            r"no column matches 'num_\*'\n.*columns here: x",
         ),
         ({"x": FEATURE_VALUES, "y": LABEL_VALUES}, {"categorical": ["z*"]}, r"data\.categorical: no column"),
         (
@@ -212,7 +212,7 @@ FEATURE_VALUES, LABEL_VALUES = [1.0, 2.0, 3.0, 4.0], [0, 1, 0, 1]
         ),
         ({"x": FEATURE_VALUES, "y": LABEL_VALUES}, {"features": ["x", "y"]}, "the label 'y' is among the features"),
         ({"x": FEATURE_VALUES, "y": LABEL_VALUES}, {"features": ["x"], "keys": ["x"]}, "'x' is a key, and a feature"),
-        ({"y": LABEL_VALUES}, {}, r"no column is called '\*'"),
+        ({"y": LABEL_VALUES}, {}, r"no column matches '\*'"),
         (
             {"x": [1.0, math.inf, -math.inf, NAN], "y": LABEL_VALUES},
             {},
@@ -249,34 +249,38 @@ FEATURE_VALUES, LABEL_VALUES = [1.0, 2.0, 3.0, 4.0], [0, 1, 0, 1]
         (
             {"x": FEATURE_VALUES, "y": ["a"] * 4},
             {"task": "regression"},
-            r"the label 'y' holds text \(string\), which regression",
+            r"the label 'y' has text \(string\), which regression cannot use",
         ),
-        ({"x": FEATURE_VALUES, "y": [datetime.date(2024, 1, 1)] * 4}, {}, "the label 'y' holds times"),
+        ({"x": FEATURE_VALUES, "y": [datetime.date(2024, 1, 1)] * 4}, {}, "the label 'y' has times"),
         (
             {"x": FEATURE_VALUES, "y": LABEL_VALUES, "z": LABEL_VALUES},
             {"label": ["y", "z"]},
-            "multiclass learns one label, not 2",
+            "multiclass takes one label, not 2",
         ),
         (
             {"x": [datetime.date(2024, 1, 1)] * 4, "y": LABEL_VALUES},
             {},
-            r"'x' holds times \(date32\[day\]\)\n.*cast it",
+            r"'x' has times \(date32\[day\]\)\n.*cast it",
         ),
-        ({"x": [{"a": 1}] * 4, "y": LABEL_VALUES}, {}, "'x' holds neither numbers nor text"),
-        ({"x": [b"a"] * 4, "y": LABEL_VALUES}, {}, "'x' holds neither numbers nor text"),
-        ({"x": [[[1]]] * 4, "y": LABEL_VALUES}, {}, "'x' holds neither numbers nor text"),
+        ({"x": [{"a": 1}] * 4, "y": LABEL_VALUES}, {}, "'x' has neither numbers nor text"),
+        ({"x": [b"a"] * 4, "y": LABEL_VALUES}, {}, "'x' has neither numbers nor text"),
+        ({"x": [[[1]]] * 4, "y": LABEL_VALUES}, {}, "'x' has neither numbers nor text"),
         (
             {"x": [[1, 2], [3, 4], [5], [6]], "y": LABEL_VALUES},
             {},
             "'x' has lists whose length is not 2 in 2 of 4 rows, first in row 2",
         ),
-        ({"x": pa.nulls(4, pa.list_(pa.int8())), "y": LABEL_VALUES}, {}, "'x' has no list to take a length from"),
+        (
+            {"x": pa.nulls(4, pa.list_(pa.int8())), "y": LABEL_VALUES},
+            {},
+            "'x' has no list, so that their length is unknown",
+        ),
         (
             {"x": [1, 2.5, 3, 4], "y": LABEL_VALUES},
             {"categorical": ["x"]},
             "'x' has numbers that are not whole in 1 of 4 rows",
         ),
-        ({"x": [[1, 2]] * 4, "y": LABEL_VALUES}, {"categorical": ["x"]}, "'x' holds lists of numbers .*, not levels"),
+        ({"x": [[1, 2]] * 4, "y": LABEL_VALUES}, {"categorical": ["x"]}, "'x' has lists of numbers .*, not categories"),
         (
             {"x": pa.array([b"a", None] * 2, pa.binary(1)), "y": LABEL_VALUES},
             {},
@@ -310,7 +314,7 @@ FEATURE_VALUES, LABEL_VALUES = [1.0, 2.0, 3.0, 4.0], [0, 1, 0, 1]
         (
             {"x": FEATURE_VALUES, "s": ["a"] * 4, "y": LABEL_VALUES},
             {"splits": {"by": "time", "column": "s"}},
-            "'s' is text that is no time",
+            "'s' has text that is not a time",
         ),
         (
             {"x": FEATURE_VALUES, "s": [datetime.datetime(2900, 1, 1)] * 4, "y": LABEL_VALUES},
@@ -334,7 +338,7 @@ def test_invalid_tables_are_rejected(
 @pytest.mark.parametrize(
     "empty", [pa.nulls(20), pa.nulls(20, pa.string()), pa.nulls(20, pa.float64()), [NAN] * 20], ids=str
 )
-def test_column_without_values_is_warned_of(tmp_path: Path, empty: Any) -> None:
+def test_column_without_values_gives_a_warning(tmp_path: Path, empty: Any) -> None:
     path = write_parquet(
         tmp_path / "t.parquet", {"x": [float(row) for row in range(20)], "none": empty, "y": [0, 1] * 10}
     )
@@ -348,21 +352,21 @@ def test_column_without_values_is_warned_of(tmp_path: Path, empty: Any) -> None:
         prepare_data(make_parquet_job(path, missing={"numeric": "fail", "categorical": "fail"}))
 
 
-def test_million_categories_are_reported_as_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_categories_are_reported_as_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.data.sources.parquet.decode.MAX_CATEGORIES", 3)
     path = write_parquet(tmp_path / "t.parquet", {"x": list("abcd"), "y": LABEL_VALUES})
-    with pytest.raises(DataError, match=r"'x' has more than 3 levels in 4 rows: it looks like a key\n.*data\.keys"):
+    with pytest.raises(DataError, match=r"'x' has more than 3 categories in 4 rows: it looks like a key\n.*data\.keys"):
         open_parquet(path)
 
 
 def test_wide_table_is_read_in_column_blocks(tmp_path: Path) -> None:
-    draw = np.random.default_rng(0)
-    values = draw.normal(size=(50, 300)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(50, 300)).astype(np.float32)
     columns: dict[str, Any] = {f"x{number:03d}": values[:, number] for number in range(300)}
-    columns |= {"level": [f"l{number % 3}" for number in range(50)], "y": np.arange(50) % 2}
-    write_parquet(tmp_path / "a.parquet", {name: some[:20] for name, some in columns.items()})
-    write_parquet(tmp_path / "b.parquet", {name: some[20:] for name, some in columns.items()})
-    source = open_parquet(tmp_path, label="y")
-    np.testing.assert_array_equal(source.train.inputs[:, :300], values)
-    np.testing.assert_array_equal(source.train.inputs[:, 300], np.arange(50) % 3)
-    np.testing.assert_array_equal(source.train.targets, np.arange(50) % 2)
+    columns |= {"category": [f"l{number % 3}" for number in range(50)], "y": np.arange(50) % 2}
+    write_parquet(tmp_path / "a.parquet", {name: values[:20] for name, values in columns.items()})
+    write_parquet(tmp_path / "b.parquet", {name: values[20:] for name, values in columns.items()})
+    dataset = open_parquet(tmp_path, label="y")
+    np.testing.assert_array_equal(dataset.train.inputs[:, :300], values)
+    np.testing.assert_array_equal(dataset.train.inputs[:, 300], np.arange(50) % 3)
+    np.testing.assert_array_equal(dataset.train.targets, np.arange(50) % 2)

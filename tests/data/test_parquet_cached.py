@@ -1,4 +1,4 @@
-"""Tables larger than memory: turned once into a memory-mapped matrix, whatever the memory that the process may have."""
+"""Tables larger than memory: converted once to a memory-mapped matrix in the cache, even under a memory limit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline.config import CacheConfig
 from pipeline.data.sources import open_dataset
+from pipeline.data.sources.parquet.columns import select_columns
+from pipeline.data.sources.parquet.reader import ParquetFiles
 from pipeline.errors import DataError
 from tests.data.parquet_jobs import make_parquet_job, open_parquet, write_parquet
 from tests.data.parquet_memory import WIDTH, write_table
@@ -50,11 +53,11 @@ def write_job_table(folder: Path) -> Path:
 
 def test_cached_matrix_matches_memory(tmp_path: Path) -> None:
     path, folder = write_job_table(tmp_path), tmp_path / "cache"
-    for number, choice in enumerate(JOB_CHANGES, 1):
-        plain = open_parquet(path, **choice)
+    for number, options in enumerate(JOB_CHANGES, 1):
+        plain = open_parquet(path, **options)
         assert not isinstance(plain.train.inputs, np.memmap)
         for _ in range(2):
-            mapped = open_parquet(path, cache={"folder": str(folder), "in_memory_mb": 0}, **choice)
+            mapped = open_parquet(path, cache={"folder": str(folder), "in_memory_mb": 0}, **options)
             assert isinstance(mapped.train.inputs, np.memmap)
             assert not mapped.train.inputs.flags.writeable
             np.testing.assert_array_equal(np.asarray(mapped.train.inputs), plain.train.inputs, strict=True)
@@ -65,7 +68,7 @@ def test_cached_matrix_matches_memory(tmp_path: Path) -> None:
             for name, column in plain.split_columns.items():
                 np.testing.assert_array_equal(mapped.split_columns[name].values, column.values, strict=True)
                 assert mapped.split_columns[name].value_names == column.value_names
-        assert len(list_entries(folder)) == number, "one entry for each choice"
+        assert len(list_entries(folder)) == number, "one entry for each selection"
 
 
 def test_second_start_reads_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +81,31 @@ def test_second_start_reads_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         open_parquet(path, features=["x"])
 
 
-def test_changed_data_is_another_entry(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (
+            0,
+            "Choice(features=(Feature(name='x', kind='number', width=1), Feature(name='plan', kind='category', "
+            "width=1)), labels=(('y', Content(kind='text', width=1, type='string')),), label_as='classes', "
+            "split=('user', Content(kind='text', width=1, type='string')), split_is_time=False, shape=(), "
+            "raw_bytes=False)",
+        ),
+        (
+            3,
+            "Choice(features=(Feature(name='x', kind='number', width=1),), labels=(('z', Content(kind='real', width=1, "
+            "type='double')), ('x2', Content(kind='whole', width=1, type='int64'))), label_as='numbers', split=None, "
+            "split_is_time=False, shape=(), raw_bytes=False)",
+        ),
+    ],
+)
+def test_cache_key_does_not_change_between_versions(tmp_path: Path, number: int, text: str) -> None:
+    job = make_parquet_job(write_job_table(tmp_path), **JOB_CHANGES[number])
+    with ParquetFiles(str(tmp_path / "t.parquet"), CacheConfig()) as files:
+        assert select_columns(files, job).cache_key == text
+
+
+def test_changed_data_is_read_again(tmp_path: Path) -> None:
     options: dict[str, Any] = {"cache": {"folder": str(tmp_path / "cache"), "in_memory_mb": 0}}
     path = write_parquet(tmp_path / "t.parquet", {"x": [1.0, 2.0], "y": [0, 1]})
     open_parquet(path, **options)
@@ -86,7 +113,7 @@ def test_changed_data_is_another_entry(tmp_path: Path) -> None:
     assert open_parquet(path, **options).train.inputs.tolist() == [[1.0], [3.0]]
 
 
-def test_invalid_values_leave_no_entry(tmp_path: Path) -> None:
+def test_invalid_values_leave_no_cache_entry(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "t.parquet", {"x": [1.0, float("inf")], "y": [0, 1]})
     with pytest.raises(DataError, match="'x' has infinite values in 1 of 2 rows, first in row 1"):
         open_parquet(path, cache={"folder": str(tmp_path / "cache"), "in_memory_mb": 0})
@@ -118,27 +145,27 @@ def train_under_memory_limit(tmp_path: Path, allowed_mb: int, matrix_mb: int) ->
         capture_output=True,
         text=True,
         check=False,
-        # Arrow's own allocator reserves 64 MB and more in one piece: the system's shows what is really asked for.
+        # Arrow's allocator reserves 64 MB and more at once. The system's only allocates what is requested.
         env={**os.environ, "ARROW_DEFAULT_MEMORY_POOL": "system"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, Any] = json.loads(done.stdout)
-    print(json.dumps(found))
-    assert found["seen"] == 2 * found["rows"]
-    assert found["VmData"] <= found["limit"]
-    shape = (found["rows"], WIDTH + 3)
-    assert found["matrix"] == 4 * shape[0] * shape[1] > 0.99 * matrix_mb * 10**6
+    result: dict[str, Any] = json.loads(done.stdout)
+    print(json.dumps(result))
+    assert result["seen"] == 2 * result["rows"]
+    assert result["VmData"] <= result["limit"]
+    shape = (result["rows"], WIDTH + 3)
+    assert result["matrix"] == 4 * shape[0] * shape[1] > 0.99 * matrix_mb * 10**6
     [entry] = list_entries(tmp_path / "cache")
     first = np.load(entry / "inputs.npy", mmap_mode="r")[:, 0]
-    assert found["total"] == pytest.approx(2 * float(first.sum(dtype=np.float64)), rel=1e-9)
-    return found
+    assert result["total"] == pytest.approx(2 * float(first.sum(dtype=np.float64)), rel=1e-9)
+    return result
 
 
-def test_table_of_three_times_the_allowed_memory(tmp_path: Path) -> None:
+def test_table_of_three_times_the_memory_limit(tmp_path: Path) -> None:
     train_under_memory_limit(tmp_path, 48, 144)
 
 
 @pytest.mark.slow
-def test_table_of_three_times_the_process_memory(tmp_path: Path) -> None:
-    found = train_under_memory_limit(tmp_path, 96, 3_000)
-    assert found["matrix"] > 3 * found["limit"]
+def test_table_of_three_times_the_process_memory_limit(tmp_path: Path) -> None:
+    result = train_under_memory_limit(tmp_path, 96, 3_000)
+    assert result["matrix"] > 3 * result["limit"]

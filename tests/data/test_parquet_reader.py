@@ -1,4 +1,4 @@
-"""Parquet files by URL: which they are, in which order, what their paths say, and those that cannot be used."""
+"""Parquet files by URL: their selection and order, partition columns in their paths, and unusable files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.data.parquet_jobs import open_parquet, write_parquet
 
 @pytest.fixture
 def partitioned_folder(tmp_path: Path) -> Path:
-    """Three files in two partitions, written in no order, with what must not be read beside them."""
+    """Three files in two partitions, written out of order, beside files that must be ignored."""
     folder = tmp_path / "table"
     for number, name in [(2, "day=2024-01-02/b"), (0, "day=2024-01-01/a"), (1, "day=2024-01-01/c")]:
         write_parquet(folder / f"{name}.parquet", {"x": [10 * number, 10 * number + 1], "y": [0, 1]})
@@ -63,28 +63,28 @@ def test_literal_brackets_in_a_name(tmp_path: Path) -> None:
 
 
 def test_partition_folders_become_a_column(partitioned_folder: Path, tmp_path: Path) -> None:
-    source = open_parquet(partitioned_folder, splits={"by": "time", "column": "day"})
-    assert source.schema is not None
-    assert [column.name for column in source.schema.columns] == ["x"]
-    days = source.split_columns["day"].values.astype("datetime64[ns]").astype("datetime64[D]").astype(str)
+    dataset = open_parquet(partitioned_folder, splits={"by": "time", "column": "day"})
+    assert dataset.schema is not None
+    assert [column.name for column in dataset.schema.columns] == ["x"]
+    days = dataset.split_columns["day"].values.astype("datetime64[ns]").astype("datetime64[D]").astype(str)
     assert days.tolist() == ["2024-01-01"] * 4 + ["2024-01-02"] * 2
-    source = open_parquet(partitioned_folder)
-    assert source.schema is not None
-    assert source.schema.columns[-1].categories == ("2024-01-01", "2024-01-02")
-    assert source.train.inputs[:, 1].tolist() == [0, 0, 0, 0, 1, 1]
+    dataset = open_parquet(partitioned_folder)
+    assert dataset.schema is not None
+    assert dataset.schema.columns[-1].categories == ("2024-01-01", "2024-01-02")
+    assert dataset.train.inputs[:, 1].tolist() == [0, 0, 0, 0, 1, 1]
     for value, name in [("3", "a"), ("12", "b"), ("__HIVE_DEFAULT_PARTITION__", "c")]:
         write_parquet(tmp_path / "n" / f"k={value}" / "city=New%20York" / f"{name}.parquet", {"x": [1], "y": [0]})
-    source = open_parquet(tmp_path / "n")
-    assert source.schema is not None
-    assert source.schema.columns[2].categories == ("New York",)
-    np.testing.assert_array_equal(source.train.inputs[:, 1], np.array([12, 3, np.nan], np.float32))
+    dataset = open_parquet(tmp_path / "n")
+    assert dataset.schema is not None
+    assert dataset.schema.columns[2].categories == ("New York",)
+    np.testing.assert_array_equal(dataset.train.inputs[:, 1], np.array([12, 3, np.nan], np.float32))
 
 
-def test_partitions_that_pyarrow_writes(tmp_path: Path) -> None:
+def test_partitions_written_by_pyarrow(tmp_path: Path) -> None:
     table = pa.table({"x": [1, 2, 3], "plan": ["b", "a", "b"], "y": [0, 1, 1]})
     pq.write_to_dataset(table, tmp_path / "t", partition_cols=["plan"])
-    source = open_parquet(tmp_path / "t")
-    assert sorted(map(tuple, source.train.inputs.tolist())) == [(1, 1), (2, 0), (3, 1)]
+    dataset = open_parquet(tmp_path / "t")
+    assert sorted(map(tuple, dataset.train.inputs.tolist())) == [(1, 1), (2, 0), (3, 1)]
 
 
 def test_fingerprint_covers_names_and_content(partitioned_folder: Path, tmp_path: Path, s3_url: str) -> None:
@@ -97,9 +97,9 @@ def test_fingerprint_covers_names_and_content(partitioned_folder: Path, tmp_path
         fs = fsspec.core.url_to_fs(remote)[0]
         for path in partitioned_folder.rglob("*.parquet"):
             fs.pipe_file(f"{remote}/{path.relative_to(partitioned_folder)}", path.read_bytes())
-        source = open_parquet(remote)
-        assert source.fingerprint == first
-        assert source.train.inputs[:, 0].tolist() == EXPECTED_VALUES
+        dataset = open_parquet(remote)
+        assert dataset.fingerprint == first
+        assert dataset.train.inputs[:, 0].tolist() == EXPECTED_VALUES
         assert read_x(f"{remote}/day=2024-01-01/*.parquet") == EXPECTED_VALUES[:4]
         assert read_x(f"{remote}/day=2024-01-02/b.parquet") == EXPECTED_VALUES[4:]
     moved = tmp_path / "copy" / "day=2024-01-02" / "b.parquet"
@@ -109,7 +109,7 @@ def test_fingerprint_covers_names_and_content(partitioned_folder: Path, tmp_path
     assert open_parquet(partitioned_folder).fingerprint != first
 
 
-def test_dictionaries_are_merged_over_files(tmp_path: Path) -> None:
+def test_column_types_are_merged_over_files(tmp_path: Path) -> None:
     text = pa.array(["a", "b"])
     write_parquet(tmp_path / "a.parquet", {"n": pa.array([1, 2], pa.int8()), "t": text, "v": pa.nulls(2), "y": [0, 1]})
     write_parquet(
@@ -140,23 +140,26 @@ def truncate(path: Path) -> None:
 
 
 BROKEN = {
-    "truncated": (truncate, "is truncated: it begins as Parquet, but does not end so"),
+    "truncated": (truncate, "is truncated: it begins as Parquet, but does not end as Parquet"),
     "footer length": (lambda path: path.write_bytes(b"PAR1" + b"\xff\xff\xff\x0fPAR1"), "is corrupt: its footer would"),
     "footer": (lambda path: path.write_bytes(b"PAR1" + b"\x00" * 50 + b"\x20\0\0\0PAR1"), "is corrupt or truncated"),
     "page": (corrupt_data_page, "is corrupt or truncated"),
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
-    "csv": (lambda path: path.write_text("x,y\n1,0\n"), "is no Parquet file but CSV, it begins with 'x,y'\n.*read_csv"),
-    "json": (lambda path: path.write_text('{"x": 1}'), "is no Parquet file but JSON"),
-    "zip": (lambda path: path.write_bytes(b"PK\x03\x04" + b"\0" * 40), "is no Parquet file but a zip archive"),
+    "csv": (
+        lambda path: path.write_text("x,y\n1,0\n"),
+        "is not a Parquet file but CSV, it begins with 'x,y'\n.*read_csv",
+    ),
+    "json": (lambda path: path.write_text('{"x": 1}'), "is not a Parquet file but JSON"),
+    "zip": (lambda path: path.write_bytes(b"PK\x03\x04" + b"\0" * 40), "is not a Parquet file but a zip archive"),
 }
 
 
-@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("kind", BROKEN)
 @pytest.mark.parametrize("remote", [False, True], ids=["local", "remote"])
-def test_broken_files_are_named(tmp_path: Path, how: str, remote: bool) -> None:
-    breaks, message = BROKEN[how]
+def test_broken_files_are_named(tmp_path: Path, kind: str, remote: bool) -> None:
+    corrupt, message = BROKEN[kind]
     write_parquet(tmp_path / "a.parquet", {"x": [1.0, 2.0], "y": [0, 1]})
-    breaks(write_parquet(tmp_path / "b.parquet", {"x": list(range(1000)), "y": [0, 1] * 500}))
+    corrupt(write_parquet(tmp_path / "b.parquet", {"x": list(range(1000)), "y": [0, 1] * 500}))
     url = str(tmp_path)
     if remote:
         url = f"memory://{tmp_path.name}"
@@ -177,16 +180,16 @@ def test_column_missing_in_a_file_is_named(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "message"),
+    ("first", "second", "message"),
     [
-        ([1], ["1"], r"'x' holds text \(string\) here, but whole numbers \(int64\) in"),
-        ([True], [1], "'x' holds whole numbers .* here, but booleans"),
-        (pa.array([[1, 2]], pa.list_(pa.int8(), 2)), pa.array([[1]], pa.list_(pa.int8(), 1)), "'x' holds lists"),
+        ([1], ["1"], r"'x' has text \(string\) here, but whole numbers \(int64\) in"),
+        ([True], [1], "'x' has whole numbers .* here, but booleans"),
+        (pa.array([[1, 2]], pa.list_(pa.int8(), 2)), pa.array([[1]], pa.list_(pa.int8(), 1)), "'x' has lists"),
     ],
 )
-def test_type_that_differs_between_files_is_rejected(tmp_path: Path, one: Any, other: Any, message: str) -> None:
-    write_parquet(tmp_path / "a.parquet", {"x": one, "y": [0]})
-    write_parquet(tmp_path / "b.parquet", {"x": other, "y": [0]})
+def test_type_that_differs_between_files_is_rejected(tmp_path: Path, first: Any, second: Any, message: str) -> None:
+    write_parquet(tmp_path / "a.parquet", {"x": first, "y": [0]})
+    write_parquet(tmp_path / "b.parquet", {"x": second, "y": [0]})
     with pytest.raises(DataError, match=rf"b\.parquet \(1 rows\): the column {message}"):
         open_parquet(tmp_path)
 
@@ -194,13 +197,13 @@ def test_type_that_differs_between_files_is_rejected(tmp_path: Path, one: Any, o
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("none.parquet", "none.parquet: is not there"),
-        ("none/*.parquet", "no files there"),
-        ("", "no files there"),
+        ("none.parquet", "none.parquet: does not exist"),
+        ("none/*.parquet", "there are no files"),
+        ("", "there are no files"),
         ("nonsense://x", "nonsense://x: cannot be opened"),
     ],
 )
-def test_missing_or_empty_folder(tmp_path: Path, url: str, message: str) -> None:
+def test_urls_without_files_are_reported(tmp_path: Path, url: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         open_parquet(url if "://" in url else tmp_path / url)
 
@@ -212,14 +215,14 @@ def test_duplicate_column_names_are_rejected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["", "/none.parquet", "/*.parquet"])
-def test_no_such_bucket_or_key(s3_url: str, key: str) -> None:
+def test_missing_bucket_or_key_is_reported(s3_url: str, key: str) -> None:
     for url in (f"s3://trainyard-no-such-bucket{key}", s3_url + key):
-        with pytest.raises(DataError, match=r"is not there|no files there"):
+        with pytest.raises(DataError, match=r"does not exist|there are no files"):
             open_parquet(url)
 
 
 class ForbiddenHandler(http.server.BaseHTTPRequestHandler):
-    """Answers as S3 does to whom it gives no access."""
+    """Responds as S3 does if access is denied."""
 
     def do_GET(self) -> None:
         body = b'<?xml version="1.0"?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>'
@@ -236,7 +239,7 @@ class ForbiddenHandler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def forbidding(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def forbidden_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), ForbiddenHandler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -257,7 +260,7 @@ def forbidding(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     thread.join()
 
 
-@pytest.mark.usefixtures("forbidding")
+@pytest.mark.usefixtures("forbidden_s3")
 @pytest.mark.parametrize("key", ["t.parquet", "folder", "*.parquet"])
 def test_no_permission_on_s3(key: str) -> None:
     with pytest.raises(DataError, match="no permission") as raised:
@@ -267,7 +270,7 @@ def test_no_permission_on_s3(key: str) -> None:
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder under folders that everybody may enter, which pytest's own are not."""
+    """A folder below folders that all users can enter, unlike pytest's temporary folders."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
@@ -275,7 +278,7 @@ def open_folder() -> Iterator[Path]:
 
 @contextmanager
 def without_root() -> Iterator[None]:
-    """Without root's right to read everything, where this is root."""
+    """Drop root's permission to read everything, if this is root."""
     is_root = os.geteuid() == 0
     if is_root:
         os.seteuid(65534)
@@ -289,7 +292,7 @@ def without_root() -> Iterator[None]:
 @pytest.mark.parametrize("which", ["t.parquet", ".", "*.parquet"])
 def test_no_permission_on_local_files(open_folder: Path, which: str) -> None:
     path = write_parquet(open_folder / "inner" / "t.parquet", {"x": [1], "y": [0]})
-    open_parquet(path)  # modules that are imported on the way
+    open_parquet(path)  # imports all modules before root is dropped
     target = path.parent if which == "." else path
     target.chmod(0)
     try:

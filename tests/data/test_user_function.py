@@ -1,4 +1,4 @@
-"""A function of the user's own as a source: what it may return, and what is said when it cannot be used."""
+"""User functions as data sources: which return values are accepted, and how errors are reported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OpenUserData = Callable[..., Dataset]
 
 @pytest.fixture
 def open_user_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenUserData]:
-    """Write a module with a function `data` of the given body into the working directory, and open it as a source."""
+    """A function that writes a module with a function `data` of the given body, and opens it as a dataset."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
 
@@ -37,7 +37,7 @@ def open_user_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         }
         return open_dataset(build_job(tree, "test"))
 
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # or a second body of the same second would not be seen
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # a second body within the same second would be ignored
     yield open_it
     sys.modules.pop(MODULE_NAME, None)
 
@@ -69,12 +69,12 @@ INPUTS_CODE, LABELS_CODE = "np.ones((4, 3), np.float32)", "np.array([0, 1, 1, 0]
 def test_accepted_return_values(
     open_user_data: OpenUserData, returned: str, test_rows: int | None, classes: tuple[str, ...]
 ) -> None:
-    source = open_user_data(f"return {returned}")
-    assert source.train.inputs.shape == (4, 3)
-    assert source.train.targets.tolist() == [0, 1, 1, 0]
-    assert source.train.targets.dtype == np.int64
-    assert (None if source.test is None else len(source.test)) == test_rows
-    assert source.classes == classes
+    dataset = open_user_data(f"return {returned}")
+    assert dataset.train.inputs.shape == (4, 3)
+    assert dataset.train.targets.tolist() == [0, 1, 1, 0]
+    assert dataset.train.targets.dtype == np.int64
+    assert (None if dataset.test is None else len(dataset.test)) == test_rows
+    assert dataset.classes == classes
 
 
 def test_args_are_passed(open_user_data: OpenUserData) -> None:
@@ -97,22 +97,24 @@ def test_args_are_passed(open_user_data: OpenUserData) -> None:
         ("'>f4'", "fp32", "float32"),
     ],
 )
-def test_types_of_inputs(open_user_data: OpenUserData, inputs: str, precision: str, dtype: str) -> None:
-    source = open_user_data(f"return np.ones((4, 3)).astype({inputs}), {LABELS_CODE}", precision=precision)
-    assert source.train.inputs.dtype == np.dtype(dtype)
-    assert source.train.inputs.dtype.isnative
-    assert (source.train.inputs == 1).all()
+def test_input_types(open_user_data: OpenUserData, inputs: str, precision: str, dtype: str) -> None:
+    dataset = open_user_data(f"return np.ones((4, 3)).astype({inputs}), {LABELS_CODE}", precision=precision)
+    assert dataset.train.inputs.dtype == np.dtype(dtype)
+    assert dataset.train.inputs.dtype.isnative
+    assert (dataset.train.inputs == 1).all()
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float16", "int32", "uint8", "bool"])
-def test_types_of_tensors(open_user_data: OpenUserData, kind: str) -> None:
-    source = open_user_data(f"return torch.ones(4, 3).to(torch.{kind}), torch.tensor([0, 1, 1, 0], dtype=torch.{kind})")
-    assert source.train.inputs.dtype == (np.uint8 if kind == "uint8" else np.float32)
-    assert source.train.targets.tolist() == [0, 1, 1, 0]
+def test_tensor_types(open_user_data: OpenUserData, kind: str) -> None:
+    dataset = open_user_data(
+        f"return torch.ones(4, 3).to(torch.{kind}), torch.tensor([0, 1, 1, 0], dtype=torch.{kind})"
+    )
+    assert dataset.train.inputs.dtype == (np.uint8 if kind == "uint8" else np.float32)
+    assert dataset.train.targets.tolist() == [0, 1, 1, 0]
 
 
 @pytest.mark.parametrize(
-    ("made", "shape"),
+    ("array", "shape"),
     [
         ("np.ones({shape}, np.uint8)", (4, 8, 6, 3)),
         ("np.ones({shape}, np.uint8)", (4, 8, 6, 1)),
@@ -121,27 +123,27 @@ def test_types_of_tensors(open_user_data: OpenUserData, kind: str) -> None:
         ("torch.ones({shape}, dtype=torch.uint8)", (4, 3, 8, 6)),
     ],
 )
-def test_channels_are_found(open_user_data: OpenUserData, made: str, shape: tuple[int, ...]) -> None:
-    source = open_user_data(f"return {made.format(shape=shape)}, {LABELS_CODE}")
-    assert source.train.inputs.shape == (4, min(shape[1], shape[3]), 8, 6)
-    assert source.train.inputs.flags.c_contiguous
+def test_channel_axis_is_detected(open_user_data: OpenUserData, array: str, shape: tuple[int, ...]) -> None:
+    dataset = open_user_data(f"return {array.format(shape=shape)}, {LABELS_CODE}")
+    assert dataset.train.inputs.shape == (4, min(shape[1], shape[3]), 8, 6)
+    assert dataset.train.inputs.flags.c_contiguous
 
 
-def test_ambiguous_channels(open_user_data: OpenUserData) -> None:
+def test_ambiguous_channels_are_last_in_arrays_and_second_in_tensors(open_user_data: OpenUserData) -> None:
     body = "x = np.arange(4 * 3 * 5 * 3, dtype=np.uint8).reshape(4, 3, 5, 3)\n"
     arrays, tensors = (
-        open_user_data(body + f"return {made}, {LABELS_CODE}").train.inputs for made in ("x", "torch.from_numpy(x)")
+        open_user_data(body + f"return {code}, {LABELS_CODE}").train.inputs for code in ("x", "torch.from_numpy(x)")
     )
     assert np.array_equal(arrays, tensors.transpose(0, 3, 1, 2))
 
 
-def test_one_axis_is_one_column(open_user_data: OpenUserData) -> None:
-    source = open_user_data("return np.arange(4.0), np.arange(4.0) * 2")
-    assert source.train.inputs.shape == (4, 1)
-    assert (source.train.targets.dtype, source.train.targets.shape) == (np.dtype("f4"), (4,))
+def test_inputs_of_one_axis_are_one_column(open_user_data: OpenUserData) -> None:
+    dataset = open_user_data("return np.arange(4.0), np.arange(4.0) * 2")
+    assert dataset.train.inputs.shape == (4, 1)
+    assert (dataset.train.targets.dtype, dataset.train.targets.shape) == (np.dtype("f4"), (4,))
 
 
-def test_labels_in_a_column(open_user_data: OpenUserData) -> None:
+def test_labels_of_shape_n_1_are_flattened(open_user_data: OpenUserData) -> None:
     assert open_user_data(f"return {INPUTS_CODE}, {LABELS_CODE}[:, None]").train.targets.tolist() == [0, 1, 1, 0]
 
 
@@ -150,7 +152,7 @@ def test_several_targets_per_row(open_user_data: OpenUserData) -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "word"),
+    ("body", "text"),
     [
         ("return None", "None"),
         (f"return {INPUTS_CODE}", "ndarray"),
@@ -181,12 +183,12 @@ def test_several_targets_per_row(open_user_data: OpenUserData) -> None:
         ("raise KeyError('day')", "KeyError: 'day'"),
     ],
 )
-def test_invalid_return_values_are_rejected(open_user_data: OpenUserData, body: str, word: str) -> None:
-    with pytest.raises(DataError) as refused:
+def test_invalid_return_values_are_rejected(open_user_data: OpenUserData, body: str, text: str) -> None:
+    with pytest.raises(DataError) as caught:
         open_user_data(body)
-    assert word in refused.value.what
-    assert f"{MODULE_NAME}:data" in refused.value.where
-    assert refused.value.fix
+    assert text in caught.value.what
+    assert f"{MODULE_NAME}:data" in caught.value.where
+    assert caught.value.fix
 
 
 def test_error_names_the_line_in_user_code(open_user_data: OpenUserData, tmp_path: Path) -> None:
@@ -195,7 +197,7 @@ def test_error_names_the_line_in_user_code(open_user_data: OpenUserData, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("call", "words"),
+    ("call", "texts"),
     [
         ("no_such_module_of_mine:data", ["no module 'no_such_module_of_mine'", "run from the folder"]),
         (f"{MODULE_NAME}:dta", ["no function or class 'dta'", f"{MODULE_NAME}.py"]),
@@ -205,23 +207,25 @@ def test_error_names_the_line_in_user_code(open_user_data: OpenUserData, tmp_pat
         ("imports_nothing:data", ["nothing_like_it"]),
     ],
 )
-def test_missing_functions(open_user_data: OpenUserData, tmp_path: Path, call: str, words: list[str]) -> None:
+def test_functions_that_cannot_be_imported_are_reported(
+    open_user_data: OpenUserData, tmp_path: Path, call: str, texts: list[str]
+) -> None:
     open_user_data(f"return {INPUTS_CODE}, {LABELS_CODE}")
     (tmp_path / "broken_at_import.py").write_text("raise RuntimeError('too early')\n")
     (tmp_path / "broken_syntax.py").write_text("def data(:\n")
     (tmp_path / "imports_nothing.py").write_text("import nothing_like_it\n")
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as caught:
         open_dataset(build_job({"name": "t", "data": {"source": {"call": call}}}, "test"))
-    assert all(word in str(refused.value) for word in words)
-    assert call in refused.value.where
+    assert all(text in str(caught.value) for text in texts)
+    assert call in caught.value.where
 
 
-def test_wrong_arguments(open_user_data: OpenUserData) -> None:
+def test_errors_in_the_function_are_reported(open_user_data: OpenUserData) -> None:
     with pytest.raises(DataError, match="KeyError: 'n'"):
         open_user_data("return np.ones((args['n'], 1)), np.zeros(4)", args={"m": 1})
 
 
-def test_read_only_arrays_are_fine(open_user_data: OpenUserData) -> None:
+def test_read_only_arrays_are_accepted(open_user_data: OpenUserData) -> None:
     assert open_user_data(f"return np.broadcast_to(np.float32(1), (4, 3)), {LABELS_CODE}").train.inputs.shape == (4, 3)
 
 
@@ -229,22 +233,22 @@ FRAME_CODE = "pd.DataFrame({'a': [0.0, 1.0, 2.0, 3.0], 'b': [10.0, 20.0, 30.0, 4
 
 
 @pytest.mark.parametrize(
-    "made", [FRAME_CODE, f"pl.from_pandas({FRAME_CODE})", f"pa.table({FRAME_CODE})"], ids=["pandas", "polars", "arrow"]
+    "frame", [FRAME_CODE, f"pl.from_pandas({FRAME_CODE})", f"pa.table({FRAME_CODE})"], ids=["pandas", "polars", "arrow"]
 )
-def test_column_names_of_frames_are_kept_and_test_rows_reordered(open_user_data: OpenUserData, made: str) -> None:
+def test_column_names_of_frames_are_kept_and_test_rows_reordered(open_user_data: OpenUserData, frame: str) -> None:
     imports = "import pandas as pd, polars as pl, pyarrow as pa\n"
-    reorder = f"x = {made}\nother = x.select(['b', 'a']) if hasattr(x, 'select') else x[['b', 'a']]\n"
-    source = open_user_data(f"{imports}{reorder}return (x, {LABELS_CODE}), (other, {LABELS_CODE})")
-    assert source.column_names == ("a", "b")
-    assert source.test is not None
-    np.testing.assert_array_equal(source.test.inputs, source.train.inputs)
+    reorder = f"x = {frame}\nother = x.select(['b', 'a']) if hasattr(x, 'select') else x[['b', 'a']]\n"
+    dataset = open_user_data(f"{imports}{reorder}return (x, {LABELS_CODE}), (other, {LABELS_CODE})")
+    assert dataset.column_names == ("a", "b")
+    assert dataset.test is not None
+    np.testing.assert_array_equal(dataset.test.inputs, dataset.train.inputs)
     assert open_user_data(
-        f"{imports}x = {made}\nreturn (x, {LABELS_CODE}), (np.asarray(x), {LABELS_CODE})"
+        f"{imports}x = {frame}\nreturn (x, {LABELS_CODE}), (np.asarray(x), {LABELS_CODE})"
     ).column_names == ("a", "b")
 
 
 def test_test_rows_with_other_columns_are_rejected(open_user_data: OpenUserData) -> None:
-    with pytest.raises(DataError, match="test inputs: the column 'a' is not there"):
+    with pytest.raises(DataError, match="test inputs: the column 'a' is missing"):
         open_user_data(
             f"import pandas as pd\nx = {FRAME_CODE}\nreturn (x, {LABELS_CODE}), (x.rename(columns={{'a': 'c'}}), "
             f"{LABELS_CODE})"
@@ -252,7 +256,7 @@ def test_test_rows_with_other_columns_are_rejected(open_user_data: OpenUserData)
 
 
 @pytest.mark.parametrize(
-    "made", [INPUTS_CODE, f"pd.DataFrame({INPUTS_CODE})", f"pd.DataFrame({INPUTS_CODE}, columns=['a', 'a', 'b'])"]
+    "frame", [INPUTS_CODE, f"pd.DataFrame({INPUTS_CODE})", f"pd.DataFrame({INPUTS_CODE}, columns=['a', 'a', 'b'])"]
 )
-def test_arrays_and_unnamed_frames_have_no_names(open_user_data: OpenUserData, made: str) -> None:
-    assert open_user_data(f"import pandas as pd\nreturn {made}, {LABELS_CODE}").column_names == ()
+def test_arrays_and_unnamed_frames_have_no_names(open_user_data: OpenUserData, frame: str) -> None:
+    assert open_user_data(f"import pandas as pd\nreturn {frame}, {LABELS_CODE}").column_names == ()

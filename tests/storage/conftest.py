@@ -1,4 +1,4 @@
-"""How long storage is waited for, seen without a clock: a busy machine changes no pause."""
+"""A fixture that replaces the clock of retries, so that tests do not depend on the load of the machine."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pipeline.storage import retry
 
 @pytest.fixture
 def backoff_pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses before another try, in seconds: none of them is made, and time does not pass for who waits."""
-    made: list[float] = []
-    patient = SimpleNamespace(monotonic=lambda: 0.0, sleep=made.append, time=time.time)
-    monkeypatch.setattr(retry, "time", patient)
-    return made
+    """The pauses between retries, in seconds. They are recorded but not made, and the clock stands still."""
+    pauses: list[float] = []
+    fake_time = SimpleNamespace(monotonic=lambda: 0.0, sleep=pauses.append, time=time.time)
+    monkeypatch.setattr(retry, "time", fake_time)
+    return pauses

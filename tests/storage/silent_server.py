@@ -1,4 +1,4 @@
-"""A server on loopback that passes everything on, until it accepts connections and says nothing more."""
+"""A proxy on loopback that can stop answering, while it still accepts connections."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from urllib.parse import urlsplit
 
 
 class SilentProxy:
-    """Stands before a real server. Once `silent` is set no byte of an answer comes through, and no connection ends.
+    """Forwards connections to a server. Once `silent` is set it forwards no response, and closes no connection.
 
     Parameters
     ----------
-    url: of the server behind it.
+    url: URL of the server.
     """
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
         assert parts.hostname is not None
         assert parts.port is not None
-        self._behind = (parts.hostname, parts.port)
+        self._server_address = (parts.hostname, parts.port)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._open: list[socket.socket] = [self._listener]
         self._closed = False
@@ -40,17 +40,17 @@ class SilentProxy:
         while not self._closed:
             try:
                 client_socket, _ = self._listener.accept()
-                there = socket.create_connection(self._behind)
+                server_socket = socket.create_connection(self._server_address)
             except OSError:
                 return
-            self._open += [client_socket, there]
-            threading.Thread(target=self._forward, args=(client_socket, there, False), daemon=True).start()
-            threading.Thread(target=self._forward, args=(there, client_socket, True), daemon=True).start()
+            self._open += [client_socket, server_socket]
+            threading.Thread(target=self._forward, args=(client_socket, server_socket, False), daemon=True).start()
+            threading.Thread(target=self._forward, args=(server_socket, client_socket, True), daemon=True).start()
 
-    def _forward(self, source: socket.socket, target: socket.socket, is_answer: bool) -> None:
+    def _forward(self, source: socket.socket, target: socket.socket, is_response: bool) -> None:
         try:
             while data := source.recv(65536):
-                if is_answer and self.silent.is_set():
+                if is_response and self.silent.is_set():
                     continue
                 target.sendall(data)
             if not self.silent.is_set():

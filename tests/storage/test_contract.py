@@ -1,4 +1,4 @@
-"""One suite for every kind of storage: files of this machine, memory://, S3, and S3 on a bad day."""
+"""One suite for every kind of storage: local files, memory://, S3, and S3 with injected faults."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]
             yield Storage.open(request.getfixturevalue("s3_url").replace("s3://", "faulty://s3/"))
 
 
-def test_put_and_read(storage: Storage) -> None:
+def test_replace_and_read(storage: Storage) -> None:
     storage.replace("run/a.bin", b"\x00one")
     assert storage.read("run/a.bin") == b"\x00one"
     storage.replace("run/a.bin", b"two", sync=True)
@@ -39,13 +39,13 @@ def test_put_and_read(storage: Storage) -> None:
     assert storage.read("run/empty") == b""
 
 
-def test_put_large_file(storage: Storage) -> None:
+def test_replace_large_file(storage: Storage) -> None:
     data = bytes(range(256)) * 20_000
     storage.replace("run/large.bin", data)
     assert storage.read("run/large.bin") == data
 
 
-def test_missing_file_is_not_found(storage: Storage) -> None:
+def test_missing_files(storage: Storage) -> None:
     with pytest.raises(FileNotFoundError):
         storage.read("run/none")
     assert storage.list() == []
@@ -70,21 +70,21 @@ def test_no_children_below_a_file(storage: Storage) -> None:
 
 def test_create_succeeds_once(storage: Storage) -> None:
     assert storage.create("run/x.json", b"mine")
-    assert storage.create("run/x.json", b"mine"), "the same content again is a repeated request"
+    assert storage.create("run/x.json", b"mine"), "the same content is a retried request"
     assert not storage.create("run/x.json", b"other")
     assert storage.read("run/x.json") == b"mine"
 
 
 def test_concurrent_creates_agree_on_the_winner(storage: Storage) -> None:
     rounds, racers = 12, 4
-    won: dict[int, list[bytes]] = {number: [] for number in range(rounds)}
+    winners: dict[int, list[bytes]] = {number: [] for number in range(rounds)}
     barrier = threading.Barrier(racers)
 
-    def race(own: bytes) -> None:
+    def race(nonce: bytes) -> None:
         for number in range(rounds):
             barrier.wait()
-            if storage.create(f"run/{number}", own):
-                won[number].append(own)
+            if storage.create(f"run/{number}", nonce):
+                winners[number].append(nonce)
 
     threads = [threading.Thread(target=race, args=(f"nonce-{number}".encode(),)) for number in range(racers)]
     for thread in threads:
@@ -92,7 +92,7 @@ def test_concurrent_creates_agree_on_the_winner(storage: Storage) -> None:
     for thread in threads:
         thread.join()
     for number in range(rounds):
-        assert won[number] == [storage.read(f"run/{number}")]
+        assert winners[number] == [storage.read(f"run/{number}")]
 
 
 def test_listing_has_files_and_folders(storage: Storage) -> None:
@@ -119,28 +119,28 @@ def test_exists_for_files_and_folders(storage: Storage) -> None:
     assert not storage.exists("run/folder/c")
 
 
-def test_opened_subfolder_is_equivalent(storage: Storage) -> None:
+def test_subfolder_paths_are_relative(storage: Storage) -> None:
     inner = storage.subfolder("run").subfolder("metrics/steps")
-    inner.replace("0", b"cell")
-    assert storage.read("run/metrics/steps/0") == b"cell"
+    inner.replace("0", b"segment")
+    assert storage.read("run/metrics/steps/0") == b"segment"
     assert inner.url == f"{storage.url}/run/metrics/steps"
 
 
 @pytest.mark.parametrize("path", ["..", "../other", "a/../../b", "/etc", "a//b", "./a", "", "a\0b"])
 def test_paths_stay_in_their_folder(storage: Storage, path: str) -> None:
     for action in (storage.read, storage.subfolder, storage.exists, storage.delete, storage.delete_folder):
-        with pytest.raises(StorageError, match="no path inside"):
+        with pytest.raises(StorageError, match="not a path inside"):
             action(path)
-    with pytest.raises(StorageError, match="no path inside"):
+    with pytest.raises(StorageError, match="not a path inside"):
         storage.replace(path, b"")
 
 
-def test_reports_exclusive_create(storage: Storage) -> None:
+def test_create_is_reported_as_exclusive(storage: Storage) -> None:
     assert storage.has_conditional_writes()
-    assert storage.list() == [], "trying it out leaves nothing behind"
+    assert storage.list() == [], "the probe is removed"
 
 
-def test_pickles_to_other_processes(storage: Storage) -> None:
+def test_storage_can_be_pickled(storage: Storage) -> None:
     inner = storage.subfolder("run", own_temporary_folder=True).with_timeout(7.0)
     inner.replace("a", b"1")
     copy = pickle.loads(pickle.dumps(inner))

@@ -1,5 +1,4 @@
-"""The file system that fails on purpose: what each fault does, that they come as they are told to, and what of them
-the door to storage takes in its stride."""
+"""The file system that fails on purpose: what each fault does and when it happens, and how `Storage` copes with it."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ from pipeline.testing.faults import FAULT_KINDS, REQUEST_GROUPS, FaultInjector
 
 @pytest.fixture
 def url() -> str:
-    """A folder in memory, behind faults."""
+    """A folder in memory, with faults."""
     return f"faulty://memory/{uuid.uuid4().hex}"
 
 
@@ -39,29 +38,29 @@ def test_no_faults_match_the_wrapped_store(url: str) -> None:
     fs.pipe_file(f"{path}/a", b"1")
     with fs.open(f"{path}/b", "wb") as file:
         file.write(b"22")
-    beneath = fsspec.filesystem("memory")
-    assert beneath.cat_file(f"{path}/a") == b"1"
+    wrapped = fsspec.filesystem("memory")
+    assert wrapped.cat_file(f"{path}/a") == b"1"
     assert sorted(name.rpartition("/")[2] for name in fs.ls(path, detail=False)) == ["a", "b"]
     assert fs.info(f"{path}/b")["size"] == 2
     assert fsspec.open(f"{url}/b").open().read() == b"22"
     fs.rm(path, recursive=True)
-    assert not beneath.exists(path)
+    assert not wrapped.exists(path)
 
 
-def test_found_by_url_in_another_process(tmp_path: Path) -> None:
+def test_another_process_opens_it_by_url(tmp_path: Path) -> None:
     code = (
         "import sys, fsspec; fs, path = fsspec.core.url_to_fs(sys.argv[1]);"
-        "fs.pipe_file(path, b'1'); print(fs.dice.faults.at)"
+        "fs.pipe_file(path, b'1'); print(fs.injector.faults.at)"
     )
     with inject_faults("error@7"):
-        words = [sys.executable, "-c", code, f"faulty://file{tmp_path}/a"]
-        completed = subprocess.run(words, capture_output=True, text=True, check=True)
+        command = [sys.executable, "-c", code, f"faulty://file{tmp_path}/a"]
+        completed = subprocess.run(command, capture_output=True, text=True, check=True)
     assert completed.stdout == "{7: 'error'}\n"
     assert (tmp_path / "a").read_bytes() == b"1"
 
 
 @pytest.mark.parametrize(
-    ("kind", "raises", "left"),
+    ("kind", "error", "content"),
     [
         ("error", ConnectionResetError, None),
         ("lost", TimeoutError, b"0123456789"),
@@ -70,13 +69,13 @@ def test_found_by_url_in_another_process(tmp_path: Path) -> None:
         ("expired", PermissionError, None),
     ],
 )
-def test_failed_write_outcomes(url: str, kind: str, raises: type[Exception], left: bytes | None) -> None:
-    with inject_faults(f"{kind}@1") as dice:
+def test_failed_write_outcomes(url: str, kind: str, error: type[Exception], content: bytes | None) -> None:
+    with inject_faults(f"{kind}@1") as injector:
         fs, path = open_filesystem(url)
-        with pytest.raises(raises, match="injected"):
+        with pytest.raises(error, match="injected"):
             fs.pipe_file(path, b"0123456789")
-        assert dice.counts == {kind: 1}
-        assert (fs.cat_file(path) if fs.exists(path) else None) == left
+        assert injector.counts == {kind: 1}
+        assert (fs.cat_file(path) if fs.exists(path) else None) == content
 
 
 def test_exclusive_write_is_never_partial(url: str) -> None:
@@ -121,30 +120,30 @@ def test_credentials_expire_and_are_renewed(url: str) -> None:
             fs.pipe_file(path, b"")
 
 
-def test_only_selected_operations_fail(url: str) -> None:
-    with inject_faults("error=1 on=delete") as dice:
+def test_only_selected_groups_of_requests_fail(url: str) -> None:
+    with inject_faults("error=1 on=delete") as injector:
         fs, path = open_filesystem(url)
         fs.pipe_file(path, b"1")
         assert fs.cat_file(path) == b"1"
         with pytest.raises(ConnectionResetError):
             fs.rm_file(path)
-        assert dice.request_count == 1
+        assert injector.request_count == 1
 
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 10**6), st.dictionaries(st.sampled_from(FAULT_KINDS), st.floats(0, 0.15), max_size=6))
 def test_the_same_seed_gives_the_same_faults(seed: int, rates: dict[Any, float]) -> None:
-    one, other = (FaultInjector(FaultSettings(seed=seed, rates=rates)) for _ in range(2))
+    first, second = (FaultInjector(FaultSettings(seed=seed, rates=rates)) for _ in range(2))
     for number in range(60):
-        assert one.next_fault(REQUEST_GROUPS[number % 4]) == other.next_fault(REQUEST_GROUPS[number % 4])
+        assert first.next_fault(REQUEST_GROUPS[number % 4]) == second.next_fault(REQUEST_GROUPS[number % 4])
 
 
 def test_fault_rates() -> None:
-    dice = FaultInjector(FaultSettings(seed=1, rates={"error": 0.05, "lost": 0.1}))
+    injector = FaultInjector(FaultSettings(seed=1, rates={"error": 0.05, "lost": 0.1}))
     for _ in range(20_000):
-        dice.next_fault("read")
-    assert dice.counts["error"] == pytest.approx(1000, rel=0.15)
-    assert dice.counts["lost"] == pytest.approx(2000, rel=0.15)
+        injector.next_fault("read")
+    assert injector.counts["error"] == pytest.approx(1000, rel=0.15)
+    assert injector.counts["lost"] == pytest.approx(2000, rel=0.15)
 
 
 def test_parse_fault_settings() -> None:
@@ -191,9 +190,9 @@ def test_storage_survives_every_fault(store: str, tmp_path: Path, request: pytes
     else:
         storage_url = f"faulty://{store}{tmp_path if store == 'file' else f'/{uuid.uuid4().hex}'}"
     settings = "seed=3 error=0.06 lost=0.06 slow_down=0.005 truncated=0.04 expired=0.01"
-    with inject_faults(settings) as dice:
+    with inject_faults(settings) as injector:
         storage = Storage.open(storage_url)
-        storage.list()  # from now on credentials were good once
+        storage.list()  # a first response, after which failing credentials count as expired
         assert storage.has_conditional_writes()
         for number in range(8):
             assert storage.create(f"run/{number}", f"own {number}".encode())
@@ -205,16 +204,16 @@ def test_storage_survives_every_fault(store: str, tmp_path: Path, request: pytes
         assert not storage.exists("run/0")
         storage.delete_folder("run")
         assert storage.list("run") == []
-        assert dice.counts.total() > 5
+        assert injector.counts.total() > 5
 
 
 def test_expired_credentials_are_renewed(s3_url: str) -> None:
-    with inject_faults("expires_after=5") as dice:
+    with inject_faults("expires_after=5") as injector:
         storage = Storage.open(s3_url.replace("s3://", "faulty://s3/"))
         for number in range(12):
             storage.replace("a", str(number).encode())
         assert storage.read("a") == b"11"
-        assert dice.counts["expired"] >= 2
+        assert injector.counts["expired"] >= 2
 
 
 def test_credentials_that_are_never_renewed_are_reported(s3_url: str) -> None:
@@ -222,7 +221,7 @@ def test_credentials_that_are_never_renewed_are_reported(s3_url: str) -> None:
         storage = Storage.open(s3_url.replace("s3://", "faulty://s3/"))
         storage.replace("a", b"1")
         assert storage.list() == ["a"]
-        with pytest.raises(StorageLostError, match="credentials are no longer good") as caught:
+        with pytest.raises(StorageLostError, match="credentials have expired") as caught:
             storage.with_timeout(0.5).list()
     assert "renew the credentials" in caught.value.fix
     assert caught.value.exit_code == 1
@@ -252,7 +251,7 @@ def test_slow_down_response_backs_off(url: str, backoff_pauses: list[float]) -> 
 
 
 class S3ResponseError(Exception):
-    """S3's, as the cause of an error."""
+    """An error of S3, as the cause of another error."""
 
     def __init__(self, code: str) -> None:
         super().__init__(code)
@@ -264,7 +263,7 @@ def _raise(error: Exception) -> None:
 
 
 def test_s3_session_is_renewed(s3_url: str) -> None:
-    """s3fs begins a session of its own credentials, and the store goes on to answer."""
+    """s3fs starts a new session with its credentials, and requests still work."""
     storage = Storage.open(s3_url)
     storage.replace("a", b"1")
     storage.backend.renew_credentials()
@@ -278,8 +277,8 @@ def test_environment_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["TRAINYARD_FAULTS"] == "seed=5"
 
 
-def test_a_file_system_of_ones_own() -> None:
-    with inject_faults("error@1 seed=7") as dice, pytest.raises(ConnectionResetError) as caught:
+def test_file_system_with_explicit_faults() -> None:
+    with inject_faults("error@1 seed=7") as injector, pytest.raises(ConnectionResetError) as caught:
         FaultyFileSystem(store="memory", faults="error@1 seed=7").pipe_file(f"/{uuid.uuid4().hex}", b"")
     assert caught.value.errno == errno.ECONNRESET
-    assert dice.request_count == 1
+    assert injector.request_count == 1

@@ -1,4 +1,4 @@
-"""A disk or a quota that is full: said at once, with how much is needed, and nothing half-written."""
+"""A full disk or quota: it is reported at once, with the number of bytes needed, and no partial file is left."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ DISK_BYTES = 1_000_000
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of a megabyte in memory."""
+    """A file system of one megabyte in memory."""
     mount_point = tmp_path / "disk"
     mount_point.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "none", str(mount_point)]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "none", str(mount_point)]
     try:
-        refusal = subprocess.run(words, capture_output=True, text=True).stderr.strip()
+        message = subprocess.run(command, capture_output=True, text=True).stderr.strip()
     except OSError as error:
-        refusal = str(error)
+        message = str(error)
     if not os.path.ismount(mount_point):
-        pytest.skip(f"this machine mounts no tmpfs for a test: {refusal}")
+        pytest.skip(f"cannot mount a tmpfs on this machine: {message}")
     yield mount_point
     subprocess.run(["umount", str(mount_point)], check=True)
 
@@ -43,9 +43,9 @@ def list_files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def fill_disk(disk: Path, leave: int) -> Path:
-    (disk / "ballast").write_bytes(b"\0" * (shutil.disk_usage(disk).free - leave))
-    return disk / "ballast"
+def fill_disk(disk: Path, free_bytes: int) -> Path:
+    (disk / "filler").write_bytes(b"\0" * (shutil.disk_usage(disk).free - free_bytes))
+    return disk / "filler"
 
 
 def test_full_disk_is_reported_with_sizes_and_leaves_nothing(small_disk: Path) -> None:
@@ -59,7 +59,7 @@ def test_full_disk_is_reported_with_sizes_and_leaves_nothing(small_disk: Path) -
         ) as caught:
             action("run/a" if action == storage.replace else "run/b", b"x" * 300_000)
         assert caught.value.where.startswith(str(small_disk / "runs" / "run"))
-        assert "make room" in caught.value.fix
+        assert "free some space" in caught.value.fix
         assert caught.value.exit_code == 1
     assert list_files(small_disk) == before
     assert storage.read("run/a") == b"old"
@@ -71,32 +71,32 @@ def test_run_on_a_full_disk_is_saved_elsewhere_and_resumes(
     monkeypatch.setenv("TRAINYARD_SPOOL", str(tmp_path / "spool"))
     run = create_run(str(small_disk / "runs"))
     attempt = acquire_lease(run, driver="d", metadata={})
-    recorder = AsyncRunWriter(attempt, keep=2)
-    recorder.log_steps(make_block(1, 120))
-    recorder.commit(make_snapshot(120))
-    recorder.finish()
-    ballast = fill_disk(small_disk, 16_384)
+    writer = AsyncRunWriter(attempt, keep=2)
+    writer.log_steps(make_block(1, 120))
+    writer.commit(make_snapshot(120))
+    writer.finish()
+    filler = fill_disk(small_disk, 16_384)
     before = {name for name in list_files(small_disk / "runs") if "checkpoints" in name}
-    recorder.log_steps(make_block(121, 150))
-    recorder.commit(make_snapshot(150, state={"momentum": torch.zeros(10_000)}))
+    writer.log_steps(make_block(121, 150))
+    writer.commit(make_snapshot(150, state={"momentum": torch.zeros(10_000)}))
     with pytest.raises(StorageFullError, match=r"disk is full: .* step 150 is saved in") as caught:
-        recorder.finish()
+        writer.finish()
     assert {name for name in list_files(small_disk / "runs") if "checkpoints" in name} == before, (
-        "nothing half-written stays"
+        "no partial file is left"
     )
-    recorder.write_exit("failed", caught.value, 150)
-    recorder.close()
+    writer.write_exit("failed", caught.value, 150)
+    writer.close()
     attempt.close()
 
-    ballast.unlink()
+    filler.unlink()
     run = Run(Storage.open(str(small_disk / "runs")), "run")
     attempt = acquire_lease(run, driver="d", metadata={}, known_dead_attempt=1)
     assert attempt.local_checkpoint is not None
-    recorder = AsyncRunWriter(attempt, keep=2)
-    recorder.log_steps(make_block(151, 200))
-    recorder.commit(make_snapshot(200, is_final=True))
-    recorder.finish()
-    recorder.close()
+    writer = AsyncRunWriter(attempt, keep=2)
+    writer.log_steps(make_block(151, 200))
+    writer.commit(make_snapshot(200, is_final=True))
+    writer.finish()
+    writer.close()
     attempt.close()
     assert [entry.step for entry in read_entries(run.journal) if isinstance(entry, Commit)] == [120, 150, 200]
 

@@ -1,4 +1,4 @@
-"""Files of this machine: what races and SIGKILL must not break."""
+"""Local storage: temporary files, permissions, URLs, and folders that cannot be used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.errors import StorageError
 from pipeline.storage import Storage
 
 
-def test_temporary_files_are_in_the_runs_folder(tmp_path: Path) -> None:
+def test_temporary_files_are_in_the_folder_of_the_run(tmp_path: Path) -> None:
     root = Storage.open(str(tmp_path))
     run = root.subfolder("run", own_temporary_folder=True)
     run.subfolder("metrics").replace("a", b"1")
@@ -23,22 +23,22 @@ def test_temporary_files_are_in_the_runs_folder(tmp_path: Path) -> None:
 def test_write_is_repeated_if_its_temporary_file_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Storage.open(str(tmp_path))
     link, replace = os.link, os.replace
-    swept: list[str] = []
+    calls: list[str] = []
 
-    def sweep_first(source: str, target: str) -> None:
-        if len(swept) in (0, 2):
-            swept.append(source)
+    def remove_temporary_first(source: str, target: str) -> None:
+        if len(calls) in (0, 2):
+            calls.append(source)
             storage.remove_temporary()
-        swept.append(target)
+        calls.append(target)
         (link if target.endswith("created") else replace)(source, target)
 
-    monkeypatch.setattr(os, "link", sweep_first)
-    monkeypatch.setattr(os, "replace", sweep_first)
+    monkeypatch.setattr(os, "link", remove_temporary_first)
+    monkeypatch.setattr(os, "replace", remove_temporary_first)
     assert storage.create("created", b"1")
     storage.replace("replaced", b"2")
     assert storage.read("created") == b"1"
     assert storage.read("replaced") == b"2"
-    assert len(swept) > 2
+    assert len(calls) > 2
 
 
 def test_new_files_follow_the_umask(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_local_storage_prints_as_a_path(tmp_path: Path, url: str) -> None:
     storage = Storage.open(url.format(tmp_path))
     assert storage.url == str(tmp_path / "runs")
     assert storage.local_path == tmp_path / "runs"
-    assert not (tmp_path / "runs").exists(), "opening makes nothing"
+    assert not (tmp_path / "runs").exists(), "opening creates no folder"
 
 
 def test_relative_and_home_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +75,7 @@ def test_file_in_place_of_a_folder(tmp_path: Path) -> None:
             action()
 
 
-@pytest.mark.skipif(not Path("/sys").is_dir(), reason="needs a folder in which nothing can be made, such as /sys")
+@pytest.mark.skipif(not Path("/sys").is_dir(), reason="needs a folder that cannot be written, such as /sys")
 def test_unwritable_folder(tmp_path: Path, backoff_pauses: list[float]) -> None:
     storage = Storage.open("/sys/trainyard")
     with pytest.raises(StorageError):

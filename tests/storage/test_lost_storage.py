@@ -1,5 +1,5 @@
-"""A whole training whose storage goes away for good: stopped after the limit, saved on this machine, and gone on with
-to the same bits."""
+"""A training whose storage fails for good: it stops after the time limit, saves its state on this machine, and resumes
+from it to bit-identical results."""
 
 from __future__ import annotations
 
@@ -54,20 +54,22 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("TRAINYARD_SPOOL", str(tmp_path / "spool"))
-    monkeypatch.setattr(async_writer, "COMMIT_INTERVAL_FACTOR", 0)  # a commit whenever one is due
+    monkeypatch.setattr(async_writer, "COMMIT_INTERVAL_FACTOR", 0)  # commit whenever a checkpoint is due
     return tmp_path
 
 
-def test_training_during_an_outage_is_not_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_resumes_from_a_local_checkpoint_after_an_outage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = f"faulty://file{folder}/runs"
     monkeypatch.setenv("TRAINYARD_STORAGE_LIMIT_S", "0.5")
     with inject_faults("expires_after=150 renewals=0"), pytest.raises(StorageLostError, match="credentials") as caught:
         train("job.yaml", storage=url)
-    named = re.search(r"step (\d+) is saved in (\S+) on ", caught.value.what)
-    assert named is not None
-    saved, local_folder = int(named[1]), Path(named[2])
+    match = re.search(r"step (\d+) is saved in (\S+) on ", caught.value.what)
+    assert match is not None
+    saved, local_folder = int(match[1]), Path(match[2])
     committed = max(entry["step"] for entry in read_entries(find_run(folder / "runs")) if entry["kind"] == "commit")
-    assert committed < saved, "none of it is acknowledged"
+    assert committed < saved, "the saved step is not committed"
     assert load(str(local_folder), trust=True).step <= saved
     assert load(f"{local_folder}@last", trust=True).step == saved
 
@@ -82,8 +84,11 @@ def test_training_during_an_outage_is_not_lost(folder: Path, monkeypatch: pytest
     assert final_state(run) == final_state(find_run(folder / "untouched"))
 
 
-def test_slow_storage_keeps_the_commit_interval(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commits come as often as the user asks; without that, a hundred times as far apart as the last one took."""
+def test_slow_storage_does_not_change_the_requested_commit_interval(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `checkpoint.every_minutes` commits are as frequent as requested; without, the interval is 100 times the
+    duration of the last commit."""
     monkeypatch.setattr(async_writer, "COMMIT_INTERVAL_FACTOR", 100)
     began, commits = time.monotonic(), list[tuple[float, float]]()
 
@@ -96,6 +101,6 @@ def test_slow_storage_keeps_the_commit_interval(folder: Path, monkeypatch: pytes
     changes = {"train.phases.0.epochs": 200, "checkpoint.every_steps": 100_000, "checkpoint.every_minutes": 0.01}
     with inject_faults("delay_s=0.02 on=write"), pytest.raises(Interrupted):
         train("job.yaml", set=changes, storage=f"faulty://file{folder}/runs", on_event=on_event)
-    assert commits[0][0] - began >= 0.6 - commits[0][1], "not before it is asked for"
+    assert commits[0][0] - began >= 0.6 - commits[0][1], "not before the first one is due"
     for (before, cost), (after, _) in pairwise(commits[:4]):
         assert after - before < async_writer.COMMIT_INTERVAL_FACTOR / 2 * cost

@@ -1,4 +1,4 @@
-"""Large uploads to S3: in parts, of which only those that fail are sent again."""
+"""Multipart uploads of large files to S3: only parts that fail are sent again."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ MIB = 2**20
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the least size that S3 takes."""
+    """Use the smallest part size that S3 allows."""
     monkeypatch.setattr(remote, "PART_BYTES", 5 * MIB)
     monkeypatch.setattr(remote.S3Upload, "part_bytes", 5 * MIB)
 
 
 @pytest.fixture
 def s3_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """What was asked of S3 itself: name of the request, and the number of the part."""
-    seen: list[tuple[str, int]] = []
-    ask = s3fs.S3FileSystem.call_s3
+    """The direct calls of the S3 API: name of the request, and the number of the part."""
+    calls: list[tuple[str, int]] = []
+    original = s3fs.S3FileSystem.call_s3
 
-    def call_s3(self: Any, method: str, *words: Any, **options: Any) -> Any:
-        seen.append((method, options.get("PartNumber", 0)))
-        return ask(self, method, *words, **options)
+    def call_s3(self: Any, method: str, *args: Any, **options: Any) -> Any:
+        calls.append((method, options.get("PartNumber", 0)))
+        return original(self, method, *args, **options)
 
     monkeypatch.setattr(s3fs.S3FileSystem, "call_s3", call_s3)
-    return seen
+    return calls
 
 
 def make_content(size: int) -> bytes:
@@ -42,7 +42,7 @@ def make_content(size: int) -> bytes:
 def list_open_uploads(s3_url: str) -> list[Any]:
     bucket = s3_url.removeprefix("s3://").partition("/")[0]
     response = s3fs.S3FileSystem().call_s3("list_multipart_uploads", Bucket=bucket)
-    return [one for one in response.get("Uploads", []) if one["Key"] in f"{s3_url}/large"]
+    return [upload for upload in response.get("Uploads", []) if upload["Key"] in f"{s3_url}/large"]
 
 
 def test_only_large_files_use_multipart_upload(s3_url: str, s3_calls: list[tuple[str, int]]) -> None:
@@ -60,22 +60,22 @@ def test_only_large_files_use_multipart_upload(s3_url: str, s3_calls: list[tuple
 
 
 def test_failed_part_is_retried_alone(s3_url: str, s3_calls: list[tuple[str, int]]) -> None:
-    """The requests: the upload's begin, then three parts in some order."""
+    """Request 1 creates the upload; requests 2 to 4 send the parts, in any order."""
     data = make_content(11 * MIB)
-    with inject_faults("error@2 truncated@3 lost@4 on=write") as dice:
+    with inject_faults("error@2 truncated@3 lost@4 on=write") as injector:
         Storage.open(s3_url.replace("s3://", "faulty://s3/")).replace("large", data)
-    assert dice.counts == {"error": 1, "truncated": 1, "lost": 1}
+    assert injector.counts == {"error": 1, "truncated": 1, "lost": 1}
     names = [name for name, _ in s3_calls]
     assert names.count("create_multipart_upload") == names.count("complete_multipart_upload") == 1
-    assert names.count("upload_part") == 3 + 2, "the truncated one and the one without a reply arrived, too"
+    assert names.count("upload_part") == 3 + 2, "the truncated part and the part with a lost reply arrived too"
     assert Storage.open(s3_url).read("large") == data
 
 
 def test_completion_with_a_lost_reply(s3_url: str, s3_calls: list[tuple[str, int]]) -> None:
     data = make_content(11 * MIB)
-    with inject_faults("lost@5 on=write") as dice:
+    with inject_faults("lost@5 on=write") as injector:
         Storage.open(s3_url.replace("s3://", "faulty://s3/")).replace("large", data)
-    assert dice.counts == {"lost": 1}
+    assert injector.counts == {"lost": 1}
     assert Storage.open(s3_url).read("large") == data
     assert list_open_uploads(s3_url) == []
 
@@ -85,29 +85,28 @@ def test_failed_upload_is_aborted(s3_url: str, s3_calls: list[tuple[str, int]]) 
     storage = Storage.open(s3_url)
     storage.replace("large", old)
     with inject_faults("error@4 on=write"):
-        far = Storage.open(s3_url.replace("s3://", "faulty://s3/"))
-        far.list()
+        remote_storage = Storage.open(s3_url.replace("s3://", "faulty://s3/"))
+        remote_storage.list()
         with pytest.raises(StorageLostError):
-            far.with_timeout(0.0).replace("large", make_content(11 * MIB))
+            remote_storage.with_timeout(0.0).replace("large", make_content(11 * MIB))
     assert ("abort_multipart_upload", 0) in s3_calls
     assert list_open_uploads(s3_url) == []
     assert storage.read("large") == old
 
 
 def test_small_file_is_read_in_one_request(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is not there, too: most of what a run is told by are small files, and the end of a journal is one that
-    is absent."""
-    asked: list[str] = []
-    call = s3fs.S3FileSystem._call_s3
+    """So is a missing one: most files of a run are small, and the end of a journal is found by a missing file."""
+    methods: list[str] = []
+    original = s3fs.S3FileSystem._call_s3
 
-    async def counted(self: Any, method: str, *words: Any, **options: Any) -> Any:
-        asked.append(method)
-        return await call(self, method, *words, **options)
+    async def call_s3(self: Any, method: str, *args: Any, **options: Any) -> Any:
+        methods.append(method)
+        return await original(self, method, *args, **options)
 
     storage = Storage.open(s3_url)
     storage.replace("a", b"1")
-    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", counted)
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", call_s3)
     assert storage.read("a") == b"1"
     with pytest.raises(FileNotFoundError):
         storage.read("b")
-    assert asked == ["get_object", "get_object"]
+    assert methods == ["get_object", "get_object"]

@@ -1,4 +1,4 @@
-"""Several processes at one store, and SIGKILL: on files of this machine and on S3."""
+"""Concurrent processes on one store, and SIGKILL during writes: on local files and on S3."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from pipeline.storage import Storage
 RACER_SCRIPT = """
 import sys
 from pipeline.storage import Storage
-storage, own = Storage.open(sys.argv[1]), sys.argv[2]
+storage, name = Storage.open(sys.argv[1]), sys.argv[2]
 storage.has_conditional_writes()
 print("ready", flush=True)
 for number in sys.stdin:
-    print(int(storage.create(f"journal/{number.strip()}", own.encode() * 400)), flush=True)
+    print(int(storage.create(f"journal/{number.strip()}", name.encode() * 400)), flush=True)
 """
 
 WRITER_SCRIPT = """
 import itertools, sys
 from pipeline.storage import Storage, remote
 storage, size = Storage.open(sys.argv[1]), int(sys.argv[2])
-remote.PART_BYTES = 5 * 2**20  # the least that S3 takes
+remote.PART_BYTES = 5 * 2**20  # the smallest part that S3 allows
 for number in itertools.count():
-    own = bytes([number % 251]) * size
-    storage.replace("run/replaced", own)
-    storage.create(f"run/created-{number}", own[:300_000])
+    data = bytes([number % 251]) * size
+    storage.replace("run/replaced", data)
+    storage.create(f"run/created-{number}", data[:300_000])
     if number == 0:
         print("ready", flush=True)
 """
 
 
 @contextmanager
-def start_ready(code: str, *words: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that is ready; killed at the end."""
+def start_ready(code: str, *args: str) -> Iterator[subprocess.Popen[str]]:
+    """Start a process, wait until it is ready, and kill it at the end."""
     with subprocess.Popen(
-        [sys.executable, "-c", code, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, *args], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -55,7 +55,7 @@ def start_ready(code: str, *words: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def race_processes(url: str, rounds: int) -> None:
-    """Two processes create the same names at the same moments: each name has one winner, and both know which."""
+    """Let two processes create the same names at the same time, and check that each create succeeds in one of them."""
     winners: list[str] = []
     with start_ready(RACER_SCRIPT, url, "a") as first, start_ready(RACER_SCRIPT, url, "b") as second:
         for number in range(rounds):
@@ -66,7 +66,7 @@ def race_processes(url: str, rounds: int) -> None:
             answers = [int(racer.stdout.readline()) for racer in (first, second) if racer.stdout is not None]
             assert sum(answers) == 1, f"{answers} in round {number}"
             winners.append("ab"[answers.index(1)])
-    assert set(winners) == {"a", "b"}, "both took part, or nothing was raced for"
+    assert set(winners) == {"a", "b"}, "both must win some rounds, or there was no race"
     storage = Storage.open(url)
     contents = storage.map_concurrent(lambda number: storage.read(f"journal/{number}"), range(rounds))
     assert [data.decode() for data in contents] == [winner * 400 for winner in winners]
@@ -81,9 +81,9 @@ def test_processes_race_for_objects(s3_url: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["local", "s3"])
-def test_thousands_of_races(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    race_processes(str(tmp_path) if place == "local" else request.getfixturevalue("s3_url"), 4000)
+@pytest.mark.parametrize("store", ["local", "s3"])
+def test_thousands_of_races(store: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    race_processes(str(tmp_path) if store == "local" else request.getfixturevalue("s3_url"), 4000)
 
 
 def test_threads_race_for_names_in_memory() -> None:
@@ -91,8 +91,8 @@ def test_threads_race_for_names_in_memory() -> None:
     rounds, racers = 1000, 3
     won: list[list[int]] = [[] for _ in range(racers)]
 
-    def run(own: int) -> None:
-        won[own] = [number for number in range(rounds) if storage.create(f"journal/{number}", str(own).encode())]
+    def run(racer: int) -> None:
+        won[racer] = [number for number in range(rounds) if storage.create(f"journal/{number}", str(racer).encode())]
 
     threads = [threading.Thread(target=run, args=(thread_index,)) for thread_index in range(racers)]
     for thread in threads:
@@ -105,16 +105,16 @@ def test_threads_race_for_names_in_memory() -> None:
     storage.delete_folder("journal")
 
 
-@pytest.mark.parametrize(("place", "size", "lives"), [("local", 300_000, 6), ("s3", 12 * 2**20, 3)])
+@pytest.mark.parametrize(("store", "size", "kills"), [("local", 300_000, 6), ("s3", 12 * 2**20, 3)])
 def test_kill_at_any_moment_leaves_whole_files(
-    place: str, size: int, lives: int, tmp_path: Path, request: pytest.FixtureRequest
+    store: str, size: int, kills: int, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Those on S3 go there in three parts, or in one request."""
-    url = str(tmp_path) if place == "local" else request.getfixturevalue("s3_url")
+    """On S3 the replaced file is sent in three parts, and the created ones in one request."""
+    url = str(tmp_path) if store == "local" else request.getfixturevalue("s3_url")
     storage = Storage.open(url)
-    for life in range(lives):
+    for index in range(kills):
         with start_ready(WRITER_SCRIPT, url, str(size)) as writer:
-            time.sleep(0.004 * life if place == "local" else 0.15 * life)
+            time.sleep(0.004 * index if store == "local" else 0.15 * index)
             writer.send_signal(signal.SIGKILL)
             writer.wait()
         for name in storage.list("run"):
@@ -124,21 +124,21 @@ def test_kill_at_any_moment_leaves_whole_files(
     assert len(storage.list("run")) > 1
     assert ".tmp" not in storage.list()
     storage.remove_temporary()
-    if place == "local":
+    if store == "local":
         assert list((tmp_path / ".tmp").iterdir()) == []
 
 
-@pytest.mark.parametrize("place", ["local", "memory", "s3"])
-def test_folder_deleted_during_concurrent_writes(place: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """What a superseded attempt still writes may stay, and harms nothing: no error here, no torn file there."""
-    url = str(tmp_path) if place == "local" else f"memory://{uuid.uuid4().hex}"
-    storage = Storage.open(request.getfixturevalue("s3_url") if place == "s3" else url)
-    over, failures = threading.Event(), list[BaseException]()
+@pytest.mark.parametrize("store", ["local", "memory", "s3"])
+def test_folder_deleted_during_concurrent_writes(store: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Late writes of a superseded attempt may stay: neither call fails, and no file is torn."""
+    url = str(tmp_path) if store == "local" else f"memory://{uuid.uuid4().hex}"
+    storage = Storage.open(request.getfixturevalue("s3_url") if store == "s3" else url)
+    stopped, failures = threading.Event(), list[BaseException]()
 
     def write() -> None:
         number = 0
         try:
-            while not over.is_set():
+            while not stopped.is_set():
                 number += 1
                 storage.replace(f"checkpoints/old/{number % 7}", b"x" * 5000)
         except BaseException as error:
@@ -146,12 +146,12 @@ def test_folder_deleted_during_concurrent_writes(place: str, tmp_path: Path, req
 
     writer = threading.Thread(target=write)
     writer.start()
-    for number in range(8 if place == "s3" else 60):
+    for number in range(8 if store == "s3" else 60):
         storage.replace("checkpoints/old/manifest.json", b"{}")
         storage.delete("checkpoints/old/manifest.json")
         storage.delete_folder("checkpoints/old")
         storage.replace("checkpoints/new", str(number).encode())
-    over.set()
+    stopped.set()
     writer.join()
     assert failures == []
     for name in storage.list("checkpoints/old"):

@@ -1,4 +1,4 @@
-"""Finding and reading files at URLs: one set of rules for tables and images."""
+"""Finding and reading files by URL, with the same rules for tables and images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ FILES = [
 
 @pytest.fixture(params=["local", "memory"])
 def fill(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[], str]]:
-    """Writes `FILES`, each with its path as content, and returns the URL of the folder."""
+    """A function that writes `FILES`, each with its path as content, and returns the URL of the folder."""
     memory = fsspec.filesystem("memory")
     url = str(tmp_path / "in_.hidden") if request.param == "local" else "memory://in_.hidden"
 
@@ -54,7 +54,7 @@ def fill(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[]
 
 
 @pytest.mark.parametrize(
-    ("pattern", "ignored", "found"),
+    ("pattern", "ignored", "expected"),
     [
         ("", IGNORED_PREFIXES, ["_day=2024-01-01/b.parquet", "a.parquet", "ant/d.png"]),
         (
@@ -73,10 +73,10 @@ def fill(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[[]
         ("/*.nothing", IGNORED_PREFIXES, []),
     ],
 )
-def test_what_a_url_means(fill: Callable[[], str], pattern: str, ignored: tuple[str, ...], found: list[str]) -> None:
+def test_files_of_a_url(fill: Callable[[], str], pattern: str, ignored: tuple[str, ...], expected: list[str]) -> None:
     url = fill()
     reader, files = find_files(url + pattern, ignored)
-    assert list(files) == found
+    assert list(files) == expected
     for path, info in files.items():
         content = reader.read(path)
         assert f"/{content.decode()}".endswith(f"/{path}")
@@ -87,17 +87,17 @@ def test_what_a_url_means(fill: Callable[[], str], pattern: str, ignored: tuple[
         assert FileReader(url).list_files(ignored) == files
 
 
-def test_a_glob_can_leave_out_what_lies_in_folders_that_it_matches(fill: Callable[[], str]) -> None:
+def test_glob_can_skip_matching_folders(fill: Callable[[], str]) -> None:
     assert list(find_files(f"{fill()}/a*", expand_folders=False)[1]) == ["a.parquet"]
 
 
-def test_a_folder_is_listed_without_what_it_ignores(fill: Callable[[], str]) -> None:
+def test_listing_skips_ignored_names(fill: Callable[[], str]) -> None:
     reader = FileReader(fill())
     assert reader.list_directory() == [("_day=2024-01-01", True), ("a.parquet", False), ("ant", True)]
     assert reader.list_directory("ant", IGNORED_IMAGE_PREFIXES) == [("ant/d.png", False)]
 
 
-def test_what_is_not_there(fill: Callable[[], str], tmp_path: Path) -> None:
+def test_missing_files_and_folders(fill: Callable[[], str], tmp_path: Path) -> None:
     url = fill()
     assert [FileReader(f"{url}{path}").kind() for path in ("", "/a.parquet", "/b")] == ["folder", "file", "missing"]
     assert FileReader(url).stat("b").size == -1
@@ -105,7 +105,7 @@ def test_what_is_not_there(fill: Callable[[], str], tmp_path: Path) -> None:
         find_files(f"{url}/b")
     with pytest.raises(FileNotFoundError):
         FileReader(f"{url}/b").list_files()
-    with pytest.raises(DataError, match="is not there"), as_data_errors(url):
+    with pytest.raises(DataError, match="does not exist"), as_data_errors(url):
         FileReader(url).read("b")
     (tmp_path / "empty").mkdir()
     assert FileReader(str(tmp_path / "empty")).list_files() == {}
@@ -113,7 +113,7 @@ def test_what_is_not_there(fill: Callable[[], str], tmp_path: Path) -> None:
         find_files("nosuch://x/y")
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+def test_links_are_followed_except_to_parent_folders(tmp_path: Path) -> None:
     folder, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
     folder.mkdir()
     elsewhere.mkdir()

@@ -1,4 +1,4 @@
-"""What a person can do wrong with a URL, and how faults of storage are told, waited for and given up."""
+"""Errors in URLs, and how storage errors are reported, retried and given up."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import StorageError, StorageLostError
+from pipeline.redaction import redact
 from pipeline.storage import Storage
 from pipeline.storage.local import LocalBackend
-from pipeline.storage.retry import RetryPolicy, redact, summarize_error
+from pipeline.storage.retry import RetryPolicy, summarize_error
 
 
 @pytest.fixture
 def short_retry_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Patience of a second."""
+    """A retry limit of one second."""
     monkeypatch.setenv("TRAINYARD_STORAGE_LIMIT_S", "1")
 
 
 @pytest.fixture
 def new_s3_client() -> Iterator[None]:
-    """Other tests opened the same URLs at another endpoint, and fsspec shares what it opened."""
+    """Clear fsspec's cache of clients, because other tests opened the same URLs at another endpoint."""
     import s3fs
 
     s3fs.S3FileSystem.clear_instance_cache()
@@ -36,20 +37,20 @@ def new_s3_client() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("url", "says"),
+    ("url", "message"),
     [
-        ("", "no folder"),
-        ("  ", "no folder"),
-        ("s3://", "names no bucket"),
-        ("s3a:///", "names no bucket"),
+        ("", "not a folder"),
+        ("  ", "not a folder"),
+        ("s3://", "has no bucket"),
+        ("s3a:///", "has no bucket"),
         ("nosuch://x", "Protocol not known"),
         ("gs://bucket/x", "not installed"),
-        ("simplecache::s3://bucket/x", "no folder"),
+        ("simplecache::s3://bucket/x", "not a folder"),
         ("file://relative", "absolute"),
     ],
 )
-def test_unusable_url(url: str, says: str) -> None:
-    with pytest.raises(StorageError, match=says) as caught:
+def test_unusable_url(url: str, message: str) -> None:
+    with pytest.raises(StorageError, match=message) as caught:
         Storage.open(url)
     assert caught.value.exit_code == 2
     assert caught.value.fix
@@ -76,7 +77,7 @@ def test_a_missing_bucket_is_bad_input_at_once(s3_endpoint: str, backoff_pauses:
     assert backoff_pauses == []
 
 
-def test_endpoint_that_does_not_exist(
+def test_unreachable_endpoint_is_reported(
     short_retry_limit: None, new_s3_client: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with closing(socket.socket()) as unused:
@@ -90,7 +91,7 @@ def test_endpoint_that_does_not_exist(
     assert "a-very-secret-key" not in str(caught.value)
 
 
-def test_an_endpoint_without_credentials(
+def test_missing_credentials_are_reported(
     short_retry_limit: None, new_s3_client: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
@@ -104,7 +105,7 @@ def test_an_endpoint_without_credentials(
 
 
 class FlakyBackend(LocalBackend):
-    """Files whose requests fail a few times, before or after they take effect."""
+    """Local files whose first requests fail, before or after they take effect."""
 
     def __init__(self, failures: int, error: Exception, *, after: bool = False) -> None:
         self.failures = failures
@@ -136,7 +137,7 @@ class FlakyBackend(LocalBackend):
 
 
 class UnavailableError(Exception):
-    """An error of a library that knows stores, and no OSError."""
+    """An error of a storage library that is not an OSError."""
 
 
 UnavailableError.__module__ = "botocore.exceptions"
@@ -153,7 +154,7 @@ def test_transient_fault_is_retried(tmp_path: Path, error: Exception) -> None:
 
 
 @pytest.mark.parametrize("after", [False, True])
-def test_create_with_a_lost_reply_is_resolved(tmp_path: Path, after: bool) -> None:
+def test_create_after_a_failed_request_reports_the_winner(tmp_path: Path, after: bool) -> None:
     storage = Storage(FlakyBackend(1, TimeoutError(), after=after), str(tmp_path), str(tmp_path))
     assert storage.create("a", b"mine")
     storage = Storage(FlakyBackend(1, TimeoutError()), str(tmp_path), str(tmp_path))
@@ -178,13 +179,13 @@ def test_unavailable_storage_raises_after_the_limit(tmp_path: Path, short_retry_
 def test_shorter_limit_is_respected(tmp_path: Path) -> None:
     storage = Storage(FlakyBackend(10**9, TimeoutError()), str(tmp_path), str(tmp_path))
     storage.list()
-    with pytest.raises(StorageLostError, match="stayed away for 3 s"):
+    with pytest.raises(StorageLostError, match="was unavailable for 3 s"):
         storage.with_timeout(3.0).replace("a", b"")
 
 
 def test_programming_errors_are_not_retried(tmp_path: Path) -> None:
-    backend = FlakyBackend(10**9, AttributeError("a slip"))
-    with pytest.raises(AttributeError, match="a slip"):
+    backend = FlakyBackend(10**9, AttributeError("a bug"))
+    with pytest.raises(AttributeError, match="a bug"):
         Storage(backend, str(tmp_path), str(tmp_path)).replace("a", b"")
     assert backend.tries == 1
 
@@ -196,7 +197,7 @@ def test_invalid_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class UnconditionalBackend(LocalBackend):
-    """A store without conditional writes: the second create of a name passes like the first."""
+    """A store without conditional writes, where a second create of a name succeeds like the first."""
 
     def create(self, path: str, data: bytes, temporary: str) -> None:
         self.replace(path, data, temporary, sync=True)
@@ -219,17 +220,17 @@ def test_store_that_ignores_conditions_is_detected() -> None:
 
     from pipeline.storage.remote import RemoteBackend
 
-    class Ignoring(MemoryFileSystem):  # type: ignore[misc]
+    class IgnoringFileSystem(MemoryFileSystem):  # type: ignore[misc]
         def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: object) -> None:
             super().pipe_file(path, value, mode="overwrite")
 
-    class Refusing(MemoryFileSystem):  # type: ignore[misc]
+    class RefusingFileSystem(MemoryFileSystem):  # type: ignore[misc]
         def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: object) -> None:
             if mode == "create":
                 raise NotImplementedError
             super().pipe_file(path, value)
 
-    for kind in (Ignoring, Refusing):
+    for kind in (IgnoringFileSystem, RefusingFileSystem):
         fs = kind(global_store=False, skip_instance_cache=True)
         storage = Storage(RemoteBackend(fs, kind.__name__.lower()), "/x", "x://")
         assert not storage.has_conditional_writes()
@@ -257,15 +258,15 @@ def test_secrets_of_the_environment_are_not_in_messages(monkeypatch: pytest.Monk
 
 @pytest.fixture
 def cut_off_s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
-    """The S3 server behind a gate that drops every connection while it is shut; the environment points at the gate."""
+    """Put a proxy in front of the S3 server, whose connections can be cut off; the environment points to the proxy."""
     target = s3_endpoint.rpartition("/")[2].rpartition(":")
-    gate = socket.create_server(("127.0.0.1", 0))
-    shut = threading.Event()
-    alive: list[socket.socket] = []
+    listener = socket.create_server(("127.0.0.1", 0))
+    cut = threading.Event()
+    connections: list[socket.socket] = []
 
-    def pump(source: socket.socket, sink: socket.socket) -> None:
+    def forward(source: socket.socket, sink: socket.socket) -> None:
         try:
-            while (data := source.recv(65536)) and not shut.is_set():
+            while (data := source.recv(65536)) and not cut.is_set():
                 sink.sendall(data)
         except OSError:
             pass
@@ -276,37 +277,37 @@ def cut_off_s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ca
     def serve() -> None:
         while True:
             try:
-                client, _ = gate.accept()
+                client, _ = listener.accept()
             except OSError:
                 return
-            if shut.is_set():
+            if cut.is_set():
                 client.close()
                 continue
             server = socket.create_connection((target[0], int(target[2])))
-            alive.extend((client, server))
+            connections.extend((client, server))
             for ends in ((client, server), (server, client)):
-                threading.Thread(target=pump, args=ends, daemon=True).start()
+                threading.Thread(target=forward, args=ends, daemon=True).start()
 
     thread = threading.Thread(target=serve, daemon=True)
     thread.start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{gate.getsockname()[1]}")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
 
-    def set_shut(closed: bool) -> None:
-        (shut.set if closed else shut.clear)()
-        for end in alive if closed else ():
+    def set_cut(is_cut: bool) -> None:
+        (cut.set if is_cut else cut.clear)()
+        for connection in connections if is_cut else ():
             try:
-                end.shutdown(socket.SHUT_RDWR)
+                connection.shutdown(socket.SHUT_RDWR)
             except OSError:
                 continue
 
-    yield set_shut
-    set_shut(True)
-    gate.shutdown(socket.SHUT_RDWR)
-    gate.close()
+    yield set_cut
+    set_cut(True)
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
     thread.join()
 
 
-def test_s3_outage_is_survived(cut_off_s3: Callable[[bool], None], s3_url: str, new_s3_client: None) -> None:
+def test_short_s3_outage_is_retried(cut_off_s3: Callable[[bool], None], s3_url: str, new_s3_client: None) -> None:
     storage = Storage.open(s3_url)
     assert storage.create("a", b"1")
     cut_off_s3(True)
@@ -316,19 +317,19 @@ def test_s3_outage_is_survived(cut_off_s3: Callable[[bool], None], s3_url: str, 
     assert storage.create("b", b"3")
     timer.join()
     cut_off_s3(True)
-    with pytest.raises(StorageLostError, match="stayed away for 1 s"):
+    with pytest.raises(StorageLostError, match="was unavailable for 1 s"):
         storage.with_timeout(1.0).replace("c", b"")
     cut_off_s3(False)
     assert storage.list() == ["a", "b"]
 
 
 def test_backoff_does_not_use_the_global_rng() -> None:
-    answers = iter([ConnectionResetError("away"), None])
+    errors = iter([ConnectionResetError("unavailable"), None])
 
-    def answer() -> None:
-        if error := next(answers):
+    def fail_once() -> None:
+        if error := next(errors):
             raise error
 
     before = random.getstate()
-    RetryPolicy("here").call(answer)
+    RetryPolicy("here").call(fail_once)
     assert random.getstate() == before

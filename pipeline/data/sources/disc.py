@@ -1,4 +1,4 @@
-"""Points in the unit square, labelled by whether they lie in a disc around its corner: made, not read."""
+"""Generated points of the unit square, labeled by whether they are inside a disc around its corner (0, 0)."""
 
 from __future__ import annotations
 
@@ -6,21 +6,26 @@ import math
 
 import numpy as np
 
+from pipeline.config import JobConfig
 from pipeline.data.dataset import Dataset, DatasetPart, make_dataset
 from pipeline.data.rng import make_generator, random_uint64
 
 NUM_POINTS = 1000
-"""Points in the training part and in the test set, each."""
+"""Number of points in each of the training part and the test part."""
 
 RADIUS_SQUARED = 1 / (2 * math.pi)
-"""Of the disc around (0, 0); an eighth of the unit square lies within it."""
+"""Squared radius of the disc, which covers an eighth of the unit square."""
 
 COORDINATE_STEP = 2.0**-24
-"""Step of the coordinates: each is a multiple of it that float32 holds exactly."""
+"""Resolution of the coordinates: each is a multiple of it, which float32 represents exactly."""
 
 
-def open_disc(seed: int) -> Dataset:
-    """1,000 points uniform in [0, 1) x [0, 1) (float32), class 1 inside the disc; 1,000 others as its test set."""
+def open_disc(job: JobConfig, on_progress: object, *, float64: bool) -> Dataset:
+    """Generate 1,000 points uniform in [0, 1) x [0, 1) (float32), of class 1 inside the disc; and as many for test.
+
+    The seed is `seed.data`. `float64` makes no difference.
+    """
+    seed = job.seed.for_stream("data")
     return make_dataset(_sample_points(seed, 0), _sample_points(seed, 1), ("outside", "inside"))
 
 

@@ -1,4 +1,4 @@
-"""Downloads through torchvision: whole or not at all, once for all processes of a machine, and without its noise."""
+"""Downloads with torchvision: atomic, once for all processes of a machine, and without its output."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from pipeline.data.cache import acquire_lock, track_folder_growth
 from pipeline.errors import DataError
 
 TIMEOUT_S = 60.0
-"""How long a server may be silent."""
+"""How long a server may take to answer."""
 
 
 def download(name: str, root: Path, paths: Iterable[str], fetch: Callable[[str], object]) -> None:
-    """Fetch files into a temporary folder, then move what is wanted to its place.
+    """Download files into a temporary folder, then move those at `paths` to their final location.
 
     Parameters
     ----------
-    name: of the source, for messages.
-    root: where the files go.
-    wanted: paths under the root, of files or folders; those that are there are left alone.
-    fetch: downloads into the folder that it is given.
+    name: name of the source, for messages.
+    root: folder to download to.
+    paths: paths of files or folders below the root; existing ones are kept.
+    fetch: called with the temporary folder, downloads into it.
 
     Raises
     ------
     DataError: the root cannot be written, or the download failed.
     """
     paths = list(paths)
-    fix = f"with {name} on disk already: --set data.root=DIR; else see that this machine reaches the network"
+    fix = f"if {name} is on disk already: --set data.root=DIR; else check the network of this machine"
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _file_lock(root / ".download.lock") as lock:
             if all((root / path).exists() for path in paths):
-                return  # another process was faster
+                return  # another process has downloaded them meanwhile
             with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
                 with _silence_torchvision(), track_folder_growth(Path(folder), lock):
                     fetch(folder)
@@ -46,16 +46,16 @@ def download(name: str, root: Path, paths: Iterable[str], fetch: Callable[[str],
                     if not (root / path).exists():
                         (root / path).parent.mkdir(parents=True, exist_ok=True)
                         os.rename(Path(folder) / path, root / path)
-    except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError for what no mirror has
+    except (OSError, RuntimeError) as error:  # torchvision raises RuntimeError if all mirrors fail
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"{name} is not there and could not be downloaded: {first_line}", where=f"data.root: {root}", fix=fix
+            f"{name} is absent and could not be downloaded: {first_line}", where=f"data.root: {root}", fix=fix
         ) from error
 
 
 @contextlib.contextmanager
 def _file_lock(path: Path) -> Iterator[IO[str]]:
-    """Hold a file lock; it ends with the process, however that ends."""
+    """Hold a file lock. The system releases it when the process ends, for whatever reason."""
     with path.open("a") as file:
         acquire_lock(file)
         yield file
@@ -63,7 +63,7 @@ def _file_lock(path: Path) -> Iterator[IO[str]]:
 
 @contextlib.contextmanager
 def _silence_torchvision() -> Iterator[None]:
-    """No progress bars, and no waiting for ever."""
+    """Suppress progress bars, and set a timeout for sockets."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT_S)
     try:

@@ -1,16 +1,16 @@
-"""What identifies the content of the files of a data set: a digest of it, or what the store that holds them says of it.
+"""Tokens that identify the content of the files of a dataset: digests of the content, or the store's checksums.
 
-- A file of this machine is hashed whole, whatever its size. The digest is remembered beside the cache of decoded data,
-  by (device, inode, size, modification time, change time), as git's index does it. No program can set the change time
-  (ctime), so an edit that keeps size and modification time is seen. (Where a file system has none of its own, as some
-  mounts of object stores and FAT, the modification time stands for it.) An entry whose change time is not clearly older
-  than its digest is not kept: a later edit might carry the same time.
-- The files of a store, up to `HASHED_WHOLE` bytes in all, are hashed whole too: moving them between this machine and
-  stores changes nothing. Beyond that the checksum or version in the store's listing stands for the content, and the
-  same files elsewhere are other data.
-- Where a store says nothing of that kind, blocks at fixed places are hashed, and a warning says what that may miss.
+- A local file is hashed whole, whatever its size. Its digest is cached beside the decoded data, under (device, inode,
+  size, modification time, change time), as in git's index. Programs cannot set the change time (ctime), so an edit that
+  keeps size and modification time is detected. (On file systems without change times, such as some mounts of object
+  stores and FAT, the modification time takes its place.) A digest is not cached unless the change time is clearly older
+  than it, because a later edit could have the same time.
+- The files of a store, up to `MAX_FULL_HASH_BYTES` bytes in total, are hashed whole too, so that moving them between
+  this machine and stores does not change their tokens. Beyond that size, the token is the checksum or version in the
+  store's listing, and copies elsewhere count as other data.
+- If a store has no checksums, blocks at fixed offsets are hashed, and a warning states which changes go undetected.
 
-No modification time and no place is part of what identifies.
+Neither modification times nor locations are part of a token.
 """
 
 from __future__ import annotations
@@ -37,29 +37,30 @@ from pipeline.errors import DataError
 from pipeline.watchdog import note_progress
 
 MAX_FULL_HASH_BYTES = 1 << 30
-"""Up to so many bytes of files in all, those of a store are read and hashed as those of this machine always are."""
+"""Total size of the files up to which remote files are read and hashed, as local files always are."""
 
 MIN_CACHED_DIGEST_BYTES = 64 << 20
-"""From so many bytes of files in all, digests are remembered: to hash fewer again takes less than 50 ms."""
+"""Total size of the files from which digests are cached. Hashing fewer bytes again takes less than 50 ms."""
 
 MIN_CTIME_AGE_NS = 2 * 10**9
-"""A change time must be so much older than a digest: file systems count time in steps, of up to two seconds."""
+"""How much older than its digest a file's change time must be. The clocks of file systems have steps of up to 2 s."""
 
 DIGEST_CACHE_PREFIX = ".digests-"
-"""How the files begin that hold them, in the folder of the cache."""
+"""Prefix of the names of the digest files in the cache folder."""
 
 DIGEST_CACHE_TTL_S = 180 * 86_400
-"""Digests of a data set that was not opened for so long are deleted."""
+"""Digests of a dataset that was not opened for this long are deleted."""
 
 READ_BYTES = 1 << 20
-"""Bytes of a file of this machine that are hashed at once."""
+"""Size of the blocks in which local files are read."""
 
 SAMPLES_PER_FILE = 4
 SAMPLE_BYTES = 64 << 10
-"""Where a store has no checksums: so many blocks of so many bytes of each file, the first and the last among them."""
+"""Number and size of the blocks that are hashed of each file whose store has no checksums. They include the first and
+the last block."""
 
 MAX_CONCURRENT_REQUESTS = 16
-"""Threads that read where each file takes a request over the network."""
+"""Number of threads that read if each file takes a network request."""
 
 PROGRESS_INTERVAL_S = 1.0
 
@@ -71,11 +72,12 @@ ProgressFn = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """One file of a data set.
+    """One file of a dataset.
 
-    where: for messages, behind what is said of the data set. size: bytes, as listed.
-    local: its path, where it is a file of this machine; else empty.
-    checksum: what its store says of the content, see `storage.read_files.store_checksum`; else empty.
+    where: its location for messages, appended to that of the dataset.
+    size_bytes: its size as listed.
+    local_path: its path if it is local; else empty.
+    checksum: the checksum of the content by its store, see `storage.read_files.store_checksum`; else empty.
     """
 
     where: str
@@ -85,23 +87,23 @@ class DataFile:
 
 
 class FileAccess(Protocol):
-    """How the files of a data set are reached; each is known by its number."""
+    """Access to the files of a dataset, each identified by its number."""
 
     def call(self, number: int, action: Callable[[], Any]) -> Any:
-        """The action's result; the system's errors as errors of that file."""
+        """Return the action's result. Errors of the system become errors with the name of that file."""
 
     def read(self, number: int, first: int, end: int) -> bytes:
-        """Some bytes of a file in a store, of which all may be asked for."""
+        """Return the bytes `first` to `end` (exclusive) of a remote file, possibly all of them."""
 
     def sample_ranges(self, number: int) -> list[tuple[int, int]]:
-        """Which bytes stand for the content of a file in a store that has no checksums."""
+        """Return the byte ranges to hash of a file in a store without checksums."""
 
     def list_checksums(self) -> list[str]:
-        """What the stores say now of every file, as in `DataFile`."""
+        """Return the current checksums of all files, as in `DataFile`."""
 
 
 def evenly_spaced_ranges(size: int) -> list[tuple[int, int]]:
-    """Blocks of a file of so many bytes, first and last among them; all of a small one."""
+    """Return byte ranges of a file of `size` bytes, with the first and the last block; the whole of a small file."""
     if size <= SAMPLES_PER_FILE * SAMPLE_BYTES:
         return [(0, size)]
     starts = [index * (size - SAMPLE_BYTES) // (SAMPLES_PER_FILE - 1) for index in range(SAMPLES_PER_FILE)]
@@ -109,32 +111,34 @@ def evenly_spaced_ranges(size: int) -> list[tuple[int, int]]:
 
 
 def select_num_read_threads(is_remote: bool) -> int:
-    """How many threads are worth while to read and hash.
+    """Return the number of threads that read and hash files.
 
-    is_far: whether a read takes a request over the network.
+    Parameters
+    ----------
+    is_remote: whether a read takes a network request.
     """
     cores = available_cpus()
     return max(MAX_CONCURRENT_REQUESTS, cores) if is_remote else cores
 
 
 class FileDigests:
-    """What identifies the content of some files, found at once and side by side.
+    """Computes the tokens that identify the content of files, with several threads, when it is created.
 
-    tokens: for each file the SHA-256 of its content in hex, the store's checksum, or the digest of a sample.
-    are_content: whether all tokens are of the first kind.
-    warnings: what was assumed, and what cannot be kept.
+    tokens: for each file the SHA-256 of its content in hex, the store's checksum, or the digest of sampled blocks.
+    are_content_hashes: whether all tokens are of the first kind.
+    warnings: assumptions that were made, and why digests cannot be cached.
 
     Parameters
     ----------
-    url: of the data set; what is remembered of it lies under a digest of this.
-    cache: beside which digests are remembered.
-    threads: that read and hash.
-    stamps: of the files of this machine as they were when first looked at; None for the others.
-    where: of the data set, for messages.
+    url: URL of the dataset. A digest of it is the key of the cached digests.
+    cache: the cache whose folder holds the cached digests.
+    num_threads: number of threads that read and hash.
+    stamps: stamps of the local files from when they were first read, None for remote files.
+    where: location of the dataset, for messages.
 
     Raises
     ------
-    DataError: a file changed while it was read. What `access` raises.
+    DataError: a file changed while it was read. Also errors of `access`.
     """
 
     def __init__(
@@ -163,13 +167,14 @@ class FileDigests:
         self._run_in_threads(self._hash_sample, sampled)
         if sampled:
             self.warnings += (
-                f"the store tells no checksums, and there are {self._total_bytes / 1e9:,.1f} GB: blocks of each of "
-                f"{len(sampled):,} files, such as {where}{files[sampled[0]].where}, stand for its content. A change "
-                "between them that leaves its size as it was would not be seen: give changed data another URL",
+                f"the store has no checksums, and the data has {self._total_bytes / 1e9:,.1f} GB: only some blocks of "
+                f"each of {len(sampled):,} files, such as {where}{files[sampled[0]].where}, identify its content. A "
+                "change outside these blocks that keeps the size is not detected: give changed data another URL",
             )
 
     def verify(self) -> None:
-        """Raise DataError if a file is no longer what was identified: whatever was read of it since may be either."""
+        """Raise DataError if a file has changed since its token was computed: data read since may be of either
+        version."""
         remote = [number for number, file in enumerate(self._files) if file.checksum]
         now = self._access.list_checksums() if remote else []
         for number in remote:
@@ -203,7 +208,7 @@ class FileDigests:
         return bool(self._files[number].local_path) or self._total_bytes <= MAX_FULL_HASH_BYTES
 
     def _find_digests(self, numbers: list[int], url: str, cache: CacheConfig) -> None:
-        """Digests of whole files: those that are remembered, and the others."""
+        """Set the tokens of whole files: from the digest cache, or by hashing."""
         if self._total_bytes < MIN_CACHED_DIGEST_BYTES:
             self._run_in_threads(self._hash_file, numbers)
             return
@@ -217,7 +222,7 @@ class FileDigests:
                     stack.enter_context(exclusive_lock(cache, f"digests-{cache_file.name}"))
                 except DataError as error:
                     self._warn_not_cached(error.what)
-                self._load_cached(cache_file, keys)  # another process may have been at it
+                self._load_cached(cache_file, keys)  # another process may have hashed them meanwhile
                 self._run_in_threads(self._hash_file, [number for number in numbers if not self.tokens[number]])
                 try:
                     cache_file.write(
@@ -226,16 +231,16 @@ class FileDigests:
                 except OSError as error:
                     self._warn_not_cached(str(error))
 
-    def _load_cached(self, remembered: _DigestCache, keys: Mapping[int, bytes]) -> None:
-        known = remembered.read()
+    def _load_cached(self, cache_file: _DigestCache, keys: Mapping[int, bytes]) -> None:
+        digests = cache_file.read()
         for number, key in keys.items():
-            self.tokens[number] = known.get(key, "")
+            self.tokens[number] = digests.get(key, "")
 
-    def _warn_not_cached(self, why: str) -> None:
-        self.warnings = (f"digests of the data cannot be kept, so that every start hashes it again: {why}",)
+    def _warn_not_cached(self, reason: str) -> None:
+        self.warnings = (f"digests of the data cannot be cached, so that every start hashes it again: {reason}",)
 
     def _cache_key(self, number: int) -> bytes:
-        """What tells that a file has not changed since it was hashed; empty where nothing does."""
+        """Return a key that changes whenever the file changes; empty if there is none."""
         file = self._files[number]
         if file.local_path:
             return self._stamps[number] or b""
@@ -266,26 +271,27 @@ class FileDigests:
         self.tokens[number] = f"sample:{digest.hexdigest()}"
 
     def _run_in_threads(self, work: Callable[[int, Callable[[int], None]], None], numbers: Sequence[int]) -> None:
-        """Do some work on files by threads, which tell how many bytes they have moved."""
+        """Call `work` for files in threads, and report progress. `work` reports the number of bytes that it has read
+        with its second argument."""
         total = sum(self._files[number].size_bytes for number in numbers)
-        waiting, over, lock = iter(numbers), threading.Event(), threading.Lock()
+        pending, stopped, lock = iter(numbers), threading.Event(), threading.Lock()
         done = 0
 
-        def moved(count: int) -> None:
+        def on_bytes(count: int) -> None:
             nonlocal done
-            if over.is_set():
+            if stopped.is_set():
                 raise _StoppedError
             with lock:
                 done += count
 
         def run() -> None:
-            for number in waiting:  # one iterator: each takes the next
-                work(number, moved)
-                moved(0)
+            for number in pending:  # all threads share this iterator
+                work(number, on_bytes)
+                on_bytes(0)
 
         if not numbers:
             return
-        seen, last_report_s = -1, time.monotonic()
+        last_done, last_report_s = -1, time.monotonic()
         with ThreadPoolExecutor(min(self._num_threads, len(numbers))) as pool:
             running = {pool.submit(run) for _ in range(min(self._num_threads, len(numbers)))}
             try:
@@ -293,18 +299,18 @@ class FileDigests:
                     ended, running = wait(running, timeout=0.2, return_when=FIRST_EXCEPTION)
                     for future in ended:
                         future.result()
-                    if done != seen:
-                        seen = done
+                    if done != last_done:
+                        last_done = done
                         note_progress()
                     if time.monotonic() - last_report_s >= PROGRESS_INTERVAL_S:
                         last_report_s = time.monotonic()
                         self._on_progress(f"hashing {done / 1e9:.1f} of {total / 1e9:.1f} GB")
             finally:
-                over.set()
+                stopped.set()
 
 
 def read_stamps(files: Iterable[DataFile], access: FileAccess) -> list[FileStamp | None]:
-    """Of the files of this machine; None for the others."""
+    """Return the stamps of the local files, and None for the others."""
     stamps: list[FileStamp | None] = []
     for number, file in enumerate(files):
         stamps.append(access.call(number, partial(_read_stamp, file.local_path)) if file.local_path else None)
@@ -313,7 +319,7 @@ def read_stamps(files: Iterable[DataFile], access: FileAccess) -> list[FileStamp
 
 
 def hash_file(path: str, on_bytes: Callable[[int], None]) -> tuple[os.stat_result, os.stat_result, str]:
-    """The status of a file of this machine before and after reading it, and the SHA-256 of its content in hex."""
+    """Return the status of a local file before and after reading it, and the SHA-256 of its content in hex."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
     with io.FileIO(path) as file:
         before = os.fstat(file.fileno())
@@ -324,23 +330,23 @@ def hash_file(path: str, on_bytes: Callable[[int], None]) -> tuple[os.stat_resul
 
 
 def changed_file_error(where: str) -> DataError:
-    """What to say of a file that did not stay as it was."""
+    """Return the error for a file that changed."""
     return DataError(
         "changed while it was being read",
         where=where,
-        fix="wait until whatever writes it is done, and run the same command again",
+        fix="wait until it is completely written, and run the same command again",
     )
 
 
 class _StoppedError(Exception):
-    """Another thread has failed, or the user has had enough."""
+    """Another thread has failed, or the user has interrupted the program."""
 
 
 class _DigestCache:
-    """Digests of an earlier start, for one data set: a table of two columns, replaced as a whole."""
+    """The digest file of one dataset: a table of keys and digests, replaced as a whole."""
 
     KEY, ROW = 16, 48
-    """Bytes of a key, and of a key with its digest."""
+    """Number of bytes of a key, and of a key with its digest."""
 
     def __init__(self, cache: CacheConfig, url: str) -> None:
         self.name = hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()[:32]
@@ -348,7 +354,7 @@ class _DigestCache:
         self._path = self._folder / f"{DIGEST_CACHE_PREFIX}{self.name}.npy"
 
     def read(self) -> dict[bytes, str]:
-        """Digests in hex by key; none where there are none, or the file is damaged."""
+        """Return the digests in hex by key; none if the file is absent or damaged."""
         try:
             table = np.load(self._path, allow_pickle=False)
             os.utime(self._path)
@@ -363,7 +369,7 @@ class _DigestCache:
         }
 
     def write(self, digests: Mapping[bytes, str]) -> None:
-        """Keep these, and no others."""
+        """Write these digests, and drop all others."""
         rows = b"".join(key + bytes.fromhex(digest) for key, digest in digests.items())
         table = np.frombuffer(rows, np.uint8).reshape(-1, self.ROW)
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -391,6 +397,7 @@ def _make_stamp(status: os.stat_result) -> FileStamp:
 
 
 def _read_stamp(path: str) -> FileStamp:
-    """Opened for it: a network file system asks its server then, and may else answer from memory."""
+    """Return the stamp of a local file. It is opened for this, because a network file system may otherwise return a
+    cached status."""
     with io.FileIO(path) as file:
         return _make_stamp(os.fstat(file.fileno()))

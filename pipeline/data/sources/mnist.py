@@ -1,4 +1,4 @@
-"""MNIST and Fashion-MNIST: IDX files in the layout of torchvision, read with NumPy."""
+"""MNIST and Fashion-MNIST: IDX files in torchvision's folder layout, read with NumPy."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import math
 import os
 import zlib
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
+from pipeline.config import JobConfig, NamedDataConfig
 from pipeline.data.dataset import Dataset, DatasetPart, make_dataset
 from pipeline.data.sources.download import download
 from pipeline.errors import DataError
@@ -18,7 +19,7 @@ from pipeline.errors import DataError
 MnistName = Literal["mnist", "fashion_mnist"]
 
 FOLDERS: dict[MnistName, str] = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST"}
-"""Folders under the root; torchvision's classes have the same names."""
+"""Folders below the root. torchvision's classes have the same names."""
 
 CLASSES: dict[MnistName, tuple[str, ...]] = {
     "mnist": tuple("0123456789"),
@@ -32,19 +33,23 @@ FILE_PREFIXES = {"train": "train", "test": "t10k"}
 FILES = tuple(f"{part}-{kind}-ubyte" for part in FILE_PREFIXES.values() for kind in ("images-idx3", "labels-idx1"))
 
 UNSIGNED_BYTES = 8
-"""IDX's code for uint8, the third byte of a file; the fourth is the number of axes."""
+"""The IDX code of uint8, the third byte of a file. The fourth is the number of axes."""
 
 
-def open_mnist(name: MnistName, root: str) -> Dataset:
-    """The source from `<root>/<folder>/raw`, as plain files or .gz; downloaded where any is absent.
+def open_mnist(job: JobConfig, on_progress: object, *, float64: bool) -> Dataset:
+    """Open the files in `<root>/<folder>/raw`, plain or .gz, and download those that are absent.
+
+    Images are uint8 (N, 28, 28), so `float64` makes no difference.
 
     Raises
     ------
-    DataError: files that are damaged, or absent and out of reach.
+    DataError: damaged files, or absent files that cannot be downloaded.
     """
-    folder = Path(root).expanduser() / FOLDERS[name] / "raw"
+    assert isinstance(job.data, NamedDataConfig), "a job with a named dataset"
+    name, root = cast(MnistName, job.data.source), Path(job.data.root).expanduser()
+    folder = root / FOLDERS[name] / "raw"
     if any(_find_existing(folder / file) is None for file in FILES):
-        _download(name, Path(root).expanduser())
+        _download(name, root)
     parts = {}
     for part, prefix in FILE_PREFIXES.items():
         images = read_idx(folder / f"{prefix}-images-idx3-ubyte", ndim=3)
@@ -58,14 +63,14 @@ def open_mnist(name: MnistName, root: str) -> Dataset:
 
 
 def read_idx(path: Path, ndim: int) -> np.ndarray:
-    """One IDX file of unsigned bytes, plain or, where only that is there, as `.gz`: uint8 of `axes` axes.
+    """Read an IDX file of unsigned bytes, plain or, if only that exists, as `.gz`: uint8 with `ndim` axes.
 
     Raises
     ------
-    DataError: absent, not IDX of so many axes, or not as long as its header says.
+    DataError: an absent file, one that is not IDX with `ndim` axes, or whose length does not match its header.
     """
     existing = _find_existing(path)
-    fix = "delete it, and it is downloaded again; or --set data.root=DIR"
+    fix = "delete it to download it again; or --set data.root=DIR"
     if existing is None:
         raise DataError("no such file", where=str(path), fix="--set data.root=DIR")
     try:
@@ -95,14 +100,14 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
 
 
 def _find_existing(path: Path) -> Path | None:
-    """The plain file, else its .gz, else None."""
+    """Return the plain file, else its .gz, else None."""
     packed = path.with_name(path.name + ".gz")
     return next((candidate for candidate in (path, packed) if os.path.isfile(candidate)), None)
 
 
 def _download(name: MnistName, root: Path) -> None:
     def fetch(folder: str) -> None:
-        from torchvision import datasets  # costs more than all else: only where it is needed
+        from torchvision import datasets  # imported here because it is slow to import
 
         getattr(datasets, FOLDERS[name])(folder, download=True)
 

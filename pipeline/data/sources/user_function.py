@@ -1,4 +1,4 @@
-"""A function of the user's own as a source: called, and its answer checked before anything is built on it."""
+"""A user function as a data source: call it, and validate and convert what it returns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.config import UserFunctionConfig
+from pipeline.config import JobConfig, UserFunctionDataConfig
 from pipeline.data.dataset import Dataset, DatasetPart, make_dataset
 from pipeline.data.rounding import NumberKind, is_too_coarse, max_rounding_error
 from pipeline.data.statistics import BLOCK_VALUES
@@ -18,7 +18,7 @@ from pipeline.user_code import call_user_function
 from pipeline.watchdog import watchdog_suspended
 
 if TYPE_CHECKING:
-    from pipeline.data.tabular.schema import FloatType  # it needs Arrow
+    from pipeline.data.tabular.schema import FloatType  # it imports Arrow
 
 RETURNS = (
     "return (inputs, targets), ((inputs, targets), (test_inputs, test_targets)), or a dict with train, test, classes"
@@ -26,28 +26,28 @@ RETURNS = (
 MAX_CHANNELS = 4
 
 
-def open_user_function(
-    config: UserFunctionConfig, *, float64: bool, on_progress: Callable[[str], None] = lambda text: None
-) -> Dataset:
-    """Import and call the function, and bring what it returns into the form of a `Source`.
+def open_user_function(job: JobConfig, on_progress: Callable[[str], None], *, float64: bool) -> Dataset:
+    """Import and call the function, and convert what it returns to a `Dataset`.
 
     It returns NumPy arrays or torch tensors, as `(inputs, targets)`, as two such pairs (training and test), or as
     `{"train": pair, "test": pair, "classes": names}` with the last two optional. The working directory is importable.
 
-    Inputs: uint8 stays uint8; any other number becomes float32, or float64 where `float64` and float32 does not hold
-    all of its type. Targets that are floats stay float64 where float32 would lose digits that matter. One axis (N,)
-    becomes (N, 1). Images of four axes have their channels last in NumPy arrays and second in tensors, as is usual for
-    each, unless only one of the two axes is small enough (at most 4) to be the channels.
+    Inputs: uint8 stays uint8. Any other type becomes float32, or float64 if `float64` is set and float32 cannot
+    represent all values of the type. Targets that are floats stay float64 if float32 would lose relevant digits. Inputs
+    (N,) become (N, 1). Images of four axes have their channels last in NumPy arrays and second in tensors, as is usual
+    for each, unless only one of the two axes is small enough (at most 4) to be the channels.
 
-    Inputs may be a data frame of numbers (pandas, polars, Arrow). Its names of columns are kept in `Source.names`, and
-    a test frame is brought into the order of the training frame.
+    Inputs may be a data frame of numbers (pandas, polars, Arrow). The names of its columns become
+    `Dataset.column_names`, and the columns of a test frame are put in the order of the training frame.
 
-    The function may take as long as it likes: `scale.hang_s` is no limit for it, for nobody can see its progress.
+    The function may take any time: `scale.hang_s` does not apply, because its progress cannot be observed.
 
     Raises
     ------
-    DataError: names the function, and what to change in it.
+    DataError: with the name of the function and what to change in it.
     """
+    assert isinstance(job.data, UserFunctionDataConfig), "a job with source: {call: module:function}"
+    config = job.data.source
     where = f"data.source.call: {config.call}"
     on_progress(f"calling {config.call}")
     with watchdog_suspended():
@@ -56,7 +56,7 @@ def open_user_function(
 
 
 def _to_dataset(returned: Any, where: str, float64: bool) -> Dataset:
-    """What the function returned as a source. Its arrays are held on to for as long as `in_float64` is."""
+    """Convert what the function returned to a dataset, whose `reopen_in_float64` keeps a reference to it."""
     train, test, classes = _unpack_parts(returned, where)
     names = _input_column_names(train)
     test = _reorder_columns(test, names, f"{where}, test inputs")
@@ -65,28 +65,29 @@ def _to_dataset(returned: Any, where: str, float64: bool) -> Dataset:
         for name, pair in (("train", train), ("test", test))
         if pair is not None
     }
-    types: list[FloatType] = [_select_float_type([pair[place] for pair in pairs.values()], float64) for place in (0, 1)]
+    input_type = _select_float_type([inputs for inputs, _ in pairs.values()], float64)
+    target_type = _select_float_type([targets for _, targets in pairs.values()], float64)
     if any(_needs_float64(targets) for _, targets in pairs.values()):
-        types[1] = np.float64
+        target_type = np.float64
     parts = {
         name: DatasetPart(
-            _convert_inputs(inputs, f"{where}, {name} inputs", types[0]),
-            _convert_targets(targets, f"{where}, {name} targets", types[1]),
+            _convert_inputs(inputs, f"{where}, {name} inputs", input_type),
+            _convert_targets(targets, f"{where}, {name} targets", target_type),
         )
         for name, (inputs, targets) in pairs.items()
     }
     if len(parts) == 2:
         _check_same_layout(parts["train"], parts["test"], where)
-    source = make_dataset(parts["train"], parts.get("test"), classes, names)
+    dataset = make_dataset(parts["train"], parts.get("test"), classes, names)
     errors = [_max_rounding_errors(pairs[name][0], part.inputs) for name, part in parts.items()]
     if not np.any(errors):
-        return source
-    in_float64 = None if float64 else lambda: _to_dataset(returned, where, float64=True)
-    return replace(source, rounding_errors=np.max(errors, axis=0), reopen_in_float64=in_float64)
+        return dataset
+    reopen = None if float64 else lambda: _to_dataset(returned, where, float64=True)
+    return replace(dataset, rounding_errors=np.max(errors, axis=0), reopen_in_float64=reopen)
 
 
 def _unpack_parts(returned: Any, where: str) -> tuple[Any, Any, tuple[str, ...]]:
-    """Training pair, test pair or None, and class names."""
+    """Return the training pair, the test pair or None, and the class names."""
     if isinstance(returned, Mapping):
         unknown = sorted(set(map(str, returned)) - {"train", "test", "classes"})
         if unknown or "train" not in returned:
@@ -106,7 +107,7 @@ def _unpack_parts(returned: Any, where: str) -> tuple[Any, Any, tuple[str, ...]]
 
 
 def get_column_names(data: Any) -> tuple[str, ...]:
-    """Names of a data frame's columns; empty where they are no text, or one occurs twice, or it is no data frame."""
+    """Return the column names of a data frame; empty for other data, and for names that are not text or not unique."""
     names = getattr(data, "column_names", getattr(data, "columns", None))
     if names is None or not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
         return ()
@@ -118,14 +119,14 @@ def _input_column_names(pair: Any) -> tuple[str, ...]:
 
 
 def _reorder_columns(pair: Any, names: tuple[str, ...], where: str) -> Any:
-    """A pair whose inputs, where they are a data frame too, have their columns in this order."""
+    """Return the pair with the columns of its inputs in the order of `names`, if the inputs are a data frame."""
     test_names = _input_column_names(pair)
     if not names or not test_names or test_names == names:
         return pair
     differ = sorted({*names} ^ {*test_names})
     if differ:
         raise DataError(
-            f"the column {differ[0]!r} is {'not there' if differ[0] in names else 'not in the training inputs'}",
+            f"the column {differ[0]!r} is {'missing' if differ[0] in names else 'not in the training inputs'}",
             where=where,
             fix=f"return the same columns for both: {', '.join(names[:20])}",
         )
@@ -134,7 +135,7 @@ def _reorder_columns(pair: Any, names: tuple[str, ...], where: str) -> Any:
 
 
 def _to_arrays(pair: Any, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs (N, F) or (N, H, W) or (N, C, ...), and targets, of the types that the function gave them."""
+    """Return inputs (N, F) or (N, H, W) or (N, C, ...), and targets, of the types that the function returned."""
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise DataError(f"is {_describe_value(pair)}, not a pair (inputs, targets)", where=where, fix=RETURNS)
     inputs, targets = (
@@ -142,7 +143,7 @@ def _to_arrays(pair: Any, where: str) -> tuple[np.ndarray, np.ndarray]:
     )
     if len(inputs) != len(targets):
         raise DataError(
-            f"{len(inputs)} rows of inputs, but {len(targets)} targets", where=where, fix="return one target a row"
+            f"{len(inputs)} rows of inputs, but {len(targets)} targets", where=where, fix="return one target per row"
         )
     if len(inputs) == 0:
         raise DataError("no rows", where=where, fix="return at least one row")
@@ -152,7 +153,7 @@ def _to_arrays(pair: Any, where: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _to_array(value: Any, where: str) -> np.ndarray:
-    """A NumPy array of numbers, with an axis of rows."""
+    """Return a NumPy array of numbers whose first axis is the samples."""
     if _is_tensor(value):
         value = value.detach().cpu()
         value = value.float() if value.is_floating_point() and value.element_size() < 4 else value
@@ -160,37 +161,39 @@ def _to_array(value: Any, where: str) -> np.ndarray:
         raise DataError(
             f"is {_describe_value(value)}, not a NumPy array or torch tensor",
             where=where,
-            fix="np.asarray(...) makes one",
+            fix="convert it with np.asarray(...)",
         )
     array = np.asarray(value)
     if array.dtype.kind not in "biuf":
         raise DataError(f"has the type {array.dtype}, not numbers", where=where, fix="encode it as numbers first")
     if array.ndim == 0 or 0 in array.shape[1:]:
-        raise DataError(f"has the shape {array.shape}", where=where, fix="one row a sample, at least one value a row")
+        raise DataError(
+            f"has the shape {array.shape}", where=where, fix="return one row per sample, with at least one value"
+        )
     return array
 
 
 def _is_tensor(value: Any) -> bool:
-    torch = sys.modules.get("torch")  # a tensor of torch has imported it
+    torch = sys.modules.get("torch")  # imported already if the value is a tensor
     return torch is not None and isinstance(value, torch.Tensor)
 
 
 def _select_float_type(arrays: Sequence[np.ndarray], float64: bool) -> FloatType:
-    """What the numbers of all parts become."""
+    """Return the type to which the numbers of all parts are converted."""
     return np.float64 if float64 and not all(np.can_cast(array.dtype, np.float32) for array in arrays) else np.float32
 
 
 def _needs_float64(targets: np.ndarray) -> bool:
-    """Whether float32 would lose digits of numbers to be learned that matter beside their spread."""
+    """Return whether float32 would lose digits of the targets that are relevant relative to their spread."""
     if targets.dtype.kind != "f" or np.can_cast(targets.dtype, np.float32):
         return False
     wide = targets.reshape(len(targets), -1).astype(np.float64)
     if not np.isfinite(wide).all():
-        return False  # refused below
+        return False  # `_convert_targets` raises an error for them
     with np.errstate(over="ignore"):
         errors = max_rounding_error(wide, wide.astype(np.float32), "floats")
-    std, between = wide.std(0), np.subtract(*np.percentile(wide, [75, 25], axis=0))
-    spread = np.where(between > 0, np.minimum(std, between), std)  # a few rows far away are no reason to blur the rest
+    std, iqr = wide.std(0), np.subtract(*np.percentile(wide, [75, 25], axis=0))
+    spread = np.where(iqr > 0, np.minimum(std, iqr), std)  # a few outliers must not hide the spread of the rest
     return bool(is_too_coarse(errors, spread).any())
 
 
@@ -203,7 +206,7 @@ def _convert_targets(array: np.ndarray, where: str, dtype: FloatType) -> np.ndar
     if array.dtype.kind == "f":
         array = _convert_to_float(array, where, dtype)
     elif array.dtype == np.uint64 and array.max() > np.iinfo(np.int64).max:
-        raise DataError(f"holds {array.max()}, beyond int64", where=where, fix="number the classes from 0")
+        raise DataError(f"has the value {array.max()}, beyond int64", where=where, fix="number the classes from 0")
     else:
         array = array.astype(np.int64)
     if array.ndim > 2 or (array.ndim == 2 and array.dtype.kind != "f"):
@@ -223,29 +226,29 @@ def _convert_to_float(array: np.ndarray, where: str, dtype: FloatType) -> np.nda
         position = tuple(int(axis) for axis in np.unravel_index(int(np.argmin(finite)), finite.shape))
         raise DataError(
             f"{array[position]} at row {position[0]}{f', position {position[1:]}' if len(position) > 1 else ''}, "
-            f"and {(~finite).sum() - 1:,} more values that {floats.dtype} cannot hold as a number",
+            f"and {(~finite).sum() - 1:,} more values that are not finite in {floats.dtype}",
             where=where,
             fix="fill or drop them in the function",
         )
     return floats
 
 
-def _max_rounding_errors(given: np.ndarray, stored: np.ndarray) -> np.ndarray:
-    """The largest error in each column or channel, float64 (C,); images (N, H, W) have one."""
-    channels = stored.shape[1] if stored.ndim != 3 else 1
+def _max_rounding_errors(original: np.ndarray, converted: np.ndarray) -> np.ndarray:
+    """Return the largest error in each column or channel, float64 (C,); images (N, H, W) have one channel."""
+    channels = converted.shape[1] if converted.ndim != 3 else 1
     largest = np.zeros(channels)
-    kind: NumberKind = "integers" if given.dtype.kind in "iu" else "floats"
-    if given.dtype == stored.dtype or np.can_cast(given.dtype, np.float32):
+    kind: NumberKind = "integers" if original.dtype.kind in "iu" else "floats"
+    if original.dtype == converted.dtype or np.can_cast(original.dtype, np.float32):
         return largest
-    rows = max(1, BLOCK_VALUES // max(1, stored[0].size))
-    for first in range(0, len(stored), rows):
-        wide, held = (
-            np.moveaxis(values[first : first + rows].reshape(-1, channels, stored[0].size // channels), 1, -1)
+    block_rows = max(1, BLOCK_VALUES // max(1, converted[0].size))
+    for first in range(0, len(converted), block_rows):
+        wide, rounded = (
+            np.moveaxis(values[first : first + block_rows].reshape(-1, channels, converted[0].size // channels), 1, -1)
             .reshape(-1, channels)
             .astype(np.float64)
-            for values in (given, stored)
+            for values in (original, converted)
         )
-        np.maximum(largest, max_rounding_error(wide, held, kind), out=largest)
+        np.maximum(largest, max_rounding_error(wide, rounded, kind), out=largest)
     return largest
 
 
@@ -257,13 +260,13 @@ def _to_channels_first(images: np.ndarray, are_tensors: bool) -> np.ndarray:
 
 def _check_same_layout(train: DatasetPart, test: DatasetPart, where: str) -> None:
     for name in ("inputs", "targets"):
-        ours, theirs = getattr(train, name), getattr(test, name)
-        if ours.shape[1:] != theirs.shape[1:] or ours.dtype != theirs.dtype:
+        train_array, test_array = getattr(train, name), getattr(test, name)
+        if train_array.shape[1:] != test_array.shape[1:] or train_array.dtype != test_array.dtype:
             raise DataError(
-                f"training {name} are {ours.dtype} of shape (N, {str(ours.shape[1:])[1:]}, "
-                f"but test {name} are {theirs.dtype} of shape (N, {str(theirs.shape[1:])[1:]}",
+                f"training {name} are {train_array.dtype} of shape (N, {str(train_array.shape[1:])[1:]}, "
+                f"but test {name} are {test_array.dtype} of shape (N, {str(test_array.shape[1:])[1:]}",
                 where=where,
-                fix="return both of one shape and type",
+                fix="return both with the same shape and type",
             )
 
 

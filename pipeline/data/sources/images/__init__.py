@@ -1,4 +1,4 @@
-"""Pictures: a folder for each class, or a table of paths and labels, at any fsspec URL."""
+"""Images as a source: a folder for each class, or a table of paths and labels, at any fsspec URL."""
 
 from __future__ import annotations
 
@@ -16,31 +16,32 @@ from pipeline.data.sources.images.listing import ImageDigests, ImageListing, che
 __all__ = ["fingerprint_image_folder", "open_image_folder"]
 
 
-def open_image_folder(job: JobConfig, on_progress: ProgressFn) -> Dataset:
-    """The pictures that a job names, all as uint8 (N, C, H, W); without a test set of their own.
+def open_image_folder(job: JobConfig, on_progress: ProgressFn, *, float64: bool) -> Dataset:
+    """Open the images of a job as uint8 (N, C, H, W), so that `float64` makes no difference; without a test set.
 
-    `data.url` is a folder: each folder in it is a class, rows in the order of their paths. Or a Parquet file: rows as
-    stored, paths in `data.path`, labels in `data.label`. What `data.on_error: skip` leaves out is no row.
+    If `data.url` is a folder, each folder in it is a class, and the samples are sorted by path. If it is a Parquet
+    file, the samples are its rows in order, with paths in `data.path` and labels in `data.label`. Images that
+    `data.on_error: skip` skips are not part of the dataset.
 
-    Inputs are an array, memory-mapped or not, or `RowsOnDemand`, see `decoding.decoded`.
+    Inputs are an array, memory-mapped or not, or `LazyImages`, see `images.dataset.decode_all`.
 
     Parameters
     ----------
-    say: takes word of the progress, at most once a second.
+    on_progress: called with a progress message, at most once a second.
 
     Raises
     ------
-    DataError: no pictures, broken ones, ones of different sizes, or labels that cannot be used.
-    StorageError: a URL that cannot be used, or not be read.
+    DataError: no images, broken images, images of different sizes, or unusable labels.
+    StorageError: a URL that is invalid or cannot be read.
     """
     assert isinstance(job.data, ImageFolderDataConfig), "a job with source: image_folder"
     listing = _list_existing_images(job)
     digests = ImageDigests(listing, job.data.cache, on_progress)
     images, rows, warnings = decode_all(listing, digests, job.data, on_progress)
     digest = digests.fingerprint
-    left_out = np.setdiff1d(np.arange(len(listing.paths)), rows)
-    if len(left_out):  # what this machine's Pillow could not read is part of what is learnt
-        digest = hashlib.sha256(f"{digest} without {left_out.tolist()}".encode()).hexdigest()
+    skipped = np.setdiff1d(np.arange(len(listing.paths)), rows)
+    if len(skipped):  # which images are skipped, which depends on the version of Pillow, affects the training
+        digest = hashlib.sha256(f"{digest} without {skipped.tolist()}".encode()).hexdigest()
     return Dataset(
         train=DatasetPart(cast(np.ndarray, images), listing.targets[rows]),
         test=None,
@@ -56,15 +57,16 @@ def open_image_folder(job: JobConfig, on_progress: ProgressFn) -> Dataset:
 
 
 def fingerprint_image_folder(job: JobConfig, on_progress: ProgressFn) -> str:
-    """That of `open_image_folder`. Nothing is decoded, unless `data.on_error: skip` makes what is broken count and no
-    earlier start has left in the cache what that is.
+    """Return the fingerprint that `open_image_folder` gives.
+
+    No image is decoded, unless `data.on_error` is `skip` and the list of broken images is not cached yet.
 
     Raises
     ------
     DataError, StorageError: as `open_image_folder`.
     """
     if isinstance(job.data, ImageFolderDataConfig) and job.data.on_error == "skip":
-        return open_image_folder(job, on_progress).fingerprint
+        return open_image_folder(job, on_progress, float64=False).fingerprint
     return ImageDigests(_list_existing_images(job), job.data.cache, on_progress).fingerprint
 
 

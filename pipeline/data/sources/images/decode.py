@@ -1,4 +1,4 @@
-"""One picture: from the content of a file to bytes of the shape that a job asks for."""
+"""Decode one image file into pixels of the shape that a job requests."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ ImageSize = tuple[int, int]
 """Height and width in pixels."""
 
 UNSUPPORTED_FORMATS = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
-"""What Pillow names, but hands to programs of others or cannot read."""
+"""Formats that Pillow lists, but passes to external programs or cannot read."""
 
 
 class InvalidImageError(Exception):
-    """A file that is no picture, or not a whole one. Its text says why."""
+    """A file that is not an image, or is truncated. The message is the reason."""
 
 
 class ImageTooSmallError(Exception):
-    """A picture that `crop` does not fit into. Its text says how large it is."""
+    """An image that is smaller than `crop`. The message is its size."""
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What pictures become: uint8 (C, H, W), grey or red, green and blue. See `data.mode`, `resize` and `crop`."""
+    """The format of decoded images: uint8 (C, H, W), RGB or grayscale. See `data.mode`, `resize` and `crop`."""
 
     mode: Literal["rgb", "grey"] = "rgb"
     resize: int | ImageSize | None = None
@@ -44,19 +44,23 @@ class ImageFormat:
 
     @classmethod
     def from_config(cls, data: ImageFolderDataConfig) -> ImageFormat:
-        """What a job asks for.
+        """Return the format of a job.
 
         Raises
         ------
-        DataError: a crop that is larger than what is resized to.
+        DataError: a crop that is larger than the resized image.
         """
         crop = (data.crop, data.crop) if isinstance(data.crop, int) else data.crop
-        form = cls(data.mode, data.resize, crop)
         if crop is not None and isinstance(data.resize, tuple) and not _contains(data.resize, crop):
             raise DataError(
                 f"{list(crop)} is larger than resize: {list(data.resize)}", where="data.crop", fix="make it smaller"
             )
-        return form
+        return cls(data.mode, data.resize, crop)
+
+    @property
+    def cache_key(self) -> str:
+        """The text in keys of the cache. A change of it makes all entries of earlier versions useless."""
+        return f"Form(mode={self.mode!r}, resize={self.resize!r}, crop={self.crop!r})"
 
     @property
     def channels(self) -> int:
@@ -64,12 +68,12 @@ class ImageFormat:
 
     @property
     def output_size(self) -> ImageSize | None:
-        """What every picture comes to, where the job decides that."""
+        """The size of every decoded image; None if it depends on the files."""
         return self.crop or (self.resize if isinstance(self.resize, tuple) else None)
 
     @property
     def accepts_any_size(self) -> bool:
-        """Whether any whole picture comes to that size."""
+        """Whether images of any size can be decoded to `output_size`."""
         if isinstance(self.resize, int):
             return self.crop is not None and max(self.crop) <= self.resize
         return self.resize is not None
@@ -77,27 +81,29 @@ class ImageFormat:
 
 @cache
 def image_extensions() -> frozenset[str]:
-    """How the names of files end that may be pictures, such as ".png"."""
+    """Return the extensions of image files, such as ".png"."""
     from PIL import Image
 
-    return frozenset(end for end, kind in Image.registered_extensions().items() if kind in _supported_formats())
+    return frozenset(
+        extension for extension, name in Image.registered_extensions().items() if name in _supported_formats()
+    )
 
 
 def is_image_path(path: str) -> bool:
-    """Whether a file may be an image by its extension."""
+    """Return whether a file has the extension of an image."""
     return PurePosixPath(path).suffix.lower() in image_extensions()
 
 
 def decode_image(content: bytes, image_format: ImageFormat) -> np.ndarray:
-    """The picture in a file's content: uint8 (C, H, W).
+    """Decode the content of an image file: uint8 (C, H, W).
 
-    It is turned as its EXIF orientation says; of an animation it is the first frame. Transparency is dropped and
-    sizes are rounded as torchvision does. Resizing is bilinear with anti-aliasing; 16 bits become 8.
+    The EXIF orientation is applied. Of an animation the first frame is decoded. As in torchvision, transparency is
+    dropped and sizes are rounded. Resizing is bilinear with anti-aliasing; 16 bits become 8.
 
     Raises
     ------
-    BrokenPictureError: no picture, not whole, or of more pixels than Pillow takes for harmless.
-    TooSmallError: the crop does not fit into it.
+    InvalidImageError: not an image, a truncated one, or one of more pixels than Pillow considers safe.
+    ImageTooSmallError: the image is smaller than the crop.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -109,8 +115,8 @@ def decode_image(content: bytes, image_format: ImageFormat) -> np.ndarray:
     except InvalidImageError:
         raise
     except UnidentifiedImageError:
-        raise InvalidImageError(f"no picture that Pillow knows; it begins with {content[:8]!r}") from None
-    except Exception as error:  # decoders raise whatever they stumble over
+        raise InvalidImageError(f"not an image format of Pillow; it begins with {content[:8]!r}") from None
+    except Exception as error:  # decoders raise all kinds of errors
         raise InvalidImageError(str(error).strip().partition("\n")[0] or type(error).__name__) from error
     cropped = _crop(_resize(converted, image_format.resize), image_format.crop)
     pixels = np.asarray(cropped)
@@ -119,7 +125,7 @@ def decode_image(content: bytes, image_format: ImageFormat) -> np.ndarray:
 
 @contextmanager
 def silence_pillow_warnings() -> Iterator[None]:
-    """Without Pillow's remarks on odd files: what it can read counts, and what it cannot is an error here."""
+    """Suppress Pillow's warnings of unusual files: a file that it can read is used, any other one is an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\b")
         yield
@@ -143,7 +149,7 @@ def _convert_mode(image: Image.Image, image_format: ImageFormat) -> Image.Image:
         if values.min() < 0 or values.max() > 0xFFFF:
             raise InvalidImageError(f"pixels from {values.min()} to {values.max()}, beyond 16 bits")
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    if image.mode == "P":  # its transparency may lie in the palette
+    if image.mode == "P":  # the palette may contain transparency
         image = image.convert("RGBA")
     return image.convert("RGB" if image_format.mode == "rgb" else "L")
 

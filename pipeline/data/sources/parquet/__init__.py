@@ -1,4 +1,4 @@
-"""Tables in Parquet files as a source: decoded in memory, or once into a memory-mapped cache where they are larger."""
+"""Tables in Parquet files as a source: decoded in memory, or, if they are large, once into a memory-mapped cache."""
 
 from __future__ import annotations
 
@@ -28,31 +28,32 @@ from pipeline.errors import DataError
 __all__ = ["open_parquet", "fingerprint_parquet"]
 
 FORMAT = 2
-"""Of what lies in the cache. A change of the code that fills it takes the next number."""
+"""Version of the cache entries, to be increased when the code that writes them changes."""
 
 HEADER_BYTES = 1 << 20
-"""Bytes of an entry for headers."""
+"""Number of bytes reserved for headers in the size of an entry."""
 
 
 def open_parquet(job: JobConfig, on_progress: Callable[[str], None], *, float64: bool) -> Dataset:
-    """The job's columns of all rows of `data.url`: files in the order of their names, rows as stored.
+    """Open the job's columns of all rows of `data.url`: files sorted by name, rows in stored order.
 
-    Inputs are a matrix laid out by `Source.schema`, float32 or float64. A single feature of fixed-size bytes
-    gives uint8 samples of `data.shape` instead, and one of fixed-size lists floating ones where `data.shape` is given.
-    Labels of text are positions in `Source.label_names`; whole numbers and booleans stay as they are; for regression,
-    labels are float64 (N,), or (N, T) of T columns.
+    Inputs are a float32 or float64 matrix with the layout `Dataset.schema`. If the only feature is a column of
+    fixed-size bytes, inputs are uint8 samples of `data.shape` instead; if it is a column of fixed-size lists and
+    `data.shape` is given, they are floating-point samples of that shape. Text labels are indices into
+    `Dataset.label_names`; whole numbers and booleans are unchanged; for regression, labels are float64 (N,), or (N, T)
+    for T columns.
 
-    Inputs of more than `data.cache.in_memory_mb` are turned into a memory-mapped file once, batch by batch; a later
-    start reads nothing of the Parquet data but footers, and whatever the fingerprint takes, see `digests`.
+    Inputs of more than `data.cache.in_memory_mb` are written once to a memory-mapped file, batch by batch. Later starts
+    read only the footers of the Parquet files, and what the fingerprint requires (see `file_digests`).
 
     Parameters
     ----------
-    say: told of progress, at most once a second.
+    on_progress: called with a progress message, at most once a second.
     float64: whether inputs are float64.
 
     Raises
     ------
-    DataError: files, columns or values that cannot be used, with file, column, row and count.
+    DataError: unusable files, columns or values, with file, column, row and count.
     """
     data = job.data
     assert isinstance(data, ParquetDataConfig), "a job with source: parquet"
@@ -62,7 +63,7 @@ def open_parquet(job: JobConfig, on_progress: Callable[[str], None], *, float64:
             raise DataError(
                 f"no rows in {len(files.files):,} files",
                 where=files.url,
-                fix="check data.url, and what wrote the files",
+                fix="check data.url, and the program that wrote the files",
             )
         fingerprint = files.compute_fingerprint(on_progress)
         selection = select_columns(files, job)
@@ -83,14 +84,14 @@ def open_parquet(job: JobConfig, on_progress: Callable[[str], None], *, float64:
                 data.cache, _cache_key(fingerprint, selection, dtype), build, size_bytes=size + other_bytes
             )
             decoded = DecodedTable.load(entry)
-        source = _to_dataset(selection, decoded, fingerprint, files)
-    if float64 or source.rounding_errors is None:
-        return source
-    return replace(source, reopen_in_float64=lambda: open_parquet(job, on_progress, float64=True))
+        dataset = _to_dataset(selection, decoded, fingerprint, files)
+    if float64 or dataset.rounding_errors is None:
+        return dataset
+    return replace(dataset, reopen_in_float64=lambda: open_parquet(job, on_progress, float64=True))
 
 
 def fingerprint_parquet(job: JobConfig, on_progress: Callable[[str], None]) -> str:
-    """That of `open_parquet`, without decoding anything.
+    """Return the fingerprint that `open_parquet` gives, without decoding the data.
 
     Raises
     ------
@@ -102,14 +103,14 @@ def fingerprint_parquet(job: JobConfig, on_progress: Callable[[str], None]) -> s
 
 
 def _to_dataset(selection: ParquetSelection, decoded: DecodedTable, fingerprint: str, files: ParquetFiles) -> Dataset:
-    names = [decoded.categories[name] for name, found in selection.labels if found.kind == "text"]
+    label_names = [decoded.categories[name] for name, kind in selection.labels if kind.kind == "text"]
     return Dataset(
         train=DatasetPart(decoded.inputs, decoded.targets),
         test=None,
         classes=(),
         fingerprint=fingerprint,
         schema=build_schema(selection, decoded.categories),
-        label_names=names[0] if names else (),
+        label_names=label_names[0] if label_names else (),
         split_columns=build_split_column(selection, decoded, files.url),
         warnings=files.warnings,
         rounding_errors=_rounding_by_channel(selection, decoded.rounding),
@@ -117,7 +118,7 @@ def _to_dataset(selection: ParquetSelection, decoded: DecodedTable, fingerprint:
 
 
 def _rounding_by_channel(selection: ParquetSelection, rounding: np.ndarray) -> np.ndarray | None:
-    """For each column of the inputs; of samples of further axes, for each channel."""
+    """Return the largest error of each column of the inputs, or of each channel if samples have several axes."""
     if not rounding.any():
         return None
     if len(selection.shape) < 2:
@@ -130,7 +131,7 @@ def _rounding_by_channel(selection: ParquetSelection, rounding: np.ndarray) -> n
 def _check_shape(selection: ParquetSelection) -> None:
     if selection.shape and math.prod(selection.shape) != selection.width:
         raise DataError(
-            f"{list(selection.shape)} makes {math.prod(selection.shape):,} numbers, but a row of "
+            f"{list(selection.shape)} has {math.prod(selection.shape):,} numbers, but a row of "
             f"{selection.features[0].name!r} has {selection.width:,}",
             where="data.shape",
             fix="for images: [channels, height, width]",
@@ -138,5 +139,5 @@ def _check_shape(selection: ParquetSelection) -> None:
 
 
 def _cache_key(fingerprint: str, selection: ParquetSelection, dtype: type[np.generic]) -> str:
-    """Names what the cache holds of some files."""
-    return hashlib.sha256(f"{FORMAT} {fingerprint} {selection!r} {dtype.__name__}".encode()).hexdigest()
+    """Return the cache key of the selected columns of the files with this fingerprint."""
+    return hashlib.sha256(f"{FORMAT} {fingerprint} {selection.cache_key} {dtype.__name__}".encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Which columns are learned from, and what they hold in all files together."""
+"""Select the columns of a job, and determine their kinds over all files."""
 
 from __future__ import annotations
 
@@ -16,28 +16,36 @@ from pipeline.data.tabular.schema import NUMERIC_KINDS, ArrowKind, ColumnKind, c
 from pipeline.errors import DataError
 
 PANDAS_INDEX = "__index_level_*__"
-"""How pandas stores the numbers of rows that were left over by a filter; no pattern means them."""
+"""Columns in which pandas stores the index of a filtered frame. No pattern matches them."""
 
-CAST = "cast it to numbers or text, or leave it out: list the others under data.features"
+CAST = "cast it to numbers or text, or exclude it by listing the other columns under data.features"
 
 
 @dataclass(frozen=True)
 class FeatureColumn:
-    """One column to learn from. width: as in `Schema`."""
+    """One feature. width: as in `Schema`."""
 
     name: str
     kind: ColumnKind
     width: int
 
+    @property
+    def cache_key(self) -> str:
+        return f"Feature(name={self.name!r}, kind={self.kind!r}, width={self.width!r})"
+
 
 @dataclass(frozen=True)
 class ParquetSelection:
-    """What of the files is used, and as what.
+    """The columns of the files that a job uses.
 
-    shape: of a sample, where it is a single fixed-size column with `data.shape`, or bytes; else empty, and samples
-        are rows of a matrix.
+    features: the input columns.
+    labels: the label columns, each with its kind.
+    label_as: whether labels are classes or numbers.
+    split: the column that the splits use, with its kind.
+    split_is_time: whether the splits are by time.
+    shape: shape of a sample, if it is a single column of fixed-size bytes, or of fixed-size lists with `data.shape`;
+        else empty, and samples are rows of a matrix.
     raw_bytes: whether such samples are uint8.
-    split: the column that the splits go by, and whether as time.
     """
 
     features: tuple[FeatureColumn, ...]
@@ -52,13 +60,34 @@ class ParquetSelection:
     def width(self) -> int:
         return sum(feature.width for feature in self.features)
 
+    @property
+    def cache_key(self) -> str:
+        """The text in keys of the cache. A change of it makes all entries of earlier versions useless."""
+        features = _tuple_text(feature.cache_key for feature in self.features)
+        labels = _tuple_text(f"({name!r}, {_kind_text(kind)})" for name, kind in self.labels)
+        split = None if self.split is None else f"({self.split[0]!r}, {_kind_text(self.split[1])})"
+        return (
+            f"Choice(features={features}, labels={labels}, label_as={self.label_as!r}, split={split}, "
+            f"split_is_time={self.split_is_time!r}, shape={self.shape!r}, raw_bytes={self.raw_bytes!r})"
+        )
+
+
+def _kind_text(kind: ArrowKind) -> str:
+    return f"Content(kind={kind.kind!r}, width={kind.width!r}, type={kind.type!r})"
+
+
+def _tuple_text(items: Iterable[str]) -> str:
+    """Return the `repr` of a tuple of items with these `repr`s."""
+    texts = list(items)
+    return f"({texts[0]},)" if len(texts) == 1 else f"({', '.join(texts)})"
+
 
 def select_columns(files: ParquetFiles, job: JobConfig) -> ParquetSelection:
-    """The job's columns, found in every file.
+    """Select the job's columns, and check that every file has them.
 
     Raises
     ------
-    DataError: a column that is absent, changes its type between files or cannot be learned from; a label among the
+    DataError: a column that is absent, has different types in different files or cannot be used; a label among the
         features; a pattern without a match.
     """
     data, columns = job.data, _FileColumns(files)
@@ -72,10 +101,10 @@ def select_columns(files: ParquetFiles, job: JobConfig) -> ParquetSelection:
         columns.require(name, where)
     names = _select_feature_names(data, columns.names, split)
     kinds = {name: columns.merged_kind(name) for name in names}
-    levels = _match_patterns(data.categorical, columns.names, "data.categorical")
+    categorical = _match_patterns(data.categorical, columns.names, "data.categorical")
     shape, raw = _sample_shape(data.shape, kinds)
     return ParquetSelection(
-        features=tuple(_make_feature(name, found, name in levels, files) for name, found in kinds.items()),
+        features=tuple(_make_feature(name, kind, name in categorical, files) for name, kind in kinds.items()),
         labels=tuple((name, _check_label(name, columns.merged_kind(name), job, files.url)) for name in data.labels),
         label_as="numbers" if job.task.kind == "regression" else "classes",
         split=None if split is None else (split, columns.merged_kind(split)),
@@ -90,8 +119,8 @@ class _FileColumns:
 
     def __init__(self, files: ParquetFiles) -> None:
         self._files = files
-        self._by_file = [files.column_kinds(number) for number in range(len(files.files))]
-        self.names = list(dict.fromkeys(name for contents in self._by_file for name in contents))
+        self._kinds_by_file = [files.column_kinds(number) for number in range(len(files.files))]
+        self.names = list(dict.fromkeys(name for kinds in self._kinds_by_file for name in kinds))
 
     def require(self, name: str, where: str) -> None:
         if name not in self.names:
@@ -102,54 +131,54 @@ class _FileColumns:
             )
 
     def merged_kind(self, name: str) -> ArrowKind:
-        """What a column holds in all files together."""
+        """Return the kind of a column that covers all files."""
         merged: ArrowKind | None = None
-        for number, contents in enumerate(self._by_file):
+        for number, kinds in enumerate(self._kinds_by_file):
             location = f"{self._files.files[number].where} ({self._files.row_counts[number]:,} rows)"
-            if name not in contents:
+            if name not in kinds:
                 raise DataError(
                     f"the column {name!r} is not in this file, but in others",
                     where=location,
-                    fix=suggest_columns(name, contents),
+                    fix=suggest_columns(name, kinds),
                 )
-            united = contents[name] if merged is None else common_kind(merged, contents[name])
-            if united is None:
+            common = kinds[name] if merged is None else common_kind(merged, kinds[name])
+            if common is None:
                 raise DataError(
-                    f"the column {name!r} holds {contents[name]} here, but {merged} in {self._files.files[0].where}",
+                    f"the column {name!r} has {kinds[name]} here, but {merged} in {self._files.files[0].where}",
                     where=location,
-                    fix="write all files with one type for each column",
+                    fix="write all files with the same column types",
                 )
-            merged = united
+            merged = common
         assert merged is not None, "no files"
         return merged
 
 
 def _match_patterns(patterns: Iterable[str], names: list[str], where: str) -> set[str]:
-    """The names that patterns mean; a name means itself, whatever characters it has."""
+    """Return the names that patterns match. A pattern that equals a name matches only that name."""
     matched: set[str] = set()
     for pattern in patterns:
         matches = {pattern} & set(names) or {
             name for name in names if fnmatchcase(name, pattern) and not fnmatchcase(name, PANDAS_INDEX)
         }
         if not matches:
-            raise DataError(f"no column is called {pattern!r}", where=where, fix=suggest_columns(pattern, names))
+            raise DataError(f"no column matches {pattern!r}", where=where, fix=suggest_columns(pattern, names))
         matched |= matches
     return matched
 
 
 def _select_feature_names(data: ParquetDataConfig, names: list[str], split: str | None) -> list[str]:
-    """Columns to learn from, in the files' order."""
+    """Return the feature columns, in the order of the files."""
     for name in data.features:
         if name in data.labels:
             raise DataError(
-                f"the label {name!r} is among the features: it would be learned from itself",
+                f"the label {name!r} is among the features",
                 where="data.features",
-                fix="leave it out",
+                fix="remove it: the model would predict the label from itself",
             )
         if name in data.keys or name == split:
-            role = "a key" if name in data.keys else "what the splits go by"
+            role, key = ("a key", "data.keys") if name in data.keys else ("the column of the splits", "data.splits")
             raise DataError(
-                f"{name!r} is {role}, and a feature", where="data.features", fix="leave it out here, or there"
+                f"{name!r} is {role}, and a feature", where="data.features", fix=f"remove it here, or from {key}"
             )
     reserved = {*data.labels, *data.keys, split}
     chosen: set[str] = set()
@@ -161,19 +190,19 @@ def _select_feature_names(data: ParquetDataConfig, names: list[str], split: str 
 
 def _make_feature(name: str, arrow_kind: ArrowKind, is_categorical: bool, files: ParquetFiles) -> FeatureColumn:
     where = f"{files.files[0].where} ({files.row_counts[0]:,} rows)"
-    if arrow_kind.kind == "null":  # text of which no file has any: it takes whatever new data holds, and is warned of
+    if arrow_kind.kind == "null":  # a category without values, so that any new data fits; there is a warning of it
         return FeatureColumn(name, "category", 1)
     if arrow_kind.kind in ("time", "other"):
-        raise DataError(f"the column {name!r} holds {arrow_kind}", where=where, fix=CAST)
+        raise DataError(f"the column {name!r} has {arrow_kind}", where=where, fix=CAST)
     if arrow_kind.kind == "text" or (is_categorical and arrow_kind.kind in NUMERIC_KINDS):
         return FeatureColumn(name, "category", 1)
     if is_categorical:
-        raise DataError(f"{name!r} holds {arrow_kind}, not levels", where="data.categorical", fix="leave it out there")
+        raise DataError(f"{name!r} has {arrow_kind}, not categories", where="data.categorical", fix="remove it there")
     return FeatureColumn(name, "number", arrow_kind.width or _find_list_length(name, files))
 
 
 def _find_list_length(name: str, files: ParquetFiles) -> int:
-    """Length of the first list in a column of lists."""
+    """Return the length of the first list in a column of lists."""
     for number in range(len(files.files)):
         for batch in files.iter_batches(number, [name], 1024):
             lengths = pc.list_value_length(batch.column(name)).drop_null()
@@ -181,11 +210,11 @@ def _find_list_length(name: str, files: ParquetFiles) -> int:
                 return int(lengths[0].as_py())
             if len(lengths):
                 break
-    raise DataError(f"the column {name!r} has no list to take a length from", where=files.url, fix=CAST)
+    raise DataError(f"the column {name!r} has no list, so that their length is unknown", where=files.url, fix=CAST)
 
 
 def _sample_shape(shape: list[int] | None, kinds: dict[str, ArrowKind]) -> tuple[tuple[int, ...], bool]:
-    """Shape of a sample that is one column, else (); and whether it is bytes."""
+    """Return the shape of a sample if it is a single column, else (); and whether it is bytes."""
     only = next(iter(kinds.values())) if len(kinds) == 1 else None
     raw = only is not None and only.kind == "bytes"
     if shape is None:
@@ -203,14 +232,14 @@ def _check_label(name: str, arrow_kind: ArrowKind, job: JobConfig, url: str) -> 
     is_regression = job.task.kind == "regression"
     if arrow_kind.kind not in ("whole", "real", "truth") and (is_regression or arrow_kind.kind != "text"):
         raise DataError(
-            f"the label {name!r} holds {arrow_kind}, which {job.task.kind} cannot learn",
+            f"the label {name!r} has {arrow_kind}, which {job.task.kind} cannot use",
             where=url,
             fix="use task: multiclass or binary" if arrow_kind.kind == "text" else "use a column of numbers or text",
         )
     if not is_regression and len(job.data.labels) > 1:
         raise DataError(
-            f"{job.task.kind} learns one label, not {len(job.data.labels)}",
+            f"{job.task.kind} takes one label, not {len(job.data.labels)}",
             where="data.label",
-            fix="name one column, or use task: regression",
+            fix="set one column, or use task: regression",
         )
     return arrow_kind

@@ -1,4 +1,4 @@
-"""Which Parquet files a URL means, and what the names of their folders say of their rows."""
+"""List the Parquet files of a URL, with the partition columns in the names of their folders."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ class ListedFile:
     """One file.
 
     name: path relative to the URL's folder, or to the part of a glob before its first wildcard.
-    where: for messages. size: bytes. checksum: see `digests.DataFile`.
-    partitions: what folders called `column=value` say of all its rows; None for Hive's word for null.
+    where: location for messages.
+    size_bytes, checksum: see `file_digests.DataFile`.
+    partitions: the values of folders `column=value`, which apply to all rows of the file; None for Hive's null.
     """
 
     name: str
@@ -29,24 +30,25 @@ class ListedFile:
 
 
 def find_parquet(url: str) -> tuple[FileReader, list[ListedFile]]:
-    """The files of a URL, sorted by name: itself, what a glob matches, or all in a folder that are not ignored.
+    """Return the files of a URL, sorted by name: a single file, the matches of a glob, or all files in a folder that
+    are not ignored.
 
     Raises
     ------
-    DataError: an unusable URL, no permission, a link that leads nowhere, or no files.
+    DataError: an unusable URL, no permission, a broken link, or no files.
     """
     with as_data_errors(redact(url)):
-        reader, found = find_files(url)
+        reader, infos = find_files(url)
     files = [
         ListedFile(name, reader.location(name), info.size, _parse_partitions(name), info.checksum)
-        for name, info in found.items()
+        for name, info in infos.items()
     ]
     for file in files:
         if file.size_bytes < 0:
-            raise DataError("is a link that leads nowhere", where=file.where, fix="remove it, or restore its file")
+            raise DataError("is a broken link", where=file.where, fix="remove it, or restore its target")
     if not files:
         raise DataError(
-            "no files there", where=redact(url), fix="check the URL: a file, a glob such as *.parquet, or a folder"
+            "there are no files", where=redact(url), fix="check the URL: a file, a glob such as *.parquet, or a folder"
         )
     return reader, files
 

@@ -1,4 +1,4 @@
-"""Parquet files anywhere: their columns, rows and fingerprint, and their rows batch by batch."""
+"""Read Parquet files at any URL: their columns, row counts and fingerprint, and their rows batch by batch."""
 
 from __future__ import annotations
 
@@ -29,36 +29,35 @@ from pipeline.watchdog import note_progress
 
 MAX_SAMPLED_CHUNKS = 256
 SAMPLE_BYTES = 64 << 10
-"""Of a file whose store has no checksums, so many column chunks are sampled, and so many bytes of each."""
+"""Number of column chunks that are hashed of a file whose store has no checksums, and number of bytes of each."""
 
 COLUMN_BUFFER_BYTES = 1 << 16
-"""Bytes of each column that are read ahead. Without it a whole column of a row group is held at once."""
+"""Size of the read buffer of each column. Without it a whole column of a row group is in memory at once."""
 
 MAX_CHECKED_FILES = 16
-"""Files whose beginning and end are looked at before any is read."""
+"""Number of files whose first and last bytes are checked before any is read."""
 
 MAGIC = b"PAR1"
 OTHER_FORMATS = {b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "gzip", b"ARROW1": "an Arrow (Feather) file"}
-CONVERT_HINT = (
-    "write it as Parquet, for instance with pandas: read_csv(...).to_parquet(...); or leave it out with a glob"
-)
-REWRITE_HINT = "write it again, or leave it out with a glob"
+CONVERT_HINT = "write it as Parquet, for instance with pandas: read_csv(...).to_parquet(...); or exclude it with a glob"
+REWRITE_HINT = "write it again, or exclude it with a glob"
 WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,17})")
-"""What a folder's name says as a number; 007 is a text."""
+"""Partition values that are whole numbers; 007 is text."""
 
 
 class ParquetFiles:
-    """The files that a URL means. Remote ones are fetched once, into memory while they are small, else to disk.
+    """The Parquet files of a URL. Remote files are downloaded once, to memory if they are small in total, else to disk.
 
-    Used as a context, which ends by removing what was fetched.
+    It is a context manager, which removes the downloaded files at the end.
 
     Parameters
     ----------
-    footers: whether to read them at once: without them no method but `fingerprint` is of use.
+    read_footers: whether to read the footers at once. Without them, only `compute_fingerprint` can be used.
 
     Raises
     ------
-    DataError: from every method: no files, no permission, and files that are no Parquet, corrupt or truncated, by name.
+    DataError: from every method: no files, no permission, or a file that is not Parquet, corrupt or truncated, with its
+        name.
     """
 
     def __init__(self, url: str, cache: CacheConfig, *, read_footers: bool = True) -> None:
@@ -85,7 +84,7 @@ class ParquetFiles:
             self._stamps = file_digests.read_stamps(self._data_files, self)
             for file in self.files if self._has_footers else ():
                 if not self._is_local and self._total_bytes <= file_digests.MAX_FULL_HASH_BYTES:
-                    self._arrow_source(file)  # all of it is needed anyway
+                    self._arrow_source(file)  # the whole file is needed anyway
                 metadata = self._metadata(file)
                 with _parquet_errors(file):
                     self.schemas.append(metadata.schema.to_arrow_schema())
@@ -110,14 +109,14 @@ class ParquetFiles:
         return sum(self.row_counts)
 
     def compute_fingerprint(self, on_progress: ProgressFn = lambda text: None) -> str:
-        """SHA-256 in hex over name, size and content of every file, in the order of the names.
+        """Return the SHA-256 in hex over name, size and content of every file, sorted by name.
 
-        No modification time and no location counts. What stands for the content: see
+        Modification times and locations are not included. For the tokens of the content see
         `pipeline.data.sources.file_digests`.
 
         Parameters
         ----------
-        say: told of progress, at most once a second.
+        on_progress: called with a progress message, at most once a second.
         """
         self._digests = FileDigests(
             self._data_files,
@@ -135,60 +134,61 @@ class ParquetFiles:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the fingerprint assumes."""
+        """Assumptions of the fingerprint."""
         return self._digests.warnings if self._digests is not None else ()
 
     def verify(self) -> None:
-        """Raise DataError if a file is no longer what the fingerprint was made of."""
+        """Raise DataError if a file has changed since the fingerprint was computed."""
         if self._digests is not None:
             self._digests.verify()
 
     def call(self, number: int, action: Callable[[], Any]) -> Any:
-        """As in `digests.Access`."""
+        """See `FileAccess`."""
         with _parquet_errors(self.files[number]):
             return action()
 
     def read(self, number: int, first: int, end: int) -> bytes:
-        """As in `digests.Access`."""
+        """See `FileAccess`."""
         return self._read_range(self.files[number], first, end)
 
     def sample_ranges(self, number: int) -> list[tuple[int, int]]:
-        """The footer, and the first pages of up to `SAMPLED_CHUNKS` column chunks: of every column some, in row groups
-        that are spread over the file."""
+        """Return the ranges of the footer and of the first pages of up to `MAX_SAMPLED_CHUNKS` column chunks. They
+        cover all columns, in row groups that are spread over the file."""
         file = self.files[number]
         metadata = self._metadata(file)
         columns, groups = metadata.num_columns, metadata.num_row_groups
         ranges = [(file.size_bytes - self._footer_size(file), file.size_bytes)]
-        taken = min(columns * groups, MAX_SAMPLED_CHUNKS)
-        for place in range(taken):
-            column, group = divmod(place * columns * groups // taken, groups)
+        num_chunks = min(columns * groups, MAX_SAMPLED_CHUNKS)
+        for index in range(num_chunks):
+            column, group = divmod(index * columns * groups // num_chunks, groups)
             chunk = metadata.row_group(group).column(column)
             first = min(offset for offset in (chunk.dictionary_page_offset, chunk.data_page_offset) if offset)
             ranges.append((first, first + min(SAMPLE_BYTES, chunk.total_compressed_size)))
         return ranges
 
     def list_checksums(self) -> list[str]:
-        """As in `digests.Access`."""
-        now = {file.name: file.checksum for file in find_parquet(self._data_url)[1]}
-        return [now.get(file.name, "") for file in self.files]
+        """See `FileAccess`."""
+        checksums = {file.name: file.checksum for file in find_parquet(self._data_url)[1]}
+        return [checksums.get(file.name, "") for file in self.files]
 
     def column_kinds(self, number: int) -> dict[str, ArrowKind]:
-        """What the columns of a file hold, in order; those that its path names come last."""
+        """Return the kinds of the columns of a file, in order; partition columns come last."""
         return {name: arrow_kind(kind) for name, kind in self.column_types(number).items()}
 
     def column_types(self, number: int) -> dict[str, pa.DataType]:
-        """The Arrow types of the same columns."""
+        """Return the Arrow types of the same columns."""
         schema, file = self.schemas[number], self.files[number]
         if len(set(schema.names)) < len(schema.names):
-            twice = next(name for name in schema.names if schema.names.count(name) > 1)
-            raise DataError(f"two columns are called {twice!r}", where=file.where, fix="rename one of them")
+            duplicate = next(name for name in schema.names if schema.names.count(name) > 1)
+            raise DataError(f"two columns are called {duplicate!r}", where=file.where, fix="rename one of them")
         stored_types = dict(zip(schema.names, schema.types, strict=True))
         return stored_types | {
             name: self._partition_types[name] for name in file.partitions if name not in stored_types
         }
 
     def iter_batches(self, number: int, columns: Sequence[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
-        """The rows of a file in order, some columns alone, up to `rows` at once; its path's columns as constants."""
+        """Yield the rows of a file in order, with the given columns, in batches of up to `batch_rows` rows. Partition
+        columns are constant."""
         file, stored_names = self.files[number], set(self.schemas[number].names)
         stored = [name for name in columns if name in stored_names]
         total = 0
@@ -203,23 +203,23 @@ class ParquetFiles:
                 yield pa.RecordBatch.from_arrays(arrays, names=list(columns))
         if total != self.row_counts[number]:
             raise DataError(
-                f"holds {total:,} rows, but its footer says {self.row_counts[number]:,}",
+                f"has {total:,} rows, but {self.row_counts[number]:,} according to its footer",
                 where=file.where,
                 fix=REWRITE_HINT,
             )
 
     def release(self, number: int) -> None:
-        """Remove what was fetched of a file."""
+        """Remove the downloaded copy of a file."""
         fetched = self._fetched.pop(self.files[number].name, None)
         if isinstance(fetched, Path):
             fetched.unlink()
 
     def _iter_stored_batches(
-        self, file: ListedFile, columns: list[str], count: int, rows: int
+        self, file: ListedFile, columns: list[str], num_rows: int, batch_rows: int
     ) -> Iterator[pa.RecordBatch]:
-        if not columns:  # only what the path says
-            for first in range(0, count, rows):
-                yield pa.RecordBatch.from_arrays([pa.nulls(min(rows, count - first))], names=[""])
+        if not columns:  # only partition columns are read
+            for first in range(0, num_rows, batch_rows):
+                yield pa.RecordBatch.from_arrays([pa.nulls(min(batch_rows, num_rows - first))], names=[""])
             return
         with _parquet_errors(file):
             opened = pq.ParquetFile(
@@ -229,7 +229,7 @@ class ParquetFiles:
                 page_checksum_verification=True,
             )
         with opened:
-            batches = opened.iter_batches(rows, columns=columns, use_threads=False)  # each thread would hold memory
+            batches = opened.iter_batches(batch_rows, columns=columns, use_threads=False)  # threads use more memory
             while True:
                 with _parquet_errors(file):
                     batch = next(batches, None)
@@ -239,7 +239,7 @@ class ParquetFiles:
 
     @cached_property
     def _partition_types(self) -> dict[str, pa.DataType]:
-        """Whole numbers where all files' paths say such, else text."""
+        """The types of the partition columns: whole numbers if the values in all paths are such, else text."""
         values_by_name: dict[str, list[str]] = {}
         for file in self.files:
             for name, value in file.partitions.items():
@@ -249,12 +249,12 @@ class ParquetFiles:
             for name, values in values_by_name.items()
         }
 
-    def _partition_array(self, file: ListedFile, name: str, rows: int) -> pa.Array:
+    def _partition_array(self, file: ListedFile, name: str, num_rows: int) -> pa.Array:
         value = pa.scalar(file.partitions[name], pa.string())
-        return pa.repeat(value.cast(self._partition_types[name]), rows)
+        return pa.repeat(value.cast(self._partition_types[name]), num_rows)
 
     def _arrow_source(self, file: ListedFile) -> Any:
-        """What Arrow reads the file from."""
+        """Return the path or buffer from which Arrow reads a file."""
         if self._is_local:
             return self._reader.local_path(file.name)
         if file.name not in self._fetched:
@@ -274,12 +274,12 @@ class ParquetFiles:
         return target
 
     def _metadata(self, file: ListedFile) -> Any:
-        """What the footer says."""
+        """Return the metadata in the footer of a file."""
         with _parquet_errors(file):
             return pq.read_metadata(pa.BufferReader(MAGIC + self._read_tail(file, self._footer_size(file))))
 
     def _footer_size(self, file: ListedFile) -> int:
-        """Bytes at the end of a file from its metadata on."""
+        """Return the number of bytes from the metadata to the end of a file."""
         length = len(MAGIC) + 4
         with _parquet_errors(file):
             tail = self._read_tail(file, length)
@@ -299,10 +299,10 @@ class ParquetFiles:
         return self._read_range(file, 0, min(file.size_bytes, 512))
 
     def _read_range(self, file: ListedFile, first: int, end: int) -> bytes:
-        is_all = (first, end) == (0, file.size_bytes)
+        is_whole = (first, end) == (0, file.size_bytes)
         if not self._is_local and file.name not in self._fetched:
             with as_data_errors(file.where):
-                return self._reader.read(file.name) if is_all else self._reader.read_range(file.name, first, end)
+                return self._reader.read(file.name) if is_whole else self._reader.read_range(file.name, first, end)
         with self._open_stream(file) as stream:
             stream.seek(first)
             return stream.read(end - first)
@@ -313,24 +313,25 @@ class ParquetFiles:
 
 
 def check_parquet_files(url: str) -> None:
-    """Whether there are files at a URL, and the first of them begin and end as Parquet does. Nothing else is read.
+    """Check that there are files at a URL, and that the first of them begin and end as Parquet does. Nothing else is
+    read.
 
     Raises
     ------
-    DataError: an unusable URL, no permission, no files, or one that is no Parquet.
+    DataError: an unusable URL, no permission, no files, or one that is not Parquet.
     """
     reader, files = find_parquet(url)
     for file in files[:MAX_CHECKED_FILES]:
         with _parquet_errors(file):
-            begin = reader.read_range(file.name, 0, min(file.size_bytes, 512))
-            end = reader.read_range(file.name, max(file.size_bytes - len(MAGIC), 0), file.size_bytes)
-        if end != MAGIC or not begin.startswith(MAGIC):
-            raise _not_parquet_error(file, begin)
+            head = reader.read_range(file.name, 0, min(file.size_bytes, 512))
+            tail = reader.read_range(file.name, max(file.size_bytes - len(MAGIC), 0), file.size_bytes)
+        if tail != MAGIC or not head.startswith(MAGIC):
+            raise _not_parquet_error(file, head)
 
 
 @contextmanager
 def _parquet_errors(file: ListedFile) -> Iterator[None]:
-    """Arrow's and the system's errors as errors of a file; a lack of memory is none."""
+    """Turn errors of Arrow and of the system into errors with the name of the file, except for MemoryError."""
     try:
         with as_data_errors(file.where):
             yield
@@ -344,21 +345,21 @@ def _parquet_errors(file: ListedFile) -> Iterator[None]:
         ) from error
 
 
-def _not_parquet_error(file: ListedFile, begin: bytes) -> DataError:
-    """What to say of a file that does not end as Parquet does."""
-    if begin.startswith(MAGIC):
+def _not_parquet_error(file: ListedFile, head: bytes) -> DataError:
+    """Return the error for a file that does not end as Parquet does."""
+    if head.startswith(MAGIC):
         return DataError(
-            f"is truncated: it begins as Parquet, but does not end so ({file.size_bytes:,} bytes)",
+            f"is truncated: it begins as Parquet, but does not end as Parquet ({file.size_bytes:,} bytes)",
             where=file.where,
             fix=REWRITE_HINT,
         )
-    format_name = next((name for start, name in OTHER_FORMATS.items() if begin.startswith(start)), None)
-    if format_name is None and not begin:
+    format_name = next((name for magic, name in OTHER_FORMATS.items() if head.startswith(magic)), None)
+    if format_name is None and not head:
         return DataError("is empty", where=file.where, fix=REWRITE_HINT)
-    if format_name is None and b"\0" not in begin:
-        line = begin.partition(b"\n")[0].decode(errors="replace").strip()[:60]
+    if format_name is None and b"\0" not in head:
+        line = head.partition(b"\n")[0].decode(errors="replace").strip()[:60]
         format_name = "JSON" if line[:1] in ("{", "[") else "CSV" if {",", ";", "\t"} & set(line) else "text"
         format_name += f", it begins with {line!r}"
     return DataError(
-        "is no Parquet file" + (f" but {format_name}" if format_name else ""), where=file.where, fix=CONVERT_HINT
+        "is not a Parquet file" + (f" but {format_name}" if format_name else ""), where=file.where, fix=CONVERT_HINT
     )
