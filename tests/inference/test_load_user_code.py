@@ -87,7 +87,7 @@ def test_weights_of_other_code_blame_the_code(job: dict[str, Any]) -> None:
         other.writestr("lc_scale.py", "SCALE = 1.0\n")
     (Path(run.url) / CODE_FILE).write_bytes(archive.getvalue())
     with pytest.raises(
-        JobError, match="the code of this model is not the code that its weights were trained by"
+        JobError, match="the code of this model is not the code that its weights were trained with"
     ) as raised:
         load(run.url, trust=True)
     assert raised.value.where == "model.kind: lc_net:Net"

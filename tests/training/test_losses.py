@@ -93,10 +93,10 @@ def try_loss(name: str, *, mixes: bool = False, outputs: Tensor | None = None) -
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("mean", r"gives \(\) for 3 samples.*shape \(3,\)"),
-        ("number", "gives float for 3 samples"),
+        ("mean", r"returns \(\) for 3 samples.*shape \(3,\)"),
+        ("number", "returns float for 3 samples"),
         ("raises", r"ValueError: no such thing, at .*own_losses_to_try\.py:20"),
-        ("detached", "cannot be differentiated"),
+        ("detached", "is not differentiable"),
         ("infinite", "its loss is (-inf|inf|nan)"),
         ("steep", "its gradient is (-inf|inf|nan)"),
     ],

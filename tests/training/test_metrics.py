@@ -318,8 +318,8 @@ def test_too_large_split_is_reported_before_training() -> None:
     check_best_metric_gathered(job, 10, {"val": most, "train": most + 1})
     ((split, text),) = describe_oversized_splits(job, 10, {"val": 9, "train": most + 1}).items()
     assert split == "train"
-    assert f"train has {most + 1:,} rows, too many for auc and remembers" in text
-    with pytest.raises(JobError, match="auc needs all rows at once") as caught:
+    assert f"train has {most + 1:,} samples, too many for auc and remembers" in text
+    with pytest.raises(JobError, match="auc needs all samples at once") as caught:
         check_best_metric_gathered(job, 10, {"val": most + 1})
     assert caught.value.where == "best.metric: val/auc"
     check_best_metric_gathered(make_job(best={"metric": "val/f1"}), 10, {"val": most + 1})
