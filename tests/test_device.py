@@ -26,7 +26,7 @@ def test_unavailable_device_is_bad_input(kind: str) -> None:
         pytest.skip(f"there is {kind} here")
     with pytest.raises(InputError) as caught:
         devices.select_device(kind)
-    assert str(caught.value).startswith(f"scale.device: {kind} is not available here")
+    assert str(caught.value).startswith(f"scale.device: {kind} is not available on this machine")
     assert "cpu" in caught.value.fix
 
 

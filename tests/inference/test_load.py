@@ -110,7 +110,7 @@ def test_images_by_path_image_and_array(train_example: TrainExample, example_dat
     with pytest.raises(DataError, match=r"bytes, 0 to 255"):
         model.predict(np.zeros((2, 3, 32, 32), np.float32))
     assert model.predict(np.zeros((2, 32, 32, 3), np.uint8)).shape == (2,)
-    with pytest.raises(DataError, match="cannot be used as a picture"):
+    with pytest.raises(DataError, match="cannot be used as an image"):
         model.predict([__file__])
     with pytest.raises(DataError, match="no such file"):
         model.predict([example_data / "shapes" / "none.png"])

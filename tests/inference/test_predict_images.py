@@ -72,7 +72,7 @@ def test_all_image_input_types_agree(folder: Path, images_folder: Path) -> None:
     ("one", "words"),
     [
         ("none.png", "none.png: there is no such file"),
-        ("notes.txt", "notes.txt: cannot be used as a picture"),
+        ("notes.txt", "notes.txt: cannot be used as an image"),
         ("deep", "deep: cannot be used .*IsADirectoryError"),
         ("small.png", "small.png: is 4 x 4 pixels, but the model was trained on 6 x 6"),
     ],

@@ -176,8 +176,8 @@ class Canary:
         (b"no weights at all", "cannot be read"),
         (b"", "cannot be read"),
         (Canary(), "cannot be read"),
-        ({"model": {"weight": torch.ones(2)}}, "holds no state dict"),
-        (torch.ones(2), "holds no state dict"),
+        ({"model": {"weight": torch.ones(2)}}, "is not a state dict"),
+        (torch.ones(2), "is not a state dict"),
     ],
     ids=["text", "empty", "code", "nested", "tensor"],
 )

@@ -238,5 +238,5 @@ def test_untrainable_model_is_a_job_error() -> None:
 
 
 def test_no_fp64_on_mps() -> None:
-    with pytest.raises(JobError.__mro__[1], match="no fp64"):
+    with pytest.raises(JobError.__mro__[1], match="does not support fp64"):
         Precision.from_name("fp64", torch.device("mps"))

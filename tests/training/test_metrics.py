@@ -275,7 +275,7 @@ def test_custom_metric_sees_the_whole_split_in_order_and_user_units(size: int) -
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("raises", r"no cost of 2 rows, at .*own_measures\.py"),
+        ("raises", r"no cost of 2 rows, at .*custom_metrics\.py"),
         ("changes", "read-only"),
         ("gives_many", "TypeError"),
     ],

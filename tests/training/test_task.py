@@ -122,7 +122,7 @@ def test_class_without_rows_and_class_without_weight() -> None:
 
 @pytest.mark.parametrize(("kind", "label"), [("multiclass", 4), ("multiclass", -1), ("binary", 2)])
 def test_weight_of_an_unknown_class_is_an_error(kind: str, label: int) -> None:
-    with pytest.raises(JobError, match="no class") as caught:
+    with pytest.raises(JobError, match="not a class") as caught:
         make_task(kind, class_weights={label: 1.0})
     assert caught.value.where == f"task.class_weights.{label}"
 
