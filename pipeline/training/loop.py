@@ -45,13 +45,13 @@ class TrainingRecorder(Protocol):
 
     def log_steps(self, rows: StepColumns) -> None: ...
     def log_evaluation(self, row: Mapping[str, Any]) -> None: ...
-    def on_evaluation_end(self, position: TrainProgress) -> None:
+    def on_evaluation_end(self, progress: TrainProgress) -> None:
         """Called when all splits are evaluated at a step. If it is `best_step`, the current parameters are the best."""
 
     def should_save(self, step: int, due: bool) -> bool:
         """Return whether to save now; a save that is due may be postponed."""
 
-    def save(self, position: TrainProgress, end: bool) -> None: ...
+    def save(self, progress: TrainProgress, end: bool) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -73,11 +73,11 @@ def test_every_category_is_learned_in_every_precision(precision: str) -> None:
         model={"hidden": []}, train={"precision": precision, "optimizer": {"kind": "adam"}, "clip_norm": 1.0}
     )
     assert select_gradient_backend(job, CPU, CATEGORY_COUNTS) == "eager"
-    trainee = make_engine(job, model=build_from_config({"hidden": []}), way="eager")
+    engine = make_engine(job, model=build_from_config({"hidden": []}), gradient_backend="eager")
     codes = torch.tensor([[2900 + number, 3] for number in range(16)])
     inputs = torch.cat([torch.zeros(16, NUM_NUMERIC), codes.float()], 1)
     targets = torch.tensor([number * 7 % NUM_CLASSES for number in range(16)])
     for step in range(1, 61):
-        trainee.forward_backward(step, inputs, targets)
-        trainee.optimizer_step(0.05)
-    assert torch.equal(trainee.predict_logits(inputs).argmax(1), targets)
+        engine.forward_backward(step, inputs, targets)
+        engine.optimizer_step(0.05)
+    assert torch.equal(engine.predict_logits(inputs).argmax(1), targets)

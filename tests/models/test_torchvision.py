@@ -65,10 +65,10 @@ def test_any_number_of_channels_and_no_auxiliary_output(
     kind: str, shape: tuple[int, ...], args: dict[str, Any]
 ) -> None:
     model = build_from_config(kind, shape, args=args)
-    trainee = make_engine(make_job(), model=model, way="eager", shape=shape)
+    engine = make_engine(make_job(), model=model, gradient_backend="eager", shape=shape)
     inputs, targets = make_batch(make_job(), 2, shape=shape)
-    trainee.forward_backward(1, inputs, targets)
-    assert torch.isfinite(trainee.flat.grad).all()
+    engine.forward_backward(1, inputs, targets)
+    assert torch.isfinite(engine.flat.grad).all()
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_local_file_initializes_all_but_the_head(published_model: nn.Module, tmp
         published_model.get_parameter("features.0.0.weight").add_(1)
     torch.save(published_model.state_dict(), tmp_path / "small.pth")
     assert make_start(tmp_path / "small.pth").digest != starts[0].digest
-    with pytest.raises(JobError, match=r"of another shape: features\.\S+ \(\d+, .*, here \(") as caught:
+    with pytest.raises(JobError, match=r"of another shape: features\.\S+ \(\d+, .*, in this model \(") as caught:
         load_matching_weights(build_from_config(SMALL, args={"reduced_tail": True}), starts[0], strict=True)
     assert caught.value.where == f"model.weights: {tmp_path / 'small.pth'}"
 

@@ -73,14 +73,14 @@ def test_regression_losses_match_torch() -> None:
 
 def test_custom_loss_trains_by_its_gradient(loss_module: str) -> None:
     job = make_job(task={"loss": f"{loss_module}:focal"}, train={"precision": "fp64"})
-    trainee = make_engine(job)
+    engine = make_engine(job)
     inputs, targets = make_batch(job, 13)
-    outputs = trainee.flat.model(inputs.double())
+    outputs = engine.flat.model(inputs.double())
     log_probabilities = outputs.log_softmax(1).gather(1, targets[:, None])[:, 0]
     expected = torch.autograd.grad(
-        (-((1 - log_probabilities.exp()) ** 2) * log_probabilities).mean(), trainee.flat.parameters
+        (-((1 - log_probabilities.exp()) ** 2) * log_probabilities).mean(), engine.flat.parameters
     )
-    found = mean_gradient(trainee, inputs, targets)
+    found = mean_gradient(engine, inputs, targets)
     torch.testing.assert_close(found, torch.cat([one.reshape(-1) for one in expected]), rtol=1e-11, atol=1e-13)
 
 

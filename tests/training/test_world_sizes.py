@@ -31,7 +31,8 @@ def outcomes() -> Outcomes:
     spawn = multiprocessing.get_context("spawn")
     results = spawn.Queue()
     processes = [
-        spawn.Process(target=distributed_helpers.work, args=(rank, address, results), daemon=True) for rank in range(3)
+        spawn.Process(target=distributed_helpers.run_rank, args=(rank, address, results), daemon=True)
+        for rank in range(3)
     ]
     for process in processes:
         process.start()
@@ -55,7 +56,7 @@ def outcomes() -> Outcomes:
 def train_with_torch(job: JobConfig) -> tuple[list[float], dict[str, Tensor]]:
     """The loss of each step and the final weights, by torch alone, in one process, on the same batches."""
     inputs, targets = make_data(job)
-    plan, kind = TrainingSchedule(job, len(inputs)), job.task.kind
+    schedule, kind = TrainingSchedule(job, len(inputs)), job.task.kind
     model = build_model(
         job, (distributed_helpers.FEATURES,), {"multiclass": 3, "binary": 1, "regression": 2}[kind], 7
     ).double()
@@ -79,10 +80,10 @@ def train_with_torch(job: JobConfig) -> tuple[list[float], dict[str, Tensor]]:
         )
 
     optimizer, losses = fresh(), []
-    for step in range(1, plan.last_step + 1):
-        if plan.should_reset_optimizer(step):
+    for step in range(1, schedule.last_step + 1):
+        if schedule.should_reset_optimizer(step):
             optimizer = fresh()
-        rows = distributed_helpers.global_rows(plan, step)
+        rows = distributed_helpers.global_indices(schedule, step)
         outputs, goals = model(inputs[rows].double()), targets[rows]
         if kind == "multiclass":
             loss = nn.functional.cross_entropy(outputs, goals, weight)
@@ -96,7 +97,7 @@ def train_with_torch(job: JobConfig) -> tuple[list[float], dict[str, Tensor]]:
         loss.backward()
         if job.train.clip_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), job.train.clip_norm)
-        optimizer.param_groups[0]["lr"] = plan.lr_at(step)
+        optimizer.param_groups[0]["lr"] = schedule.lr_at(step)
         optimizer.step()
         losses.append(loss.item())
     return losses, model.state_dict()
@@ -106,11 +107,12 @@ def train_with_torch(job: JobConfig) -> tuple[list[float], dict[str, Tensor]]:
 def test_fp64_curves_match_plain_torch_for_any_world_size(name: str, outcomes: Outcomes) -> None:
     job = make_job(**CONFIGURATIONS[name])
     losses, weights = train_with_torch(job)
-    everyone = [distributed_helpers.outcome(job, FakeContext()), *outcomes[name, 2], *outcomes[name, 3]]
+    everyone = [distributed_helpers.run_outcome(job, FakeContext()), *outcomes[name, 2], *outcomes[name, 3]]
     for rank_outcome in everyone:
         assert rank_outcome["loss"] == pytest.approx(losses, rel=1e-9)
         assert rank_outcome["samples"] == [
-            len(distributed_helpers.global_rows(TrainingSchedule(job, 23), step)) for step in range(1, len(losses) + 1)
+            len(distributed_helpers.global_indices(TrainingSchedule(job, 23), step))
+            for step in range(1, len(losses) + 1)
         ]
         assert rank_outcome["correct"] == pytest.approx(everyone[0]["correct"], nan_ok=True)
         assert list(rank_outcome["weights"]) == list(weights)
@@ -146,5 +148,9 @@ def test_all_ranks_stop_at_the_same_step_on_a_signal(outcomes: Outcomes) -> None
 
 
 def test_all_ranks_report_a_nonfinite_loss_at_its_step(outcomes: Outcomes) -> None:
-    everyone = [distributed_helpers.diverged(FakeContext()), *outcomes["diverged", 2], *outcomes["diverged", 3]]
+    everyone = [
+        distributed_helpers.nonfinite_message(FakeContext()),
+        *outcomes["diverged", 2],
+        *outcomes["diverged", 3],
+    ]
     assert set(everyone) == {"the loss is nan at step 3, with learning rate 0.3"}
