@@ -1,4 +1,4 @@
-"""Labels of every kind come back from a trained model as they were in the data."""
+"""Predictions of a trained model have the labels of the data, of every type."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_unseen_label_is_rejected(tmp_path: Path) -> None:
 
 
 def test_classes_of_an_earlier_version_are_unchanged(tmp_path: Path) -> None:
-    """There, labels of 1 to 3 made four classes, and a checkpoint has an output for each."""
+    """In that version, labels of 1 to 3 made four classes, and a checkpoint has an output for each."""
     pd.DataFrame({"x": np.arange(60.0), "y": 1 + np.arange(60) % 3}).to_parquet(tmp_path / "t.parquet")
     tree = {"source": "parquet", "url": str(tmp_path / "t.parquet"), "label": "y"}
     job = build_job({"name": "t", "data": tree}, "test")
@@ -109,7 +109,7 @@ def test_class_weights_are_given_by_label(tmp_path: Path) -> None:
         train_frame(tmp_path, names, {"kind": "multiclass", "class_weights": {2: 5.0}})
 
 
-# ------------------------------------------------------------------------------ what no model was trained on
+# ------------------------------------------------------------------------------------- invalid inputs
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e39])
@@ -122,7 +122,7 @@ def test_values_invalid_in_training_give_no_prediction(tmp_path: Path, bad: floa
     with pytest.raises(DataError, match=r"at row 2, position 1 \(1 of 4 rows"):
         model.predict(kind(rows))
     with torch.no_grad():
-        next(model.model.parameters()).fill_(torch.nan)  # as of a value too large for the model
+        next(model.model.parameters()).fill_(torch.nan)  # as for a value too large for the model
     with pytest.raises(DataError, match="outputs are not finite for 4 of 4 rows, the first is row 0"):
         model.predict(kind(np.full((4, 2), 0.5)))
 

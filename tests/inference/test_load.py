@@ -1,4 +1,4 @@
-"""Trained models answer as they were measured, whatever their data is handed over as."""
+"""Predictions of loaded models match their evaluation, for every input type."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_predictor_is_an_nn_module(train_example: TrainExample, example_data: Pa
     assert not model.training
     frame = pd.read_parquet(example_data / "churn.parquet").head(50)
     before = model.predict_proba(frame)
-    model.train()  # dropout of a model in training is not for answers
+    model.train()  # predictions must not use dropout
     np.testing.assert_array_equal(model.predict_proba(frame), before)
     assert model.training
     np.testing.assert_allclose(model.double().predict_proba(frame), before, atol=1e-5)
@@ -146,7 +146,7 @@ def test_user_code_runs_only_with_trust(train_example: TrainExample, tmp_path: P
     answers, classes, code_path, is_plain = json.loads(ran.stdout)
     assert classes == ["first", "second"]
     assert np.allclose(np.sum(answers, axis=1), 1)
-    assert "trainyard-code-" in code_path  # the code of the run, not whatever lies about
+    assert "trainyard-code-" in code_path  # the code stored with the run, not other code on the path
     assert not is_plain, "under a name of its own"
 
 

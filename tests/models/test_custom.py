@@ -1,4 +1,4 @@
-"""A module of the user's own: what it is offered, and what is said when it does not fit."""
+"""Custom models: the arguments that they receive, and errors if they do not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings in the mlp: codes of many-levelled columns looked up, exactly and under every precision."""
+"""Embeddings of the mlp: exact lookup of category codes, in every precision."""
 
 from __future__ import annotations
 
@@ -60,15 +60,15 @@ def test_weights_depend_only_on_the_seed() -> None:
     assert not uses_rng(first)
 
 
-@pytest.mark.parametrize(("levels", "width"), [(2, 2), (7, 5), (100, 21), (400, 46), (3000, 50)])
-def test_embedding_width_follows_the_documented_rule(levels: int, width: int) -> None:
-    assert compute_embedding_dim(MlpConfig(), levels) == width
-    assert compute_embedding_dim(MlpConfig(embedding_width=9), levels) == 9
+@pytest.mark.parametrize(("num_codes", "width"), [(2, 2), (7, 5), (100, 21), (400, 46), (3000, 50)])
+def test_embedding_width_follows_the_documented_rule(num_codes: int, width: int) -> None:
+    assert compute_embedding_dim(MlpConfig(), num_codes) == width
+    assert compute_embedding_dim(MlpConfig(embedding_width=9), num_codes) == 9
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16", "fp16"])
 def test_every_category_is_learned_in_every_precision(precision: str) -> None:
-    """Only the code tells the class, and neighbours among 3,000 codes are not alike in bf16's eight bits."""
+    """The class depends on the code alone; bf16's 8 bits could not distinguish adjacent codes among 3,000."""
     job = make_job(
         model={"hidden": []}, train={"precision": precision, "optimizer": {"kind": "adam"}, "clip_norm": 1.0}
     )

@@ -1,4 +1,4 @@
-"""Frozen parameters stay, the others learn as under plain torch, and patterns that match nothing are named."""
+"""Frozen parameters do not change, the others train as in plain torch, and invalid patterns are reported."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_frozen_backbone_trains_like_plain_torch(model: dict[str, Any]) -> None:
     engine = make_engine(job)
     before = engine.flat.state_dict()
     reference = build_model(job, SHAPE, 4, 11).double()
-    reference.eval()  # every batch norm here is frozen
+    reference.eval()  # every batch normalization is frozen
     head = last_layer_names(reference)
     assert engine.flat.params.numel() == sum(before[name].numel() for name in head)
     optimizer = torch.optim.SGD([p for p in reference.parameters() if p.requires_grad], lr=0.3)
@@ -75,7 +75,7 @@ def test_frozen_backbone_trains_like_plain_torch(model: dict[str, Any]) -> None:
         optimizer.zero_grad()
         nn.functional.cross_entropy(reference(inputs.double()), targets).backward()
         optimizer.step()
-        engine.predict_logits(inputs)  # evaluation in between
+        engine.predict_logits(inputs)  # evaluation between steps
     after = engine.flat.state_dict()
     for name, tensor in reference.state_dict().items():
         torch.testing.assert_close(after[name], tensor, rtol=1e-11, atol=1e-13)
@@ -90,7 +90,7 @@ def test_partly_frozen_batch_norm_keeps_updating() -> None:
 
 
 def test_frozen_norm_statistics_are_not_reduced() -> None:
-    """Averages of equal numbers are rounded: over many steps they would move."""
+    """Averaging equal values rounds: over many steps the statistics would change."""
 
     def flat(*freeze: str) -> FlatParameters:
         model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2), nn.BatchNorm1d(2))

@@ -1,4 +1,4 @@
-"""torchvision's models: fitted to the task, from scratch and with weights, frozen, and errors that say what to do."""
+"""torchvision models: adapted to the task, untrained and pretrained, frozen, and errors that name the fix."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_invalid_model_error_names_its_field(
 
 @pytest.fixture(scope="module")
 def published_model() -> nn.Module:
-    """A model as torchvision publishes them: of 1,000 classes."""
+    """A model as torchvision publishes it, with 1,000 classes."""
     torch.manual_seed(7)
     model: nn.Module = models.mobilenet_v3_small()
     return model
@@ -164,7 +164,7 @@ def test_torch_hub_cache_is_used_and_missing_network_is_reported(
 
 
 class Canary:
-    """What a file must not get run when it is read."""
+    """Code that must not run when a file is read."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return eval, ("1/0",)
@@ -201,7 +201,7 @@ def test_missing_pretrained_weights() -> None:
 
 
 def test_state_dict_keys_of_old_files_are_converted(tmp_path: Path) -> None:
-    """torchvision's own loaders do so: googlenet's second heads go, and densenet's `norm.1` becomes `norm1`."""
+    """As torchvision does: googlenet's auxiliary heads are dropped, and densenet's `norm.1` is renamed `norm1`."""
     google = {f"{part}.conv.weight": torch.ones(2) for part in ("aux1", "aux2", "conv1")}
     dense = {f"features.denseblock1.denselayer2.{key}": torch.ones(2) for key in ("norm.1.bias", "conv.2.weight")}
     for kind, tensors, expected in (

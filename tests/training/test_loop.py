@@ -230,7 +230,9 @@ def test_nonfinite_loss_stops_at_its_step(bad: float) -> None:
     assert caught.value.exit_code == 1
     assert [progress.step for progress, _ in recorder.saves] == [3, 6]
     assert recorder.column("step") == list(range(1, 8)), "the step itself is logged"
-    assert all(torch.isfinite(tensor).all() for tensor in engine.flat.state_dict().values()), "the optimizer step is not taken"
+    assert all(torch.isfinite(tensor).all() for tensor in engine.flat.state_dict().values()), (
+        "the optimizer step is not taken"
+    )
 
 
 def test_first_nonfinite_row_is_named() -> None:
