@@ -145,7 +145,7 @@ def fit(
             engine.optimizer.reset_state()
         engine.forward_backward(step, batch.inputs, batch.targets)
         stop_signal = gradient_sync.all_reduce_gradients()
-        step_metrics.append(schedule.epoch_of(step), step, lr)
+        step_metrics.append(schedule.epoch_of(step), step, lr)  # on the CPU, raises before a NaN reaches the weights
         engine.optimizer_step(lr)
 
         is_evaluated = schedule.is_evaluation_due(step) or step == stop_bounds.ended_at

@@ -52,18 +52,18 @@ def test_predictions_of_numeric_classes_are_the_labels(
     run = train_frame(tmp_path, frame, task)
     model = load(run.url)
     assert model.classes == names
-    answers = model.predict(frame)
-    assert answers.dtype == np.int64
-    assert (answers == frame.y).mean() > 0.9
+    predictions = model.predict(frame)
+    assert predictions.dtype == np.int64
+    assert (predictions == frame.y).mean() > 0.9
     assert model.predict_proba(frame).shape == (200, len(names))
     chosen = np.array(names)[model.predict_proba(frame).argmax(1)]
-    assert (chosen == answers.astype(str)).all()
+    assert (chosen == predictions.astype(str)).all()
     predict(run.url, input=str(tmp_path / "t.parquet"), output=str(tmp_path / "out.parquet"))
     written = pq.read_table(tmp_path / "out.parquet")
     assert written.schema.names == ["prediction", *(f"probability_{name}" for name in names)]
-    assert written.column("prediction").to_pylist() == answers.tolist()
+    assert written.column("prediction").to_pylist() == predictions.tolist()
     others = evaluate(run.url, data=str(tmp_path / "t.parquet")).metrics
-    assert others["data/accuracy"] == (answers == frame.y).mean()
+    assert others["data/accuracy"] == (predictions == frame.y).mean()
 
 
 def test_unseen_label_is_rejected(tmp_path: Path) -> None:

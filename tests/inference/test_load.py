@@ -64,7 +64,7 @@ def test_regression_predictions_use_label_units(train_example: TrainExample, exa
 def test_pandas_polars_arrow_and_dicts_agree(train_example: TrainExample, example_data: Path) -> None:
     model = load(train_example("table").url)
     table = pq.read_table(example_data / "churn.parquet").slice(0, 200)
-    wanted = model.predict_proba(table)
+    expected = model.predict_proba(table)
     frame = table.to_pandas()
     columns: dict[str, Any] = {name: table.column(name).to_pylist() for name in reversed(table.schema.names)}
     for same in (
@@ -75,7 +75,7 @@ def test_pandas_polars_arrow_and_dicts_agree(train_example: TrainExample, exampl
         table.to_pylist(),
         frame.sample(frac=1).loc[frame.index],
     ):
-        np.testing.assert_allclose(model.predict_proba(same), wanted, rtol=1e-6)
+        np.testing.assert_allclose(model.predict_proba(same), expected, rtol=1e-6)
     assert len(model.predict(table.slice(0, 0))) == 0
     strange = table.set_column(table.schema.get_field_index("plan"), "plan", pa.array(["unheard of"] * 200))
     with pytest.warns(UserWarning, match="column 'plan': all of 200 values were never seen in training"):
@@ -143,11 +143,11 @@ def test_user_code_runs_only_with_trust(train_example: TrainExample, tmp_path: P
     ran = subprocess.run(
         [sys.executable, "-c", script, run.url], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    answers, classes, code_path, is_plain = json.loads(ran.stdout)
+    predictions, classes, code_path, is_plain = json.loads(ran.stdout)
     assert classes == ["first", "second"]
-    assert np.allclose(np.sum(answers, axis=1), 1)
+    assert np.allclose(np.sum(predictions, axis=1), 1)
     assert "trainyard-code-" in code_path  # the code stored with the run, not other code on the path
-    assert not is_plain, "under a name of its own"
+    assert not is_plain, "the module name does not clash"
 
 
 def test_numeric_arrays_and_integer_labels(tmp_path: Path) -> None:

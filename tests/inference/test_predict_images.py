@@ -58,13 +58,13 @@ def predict_by_path(folder: Path, source: str, run: str = "fail", **options: obj
 def test_all_image_input_types_agree(folder: Path, images_folder: Path) -> None:
     model = load(f"{folder}/runs/fail")
     path = images_folder / "cat.png"
-    wanted = model.predict_proba([path])
-    assert wanted.shape == (1, 2)
+    expected = model.predict_proba([path])
+    assert expected.shape == (1, 2)
     with Image.open(path) as opened:
         image = opened.copy()
     for image_input in ("cat.png", str(path), path, path.as_uri(), path.read_bytes(), image):
         assert model.predict(image_input).tolist() == ["dark"]
-        np.testing.assert_array_equal(model.predict_proba(image_input), wanted)
+        np.testing.assert_array_equal(model.predict_proba(image_input), expected)
     assert model.predict([]).shape == (0,)
 
 

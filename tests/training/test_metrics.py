@@ -134,15 +134,15 @@ def test_regression_metrics_match_scikit_learn_in_user_units(
     """The differences of the targets have far more digits in float64 than are compared."""
     mean, std = unit_of
     generator = np.random.default_rng(seed)
-    learned, goals = generator.normal(0.2, 1, (rows, columns)), generator.normal(0.4, 1, (rows, columns))
-    values, truth = mean + std * learned, mean + std * goals
+    outputs, targets = generator.normal(0.2, 1, (rows, columns)), generator.normal(0.4, 1, (rows, columns))
+    values, truth = mean + std * outputs, mean + std * targets
     target_scale = TargetScale((mean,) * columns, (std,) * columns)
     train_mean = (truth + std).mean(0)  # the training rows are different ones
     train_std = std * np.arange(1, columns + 1)
     if scaled:
         options = {"target_mean": ((train_mean - mean) / std).tolist(), "target_std": (train_std / std).tolist()}
         task = make_task("regression", columns, target_scale=target_scale, **options)
-        metrics = evaluate_outputs(task, learned, goals)
+        metrics = evaluate_outputs(task, outputs, targets)
     else:
         task = make_task("regression", columns, target_mean=train_mean.tolist(), target_std=train_std.tolist())
         metrics = evaluate_outputs(task, values, truth)
@@ -168,7 +168,7 @@ def test_regression_metrics_match_scikit_learn_in_user_units(
             )
             unit_free = np.array(values_by_column) if name == "r2" else np.array(values_by_column) / train_std
             assert metrics[name] == approximately(float(unit_free.mean()))
-    assert metrics["loss"] == approximately(float(((learned - goals) ** 2).mean() * (1 if scaled else std**2)))
+    assert metrics["loss"] == approximately(float(((outputs - targets) ** 2).mean() * (1 if scaled else std**2)))
 
 
 def test_targets_are_weighted_equally_whatever_their_units() -> None:
