@@ -141,7 +141,7 @@ def test_large_split_is_reported_before_training(
 ) -> None:
     monkeypatch.setattr("pipeline.training.metric_accumulator.MAX_GATHERED_VALUES", 399)
     ended = trainyard("train", write_job(tmp_path, task="binary"), "--json")
-    assert "warning: val has 200 rows, too many for auc" in ended.err
+    assert "warning: val has 200 samples, too many for auc" in ended.err
     assert pd.read_parquet(Path(ended.json["url"]) / "metrics/evals")["auc"].isna().all()
     refused = trainyard("train", write_job(tmp_path, task="binary", best={"metric": "val/auc"}))
     assert refused.code == 2

@@ -141,7 +141,7 @@ def test_mismatched_weights_are_named_and_skipped_if_not_strict(trainyard: RunCo
     job = write_changed_job(tmp_path, "warm.yaml", model={"hidden": [16, 5], "init_from": "base@last"})
     refused = trainyard("train", job)
     assert refused.code == 2
-    for words in ("missing there: 4.weight, 4.bias", "2.weight (2, 16), here (5, 16)", "model.strict: false"):
+    for words in ("missing there: 4.weight, 4.bias", "2.weight (2, 16), in this model (5, 16)", "model.strict: false"):
         assert words in refused.err
     taken = trainyard("train", job, "--set", "model.strict=false", "--set", "model.freeze=[0.*]", "--json")
     assert taken.code == 0, taken.err

@@ -27,6 +27,7 @@ from pipeline.data.sources import DatasetPart, open_dataset
 from pipeline.data.sources.images.dataset import LazyImages
 from pipeline.errors import DataError, WorkError
 from tests.data.image_files import make_image_files, make_image_job, write_files
+from tests.devices import require_device
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,11 +37,10 @@ DEVICES = ["cpu", "cuda, resident", "cuda, pinned"]
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     kind, _, memory = request.param.partition(", ")
-    if kind == "cuda" and not torch.cuda.is_available():
-        pytest.skip("this machine has no CUDA device")
+    device = require_device(kind)
     if memory == "pinned":
         monkeypatch.setattr(device_transfer, "MAX_RESIDENT_FRACTION", 0.0)
-    return torch.device(kind)
+    return device
 
 
 def make_part(rows: int = 60, shape: tuple[int, ...] = (4, 4)) -> DatasetPart:

@@ -25,6 +25,7 @@ from pipeline.data.tabular.schema import Column, Schema
 from pipeline.data.transforms import TabularTransform, fit_input_transform, input_transform_from_json
 from pipeline.data.transforms.column_statistics import compute_statistics
 from pipeline.errors import DataError
+from tests.devices import require_device
 
 CPU = torch.device("cpu")
 PLANS = ("basic", "free", "gold", "pro")
@@ -212,11 +213,10 @@ def test_embedded_columns_follow_one_hot_columns() -> None:
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_all_devices_give_the_same_result(kind: str) -> None:
-    if kind == "cuda" and not torch.cuda.is_available():
-        pytest.skip("this machine has no CUDA device")
+    device = require_device(kind)
     raw = random_table(200)
     fitted = fit_table(raw, np.arange(150), one_hot_up_to=4)
-    out = fitted.make_transform_fn(torch.device(kind), torch.float32, SCHEMA)(torch.from_numpy(raw).to(kind))
+    out = fitted.make_transform_fn(device, torch.float32, SCHEMA)(torch.from_numpy(raw).to(device))
     assert (out.device.type, out.dtype) == (kind, torch.float32)
     np.testing.assert_allclose(out.cpu(), apply_transform(fitted, raw), atol=1e-6, rtol=1e-6)
 
