@@ -99,7 +99,7 @@ class WorkerContext(Protocol):
     def report(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
         """Report an evaluation, or the end, to the cluster. All ranks call it at the same step."""
 
-    def heartbeat(self, own: WorkerHeartbeat) -> Mapping[int, WorkerHeartbeat] | None:
+    def heartbeat(self, heartbeat: WorkerHeartbeat) -> Mapping[int, WorkerHeartbeat] | None:
         """Send this rank's heartbeat and return the latest of each rank, or None if the channel is unavailable. Takes
         seconds at most."""
 
@@ -205,7 +205,7 @@ class SingleProcessContext:
     def report(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
         """Do nothing: there is no cluster."""
 
-    def heartbeat(self, own: WorkerHeartbeat) -> Mapping[int, WorkerHeartbeat] | None:
+    def heartbeat(self, heartbeat: WorkerHeartbeat) -> Mapping[int, WorkerHeartbeat] | None:
         return {}
 
     def raise_in_main_thread(self, error: HungError) -> bool:
