@@ -78,7 +78,7 @@ class Watchdog:
         self._restart_timer()
         self._thread.start()
         if self._context.local_rank == 0:
-            threading.Thread(target=self._report_stale_dumps, name="trainyard-leftovers", daemon=True).start()
+            threading.Thread(target=self._report_stale_dumps, name="trainyard-stale-dumps", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:

@@ -46,13 +46,13 @@ class RankReporter:
     def log_evaluation(self, row: Mapping[str, Any]) -> None:
         """Do nothing: rank 0 logs it."""
 
-    def on_evaluation_end(self, position: TrainProgress) -> None:
-        self._context.report(position.metrics or {})
+    def on_evaluation_end(self, progress: TrainProgress) -> None:
+        self._context.report(progress.metrics or {})
 
     def should_save(self, step: int, due: bool) -> bool:
         return False
 
-    def save(self, position: TrainProgress, end: bool) -> None:
+    def save(self, progress: TrainProgress, end: bool) -> None:
         """Do nothing: rank 0 saves, and the ranks hold the same bits."""
 
 
@@ -111,20 +111,20 @@ class Rank0Reporter(RankReporter):
     def log_evaluation(self, row: Mapping[str, Any]) -> None:
         self._writer.log_evaluation(dict(row))
 
-    def on_evaluation_end(self, position: TrainProgress) -> None:
-        is_best = position.step > 0 and position.best_step == position.step
+    def on_evaluation_end(self, progress: TrainProgress) -> None:
+        is_best = progress.step > 0 and progress.best_step == progress.step
         if is_best:
             self._best_weights = self._engine.flat.state_dict()
-        self._best = self._best_checkpoint(position)
+        self._best = self._best_checkpoint(progress)
         no_gain = self._best.no_improvement_message if self._best is not None else ""
         self._context.emit(
             EvaluationLogged(
-                step=position.step,
-                epoch=self._schedule.epoch_of(position.step),
-                ends_epoch=self._schedule.is_epoch_end(position.step),
-                number=self._schedule.evaluation_number(position.step),
-                phase=self._schedule.phase_of(position.step),
-                metrics=dict(position.metrics or {}),
+                step=progress.step,
+                epoch=self._schedule.epoch_of(progress.step),
+                ends_epoch=self._schedule.is_epoch_end(progress.step),
+                number=self._schedule.evaluation_number(progress.step),
+                phase=self._schedule.phase_of(progress.step),
+                metrics=dict(progress.metrics or {}),
                 best_metric=self._schedule.job.best.metric,
                 is_best=is_best,
                 no_gain=bool(no_gain),
@@ -132,10 +132,10 @@ class Rank0Reporter(RankReporter):
         )
         self._evaluations_without_gain += 1 if no_gain else 0
         if no_gain and self._evaluations_without_gain == EVALUATIONS_BEFORE_WARNING:
-            lr = self._schedule.lr_at(position.step)
+            lr = self._schedule.lr_at(progress.step)
             text = f"{no_gain}: the learning rate, {lr:g} now, may be too high"
             self._context.emit(WarningMessage(text))
-        super().on_evaluation_end(position)
+        super().on_evaluation_end(progress)
 
     def should_save(self, step: int, due: bool) -> bool:
         minutes, writer = self._schedule.job.checkpoint.every_minutes, self._writer
@@ -144,22 +144,22 @@ class Rank0Reporter(RankReporter):
         self._due = self._due or due or is_late
         return (self._due and writer.can_save_now(is_late=is_late)) or writer.must_save_now()
 
-    def save(self, position: TrainProgress, end: bool) -> None:
-        best = self._best_checkpoint(position)
-        is_best_earlier = best is not None and best.step != position.step
-        step = position.step
+    def save(self, progress: TrainProgress, end: bool) -> None:
+        best = self._best_checkpoint(progress)
+        is_best_earlier = best is not None and best.step != progress.step
+        step = progress.step
         snapshot = Snapshot(
             step=step,
             epoch=self._schedule.epoch_of(step),
             weights=self._engine.flat.state_dict(),
             state=self._engine.state_dict(),
-            position=position.to_json(),
-            metrics=dict(position.metrics or {}),
+            position=progress.to_json(),
+            metrics=dict(progress.metrics or {}),
             best=best,
             best_weights=self._best_weights if is_best_earlier else None,
             preprocess=self._preprocess,
             is_final=end,
-            evaluations_since_best=position.evaluations_since_best,
+            evaluations_since_best=progress.evaluations_since_best,
         )
         if end and snapshot.skipped_updates == step:
             names = ", ".join(self._engine.flat.find_nonfinite_grads()[:3])
@@ -172,7 +172,7 @@ class Rank0Reporter(RankReporter):
                 EarlyStopped(
                     step=step,
                     last_step=self._schedule.last_step,
-                    evaluations_since_best=position.evaluations_since_best,
+                    evaluations_since_best=progress.evaluations_since_best,
                     metric=self._schedule.job.best.metric,
                 )
             )
@@ -183,16 +183,16 @@ class Rank0Reporter(RankReporter):
         self._best_weights, self._due, self._saved_at = None, False, time.monotonic()
         self._saved_best, self._saved_step = best, step
 
-    def _best_checkpoint(self, position: TrainProgress) -> BestCheckpoint | None:
-        if position.best_step is None or position.best_value is None:
+    def _best_checkpoint(self, progress: TrainProgress) -> BestCheckpoint | None:
+        if progress.best_step is None or progress.best_value is None:
             return None
         return BestCheckpoint(
             metric=self._schedule.job.best.metric,
-            step=position.best_step,
-            value=position.best_value,
-            metrics=dict(position.best_metrics or {}),
+            step=progress.best_step,
+            value=progress.best_value,
+            metrics=dict(progress.best_metrics or {}),
             mode=self._schedule.job.best.mode,
-            before_training=position.value_before_training,
+            before_training=progress.value_before_training,
         )
 
     def _divergence_advice(self) -> str:
