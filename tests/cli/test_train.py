@@ -209,7 +209,7 @@ def test_out_of_memory_names_settings_to_lower(trainyard: RunCommand, tmp_path: 
     job = write_job(tmp_path, model={"kind": "hungry_model:Hungry"}, code=".")
     ended = trainyard("train", job)
     assert ended.code == 1
-    assert "train.batch_size: 100: out of memory on cpu, with pieces of 100 samples" in ended.err
+    assert "train.batch_size: 100: out of memory on cpu, with micro-batches of 100 samples" in ended.err
     assert "train.micro_batch: 50" in ended.err
     assert "Traceback" not in ended.err
     assert "failed" in trainyard("runs").out
