@@ -29,7 +29,7 @@ TITLES: dict[str, str] = {
 """Titles of the classes that no fixed value of the key in `TAGS` selects."""
 
 INTRODUCTION = f"""\
-<!-- Made from the fields of `pipeline/job/` by `{COMMAND}`. Edit the fields, not this page. -->
+<!-- Made from the fields of `pipeline/config/` by `{COMMAND}`. Edit the fields, not this page. -->
 
 # The job file
 
