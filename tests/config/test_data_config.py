@@ -1,4 +1,4 @@
-"""The keys of `data`: each source has its own, and runs of jobs that were written with all of them are found again."""
+"""The keys of `data` depend on the source; runs of jobs that were stored with all keys are found again."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FILES = {
     "table.yaml": "19ebc9da808c99d62eda5e86222a9448b5963c1c5371c2b3114c29a907abf9b8",
 }
 """Digest of the identity of each job file with the fingerprint `f`, from when every job had the keys of every source. A
-change of a file of `jobs/` changes its own; a change of the code must change none."""
+change of a file in `jobs/` changes its digest; a change of the code must change none."""
 
 PARQUET = {
     "source": "parquet",
@@ -84,16 +84,16 @@ JOB_TREES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 ]
 
 ALL_KEYS: dict[str, Any] = {"root": "~/.cache/trainyard", "url": None, **IDENTITY_OF_OTHER_SOURCES}
-"""What a stored job of any source once held for keys of other sources."""
+"""The values of the keys of other sources in a stored job of any source, as once written."""
 
 
 def stored_before(job: JobConfig) -> str:
-    """The text of `job.yaml` as it was when every job had the keys of every source."""
+    """The text of `job.yaml` as written when every job had the keys of every source."""
     tree = job.to_dict()
     return yaml.safe_dump({**tree, "data": {**ALL_KEYS, **tree["data"]}})
 
 
-def test_every_job_file_has_its_digest_here() -> None:
+def test_every_job_file_has_a_digest_above() -> None:
     assert set(JOBS.rglob("*.yaml")) == {JOBS / name for name in FILES}
 
 
@@ -115,13 +115,13 @@ def test_a_job_stored_with_the_keys_of_all_sources_is_the_same_job(tree: dict[st
     again = parse_job(stored_before(job), "there")
     assert again == job
     assert override_job(again, ["train.batch_size=7"]).data == job.data
-    elsewhere = again.to_dict()["data"]
-    own = UserFunctionDataConfig if isinstance(elsewhere["source"], dict) else SOURCES[elsewhere["source"]]
-    assert set(elsewhere) == set(own.model_fields), "only what means something"
+    data = again.to_dict()["data"]
+    config_class = UserFunctionDataConfig if isinstance(data["source"], dict) else SOURCES[data["source"]]
+    assert set(data) == set(config_class.model_fields), "only the keys of its source"
     assert parse_job(dump_job(again), "there") == job
 
 
-def test_a_root_of_its_own_in_a_stored_job_of_another_source_is_ignored() -> None:
+def test_any_root_in_a_stored_job_of_another_source_is_ignored() -> None:
     job = build_job({"name": "a", "data": PARQUET, "task": "regression"}, "here")
     tree = yaml.safe_load(stored_before(job))
     tree["data"]["root"] = "/elsewhere"
@@ -159,7 +159,7 @@ def test_a_job_file_on_a_base_may_name_another_source(tmp_path: Path) -> None:
     assert (data.source, data.shuffle, data.labels) == ("parquet", False, ["y"])
 
 
-def test_all_set_keys_of_the_source_before_are_named() -> None:
+def test_all_set_keys_of_the_previous_source_are_named() -> None:
     job = build_job({"name": "a", "data": PARQUET, "task": "regression"}, "here")
     with pytest.raises(JobError) as caught:
         override_job(job, ["data.source=mnist"])
@@ -177,12 +177,14 @@ def test_the_frozen_defaults_are_those_of_the_fields() -> None:
     for key, value in IDENTITY_OF_OTHER_SOURCES.items():
         owners = [SOURCES[source].model_fields[key] for source in sources_with(key)]
         defaults = [field.get_default() for field in owners if not field.is_required()]
-        assert [getattr(one, "model_dump", lambda one=one: one)() for one in defaults] == [value] * len(defaults)
+        assert [getattr(default, "model_dump", lambda default=default: default)() for default in defaults] == [
+            value
+        ] * len(defaults)
     keys = {key for kind in SOURCES.values() for key in kind.model_fields}
     assert set(ALL_KEYS) == keys - COMMON_KEYS - {"source"}
 
 
-def test_the_source_comes_first_and_its_own_keys_next() -> None:
+def test_the_source_comes_first_and_its_keys_next() -> None:
     keys = list(build_job({"name": "a", "data": IMAGE_FOLDER}, "here").to_dict()["data"])
     assert keys[:4] == ["source", "url", "label", "path"]
     assert set(keys[-6:]) == COMMON_KEYS
