@@ -6,6 +6,7 @@ import ast
 import re
 import tomllib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,10 @@ def defined_names(node: ast.Module | ast.ClassDef, prefix: str = "") -> Iterator
             yield from (prefix + target.id for target in targets if isinstance(target, ast.Name))
 
 
+def section(heading: str) -> str:
+    return PAGE.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+
+
 def rows_of_rooms() -> list[list[str]]:
     """The cells of the table of rooms: floor, room, what it is for, what it may import."""
     rows = re.findall(r"^\| (\d+) \| `(\w+)` \| (.+) \| (.+) \|$", PAGE, re.MULTILINE)
@@ -72,6 +77,17 @@ def test_every_folder_exists(folder: str) -> None:
 def test_every_function_class_and_constant_is_defined_in_its_file(symbol: str) -> None:
     path, _, name = symbol.partition(":")
     assert name in set(defined_names(ast.parse(locate(path).read_text(encoding="utf-8"))))
+
+
+def test_each_function_from_the_command_to_the_loop_calls_the_next() -> None:
+    steps = re.findall(
+        r"^\d\. `([\w/]+\.py):(\w+)`", section("From the command to the loop").partition("With")[0], re.M
+    )
+    assert len(steps) == 5
+    for (path, name), (_, next_name) in pairwise(steps):
+        source = locate(path).read_text(encoding="utf-8")
+        body = next(node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name)
+        assert re.search(rf"\b{next_name}\b", ast.get_source_segment(source, body) or ""), f"{path}:{name}"
 
 
 def test_many_places_are_named() -> None:
