@@ -100,7 +100,7 @@ def test_job_file_is_validated_first(trainyard: RunCommand, tmp_path: Path) -> N
     typed = trainyard("submit", job, "--env", "KEY=a-secret")
     check_refused(typed, "--env takes a name")
     assert "a-secret" not in typed.stderr
-    check_refused(trainyard("submit", job, "--name", "../up"), "'../up' is no name")
+    check_refused(trainyard("submit", job, "--name", "../up"), "'../up' is not a valid name")
 
 
 def test_infeasible_job_is_rejected_on_the_cluster(
