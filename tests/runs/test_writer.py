@@ -154,7 +154,7 @@ def test_nonfinite_loss_is_never_committed(tmp_path: Path) -> None:
     bad["loss"][2] = np.inf
     with pytest.raises(NotFiniteError, match="at step 7") as raised:
         writer.commit(make_snapshot(8), [bad], [])
-    assert "init_from: run@last begins it at the last checkpoint, of step 4" in str(raised.value)
+    assert "init_from: run@last starts it from the last checkpoint, of step 4" in str(raised.value)
     with pytest.raises(NotFiniteError, match=r"0\.weight"):
         RunWriter(
             attempt, layout=SegmentLayout(SEGMENT_STEPS, SEGMENT_STEPS), keep=1, metric_schema=MetricSchema()
