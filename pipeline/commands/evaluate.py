@@ -121,8 +121,8 @@ def evaluate(
     saved = find_checkpoint(opened_run, checkpoint)
     job, code = _load_stored_job(opened_run, list(set), trust)
     job = job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"limit": None})})
-    fitted, weights = FittedTransforms.from_json(saved.load_preprocess()), saved.load_weights()
-    check_state_dict(job, fitted, weights, saved.url)
+    fitted, state_dict = FittedTransforms.from_json(saved.load_preprocess()), saved.load_weights()
+    check_state_dict(job, fitted, state_dict, saved.url)
     if data is not None:
         split, prepared = (
             "data",
@@ -140,15 +140,15 @@ def evaluate(
             available = ", ".join(prepared.splits)
             raise InputError(f"this run has no {split} split", where=opened_run.url, fix=f"it has: {available}")
     built = build_training(prepared, for_training=False)
-    built.engine.flat.load_state_dict(weights)
+    built.engine.flat.load_state_dict(state_dict)
     if split == "test":
         metadata = {"checkpoint": saved.name, "step": saved.step, "host": socket.gethostname(), "pid": os.getpid()}
         log_test_access(opened_run, metadata)
     result = loop.evaluate(built.engine, build_eval_loader(prepared, built, split), SingleProcessContext())
     metrics = {f"{split}/{name}": value for name, value in result.items()}
     report = DataReport(fitted.input_transform)
-    rows = prepared.splits[split]
-    report.add(prepared.dataset.part(rows.part).inputs, rows.indices, prepared.dataset.schema)
+    split_indices = prepared.splits[split]
+    report.add(prepared.dataset.part(split_indices.part).inputs, split_indices.indices, prepared.dataset.schema)
     return EvaluateResult(opened_run.name, opened_run.url, saved.name, saved.step, split, metrics, report)
 
 

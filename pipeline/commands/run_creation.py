@@ -221,7 +221,7 @@ def _default_run_name(job: JobConfig, identity: dict[str, Any]) -> str:
 
 
 def list_differences(stored: Any, current: Any, path: str = "") -> list[str]:
-    """Return one line for each difference of two trees: `train.phases.0.lr: 0.5 there, 0.1 here`."""
+    """Return one line for each difference of two trees: `train.phases.0.lr: 0.5 in the run, 0.1 now`."""
     if isinstance(stored, dict) and isinstance(current, dict):
         keys = [*stored, *(key for key in current if key not in stored)]
         return [
@@ -235,4 +235,4 @@ def list_differences(stored: Any, current: Any, path: str = "") -> list[str]:
             for number, pair in enumerate(zip(stored, current, strict=True))
             for line in list_differences(*pair, f"{path}.{number}")
         ]
-    return [] if stored == current else [f"{path}: {stored} there, {current} here"]
+    return [] if stored == current else [f"{path}: {stored} in the run, {current} now"]

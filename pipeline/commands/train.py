@@ -86,13 +86,13 @@ def train(
         # The identity of job, code and data determines the run before any data is decoded or torch is imported:
         # the run may be finished, or another process may be writing it.
         root = resolve_storage_url(storage, job.storage)
-        start = _initial_weights(job, root)
-        fingerprint, source = fingerprint_dataset(job, lambda text: on_event(PhaseStarted(text)))
+        initial_weights = _find_initial_weights(job, root)
+        fingerprint, dataset = fingerprint_dataset(job, lambda text: on_event(PhaseStarted(text)))
         creation = RunCreation.from_job(
             job,
             code,
             fingerprint=fingerprint,
-            initial_weights_digest=start.digest if start is not None else None,
+            initial_weights_digest=initial_weights.digest if initial_weights is not None else None,
             name=name,
             storage_url=root,
             max_steps=max_steps,
@@ -104,7 +104,7 @@ def train(
         from pipeline.device import restore_torch_settings
 
         with restore_torch_settings():
-            run = _train_run(creation, start, source, exists, on_event, address=address, verbose=verbose)
+            run = _train_run(creation, initial_weights, dataset, exists, on_event, address=address, verbose=verbose)
         return read_run_status(run)
 
 
@@ -130,7 +130,7 @@ def _is_complete(creation: RunCreation, on_event: EventHandler) -> bool:
 def _train_run(
     creation: RunCreation,
     initial_weights: InitialWeights | None,
-    source: Dataset | None,
+    dataset: Dataset | None,
     exists: bool,
     on_event: EventHandler,
     *,
@@ -141,7 +141,7 @@ def _train_run(
 
     Parameters
     ----------
-    source: the opened dataset, if it was opened for its fingerprint.
+    dataset: the opened dataset, if it was opened for its fingerprint.
     exists: whether the run exists, so that its fitted transforms are reused.
     """
     from pipeline.runs.integrity import is_finalized
@@ -154,7 +154,7 @@ def _train_run(
         job,
         creation.max_steps,
         initial_weights=initial_weights,
-        dataset=source,
+        dataset=dataset,
         fitted=load_stored_transforms(creation.run) if exists else None,
         on_progress=lambda text: on_event(PhaseStarted(text)),
         code=creation.code,
@@ -241,7 +241,7 @@ def _default_torch_settings() -> AbstractContextManager[None]:
     return restore_torch_settings()
 
 
-def _initial_weights(job: JobConfig, storage_url: str) -> InitialWeights | None:
+def _find_initial_weights(job: JobConfig, storage_url: str) -> InitialWeights | None:
     if job.model.init_from is None and getattr(job.model, "weights", None) is None:
         return None
     from pipeline.setup.initial_weights import find_initial_weights  # it imports torch

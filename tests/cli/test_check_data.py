@@ -61,7 +61,7 @@ def test_check_accepts_existing_data(
 
 
 @pytest.mark.parametrize(
-    ("url", "source", "words"),
+    ("url", "source", "messages"),
     [
         ("none.parquet", "parquet", ["none.parquet", "is not there"]),
         ("no*.parquet", "parquet", ["no*.parquet", "no files there"]),
@@ -79,13 +79,13 @@ def test_check_accepts_existing_data(
     ],
 )
 def test_check_rejects_missing_or_wrong_data(
-    trainyard: RunCommand, data_folder: Path, url: str, source: str, words: list[str]
+    trainyard: RunCommand, data_folder: Path, url: str, source: str, messages: list[str]
 ) -> None:
     ended = trainyard("check", make_job(url, source))
     assert ended.exit_code == 2
     assert "Traceback" not in ended.stderr
-    for word in words:
-        assert word in ended.stderr
+    for message in messages:
+        assert message in ended.stderr
 
 
 def test_check_data_in_object_storage(trainyard: RunCommand, data_folder: Path, s3_url: str) -> None:

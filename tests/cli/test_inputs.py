@@ -85,7 +85,7 @@ def test_check_overfit_fits_a_batch_or_reports_failure(trainyard: RunCommand, tm
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "messages"),
     [
         (["train", "nowhere.yaml"], ["nowhere.yaml", "no such job file"]),
         (["train", "small.yaml", "--set", "train.batchsize=3"], ["train.batchsize", "batch_size"]),
@@ -108,7 +108,7 @@ def test_check_overfit_fits_a_batch_or_reports_failure(trainyard: RunCommand, tm
     ],
 )  # fmt: skip
 def test_bad_input_is_one_message_and_exit_2(
-    trainyard: RunCommand, tmp_path: Path, arguments: list[str], words: list[str]
+    trainyard: RunCommand, tmp_path: Path, arguments: list[str], messages: list[str]
 ) -> None:
     import torch
 
@@ -118,8 +118,8 @@ def test_bad_input_is_one_message_and_exit_2(
     ended = trainyard(*arguments)
     assert ended.exit_code == 2, ended.stderr
     assert "Traceback" not in ended.stderr
-    for word in words:
-        assert word in ended.stderr
+    for message in messages:
+        assert message in ended.stderr
     assert not (tmp_path / "runs").exists(), "nothing is written before the input is checked"
 
 

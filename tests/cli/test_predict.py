@@ -122,7 +122,7 @@ def test_predict_single_column_samples(trainyard: RunCommand, tmp_path: Path, ki
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "messages"),
     [
         (["predict", "RUN", "--input", "none.parquet", "--output", "out.parquet"], ["none.parquet"]),
         (["predict", "RUN", "--input", "colors.parquet", "--output", "out.csv"], ["--output", ".parquet"]),
@@ -134,15 +134,15 @@ def test_predict_single_column_samples(trainyard: RunCommand, tmp_path: Path, ki
     ],
 )
 def test_invalid_arguments_are_one_message(
-    trainyard: RunCommand, tmp_path: Path, run_name: str, arguments: list[str], words: list[str]
+    trainyard: RunCommand, tmp_path: Path, run_name: str, arguments: list[str], messages: list[str]
 ) -> None:
     pq.write_table(make_table().rename_columns(["id", "y", "color"]), tmp_path / "other.parquet")
     pq.write_table(pa.table({"id": [1, 2], "x": [0.0, 1.0], "color": ["green", "red"]}), tmp_path / "green.parquet")
     ended = trainyard(*[argument.replace("RUN", run_name) for argument in arguments])
     assert ended.exit_code == 2
     assert "Traceback" not in ended.stderr
-    for word in words:
-        assert word in ended.stderr
+    for message in messages:
+        assert message in ended.stderr
     assert not Path("o.parquet").exists()
 
 
@@ -212,7 +212,7 @@ def test_keys_of_several_files_have_one_type(
 
 
 @pytest.mark.parametrize(
-    ("second", "words"),
+    ("second", "message"),
     [
         (pa.array(["a", "b"]), "the key 'id' is string in this file, but int64 in"),
         (pa.array([0.5, 1.5]), "the key 'id' is int64 in this file and becomes double"),
@@ -225,7 +225,7 @@ def test_conflicting_keys_are_rejected_before_predicting(
     run_name: str,
     monkeypatch: pytest.MonkeyPatch,
     second: pa.Array | None,
-    words: str,
+    message: str,
 ) -> None:
     write_parts(tmp_path / "new", pa.array([2**53 + 1, 1]), pa.nulls(2) if second is None else second)
     if second is None:
@@ -237,7 +237,7 @@ def test_conflicting_keys_are_rejected_before_predicting(
     monkeypatch.setattr(Predictor, "predict_scores", predict)
     ended = trainyard("predict", run_name, "--input", "new", "--output", "out.parquet")
     assert ended.exit_code == 2
-    assert words in ended.stderr
+    assert message in ended.stderr
     assert not Path("out.parquet").exists()
 
 
@@ -246,14 +246,14 @@ def test_file_with_other_columns_is_rejected_before_predicting(
 ) -> None:
     write_parts(tmp_path / "new", pa.array([1, 2]), pa.array([3, 4]))
     monkeypatch.setattr(Predictor, "predict_scores", None)
-    for table, words in (
+    for table, message in (
         (pa.table({"id": [3, 4], "y": [0.0, 1.0]}), "1.parquet: there is no column 'x'"),
         (pa.table({"id": [3, 4], "x": ["a", "b"]}), "1.parquet: the column 'x' holds text"),
     ):
         pq.write_table(table, tmp_path / "new" / "1.parquet")
         ended = trainyard("predict", run_name, "--input", "new", "--output", "out.parquet")
         assert ended.exit_code == 2
-        assert words in ended.stderr
+        assert message in ended.stderr
 
 
 def test_unused_columns_may_differ_between_files(trainyard: RunCommand, tmp_path: Path, run_name: str) -> None:
@@ -291,7 +291,7 @@ def test_keys_named_like_prediction_columns_are_kept(trainyard: RunCommand, tmp_
 
 
 @pytest.mark.parametrize(
-    ("source", "output", "words"),
+    ("source", "output", "message"),
     [
         ("data/new.parquet", "data/new.parquet", "is a file of the input, which it would replace"),
         ("data/new.parquet", "./data/../data/new.parquet", "is a file of the input"),
@@ -308,7 +308,7 @@ def test_keys_named_like_prediction_columns_are_kept(trainyard: RunCommand, tmp_
     ],
 )
 def test_output_never_replaces_its_input(
-    trainyard: RunCommand, tmp_path: Path, run_name: str, source: str, output: str, words: str
+    trainyard: RunCommand, tmp_path: Path, run_name: str, source: str, output: str, message: str
 ) -> None:
     for path in ("data/new.parquet", "whole.parquet/a/new.parquet"):
         (tmp_path / path).parent.mkdir(parents=True)
@@ -317,7 +317,7 @@ def test_output_never_replaces_its_input(
     before = (tmp_path / "data" / "new.parquet").read_bytes()
     ended = trainyard("predict", run_name, "--input", source, "--output", output)
     assert ended.exit_code == 2
-    assert words in ended.stderr
+    assert message in ended.stderr
     assert "Traceback" not in ended.stderr
     assert (tmp_path / "data" / "new.parquet").read_bytes() == before
 

@@ -80,12 +80,12 @@ def test_moving_job_data_and_initial_weights_keeps_the_identity(
     pq.write_table(pa.table({"x": draw.normal(size=90), "y": draw.integers(0, 2, 90)}), job_folder / "rows.parquet")
     tree = {"data": {"source": "parquet", "url": "rows.parquet", "label": "y"}, "model": {"kind": "mlp"}}
     (job_folder / "base.yaml").write_text(yaml.safe_dump({"name": "base", **tree}))
-    warm = {"base": "base.yaml", "name": "warm", "model": {"init_from": "../runs/begun@last"}}
+    warm = {"base": "base.yaml", "name": "warm", "model": {"init_from": "../runs/initial@last"}}
     (job_folder / "warm.yaml").write_text(yaml.safe_dump(warm))
-    begun = trainyard(
-        "train", str(job_folder / "base.yaml"), "--storage", "project/runs", "--name", "begun", "--max-steps", "2"
+    initial = trainyard(
+        "train", str(job_folder / "base.yaml"), "--storage", "project/runs", "--name", "initial", "--max-steps", "2"
     )
-    assert begun.exit_code == 0, begun.stderr
+    assert initial.exit_code == 0, initial.stderr
     runs = ("--storage", str(tmp_path / "all"), "--max-steps", "3", "--json")
     first = trainyard("train", "project/jobs/warm.yaml", *runs)
     assert first.exit_code == 0, first.stderr
@@ -118,7 +118,7 @@ def test_other_initial_weights_are_another_run(trainyard: RunCommand, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("spec", "words"),
+    ("spec", "message"),
     [
         ("nowhere", "no such run"),
         ("base@7", "it has no checkpoint '7'"),
@@ -127,7 +127,7 @@ def test_other_initial_weights_are_another_run(trainyard: RunCommand, tmp_path: 
     ],
 )
 def test_missing_initial_weights_are_invalid_input(
-    spec: str, words: str, trainyard: RunCommand, tmp_path: Path
+    spec: str, message: str, trainyard: RunCommand, tmp_path: Path
 ) -> None:
     trainyard("train", write_job(tmp_path), "--name", spec.partition("@")[0] if spec != "nowhere" else "any")
     for file in tmp_path.glob("runs/damaged/checkpoints/*/model.safetensors"):
@@ -135,7 +135,7 @@ def test_missing_initial_weights_are_invalid_input(
     before = sorted(path.name for path in (tmp_path / "runs").iterdir())
     refused = trainyard("train", write_changed_job(tmp_path, "warm.yaml", model={"hidden": [16], "init_from": spec}))
     assert refused.exit_code == 2
-    assert words in refused.stderr
+    assert message in refused.stderr
     assert "Traceback" not in refused.stderr
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == before
 
@@ -145,8 +145,8 @@ def test_mismatched_weights_are_named_and_skipped_if_not_strict(trainyard: RunCo
     job = write_changed_job(tmp_path, "warm.yaml", model={"hidden": [16, 5], "init_from": "base@last"})
     refused = trainyard("train", job)
     assert refused.exit_code == 2
-    for words in ("missing there: 4.weight, 4.bias", "2.weight (2, 16), here (5, 16)", "model.strict: false"):
-        assert words in refused.stderr
+    for message in ("missing there: 4.weight, 4.bias", "2.weight (2, 16), here (5, 16)", "model.strict: false"):
+        assert message in refused.stderr
     loaded = trainyard("train", job, "--set", "model.strict=false", "--set", "model.freeze=[0.*]", "--json")
     assert loaded.exit_code == 0, loaded.stderr
     assert "not loaded from base at step 24: missing there: 4.weight, 4.bias" in loaded.stderr

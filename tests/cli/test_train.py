@@ -92,12 +92,12 @@ def test_repeated_command_is_a_no_op_and_changed_job_is_a_new_run(trainyard: Run
 
 def test_name_of_another_job_is_rejected_with_differences(trainyard: RunCommand, tmp_path: Path) -> None:
     job = write_job(tmp_path)
-    assert trainyard("train", job, "--name", "mine", "--max-steps", "3").exit_code == 0
-    refused = trainyard("train", job, "--name", "mine", "--set", "train.batch_size=50")
+    assert trainyard("train", job, "--name", "named", "--max-steps", "3").exit_code == 0
+    refused = trainyard("train", job, "--name", "named", "--set", "train.batch_size=50")
     assert refused.exit_code == 2
-    assert "train.batch_size: 100 there, 50 here" in refused.stderr
-    assert "max_steps: 3 there, None here" in refused.stderr
-    assert trainyard("show", "mine", "--json").json["step"] == 3
+    assert "train.batch_size: 100 in the run, 50 now" in refused.stderr
+    assert "max_steps: 3 in the run, None now" in refused.stderr
+    assert trainyard("show", "named", "--json").json["step"] == 3
 
 
 def test_storage_precedence_is_flag_environment_job(
@@ -257,15 +257,18 @@ class Gradientless(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("epochs", "words"), [(3, "all 24 updates were skipped"), (9, "layer.weight, layer.bias are not finite at step 32")]
+    ("epochs", "message"),
+    [(3, "all 24 updates were skipped"), (9, "layer.weight, layer.bias are not finite at step 32")],
 )
-def test_fp16_reports_a_model_without_gradients(trainyard: RunCommand, tmp_path: Path, epochs: int, words: str) -> None:
+def test_fp16_reports_a_model_without_gradients(
+    trainyard: RunCommand, tmp_path: Path, epochs: int, message: str
+) -> None:
     train = {**SMALL_JOB["train"], "precision": "fp16", "phases": [{"epochs": epochs, "lr": 0.1}]}
     (tmp_path / "gradientless_model.py").write_text(GRADIENTLESS_MODULE)
     job = write_job(tmp_path, train=train, model={"kind": "gradientless_model:Gradientless"}, code=".")
     ended = trainyard("train", job, "--json")
     assert (ended.exit_code, ended.json["error"]["type"]) == (1, "NotFiniteError")
-    assert words in ended.stderr
+    assert message in ended.stderr
     assert "bf16" in ended.stderr
     again = trainyard("train", job, "--json")  # from the last checkpoint
     assert (again.exit_code, again.stderr.splitlines()[-2:]) == (1, ended.stderr.splitlines()[-2:])
