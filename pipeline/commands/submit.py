@@ -52,8 +52,8 @@ def submit(
     job: a job file, its content as a dict, or a `JobConfig`.
     address: URL of the cluster's dashboard.
     set: overrides for the job file, as `KEY=VALUE`.
-    name, storage, max_steps, allow_code_change: as for `train`. A path as `storage` is a path on this machine, and the
-        cluster must run on it too.
+    name, storage, max_steps, allow_code_change: as for `train`. A path as `storage` is a path on this machine if the
+        cluster runs on it, else an absolute path on the cluster's only node.
     env: names of environment variables of this process to set for the job; their values are never written or shown.
     env_files: files of such variables, in lines of KEY=VALUE.
     token_file: file with the cluster's token.

@@ -4,8 +4,8 @@ A tracker reads complete segments and finds out by itself which of them it has l
 again anywhere, and catch up after an outage or with a run that has long finished. It logs the live rows, which no
 segment holds yet, separately.
 
-To add a tracker: write its module here, with a class as `Tracker` describes it, and add its name to `TrackerName` and
-its factory to `_TRACKERS`.
+To add a tracker: write its module here, with a class as `Tracker` describes it; add its factory to `_TRACKERS`, and its
+name to `TrackerName` in pipeline/config/job.py.
 """
 
 from __future__ import annotations
