@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cli import app
 from pipeline.cpus import available_cpus
 from pipeline.events import EvaluationLogged, Event, RunOpened, TrainingStarted
 from tests.cli.command_line import RunCommand, write_job
@@ -29,7 +30,10 @@ def test_help_loads_neither_torch_nor_ray() -> None:
     assert "trainyard" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "check", "init", "evaluate", "runs", "show"])
+COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback is not None]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(trainyard: RunCommand, command: str) -> None:
     ended = trainyard(command, "--help")
     assert ended.exit_code == 0
