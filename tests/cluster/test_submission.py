@@ -178,7 +178,7 @@ def test_run_continues_after_the_client_is_killed_until_stopped(
 
     again = trainyard("submit", job, *cluster_options, "--storage", str(storage), "--no-wait")
     assert (again.exit_code, again.stdout) == (0, f"{job_id}\n"), again.stderr
-    assert "goes on there: attached" in again.stderr
+    assert "is running there: attached" in again.stderr
 
     wire = TcpProxy(urlsplit(jobs_cluster.url).port or 0)
     lines, words = list[str](), list[str]()
@@ -205,7 +205,7 @@ def test_run_continues_after_the_client_is_killed_until_stopped(
     assert (commit["kind"], leave["kind"], leave["status"]) == ("commit", "leave", "interrupted")
     assert 0 < commit["step"] == leave["step"] < 8000
     check_checkpoints(run)
-    assert trainyard("stop", job_id, *cluster_options).stderr == "had ended before\n"
+    assert trainyard("stop", job_id, *cluster_options).stderr == "the job has ended already\n"
 
 
 @pytest.mark.slow
@@ -227,7 +227,7 @@ def test_resubmission_resumes_bit_identically_after_entrypoint_kill(
     ended = trainyard("logs", first, *cluster_options, "--follow")
     assert ended.exit_code == 1
     assert "its entry point was killed by signal 9" in ended.stderr
-    assert "the same submit goes on" in ended.stderr
+    assert "the same submit resumes" in ended.stderr
 
     def kill_again() -> None:
         before = count_commits(storage)

@@ -100,9 +100,9 @@ def test_input_is_an_image_a_glob_or_a_folder(folder: Path, images_folder: Path)
     ("source", "words"),
     [
         ("none.png", "--input none.png: there is no such file or folder"),
-        ("none/*.png", "no pictures among 0 files"),
-        ("*.txt", "no pictures among 1 files"),
-        ("notes.txt", "notes.txt: cannot be used as a picture"),
+        ("none/*.png", "no images among 0 files"),
+        ("*.txt", "no images among 1 files"),
+        ("notes.txt", "notes.txt: cannot be used as an image"),
     ],
 )
 def test_input_without_images_is_rejected(folder: Path, images_folder: Path, source: str, words: str) -> None:
@@ -113,7 +113,7 @@ def test_input_without_images_is_rejected(folder: Path, images_folder: Path, sou
 
 def test_broken_images_are_skipped_where_the_job_allows(folder: Path, images_folder: Path) -> None:
     (images_folder / "broken.png").write_bytes(encode_png(9)[:45])
-    with pytest.raises(DataError, match=r"broken\.png: cannot be used as a picture"):
+    with pytest.raises(DataError, match=r"broken\.png: cannot be used as an image"):
         predict_by_path(folder, ".")
     warnings_given: list[str] = []
     found = predict(f"{folder}/runs/skip", input=".", output="out.parquet", on_warning=warnings_given.append)
@@ -121,9 +121,9 @@ def test_broken_images_are_skipped_where_the_job_allows(folder: Path, images_fol
     assert out["path"].to_pylist() == ["_dog.png", "cat.png", "deep/a.png", "deep/er/b.png"]
     assert out["prediction"].to_pylist() == ["light", "dark", "dark", "light"]
     assert (found.rows, found.skipped) == (4, ("broken.png",))
-    assert warnings_given == list(found.warnings) == ["1 pictures are broken and left out: broken.png"]
+    assert warnings_given == list(found.warnings) == ["skipped 1 broken image: broken.png"]
     assert found.to_json()["skipped"] == ["broken.png"]
-    with pytest.raises(DataError, match="none of 1 pictures can be decoded"):
+    with pytest.raises(DataError, match="none of 1 images can be decoded"):
         predict_by_path(folder, "broken.png", run="skip")
 
 

@@ -200,7 +200,7 @@ def test_nonfinite_loss_is_never_committed(run: Run, loss: float) -> None:
     writer.commit(make_snapshot(20))
     with pytest.raises(NotFiniteError, match=rf"loss is {loss} at step 15 \(learning rate 0.1\)") as caught:
         writer.finish()
-    assert "model.init_from: run@last begins it at the last checkpoint, of step 10" in caught.value.fix
+    assert "model.init_from: run@last starts it from the last checkpoint, of step 10" in caught.value.fix
     writer.write_exit("failed", caught.value, 20)
     stop_attempt(attempt, writer)
     last = read_entries(Journal(run.storage))[-1]  # as another process would read it

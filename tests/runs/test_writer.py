@@ -158,7 +158,7 @@ def test_nonfinite_loss_is_never_committed(tmp_path: Path) -> None:
     block["loss"][2] = np.inf
     with pytest.raises(NotFiniteError, match="at step 7") as raised:
         writer.commit(make_snapshot(8), [block], [])
-    assert "init_from: run@last begins it at the last checkpoint, of step 4" in str(raised.value)
+    assert "init_from: run@last starts it from the last checkpoint, of step 4" in str(raised.value)
     weights = {"0.weight": torch.full((3, 4), float("nan"))}
     other_writer = RunWriter(attempt, layout=SEGMENT_LAYOUT, keep=1, metric_schema=MetricSchema())
     with pytest.raises(NotFiniteError, match=r"0\.weight"):
