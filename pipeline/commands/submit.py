@@ -20,6 +20,8 @@ from pipeline.redaction import register_secrets
 from pipeline.runs.locate import resolve_storage_url
 
 POLL_S = 0.5
+JOB_METADATA_KEY = "trainyard_job"
+"""In the metadata of every job that `submit` starts: the name of the job."""
 STOP_WAIT_S = 300
 """How long a job that is stopped may take to save and leave, before Ray kills it. (Ray's default is 3.)"""
 
@@ -135,7 +137,7 @@ def _start_or_attach(
                 job_id,
                 f"exec '{preflight.python_executable}' -m {ENTRYPOINT_MODULE} {payload_name}",
                 runtime_env={**package.runtime_env(), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}},
-                metadata={"trainyard_job": job.name, "trainyard_run": payload.name or ""},
+                metadata={JOB_METADATA_KEY: job.name, "trainyard_run": payload.name or ""},
             ):
                 return job_id
 

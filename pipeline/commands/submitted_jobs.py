@@ -9,11 +9,9 @@ from typing import Any
 from pipeline.cluster.submission.client import ClusterClient, connect
 from pipeline.cluster.submission.job_status import JobStatus, get_status, status_from, tail_until_done
 from pipeline.cluster.submission.log_records import human_lines
-from pipeline.commands.submit import POLL_S, STOP_WAIT_S
+from pipeline.commands.submit import JOB_METADATA_KEY, POLL_S, STOP_WAIT_S
 from pipeline.errors import ClusterError, InputError, WorkError
 
-JOB_METADATA_KEY = "trainyard_job"
-"""In the metadata of every job that `submit` starts."""
 STOP_SLACK_S = 30.0
 """So much later than the entry point Ray may say that it has ended."""
 
