@@ -142,8 +142,7 @@ def ray_auth(address: str, *, verbose: bool) -> Iterator[None]:
     """While entered, `ray.init` sends the user's token to a cluster, and the output of Ray's native part is held back
     (with `verbose`, printed afterwards).
 
-    Ray itself uses a token where it finds one to start a cluster, but does not send it to an existing cluster by
-    default.
+    If there is a token, Ray starts clusters that require it, but by default it does not send it to an existing cluster.
 
     Raises
     ------
