@@ -135,7 +135,7 @@ class FailurePolicy:
         self.has_failed = True
         highest_step = self._highest_step()
         has_progress = highest_step > self._last_committed_step
-        self._consecutive_failures = self._consecutive_failures + 1 if not has_progress else 1
+        self._consecutive_failures = 1 if has_progress else self._consecutive_failures + 1
         self._last_committed_step = highest_step
         if self._consecutive_failures > self._retries:
             times = (

@@ -82,7 +82,9 @@ def _check_from_node(url: str, name: str, token: bytes, environment: Mapping[str
     credentials.set_credentials(environment)
     try:
         return (
-            "" if Storage.open(url).with_timeout(STORAGE_TIMEOUT_S).read(name) == token else "reads other content there"
+            ""
+            if Storage.open(url).with_timeout(STORAGE_TIMEOUT_S).read(name) == token
+            else "reads other content than was written"
         )
     except FileNotFoundError:
         return "does not have the file that was written: the storage is a folder of one machine"
