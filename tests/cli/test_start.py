@@ -145,8 +145,8 @@ def test_mismatched_weights_are_named_and_skipped_if_not_strict(trainyard: RunCo
     job = write_changed_job(tmp_path, "warm.yaml", model={"hidden": [16, 5], "init_from": "base@last"})
     refused = trainyard("train", job)
     assert refused.exit_code == 2
-    for message in ("missing there: 4.weight, 4.bias", "2.weight (2, 16), in this model (5, 16)", "model.strict: false"):
-        assert message in refused.stderr
+    for text in ("missing there: 4.weight, 4.bias", "2.weight (2, 16), in this model (5, 16)", "model.strict: false"):
+        assert text in refused.stderr
     loaded = trainyard("train", job, "--set", "model.strict=false", "--set", "model.freeze=[0.*]", "--json")
     assert loaded.exit_code == 0, loaded.stderr
     assert "not loaded from base at step 24: missing there: 4.weight, 4.bias" in loaded.stderr
