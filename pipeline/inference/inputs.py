@@ -23,17 +23,16 @@ from pipeline.data.sources.images.decode import (
     decode_image,
     silence_pillow_warnings,
 )
-from pipeline.data.tabular.encoder import check_columns, encode_to_matrix, suggest_columns, to_arrow_table
-from pipeline.data.tabular.schema import (
+from pipeline.data.tabular.arrow_types import (
     NUMERIC_KINDS,
     ArrowKind,
-    Column,
-    Schema,
     arrow_kind,
     bytes_to_array,
     has_inner_null,
     unwrap_storage,
 )
+from pipeline.data.tabular.encoder import check_columns, encode_to_matrix, suggest_columns, to_arrow_table
+from pipeline.data.tabular.schema import Column, Schema
 from pipeline.data.transforms import ArrayTransform, DataReport, InputTransform, TabularTransform
 from pipeline.errors import DataError, StorageError
 from pipeline.storage.read_files import FileReader

@@ -12,13 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.data.rounding import NumberKind, max_rounding_error
-from pipeline.data.tabular.schema import (
+from pipeline.data.tabular.arrow_types import (
     NUMERIC_KINDS,
     ArrowKind,
-    Column,
     FloatType,
     InvalidValues,
-    Schema,
     arrow_kind,
     bytes_to_array,
     dictionary_encode,
@@ -27,6 +25,7 @@ from pipeline.data.tabular.schema import (
     unwrap_storage,
     value_type,
 )
+from pipeline.data.tabular.schema import Column, Schema
 from pipeline.errors import DataError
 
 NUMERIC_PATTERN = re.compile(r"-?[0-9]+|true|false")
