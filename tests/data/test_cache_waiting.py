@@ -28,7 +28,7 @@ def watched():
     told = lambda event: print(event.text, file=sys.stderr, flush=True)
     limits = HangTimeouts({HANG_S}, storage_s=60)
     context, stacks = SingleProcessContext(told), StackDump(str(Path.cwd()), 0, save)
-    return Watchdog(context, limits, stacks, where="run", answers=lambda: 0)
+    return Watchdog(context, limits, stacks, where="run", response_count=lambda: 0)
 """
 CACHE_SCRIPT = """
 from pipeline.data.cache import get_or_build
