@@ -1,6 +1,6 @@
 """Trainyard: batch training of small and medium neural networks with one job file.
 
-`from pipeline import load, train`: what they need is imported at the first use.
+`from pipeline import load, train` is the Python API. Their dependencies are imported at the first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m pipeline` is `trainyard`."""
+"""`python -m pipeline` is the command `trainyard`."""
 
 from pipeline.cli import main
 

@@ -13,32 +13,34 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 from pipeline.errors import HungError, Interrupted
 from pipeline.events import Event, EventHandler, HangReported, ignore_event
 
-if TYPE_CHECKING:  # a client of a cluster needs this module, and not torch
+if TYPE_CHECKING:  # a client of a cluster imports this module without torch
     from torch import Tensor
 
 T = TypeVar("T")
 
 WaitTarget = Literal["", "workers", "storage", "cache"]
-"""What a thread waits for that is no fault of its own; empty: nothing such. cache: another process that prepares the
-same data."""
+"""The external event that a thread waits for; empty: none. workers: a collective. cache: another process that prepares
+the same data."""
 
 
 class PeerFailure(Exception):
-    """Another worker is gone: on this one the consequence of an error, never its cause."""
+    """Another worker has exited or is unreachable: the consequence of an error elsewhere, never its cause."""
 
 
 class ProgressCounter:
-    """Counts steps, blocks of an evaluation and phases of preparing: where the count stays, nothing moves."""
+    """Counts steps, evaluation batches and units of data preparation. An unchanged count means no progress."""
 
     def __init__(self) -> None:
         self.count = 0
         self.attempt = 0
         """The number of the attempt; 0 until it is set."""
         self.release_run: Callable[[], None] = lambda: None
-        """Lets others take the run over, where this thread hangs in a process that goes on."""
+        """Stops the heartbeat, so that another process may take over the run: for a thread that hangs in a process that
+        must not be ended."""
 
     def track(self, items: Iterable[T]) -> Iterable[T]:
-        """`items`, counted when one is asked for and when it is there. Can be iterated as often as `items`."""
+        """Return `items`, counting each when it arrives and when the next is requested. Can be iterated as often as
+        `items`."""
         return _TrackedIterable(items, self)
 
 
@@ -57,55 +59,55 @@ class _TrackedIterable(Generic[T]):
 
 @dataclass(frozen=True)
 class WorkerHeartbeat:
-    """One rank's report that its process is alive, and how its training thread is doing."""
+    """A rank's report that its process is alive, with the state of its training thread."""
 
     idle_s: float
-    """Seconds since its last progress, by its own clock."""
+    """Seconds since its last progress, by the rank's clock."""
     blocked_on: WaitTarget
     last_seen_s: float = 0.0
-    """Seconds since this report arrived, by the clock of whoever passes it on."""
+    """Seconds since this report arrived, by the clock of the process that forwards it."""
 
 
 class WorkerContext(Protocol):
-    """What a worker needs of its environment: its rank, collectives, and the way to the driver and the cluster.
+    """A worker's environment: its rank, its collectives, and its connection to the driver and the cluster.
 
-    Collectives raise PeerFailure where another rank is gone.
+    Collectives raise PeerFailure when another rank has failed.
     """
 
     rank: int
     world_size: int
     local_rank: int
     is_local: bool
-    """This is the user's own process: nobody restarts it, and its standard error is theirs."""
+    """Training runs in the user's process: no driver restarts it, and the user reads its standard error."""
     owns_process: bool
-    """The process does nothing else, so that it may be ended where the run hangs."""
+    """The process serves this run alone, so it may be ended when the run hangs."""
     progress: ProgressCounter
-    """What the training thread has done: see `pipeline.watchdog`."""
+    """The progress of the training thread, see `pipeline.watchdog`."""
 
     def all_reduce(self, vector: Tensor) -> None:
-        """Sum over the ranks, in place. Any shape and floating dtype, the same on all ranks."""
+        """Sum `vector` over the ranks, in place. Any shape and floating dtype, the same on all ranks."""
 
     def broadcast(self, value: T | None) -> T:
-        """The value that rank 0 gives, on every rank; any picklable value."""
+        """Return rank 0's `value`, any picklable object, on every rank. The other ranks pass None."""
 
     def stop_signal(self) -> int:
-        """The signal that asks this rank to stop, or 0."""
+        """Return the number of the signal that asks this rank to stop, or 0."""
 
     def emit(self, event: Event) -> None:
-        """Hand an event to whoever watches the run. Never blocks."""
+        """Pass an event to the handlers of the run. Never blocks."""
 
     def report(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
-        """Report an evaluation, or the end, to the cluster: called by all ranks at the same step."""
+        """Report an evaluation, or the end, to the cluster. All ranks call it at the same step."""
 
-    def heartbeat(self, own: WorkerHeartbeat) -> Mapping[int, WorkerHeartbeat] | None:
-        """Send this rank's heartbeat and return the latest of each rank; None where they cannot be had. Takes seconds
-        at most."""
+    def heartbeat(self, heartbeat: WorkerHeartbeat) -> Mapping[int, WorkerHeartbeat] | None:
+        """Send this rank's heartbeat and return the latest of each rank, or None if the channel is unavailable. Takes
+        seconds at most."""
 
     def raise_in_main_thread(self, error: HungError) -> bool:
-        """Raise an error in the training thread, whatever it waits for; False where that is impossible."""
+        """Raise an error in the training thread, even while it waits; return False where that is impossible."""
 
     def report_hang(self, error: HungError) -> None:
-        """Report why this process is about to be ended. Takes seconds at most."""
+        """Report why this process is about to end. Takes seconds at most."""
 
 
 _process = {"is_ours": False}
@@ -113,55 +115,55 @@ _process = {"is_ours": False}
 
 @contextmanager
 def command_line_process() -> Iterator[None]:
-    """While entered, this process does nothing but what Trainyard's command line was asked for. Any other is its
-    caller's, and is never ended from here."""
-    before, _process["is_ours"] = _process["is_ours"], True
+    """While entered, this process serves a command of Trainyard alone. Any other process belongs to its caller, and the
+    watchdog never ends it."""
+    previous, _process["is_ours"] = _process["is_ours"], True
     try:
         yield
     finally:
-        _process["is_ours"] = before
+        _process["is_ours"] = previous
 
 
 def stop_signal_numbers() -> list[int]:
-    """The signals that ask a run to save and leave. SIGHUP, that of a terminal which is closed, is one of them unless
-    it is ignored: `nohup` means that the run goes on."""
-    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
-    return [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hangs_up else [])]
+    """Return the signals that ask a run to save and exit. SIGHUP, sent when a terminal is closed, is among them unless
+    it is ignored: under `nohup` the run continues."""
+    handles_sighup = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if handles_sighup else [])]
 
 
 def to_exit_signal(number: int) -> int:
-    """A signal as it is passed on and told: SIGHUP as SIGTERM, whose exit code, 143, everybody knows for a run that was
-    interrupted and can be resumed."""
+    """Return the signal to report and forward: SIGTERM for SIGHUP, because its exit code, 143, is the known one of a
+    run that was interrupted and can be resumed."""
     return signal.SIGTERM if number == signal.SIGHUP else number
 
 
 class StopSignals:
-    """While entered, SIGINT, SIGTERM and SIGHUP ask the run to save and leave; a second SIGINT ends it at once."""
+    """While entered, SIGINT, SIGTERM and SIGHUP ask the run to save and exit; a second SIGINT ends it at once."""
 
     def __init__(self) -> None:
         self.received = 0
-        self._before: dict[int, Any] = {}
+        self._previous_handlers: dict[int, Any] = {}
         self._error: Exception | None = None
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
             for number in stop_signal_numbers():
-                self._before[number] = signal.signal(number, self._receive)
+                self._previous_handlers[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         if kind is KeyboardInterrupt:
-            raise Interrupted("ended at once", fix="the same command goes on from the last checkpoint")
+            raise Interrupted("ended at once", fix="the same command resumes from the last checkpoint")
 
     def raise_in_main_thread(self, error: Exception) -> bool:
-        """For another thread: raise an error in the main thread, as Ctrl-C would; False where no signal is caught."""
-        main = threading.main_thread().ident
-        if not self._before or main is None:
+        """Raise an error in the main thread from another one, as Ctrl-C would; return False if no signal is handled."""
+        main_thread = threading.main_thread().ident
+        if not self._previous_handlers or main_thread is None:
             return False
         self._error = error
-        signal.pthread_kill(main, signal.SIGINT)
+        signal.pthread_kill(main_thread, signal.SIGINT)
         return True
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -174,7 +176,7 @@ class StopSignals:
 
 
 class SingleProcessContext:
-    """A world of one rank, in this process."""
+    """The context of a run in this process: one rank, no cluster."""
 
     rank = 0
     world_size = 1
@@ -188,7 +190,7 @@ class SingleProcessContext:
         self._signals = signals
 
     def all_reduce(self, vector: Tensor) -> None:
-        """Nothing to sum with."""
+        """Do nothing: there is one rank."""
 
     def broadcast(self, value: T | None) -> T:
         assert value is not None
@@ -201,9 +203,9 @@ class SingleProcessContext:
         self._on_event(event)
 
     def report(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
-        """No cluster to report to."""
+        """Do nothing: there is no cluster."""
 
-    def heartbeat(self, own: WorkerHeartbeat) -> Mapping[int, WorkerHeartbeat] | None:
+    def heartbeat(self, heartbeat: WorkerHeartbeat) -> Mapping[int, WorkerHeartbeat] | None:
         return {}
 
     def raise_in_main_thread(self, error: HungError) -> bool:

@@ -1,4 +1,4 @@
-"""The cores that this process may use. Imports nothing heavy, torch least of all: commands start with it."""
+"""The CPU cores that this process may use. Imports no heavy module, because every command imports this one."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 
 
 def available_cpus() -> int:
-    """Cores that this process may use; in a container with a limit no more than that."""
+    """Return the number of cores that this process may use: its CPU affinity, capped by a container's limit."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, int(min(cores, _cpu_limit())))
 
 
-def _cpu_limit(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
-    """The lowest limit of this process' control groups (version 2), in cores; infinity without any."""
+def _cpu_limit(root: Path = Path("/sys/fs/cgroup"), process_groups: Path = Path("/proc/self/cgroup")) -> float:
+    """Return the lowest limit of this process's control groups (version 2), in cores; infinity without one."""
     limit = math.inf
     with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
-        name = next((line[3:] for line in own.read_text().splitlines() if line.startswith("0::")), "/")
+        name = next((line[3:] for line in process_groups.read_text().splitlines() if line.startswith("0::")), "/")
         group = root / name.lstrip("/")
         for folder in (group, *group.parents):
             with contextlib.suppress(OSError):

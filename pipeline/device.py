@@ -1,4 +1,4 @@
-"""One door to devices: choose one, move to it, wait for it, and make its arithmetic repeatable."""
+"""Devices: selection, precision, deterministic algorithms, synchronization."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from pipeline.errors import InputError
 PrecisionName = Literal["fp64", "fp32", "bf16", "fp16"]
 
 CUBLAS_VARIABLE, CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-"""What cuBLAS needs for repeatable sums (https://docs.nvidia.com/cuda/cublas/#results-reproducibility)."""
+"""The setting that makes cuBLAS deterministic (https://docs.nvidia.com/cuda/cublas/#results-reproducibility)."""
 
 
 def select_device(kind: str, local_rank: int = 0) -> torch.device:
-    """The device that a job asks for; `auto` takes cuda, then mps, then cpu.
+    """Return the device that a job asks for; `auto` prefers cuda, then mps, then cpu.
 
     Raises
     ------
-    InputError: a device that is not there.
+    InputError: the device is not available.
     """
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not present[kind]:
-        available = ", ".join(name for name, is_there in present.items() if is_there)
+    is_available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not is_available[kind]:
+        available = ", ".join(name for name, available in is_available.items() if available)
         raise InputError(
-            f"{kind} is not available here", where="scale.device", fix=f"available: {available}; or use auto"
+            f"{kind} is not available on this machine", where="scale.device", fix=f"available: {available}; or use auto"
         )
     return torch.device(kind, local_rank % torch.cuda.device_count()) if kind == "cuda" else torch.device(kind)
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The types of one run: parameters and sums in `dtype`, the model's own work in `autocast` where that is set."""
+    """The dtypes of a run: `dtype` of parameters and sums, `autocast_dtype` of the forward pass if set."""
 
     dtype: torch.dtype
     autocast_dtype: torch.dtype | None
@@ -48,40 +48,41 @@ class Precision:
 
     @classmethod
     def from_name(cls, precision: PrecisionName, device: torch.device) -> Precision:
-        """The types of a precision.
+        """Return the dtypes of a precision.
 
         Raises
         ------
-        InputError: fp64 on mps, which has none.
+        InputError: fp64 on mps, which does not support it.
         """
         if precision == "fp64" and device.type == "mps":
-            raise InputError("mps has no fp64", where="train.precision", fix="use fp32, or scale.device: cpu")
+            raise InputError("mps does not support fp64", where="train.precision", fix="use fp32, or scale.device: cpu")
         dtype = torch.float64 if precision == "fp64" else torch.float32
         return cls(dtype, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision), precision == "fp16")
 
     def autocast_context(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        """Where the model's forward pass runs; does nothing for fp32 and fp64."""
+        """Return the context of the model's forward pass; it does nothing for fp32 and fp64."""
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(device.type, dtype=self.autocast_dtype)
 
 
 def set_deterministic(device: torch.device) -> None:
-    """Choose deterministic algorithms. On the CPU, torch's kernels for our models are so anyway."""
+    """Use deterministic algorithms. Nothing to do on the CPU: torch's CPU kernels for our models are deterministic."""
     if device.type != "cuda":
         return
     os.environ.setdefault(CUBLAS_VARIABLE, CUBLAS_WORKSPACE)
     torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; bf16 is there for who wants it faster
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; for more speed there is bf16
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 @contextmanager
 def default_settings() -> Iterator[None]:
-    """While entered, torch computes as in a process in which nothing was set, so that what the caller set for work of
-    its own does not change a result: float32 by default, on the CPU, with all digits, without autocast, with gradients.
-    Afterwards all is as it was.
+    """Reset torch's global settings to their defaults while entered, so that those of the caller do not change results.
+
+    These are: default dtype float32, default device CPU, highest matmul precision, no autocast, gradients enabled. The
+    caller's settings are restored on exit.
     """
     with ExitStack() as stack:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
@@ -100,8 +101,7 @@ def default_settings() -> Iterator[None]:
 
 @contextmanager
 def restore_torch_settings() -> Iterator[None]:
-    """`default_settings`; and what is set while entered is afterwards as it was: threads, random generators,
-    deterministic algorithms."""
+    """`default_settings`, and restore on exit what is set while entered: threads, random generators, determinism."""
     cudnn, workspace = torch.backends.cudnn, os.environ.get(CUBLAS_VARIABLE)
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -119,19 +119,19 @@ def restore_torch_settings() -> Iterator[None]:
 
 
 def _get_determinism() -> tuple[bool, bool]:
-    """Whether algorithms are deterministic, and whether others only warn."""
+    """Return whether deterministic algorithms are enabled, and whether other algorithms only warn."""
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 def _restore_determinism(mode: bool, warn_only: bool) -> None:
-    if _get_determinism() != (mode, warn_only):  # setting them imports torch's compiler, which takes a second
+    if _get_determinism() != (mode, warn_only):  # setting it imports torch's compiler, which takes a second
         torch.use_deterministic_algorithms(mode, warn_only=warn_only)
 
 
 def _get_matmul_precision() -> str | tuple[str, str]:
     try:
         return torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was set for each library by itself
+    except RuntimeError:  # it was set separately for each library
         backends: Any = torch.backends
         return backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision
 
@@ -145,7 +145,7 @@ def _set_matmul_precision(precision: str | tuple[str, str]) -> None:
 
 
 def _cudnn_precisions() -> list[tuple[Any, str]]:
-    """What holds the precision of cuDNN, in the one or the other of the ways in which it can be set."""
+    """Return the objects and attribute names of cuDNN's precision, in the API by which it was set."""
     cudnn: Any = torch.backends.cudnn
     try:
         return [(cudnn, "allow_tf32")] if isinstance(cudnn.allow_tf32, bool) else []
@@ -154,7 +154,7 @@ def _cudnn_precisions() -> list[tuple[Any, str]]:
 
 
 def _get_rng_states() -> tuple[torch.Tensor, list[torch.Tensor] | None, torch.Tensor | None, int]:
-    """States of torch's global random generators: of the CPU, of CUDA where it is in use, of MPS; and their seed."""
+    """Return the states of torch's global random generators (CPU, CUDA if initialized, MPS) and the CPU's seed."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     return torch.get_rng_state(), cuda, mps, torch.initial_seed()
@@ -173,7 +173,7 @@ def _restore_rng_states(
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it. For clocks and the end of a run, never for a step."""
+    """Wait for all work submitted to the device. For time measurements and the end of a run, never in a step."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -181,7 +181,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def environment_info(device: torch.device) -> dict[str, Any]:
-    """What the bits of a result depend on besides the job: recorded with every attempt, compared on resume."""
+    """Return what the bits of a result depend on besides the job; recorded with every attempt, compared on resume."""
     return {
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
@@ -193,7 +193,7 @@ def environment_info(device: torch.device) -> dict[str, Any]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that host or device had no memory left."""
+    """Return whether an error means that host or device ran out of memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator of the host
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's host allocator

@@ -1,22 +1,22 @@
-"""Every error that Trainyard raises on purpose, in one tree.
+"""The exceptions that Trainyard raises on purpose, each with the exit code of the command that it ends.
 
-TrainyardError                 what is wrong, where, and what to do about it
-├── InputError                 exit 2: a job file, flag, URL or data that cannot be used; found before training
-│   ├── JobError               ... a field of a job file
-│   ├── DataError              ... rows, labels or files that do not fit
-│   ├── StorageError           ... a URL that cannot be used at all
-│   └── ClusterError           ... a cluster that does not answer, or does not take what it is sent
-├── WorkError                  exit 1: the work itself failed
-│   ├── HungError              ... no progress for longer than `scale.hang_s`
-│   ├── NotFiniteError         ... a loss or weight became NaN or infinite; never retried
-│   ├── StorageLostError       ... storage stayed away for longer than the stated limit
-│   │   └── StorageFullError   ... there is no room left in it
-│   ├── OutOfMemoryError       ... a batch did not fit into memory; never retried
-│   ├── RepeatedFailureError   ... the same error at the same step twice: a bug, not a fault
-│   └── WorkerLostError        ... a worker or its node died, more often than `scale.retries` allows
-├── BusyError                  exit 3: not now
-│   └── SupersededError        ... a later attempt of the same run has taken over
-└── Interrupted                exit 130 or 143: stopped by a signal, resumable
+TrainyardError                 exit 1    base class: what is wrong, where, and how to fix it
+├── InputError                 exit 2    a job file, option, URL or data that cannot be used; found before training
+│   ├── JobError               exit 2    a field of a job file
+│   ├── DataError              exit 2    rows, labels or files that do not fit the job
+│   ├── StorageError           exit 2    a storage URL that cannot be used at all
+│   └── ClusterError           exit 2    a cluster that does not respond, or rejects what it receives
+├── WorkError                  exit 1    the work itself failed
+│   ├── HungError              exit 1    no progress for longer than `scale.hang_s`
+│   ├── NotFiniteError         exit 1    a loss, gradient or weight is NaN or infinite; never retried
+│   ├── StorageLostError       exit 1    storage was unavailable for longer than its limit
+│   │   └── StorageFullError   exit 1    storage has no space left
+│   ├── OutOfMemoryError       exit 1    a batch did not fit into memory; never retried
+│   ├── RepeatedFailureError   exit 1    the same error at the same step twice: a bug, not a transient fault
+│   └── WorkerLostError        exit 1    workers or nodes failed more often than `scale.retries` allows
+├── BusyError                  exit 3    not now: another process is writing this run
+│   └── SupersededError        exit 3    a later attempt of the same run has taken over
+└── Interrupted                exit 130 (SIGINT) or 143 (SIGTERM, SIGHUP); the run can be resumed
 
 All of them survive pickling, because they cross process boundaries.
 """
@@ -28,13 +28,13 @@ from typing import Any
 
 
 class TrainyardError(Exception):
-    """Something that a person can act on.
+    """Base class of all errors that a user can act on.
 
     Parameters
     ----------
-    what: the problem in one sentence, with the offending value.
-    where: the file, field, URL or row that it concerns.
-    fix: what to do about it.
+    what: the problem in one sentence, with the invalid value.
+    where: the file, field, URL or row concerned.
+    fix: how to fix it.
     """
 
     exit_code = 1
@@ -63,7 +63,7 @@ def _rebuild(
 
 
 class InputError(TrainyardError):
-    """Bad input, found before any training starts."""
+    """Invalid input, found before any training starts."""
 
     exit_code = 2
 
@@ -73,7 +73,7 @@ class JobError(InputError):
 
 
 class DataError(InputError):
-    """Data that does not fit what the job says of it."""
+    """Data that does not match its description in the job."""
 
 
 class StorageError(InputError):
@@ -81,7 +81,7 @@ class StorageError(InputError):
 
 
 class ClusterError(InputError):
-    """A Ray cluster that does not answer, or does not take what it is sent."""
+    """A Ray cluster that does not respond, or rejects what it receives."""
 
 
 class WorkError(TrainyardError):
@@ -99,23 +99,23 @@ class HungError(WorkError):
 
 
 class StorageLostError(WorkError):
-    """Storage stayed away for longer than the stated limit."""
+    """Storage was unavailable for longer than its limit."""
 
 
 class OutOfMemoryError(WorkError):
-    """A worker had not enough memory, of its machine or of its device. It would not have next time either."""
+    """A worker ran out of host or device memory. Deterministic, so never retried."""
 
 
 class RepeatedFailureError(WorkError):
-    """A worker failed with the same error at the same step as the time before."""
+    """A worker failed with the same error at the same step as in the previous attempt."""
 
 
 class StorageFullError(StorageLostError):
-    """There is no room left for what has to be written."""
+    """Storage has no space left for what has to be written."""
 
 
 class WorkerLostError(WorkError):
-    """A worker died, and the retries that the job allows are used up."""
+    """A worker was lost, and the retries that the job allows are used up."""
 
 
 class BusyError(TrainyardError):
@@ -137,5 +137,5 @@ class Interrupted(TrainyardError):
 
     @property
     def exit_code(self) -> int:  # type: ignore[override]
-        """128 plus the signal's number, as shells count: 130 for SIGINT, 143 for SIGTERM."""
+        """128 plus the signal number, as in shells: 130 for SIGINT, 143 for SIGTERM."""
         return 128 + self.signal_number

@@ -1,6 +1,6 @@
-"""What a run reports while it goes on: small immutable values that terminals, metrics and callers' handlers take.
+"""Events that a run emits: small immutable values for terminals, Prometheus metrics and callers' handlers.
 
-Events are plain values and cheap to make; they are pickled as they are on their way from a Ray worker to the driver.
+They are cheap to create, and pickled unchanged on their way from a Ray worker to the driver.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PhaseStarted:
-    """Something that takes long before or after training, such as "decoding 1,200 of 50,000 images"."""
+    """A long phase before or after training, such as "decoding 1,200 of 50,000 images"."""
 
     text: str
 
@@ -32,14 +32,14 @@ class WarningMessage:
 
 @dataclass(frozen=True)
 class HangReported:
-    """A process made no progress for too long, and is about to be ended."""
+    """A process made no progress for too long and is about to be ended."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class RunOpened:
-    """The run directory exists: this run was created, or found and is resumed."""
+    """The run directory exists: it was created, or an existing run is resumed."""
 
     run: str
     url: str
@@ -55,20 +55,20 @@ class TrainingStarted:
     num_evaluations: int
     """Of the whole run."""
     workers: str
-    """What it runs on, such as "cpu" or "2 workers, cuda"."""
+    """Such as "cpu" or "2 workers, cuda"."""
     attempt: int = 1
 
 
 @dataclass(frozen=True)
 class StepReached:
-    """Progress of a rank other than 0. What else it could report is the same on rank 0."""
+    """Progress of a rank other than 0. Its other values are the same as on rank 0."""
 
     step: int
 
 
 @dataclass(frozen=True)
 class StepsLogged:
-    """A block of consecutive steps was logged; values are those of the last one, but for `samples` and
+    """A block of consecutive steps was logged. Values are those of its last step, except `samples` and
     `samples_per_s`."""
 
     step: int
@@ -94,7 +94,7 @@ class EvaluationLogged:
     phase: int
     """Of the learning rate schedule."""
     metrics: Mapping[str, float]
-    """By `split/metric`; without values that are not finite."""
+    """By `split/metric`; finite values only."""
     best_metric: str
     is_best: bool
     no_gain: bool
@@ -103,7 +103,7 @@ class EvaluationLogged:
 
 @dataclass(frozen=True)
 class EarlyStopped:
-    """Training ended before `last_step`: `best.patience` is used up."""
+    """Training ended before `last_step`: `best.patience` is exhausted."""
 
     step: int
     last_step: int
@@ -117,7 +117,7 @@ class CheckpointCommitted:
 
     step: int
     write_s: float
-    """Seconds that it took to write, with journal and metric log."""
+    """Seconds to write it, with journal and metric log."""
 
 
 Event = (
@@ -135,8 +135,8 @@ Event = (
 )
 
 EventHandler = Callable[[Event], None]
-"""Takes one event. Threads other than the training thread may call it too."""
+"""A function of one event. It may be called from threads other than the training thread."""
 
 
 def ignore_event(event: Event) -> None:
-    """An event handler that does nothing."""
+    """Do nothing with an event."""

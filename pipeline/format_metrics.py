@@ -1,4 +1,4 @@
-"""Metrics as people read them: a short line, or all of a split with what no learning at all would give beside it."""
+"""Format metrics as text: a short line, or a table of a split's metrics with their baselines without any training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 NUMBER_WIDTH = 10
 
 HEADLINES = ("loss", "accuracy", "rmse", "r2")
-"""What a short line shows."""
+"""The metrics of a short line."""
 
 BASELINES = {
     "accuracy": ("baseline_accuracy", "majority class"),
@@ -18,9 +18,9 @@ BASELINES = {
 
 
 def format_headline(metrics: Mapping[str, float], best_metric: str = "") -> str:
-    """`val loss 0.1432  accuracy 0.9571`, split by split: the headlines, and the metric that decides on the best.
+    """Format the headline metrics and `best_metric`, by split: `val loss 0.1432  accuracy 0.9571`.
 
-    metrics: `split/column`, what is finite of them.
+    metrics: finite values by `split/column`.
     """
     parts, last = [], ""
     for metric, value in metrics.items():
@@ -32,13 +32,13 @@ def format_headline(metrics: Mapping[str, float], best_metric: str = "") -> str:
 
 
 def headline_fields(metrics: Mapping[str, float], best_metric: str = "") -> list[tuple[str, float]]:
-    """What `short_words` shows, one by one: `("val loss", 0.1432)`, the metric that decides on the best first."""
+    """Return names and values of what `format_headline` shows, such as `("val loss", 0.1432)`; `best_metric` first."""
     shown = [name for name in metrics if name.partition("/")[2] in HEADLINES or name == best_metric]
     return [(name.replace("/", " "), metrics[name]) for name in sorted(shown, key=lambda name: name != best_metric)]
 
 
 def format_metric_table(metrics: Mapping[str, float], split: str) -> list[str]:
-    """One line for each metric of a split: `accuracy           0.8800 (majority class: 0.8800)`."""
+    """Format one line for each metric of a split: `accuracy           0.8800 (majority class: 0.8800)`."""
     values = select_split(metrics, split)
     shown = [name for name in values if name not in ("correct", "samples") and not name.startswith("baseline_")]
     width = max(map(len, shown), default=0)
@@ -54,7 +54,8 @@ def format_metric_table(metrics: Mapping[str, float], split: str) -> list[str]:
 
 
 def _baseline_column(name: str) -> tuple[str, str]:
-    """The column of what no learning would give, and what that is; of a single target, `rmse_height`, too."""
+    """Return the column of a metric's baseline and its description, also for the metric of one target, `rmse_height`;
+    empty if it has none."""
     for metric, (column, text) in BASELINES.items():
         if name == metric or name.startswith(f"{metric}_"):
             return column + name.removeprefix(metric), text
@@ -62,7 +63,7 @@ def _baseline_column(name: str) -> tuple[str, str]:
 
 
 def baseline_warning(metrics: Mapping[str, float], split: str) -> str:
-    """A warning where a model does no better than its baseline, else nothing."""
+    """Return a warning if a model is no better than its baseline, else an empty string."""
     values = select_split(metrics, split)
     if "baseline_accuracy" in values and values["accuracy"] <= values["baseline_accuracy"]:
         return f"on {split} no better than always answering the majority class"
@@ -72,36 +73,38 @@ def baseline_warning(metrics: Mapping[str, float], split: str) -> str:
 
 
 def format_divergence_advice(run: str, best_step: int | None, last_step: int | None, no_gain: str = "") -> str:
-    """What to do about a run whose loss or weights became NaN or infinite: the same command would end there again.
+    """Return what to do about a run whose loss or weights became NaN or infinite: the same command would fail again.
 
     Parameters
     ----------
-    best_step, last_step: of the best and the last checkpoint, where there are any.
-    no_gain: that no evaluation is better than before training: then no checkpoint is worth going on from.
+    best_step, last_step: of the best and the last checkpoint; None if there is none.
+    no_gain: message that no evaluation is better than before training, so that no checkpoint is worth starting from;
+        else empty.
     """
     advice = "lower the learning rate (train.phases) or set train.clip_norm: the changed job is a new run"
     if no_gain:
-        return f"{advice}; {no_gain}, so no checkpoint is worth going on from"
+        return f"{advice}; {no_gain}, so no checkpoint is worth starting from"
     if best_step is not None:
-        return f"{advice}, and model.init_from: {run}@best begins it at the best checkpoint, of step {best_step}"
+        return f"{advice}, and model.init_from: {run}@best starts it from the best checkpoint, of step {best_step}"
     if last_step is not None:
-        return f"{advice}, and model.init_from: {run}@last begins it at the last checkpoint, of step {last_step}"
+        return f"{advice}, and model.init_from: {run}@last starts it from the last checkpoint, of step {last_step}"
     return advice
 
 
 def select_split(metrics: Mapping[str, float], split: str) -> dict[str, float]:
-    """By column, without what is not finite: None, or NaN."""
+    """Return the metrics of a split by column, without None and NaN."""
     by_column = {name.partition("/")[2]: value for name, value in metrics.items() if name.partition("/")[0] == split}
     return {name: value for name, value in by_column.items() if value is not None and value == value}
 
 
 def format_number(value: float) -> str:
-    """Four places, or four digits where those would hide it: at most `NUMBER_WIDTH` characters."""
+    """Format with four decimals, or four significant digits for very small and large values: at most `NUMBER_WIDTH`
+    characters."""
     return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
 
 
 def format_rate(per_second: float) -> str:
-    """Three digits in five characters at most: `912`, `52.1k`, `1.23M`."""
+    """Format with three digits in at most five characters: `912`, `52.1k`, `1.23M`."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if per_second >= size * (1 - 5e-4):
             return f"{per_second / size:#.3g}".rstrip(".") + unit

@@ -1,7 +1,7 @@
-"""Secrets: known by their names, by their form, and by where they stand in a URL; and written nowhere.
+"""Redaction of secrets, which are recognized by name, by format, and by their position in a URL.
 
-A secret is only ever named: `env:NAME` in a job file is looked up where it is used. `scrub` takes secrets out of all
-that is printed or stored; a job that holds one is refused before anything is written.
+A job file only names a secret: `env:NAME` is resolved where it is used. `redact` removes secrets from everything that
+is printed or stored; a job that contains one is refused before anything is written.
 """
 
 from __future__ import annotations
@@ -18,50 +18,50 @@ from urllib.parse import quote
 from pipeline.errors import InputError, TrainyardError
 
 MIN_SECRET_LENGTH = 8
-"""Characters of a variable's value that is taken for a secret: shorter ones stand in many words."""
+"""Minimum length of an environment variable's value to be redacted: shorter values occur within ordinary words."""
 MIN_REGISTERED_LENGTH = 4
-"""The same of a variable that was said to hold one."""
+"""The same for a variable that was registered as a secret."""
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-"""Words of a name in any of the usual forms: API_KEY, api-key, apiKey2."""
+"""Words of a name in any usual form: API_KEY, api-key, apiKey2."""
 _SECRET_WORD = re.compile(
     r"\w*(?:secrets?|passwords?|passwd|passphrase|credentials?)|tokens?"
     r"|(?:api|auth|access|account|encryption|private|secret|signing)(?:key|token)s?|(?:db|ftp|ldap|mail|pg|sql|ssh|user)pass"
 )
-"""One anywhere in a name, where no word of `_OF_TEXT` stands beside a token."""
+"""Words that make a name secret, anywhere in it; `token` only without a word of `_TEXT_TOKEN_WORD`."""
 _TEXT_TOKEN_WORD = re.compile(
     r"additional|bos|cls|end|eos|first|image|last|mask|max|min|next|num|pad|page|per|sep|special|start|stop|total|unk"
 )
-"""Beside `token`: then it is a piece of text, or of a list."""
+"""Words beside `token` that make it a token of text, or of a list."""
 _SECRET_LAST_WORD = re.compile(r"pass|pwd|pw|pat|sas|auth|authorization|bearer|jwt|signature|sig|private")
-"""At the end of a name."""
+"""Words that make a name secret at its end."""
 _ORDINARY_WHEN_ALONE = re.compile(r"pwd|pw|pat|sas|auth|signature|sig|private")
-"""... but behind another word only: PWD is where a shell is."""
+"""Those of them that need another word before them: PWD alone is the working directory of a shell."""
 _ACCESS_KEY_WORD = re.compile(r"access|account|api|auth|encryption|master|private|secret|signing|storage")
-"""Before `key` anywhere in a name."""
+"""Words that make a name secret directly before `key`, anywhere in it."""
 _DATA_KEY_WORD = re.compile(
     r"any|batch|bucket|cache|class|column|composite|customer|data|dedup|dict|feature|field|file|foreign|group|hash|hot"
     r"|id|image|index|input|item|join|json|label|lookup|map|mask|merge|metric|natural|object|order|output|partition"
     r"|path|primary|pub|public|query|record|routing|row|sample|sequence|shard|sort|split|state|surrogate|table|target"
     r"|text|time|unique|user|value"
 )
-"""Before `key` at the end of a name: then it is one of data. Any other is taken for one that opens something, such as
+"""Words before a final `key` that make it a key of data. Any other final `key` counts as an access key, such as
 OPENAI_KEY."""
 _NOT_SECRET_LAST_WORD = re.compile(
     r"algorithm|arn|columns?|count|dir|enabled|expires|expiry|field|file|header|host|ids?|length|limit|method|mode"
     r"|names?|parallelism|path|port|prefix|provider|size|sock|space|types?|ur[il]|version"
 )
-"""Ends of names that say where a secret is, whose, or how long: those may be told."""
+"""Final words of names whose values describe a secret, such as its path or length, and are not secret themselves."""
 _ENVIRONMENT_WORD = re.compile(r"dev|live|new|old|prod|production|stage|staging|test")
-"""Ends of names that leave everything as it is: DB_PASS_PROD."""
+"""Final words of names that are ignored: DB_PASS_PROD."""
 _SECRET_QUERY_NAME = re.compile(r"auth|code|key|pw|pwd|sas|sig|signature", re.IGNORECASE)
-"""Parameters of a URL that let in whoever has them, though their names are words like any other."""
+"""URL parameters that hold a credential although their names are ordinary words."""
 
 _USERINFO = re.compile(r"(?<![\w+.-])(\w[\w+.-]*)://(?!\[)([^\s/@:?#]*)(?::(?!\d+(?:/|\s|$))(\S*))?@")
 _TOKEN_USER_SCHEMES = ("http", "https", "dav", "davs", "webdav", "webdavs")
-"""Schemes whose user is hardly ever anything but a token."""
+"""Schemes whose user is almost always a token."""
 _CONTAINER_SCHEMES = ("abfs", "abfss", "wasb", "wasbs")
-"""Schemes that have a container where others have a user."""
+"""Schemes that have a container in the position of the user."""
 _QUERY = re.compile(r"(\w://[^\s?#]*)(\?|#(?=[^\s'\")]*=))[^\s'\")]*")
 _PARAMETER = re.compile(r"[?&#;]([^\s=&?#;]+)=[^\s&]")
 _SECRET_SETTING = re.compile(
@@ -69,7 +69,7 @@ _SECRET_SETTING = re.compile(
     r"(?!\*\*\*|env:)[^\s&;,'\")]+",
     re.IGNORECASE,
 )
-"""A secret with its name: in a connection string, or in a library's message."""
+"""A secret after its name: in a connection string, or in a message of a library."""
 _SECRET_FORMATS = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)"
     r"|\bgh[oprsu]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}|\bglpat-[\w-]{16,}|\bhf_[A-Za-z]{30,}"
@@ -80,27 +80,27 @@ _SECRET_FORMATS = re.compile(
     r"|(?:AccountKey|SharedAccessKey|SharedAccessSignature)=[^\s;]{8,}"
     r"|(?:^|[?&\s])(?:Signature|X-(?:Amz|Goog)-Signature)=[\w%+/=-]{8,}"
 )
-"""What is a secret by its own form, whatever it is called: tokens of well-known services, keys, signatures."""
+"""Formats that are secret under any name: tokens of well-known services, keys, signatures."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""Control characters but for tab and new line, and those that turn the direction of writing."""
+"""Control characters except tab and newline, and those that change the direction of text."""
 _ENV_REFERENCE = re.compile(r"env:([A-Za-z_]\w*)")
 
 _registered_names: set[str] = set()
 
 
 def register_secrets(names: Iterable[str]) -> None:
-    """Keep the values of these environment variables out of all that is written, whatever they are called."""
+    """Redact the values of these environment variables from now on, whatever their names."""
     _registered_names.update(names)
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether an environment variable of this name holds a secret."""
+    """Return whether an environment variable of this name holds a secret."""
     return name in _registered_names or _has_secret_word(name) or _is_access_key(name)
 
 
 @cache
 def _has_secret_word(name: str) -> bool:
-    """Whether the words of a name say that what is called so is a secret."""
+    """Return whether the words of a name mark its value as a secret."""
     words = _split_words(name)
     if not words or _NOT_SECRET_LAST_WORD.fullmatch(words[-1]):
         return False
@@ -117,7 +117,7 @@ def _has_secret_word(name: str) -> bool:
 
 @cache
 def _is_access_key(name: str) -> bool:
-    """Whether a name is that of a key, and not of one that data has."""
+    """Return whether a name is that of an access key, and not of a key of data."""
     words = _split_words(name)
     return len(words) > 1 and words[-1] == "key" and not _DATA_KEY_WORD.fullmatch(words[-2])
 
@@ -130,8 +130,8 @@ def _split_words(name: str) -> list[str]:
 
 
 def redact(text: str) -> str:
-    """`text` without passwords and query strings in URLs, without what looks like a secret, and without the values of
-    secret environment variables."""
+    """Return `text` with `***` for passwords and query strings in URLs, for anything in the format of a secret, and for
+    the values of secret environment variables."""
     text = _USERINFO.sub(_mask_userinfo, text)
     text = _QUERY.sub(r"\1\2***", text)
     text = _SECRET_SETTING.sub(r"\1***", text)
@@ -149,13 +149,15 @@ def _mask_userinfo(match: re.Match[str]) -> str:
 
 
 def _is_token_user(scheme: str, user: str) -> bool:
-    """Whether the user of a URL is what lets in, and no name."""
-    kind = scheme.lower().rpartition("+")[2]  # git+https
-    return bool(user) and (kind in _TOKEN_USER_SCHEMES or (kind not in _CONTAINER_SCHEMES and _is_random_looking(user)))
+    """Return whether the user part of a URL is a token, not a name."""
+    transport = scheme.lower().rpartition("+")[2]  # git+https
+    return bool(user) and (
+        transport in _TOKEN_USER_SCHEMES or (transport not in _CONTAINER_SCHEMES and _is_random_looking(user))
+    )
 
 
 def _is_random_looking(value: str) -> bool:
-    """Whether a text looks as if a machine had drawn it at random: a digest, or letters of both cases and digits."""
+    """Return whether a text looks randomly generated: a digest, or letters of both cases with digits."""
     if not re.fullmatch(r"[\w+/=.~-]{16,}", value) or sum(letter.isdigit() for letter in value) < 3:
         return False
     is_hex = re.fullmatch(r"[0-9a-f-]+|[0-9A-F-]+", value) is not None
@@ -163,7 +165,7 @@ def _is_random_looking(value: str) -> bool:
 
 
 def redact_tree(tree: Any) -> Any:
-    """Plain values, each text in them scrubbed."""
+    """Return nested plain values with each string redacted."""
     if isinstance(tree, str):
         return redact(tree)
     if isinstance(tree, Mapping):
@@ -172,28 +174,28 @@ def redact_tree(tree: Any) -> Any:
 
 
 def sanitize_for_terminal(text: str) -> str:
-    """`text` for a terminal: scrubbed, and without what moves a cursor or worse, for it may come from storage."""
+    """Return `text` redacted and without control characters, since text from storage could control the terminal."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", redact(text))
 
 
 def redact_error(error: BaseException) -> None:
-    """Take secrets out of an error's words, in place, and of those that it came from."""
+    """Redact the messages of an error and of all its causes and contexts, in place."""
     seen: set[int] = set()
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        current = waiting.pop()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        current = pending.pop()
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
         current.args = tuple(redact(part) if isinstance(part, str) else part for part in current.args)
         if isinstance(current, TrainyardError):
             current.what, current.where, current.fix = redact(current.what), redact(current.where), redact(current.fix)
-        waiting += [current.__cause__, current.__context__]
+        pending += [current.__cause__, current.__context__]
 
 
 def has_secret(text: str) -> bool:
-    """Whether a value of a job would give a secret away: a URL's password, token or signature, what has the form of a
-    secret, a secret variable's value."""
+    """Return whether a value of a job contains a secret: a password, token or signature in a URL, anything in the
+    format of a secret, or the value of a secret variable."""
     if any(password is not None or _is_token_user(scheme, user) for scheme, user, password in _iter_url_users(text)):
         return True
     if "://" in text and any(_is_secret_parameter(name) for name in _PARAMETER.findall(text)):
@@ -204,7 +206,7 @@ def has_secret(text: str) -> bool:
 
 
 def _iter_url_users(text: str) -> Iterator[tuple[str, str, str | None]]:
-    """Scheme, user and password of the URLs in a text; one may stand in another, as in `simplecache::https://...`."""
+    """Yield scheme, user and password of the URLs in a text; they can be nested, as in `simplecache::https://...`."""
     for match in _USERINFO.finditer(text):
         yield match[1], match[2], match[3]
 
@@ -214,8 +216,8 @@ def _is_secret_parameter(name: str) -> bool:
 
 
 def find_secrets(tree: Any, key: str = "", name: str = "") -> Iterator[str]:
-    """Keys, as `data.url`, of the values that would give a secret away: by what they are, or by what they are called,
-    such as a `password` in the arguments of the user's own code."""
+    """Yield the keys, such as `data.url`, of the values that contain a secret, by their content or by their name, such
+    as a `password` in the arguments of the user's code."""
     if isinstance(tree, str) and (has_secret(tree) or _is_named_secret(name, tree)):
         yield key
     elif isinstance(tree, Mapping):
@@ -234,12 +236,13 @@ def _is_named_secret(name: str, value: str) -> bool:
 
 
 def is_env_reference(value: str) -> bool:
-    """Whether it names an environment variable, as `env:NAME`."""
+    """Return whether a value names an environment variable, as `env:NAME`."""
     return _ENV_REFERENCE.fullmatch(value) is not None
 
 
 def resolve_env(value: str, where: str = "") -> str:
-    """The value of the environment variable that `env:NAME` names, kept secret from now on; any other text as it is.
+    """Return the value of the environment variable that `env:NAME` names, and register it as a secret. Return any other
+    text unchanged.
 
     Raises
     ------
@@ -256,7 +259,7 @@ def resolve_env(value: str, where: str = "") -> str:
 
 
 def resolve_env_in_tree(tree: Any, where: str = "") -> Any:
-    """Plain values with every `env:NAME` looked up."""
+    """Return nested plain values with every `env:NAME` resolved."""
     if isinstance(tree, str):
         return resolve_env(tree, where)
     if isinstance(tree, Mapping):
@@ -267,7 +270,7 @@ def resolve_env_in_tree(tree: Any, where: str = "") -> Any:
 
 
 def _secret_values() -> list[str]:
-    """What must not be seen, as it is and as it stands in a URL, in JSON and in single lines; the longest first."""
+    """Return the values to redact, longest first: plain, quoted for URLs, escaped for JSON and Python, and by line."""
     values: set[str] = set()
     for name, value in os.environ.items():
         shortest = MIN_REGISTERED_LENGTH if name in _registered_names else MIN_SECRET_LENGTH

@@ -1,7 +1,6 @@
-"""Standard output and error that cannot be written: a full disk, a reader that has left, a terminal that is closed.
+"""Standard output and error that never raise: the disk may be full, the reader gone, the terminal closed.
 
-What a process prints is not its work, so nothing of the work may end because of it. Whoever prints learns of the
-failure afterwards, from `Stream.error`.
+A failed print must not end training. The failure can be read afterwards from `SafeStream.error`.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ class SafeStream:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self.error: OSError | None = None
-        """The first failure."""
+        """The first failure, or None."""
 
     def write(self, text: str) -> int:
         try:
             return self._stream.write(text)
-        except BlockingIOError:  # somebody made it non-blocking, and it is full at this moment
+        except BlockingIOError:  # the descriptor was made non-blocking, and its buffer is full
             return len(text)
         except OSError as error:
             self._redirect_to_null(error)
@@ -47,9 +46,9 @@ class SafeStream:
         return getattr(self._stream, name)
 
     def _redirect_to_null(self, error: OSError) -> None:
-        """What is still in buffers would fail again, when the interpreter ends at the latest."""
+        """Point the descriptor to the null device: buffered text would fail again, at the latest when Python exits."""
         self.error = self.error or error
-        with suppress(OSError):  # a stream without a descriptor
+        with suppress(OSError):  # the stream has no descriptor
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self._stream.fileno())
             os.close(null)
@@ -57,14 +56,14 @@ class SafeStream:
 
 @contextmanager
 def guarded_standard_streams() -> Iterator[tuple[SafeStream, SafeStream]]:
-    """While entered, standard output and error are streams that cannot fail; flushed at the end."""
-    before = sys.stdout, sys.stderr
-    with ExitStack() as opened:
-        # A process that was started without one has its descriptor free: then no file of a run may get it, for native
-        # libraries print there.
+    """While entered, standard output and error are `SafeStream`s; they are flushed at the end."""
+    originals = sys.stdout, sys.stderr
+    with ExitStack() as exit_stack:
+        # A process may start without one of them. Its descriptor must not be reused for a file of a run, because native
+        # libraries print to it.
         output, errors = (
-            SafeStream(original if original is not None else opened.enter_context(open(os.devnull, "w")))
-            for original in before
+            SafeStream(original if original is not None else exit_stack.enter_context(open(os.devnull, "w")))
+            for original in originals
         )
         sys.stdout, sys.stderr = output, errors
         try:
@@ -72,4 +71,4 @@ def guarded_standard_streams() -> Iterator[tuple[SafeStream, SafeStream]]:
         finally:
             output.flush()
             errors.flush()
-            sys.stdout, sys.stderr = before
+            sys.stdout, sys.stderr = originals

@@ -1,4 +1,4 @@
-"""What several rooms' tests share: a real S3 server on loopback; and which of them may run at the same time."""
+"""Fixtures for several test folders, such as an S3 server on loopback, and the distribution of tests to processes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import pytest
 from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
-settings.register_profile("any machine", deadline=None)  # a test that is slow under load is still right
+settings.register_profile("any machine", deadline=None)  # a test may be slow under load
 settings.load_profile("any machine")
 
 BUCKET = "trainyard-tests"
-RAY_FOLDERS = ("cluster", "survive")
+RAY_FOLDERS = ("cluster", "fault_tolerance")
 """Folders whose tests share clusters."""
 
 
 class _RayOnOneWorker(LoadScopeScheduling):  # type: ignore[misc]
-    """Of two processes, one runs all that is on Ray, the other a file at a time of the rest. (xdist's own loadgroup
-    does not see groups under pytest 9.2.)"""
+    """With two processes, one runs all tests on Ray, and the other the rest, one file at a time. (The loadgroup mode of
+    xdist ignores groups under pytest 9.2.)"""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
@@ -37,7 +37,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 @pytest.fixture(scope="session", autouse=True)
 def _isolated_spool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What runs save on this machine when their storage is lost stays among the tests' files."""
+    """Checkpoints that runs save locally when storage is lost stay below pytest's temporary folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRAINYARD_SPOOL", str(tmp_path_factory.mktemp("spool")))
         yield
@@ -45,7 +45,7 @@ def _isolated_spool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
-    """URL of an S3 server (moto's) with one bucket; the environment points every S3 library at it."""
+    """The URL of an S3 server (moto) with one bucket; the environment points every S3 library to it."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -61,14 +61,14 @@ def s3_endpoint() -> Iterator[str]:
     server._server.app = _AtomicCreates(server._server.app)
     host, port = server.get_host_and_port()
     environment["AWS_ENDPOINT_URL"] = f"http://{host}:{port}"
-    before = {name: os.environ.get(name) for name in environment}
+    previous = {name: os.environ.get(name) for name in environment}
     os.environ.update(environment)
     client = boto3.client("s3")
     client.create_bucket(Bucket=BUCKET)
     client.close()
     yield environment["AWS_ENDPOINT_URL"]
     server.stop()
-    for name, value in before.items():
+    for name, value in previous.items():
         if value is None:
             os.environ.pop(name, None)
         else:
@@ -76,8 +76,8 @@ def s3_endpoint() -> Iterator[str]:
 
 
 class _AtomicCreates:
-    """moto looks whether a name is there and then writes it, in several threads: two who race would both win, as they
-    never do on S3."""
+    """Serializes conditional writes. moto checks for a name and then writes it, in several threads, so that two racing
+    requests could both succeed, which never happens on S3."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -90,5 +90,5 @@ class _AtomicCreates:
 
 @pytest.fixture
 def s3_url(s3_endpoint: str) -> str:
-    """An empty folder of that server's bucket."""
+    """The URL of an empty folder in the bucket of that server."""
     return f"s3://{BUCKET}/{uuid.uuid4().hex}"

@@ -1,4 +1,4 @@
-"""The one door to devices: what is there, what is not, and what is on record of it."""
+"""Devices: selection, precision, recorded environment, and CPU limits of containers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def test_auto_selects_the_best_device() -> None:
 @pytest.mark.parametrize("kind", ["cuda", "mps"])
 def test_unavailable_device_is_bad_input(kind: str) -> None:
     if (torch.cuda if kind == "cuda" else torch.backends.mps).is_available():
-        pytest.skip(f"there is {kind} here")
+        pytest.skip(f"this machine has {kind}")
     with pytest.raises(InputError) as caught:
         devices.select_device(kind)
-    assert str(caught.value).startswith(f"scale.device: {kind} is not available here")
+    assert str(caught.value).startswith(f"scale.device: {kind} is not available on this machine")
     assert "cpu" in caught.value.fix
 
 
@@ -43,17 +43,17 @@ def test_precision_selects_dtypes(
     precision: devices.PrecisionName, dtype: torch.dtype, autocast: torch.dtype | None, scales: bool
 ) -> None:
     device = torch.device("cpu")
-    arithmetic = devices.Precision.from_name(precision, device)
-    assert arithmetic == devices.Precision(dtype, autocast, scales)
-    with arithmetic.autocast_context(device):
+    selected = devices.Precision.from_name(precision, device)
+    assert selected == devices.Precision(dtype, autocast, scales)
+    with selected.autocast_context(device):
         product = torch.ones(2, 2, dtype=dtype) @ torch.ones(2, 2, dtype=dtype)
     assert product.dtype == (autocast or dtype)
 
 
 def test_environment_info_is_plain_values() -> None:
-    facts = devices.environment_info(torch.device("cpu"))
-    assert json.loads(json.dumps(facts)) == facts
-    assert {"device", "cpu_capability", "threads", "torch"} <= set(facts)
+    info = devices.environment_info(torch.device("cpu"))
+    assert json.loads(json.dumps(info)) == info
+    assert {"device", "cpu_capability", "threads", "torch"} <= set(info)
     assert cpus.available_cpus() >= 1
 
 

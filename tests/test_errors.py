@@ -1,4 +1,4 @@
-"""Errors cross process boundaries and end a process with the right code."""
+"""Errors survive pickling and map to exit codes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pipeline.errors import Interrupted, TrainyardError
 
 def iter_error_types(kind: type[TrainyardError]) -> Iterator[type[TrainyardError]]:
     yield kind
-    for below in kind.__subclasses__():
-        yield from iter_error_types(below)
+    for subclass in kind.__subclasses__():
+        yield from iter_error_types(subclass)
 
 
 ERROR_TYPES = [kind for kind in iter_error_types(TrainyardError) if kind.__module__ == errors.__name__]
@@ -24,15 +24,16 @@ ERROR_TYPES = [kind for kind in iter_error_types(TrainyardError) if kind.__modul
 
 @pytest.mark.parametrize("kind", ERROR_TYPES)
 def test_errors_survive_pickling(kind: type[TrainyardError]) -> None:
-    error = kind("what", where="where", fix="fix")
+    error = kind("what", fix="fix")
+    error.where = "where"
     error.step = 7  # type: ignore[attr-defined]
     error.add_note("a note")
-    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
-        assert type(again) is kind
-        assert str(again) == str(error) == "where: what\n  fix"
-        assert vars(again) == vars(error)
-        assert again.args == error.args
-        assert again.exit_code == error.exit_code
+    for copied in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert type(copied) is kind
+        assert str(copied) == str(error) == "where: what\n  fix"
+        assert vars(copied) == vars(error)
+        assert copied.args == error.args
+        assert copied.exit_code == error.exit_code
 
 
 def test_interrupts_use_shell_exit_codes() -> None:

@@ -1,11 +1,11 @@
-"""Make the data of the example jobs: nothing is downloaded.
+"""Generate the data of the example jobs; nothing is downloaded.
 
     python jobs/examples/example_data.py            # all three, into ~/.cache/trainyard/examples
     python jobs/examples/example_data.py churn --to data
 
-churn.parquet    5,000 customers, who leaves? (table.yaml)
-houses.parquet   4,000 houses, at what price? (regression.yaml)
-shapes/          1,500 drawings of circles, squares and triangles, one folder each (pictures.yaml, finetune.yaml)
+churn.parquet    5,000 customers and whether they leave (table.yaml)
+houses.parquet   4,000 houses and their prices (regression.yaml)
+shapes/          1,500 images of circles, squares and triangles, one folder per class (pictures.yaml, finetune.yaml)
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ CITIES = [f"town-{number:02d}" for number in range(40)]
 
 
 def churn(folder: Path, rows: int = 5000) -> None:
-    """Amounts, a flag, levels few and many, an embedding, nulls, a key and a day. About a quarter leaves."""
+    """Write numbers, a flag, columns with few and many categories, an embedding, nulls, a key and a day. About a
+    quarter of the customers leave."""
     rng = np.random.default_rng(1)
     months, calls = rng.gamma(2.0, 12.0, rows), rng.poisson(1.5, rows)
     spend = rng.lognormal(3.2, 0.5, rows)
@@ -52,7 +53,7 @@ def churn(folder: Path, rows: int = 5000) -> None:
 
 
 def houses(folder: Path, rows: int = 4000) -> None:
-    """Prices in thousands: a product of area and place, plus noise. The noise leaves an R2 of about 0.95 at best."""
+    """Write prices in thousands: a product of area and location, plus noise that limits R2 to about 0.95."""
     rng = np.random.default_rng(2)
     area, age, rooms = rng.gamma(8.0, 15.0, rows), rng.uniform(0, 90, rows), rng.integers(1, 8, rows)
     place = rng.choice(["centre", "suburb", "village"], rows, p=[0.3, 0.5, 0.2])
@@ -75,21 +76,22 @@ def houses(folder: Path, rows: int = 4000) -> None:
 
 
 def shapes(folder: Path, each: int = 500) -> None:
-    """Drawings of 40 to 64 pixels a side, in any colour, size and place, on a noisy ground; PNG and JPEG."""
+    """Write PNG and JPEG images of 40 to 64 pixels per side: shapes of any color, size and position on a noisy
+    background."""
     rng = np.random.default_rng(3)
     for kind in ("circle", "square", "triangle"):
         (folder / "shapes" / kind).mkdir(parents=True, exist_ok=True)
         for number in range(each):
             width, height = (int(side) for side in rng.integers(40, 65, 2))
-            ground = rng.integers(0, 110, 3) + rng.normal(0, 12, (height, width, 3))
-            image = Image.fromarray(ground.clip(0, 255).astype(np.uint8))
+            background = rng.integers(0, 110, 3) + rng.normal(0, 12, (height, width, 3))
+            image = Image.fromarray(background.clip(0, 255).astype(np.uint8))
             radius = rng.uniform(11, 19)
             across, down = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
-            colour = tuple(int(value) for value in rng.integers(130, 256, 3))
+            color = tuple(int(value) for value in rng.integers(130, 256, 3))
             corners = {"circle": 60, "square": 4, "triangle": 3}[kind]
-            turns = rng.uniform(0, 2 * np.pi) + 2 * np.pi * np.arange(corners) / corners
-            ends = [(across + radius * np.cos(turn), down + radius * np.sin(turn)) for turn in turns]
-            ImageDraw.Draw(image).polygon(ends, fill=colour)
+            angles = rng.uniform(0, 2 * np.pi) + 2 * np.pi * np.arange(corners) / corners
+            points = [(across + radius * np.cos(angle), down + radius * np.sin(angle)) for angle in angles]
+            ImageDraw.Draw(image).polygon(points, fill=color)
             image.save(folder / "shapes" / kind / f"{number:04d}.{'png' if number % 2 else 'jpg'}")
 
 
@@ -97,13 +99,13 @@ MAKERS = {"churn": churn, "houses": houses, "shapes": shapes}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"{', '.join(MAKERS)}; all, if nothing is named")
+    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"{', '.join(MAKERS)}; default: all")
     parser.add_argument("--to", type=Path, default=Path("~/.cache/trainyard/examples"), metavar="DIR")
-    given = parser.parse_args()
-    if unknown := [name for name in given.what if name not in MAKERS]:
-        parser.error(f"{unknown[0]!r} is none of {', '.join(MAKERS)}")
-    target = given.to.expanduser()
+    args = parser.parse_args()
+    if unknown := [name for name in args.what if name not in MAKERS]:
+        parser.error(f"{unknown[0]!r} is not one of {', '.join(MAKERS)}")
+    target = args.to.expanduser()
     target.mkdir(parents=True, exist_ok=True)
-    for name in given.what or MAKERS:
+    for name in args.what or MAKERS:
         MAKERS[name](target)
-        print(f"made {name} in {target}")
+        print(f"wrote {name} to {target}")

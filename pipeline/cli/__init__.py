@@ -1,6 +1,6 @@
-"""The command line: parse, call a verb, print. No logic, and no import that `--help` would wait for."""
+"""The command line: parse arguments, call a command, print the result. No logic, and no import that slows `--help`."""
 
-# In the order that --help lists their commands.
+# --help lists the commands in the order of these imports.
 from pipeline.cli import train
 
 # isort: split

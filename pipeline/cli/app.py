@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="trainyard",
-    help="Train small and medium neural networks with one job file: here, on Ray workers, on a schedule.",
+    help="Train small and medium neural networks from one job file: on this machine, on Ray workers, or on a schedule.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -36,28 +36,29 @@ RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name under 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field, such as train.batch_size=256.")
 ]
-NewRunName = Annotated[str | None, typer.Option("--name", metavar="RUN", help="Name of the run instead of JOB-DIGEST.")]
+NewRunName = Annotated[str | None, typer.Option("--name", metavar="RUN", help="Name of the run; default: JOB-DIGEST.")]
 MaxSteps = Annotated[int | None, typer.Option(min=1, metavar="N", help="Stop after N steps.")]
 AllowCodeChange = Annotated[
     bool,
     typer.Option(
-        "--allow-code-change", help="Go on with --name RUN although your own code was edited since; it is recorded."
+        "--allow-code-change", help="Resume --name RUN although your code was edited since; the change is recorded."
     ),
 ]
 StorageUrl = Annotated[
     str | None,
-    typer.Option(metavar="URL", help="Where runs lie: a folder or fsspec URL [env: TRAINYARD_STORAGE; else ./runs]."),
+    typer.Option(metavar="URL", help="Folder or fsspec URL of the runs [env: TRAINYARD_STORAGE; default: ./runs]."),
 ]
-Trust = Annotated[bool, typer.Option("--trust", help="Let a job read from storage import the modules it names.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Make the last line of standard output one JSON object.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Ray's own lines too, and tracebacks.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Allow a stored job to import the modules it names.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, in the last line of standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Ray's log lines and tracebacks too.")]
 
-output_mode: dict[str, bool] = {"json": False, "verbose": False, "kept": False}
-"""How the running command shows its end. kept: it leaves more behind than what it prints."""
+output_mode: dict[str, bool] = {"json": False, "verbose": False, "has_effects": False}
+"""How the running command prints its result and its errors. has_effects: it does more than print, such as writing a
+run."""
 
 UsageError: Any = typer.BadParameter.__mro__[1]
-"""What the CLI library raises for words that it cannot take; it has no public name that every version of it shares."""
+"""The exception that typer raises for invalid arguments; it has no public name that all versions of typer share."""
 
 
 def _print_version(is_requested: bool) -> None:
@@ -72,13 +73,13 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Train small and medium neural networks with one job file: here, on Ray workers, on a schedule."""
+    """Train small and medium neural networks from one job file: on this machine, on Ray workers, or on a schedule."""
 
 
 def main() -> NoReturn:
-    """Run the command line; errors become one message and an exit code."""
+    """Run the command line. An error becomes one message and an exit code."""
     arguments = sys.argv[1:]
-    output_mode.update(json="--json" in arguments, verbose=False, kept=False)  # until a command says so itself
+    output_mode.update(json="--json" in arguments, verbose=False, has_effects=False)  # until the command sets them
     with guarded_standard_streams() as (output, _):
         exit_code = _run_command(arguments)
         output.flush()
@@ -87,20 +88,20 @@ def main() -> NoReturn:
 
 
 def _run_command(arguments: list[str]) -> int:
-    """Run a command; its exit code."""
+    """Run a command and return its exit code."""
     if sys.platform == "win32":
         return _report_error(
             InputError("Windows is not supported", fix="use Linux, or the Windows Subsystem for Linux"), 2
         )
-    if "_TRAINYARD_COMPLETE" in os.environ:  # the shell asks for completions
+    if "_TRAINYARD_COMPLETE" in os.environ:  # the shell requests completions
         app()
     command = typer.main.get_command(app)
     try:
         with command_line_process(), command.make_context("trainyard", arguments) as context:
             command.invoke(context)
-    except typer.Exit as ended:
-        return int(ended.exit_code)
-    except UsageError as error:  # of the words themselves, before the command began
+    except typer.Exit as exit_request:
+        return int(exit_request.exit_code)
+    except UsageError as error:  # in the arguments: the command did not start
         error.show()
         if output_mode["json"]:
             _print_error("UsageError", error.format_message() or "no command", error.exit_code)
@@ -108,12 +109,12 @@ def _run_command(arguments: list[str]) -> int:
     except TrainyardError as error:
         return _report_error(error, error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _report_error(TrainyardError("interrupted; the same command goes on from the last checkpoint"), 130)
-    except Exception as error:  # the user's own code, or a defect of ours: one message, the traceback on request
+        return _report_error(TrainyardError("interrupted; the same command resumes from the last checkpoint"), 130)
+    except Exception as error:  # in the user's code, or a defect of this package: the traceback only with --verbose
         if output_mode["verbose"]:
             print(sanitize_for_terminal(traceback.format_exc()), file=sys.stderr)
         what = f"{type(error).__name__}: {error}"
-        return _report_error(TrainyardError(what, fix="--verbose shows where it comes from"), 1)
+        return _report_error(TrainyardError(what, fix="--verbose shows the traceback"), 1)
     return 0
 
 
@@ -130,14 +131,14 @@ def _print_error(kind: str, message: str, exit_code: int) -> None:
 
 
 def _exit_code_after_output_error(error: OSError | None, exit_code: int) -> int:
-    """The exit code of a command whose output could not be written: that of its work, where the work is more than the
-    output. A reader that has left, such as `head`, has what it wanted."""
+    """Return the exit code of a command whose output may have failed: 1 if all that it does is to print, else the
+    exit code of its work. A closed pipe, as with `| head`, is no error."""
     if error is None or error.errno == errno.EPIPE:
         return exit_code
-    is_work_done = output_mode["kept"] or exit_code != 0
+    is_work_done = output_mode["has_effects"] or exit_code != 0
     consequence = (
-        "what was done is done, and only its result could not be printed"
-        if output_mode["kept"]
+        "the command did its work, and only its result could not be printed"
+        if output_mode["has_effects"]
         else "nothing is printed"
     )
     print(
@@ -147,7 +148,7 @@ def _exit_code_after_output_error(error: OSError | None, exit_code: int) -> int:
 
 
 def print_result(result: dict[str, Any], lines: list[str], as_json: bool) -> None:
-    """Print what a command found: JSON on one line, or lines for people."""
+    """Print a command's result: JSON on one line, or lines of text."""
     if as_json:
         print_json(result)
     for line in [] if as_json else lines:
@@ -155,7 +156,7 @@ def print_result(result: dict[str, Any], lines: list[str], as_json: bool) -> Non
 
 
 def print_json(tree: dict[str, Any]) -> None:
-    """Print strict JSON on one line: without secrets, null for a number that is not finite."""
+    """Print strict JSON on one line, with secrets redacted and null for numbers that are not finite."""
     print(json.dumps(_replace_nonfinite(redact_tree(tree)), allow_nan=False))
 
 
@@ -168,7 +169,7 @@ def _replace_nonfinite(tree: Any) -> Any:
 
 
 def progress_callback(progress: ProgressDisplay) -> Callable[[str], None]:
-    """Takes what a verb says of its long phases."""
+    """Return a callback that shows a command's long phases."""
     from pipeline.events import PhaseStarted
 
     return lambda text: progress.show(PhaseStarted(text))
@@ -183,11 +184,11 @@ def print_warnings(progress: ProgressDisplay, texts: Iterable[str]) -> None:
 
 
 def add_workers_override(overrides: list[str] | None, workers: str | None) -> list[str]:
-    """The words of --set, and what --workers says as one more.
+    """Return the overrides of --set, and --workers as one more.
 
     Raises
     ------
-    InputError: neither a number nor MIN..MAX.
+    InputError: `workers` is neither a number nor MIN..MAX.
     """
     if workers is None:
         return overrides or []

@@ -1,4 +1,4 @@
-"""Commands that work through the Jobs API of a Ray cluster."""
+"""Commands that use the Jobs API of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -36,9 +36,11 @@ Address = Annotated[
 ]
 TokenFile = Annotated[
     str | None,
-    typer.Option(metavar="FILE", help="Holds the cluster's token [else RAY_AUTH_TOKEN, or Ray's own file]."),
+    typer.Option(metavar="FILE", help="File with the cluster's token [else RAY_AUTH_TOKEN, or Ray's token file]."),
 ]
-JobOrRun = Annotated[str, typer.Argument(metavar="JOB_OR_RUN", help="A job's id on the cluster, or its run's name.")]
+JobOrRun = Annotated[
+    str, typer.Argument(metavar="JOB_OR_RUN", help="A job's id on the cluster, or the name of its run.")
+]
 
 
 @app.command(
@@ -49,7 +51,8 @@ def submit(
     address: Address = None,
     overrides: Overrides = None,
     workers: Annotated[
-        str | None, typer.Option(metavar="N|MIN..MAX", help="Ray Train workers; 0: on the head, beside Ray.")
+        str | None,
+        typer.Option(metavar="N|MIN..MAX", help="Number of Ray Train workers; 0: one process on the head node."),
     ] = None,
     name: NewRunName = None,
     max_steps: MaxSteps = None,
@@ -57,22 +60,25 @@ def submit(
     storage: StorageUrl = None,
     env: Annotated[
         list[str] | None,
-        typer.Option("--env", metavar="KEY", help="Hand this variable's value over, as for storage. Shown nowhere."),
+        typer.Option(
+            "--env", metavar="KEY", help="Pass this environment variable to the job. Its value is never shown."
+        ),
     ] = None,
     env_file: Annotated[
-        list[str] | None, typer.Option("--env-file", metavar="FILE", help="The same, from lines of KEY=VALUE.")
+        list[str] | None,
+        typer.Option("--env-file", metavar="FILE", help="Pass the variables of a file with lines KEY=VALUE."),
     ] = None,
     token_file: TokenFile = None,
     wait: Annotated[
-        bool, typer.Option("--wait/--no-wait", help="Follow it to its end; Ctrl-C leaves it running.")
+        bool, typer.Option("--wait/--no-wait", help="Follow the job to its end; Ctrl-C leaves it running.")
     ] = True,
     as_json: AsJson = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Run a job on a Ray cluster. The same command again attaches to it, resumes it, or finds it finished."""
-    output_mode.update(json=as_json, verbose=verbose, kept=True)
-    from pipeline.commands.submit import submit as verb
+    output_mode.update(json=as_json, verbose=verbose, has_effects=True)
+    from pipeline.commands.submit import submit as run_command
 
     job_ids: list[str] = []
 
@@ -84,7 +90,7 @@ def submit(
             print(job_id, flush=True)
 
     with _detach_on_interrupt(job_ids, address, as_json):
-        job_status = verb(
+        job_status = run_command(
             job,
             address=address,
             set=add_workers_override(overrides, workers),
@@ -107,19 +113,19 @@ def submit(
 @app.command(epilog="Example: trainyard status --address http://head:8265")
 def status(
     job_or_run: Annotated[
-        str | None, typer.Argument(metavar="[JOB_OR_RUN]", help="A job's id, or its run's name; else all jobs.")
+        str | None, typer.Argument(metavar="[JOB_OR_RUN]", help="A job's id, or its run's name; default: all jobs.")
     ] = None,
     address: Address = None,
     token_file: TokenFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """How the jobs stand that were submitted to a cluster, or one of them."""
+    """Show the status of one or all jobs submitted to a cluster."""
     output_mode.update(json=as_json, verbose=False)
     from pipeline.cli.terminal import format_jobs
     from pipeline.commands.submitted_jobs import format_outcome
-    from pipeline.commands.submitted_jobs import status as verb
+    from pipeline.commands.submitted_jobs import status as run_command
 
-    url, statuses = verb(job_or_run, address=address, token_file=token_file)
+    url, statuses = run_command(job_or_run, address=address, token_file=token_file)
     trees = [job_status.to_json() for job_status in statuses]
     lines = format_jobs(url, trees)
     if job_or_run is not None and statuses[0].is_over:
@@ -131,19 +137,19 @@ def status(
 def logs(
     job_or_run: JobOrRun,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on until the job ends, with its exit code.")
+        bool, typer.Option("--follow", "-f", help="Follow until the job ends, and exit with its exit code.")
     ] = False,
     address: Address = None,
     token_file: TokenFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a job has written. Ctrl-C stops following, and the job goes on."""
+    """Print the log of a job. Ctrl-C stops following; the job keeps running."""
     output_mode.update(json=as_json, verbose=False)
-    from pipeline.commands.submitted_jobs import logs as verb
+    from pipeline.commands.submitted_jobs import logs as run_command
 
     job_ids: list[str] = []
     with _detach_on_interrupt(job_ids, address, as_json):
-        job_status = verb(
+        job_status = run_command(
             job_or_run,
             address=address,
             token_file=token_file,
@@ -165,12 +171,12 @@ def stop(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Have a job save and leave. The same submit goes on from there."""
-    output_mode.update(json=as_json, verbose=False, kept=True)
+    """Stop a job after it has saved a checkpoint. The same submit resumes from there."""
+    output_mode.update(json=as_json, verbose=False, has_effects=True)
     from pipeline.commands.submitted_jobs import format_outcome
-    from pipeline.commands.submitted_jobs import stop as verb
+    from pipeline.commands.submitted_jobs import stop as run_command
 
-    job_status = verb(job_or_run, address=address, token_file=token_file, on_progress=_progress_printer(quiet))
+    job_status = run_command(job_or_run, address=address, token_file=token_file, on_progress=_progress_printer(quiet))
     print_result(job_status.to_json(), [format_outcome(job_status)], as_json)
 
 
@@ -182,9 +188,9 @@ def _progress_printer(quiet: bool) -> Callable[[str], None]:
 
 @contextmanager
 def _detach_on_interrupt(job_ids: list[str], address: str | None, as_json: bool) -> Iterator[None]:
-    """Ctrl-C while following is no failure: the job goes on.
+    """While entered, Ctrl-C ends the following and not the job, and is no failure.
 
-    begun: holds the job's id as soon as there is one; before, Ctrl-C is what it is elsewhere.
+    job_ids: holds the job's id as soon as there is one; before, Ctrl-C is raised as usual.
     """
     try:
         yield
@@ -195,7 +201,7 @@ def _detach_on_interrupt(job_ids: list[str], address: str | None, as_json: bool)
     job_id = job_ids[-1]
     where = sanitize_for_terminal(f" --address {address}") if address else ""
     print(
-        f"\ndetached: {job_id} goes on"
+        f"\ndetached: {job_id} keeps running"
         f"\n  follow it: trainyard logs {job_id} --follow{where}"
         f"\n  stop it:   trainyard stop {job_id}{where}",
         file=sys.stderr,
@@ -205,7 +211,8 @@ def _detach_on_interrupt(job_ids: list[str], address: str | None, as_json: bool)
 
 
 def _exit_with_job(job_status: JobStatus, as_json: bool, *, is_followed: bool) -> None:
-    """End as a job did that was followed to its end. Its log has said how, where its entry point could."""
+    """Exit with the exit code of a job that was followed to its end. Its log has the error already, unless its entry
+    point could not write it."""
     from pipeline.commands.submitted_jobs import format_outcome
 
     if is_followed and job_status.outcome is None:

@@ -1,7 +1,8 @@
-"""The entry point of a submitted job on its cluster: `train` with what was sent, in plain lines and records.
+"""The entry point of a submitted job on the cluster: runs `train` with the submission's payload and prints plain lines
+and records.
 
-Runs there as `python -m pipeline.cli.entrypoint NAME`, where NAME names what came with the job
-(pipeline/cluster/jobs/letter.py). Exit codes are those of `trainyard train`.
+It runs as `python -m pipeline.cli.entrypoint NAME`, where NAME is the name of the payload
+(pipeline/cluster/submission/payload.py). Exit codes are those of `trainyard train`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pipeline.errors import TrainyardError
 
 
 def main() -> NoReturn:
-    """Train, say how it ended in words and in a record, and exit with the code that `trainyard train` has."""
+    """Train, print the outcome as text and as a record, and exit with the exit code of `trainyard train`."""
     from pipeline.cluster.submission.log_records import format_record, redact_stdout_and_stderr
 
     redact_stdout_and_stderr()
@@ -27,7 +28,7 @@ def main() -> NoReturn:
         print(f"error: {error}" if error.exit_code < 128 else f"{error}", flush=True)
         error_fields = {"type": type(error).__name__, "message": str(error)}
         outcome = {"exit_code": error.exit_code, "error": error_fields}
-    except Exception as error:  # the user's own code, or a defect of ours: all of it is in the log of the job
+    except Exception as error:  # in the user's code, or a defect of this package: the job's log has the traceback
         import traceback
 
         traceback.print_exc(file=sys.stdout)
@@ -56,7 +57,7 @@ def _train(payload_name: str) -> dict[str, Any]:
             progress.show(event)
 
         outcome = train(
-            parse_job(payload.job, "the job that was sent"),
+            parse_job(payload.job, "the submitted job"),
             name=payload.name,
             storage=payload.storage,
             address=os.environ["RAY_ADDRESS"],

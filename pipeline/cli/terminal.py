@@ -1,5 +1,5 @@
-"""What a person sees: a live progress bar on a terminal, one plain line an evaluation (of very many, some) there and
-elsewhere, and the result."""
+"""Progress and results as text: a progress bar on a terminal, one plain line per evaluation (for some of them, if there
+are very many), and lines for the status of runs and jobs."""
 
 from __future__ import annotations
 
@@ -39,37 +39,37 @@ from pipeline.redaction import sanitize_for_terminal
 from pipeline.runs.status import ListedRun, RunStatus
 
 ERASE_LINE = "\x1b[2K"
-"""Clears the line that the cursor is in."""
+"""Clears the line of the cursor."""
 PHASE_INTERVAL_S = 10.0
-"""Off a terminal, seconds between two lines on what takes long before training, such as filling the cache."""
+"""Without a terminal, seconds between two lines about a long phase before training, such as filling the cache."""
 MAX_VALUE_LENGTH = 24
 """Characters of a job field's value in the list of runs."""
 MAX_DAMAGE_LINES = 5
-"""Of what is damaged in a run's directory."""
+"""Lines about damaged files of a run."""
 LINE_INTERVAL_S = 1.0
 """On a terminal, seconds between two lines for evaluations within an epoch; the bar shows the latest in between."""
 MAX_EVALUATION_LINES = 100
-"""A run of more evaluations than this shows a line for every second, fifth, tenth, ... of them."""
+"""A run with more evaluations prints a line for every second, fifth, tenth, ... of them."""
 MAX_SILENCE_S = 600.0
-"""Then too, there is a line for the first evaluation after so many seconds without one."""
+"""Such a run also prints a line for the first evaluation after this many seconds without one."""
 
 
 class ProgressDisplay:
-    """Shows events on standard error, see `pipeline.events`."""
+    """Displays events on standard error, see `pipeline.events`."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
         self._bar: _ProgressBar | None = None
         self._is_terminal = sys.stderr.isatty()
         self._stride = 0
-        """Every so many-th evaluation has a line; 0 until training starts."""
+        """One line per `_stride` evaluations; 0 until training starts."""
         self._last_step = 0
         self._last_line = 0.0
         self._last_printed_phase = 0
         self._pending_evaluation: EvaluationLogged | None = None
-        """The latest evaluation, where it has no line."""
+        """The latest evaluation, if its line is not printed."""
         self._pending_best_step: int | None = None
-        """Step of the best evaluation, where it is later than the last line."""
+        """Step of the best evaluation, if it is later than the last line."""
         self._last_phase = time.monotonic()
         self._in_phase = False
 
@@ -87,7 +87,7 @@ class ProgressDisplay:
         match event:
             case WarningMessage():
                 self._print_line(f"warning: {event.text}")
-            case HangReported():  # the last event of this process: nothing will close the bar
+            case HangReported():  # the last event of this process: nothing else closes the bar
                 self.__exit__(None, None, None)
                 self._bar = None
                 self._print_line(f"error: {event.text}")
@@ -110,11 +110,11 @@ class ProgressDisplay:
                 self._on_evaluation(event)
             case EarlyStopped():
                 self._print_pending()
-                words = format_early_stop(event.evaluations_since_best, event.metric)
-                self._print_line(f"early stop at step {event.step} of {event.last_step}: {words}")
+                reason = format_early_stop(event.evaluations_since_best, event.metric)
+                self._print_line(f"early stop at step {event.step} of {event.last_step}: {reason}")
 
     def _show_phase(self, text: str) -> None:
-        if self._is_terminal:  # until the next line, which takes its place
+        if self._is_terminal:  # the next line replaces it
             print(f"{ERASE_LINE}{text}", end="\r", file=sys.stderr, flush=True)
             self._in_phase = True
         elif time.monotonic() - self._last_phase > PHASE_INTERVAL_S:
@@ -126,7 +126,7 @@ class ProgressDisplay:
         self._last_step, self._stride = event.last_step, _choose_stride(evaluations)
         if self._stride > 1 and is_first:
             self._print_line(
-                f"of {evaluations:,} evaluations 1 in {self._stride} is shown here; the metric log has them all"
+                f"1 in {self._stride} of {evaluations:,} evaluations is shown here; the metric log has all of them"
             )
         if self._bar is not None:
             self._bar.reset(event.step)
@@ -143,8 +143,8 @@ class ProgressDisplay:
             self._print_pending()
 
     def _should_print(self, event: EvaluationLogged) -> bool:
-        """Whether an evaluation has a line of its own: the first and the last of an attempt and the
-        first of a phase always."""
+        """Return whether to print a line now. The first and last evaluation of an attempt and the first of a phase
+        always have one."""
         now = time.monotonic()
         if event.step in (0, self._last_step) or event.phase != self._last_printed_phase:
             return True
@@ -153,7 +153,7 @@ class ProgressDisplay:
         return event.number % max(1, self._stride) == 0 or now - self._last_line > MAX_SILENCE_S
 
     def _print_pending(self) -> None:
-        """Write the line of the latest evaluation, where it was held back."""
+        """Print the line of the latest evaluation, if it is pending."""
         event, best = self._pending_evaluation, self._pending_best_step
         if event is None:
             return
@@ -174,7 +174,7 @@ class ProgressDisplay:
 
 
 def _choose_stride(evaluations: int) -> int:
-    """The first of 1, 2, 5, 10, 20, ... that leaves `MOST_LINES` at most."""
+    """Return the first of 1, 2, 5, 10, 20, ... that gives at most `MAX_EVALUATION_LINES` lines."""
     stride = 1
     for factor in itertools.cycle((2, 2.5, 2)):
         if evaluations <= stride * MAX_EVALUATION_LINES:
@@ -184,10 +184,10 @@ def _choose_stride(evaluations: int) -> int:
 
 
 class _ProgressBar:
-    """rich's progress bar; imported only where there is a terminal to draw on.
+    """A progress bar by rich, which is imported only for a terminal.
 
-    Step, bar and time left are always there. Behind them stand as many of the loss, the metrics and the rate as fit
-    into the terminal's width, each in a field of a fixed width.
+    It always shows step, bar and remaining time. As many of the loss, the metrics and the throughput follow as fit into
+    the terminal's width, each in a field of fixed width.
     """
 
     BAR = 12
@@ -216,7 +216,7 @@ class _ProgressBar:
         self._progress.start()
 
     def reset(self, step: int) -> None:
-        """Begin at another step: the time until then says nothing of the time left."""
+        """Restart at another step: the time before it does not count in the estimate of the remaining time."""
         self._progress.reset(self._task, completed=step)
 
     def show_steps(self, event: StepsLogged) -> None:
@@ -247,7 +247,7 @@ def _format_field(name: str, value: float) -> str:
 
 
 def join_fitting(fields: Sequence[str], width: int) -> str:
-    """The first fields, as many as a width takes, two spaces apart."""
+    """Join the first fields, as many as fit into `width`, with two spaces."""
     text = ""
     for next_field in fields:
         longer = f"{text}  {next_field}" if text else next_field
@@ -258,40 +258,40 @@ def join_fitting(fields: Sequence[str], width: int) -> str:
 
 
 def format_evaluation(event: EvaluationLogged) -> str:
-    """`epoch 3  step 1440  val loss 0.1432  accuracy 0.9571  best`"""
+    """Format one evaluation: `epoch 3  step 1440  val loss 0.1432  accuracy 0.9571  best`."""
     best = "  no better than before training" if event.no_gain else "  best" if event.is_best else ""
     metrics_text = format_headline(event.metrics, event.best_metric)
     return f"epoch {event.epoch:<3d} step {event.step:<6d} {metrics_text}{best}"
 
 
 def format_early_stop(evaluations: int, metric: str) -> str:
-    """`5 evaluations without a better val/loss`"""
+    """Format the reason of an early stop: `5 evaluations without a better val/loss`."""
     return f"{evaluations} evaluation{'s' if evaluations != 1 else ''} without a better {metric}"
 
 
 def format_run_status(status: RunStatus) -> list[str]:
-    """How a run stands, for people: with all metrics of its best step beside what no learning at all would give."""
+    """Format the status of a run, with all metrics of its best step and their baselines without any training."""
     tree = status.to_json()
     lines = [_format_status_line(status)]
     if tree.get("error"):
         lines.append(f"  error     {tree['error']['message']}")
     if status.status != "finished":
-        lines += [f"  {word:<9s} {text}" for word, text in _format_next_steps(status)]
+        lines += [f"  {label:<9s} {text}" for label, text in _format_next_steps(status)]
     best, metrics = tree.get("best"), tree.get("metrics") or {}
     if best:
         lines.append(f"  best      {best['metric']} {format_number(best['value'])} at step {best['step']}")
     chosen = best["metrics"] if best else metrics if status.status == "finished" else {}  # else the untrained ones
     split = (best["metric"] if best else next(iter(metrics), "")).partition("/")[0]
     if status.stopped_early and best and status.evaluations_since_best is not None:
-        words = format_early_stop(status.evaluations_since_best, best["metric"])
-        lines.insert(1, f"  stopped   early, of {status.total_steps} steps: {words}")
+        reason = format_early_stop(status.evaluations_since_best, best["metric"])
+        lines.insert(1, f"  stopped   early, of {status.total_steps} steps: {reason}")
     lines += [f"            {line}" for line in format_metric_table(chosen, split)]
     warnings = [status.best.no_improvement_message if status.best else "", baseline_warning(chosen, split)]
-    lines += [f"  warning   {words}" for words in warnings if words]
+    lines += [f"  warning   {text}" for text in warnings if text]
     if metrics:
         lines.append(f"  latest    {format_headline(metrics, best['metric'] if best else '')}")
     if status.skipped_updates:
-        lines.append(f"  skipped   {status.skipped_updates:,} updates, whose gradients were too large for fp16")
+        lines.append(f"  skipped   {status.skipped_updates:,} updates, because their gradients were too large for fp16")
     if tree["attempts"] > 1:
         lines.append(f"  attempts  {tree['attempts']}")
     lines += [f"  damaged   {text}" for text in status.damaged[:MAX_DAMAGE_LINES]]
@@ -302,18 +302,18 @@ def format_run_status(status: RunStatus) -> list[str]:
 
 
 def _format_status_line(status: RunStatus) -> str:
-    """`mnist: running at step 3200 of 4800, seen 3 s ago`"""
+    """Format the first line: `mnist: running at step 3200 of 4800, seen 3 s ago`."""
     prefix = f"{status.run}: {status.status} at step {status.latest_step}"
     of = f" of {status.total_steps}" if status.total_steps else ""
     if status.status == "running":
         return f"{prefix}{of}, seen {format_age(status.seen_s)}"
     if status.status == "stalled":
-        return f"{prefix}{of}, no sign of life for {format_age(status.seen_s).removesuffix(' ago')}"
+        return f"{prefix}{of}, no heartbeat for {format_age(status.seen_s).removesuffix(' ago')}"
     return f"{prefix}, epoch {status.epoch}" if status.status == "finished" else f"{prefix}{of}, epoch {status.epoch}"
 
 
 def _format_next_steps(status: RunStatus) -> list[tuple[str, str]]:
-    """Of a run that has not finished: where it is, what of it is safe, and what can be done."""
+    """Return labels and texts for an unfinished run: where it runs or ran, what is saved, and what to do next."""
     entries = []
     if status.where:
         world_size, device = status.where.get("world_size"), status.where.get("device")
@@ -323,23 +323,23 @@ def _format_next_steps(status: RunStatus) -> list[tuple[str, str]]:
             (verb, f"{status.where.get('host')} ({workers}{device}), since {_format_utc(status.where['since'])}")
         )
     if status.latest_step > status.step:
-        saved = f"step {status.step}, epoch {status.epoch}" if status.step else "nothing yet"
+        saved = f"step {status.step}, epoch {status.epoch}" if status.step else "no step yet"
         entries.append(("saved", saved))
     if status.error is not None and status.error.get("type") == NotFiniteError.__name__:
         best, step = status.best, status.step or None
         no_gain = best.no_improvement_message if best is not None else ""
-        entries.append(("next", "the same command would end there again:"))
+        entries.append(("next", "the same command would fail there again:"))
         entries.append(
             ("", format_divergence_advice(status.run, best.step if best is not None else None, step, no_gain))
         )
     elif status.status != "running":
-        start = f"goes on from step {status.step}" if status.step else "begins anew"
+        start = f"resumes from step {status.step}" if status.step else "starts from the beginning"
         entries.append(("next", f"the same command {start}"))
     return entries
 
 
 def format_age(seconds: float | None) -> str:
-    """`42 s ago`, `12 min ago`, `5 h ago`, `3 days ago`."""
+    """Format an age: `42 s ago`, `12 min ago`, `5 h ago`, `3 days ago`; empty for None."""
     if seconds is None:
         return ""
     for unit, length, limit in (("s", 1, 120), ("min", 60, 120), ("h", 3600, 48)):
@@ -349,17 +349,17 @@ def format_age(seconds: float | None) -> str:
 
 
 def _format_utc(timestamp: str) -> str:
-    """`2026-11-20 13:05 UTC`"""
+    """Format a time: `2026-11-20 13:05 UTC`."""
     return f"{timestamp[:16].replace('T', ' ')} UTC"
 
 
 def format_runs(url: str, runs: Sequence[ListedRun], width: int | None = None) -> list[str]:
-    """One line a run, in columns.
+    """Format runs in columns, one line per run.
 
     Parameters
     ----------
-    width: of the terminal, into which the lines are made to fit as far as that goes: first the columns go that `show`
-        has too, then what differs is cut. None: whole lines.
+    width: of the terminal; None: do not shorten lines. Lines that are too long first lose the columns that `show` has
+        too, then are cut.
     """
     labels = _shorten_names({name for run in runs for name in run.differs})
     rows = [_RUN_COLUMNS]
@@ -390,8 +390,8 @@ def _select_columns(rows: Sequence[Sequence[str]], columns: Sequence[int]) -> li
 
 
 def _shorten_names(names: Collection[str]) -> dict[str, str]:
-    """For each path of a job's field its shortest end that means no other: `lr` for `train.phases.0.lr`, `optimizer`
-    for `train.optimizer.kind`."""
+    """Return the shortest unambiguous suffix of each field's path: `lr` for `train.phases.0.lr`, `optimizer` for
+    `train.optimizer.kind`."""
     short = {name: re.sub(r"\.(kind|by|all)$", "", name) for name in names}
     labels = {}
     for name, path in short.items():
@@ -405,7 +405,7 @@ def _shorten_names(names: Collection[str]) -> dict[str, str]:
 
 
 def _shorten_value(value: Any) -> str:
-    """A field's value in a few characters."""
+    """Format a field's value in at most `MAX_VALUE_LENGTH` characters."""
     text = f"{value:.4g}" if isinstance(value, float) else json.dumps(value).strip('"')
     return text if len(text) <= MAX_VALUE_LENGTH else f"{text[: MAX_VALUE_LENGTH - 1]}…"
 
@@ -416,7 +416,7 @@ def _align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def format_jobs(url: str, jobs: Iterable[Mapping[str, Any]]) -> list[str]:
-    """One line a job of a cluster, in columns."""
+    """Format the jobs of a cluster in columns, one line per job."""
     rows = [("JOB", "STATUS", "RUN", "SUBMITTED (UTC)", "TOOK")]
     for job in jobs:
         submitted = str(job["submitted"] or "").replace("T", " ").partition("+")[0]

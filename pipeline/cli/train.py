@@ -32,11 +32,11 @@ def train(
     job: JobFile,
     overrides: Overrides = None,
     workers: Annotated[
-        str | None, typer.Option(metavar="N|MIN..MAX", help="Ray Train workers; 0: in this process.")
+        str | None, typer.Option(metavar="N|MIN..MAX", help="Number of Ray Train workers; 0: this process.")
     ] = None,
     name: NewRunName = None,
     address: Annotated[
-        str | None, typer.Option(metavar="RAY", help="A Ray cluster to run on [env: RAY_ADDRESS].")
+        str | None, typer.Option(metavar="RAY", help="The Ray cluster to run on [env: RAY_ADDRESS].")
     ] = None,
     max_steps: MaxSteps = None,
     allow_code_change: AllowCodeChange = False,
@@ -46,15 +46,15 @@ def train(
     verbose: Verbose = False,
 ) -> None:
     """Run a job. The same command again resumes an interrupted run, and does nothing for a finished one."""
-    output_mode.update(json=as_json, verbose=verbose, kept=True)
+    output_mode.update(json=as_json, verbose=verbose, has_effects=True)
     from pipeline.cli.terminal import ProgressDisplay, format_run_status
     from pipeline.events import PhaseStarted
 
     with ProgressDisplay(quiet=quiet) as progress:
         progress.show(PhaseStarted("loading"))
-        from pipeline.commands.train import train as verb
+        from pipeline.commands.train import train as run_command
 
-        outcome = verb(
+        outcome = run_command(
             job,
             set=add_workers_override(overrides, workers),
             name=name,
@@ -73,48 +73,51 @@ def check(
     job: JobFile,
     overrides: Overrides = None,
     batch: Annotated[
-        bool, typer.Option("--batch", help="Build everything: shapes, parameters, device, the loss around one update.")
+        bool,
+        typer.Option("--batch", help="Build everything: shapes, parameters, device, loss before and after a step."),
     ] = False,
     overfit: Annotated[
-        bool, typer.Option("--overfit", help="Drive one batch to zero loss, or say that it cannot.")
+        bool, typer.Option("--overfit", help="Overfit one batch: fail if its loss does not get near zero.")
     ] = False,
     storage: StorageUrl = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Validate a job file, look whether its data is there, and print it as resolved, every default spelled out."""
+    """Validate a job file. Also checks that its data exists, and prints the resolved job with every default."""
     output_mode.update(json=as_json, verbose=verbose)
-    from pipeline.commands.check import check as verb
+    from pipeline.commands.check import check as run_command
 
-    result = verb(job, overrides or [], storage=storage, batch=batch, overfit=overfit)
+    result = run_command(job, overrides or [], storage=storage, batch=batch, overfit=overfit)
     print_result(result.to_json(), result.format_lines(), as_json)
 
 
 @app.command(epilog="Example: trainyard init churn && trainyard check churn.yaml")
 def init(
-    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the job; the file is NAME.yaml.")] = "job",
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the job; writes NAME.yaml.")] = "job",
     as_json: AsJson = False,
 ) -> None:
-    """Write a commented job file, ready to run and to change."""
-    output_mode.update(json=as_json, verbose=False, kept=True)
-    from pipeline.commands.init import init as verb
+    """Write a commented job file, ready to run and to edit."""
+    output_mode.update(json=as_json, verbose=False, has_effects=True)
+    from pipeline.commands.init import init as run_command
 
-    path = verb(name)
+    path = run_command(name)
     print_result({"path": path}, [f"wrote {path}", f"next: trainyard check {path} --batch"], as_json)
 
 
 @app.command(epilog="Example: trainyard evaluate mnist-mlp-1a2b3c4d --split test --checkpoint best")
 def evaluate(
     run: RunName,
-    split: Annotated[str, typer.Option(help="train, val or test. Every read of test is recorded in the run.")] = "val",
+    split: Annotated[str, typer.Option(help="train, val or test. Each read of test is recorded in the run.")] = "val",
     data: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="Other rows with labels, instead of a split of the run's own data."),
+        typer.Option(metavar="URL", help="Evaluate other labeled data instead of a split of the run's data."),
     ] = None,
-    checkpoint: Annotated[str, typer.Option(metavar="best|last|STEP", help="Which checkpoint.")] = "best",
+    checkpoint: Annotated[str, typer.Option(metavar="best|last|STEP", help="The checkpoint to evaluate.")] = "best",
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Where and how: data.root, data.loader, scale."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Override where and how to run: data.root, data.loader, scale."
+        ),
     ] = None,
     storage: StorageUrl = None,
     trust: Trust = False,
@@ -122,13 +125,13 @@ def evaluate(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Exact metrics of a saved checkpoint: every row of the split once."""
+    """Compute the metrics of a saved checkpoint. They are exact: each sample of the split counts once."""
     output_mode.update(json=as_json, verbose=verbose)
     from pipeline.cli.terminal import ProgressDisplay
-    from pipeline.commands.evaluate import evaluate as verb
+    from pipeline.commands.evaluate import evaluate as run_command
 
     with ProgressDisplay(quiet=quiet) as progress:
-        result = verb(
+        result = run_command(
             run,
             split=split,
             data=data,
@@ -146,7 +149,7 @@ def evaluate(
 def predict(
     model: Annotated[str, typer.Argument(metavar="RUN", help="RUN[@best|@last|@STEP]; best by default.")],
     input_url: Annotated[
-        str, typer.Option("--input", metavar="URL", help="Parquet, or pictures: a file, glob or folder.")
+        str, typer.Option("--input", metavar="URL", help="Parquet files or images: a file, glob or folder.")
     ],
     output_url: Annotated[str, typer.Option("--output", metavar="URL", help="The Parquet file to write.")],
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
@@ -156,13 +159,13 @@ def predict(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Predictions of a saved checkpoint: keys, prediction and probabilities, a row for each row, in order."""
-    output_mode.update(json=as_json, verbose=verbose, kept=True)
+    """Write the predictions of a saved checkpoint. Each input row gets keys, prediction and probabilities, in order."""
+    output_mode.update(json=as_json, verbose=verbose, has_effects=True)
     from pipeline.cli.terminal import ProgressDisplay
-    from pipeline.commands.predict import predict as verb
+    from pipeline.commands.predict import predict as run_command
 
     with ProgressDisplay(quiet=quiet) as progress:
-        result = verb(
+        result = run_command(
             model,
             input=input_url,
             output=output_url,

@@ -1,5 +1,6 @@
-"""The one adapter to Ray: a context for each worker, events and signals between them and the driver, metrics on the
-head, and a new start after a loss; and, in `jobs`, submissions through its Jobs API.
+"""The adapter to Ray: the driver and its workers, the events and signals between them, metrics for Prometheus, and the
+policy for worker failures. `submission` holds jobs that run through Ray's Jobs API.
 
-Ray is told what happens; what a resume depends on lies in our own record. Each attempt is a fresh Ray run.
+Ray is told about progress, but nothing that a resume needs is stored by Ray: it is in the run's own journal. Each
+attempt is a new Ray Train run.
 """

@@ -1,4 +1,4 @@
-"""The driver's side of Ray: start workers, carry events and signals, and start again after a loss."""
+"""The driver: start workers with Ray Train, pass events and signals on, and start another attempt after a failure."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-from pipeline.cluster.connection import HEAD_TIMEOUT_S, HeadMonitor, get_draining_nodes, ray_connection
+from pipeline.cluster.connection import HEAD_TIMEOUT_S, HeadMonitor, ray_connection
 from pipeline.cluster.event_channel import EventChannel, EventReceiver
 from pipeline.cluster.failure_policy import RESUME_HINT, FailurePolicy, WorkerHang, summary_line
+from pipeline.cluster.ray_internals import WORKER_HEALTH_CHECK_VARIABLE
 from pipeline.cluster.resources import WorkerPlacement, cluster_resources
 from pipeline.cluster.storage_check import check_storage
 from pipeline.cluster.worker_context import EVENT_INTERVAL_S, train_function
@@ -28,9 +29,9 @@ from pipeline.runs.journal.journal import Journal
 from pipeline.worker import WorkerSpec, hang_limits
 
 UNUSED_RAY_CALLBACKS = ("DatasetsCallback", "PlacementGroupCleanerCallback")
-"""Of Ray Train's own."""
+"""Callbacks of Ray Train that are not needed here, see `_make_trainer`."""
 UNLIMITED_TIMEOUT_S = 7 * 86400
-"""After which a sum over ranks fails by itself, where workers may hang for as long as they like."""
+"""The timeout of collectives and of Ray's health check where a job sets no `hang_s`."""
 
 CreateRunFn = Callable[[], tuple[WorkerSpec, Journal]]
 
@@ -45,72 +46,73 @@ def train_on_workers(
     address: str | None = None,
     verbose: bool = False,
 ) -> None:
-    """Run an order on Ray Train workers until it is done, restarting after lost workers.
+    """Train a run on Ray Train workers, with another attempt after each failure that the policy allows.
 
     Parameters
     ----------
-    ready: called once, when it is certain that the cluster can hold the workers and sees the storage; gives the order,
-        and the journal of its run.
+    create_run: called once, as soon as it is certain that the cluster can hold the workers and that its nodes can read
+        the storage; returns the spec of the workers, and the journal of the run.
 
     Raises
     ------
-    InputError: a cluster that cannot be reached, will never have the resources, or does not see the storage.
-    Interrupted: a signal asked to stop, and the run is saved.
-    WorkerLostError: more losses in a row than `scale.retries`, or no room for long after one.
-    RepeatedFailureError, OutOfMemoryError: what a new start would not make good.
-    TrainyardError: what a worker raised.
+    InputError: the cluster cannot be reached, can never have the resources, or cannot read the storage.
+    Interrupted: a signal asked the run to stop, and it is saved.
+    WorkerLostError: more than `scale.retries` consecutive failures, or no resources for too long after one.
+    RepeatedFailureError, OutOfMemoryError: another attempt would fail in the same way.
+    TrainyardError: a worker raised it.
     """
-    begun: tuple[WorkerSpec, Journal, FailurePolicy] | None = None
+    started: tuple[WorkerSpec, Journal, FailurePolicy] | None = None
     while True:
         with ray_connection(address, scale, on_event, verbose) as ray:
-            room = WorkerPlacement(lambda: cluster_resources(ray, get_draining_nodes=get_draining_nodes), scale)
-            if begun is None:
+            placement = WorkerPlacement(lambda: cluster_resources(ray), scale)
+            if started is None:
                 try:
-                    room.check_feasible()
+                    placement.check_feasible()
                     check_storage(ray, storage_url)
                 except ray.exceptions.RayError as error:
-                    fix = "the same command again; see the dashboard's logs on the head if it repeats itself"
+                    fix = "run the same command again; if it fails again, see the dashboard's logs on the head"
                     raise ClusterError(summary_line(error), where=address or "Ray", fix=fix) from error
-                order, journal = create_run()
-                begun = order, journal, FailurePolicy(order.run_name, scale.retries, journal.read_highest_step)
-            if _run_attempts(ray, room, begun, scale, on_event, signals):
+                spec, journal = create_run()
+                started = spec, journal, FailurePolicy(spec.run_name, scale.retries, journal.read_highest_step)
+            if _run_attempts(ray, placement, started, scale, on_event, signals):
                 return
 
 
 def _run_attempts(
     ray: Any,
-    room: WorkerPlacement,
-    begun: tuple[WorkerSpec, Journal, FailurePolicy],
+    placement: WorkerPlacement,
+    started: tuple[WorkerSpec, Journal, FailurePolicy],
     scale: ScalingConfig,
     on_event: EventHandler,
     signals: StopSignals,
 ) -> bool:
-    """Run attempts until the run is done (True), or until only a new connection helps (False)."""
+    """Run attempts. Returns True when the run is done, and False when a new connection is needed first."""
     from ray.train import TrainingFailedError
 
-    order, journal, losses = begun
+    spec, journal, policy = started
     while True:
-        dead = journal.find_latest_attempt(order.driver)
+        ended_attempt = journal.find_latest_attempt(spec.driver)
         try:
-            workers = room.wait_for_resources(signals, on_event, after_failure=losses.has_failed)
-            _run_attempt(ray, replace(order, ended_attempt=dead), workers, room.per_worker, scale, on_event, signals)
+            workers = placement.wait_for_resources(signals, on_event, after_failure=policy.has_failed)
+            attempt_spec = replace(spec, ended_attempt=ended_attempt)
+            _run_attempt(ray, attempt_spec, workers, placement.per_worker, scale, on_event, signals)
             return True
         except Interrupted as interrupted:
             if signals.received:
                 raise
-            losses.decide_preemption()
+            policy.decide_preemption()
             on_event(WarningMessage(f"{interrupted.what}; starting again"))
         except TrainyardError:
             raise
-        except Exception as error:  # whatever form Ray gives to a worker failure
-            is_workers = isinstance(error, (TrainingFailedError, WorkerHang))
-            if not is_workers:
-                _check_head(order.run_name)
-            losses.decide(error, signals.received)
-            on_event(WarningMessage(losses.describe(error)))
-            if not is_workers:
-                # Ray Train recovers nothing from the loss of its own controller, which leaves resources taken until
-                # this driver's connection ends.
+        except Exception as error:  # Ray reports failures of workers as errors of many types
+            is_worker_failure = isinstance(error, (TrainingFailedError, WorkerHang))
+            if not is_worker_failure:
+                _check_head(spec.run_name)
+            policy.decide(error, signals.received)
+            on_event(WarningMessage(policy.describe(error)))
+            if not is_worker_failure:
+                # Ray Train does not recover from the loss of its own controller. The resources that it held are free
+                # only when this driver's connection ends.
                 return False
 
 
@@ -123,13 +125,13 @@ def _run_attempt(
     on_event: EventHandler,
     signals: StopSignals,
 ) -> None:
-    """Run one attempt as a fresh Ray Train run.
+    """Run one attempt as a new Ray Train run.
 
     Raises
     ------
-    WorkerHung: a worker made no progress and ended itself.
+    WorkerHang: a worker made no progress and ended itself.
     Interrupted: the workers agreed to stop, and the run is saved.
-    Exception: what else ended the attempt, as Ray gives it.
+    Exception: any other error that ended the attempt, as Ray reports it.
     """
     hang_reports: list[str] = []
 
@@ -139,15 +141,16 @@ def _run_attempt(
         else:
             on_event(event)
 
-    desk, own_files = _start_event_channel(ray), tempfile.mkdtemp(prefix="trainyard-ray-")
+    channel, ray_storage_dir = _start_event_channel(ray), tempfile.mkdtemp(prefix="trainyard-ray-")
     try:
-        fit = _FitThread(_make_trainer(spec, desk, workers, resources, scale, own_files))
+        fit = _FitThread(_make_trainer(spec, channel, workers, resources, scale, ray_storage_dir))
         fit.start()
-        with closing(HeadMonitor()) as watch:
-            _pump_events(ray, fit, desk, watch, EventReceiver(ray, desk, handle), spec.run_name, on_event, signals)
+        with closing(HeadMonitor()) as head_monitor:
+            receiver = EventReceiver(ray, channel, handle)
+            _pump_events(ray, fit, channel, head_monitor, receiver, spec.run_name, on_event, signals)
     finally:
-        ray.kill(desk)
-        shutil.rmtree(own_files, ignore_errors=True)
+        ray.kill(channel)
+        shutil.rmtree(ray_storage_dir, ignore_errors=True)
     if fit.error is not None:
         if hang_reports:
             raise WorkerHang(hang_reports[0]) from fit.error
@@ -157,11 +160,11 @@ def _run_attempt(
 
 
 def _start_event_channel(ray: Any) -> Any:
-    """The actor between this driver and rank 0, on the driver's node: it must not be lost with a worker's."""
+    """Start the `EventChannel` on the driver's node, so that it is not lost together with a worker's node."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0)(EventChannel).options(scheduling_strategy=here).remote()
+    driver_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0)(EventChannel).options(scheduling_strategy=driver_node).remote()
 
 
 def _make_trainer(
@@ -172,40 +175,41 @@ def _make_trainer(
     scale: ScalingConfig,
     ray_storage_dir: str,
 ) -> Any:
-    """Ray Train's trainer of one attempt. It restarts nothing by itself: which failures are worth another attempt is
-    decided here (`Losses`).
+    """Make Ray Train's trainer of one attempt. It does not restart anything: `FailurePolicy` decides about that.
 
     Parameters
     ----------
     resources: of each worker, such as {"CPU": 1}.
-    own_files: an empty folder for what Ray Train writes.
+    ray_storage_dir: an empty folder for the files that Ray Train writes.
     """
     import ray.train
     import ray.train.torch
 
     from pipeline.cluster.torch_backend import WorkerTorchConfig
 
-    train: Any = ray.train  # Ray's annotations here are those of its older trainer
+    train: Any = ray.train  # the annotations are those of Ray's older trainer
 
     class Trainer(train.torch.TorchTrainer):  # type: ignore[misc]
-        """Without two helper processes that have no work here: one hands out Ray datasets, the other frees what a lost
-        controller held (as the end of our connection does) and needs the dashboard for it, or complains each second.
-        Where a version of Ray has no such hook, both just start."""
+        """A trainer without two helper processes: one provides Ray datasets, which are not used here. The other frees
+        the resources of a lost controller, as the end of our connection does, and without a dashboard it logs an error
+        every second. In a version of Ray that lacks this hook, both are started."""
 
         def _create_default_callbacks(self) -> list[Any]:
             return [
-                one for one in super()._create_default_callbacks() if type(one).__name__ not in UNUSED_RAY_CALLBACKS
+                callback
+                for callback in super()._create_default_callbacks()
+                if type(callback).__name__ not in UNUSED_RAY_CALLBACKS
             ]
 
     limits = hang_limits(scale.hang_s) if scale.hang_s is not None else None
     collective_timeout_s = limits.collective_timeout_s if limits is not None else UNLIMITED_TIMEOUT_S
-    # Read by the controller, which starts with this: a worker without another that could notice that it is stopped.
-    unanswered_s = limits.unresponsive_s if limits is not None else UNLIMITED_TIMEOUT_S
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(unanswered_s)
+    # Ray Train's controller inherits this variable. Its health check detects a hang of a worker that is the only one.
+    unresponsive_s = limits.unresponsive_s if limits is not None else UNLIMITED_TIMEOUT_S
+    os.environ[WORKER_HEALTH_CHECK_VARIABLE] = str(unresponsive_s)
     on_gpu = "GPU" in resources
     return Trainer(
         train_function,
-        train_loop_config={"order": spec, "desk": channel},
+        train_loop_config={"spec": spec, "channel": channel},
         torch_config=WorkerTorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=int(collective_timeout_s)),
         scaling_config=train.ScalingConfig(num_workers=workers, use_gpu=on_gpu, resources_per_worker=resources),
         run_config=train.RunConfig(
@@ -217,19 +221,19 @@ def _make_trainer(
 
 
 class _FitThread(threading.Thread):
-    """Runs `trainer.fit()`, which blocks, so that the main thread can carry events and signals meanwhile."""
+    """Runs `trainer.fit()`, which blocks, so that the main thread can pass events and signals on meanwhile."""
 
     def __init__(self, trainer: Any) -> None:
         super().__init__(name="trainyard-fit", daemon=True)
         self.error: BaseException | None = None
         self.returned: dict[str, Any] = {}
-        """What rank 0's `train_function` returned."""
+        """The result of rank 0's `train_function`."""
         self._trainer = trainer
 
     def run(self) -> None:
         try:
             self.returned = self._trainer.fit().return_value or {}
-        except BaseException as error:  # carried to the waiting thread, which raises it
+        except BaseException as error:  # raised by the main thread
             self.error = error
 
 
@@ -243,39 +247,39 @@ def _pump_events(
     on_event: EventHandler,
     signals: StopSignals,
 ) -> None:
-    """Pass events from the workers on, and signals to stop to them, until `fit` is over.
+    """Pass the workers' events on, and signals to stop to the workers, until `fit` is over.
 
     Raises
     ------
     WorkerLostError: the head of the cluster does not answer.
     """
-    sent = 0
+    sent_signal = 0
     while fit.is_alive():
         fit.join(EVENT_INTERVAL_S)
-        number = signals.received or (sent or _preemption_signal(ray, channel, head_monitor, on_event))
-        if number != sent:
-            sent = number
-            channel.request_stop.remote(sent)
+        number = signals.received or (sent_signal or _preemption_signal(ray, channel, head_monitor, on_event))
+        if number != sent_signal:
+            sent_signal = number
+            channel.request_stop.remote(sent_signal)
         receiver.drain()
         if head_monitor.last_seen_s > HEAD_TIMEOUT_S:
             raise _head_lost_error(run_name)
-    for _ in range(2):  # an answer that is under way, and what came since
+    for _ in range(2):  # the pending request, and one for the events since
         receiver.drain(timeout_s=5)
 
 
 def _check_head(run_name: str) -> None:
-    """Whether it was the controller alone that was lost, and not the cluster's head.
+    """Check that the cluster's head answers: then only Ray Train's controller was lost.
 
     Raises
     ------
     WorkerLostError: the head does not answer.
     """
-    watch = HeadMonitor()
+    head_monitor = HeadMonitor()
     try:
-        if not watch.wait_for_response():
+        if not head_monitor.wait_for_response():
             raise _head_lost_error(run_name)
     finally:
-        watch.close()
+        head_monitor.close()
 
 
 def _head_lost_error(run_name: str) -> WorkerLostError:
@@ -287,17 +291,18 @@ def _head_lost_error(run_name: str) -> WorkerLostError:
 
 
 def _preemption_signal(ray: Any, channel: Any, head_monitor: HeadMonitor, on_event: EventHandler) -> int:
-    """SIGTERM where a node of ours is being drained: the workers are to save and leave before it goes. Else 0."""
+    """Return SIGTERM if a worker's node is being drained, so that the workers save and stop in time; else 0."""
     if not head_monitor.draining_nodes:
         return 0
     try:
-        ours = set(ray.get(channel.get_node_ids.remote(), timeout=5))
+        worker_nodes = set(ray.get(channel.get_node_ids.remote(), timeout=5))
     except ray.exceptions.RayError:
         return 0
-    leaving = {node: gone for node, gone in head_monitor.draining_nodes.items() if node in ours}
-    if not leaving:
+    draining = {node: deadline for node, deadline in head_monitor.draining_nodes.items() if node in worker_nodes}
+    if not draining:
         return 0
-    known = [gone / 1000 - time.time() for gone in leaving.values() if gone]  # the cluster's clock, for people only
-    until = f" within {max(0.0, min(known)):.0f} s" if known else ""
-    on_event(WarningMessage(f"{len(leaving)} of the workers' nodes will be gone{until}: saving"))
+    # By the cluster's clock, so only for the message.
+    remaining_s = [deadline / 1000 - time.time() for deadline in draining.values() if deadline]
+    within = f" within {max(0.0, min(remaining_s)):.0f} s" if remaining_s else ""
+    on_event(WarningMessage(f"{len(draining)} of the workers' nodes will be removed{within}: saving"))
     return signal.SIGTERM

@@ -1,6 +1,6 @@
-"""The actor between the driver and rank 0. It imports nothing: its process is ready a few seconds sooner for that.
+"""The actor between the driver and the workers, and the driver's receiver of events.
 
-What workers tell, as it reaches the driver.
+The module imports nothing of Ray or torch, so that the actor's process starts some seconds sooner.
 """
 
 from __future__ import annotations
@@ -8,14 +8,15 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from pipeline.events import EventHandler
-
 if TYPE_CHECKING:
-    from pipeline.events import Event
+    from pipeline.events import Event, EventHandler
 
 
 class EventChannel:
-    """Events one way, the signal to stop the other."""
+    """An actor that passes events from the workers to the driver, and a signal to stop from the driver to rank 0.
+
+    It also holds the latest heartbeat of each worker.
+    """
 
     def __init__(self) -> None:
         self._events: list[Event] = []
@@ -24,37 +25,40 @@ class EventChannel:
         self._heartbeats: dict[int, tuple[float, str, float]] = {}
 
     def register_worker(self, rank: int, node_id: str) -> None:
-        """A worker says on which node it is."""
+        """For a worker: register the node that it runs on."""
         self._nodes[rank] = node_id
 
     def get_node_ids(self) -> list[str]:
-        """For the driver: the ids of the workers' nodes."""
+        """For the driver: return the ids of the workers' nodes."""
         return list(self._nodes.values())
 
     def exchange_heartbeats(self, rank: int, idle_s: float, blocked_on: str) -> dict[int, tuple[float, str, float]]:
-        """A worker's sign of life; returns the latest of each, and how many seconds ago it came."""
+        """For a worker: store its heartbeat, and return `(idle_s, blocked_on, seconds since it came)` by rank."""
         now = time.monotonic()
         self._heartbeats[rank] = idle_s, blocked_on, now
-        return {one: (still, waits, now - came) for one, (still, waits, came) in self._heartbeats.items()}
+        return {rank: (idle, blocked, now - received) for rank, (idle, blocked, received) in self._heartbeats.items()}
 
     def put_events(self, events: list[Event]) -> int:
-        """A worker's new events; returns the signal that the driver was asked to stop by, or 0."""
+        """For a worker: add its new events, and return the signal that asks the run to stop, or 0."""
         self._events.extend(events)
         return self._signal
 
     def get_events(self) -> list[Event]:
-        """For the driver: the events since it last asked."""
+        """For the driver: return the events since the last call."""
         events, self._events = self._events, []
         return events
 
     def request_stop(self, signal_number: int) -> None:
-        """For the driver: pass a signal on."""
+        """For the driver: have the workers stop because of a signal."""
         self._signal = signal_number
 
 
 class EventReceiver:
-    """The events that wait on the desk. One question at a time, kept until it is answered: none is lost to a driver or
-    a desk that is slow."""
+    """Receives the channel's events on the driver.
+
+    One request is pending at a time and kept until it is answered, so that no event is lost if the driver or the
+    channel is slow.
+    """
 
     def __init__(self, ray: Any, channel: Any, on_event: EventHandler) -> None:
         self._ray = ray
@@ -63,14 +67,14 @@ class EventReceiver:
         self._pending_request: Any = None
 
     def drain(self, timeout_s: float = 0.0) -> None:
-        """Handle the events that there are; where the answer takes longer, next time."""
+        """Handle the new events. If the channel does not answer within `timeout_s`, the next call handles them."""
         self._pending_request = self._pending_request or self._channel.get_events.remote()
         try:
             if not self._ray.wait([self._pending_request], timeout=timeout_s)[0]:
                 return
             events, self._pending_request = self._ray.get(self._pending_request), None
         except self._ray.exceptions.RayError:
-            self._pending_request = None  # progress is for the eye: fit() itself says what is wrong
+            self._pending_request = None  # events are only for display: trainer.fit() raises what went wrong
             return
         for event in events:
             self._on_event(event)

@@ -1,7 +1,4 @@
-"""What failed on a worker, in a form that crosses processes whatever the error was.
-
-Losses of workers: what was lost, told in one line, and whether to start again.
-"""
+"""The policy for worker failures: describe a failure in one line, and decide whether to start another attempt."""
 
 from __future__ import annotations
 
@@ -15,17 +12,28 @@ from pipeline.context import PeerFailure
 from pipeline.errors import Interrupted, OutOfMemoryError, RepeatedFailureError, TrainyardError, WorkerLostError
 from pipeline.redaction import redact
 
+RESUME_HINT = "the same command resumes from the last checkpoint"
+OOM_HINT = "lower train.batch_size, or set train.micro_batch: the same result from smaller micro-batches"
+
+_REASON_PATTERNS = (
+    (r"running low on memory|OutOfMemory|memory usage threshold", "its machine ran out of memory, and Ray killed it"),
+    (r"node (has )?died|node was terminated|node is dead|node failure|DRAIN|preempt", "its node was lost"),
+    (r"SIGKILL|connection error code|unexpectedly|died|killed", "its process was killed"),
+    (r"health check|timed out|unavailable|RpcError", "it did not respond"),
+)
+"""Patterns in Ray's error messages, and the reason that each stands for. The first that matches counts."""
+
 
 class WorkerFailure(Exception):
-    """An error on one worker.
+    """An error on one worker. It can be pickled, whatever the error was.
 
     Parameters
     ----------
-    rank: the worker's.
-    step: the step it was in; None before the first.
-    line: the error's type and first line.
-    trace: its traceback, as text.
-    is_consequence: whether it only tells that another worker is gone.
+    rank: of the worker.
+    step: the step in which it failed; None before the first.
+    summary: the error's type and the first line of its message.
+    traceback_text: its traceback.
+    is_consequence: True if the error was only caused by the failure of another worker.
     """
 
     def __init__(self, rank: int, step: int | None, summary: str, traceback_text: str, is_consequence: bool) -> None:
@@ -38,9 +46,9 @@ class WorkerFailure(Exception):
 
     @classmethod
     def from_error(cls, error: BaseException, rank: int) -> WorkerFailure:
-        """An error as it was met on a worker."""
+        """Describe an error that was raised on this worker."""
         step = getattr(error, "step", None)
-        traceback_text = redact("".join(traceback.format_exception(error)))  # Ray writes down what is raised
+        traceback_text = redact("".join(traceback.format_exception(error)))  # Ray logs what is raised
         return cls(rank, step, redact(format_error_line(error)), traceback_text, isinstance(error, PeerFailure))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -48,26 +56,18 @@ class WorkerFailure(Exception):
 
 
 class WorkerHang(Exception):
-    """A worker stood still and ended itself. Says who and where in one line; what Ray saw of it is the cause."""
-
-
-def format_error_line(error: BaseException) -> str:
-    """An error's type and the first line of what it says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    return f"{type(error).__name__}: {lines[0]}".removesuffix(": ")
-
-
-RESUME_HINT = "the same command goes on from the last checkpoint"
-OOM_HINT = "lower train.batch_size, or set train.micro_batch: the same result from smaller pieces"
+    """A worker made no progress and ended itself. The message names the worker and the line of code; the cause is the
+    error that Ray reported."""
 
 
 class FailurePolicy:
-    """Counts losses in a row, and decides which of them end the run.
+    """Counts consecutive failures, and decides which of them end the run.
 
     Parameters
     ----------
-    retries: losses in a row that a new start makes good; progress in between starts the count anew.
-    highest_step: the latest committed step.
+    run_name: for messages.
+    retries: how many consecutive failures lead to another attempt. A new checkpoint resets the count.
+    highest_step: returns the latest committed step.
     """
 
     def __init__(self, run_name: str, retries: int, highest_step: Callable[[], int]) -> None:
@@ -79,25 +79,20 @@ class FailurePolicy:
         self._num_out_of_memory = 0
         self._last_failure: WorkerFailure | None = None
         self.has_failed = False
-        """Whether there was a loss, or a notice of one."""
-
-    def decide_preemption(self) -> None:
-        """The workers saved and left, for a part of the cluster will be gone. That is no loss, unless they never get
-        any further.
-
-        Raises
-        ------
-        WorkerLostError: one time too many.
-        """
-        self._count_failure("the workers were told to leave", "")
+        """Whether there was a failure or a preemption."""
 
     def decide(self, error: BaseException, signal_number: int) -> None:
-        """Count a loss; progress since the one before begins the count anew.
+        """Count a failure. Returns if another attempt is to be started.
+
+        Parameters
+        ----------
+        signal_number: the signal that asked the run to stop, or 0.
 
         Raises
         ------
-        TrainyardError: what a worker itself said; a signal that asked to stop; a failure that repeats itself; memory
-            that ran out twice; or one loss too many.
+        TrainyardError: the run ends: with the TrainyardError that a worker raised; because of the signal; because the
+            same error occurred at the same step twice; because memory ran out twice; or because there were too many
+            failures.
         """
         trainyard_error = next((cause for cause in _iter_causes(error) if isinstance(cause, TrainyardError)), None)
         if trainyard_error is not None:
@@ -105,7 +100,7 @@ class FailurePolicy:
         summary = summary_line(error)
         if signal_number:
             raise Interrupted(
-                f"stopped after a loss ({summary})", signal_number=signal_number, fix=RESUME_HINT
+                f"stopped after a failure ({summary})", signal_number=signal_number, fix=RESUME_HINT
             ) from error
         failure = _failing_worker(error)
         self._check_memory(error, summary)
@@ -114,23 +109,34 @@ class FailurePolicy:
                 f"{summary}, twice with the same error{_format_step(failure)}: a bug, not a "
                 f"fault\n{failure.traceback_text.rstrip()}",
                 where=self._run_name,
-                fix=f"mend it; {RESUME_HINT}",
+                fix=f"fix the error; then {RESUME_HINT}",
             ) from None
         self._last_failure = failure
         self._count_failure(summary, f"\n{failure.traceback_text.rstrip()}" if failure is not None else "")
 
+    def decide_preemption(self) -> None:
+        """Count a preemption: the workers saved and stopped because a node will be removed. This is not a failure,
+        unless it happens again and again without progress.
+
+        Raises
+        ------
+        WorkerLostError: too many preemptions without progress.
+        """
+        self._count_failure("the workers were preempted", "")
+
     def describe(self, error: BaseException) -> str:
-        """What was lost, and where it goes on."""
-        again = (
+        """Return a line on a failure after `decide`: what failed, and at which step training continues."""
+        restart = (
             f"starting again from step {self._last_committed_step} ({self._consecutive_failures} of {self._retries})"
         )
-        return f"{summary_line(error)}; {again}"
+        return f"{summary_line(error)}; {restart}"
 
     def _count_failure(self, summary: str, traceback_text: str) -> None:
         self.has_failed = True
-        reached = self._highest_step()
-        self._consecutive_failures = self._consecutive_failures + 1 if reached <= self._last_committed_step else 1
-        self._last_committed_step = reached
+        highest_step = self._highest_step()
+        has_progress = highest_step > self._last_committed_step
+        self._consecutive_failures = 1 if has_progress else self._consecutive_failures + 1
+        self._last_committed_step = highest_step
         if self._consecutive_failures > self._retries:
             times = (
                 f"{self._consecutive_failures} times without a new checkpoint"
@@ -144,23 +150,16 @@ class FailurePolicy:
             )
 
     def _check_memory(self, error: BaseException, summary: str) -> None:
-        """Ray ends the hungriest worker of a machine that runs out of memory: that may be another's fault once."""
+        """Ray kills the worker that uses the most memory on a machine that runs out of it. Once, that may be the fault
+        of another process."""
         if any(type(cause).__name__ == "OutOfMemoryError" for cause in _iter_causes(error)):
             self._num_out_of_memory += 1
             if self._num_out_of_memory > 1:
                 raise OutOfMemoryError(f"{summary}, for the second time", where=self._run_name, fix=OOM_HINT)
 
 
-def _is_same_failure(failure: WorkerFailure, other: WorkerFailure) -> bool:
-    return (failure.summary, failure.step) == (other.summary, other.step)
-
-
-def _format_step(failure: WorkerFailure) -> str:
-    return f" at step {failure.step}" if failure.step is not None else ""
-
-
 def summary_line(error: BaseException) -> str:
-    """What went wrong in one line: the failing worker's own error where Ray tells it."""
+    """Describe a failure in one line, by the failing worker's own error if Ray reports it."""
     if isinstance(error, WorkerHang):
         return str(error)
     worker_failure = _failing_worker(error)
@@ -178,8 +177,31 @@ def summary_line(error: BaseException) -> str:
     )
 
 
+def format_error_line(error: BaseException) -> str:
+    """Return an error's type and the first line of its message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[0]}".removesuffix(": ")
+
+
+def match_reason(text: str) -> str:
+    """Return the reason that one of Ray's error messages gives, in a few words; empty if it is not a known one.
+
+    Ray's own text can be a paragraph, such as the one on the common causes of a `connection error code 2`.
+    """
+    return next((reason for pattern, reason in _REASON_PATTERNS if re.search(pattern, text, re.IGNORECASE)), "")
+
+
+def _is_same_failure(failure: WorkerFailure, other: WorkerFailure) -> bool:
+    return (failure.summary, failure.step) == (other.summary, other.step)
+
+
+def _format_step(failure: WorkerFailure) -> str:
+    return f" at step {failure.step}" if failure.step is not None else ""
+
+
 def _failing_worker(error: BaseException) -> WorkerFailure | None:
-    """The worker whose own error it was. It makes the others fail, and Ray may find them all at the same look."""
+    """Return the failure that is no consequence of another one. The other workers fail because of it, and Ray may
+    report all of them at once."""
     failures = [
         failure
         for failure in _worker_failures(error).values()
@@ -189,7 +211,7 @@ def _failing_worker(error: BaseException) -> WorkerFailure | None:
 
 
 def _worker_failures(error: BaseException) -> dict[int, BaseException]:
-    """By rank, what Ray Train says of its workers."""
+    """Return the errors that Ray Train reports for its workers, by rank."""
     for cause in _iter_causes(error):
         failures = getattr(cause, "worker_failures", None)
         if failures:
@@ -198,7 +220,7 @@ def _worker_failures(error: BaseException) -> dict[int, BaseException]:
 
 
 def _iter_causes(error: BaseException, depth: int = 0) -> Iterator[BaseException]:
-    """An error, and those that Ray wrapped around each other in it."""
+    """Iterate over an error and those that Ray wrapped in it."""
     yield error
     causes: list[Any] = list(getattr(error, "worker_failures", {}).values())
     names = ("cause", "controller_failure", "health_check_failure", "__cause__")
@@ -208,34 +230,19 @@ def _iter_causes(error: BaseException, depth: int = 0) -> Iterator[BaseException
             yield from _iter_causes(cause, depth + 1)
 
 
-_REASON_PATTERNS = (
-    (r"running low on memory|OutOfMemory|memory usage threshold", "its machine ran out of memory, and Ray ended it"),
-    (r"node (has )?died|node was terminated|node is dead|node failure|DRAIN|preempt", "its node is gone"),
-    (r"SIGKILL|connection error code|unexpectedly|died|killed", "its process was ended from outside"),
-    (r"health check|timed out|unavailable|RpcError", "it did not answer"),
-)
-
-
 def _is_actor_error(error: BaseException) -> bool:
     return type(error).__name__.startswith("Actor")  # ActorDiedError, ActorUnavailableError, ...
 
 
 def _lost_actor_name(error: BaseException) -> str:
-    return "Ray Train's controller" if "TrainController" in _causes_text(error) else "a helper process of Ray's"
+    return "Ray Train's controller" if "TrainController" in _causes_text(error) else "a helper process of Ray"
 
 
 def _describe_cause(error: BaseException) -> str:
-    """Ray's many words for a loss, in a few where they are known."""
-    if getattr(error, "actor_init_failed", False):  # what it raised when it began stands last
+    if getattr(error, "actor_init_failed", False):  # the error of the actor's constructor is the last line
         return str(error).strip().splitlines()[-1].strip()
     return match_reason(_causes_text(error)) or format_error_line(error)
 
 
 def _causes_text(error: BaseException) -> str:
     return " ".join(f"{type(cause).__name__}: {cause}" for cause in _iter_causes(error))
-
-
-def match_reason(text: str) -> str:
-    """What Ray's words for a loss come to, such as a paragraph on the common causes of a `connection error code 2`;
-    empty where they are none that is known."""
-    return next((reason for pattern, reason in _REASON_PATTERNS if re.search(pattern, text, re.IGNORECASE)), "")

@@ -1,4 +1,4 @@
-"""A worker's metrics on its node, where Prometheus finds them."""
+"""A worker's metrics, exported by its node's Prometheus endpoint."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from pipeline.events import CheckpointCommitted, EvaluationLogged, Event, StepRe
 
 GAUGES = {
     "trainyard_loss": "Loss: of the latest step (split train_steps) or of an evaluation",
-    "trainyard_accuracy": "Share of a split predicted correctly, at the latest evaluation",
+    "trainyard_accuracy": "Fraction of a split predicted correctly, at the latest evaluation",
     "trainyard_learning_rate": "Learning rate of the latest step",
-    "trainyard_samples_per_second": "Training samples a second, all ranks together",
-    "trainyard_step": "Parameter updates done, as each rank sees it",
+    "trainyard_samples_per_second": "Training samples per second, over all ranks",
+    "trainyard_step": "Parameter updates done, by rank",
     "trainyard_epoch": "Epoch in progress",
-    "trainyard_checkpoint_age_seconds": "Since the last checkpoint was committed, or since this attempt began",
-    "trainyard_upload_seconds": "What the last checkpoint took to write, with journal and metric log",
-    "trainyard_restarts": "Attempts of this run before the present one",
+    "trainyard_checkpoint_age_seconds": "Seconds since the last checkpoint was committed, or since this attempt began",
+    "trainyard_upload_seconds": "Seconds that writing the last checkpoint took, with journal and metric log",
+    "trainyard_restarts": "Attempts of this run before the current one",
 }
 COUNTERS = {
-    "trainyard_samples": "Training samples that this attempt has seen",
+    "trainyard_samples": "Training samples that this attempt has processed",
     "trainyard_commits": "Checkpoints that this attempt has committed",
 }
-"""Prometheus shows a counter's name with _total behind it, and every name with ray_ before it."""
+"""Prometheus adds the prefix ray_ to every name, and the suffix _total to those of counters."""
 
 LABELS = ("run", "rank", "split")
-"""`split` is empty where it means nothing."""
+"""`split` is empty for metrics that do not belong to a split."""
 CHECKPOINT_AGE_INTERVAL_S = 1.0
-"""Seconds between two looks at the age of the last checkpoint."""
+"""Seconds between two updates of the last checkpoint's age."""
 
 
 class PrometheusMetrics:
-    """What a rank shows of a run while it trains. Rank 0 tells all, the others only their step: everything else is a
-    sum over the ranks and would be the same.
+    """The metrics of one rank while it trains. Rank 0 exports all of them, the others only their step: everything else
+    is reduced over the ranks and would be the same.
 
-    Between two events a thread keeps the age of the last checkpoint; `close` ends it.
+    Between two events a thread updates the age of the last checkpoint; `close` ends it.
     """
 
     def __init__(self, run_name: str, rank: int) -> None:
@@ -46,10 +46,10 @@ class PrometheusMetrics:
         self._counters = {name: Counter(name, description=text, tag_keys=LABELS) for name, text in COUNTERS.items()}
         self._last_checkpoint_time = time.monotonic()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._update_checkpoint_age, name="trainyard-gauges", daemon=True)
+        self._thread = threading.Thread(target=self._update_checkpoint_age, name="trainyard-prometheus", daemon=True)
 
     def update(self, event: Event) -> None:
-        """Set the gauges that an event has values for; most events have none."""
+        """Set the metrics that an event has values for."""
         match event:
             case StepReached():
                 self._set_gauge("step", event.step, "train_steps")
@@ -75,7 +75,7 @@ class PrometheusMetrics:
                 self._thread.start()
 
     def close(self) -> None:
-        """Let the age be."""
+        """Stop updating the age of the last checkpoint."""
         self._closing.set()
 
     def _set_gauge(self, name: str, value: float, split: str = "") -> None:

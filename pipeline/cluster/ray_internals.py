@@ -1,13 +1,13 @@
-"""The one module that uses what Ray does not document: private modules and attributes, environment variables, paths of
-the dashboard's HTTP API.
+"""The only module that uses what Ray does not document: private modules and attributes, environment variables, paths
+of the dashboard's HTTP API.
 
-Each function's docstring states what needs it, and which public interface would take its place. The upper bound of Ray
-in pyproject.toml exists because of this module. Before it is raised, run `tests/cluster/test_ray_internals.py` and the
-other tests on Ray with the new version, then add that version to `CHECKED_RAY_VERSIONS` and raise the bound.
+Each function's docstring states what it is needed for, and which public interface could replace it. The upper bound of
+Ray in pyproject.toml exists because of this module. Before it is raised, run `tests/cluster/test_ray_internals.py` and
+the other tests on Ray with the new version, then add that version to `CHECKED_RAY_VERSIONS` and raise the bound.
 
-Two more places rest on what Ray does not document: the subclass of its trainer in `driver.py`
-(`_create_default_callbacks`), and the texts of Ray's messages in `losses.py`, `joining.py` and `jobs/records.py`, which
-have no interface at all.
+Other modules depend on undocumented behavior in two ways: `driver.py` overrides a private method of Ray's trainer
+(`_create_default_callbacks`), and `failure_policy.py`, `connection.py`, `submission/job_status.py` and
+`submission/log_records.py` match the texts of Ray's messages, for which there is no interface.
 """
 
 from __future__ import annotations
@@ -21,46 +21,46 @@ from contextlib import contextmanager
 from typing import Any
 
 CHECKED_RAY_VERSIONS = ("2.60",)
-"""Versions, as major.minor, on which all tests on Ray passed with this module as it is."""
+"""Versions, as major.minor, on which all tests on Ray passed with this module."""
 
 WORKER_HEALTH_CHECK_VARIABLE = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
-"""Seconds after which Ray Train gives up a worker that does not answer. A field of `ray.train.RunConfig` would take its
-place."""
+"""Seconds after which Ray Train gives up a worker that does not answer. A field of `ray.train.RunConfig` could replace
+it."""
 
 RAY_ENV_DEFAULTS = {
-    # Of a cluster started here. Ray's default, 15, leaves the processor to whatever else runs on the machine.
+    # For a cluster that is started here. With Ray's default of 15, other processes of the machine take precedence.
     "RAY_worker_niceness": "0",
-    # The controller's poll: report() and the end of a run wait for it.
+    # How often the controller polls the workers: report() and the end of a run wait for it.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # Costs start-up time and is not used: the driver itself looks for nodes that are being drained.
+    # Not used, and slows down the start: the driver itself checks for nodes that are being drained.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Silences a warning about workers without GPUs.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 """Environment variables that are set while Ray is connected, unless the user has set them. Arguments of `ray.init` and
-of `ray.train.RunConfig` would take their place."""
+of `ray.train.RunConfig` could replace them."""
 
 NODES_PATH = "/nodes?view=summary"
-"""Of the dashboard: the nodes with their state and the command line of their raylet. `ray.util.state.list_nodes` shows
-the nodes alone, and the interpreter of the workers is shown nowhere else."""
+"""The dashboard's path for the nodes, with their state and the command line of their raylet. No other interface shows
+the interpreter of the workers: `ray.util.state.list_nodes` lacks it."""
 
 CLIENT_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
 )
-"""Loggers that write of every upload, also where nobody asked for Ray's own lines. An argument of `JobSubmissionClient`
-would take their place."""
+"""Loggers that log every upload. An argument of `JobSubmissionClient` could replace this."""
 
 
 # ------------------------------------------------------------------------------------------------- state of a cluster
 
 
 def draining_nodes() -> dict[str, int]:
-    """The ids of the nodes that are being drained, and when they will be gone (milliseconds since 1970, 0: not known).
+    """Return the ids of the nodes that are being drained, and when they will be removed (milliseconds since 1970; 0 if
+    not known).
 
-    The workers there are to save before they go. Public interface: none; `ray.nodes()` shows a node that is being
-    drained as alive.
+    The workers there save before that. Public interface: none; `ray.nodes()` shows a node that is being drained as
+    alive.
     """
     from ray._private.state import state
 
@@ -68,27 +68,27 @@ def draining_nodes() -> dict[str, int]:
 
 
 def available_resources_per_node() -> Mapping[str, Mapping[str, float]]:
-    """By node id, the resources that are not taken.
+    """Return the free resources by node id.
 
-    A worker needs its resources on one node. Public interface: `ray.available_resources()` gives only the sum of all.
+    A worker needs its resources on one node. Public interface: `ray.available_resources()` returns only the total.
     """
     from ray._private.state import state
 
-    known: Any = state
-    found: Mapping[str, Mapping[str, float]] = known.available_resources_per_node()
-    return found
+    untyped_state: Any = state
+    resources: Mapping[str, Mapping[str, float]] = untyped_state.available_resources_per_node()
+    return resources
 
 
 def max_cluster_resources() -> Mapping[str, float] | None:
-    """The resources that a cluster's autoscaler may reach; None where there is no autoscaler.
+    """Return the resources that a cluster's autoscaler can provide in all; None if there is no autoscaler.
 
     A job that does not fit yet may still fit later. Public interface: none.
     """
     from ray._private.state import state
 
-    known: Any = state
-    found: Mapping[str, float] | None = known.get_max_resources_from_cluster_config()
-    return found
+    untyped_state: Any = state
+    resources: Mapping[str, float] | None = untyped_state.get_max_resources_from_cluster_config()
+    return resources
 
 
 # ------------------------------------------------------------------------------------------ start and end of a cluster
@@ -96,12 +96,12 @@ def max_cluster_resources() -> Mapping[str, float] | None:
 
 @contextmanager
 def listen_on_loopback() -> Iterator[None]:
-    """While a cluster of this machine is started: all its servers listen on loopback, so that only this machine can
-    reach it.
+    """While entered, all servers of a cluster that is started listen on loopback, so that only this machine can connect
+    to it.
 
-    On Linux Ray's own listen on every interface, and an address of 127.0.0.1 is taken for a mistake and changed. On
-    macOS it binds to loopback by itself, unless a setting says otherwise: that setting's value is what is set here.
-    Public interface: none; an address to listen on among the arguments of `ray.init` would take its place.
+    On Linux Ray's servers listen on every interface, and Ray replaces an address of 127.0.0.1 as a mistake. On macOS
+    Ray binds to loopback unless a setting enables clusters; here that setting is turned off. Public interface: none; an
+    argument of `ray.init` for the address could replace it.
     """
     from ray._private import ray_constants
 
@@ -120,7 +120,7 @@ def reload_settings() -> None:
     """Have Ray read its environment variables again.
 
     It reads them when it is imported; `RAY_AUTH_MODE` is set later, when a token was found. Public interface: none; an
-    argument of `ray.init` for the token would take its place.
+    argument of `ray.init` for the token could replace it.
     """
     from ray import _raylet
 
@@ -131,10 +131,10 @@ def reload_settings() -> None:
 
 @contextmanager
 def silence_raylet_output() -> Iterator[None]:
-    """While entered, lines of other processes are not printed to standard output.
+    """While entered, output of other processes is not printed to standard output.
 
-    Ray writes a raylet's complaint about each lost worker there, whatever `log_to_driver` says. Public interface:
-    `log_to_driver=False` would be it.
+    Ray prints a raylet's message about each lost worker there, whatever `log_to_driver` is. Public interface: none;
+    `log_to_driver=False` does not cover it.
     """
     from ray._private import worker
 
@@ -142,7 +142,7 @@ def silence_raylet_output() -> Iterator[None]:
     if before is None:  # another version of Ray
         yield
         return
-    worker.print_to_stdstream = lambda *_args, **_named: None
+    worker.print_to_stdstream = lambda *_args, **_kwargs: None
     try:
         yield
     finally:
@@ -153,37 +153,38 @@ def silence_raylet_output() -> Iterator[None]:
 
 
 def make_client_class(timeout: tuple[float, float]) -> Any:
-    """Ray's `JobSubmissionClient` with a limit on every request, in seconds: for the connection, and for the answer.
+    """Return a subclass of Ray's `JobSubmissionClient` with timeouts for every request: for connecting and for the
+    answer, in seconds.
 
-    Ray's own would wait for ever for a head that was cut off. Public interface: none; an argument `timeout` would take
-    the place of the overridden method.
+    Without them a client waits for ever for a head that was disconnected. Public interface: none; an argument `timeout`
+    could replace the overridden method.
     """
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):  # type: ignore[misc, unused-ignore]
-        def _do_request(self, method: str, endpoint: str, **named: Any) -> Any:
-            return super()._do_request(method, endpoint, **{"timeout": timeout, **named})
+        def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> Any:
+            return super()._do_request(method, endpoint, **{"timeout": timeout, **kwargs})
 
     return Client
 
 
 def silence_jobs_client() -> None:
-    """Keep back what a client of the Jobs API logs below errors. See `CLIENT_LOGGERS`."""
+    """Have a client of the Jobs API log errors only. See `CLIENT_LOGGERS`."""
     for name in CLIENT_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def server_ray_version(client: Any) -> str:
-    """The version of Ray that a client's cluster runs; empty where it did not tell.
+    """Return the version of Ray on a client's cluster; empty if the cluster did not send it.
 
-    The versions are compared before anything is sent. Public interface: `JobSubmissionClient.get_version` gives the
-    version of the Jobs API instead.
+    The versions are compared before anything is sent. Public interface: none; `JobSubmissionClient.get_version` returns
+    the version of the Jobs API instead.
     """
     return client._server_ray_version or ""
 
 
 def request(client: Any, method: str, path: str, **body: Any) -> Any:
-    """A request of a client of the Jobs API with its address, headers and token; the reply as `requests` has it.
+    """Send a request with the address, headers and token of a client of the Jobs API; returns a `requests.Response`.
 
     Public interface: none for `NODES_PATH` and `package_path`.
     """
@@ -191,8 +192,8 @@ def request(client: Any, method: str, path: str, **body: Any) -> Any:
 
 
 def node_interpreter(node: Mapping[str, Any]) -> str:
-    """The Python interpreter that a node's workers are started with, of an entry of `NODES_PATH`; empty where the head
-    does not have it yet.
+    """Return the Python interpreter of a node's workers from an entry of `NODES_PATH`; empty if the head does not have
+    it yet.
 
     The `python` of a cluster's PATH may lack Ray. Public interface: none.
     """
@@ -203,35 +204,35 @@ def node_interpreter(node: Mapping[str, Any]) -> str:
     return ""
 
 
-# ------------------------------------------------------------------------ a message in the memory of a cluster's head
+# ------------------------------------------------------------------------ a payload in the memory of a cluster's head
 
 
 def new_package_name() -> str:
-    """A name that nobody can guess, of the form that Ray gives to packages: it takes no other.
+    """Return a name that cannot be guessed, in the format of Ray's packages, the only one that Ray accepts.
 
-    Under it a message for the entry point lies in the memory of the cluster's head: see `jobs/letter.py`. Public
-    interface: none that keeps values out of logs and of the job's information; secrets of the Jobs API would take the
-    place of this and of the next three.
+    A payload for the entry point is stored under it in the memory of the cluster's head: see `submission/payload.py`.
+    Public interface: none that keeps values out of logs and of the job's information; a way to pass secrets to a job
+    could replace this function and the next three.
     """
     return f"_ray_pkg_{secrets.token_hex(16)}.zip"
 
 
 def is_package_name(name: str) -> bool:
-    """Whether a name has the form that `new_package_name` gives."""
+    """Return whether a name has the format of `new_package_name`."""
     return re.fullmatch(r"_ray_pkg_[0-9a-f]{32}\.zip", name) is not None
 
 
 def package_path(name: str) -> str:
-    """Where the dashboard takes a package of that name, for `request`."""
+    """Return the dashboard's path for the upload of a package, for `request`."""
     return f"/api/packages/gcs/{name}"
 
 
 def fetch_package(name: str) -> bytes | None:
-    """On the cluster: the content of a package, which is deleted there; None where there is none."""
+    """On the cluster: return the content of a package and delete it; None if there is none."""
     from ray import _raylet
 
     key = f"gcs://{name}".encode()
-    raylet: Any = _raylet  # of no annotations
+    raylet: Any = _raylet  # without annotations
     client = raylet.GcsClient(address=os.environ["RAY_ADDRESS"])
     content: bytes | None = client.internal_kv_get(key, None)
     if content is not None:
@@ -243,9 +244,9 @@ def fetch_package(name: str) -> bytes | None:
 
 
 def unwrap_user_exception(error: BaseException) -> BaseException | None:
-    """The exception that a training function raised, of the one that Ray Train wraps it into; None for any other.
+    """Return the exception of a training function that Ray Train wrapped in another one; None for other exceptions.
 
-    Ray puts the wrapped ones into the public `TrainingFailedError.worker_failures`. Public interface: none.
+    The wrapped ones are in the public `TrainingFailedError.worker_failures`. Public interface: none.
     """
     inner = getattr(error, "_base_exc", None)
     return inner if isinstance(inner, BaseException) else None

@@ -1,5 +1,5 @@
-"""SIGTERM to a worker's process: a notice that its machine or container is about to go, and no order to die at once.
-SIGHUP likewise."""
+"""SIGTERM and SIGHUP in a worker's process: a notice that its machine or container will be stopped. The run saves
+first."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ _received_signal = 0
 
 
 def install_notice_handlers() -> None:
-    """Note the first SIGTERM or SIGHUP instead of dying of it; the next one ends the process as before. Main thread
-    only."""
+    """Record the first SIGTERM or SIGHUP, and let the next one end the process. Main thread only."""
     before = {number: signal.getsignal(number) for number in stop_signal_numbers() if number != signal.SIGINT}
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def handle_notice(number: int, frame: FrameType | None) -> None:
         global _received_signal
         _received_signal = to_exit_signal(number)
         for other_number, handler in before.items():
             signal.signal(other_number, handler)
 
     for number in before:
-        signal.signal(number, note)
+        signal.signal(number, handle_notice)
 
 
 def get_received_signal() -> int:
-    """The signal that this process got, or 0."""
+    """Return the signal that this process received, or 0."""
     return _received_signal

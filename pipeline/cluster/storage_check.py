@@ -1,4 +1,4 @@
-"""Whether all nodes of a cluster see the same storage."""
+"""A check that all nodes of a cluster can read the same storage."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ from pipeline.errors import InputError, TrainyardError
 from pipeline.storage import Storage, credentials
 
 NODE_TIMEOUT_S = 90
-"""Seconds for a node to answer: it may have to start a process first."""
+"""Timeout for a node's answer: it may have to start a process first."""
 MAX_NODE_RETRIES = 2
-"""Times that a node may look again when the process that did was lost."""
+"""How often a node tries again if the process of its check is lost."""
 STORAGE_TIMEOUT_S = 20
-"""Seconds for its storage."""
+"""Timeout of the storage on a node."""
 
 
 def check_storage(ray: Any, url: str, *, include_driver: bool = False) -> None:
-    """Put a file into storage and have every node of several read it.
+    """Write a file to storage and have every node of the cluster read it. A cluster of one node is not checked.
 
     Parameters
     ----------
-    from_here: read it in this process too, and where the cluster is one node.
+    include_driver: write the file and read it in this process too, also for a cluster of one node.
 
     Raises
     ------
-    InputError: storage that is this process' own, or that a node does not see.
+    InputError: the storage is in the memory of this process, or a node cannot read it.
     """
     if url.startswith("memory://"):
         raise InputError(
-            "memory:// is this process' own, and workers are others", where="storage", fix="use a folder or a store"
+            "memory:// is in the memory of this process, which workers cannot read",
+            where="storage",
+            fix="use a folder or an object store",
         )
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if len(nodes) < 2 and not include_driver:
@@ -42,7 +44,11 @@ def check_storage(ray: Any, url: str, *, include_driver: bool = False) -> None:
     storage.replace(name, token)
     try:
         if include_driver and storage.read(name) != token:
-            raise InputError("what is read is not what was written", where=storage.url, fix="use another storage")
+            raise InputError(
+                "a file that was written is read back with other content",
+                where=storage.url,
+                fix="use another storage",
+            )
         pending = {}
         for node in nodes if len(nodes) > 1 else ():
             strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
@@ -68,19 +74,19 @@ def _get_problem(ray: Any, answer: Any) -> str:
     try:
         return str(ray.get(answer, timeout=NODE_TIMEOUT_S))
     except ray.exceptions.RayError as error:
-        return f"could not look at it: {summary_line(error)}"
+        return f"could not check it: {summary_line(error)}"
 
 
 def _check_from_node(url: str, name: str, token: bytes, environment: Mapping[str, str]) -> str:
-    """Runs on a node: what is wrong with storage as seen from there, or nothing."""
+    """On a node: return what is wrong with the storage as the end of a sentence, or an empty string."""
     credentials.set_credentials(environment)
     try:
         return (
             ""
             if Storage.open(url).with_timeout(STORAGE_TIMEOUT_S).read(name) == token
-            else "reads something else there"
+            else "reads other content than was written"
         )
     except FileNotFoundError:
-        return "does not see what was written there from here: it is a folder of one machine"
+        return "does not have the file that was written: the storage is a folder of one machine"
     except TrainyardError as error:
         return f"cannot reach it: {error.what}"

@@ -1,12 +1,10 @@
-"""The network interface of a worker for gloo's sums.
+"""Ray Train's set-up of torch on each worker, preceded by signal handlers and the choice of gloo's network interface.
 
-Left alone, gloo takes the address that the machine's own name stands for, which on many machines is a loopback one that
-no other machine reaches. Ray knows the address by which the nodes of its cluster see each other.
+Both run on the main thread of a worker's process, the only one on which Python can install signal handlers. The
+training function runs on another thread.
 
-Ray Train's set-up of torch on each worker, with ours before it.
-
-It runs on the main thread of a worker's process, where alone Python lets signals be caught; the training function does
-not.
+By default gloo uses the address that the machine's host name resolves to. On many machines that is a loopback address,
+which no other machine can connect to. Ray has the address that the nodes of its cluster use.
 """
 
 from __future__ import annotations
@@ -24,9 +22,26 @@ from pipeline.cluster.signals import install_notice_handlers
 GLOO_INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 _SIOCGIFADDR = 0x8915
 
+_TorchBackend: Any = TorchConfig().backend_cls
+
+
+class _TrainyardTorchBackend(_TorchBackend):  # type: ignore[misc]
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(install_notice_handlers)
+        worker_group.execute(set_gloo_interface)
+        super().on_start(worker_group, backend_config)
+
+
+class WorkerTorchConfig(TorchConfig):
+    """A `TorchConfig` whose workers treat SIGTERM and SIGHUP as a notice, and whose gloo uses Ray's interface."""
+
+    @property
+    def backend_cls(self) -> Any:
+        return _TrainyardTorchBackend
+
 
 def set_gloo_interface() -> None:
-    """Have gloo use the interface of this Ray node's address, unless somebody has said which. Linux only."""
+    """Have gloo use the interface of this Ray node's address, unless the user chose one. Linux only."""
     from ray import util
 
     ray_util: Any = util
@@ -36,7 +51,7 @@ def set_gloo_interface() -> None:
 
 
 def find_interface(address: str) -> str | None:
-    """Name of the interface that has an IPv4 address; None where none has it."""
+    """Return the name of the network interface that has an IPv4 address, or None."""
     import fcntl
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp_socket:
@@ -49,21 +64,3 @@ def find_interface(address: str) -> str | None:
             if interface_address == address or (interface_address.startswith("127.") and address.startswith("127.")):
                 return name
     return None
-
-
-_TorchBackend: Any = TorchConfig().backend_cls
-
-
-class _TrainyardTorchBackend(_TorchBackend):  # type: ignore[misc]
-    def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        worker_group.execute(install_notice_handlers)
-        worker_group.execute(set_gloo_interface)
-        super().on_start(worker_group, backend_config)
-
-
-class WorkerTorchConfig(TorchConfig):
-    """`TorchConfig`, whose workers take SIGTERM and SIGHUP as a notice."""
-
-    @property
-    def backend_cls(self) -> Any:
-        return _TrainyardTorchBackend

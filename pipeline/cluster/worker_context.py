@@ -1,4 +1,4 @@
-"""The worker's side of Ray: its context among the other workers, and what Ray runs on it."""
+"""A worker under Ray Train: its `WorkerContext`, and the function that Ray Train runs on it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from pipeline.errors import HungError, Interrupted, TrainyardError
 from pipeline.events import Event, HangReported
 from pipeline.redaction import redact_error
 from pipeline.storage import credentials
-from pipeline.watchdog import HEARTBEAT_TIMEOUT_S as SIGN_S
-from pipeline.watchdog import blocking_on
+from pipeline.watchdog import HEARTBEAT_TIMEOUT_S, blocking_on
 from pipeline.worker import WorkerSpec, run_worker
 
 EVENT_INTERVAL_S = 0.25
-"""Seconds between two deliveries of events to the driver."""
+"""Seconds between two transfers of events to the driver."""
 MIN_REPORT_INTERVAL_S = 10.0
-"""Seconds between two `ray.train.report` at the least: it is a barrier."""
+"""The minimum of seconds between two calls of `ray.train.report`, which is a barrier."""
 
 
 @contextmanager
@@ -31,20 +30,20 @@ def _translate_peer_failure() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # what gloo and NCCL raise
-        raise PeerFailure(f"a sum over all workers failed: {error}") from error
+        raise PeerFailure(f"a collective operation failed: {error}") from error
 
 
 class RayTrainContext:
-    """One Ray Train worker's place among the others. Every method of `WorkerContext` does what is stated there."""
+    """The `WorkerContext` of a Ray Train worker."""
 
     def __init__(self, channel: Any, run_name: str) -> None:
         import ray
         import ray.train
 
-        here = ray.train.get_context()
-        self.rank: int = here.get_world_rank()
-        self.world_size: int = here.get_world_size()
-        self.local_rank: int = here.get_local_rank()
+        train_context = ray.train.get_context()
+        self.rank: int = train_context.get_world_rank()
+        self.world_size: int = train_context.get_world_size()
+        self.local_rank: int = train_context.get_local_rank()
         self.is_local = False
         self.owns_process = True
         self.progress = ProgressCounter()
@@ -65,11 +64,11 @@ class RayTrainContext:
     def broadcast(self, value: T | None) -> T:
         import torch.distributed as dist
 
-        box = [value]
+        values = [value]
         with _translate_peer_failure():
-            dist.broadcast_object_list(box, src=0)
-        assert box[0] is not None
-        return box[0]
+            dist.broadcast_object_list(values, src=0)
+        assert values[0] is not None
+        return values[0]
 
     def stop_signal(self) -> int:
         return signals.get_received_signal() or (self._sender.stop_signal if self._sender is not None else 0)
@@ -81,8 +80,8 @@ class RayTrainContext:
 
     @blocking_on("workers")
     def report(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
-        """`ray.train.report`, at the end or where rank 0 finds that the last one is long enough ago. All ranks take
-        part."""
+        """Call `ray.train.report` at the end, or if the last call on rank 0 was more than `MIN_REPORT_INTERVAL_S`
+        ago. All ranks take part."""
         import ray.train
 
         if self.broadcast(last or time.monotonic() - self._last_report_s > MIN_REPORT_INTERVAL_S):
@@ -93,33 +92,32 @@ class RayTrainContext:
         import ray
 
         try:
-            heard = ray.get(
-                self._channel.exchange_heartbeats.remote(self.rank, own.idle_s, own.blocked_on), timeout=SIGN_S
-            )
+            request = self._channel.exchange_heartbeats.remote(self.rank, own.idle_s, own.blocked_on)
+            heartbeats = ray.get(request, timeout=HEARTBEAT_TIMEOUT_S)
         except ray.exceptions.RayError:
             return None
-        return {rank: WorkerHeartbeat(*values) for rank, values in heard.items()}
+        return {rank: WorkerHeartbeat(*values) for rank, values in heartbeats.items()}
 
     def raise_in_main_thread(self, error: HungError) -> bool:
-        return False  # a thread that is not the main one; and the driver starts again anyway
+        return False  # training is not on the main thread; and the driver starts another attempt anyway
 
     def report_hang(self, error: HungError) -> None:
         import ray
 
         with suppress(ray.exceptions.RayError):
-            ray.get(self._channel.put_events.remote([HangReported(error.what)]), timeout=SIGN_S)
+            ray.get(self._channel.put_events.remote([HangReported(error.what)]), timeout=HEARTBEAT_TIMEOUT_S)
 
     def __enter__(self) -> RayTrainContext:
         return self
 
-    def __exit__(self, *what: Any) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._prometheus.close()
         if self._sender is not None:
             self._sender.close()
 
 
 class _EventSender:
-    """Rank 0's thread that carries events to the driver's desk and brings back a signal to stop."""
+    """Sends rank 0's events to the `EventChannel` in a thread, and receives the signal to stop."""
 
     def __init__(self, channel: Any) -> None:
         self.stop_signal = 0
@@ -127,7 +125,7 @@ class _EventSender:
         self._events: list[Event] = []
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="trainyard-courier", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="trainyard-event-sender", daemon=True)
         self._thread.start()
 
     def send(self, event: Event) -> None:
@@ -149,31 +147,36 @@ class _EventSender:
             try:
                 self.stop_signal = ray.get(self._channel.put_events.remote(events), timeout=30)
             except ray.exceptions.RayError:
-                continue  # the driver is gone or slow: training goes on without an audience
+                continue  # the driver is gone or slow: training goes on, these events are not shown
 
 
 def train_function(config: dict[str, Any]) -> dict[str, Any]:
-    """What Ray Train runs on each worker; rank 0's result is that of the fit.
+    """Train on this worker. Ray Train runs it on each of them; rank 0's result is that of `trainer.fit()`.
+
+    Parameters
+    ----------
+    config: `spec`, a WorkerSpec, and `channel`, the handle of the EventChannel.
 
     Returns
     -------
-    How far the run is: run, step, metrics; or `interrupted`, which all ranks agree on, so that it is no failure.
+    `run`, `step` and `metrics` at the end of the run; or `interrupted`, if all ranks stopped because of a signal, which
+    is not a failure.
 
     Raises
     ------
-    TrainyardError: what a new start would not make good.
-    WorkerFailed: any other error.
+    TrainyardError: another attempt would fail in the same way.
+    WorkerFailure: any other error.
     """
-    order: WorkerSpec = config["order"]
-    credentials.set_credentials(order.environment)
-    with RayTrainContext(config["desk"], order.run_name) as context:
+    spec: WorkerSpec = config["spec"]
+    credentials.set_credentials(spec.environment)
+    with RayTrainContext(config["channel"], spec.run_name) as context:
         try:
-            position = run_worker(order, context)
+            position = run_worker(spec, context)
         except Interrupted as interrupted:
             return {"interrupted": interrupted}
         except TrainyardError as error:
-            redact_error(error)  # Ray writes down what is raised
+            redact_error(error)  # Ray logs what is raised
             raise
         except Exception as error:
             raise WorkerFailure.from_error(error, context.rank) from None
-    return {"run": order.run_name, "step": position.step, "metrics": dict(position.metrics or {})}
+    return {"run": spec.run_name, "step": position.step, "metrics": dict(position.metrics or {})}

@@ -1,4 +1,4 @@
-"""`check`: is this job what was meant? The resolved job, one batch through the model, one batch learned by heart."""
+"""`check`: validate a job. Resolves it, and optionally runs one batch through the model or overfits one batch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OVERFIT_LOSS = 0.01
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What `check` found; `batch` and `overfit` where they were asked for."""
+    """The result of `check`, with `batch` and `overfit` if they were requested."""
 
     job: JobConfig
     batch: dict[str, Any] | None = None
@@ -51,21 +51,20 @@ class CheckResult:
             width = max((len(name) for name, _ in section["parameters"]), default=0)
             lines += [f"  {name.ljust(width)}  {_format_shape(shape)}" for name, shape in section["parameters"]]
             lines += [
-                f"  {section['parameter_count']:,} in all",
-                f"rows       {', '.join(f'{split} {rows:,}' for split, rows in section['rows'].items())}",
-                f"steps      {section['steps_per_epoch']:,} an epoch, {section['total_steps']:,} in all",
+                f"  {section['parameter_count']:,} in total",
+                f"samples    {', '.join(f'{split} {count:,}' for split, count in section['rows'].items())}",
+                f"steps      {section['steps_per_epoch']:,} per epoch, {section['total_steps']:,} in total",
                 f"batch      inputs {_format_shape(section['inputs'])} {section['input_type']}, targets "
                 f"{_format_shape(section['targets'])}, on {section['device']}",
                 f"outputs    {_format_shape(section['outputs'])}, untrained: from {section['lowest']:.4f} to "
                 f"{section['highest']:.4f}, mean {section['mean']:.4f}",
-                f"loss       {section['loss_before']:.4f} before one update, {section['loss_after']:.4f} after it, "
-                "with "
-                f"learning rate {section['lr']:g}",
+                f"loss       {section['loss_before']:.4f} before one step, {section['loss_after']:.4f} after it, "
+                f"with learning rate {section['lr']:g}",
             ]
         if self.overfit is not None:
             section = self.overfit
             lines += [
-                f"overfit    one batch of {section['rows']} rows: loss {section['loss']:.4f} after "
+                f"overfit    one batch of {section['rows']} samples: loss {section['loss']:.4f} after "
                 f"{section['steps']} steps"
             ]
         return lines
@@ -79,17 +78,21 @@ def check(
     batch: bool = False,
     overfit: bool = False,
 ) -> CheckResult:
-    """Validate a job, and look whether the data at its `data.url` is there and of the right kind; with `batch` and
-    `overfit` also load the data and build the model.
+    """Validate a job, and check that the data at its `data.url` exists and is of the right kind. With `batch` or
+    `overfit`, also load the data and build the model.
 
     Parameters
     ----------
-    job: a job file, its content as a dict, or a `Job`.
+    job: a job file, its content as a dict, or a `JobConfig`.
+    set: overrides as `KEY=VALUE`.
+    storage: URL of the runs; default: TRAINYARD_STORAGE, else the job's.
+    batch: run the first batch through the model, and report shapes, parameters and the loss before and after one step.
+    overfit: train on the first batch alone.
 
     Raises
     ------
     InputError: a job or data that cannot be used.
-    WorkError: `overfit` that does not get there.
+    WorkError: with `overfit`, the loss did not get near zero.
     """
     where = str(job) if isinstance(job, (str, Path)) else "job"
     job = resolve_job(job, set)
@@ -116,6 +119,7 @@ def check(
 
 
 def _load_first_batch(prepared: PreparedData, built: TrainingSetup) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets of the first training batch, on the device."""
     from pipeline.setup import build_train_loader
 
     batch = next(iter(build_train_loader(prepared, built, first_step=1, last_step=1)))
@@ -151,11 +155,11 @@ def _inspect_batch(prepared: PreparedData, built: TrainingSetup) -> dict[str, An
 
 
 def _overfit_batch(prepared: PreparedData, built: TrainingSetup, where: str) -> dict[str, Any]:
-    """Train on the first batch alone, with the job's own optimizer and first learning rate.
+    """Train on the first batch alone, with the job's optimizer and first learning rate.
 
     Raises
     ------
-    WorkError: the loss is not near zero after 2,000 steps.
+    WorkError: the loss is not below `OVERFIT_LOSS` after `OVERFIT_STEPS` steps.
     """
     inputs, targets = _load_first_batch(prepared, built)
     lr = prepared.job.train.phases[0].lr
@@ -167,16 +171,16 @@ def _overfit_batch(prepared: PreparedData, built: TrainingSetup, where: str) -> 
             break
     if not loss < OVERFIT_LOSS:
         raise WorkError(
-            f"one batch of {len(targets)} rows cannot be learned by heart: its loss is {loss:.4f} after {step} steps "
+            f"one batch of {len(targets)} samples cannot be overfitted: its loss is {loss:.4f} after {step} steps "
             f"with learning rate {lr:g}",
             where=where,
-            fix="try another learning rate (train.phases.0.lr), a larger model, or look for labels that contradict",
+            fix="try another learning rate (train.phases.0.lr) or a larger model, or look for contradictory labels",
         )
     return {"rows": len(targets), "steps": step, "loss": loss, "lr": lr}
 
 
 def _run_step(built: TrainingSetup, step: int, inputs: Tensor, targets: Tensor, lr: float) -> float:
-    """One update; returns the loss before it."""
+    """Run one optimizer step and return the loss before it."""
     engine = built.engine
     engine.forward_backward(step, inputs, targets)
     loss = float(engine.flat.loss_sums[0] / engine.flat.loss_sums[1])

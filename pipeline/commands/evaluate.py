@@ -1,4 +1,4 @@
-"""`evaluate`: exact metrics of a saved checkpoint."""
+"""`evaluate`: compute the exact metrics of a saved checkpoint."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ from pipeline.training import loop
 from pipeline.user_code import UserCode, list_user_references
 
 PLAIN_PROTOCOLS = ("file", "local", "memory", "http", "https", "hf", "sftp", "ssh")
-"""Besides those of object stores: protocols by which a stored job may have its data read."""
+"""Protocols, beside those of object stores, from which a stored job may read data without being trusted."""
 SPLIT_NAMES = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """What a checkpoint is worth on a split."""
+    """The metrics of a checkpoint on a split."""
 
     run: str
     url: str
@@ -57,13 +57,13 @@ class EvaluateResult:
     step: int
     split: str
     metrics: dict[str, float]
-    """All that the job measures, and samples, named `split/column`; NaN for what does not exist."""
+    """The job's metrics and the number of samples, by `split/column`; NaN if a metric is undefined."""
     report: DataReport
-    """How the split's columns differ from the training rows."""
+    """How the split's columns differ from the training data."""
 
     @property
     def warnings(self) -> list[str]:
-        """What should not be overlooked."""
+        """Warnings of the report."""
         return self.report.format_warnings()
 
     def to_json(self) -> dict[str, Any]:
@@ -73,9 +73,9 @@ class EvaluateResult:
         return {**fields, "metrics": metrics, **report, "error": None}
 
     def format_lines(self) -> list[str]:
-        rows, correct = (self.metrics.get(f"{self.split}/{name}") for name in ("samples", "correct"))
-        counted = f"{rows:,.0f} rows" if correct is None else f"{correct:,.0f} of {rows:,.0f} rows correct"
-        lines = [f"{self.run} at step {self.step}, {self.split}: {counted}"]
+        samples, correct = (self.metrics.get(f"{self.split}/{name}") for name in ("samples", "correct"))
+        count = f"{samples:,.0f} samples" if correct is None else f"{correct:,.0f} of {samples:,.0f} samples correct"
+        lines = [f"{self.run} at step {self.step}, {self.split}: {count}"]
         lines += [f"  {line}" for line in format_metric_table(self.metrics, self.split)]
         lines += [f"  {line}" for line in self.report.format_lines()]
         warning = baseline_warning(self.metrics, self.split)
@@ -94,20 +94,26 @@ def evaluate(
     trust: bool = False,
     on_progress: ProgressFn = lambda text: None,
 ) -> EvaluateResult:
-    """Evaluate a run's checkpoint on a whole split, or on other data with the same columns or kind of pictures.
+    """Evaluate a run's checkpoint on a whole split, or on other data with the same columns or kind of images.
 
-    Preprocessing and classes are those of the checkpoint. A read of the test split is recorded before it happens.
+    Preprocessing and classes are those of the checkpoint. An evaluation on the test split is recorded in the run before
+    the data is used.
 
     Parameters
     ----------
-    data: URL of other data, all rows of which are evaluated; the metrics are called `data/...` then.
+    run: name of a run in `storage`, or its URL.
+    split: train, val or test.
+    data: URL of other data. All its samples are evaluated, and the metrics are named `data/...`.
     checkpoint: best, last, or the number of a step.
-    set: overrides of where and how, such as data.root or scale.device; what determines the weights cannot change.
-    trust: let the stored job import the modules that it names.
+    set: overrides of where and how to run, such as data.root or scale.device; fields that determine the weights cannot
+        change.
+    storage: URL of the runs; default: TRAINYARD_STORAGE, else ./runs.
+    trust: allow the stored job to import the modules that it names.
+    on_progress: receives lines about long phases.
 
     Raises
     ------
-    InputError: no such run, checkpoint or split, or data that is not the run's or does not fit it.
+    InputError: no such run, checkpoint or split, or data that is not the run's or does not match it.
     """
     if split not in SPLIT_NAMES:
         raise InputError(f"{split!r} is no split", where="--split", fix="train, val or test")
@@ -115,8 +121,8 @@ def evaluate(
     saved = find_checkpoint(opened_run, checkpoint)
     job, code = _load_stored_job(opened_run, list(set), trust)
     job = job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"limit": None})})
-    fitted, weights = FittedTransforms.from_json(saved.load_preprocess()), saved.load_weights()
-    check_state_dict(job, fitted, weights, saved.url)
+    fitted, state_dict = FittedTransforms.from_json(saved.load_preprocess()), saved.load_weights()
+    check_state_dict(job, fitted, state_dict, saved.url)
     if data is not None:
         split, prepared = (
             "data",
@@ -134,21 +140,21 @@ def evaluate(
             available = ", ".join(prepared.splits)
             raise InputError(f"this run has no {split} split", where=opened_run.url, fix=f"it has: {available}")
     built = build_training(prepared, for_training=False)
-    built.engine.flat.load_state_dict(weights)
+    built.engine.flat.load_state_dict(state_dict)
     if split == "test":
         metadata = {"checkpoint": saved.name, "step": saved.step, "host": socket.gethostname(), "pid": os.getpid()}
         log_test_access(opened_run, metadata)
     result = loop.evaluate(built.engine, build_eval_loader(prepared, built, split), SingleProcessContext())
     metrics = {f"{split}/{name}": value for name, value in result.items()}
     report = DataReport(fitted.input_transform)
-    rows = prepared.splits[split]
-    report.add(prepared.dataset.part(rows.part).inputs, rows.indices, prepared.dataset.schema)
+    split_indices = prepared.splits[split]
+    report.add(prepared.dataset.part(split_indices.part).inputs, split_indices.indices, prepared.dataset.schema)
     return EvaluateResult(opened_run.name, opened_run.url, saved.name, saved.step, split, metrics, report)
 
 
 def _with_other_data(job: JobConfig, url: str, fitted: FittedTransforms) -> JobConfig:
-    """The job on all rows of a URL. What it learns from is what was learned from; keys and a column for splits are not
-    asked of the new data."""
+    """Return the job with all rows of a URL as its data. Its features are those of the training; the new data needs
+    neither keys nor a column for splits."""
     if not isinstance(job.data, FileDataConfig):
         raise InputError(
             f"this run was trained on {job.data.source}, which has no URL", where=f"--data {url}", fix="use --split"
@@ -164,12 +170,12 @@ def _with_other_data(job: JobConfig, url: str, fitted: FittedTransforms) -> JobC
 
 
 def _check_data_url(job: JobConfig, stored: JobConfig, where: str) -> None:
-    """Refuse to open data by more than a file system when a stored job asks for it: some of fsspec's protocols start
-    programs, talk to servers in their own language or fill in templates.
+    """Refuse a stored job's data URL if it needs more than a file system: some of fsspec's protocols start programs,
+    speak other network protocols or fill in templates.
 
     Raises
     ------
-    InputError: such a URL, that no override replaces.
+    InputError: the URL is such a one, and no override replaces it.
     """
     if not isinstance(job.data, FileDataConfig):
         return
@@ -181,23 +187,23 @@ def _check_data_url(job: JobConfig, stored: JobConfig, where: str) -> None:
         raise InputError(
             f"this job would read its data from {redact(url)}",
             where=where,
-            fix="--trust (in Python: trust=True) allows it; --set data.url=URL names another",
+            fix="--trust (in Python: trust=True) allows it; --set data.url=URL replaces it",
         )
 
 
 def _load_stored_job(run: Run, overrides: list[str], trust: bool) -> tuple[JobConfig, UserCode]:
-    """The job as stored with the run, with overrides of where and how; and its own code.
+    """Return the job that is stored with the run, with overrides of where and how to run, and its user code.
 
     Raises
     ------
-    InputError: it names modules and is not trusted, or an override changes what the run is.
+    InputError: the job names modules and is not trusted, or an override changes the run's identity.
     """
     where = f"{run.url}/job.yaml"
     stored = parse_job(run.read_job_yaml(), where)
     code = load_trusted_code(run, stored, list_user_references(stored), trust)
     job = override_job(stored, overrides)
     if not trust:
-        # What it names is imported from there, and so could be any module that some library looks for in vain.
+        # Otherwise any module that a library tries to import could come from the job's folder.
         job = job.model_copy(update={"code": None})
         _check_data_url(job, stored, where)
     if digest_tree(compute_identity(job, fingerprint="")) != digest_tree(compute_identity(stored, fingerprint="")):

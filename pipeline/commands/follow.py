@@ -1,4 +1,4 @@
-"""`follow`: tell TensorBoard and MLflow of a run, while it goes on or afterwards."""
+"""`follow`: send a run's metrics to TensorBoard and MLflow, while it runs or afterwards."""
 
 from __future__ import annotations
 
@@ -18,35 +18,37 @@ from pipeline.trackers import MetricLogReader, Tracker, TrackerName, create_trac
 from pipeline.trackers.metric_reader import TRACKER_STORAGE_LIMIT_S
 
 POLL_INTERVAL_S = 5.0
-"""Between two looks at the metric log."""
+"""Seconds between two reads of the metric log."""
 RETRY_LIMIT_S = 60.0
-"""How long what is away when the run is over is tried again."""
+"""Seconds after the end of the run for which failing trackers are retried."""
 
 
 @dataclass(frozen=True)
 class FollowResult:
-    """What was told to whom."""
+    """What was sent to which trackers."""
 
     run: str
     url: str
     status: StatusName
     segments: Mapping[str, int]
-    """By follower: parts of the metric log that were told now."""
+    """Number of segments of the metric log that were sent now, by tracker."""
     locations: Mapping[str, str]
+    """Destination by tracker."""
+    location_hints: Mapping[str, str]
+    """See `Tracker.location_hint`, by tracker."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the result as plain values."""
         trackers = {
             name: {"where": self.locations[name], "cells": num_segments} for name, num_segments in self.segments.items()
         }
         return {"run": self.run, "url": self.url, "status": self.status, "followers": trackers}
 
     def format_lines(self) -> list[str]:
-        """For people."""
-        words = {"tensorboard": "tensorboard --logdir", "mlflow": "at"}
+        """Format the result as lines of text."""
         return [
-            f"{name}: {num_segments} new part{'' if num_segments == 1 else 's'} of {self.run}; {words[name]} "
-            f"{self.locations[name]}"
+            f"{name}: {num_segments} new segment{'' if num_segments == 1 else 's'} of {self.run}; "
+            f"{self.location_hints[name]} {self.locations[name]}"
             for name, num_segments in self.segments.items()
         ]
 
@@ -60,30 +62,30 @@ def follow(
     driver_done: threading.Event | None = None,
     on_event: EventHandler = ignore_event,
 ) -> FollowResult:
-    """Tell followers what they do not know yet of a run, until it is over or as it is now.
+    """Send the metrics of a run that its trackers do not have yet, until the run is over or once.
 
     Parameters
     ----------
-    to: who; else whom the run's job names.
-    once: look once, whatever becomes of the run.
-    driven: set when whoever drives the run is done or dead: that decides then, and not how the run stands; and what
-        fails is told as one warning, not raised.
+    to: names of the trackers; default: those of the run's job.
+    once: send what is there now, and do not wait for the end of the run.
+    driver_done: set when the driver of the run has finished or exited. If given, it decides when the run is over, not
+        the run's status; and a failure is one warning instead of an exception.
 
     Raises
     ------
-    InputError: no such run; nobody to tell; a library is missing, or a server refuses.
-    WorkError: a tracker stayed away for so long after the run's end, or at the one look.
+    InputError: no such run; no trackers; a library is missing, or a server denies access.
+    WorkError: a tracker was unavailable until `RETRY_LIMIT_S` after the run's end, or when `once` is set.
     """
     opened_run = find_run(run, storage)
     log = MetricLogReader(opened_run)
     names = _parse_tracker_names(to or parse_job(opened_run.read_job_yaml(), f"{opened_run.url}/{JOB_FILE}").follow)
     if not names:
         raise InputError(
-            "the job names no follower",
+            "the job names no tracker",
             where=opened_run.url,
-            fix="say --to tensorboard or --to mlflow, or follow: in the job",
+            fix=f"use {' or '.join(f'--to {name}' for name in get_args(TrackerName))}, or set follow: in the job",
         )
-    watched = [
+    trackers = [
         _TrackerSync(name, log, on_event, is_lenient=driver_done is not None, will_retry=not once) for name in names
     ]
     poller = _RunStatusPoller(opened_run)
@@ -93,32 +95,35 @@ def follow(
     elif once:
         statuses = iter([poller.poll()])
     else:
-        statuses = _poll_until_over(poller, watched, on_event)
+        statuses = _poll_until_over(poller, trackers, on_event)
     for status in statuses:
-        for tracker in watched:
+        for tracker in trackers:
             tracker.catch_up(log, status)
-    for tracker in watched:
+    for tracker in trackers:
         if tracker.error is not None and driver_done is None:
             raise tracker.error
         if tracker.error is not None and not tracker.has_failed_permanently:
-            on_event(
-                WarningMessage(f"{tracker.name} does not know all; `trainyard follow {opened_run.name}` tells the rest")
-            )
-    segments: dict[str, int] = {tracker.name: tracker.num_segments for tracker in watched}
+            text = f"{tracker.name} does not have all metrics; `trainyard follow {opened_run.name}` sends the rest"
+            on_event(WarningMessage(text))
     return FollowResult(
-        opened_run.name, opened_run.url, status, segments, {tracker.name: tracker.location for tracker in watched}
+        opened_run.name,
+        opened_run.url,
+        status,
+        segments={tracker.name: tracker.num_segments for tracker in trackers},
+        locations={tracker.name: tracker.location for tracker in trackers},
+        location_hints={tracker.name: tracker.location_hint for tracker in trackers},
     )
 
 
-def _parse_tracker_names(words: Sequence[str]) -> list[TrackerName]:
-    unknown = [word for word in words if word not in get_args(TrackerName)]
+def _parse_tracker_names(names: Sequence[str]) -> list[TrackerName]:
+    unknown = [name for name in names if name not in get_args(TrackerName)]
     if unknown:
-        raise InputError(f"{unknown[0]!r} is no follower", where="--to", fix=" or ".join(get_args(TrackerName)))
-    return list(dict.fromkeys(cast("Sequence[TrackerName]", words)))
+        raise InputError(f"{unknown[0]!r} is no tracker", where="--to", fix=" or ".join(get_args(TrackerName)))
+    return list(dict.fromkeys(cast("Sequence[TrackerName]", names)))
 
 
 def _poll_while_driven(poller: _RunStatusPoller, driver_done: threading.Event) -> Iterator[StatusName]:
-    """How the run stands, look by look; the last one after the driver is gone, whose run is over by that."""
+    """Yield the status of the run at each poll. The last one is after the driver's exit, which ends the run."""
     while True:
         is_last = driver_done.is_set()
         status = poller.poll()
@@ -131,16 +136,16 @@ def _poll_while_driven(poller: _RunStatusPoller, driver_done: threading.Event) -
 def _poll_until_over(
     poller: _RunStatusPoller, trackers: Sequence[_TrackerSync], on_event: EventHandler
 ) -> Iterator[StatusName]:
-    """How the run stands, look by look, until it is over and all is told, or was tried for long enough."""
+    """Yield the status of the run at each poll, until the run is over and all is sent or `RETRY_LIMIT_S` has passed."""
     over_since: float | None = None
     before: StatusName = "running"
     while True:
         status = poller.poll()
         if status == "stalled" != before:
-            on_event(Message("no sign of life from the run; waiting for it to go on"))
+            on_event(Message("the run has no heartbeat; waiting for it to continue"))
         before = status
         yield status
-        if poller.is_over or status == "finished":  # whoever wrote its end may have died before the last cells
+        if poller.is_over or status == "finished":  # its writer may have been killed before the last segments
             over_since = over_since or time.monotonic()
             is_caught_up = poller.is_over and all(tracker.error is None for tracker in trackers)
             if is_caught_up or time.monotonic() - over_since > RETRY_LIMIT_S:
@@ -149,13 +154,13 @@ def _poll_until_over(
 
 
 class _RunStatusPoller:
-    """How a run stands, as storage tells; while storage is away, as it last told."""
+    """Reads the status of a run; while storage is unavailable, returns the last one."""
 
     def __init__(self, run: Run) -> None:
         self._run = run.with_timeout(TRACKER_STORAGE_LIMIT_S)
         self._status: StatusName = "running"
         self.is_over = False
-        """Nothing more comes, unless somebody resumes it."""
+        """No more rows will be written, unless the run is resumed."""
 
     def poll(self) -> StatusName:
         try:
@@ -168,18 +173,19 @@ class _RunStatusPoller:
 
 @dataclass
 class _TrackerSync:
-    """One follower, and what is wrong with it: said once when it begins, and once when it is over."""
+    """One tracker and its current error, which is reported once when it starts and once when it is over."""
 
     name: TrackerName
     log: MetricLogReader
     on_event: EventHandler
     is_lenient: bool
-    """Whether even what is hopeless is only a warning."""
+    """Whether permanent errors are warnings too."""
     will_retry: bool
     num_segments: int = 0
     error: TrainyardError | None = None
     has_failed_permanently: bool = False
     location: str = ""
+    location_hint: str = ""
     _tracker: Tracker | None = field(default=None, init=False)
 
     def catch_up(self, log: MetricLogReader, status: StatusName) -> None:
@@ -187,7 +193,7 @@ class _TrackerSync:
             return
         try:
             self._tracker = self._tracker or create_tracker(self.name, log)
-            self.location = self._tracker.location
+            self.location, self.location_hint = self._tracker.location, self._tracker.location_hint
             self.num_segments += self._tracker.catch_up(log, log.read_view(status))
         except InputError as error:
             if not self.is_lenient:
@@ -197,14 +203,14 @@ class _TrackerSync:
         except WorkError as error:
             if self.error is None and self.is_lenient:
                 self._emit(
-                    WarningMessage, f"{_format_error(error)}; the run goes on, and what is missing is told later"
+                    WarningMessage, f"{_format_error(error)}; the run goes on, and missing metrics are sent later"
                 )
             elif self.error is None and self.will_retry:
                 self._emit(Message, f"{_format_error(error)}; trying again")
             self.error = error
         else:
             if self.error is not None:
-                self._emit(Message, "back, and all is told")
+                self._emit(Message, "available again, and all metrics are sent")
             self.error = None
 
     def _emit(self, kind: type[Message] | type[WarningMessage], text: str) -> None:

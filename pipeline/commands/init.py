@@ -8,24 +8,24 @@ from pipeline.config import validate_name
 from pipeline.errors import InputError
 
 TEMPLATE = """\
-# A Trainyard job. `trainyard check {name}.yaml` prints it with every default spelled out.
+# A Trainyard job. `trainyard check {name}.yaml` prints it with every default.
 schema: 1
 name: {name}
-seed: 1                        # or {{all: 1, split: 7}} to set single random streams apart
+seed: 1                        # or {{all: 1, split: 7}} for separate seeds of random streams
 
 data:
   source: mnist                # mnist, fashion_mnist, cifar10, cifar100, disc, or {{call: module:function, args: {{}}}}
-  root: ~/.cache/trainyard     # where a named source is, or is downloaded to
-  # A table:                     (a file, a glob or a folder, relative to this file, or at any fsspec URL)
+  root: ~/.cache/trainyard     # folder of a named source; it is downloaded there if missing
+  # A table:                     (a file, glob or folder, relative to this file, or any fsspec URL)
   # source: parquet
   # url: churn.parquet
   # label: churned
-  # features: ["num_*", plan]    # names or patterns; default: all but label, keys and the splits' column
-  # keys: [customer_id]          # never learnt from, kept beside predictions
-  # categorical: [zip]           # numbers that are levels; text is so anyway
-  # missing: {{numeric: median, categorical: own_level}}   # mean, a number, a level, or fail
-  # one_hot_up_to: 16            # levels; a column of more gets an embedding in the mlp
-  # Pictures, one folder a class:
+  # features: ["num_*", plan]    # names or patterns; default: all but label, keys and the column of the splits
+  # keys: [customer_id]          # not used for training, copied to the predictions
+  # categorical: [zip]           # numeric columns that are categories; text columns always are
+  # missing: {{numeric: median, categorical: own_level}}   # mean, a number, a category, or fail
+  # one_hot_up_to: 16            # categories; a column with more gets an embedding in the mlp
+  # Images, one folder per class:
   # source: image_folder
   # url: pictures/
   # resize: [64, 64]             # crop: 56; mode: rgb or grey; on_error: fail or skip
@@ -34,29 +34,29 @@ data:
          # {{by: group, column: user, val: 0.2}}; {{by: time, column: day, val: 14d}}; {{by: column, column: split}}
   shuffle: true
   # augment: {{crop: 4, flip: true, rotate: 15, jitter: {{brightness: 0.2, contrast: 0.2}}, mixup: 0.2}}
-  # cache: {{folder: ~/.cache/trainyard/data, max_gb: 50, in_memory_mb: 256}}   # for what is larger than in_memory_mb
+  # cache: {{folder: ~/.cache/trainyard/data, max_gb: 50, in_memory_mb: 256}}   # for data larger than in_memory_mb
   loader: {{processes: 0, pin_memory: auto, eval_batch_size: 1024}}
 
 model: {{kind: mlp, hidden: [32], activation: relu}}   # cnn; torchvision:resnet18 with weights: DEFAULT; mypkg.nets:Net with args:
          # init_from: RUN@best starts from another run; freeze: backbone, or patterns of parameter names
 task: multiclass               # or {{kind: binary, positive: ["yes"], class_weights: balanced}}, or {{kind: regression, loss: huber}}
-# metrics: [mypkg.metrics:cost]   # beside the task's own
-# code: .                      # folder of your own modules, relative to this file; stored with the run
+# metrics: [mypkg.metrics:cost]   # in addition to the task's metrics
+# code: .                      # folder of your modules, relative to this file; stored with the run
 
 train:
-  batch_size: 100              # global: over all workers together; all: the whole training split
+  batch_size: 100              # global batch, over all workers; all: the whole training split
   optimizer: {{kind: sgd, momentum: 0.0, weight_decay: 0.0}}   # sgd, adam, adamw; groups: [{{match: "fc.*", lr_factor: 10}}]
-  phases:                      # stretches of epochs or steps, each with its own learning rate
+  phases:                      # each a number of epochs or steps with a learning rate
     - {{epochs: 5, lr: 0.5}}     # schedule: constant, step, cosine, one_cycle; warmup_steps; optimizer_state: keep or reset
     - {{epochs: 5, lr: 0.1}}
   clip_norm: null
   precision: fp32              # fp64, fp32, bf16, fp16
 
 evaluate: {{every_epochs: 1, splits: [val]}}   # or every_steps: 100; limit: 1024
-best: {{metric: val/loss}}   # val/accuracy, val/auc, val/f1, val/r2, val/rmse, ...; patience: 5 stops after so many evaluations without a better one
+best: {{metric: val/loss}}   # val/accuracy, val/auc, val/f1, val/r2, val/rmse, ...; patience: 5 stops after 5 evaluations without a better one
 checkpoint: {{every_epochs: 1, every_minutes: 10, keep: 3}}
 scale: {{workers: 0, device: auto}}            # workers: 2 trains on two Ray Train workers; {{min: 1, max: 4}}
-storage: ./runs                # a folder or any fsspec URL, such as s3://bucket/runs
+storage: ./runs                # folder or any fsspec URL, such as s3://bucket/runs
 """
 
 
@@ -65,7 +65,7 @@ def init(name: str) -> str:
 
     Raises
     ------
-    InputError: not a name, or the file exists.
+    InputError: `name` is not a valid name, or the file exists or cannot be written.
     """
     name = name.removesuffix(".yaml")
     try:
@@ -76,7 +76,7 @@ def init(name: str) -> str:
         with path.open("x", encoding="utf-8") as file:
             file.write(TEMPLATE.format(name=name))
     except FileExistsError:
-        raise InputError("is already there", where=str(path), fix="choose another name or remove it") from None
+        raise InputError("already exists", where=str(path), fix="choose another name or remove it") from None
     except OSError as error:
         raise InputError(f"cannot be written: {error.strerror}", where=str(path)) from None
     return str(path)

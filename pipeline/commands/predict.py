@@ -1,4 +1,4 @@
-"""`predict`: answers of a saved model for a table or for pictures, as Parquet."""
+"""`predict`: write the predictions of a saved model for a table or for images to a Parquet file."""
 
 from __future__ import annotations
 
@@ -42,27 +42,26 @@ from pipeline.storage.retry import RetryPolicy
 BATCH_ROWS = 16_384
 """Rows of a table in memory at once."""
 BATCH_IMAGES = 256
-
+"""Images in memory at once."""
 MAX_LISTED = 10
-"""Pictures that a message names."""
+"""Images that a message names."""
 
 ArrowColumns = dict[str, pa.Array]
 
 
 @dataclass(frozen=True)
 class PredictResult:
-    """What was written."""
+    """What was predicted and written."""
 
     run: str
     step: int
     rows: int
     output: str
     report: DataReport
-    """How the input's columns differ from the training rows."""
+    """How the input's columns differ from the training data."""
     skipped: tuple[str, ...] = ()
-    """Broken pictures that were left out."""
+    """Broken images that were skipped."""
     warnings: tuple[str, ...] = ()
-    """What should not be overlooked."""
 
     def to_json(self) -> dict[str, Any]:
         fields = {name: value for name, value in self.__dict__.items() if name != "report"}
@@ -70,7 +69,7 @@ class PredictResult:
         return {**fields, "error": None}
 
     def format_lines(self) -> list[str]:
-        lines = [f"{self.rows:,} rows by {self.run} at step {self.step} to {self.output}"]
+        lines = [f"wrote {self.rows:,} rows predicted by {self.run} at step {self.step} to {self.output}"]
         return lines + [f"  {line}" for line in self.report.format_lines()]
 
 
@@ -85,39 +84,44 @@ def predict(
     on_progress: Callable[[str], None] = lambda text: None,
     on_warning: Callable[[str], None] = lambda text: None,
 ) -> PredictResult:
-    """Write one row for each row of a table, or each picture, in their order.
+    """Write one row for each row of a table, or for each image, in their order.
 
-    The columns: the job's `keys` that are there (of pictures: `path`); `prediction`, a class or the value (of several
-    labels, each by its name); and `probability_CLASS` of each class. A key that is called as one of these columns gets
-    `key_` before its name. Keys have one type for all files: the wider one where theirs differ, text for categories.
-    The output appears whole or not at all; memory holds a batch of the input at a time, and the compressed output.
+    The columns are the job's `keys` that the input has (for images: `path`); `prediction`, a class or a value (with
+    several labels, one `prediction_LABEL` for each); and `probability_CLASS` for each class. A key with the name of one
+    of these columns gets the prefix `key_`. A key has one type for all files: the wider one if theirs differ, text for
+    categories. The output is written completely or not at all. Memory holds one batch of the input, and the compressed
+    output.
 
-    Files, their columns and types, and the place of the output are checked before the first prediction.
+    Files, their columns and types, and the output's location are checked before the first prediction.
 
     Parameters
     ----------
     model: RUN[@best|@last|@STEP], see `load`.
-    input: Parquet at any fsspec URL: a file, glob or folder; for a model of pictures a picture, or a glob or folder of
-        them. With the job's `data.on_error: skip`, broken pictures are left out, whatever their share.
-    output: URL of the Parquet file to write; no part of the input.
-    warn: takes what should not be overlooked, as soon as it is known.
+    input: Parquet at any fsspec URL: a file, glob or folder; for a model of images an image, or a glob or folder of
+        them. With the job's `data.on_error: skip`, broken images are skipped, whatever their fraction.
+    output: URL of the Parquet file to write, outside the input.
+    storage: URL of the runs; default: TRAINYARD_STORAGE, else ./runs.
+    device: auto, cpu, cuda or mps.
+    trust: allow the stored job to import the modules that it names.
+    on_progress: receives the number of rows so far.
+    on_warning: receives warnings as soon as they arise.
 
     Raises
     ------
-    InputError: no such model, an input that does not look like what it was trained on, or an output that cannot be
-        written or would replace the input.
+    InputError: no such model, an input that does not match the training data, or an output that cannot be written or
+        would replace the input.
     """
     predictor = load(model, storage=storage, device=device, trust=trust)
     folder, name = _split_output_url(output)
     warnings: list[str] = []
 
-    def tell(text: str) -> None:
+    def warn(text: str) -> None:
         warnings.append(text)
         on_warning(text)
 
     count, writer, report = 0, None, DataReport(predictor.fitted.input_transform)
     with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="trainyard-predict-") as scratch:
-        source = _open_input(predictor, input, output, tell, stack)
+        source = _open_input(predictor, input, output, warn, stack)
         _check_output_writable(folder, name, output)
         path = Path(scratch) / "output.parquet"
         try:
@@ -137,9 +141,10 @@ def predict(
         folder.replace(name, path.read_bytes(), sync=True)
     if source.skipped:
         listed = ", ".join(source.skipped[:MAX_LISTED]) + (", ..." if len(source.skipped) > MAX_LISTED else "")
-        tell(f"{len(source.skipped):,} pictures are broken and left out: {listed}")
+        plural = "s" if len(source.skipped) > 1 else ""
+        warn(f"skipped {len(source.skipped):,} broken image{plural}: {listed}")
     for text in report.format_warnings():
-        tell(text)
+        warn(text)
     skipped = tuple(source.skipped)
     return PredictResult(predictor.run, predictor.step, count, output, report, skipped, tuple(warnings))
 
@@ -147,7 +152,7 @@ def predict(
 def _open_input(
     predictor: Predictor, url: str, output: str, on_warning: Callable[[str], None], stack: ExitStack
 ) -> _TableInput | _ImageInput:
-    """The input, looked at. stack: what ends its reading."""
+    """Open and check the input. stack: closes it."""
     data = predictor.job.data
     if isinstance(data, ParquetDataConfig):
         files = ParquetFiles(url, CacheConfig())
@@ -156,14 +161,14 @@ def _open_input(
     if isinstance(data, ImageFolderDataConfig):
         return _ImageInput(predictor, data, url)
     raise InputError(
-        f"this model was trained on {data.source}, which is neither tables nor pictures",
+        f"this model was trained on {data.source}, which is neither tables nor images",
         where=f"--input {url}",
         fix="in Python: load(RUN).predict(array)",
     )
 
 
 class _TableInput:
-    """Rows of Parquet files, with their keys. All that footers tell is checked when it is made."""
+    """Rows of Parquet files, with their keys. The constructor checks all that the files' footers contain."""
 
     def __init__(
         self, predictor: Predictor, data: ParquetDataConfig, files: ParquetFiles, on_warning: Callable[[str], None]
@@ -173,22 +178,22 @@ class _TableInput:
         self._inputs = _select_input_columns(predictor, files)
         self._keys = _unify_key_types(data.keys, files, on_warning)
         _check_casts(files, self._keys)
-        taken = set(
+        reserved = set(
             _prediction_columns(predictor, np.empty((0, len(predictor.classes) or predictor.fitted.num_outputs)))
         )
-        self._names = [_unique_name(key, {*taken, *self._keys} - {key}, taken, on_warning) for key in self._keys]
+        self._names = [_unique_name(key, {*reserved, *self._keys} - {key}, reserved, on_warning) for key in self._keys]
 
     def iter_batches(self) -> Iterator[tuple[ArrowColumns, pa.RecordBatch]]:
-        """Keys, and what the model takes of the same rows."""
+        """Yield the keys and the input columns of each batch of rows."""
         for number in range(len(self._files.files)):
             for batch in self._files.iter_batches(number, [*self._keys, *self._inputs], BATCH_ROWS):
-                columns = [_cast(batch.column(key), kind) for key, kind in self._keys.items()]
+                columns = [_cast(batch.column(key), key_type) for key, key_type in self._keys.items()]
                 yield dict(zip(self._names, columns, strict=True)), batch.select(self._inputs)
             self._files.release(number)
 
 
 def _select_input_columns(predictor: Predictor, files: ParquetFiles) -> list[str]:
-    """The columns that the model takes, which every file has."""
+    """Return the model's input columns, which every file must have."""
     columns: list[str] = []
     for number, file in enumerate(files.files):
         rows = files.row_counts[number]
@@ -208,11 +213,11 @@ def _select_input_columns(predictor: Predictor, files: ParquetFiles) -> list[str
 def _unify_key_types(
     keys: Iterable[str], files: ParquetFiles, on_warning: Callable[[str], None]
 ) -> dict[str, pa.DataType]:
-    """For each key that is there, the type that holds its values of all files.
+    """Return, for each key that the files have, the common type of its values in all files.
 
     Raises
     ------
-    DataError: a key that some files have and others have not, or types that nothing holds together.
+    DataError: only some files have a key, or its types have no common type.
     """
     unified: dict[str, pa.DataType] = {}
     types = [files.column_types(number) for number in range(len(files.files))]
@@ -220,7 +225,7 @@ def _unify_key_types(
         files_without_key = [file for file, file_types in zip(files.files, types, strict=True) if key not in file_types]
         if len(files_without_key) == len(types):
             suggestions = suggest_columns(key, types[0])
-            on_warning(f"the key {key!r} is not in {files.url}, and not in the output ({suggestions})")
+            on_warning(f"the key {key!r} is not in {files.url}, so it is not in the output ({suggestions})")
             continue
         if files_without_key:
             raise DataError(
@@ -229,13 +234,13 @@ def _unify_key_types(
                 fix="write all files with the same columns",
             )
         for file, file_types in zip(files.files, types, strict=True):
-            kind = _value_type(file_types[key])
+            file_type = _value_type(file_types[key])
             try:
-                both = [pa.schema([(key, unified.get(key, kind))]), pa.schema([(key, kind)])]
-                unified[key] = pa.unify_schemas(both, promote_options="permissive").field(key).type
+                schemas = [pa.schema([(key, unified.get(key, file_type))]), pa.schema([(key, file_type)])]
+                unified[key] = pa.unify_schemas(schemas, promote_options="permissive").field(key).type
             except pa.ArrowException:
                 raise DataError(
-                    f"the key {key!r} holds {kind} here, but {unified[key]} in {files.files[0].where}",
+                    f"the key {key!r} is {file_type} in this file, but {unified[key]} in {files.files[0].where}",
                     where=file.where,
                     fix="write all files with one type for each column",
                 ) from None
@@ -243,6 +248,7 @@ def _unify_key_types(
 
 
 def _value_type(data_type: pa.DataType) -> pa.DataType:
+    """Return the type of the values, which for a dictionary-encoded column is that of its dictionary."""
     return _value_type(data_type.value_type) if pa.types.is_dictionary(data_type) else data_type
 
 
@@ -252,41 +258,42 @@ def _cast(array: pa.Array, data_type: pa.DataType) -> pa.Array:
 
 
 def _check_casts(files: ParquetFiles, keys: dict[str, pa.DataType]) -> None:
-    """Read the keys of files whose types are others than the common ones: not every whole number is a float.
+    """Read the keys whose type in a file differs from the common one, and check that each value can be converted: not
+    every integer is a float.
 
     Raises
     ------
-    DataError: a value that the common type cannot hold.
+    DataError: the common type cannot hold a value.
     """
     for number, file in enumerate(files.files):
         file_types = files.column_types(number)
-        for key, kind in keys.items():
-            if _value_type(file_types[key]) == kind:
+        for key, common_type in keys.items():
+            if _value_type(file_types[key]) == common_type:
                 continue
             for batch in files.iter_batches(number, [key], BATCH_ROWS):
                 try:
-                    _cast(batch.column(key), kind)
+                    _cast(batch.column(key), common_type)
                 except pa.ArrowException as error:
                     raise DataError(
-                        f"the key {key!r} holds {file_types[key]} here and becomes {kind} in the output, as in other "
-                        f"files, but not all of it can ({str(error).splitlines()[0]})",
+                        f"the key {key!r} is {file_types[key]} in this file and becomes {common_type} in the output, "
+                        f"as in other files, but not every value can ({str(error).splitlines()[0]})",
                         where=file.where,
                         fix="write all files with one type for each column",
                     ) from None
 
 
-def _unique_name(key: str, others: set[str], taken: set[str], on_warning: Callable[[str], None]) -> str:
-    """What a key is called in the output, where the model's columns have their names."""
+def _unique_name(key: str, others: set[str], reserved: set[str], on_warning: Callable[[str], None]) -> str:
+    """Return the name of a key in the output, which is none of the reserved names of the predictions' columns."""
     name = key
-    while name in taken or (name != key and name in others):
+    while name in reserved or (name != key and name in others):
         name = f"key_{name}"
     if name != key:
-        on_warning(f"the key {key!r} is called {name!r} in the output, where {key!r} is what the model says")
+        on_warning(f"the key {key!r} is named {name!r} in the output, where {key!r} is a column of the predictions")
     return name
 
 
 class _ImageInput:
-    """Pictures by path."""
+    """Images, with their paths as keys."""
 
     def __init__(self, predictor: Predictor, data: ImageFolderDataConfig, url: str) -> None:
         self.skipped: list[str] = []
@@ -295,7 +302,7 @@ class _ImageInput:
         self._files, self._paths = _find_images(url, self._where)
 
     def iter_batches(self) -> Iterator[tuple[ArrowColumns, np.ndarray]]:
-        """Paths, and their pictures."""
+        """Yield the paths and the pixels of each batch of images."""
         reason = ""
         for first in range(0, len(self._paths), BATCH_IMAGES):
             paths = self._paths[first : first + BATCH_IMAGES]
@@ -314,36 +321,36 @@ class _ImageInput:
                 yield {"path": pa.array(list(images))}, np.stack(list(images.values()))
         if len(self.skipped) == len(self._paths):
             raise DataError(
-                f"none of {len(self._paths):,} pictures can be decoded; {self._paths[0]}: {reason}",
+                f"none of {len(self._paths):,} images can be decoded; {self._paths[0]}: {reason}",
                 where=self._where,
-                fix="see that they are pictures",
+                fix="check that they are images",
             )
 
     def _decode(self, path: str) -> np.ndarray | str:
-        """A picture, or why there is none where the job skips such."""
+        """Return an image, or the reason why it is broken if the job skips broken images."""
         name = f"{self._files.printable}/{path}"
         try:
             return decode_input_image(self._files.read(path), name, self._data, self._shape)
         except FileNotFoundError:
-            raise DataError("is gone", where=name, fix="leave the input as it is") from None
+            raise DataError("no longer exists", where=name, fix="do not change the input meanwhile") from None
         except InvalidImageError as error:
             if self._data.on_error == "skip":
                 return str(error)
             raise DataError(
-                f"cannot be used as a picture: {error}",
+                f"cannot be used as an image: {error}",
                 where=name,
-                fix="replace or delete it; a job with data.on_error: skip leaves such out",
+                fix="replace or delete it; a job with data.on_error: skip skips broken images",
             ) from None
 
 
 def _find_images(url: str, where: str) -> tuple[FileReader, list[str]]:
-    """A folder, and the pictures below it that a URL means: one, what a glob matches, or all.
+    """Return a folder and the images in it that a URL names: one file, the matches of a glob, or all.
 
     Raises
     ------
     InputError: there are none.
     """
-    fix = "a picture, or a glob or folder of them"
+    fix = "name an image, or a glob or folder of images"
     try:
         files, file_names = find_files(url, IGNORED_IMAGE_PREFIXES, expand_folders=False)
     except FileNotFoundError:
@@ -352,20 +359,18 @@ def _find_images(url: str, where: str) -> tuple[FileReader, list[str]]:
         return files, list(file_names)
     image_names = [name for name in file_names if is_image_path(name)]
     if not image_names:
-        raise InputError(
-            f"no pictures among {len(file_names):,} files", where=where, fix=f"{fix}, such as .png and .jpg"
-        )
+        raise InputError(f"no images among {len(file_names):,} files", where=where, fix=f"{fix}, such as .png and .jpg")
     return files, image_names
 
 
 def _prediction_columns(predictor: Predictor, scores: np.ndarray) -> dict[str, np.ndarray]:
-    """What the model says, by the names of the output's columns."""
-    answers = predictor.decode_predictions(scores)
+    """Return the predictions by the names of their columns in the output."""
+    predictions = predictor.decode_predictions(scores)
     labels = predictor.job.data.labels
-    if answers.ndim == 2:
-        columns = {f"prediction_{name}": answers[:, index] for index, name in enumerate(labels)}
+    if predictions.ndim == 2:
+        columns = {f"prediction_{name}": predictions[:, index] for index, name in enumerate(labels)}
     else:
-        columns = {"prediction": answers}
+        columns = {"prediction": predictions}
     for index, name in enumerate(predictor.classes):
         columns[f"probability_{name}"] = scores[:, index]
     return columns
@@ -379,11 +384,11 @@ def _split_output_url(output: str) -> tuple[Storage, str]:
 
 
 def _check_output_outside_input(url: str, paths: Iterable[str], output: str) -> None:
-    """Refuse an output that is part of the input: it would replace the user's data, or be read as data the next time.
+    """Refuse an output that is part of the input: it would replace the user's data, or be read as input the next time.
 
     Raises
     ------
-    InputError: names both.
+    InputError: names both URLs.
     """
     (fs, source), (out_fs, target) = open_filesystem(url), open_filesystem(output)
     if type(fs) is not type(out_fs):
@@ -400,26 +405,24 @@ def _check_output_outside_input(url: str, paths: Iterable[str], output: str) -> 
         base, _, rest = source[: match.start()].rpartition("/")
         pattern = re.compile(glob_translate(f"{resolve(base)}/{rest}{source[match.start() :]}"))
         if any(pattern.fullmatch(folder) for folder in folders):
-            problem = "is one that the input's glob matches: it would be read as input the next time"
+            problem = "matches the input's glob: it would be read as input the next time"
     elif resolve(source.rstrip("/")) in folders:
-        problem = "lies in the input's folder: it would be read as input the next time"
+        problem = "is in the input's folder: it would be read as input the next time"
     if problem:
-        raise InputError(
-            problem, where=f"--output {redact(output)}", fix=f"write it elsewhere than --input {redact(url)}"
-        )
+        raise InputError(problem, where=f"--output {redact(output)}", fix=f"write it outside --input {redact(url)}")
 
 
 def _check_output_writable(folder: Storage, name: str, output: str) -> None:
-    """Try to write beside the output.
+    """Check that the output is not a folder and that a file can be written beside it.
 
     Raises
     ------
-    InputError: it is a folder, perhaps that of the input, or nothing can be written there.
+    InputError: it cannot be written.
     """
     where = f"--output {redact(output)}"
     fs, path = open_filesystem(output)
     if RetryPolicy(redact(output)).call(lambda: fs.isdir(path)):
-        raise InputError("is a folder", where=where, fix="name a file that is not there yet, or one to replace")
+        raise InputError("is a folder", where=where, fix="name a new file, or one to replace")
     probe_name = f".{name}-{uuid.uuid4().hex[:8]}"
     try:
         folder.replace(probe_name, b"")

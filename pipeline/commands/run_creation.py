@@ -1,4 +1,4 @@
-"""The run that a command means: found with the same identity, or created."""
+"""Find the run of a job by its identity, or create it."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ from pipeline.storage import Storage
 from pipeline.training.schedule import FIRST_SEGMENT_STEPS
 from pipeline.user_code import UserCode, find_changed_files
 
-if TYPE_CHECKING:  # who finds that nothing is left to do needs neither torch nor the data
+if TYPE_CHECKING:  # a command that finds its run finished needs neither torch nor the data
     from pipeline.setup import PreparedData
 
 
 @dataclass
 class RunCreation:
-    """A run that is to be found with the same identity, or created."""
+    """The run of a job, to be found by its identity or created."""
 
     run: Run
     job: JobConfig
     code: UserCode
     name: str | None
-    """That the user chose."""
+    """The name that the user chose."""
     fingerprint: str
-    """Of the data."""
+    """Fingerprint of the data."""
     initial_weights_digest: str | None
-    """Digest of the weights to start from, where they come from elsewhere."""
+    """Digest of the initial weights, if they are loaded."""
     max_steps: int | None
     allow_code_change: bool
     identity: dict[str, Any]
-    """What determines the weights, but for the code."""
+    """What determines the weights, except the user code."""
     has_announced: bool = False
+    """Whether `RunOpened` was emitted."""
     code_changes: tuple[str, ...] = ()
-    """Files of the user's own code that changed since the run's last attempt, which the user allowed."""
+    """Files of the user code that changed since the run's last attempt, as the user allowed."""
 
     @classmethod
     def from_job(
@@ -55,11 +56,11 @@ class RunCreation:
         max_steps: int | None,
         allow_code_change: bool,
     ) -> RunCreation:
-        """The run of this job; nothing is written.
+        """Determine the run of a job. Writes nothing.
 
         Raises
         ------
-        InputError: a name that no run can have.
+        InputError: `name` is not a valid name.
         """
         run_identity = compute_identity(
             job, fingerprint=fingerprint, initial_weights_digest=initial_weights_digest, max_steps=max_steps
@@ -74,7 +75,7 @@ class RunCreation:
         )
 
     def with_fingerprint(self, fingerprint: str) -> RunCreation:
-        """The same for data of another fingerprint."""
+        """Return the run of the same job on data with another fingerprint."""
         return RunCreation.from_job(
             self.job,
             self.code,
@@ -87,7 +88,12 @@ class RunCreation:
         )
 
     def exists(self) -> bool:
-        """Whether the run exists, with this identity and this code."""
+        """Return whether the run exists with this identity.
+
+        Raises
+        ------
+        InputError: it exists, but its user code has changed.
+        """
         if not self.run.exists():
             return False
         metadata = self.run.read_metadata()
@@ -97,7 +103,7 @@ class RunCreation:
         return True
 
     def is_complete(self) -> bool:
-        """Whether the run, which is there, has ended and nothing of what belongs to it is missing."""
+        """Return whether the run, which must exist, has finished and none of its files are missing."""
         from pipeline.runs.integrity import is_finalized
 
         run = self.run
@@ -109,11 +115,11 @@ class RunCreation:
         )
 
     def find_or_create(self, prepared: PreparedData, on_event: EventHandler) -> None:
-        """Have the run there, all that belongs to its creation included.
+        """Find the run, or create it, with its splits and user code.
 
         Raises
         ------
-        InputError: a run of that name with another identity, or other code; says what differs.
+        InputError: a run of that name has another identity or other code; names the differences.
         """
         from pipeline.data.dataset import splits_to_table
 
@@ -146,7 +152,12 @@ class RunCreation:
             on_event(RunOpened(run.name, run.url, is_new))
 
     def _check_matches(self, metadata: dict[str, Any]) -> None:
-        """Whether the run that is there is one of this job, and of the code that its last attempt ran."""
+        """Check that the existing run has this identity, and that its last attempt ran this code.
+
+        Raises
+        ------
+        InputError: it differs; names the differences.
+        """
         created_code = metadata.get("code") or {}
         if metadata["identity"] != digest_tree(_with_code(self.identity, created_code)):
             self._raise_mismatch(metadata)
@@ -162,23 +173,23 @@ class RunCreation:
         ]
         is_finished = state.commit is not None and state.commit.end
         if files and (is_finished or not self.allow_code_change):
-            hint = "" if is_finished else "; --allow-code-change goes on with it all the same"
+            hint = "" if is_finished else "; --allow-code-change resumes it nevertheless"
             raise InputError(
                 f"the code changed since this run {'ended' if is_finished else 'last ran'}: {', '.join(files)}",
                 where=self.run.url,
-                fix=f"restore it, or leave --name out: with other code it is a new run{hint}",
+                fix=f"restore the code, or leave --name out: with other code it is a new run{hint}",
             )
         self.code_changes = tuple(files)
 
     def _emit_older_run_notice(self, on_event: EventHandler) -> None:
-        """Versions before did not count the code: say so where the same job has such a run."""
+        """Emit a notice if the job has a run by an earlier version, whose identity did not include the code."""
         if not self.code.files:
             return
         older = Run(Storage.open(self.run.open_url), _default_run_name(self.job, self.identity))
         if older.name != self.run.name and older.exists():
             text = (
-                f"{older.name} is a run of this job by an earlier version, which did not tell edits of the code apart; "
-                f"it is left as it is, and --name {older.name} goes on with it"
+                f"{older.name} is a run of this job by an earlier version, which did not distinguish edits of the "
+                f"code; it is not changed, and --name {older.name} resumes it"
             )
             on_event(Message(text))
 
@@ -194,7 +205,7 @@ class RunCreation:
             "a run of this name has another job:\n    "
             + "\n    ".join(
                 list_differences(stored_identity, self.identity)
-                or ["another version of Trainyard identified it otherwise"]
+                or ["another version of Trainyard computed its identity differently"]
             ),
             where=self.run.url,
             fix="choose another --name, or leave it out",
@@ -210,7 +221,7 @@ def _default_run_name(job: JobConfig, identity: dict[str, Any]) -> str:
 
 
 def list_differences(stored: Any, current: Any, path: str = "") -> list[str]:
-    """Where two trees differ, one line each: `train.phases.0.lr: 0.5 there, 0.1 here`."""
+    """Return one line for each difference of two trees: `train.phases.0.lr: 0.5 in the run, 0.1 now`."""
     if isinstance(stored, dict) and isinstance(current, dict):
         keys = [*stored, *(key for key in current if key not in stored)]
         return [
@@ -224,4 +235,4 @@ def list_differences(stored: Any, current: Any, path: str = "") -> list[str]:
             for number, pair in enumerate(zip(stored, current, strict=True))
             for line in list_differences(*pair, f"{path}.{number}")
         ]
-    return [] if stored == current else [f"{path}: {stored} there, {current} here"]
+    return [] if stored == current else [f"{path}: {stored} in the run, {current} now"]

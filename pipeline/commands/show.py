@@ -1,4 +1,4 @@
-"""`runs` and `show`: what is in storage and how it stands, from storage alone."""
+"""`runs` and `show`: list the runs in storage and show their status, from storage alone."""
 
 from __future__ import annotations
 
@@ -20,32 +20,36 @@ from pipeline.runs.status import ListedRun, RunStatus, read_run_status
 from pipeline.storage import Storage
 
 IGNORED_FIELDS = ("name", "storage", "code", "schema")
-"""Fields of a job in which a difference tells nothing of what was trained."""
+"""Fields of a job that do not affect what is trained."""
 DATA_METADATA_KEYS = ("fingerprint", "start", "code")
-"""Facts of a birth that belong to a run's identity and stand in no field of the job."""
+"""Keys of a run's metadata that are part of its identity and of no field of the job."""
 JOB_NAME_PATTERN = re.compile(r"^name: *(.+)$", re.MULTILINE)
 MAX_SPLIT_DEPTH = 8
-"""Levels of fields in fields that are told apart."""
+"""Levels of nested fields that are compared separately."""
 DIGEST_DIGITS = 8
-"""Of a digest."""
+"""Digits of a digest in the list of runs."""
 
 
 @dataclass(frozen=True)
 class _ScannedRun:
-    """What was read of one run."""
+    """What `runs` reads of one run."""
 
     status: RunStatus
     created_at: str
     metadata: Mapping[str, Any]
     job_name: str
     job_fields: Mapping[str, str]
-    """Text of each field of its job."""
+    """Text of each field of its job, by path."""
 
 
 def runs(storage: str | None = None) -> tuple[str, list[ListedRun], dict[str, str]]:
-    """The storage's URL, the runs in it from the oldest to the newest, and what is wrong with what cannot be read.
+    """List the runs in storage.
 
-    A run takes five requests, however long it is; several runs are read at the same time where storage is far away.
+    Reading a run takes five requests, whatever its length; several runs are read concurrently if storage is remote.
+
+    Returns
+    -------
+    The storage's URL, its runs from the oldest to the newest, and the reason for each that cannot be read, by name.
     """
     root = Storage.open(resolve_storage_url(storage))
 
@@ -62,7 +66,7 @@ def runs(storage: str | None = None) -> tuple[str, list[ListedRun], dict[str, st
                 fields,
             )
         except FileNotFoundError:
-            return None  # never born: some other folder
+            return None  # not created: some other folder
         except StorageError as error:
             return f"{error.where}: {error.what}"
 
@@ -73,11 +77,12 @@ def runs(storage: str | None = None) -> tuple[str, list[ListedRun], dict[str, st
 
 
 def show(run: str, storage: str | None = None, *, verify: bool = False) -> RunStatus:
-    """The standing of one run, and what of its directory is missing or damaged.
+    """Return the status of one run, and which of its files are missing or damaged.
 
     Parameters
     ----------
-    verify: read every file of the metric log and of the kept checkpoints; else the cost is the same at any length.
+    verify: read every file of the metric log and of the kept checkpoints. Without it, the cost does not depend on the
+        length of the run.
 
     Raises
     ------
@@ -85,52 +90,52 @@ def show(run: str, storage: str | None = None, *, verify: bool = False) -> RunSt
     """
     opened_run = find_run(run, storage)
     status = read_run_status(opened_run)
-    if status.checkpoint is None:  # nothing was promised yet
+    if status.checkpoint is None:  # nothing was committed yet
         return status
-    from pipeline.runs.integrity import find_damage  # pyarrow: half a second that `runs` does not need
+    from pipeline.runs.integrity import find_damage  # it imports pyarrow: half a second that `runs` does not need
 
     return replace(status, damaged=tuple(find_damage(opened_run, read_all_files=verify)))
 
 
 def _list_runs(scanned: Sequence[_ScannedRun]) -> list[ListedRun]:
-    """From the oldest to the newest, with what differs between the runs of one job."""
+    """Sort runs from the oldest to the newest, with the differences between the runs of each job."""
     listed: list[ListedRun] = []
-    for job, group in groupby(sorted(scanned, key=lambda one: one.job_name), key=lambda one: one.job_name):
+    for job, group in groupby(sorted(scanned, key=lambda run: run.job_name), key=lambda run: run.job_name):
         same_job = list(group)
         differences = _find_differences(same_job)
         listed += [
             ListedRun(status=scanned_run.status, job=job, created_at=scanned_run.created_at, differs=differs)
             for scanned_run, differs in zip(same_job, differences, strict=True)
         ]
-    return sorted(listed, key=lambda one: (one.created_at, one.status.run))
+    return sorted(listed, key=lambda run: (run.created_at, run.status.run))
 
 
 def _find_differences(same_job: Sequence[_ScannedRun]) -> list[dict[str, Any]]:
-    """For each of the runs of one job, what is not the same in all of them."""
-    fields = _varying_fields([one.job_fields for one in same_job])
-    values = _varying_fields([_parse_values(values_of_run) for values_of_run in fields])
-    flags = _varying_fields([{"max_steps": one.metadata.get("max_steps")} for one in same_job])
-    distinct = [{**values_of_run, **flags_of_run} for values_of_run, flags_of_run in zip(values, flags, strict=True)]
-    if len({repr(values_of_run) for values_of_run in distinct}) == len(distinct):
-        return distinct
+    """Return, for each of the runs of one job, the values that are not the same in all of them."""
+    fields = _varying_fields([run.job_fields for run in same_job])
+    values = _varying_fields([_parse_values(run_fields) for run_fields in fields])
+    options = _varying_fields([{"max_steps": run.metadata.get("max_steps")} for run in same_job])
+    differences = [{**run_values, **run_options} for run_values, run_options in zip(values, options, strict=True)]
+    if len({repr(difference) for difference in differences}) == len(differences):
+        return differences
     digests = _varying_fields(
-        [{name: _shorten_digest(one.metadata.get(name)) for name in DATA_METADATA_KEYS} for one in same_job]
+        [{name: _shorten_digest(run.metadata.get(name)) for name in DATA_METADATA_KEYS} for run in same_job]
     )
-    return [{**values_of_run, **digest} for values_of_run, digest in zip(distinct, digests, strict=True)]
+    return [{**difference, **run_digests} for difference, run_digests in zip(differences, digests, strict=True)]
 
 
 def _varying_fields(trees: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of each mapping, what is not the same in all; None for what it lacks."""
+    """Keep the items of each mapping that are not the same in all; None for a missing one."""
     names = list(dict.fromkeys(name for tree in trees for name in tree))
     varying = [name for name in names if len({repr(tree.get(name)) for tree in trees}) > 1]
     return [{name: tree.get(name) for name in varying} for tree in trees]
 
 
 def _parse_fields(job_yaml: str) -> dict[str, str]:
-    """The fields of a stored job by their path, such as "train.phases.0", and the text of each.
+    """Return the text of each field of a stored job, by path, such as "train.phases.0".
 
-    Equal text stands for equal values, so of many runs of one job little has to be parsed, which takes long. It counts
-    on no more than the lines that `dump_job` writes: text of another form is compared in larger parts.
+    Equal text means equal values, so few fields of many runs of one job have to be parsed as YAML, which is slow. It
+    relies on the layout that `dump_job` writes; text with another layout is compared in larger parts.
     """
     text = job_yaml.partition("\n")[2] if job_yaml.startswith(HEADER_PREFIX) else job_yaml
     fields = {
@@ -138,7 +143,7 @@ def _parse_fields(job_yaml: str) -> dict[str, str]:
         for path, field_text in _split_fields(text, "", 0)
         if path.partition(".")[0] not in IGNORED_FIELDS
     }
-    # Jobs of earlier versions have the keys of every source, and would differ from all others in them.
+    # Jobs of earlier versions have the keys of all sources, and would differ from all others in them.
     keys = SOURCES.get(fields.get("data.source", "").strip(), UserFunctionDataConfig).model_fields
     return {
         path: field_text
@@ -166,7 +171,7 @@ def _split_fields(text: str, path: str, depth: int) -> Iterator[tuple[str, str]]
 
 
 def _parse_values(fields: Mapping[str, str | None]) -> dict[str, Any]:
-    """Fields with their values, such as "train.phases.0.lr"; without those that the job lacks."""
+    """Parse fields to values by path, such as "train.phases.0.lr", without fields that the job lacks."""
     present = {path: text for path, text in fields.items() if text is not None}
     return {name: value for path, text in present.items() for name, value in _iter_leaves(_parse_value(text), path)}
 
@@ -175,7 +180,7 @@ def _parse_values(fields: Mapping[str, str | None]) -> dict[str, Any]:
 def _parse_value(text: str) -> Any:
     try:
         return parse_yaml(text.strip(), JOB_FILE)
-    except JobError:  # whoever uses the job is told
+    except JobError:  # reported by the commands that use the job
         return text.strip()
 
 
@@ -188,6 +193,6 @@ def _iter_leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _shorten_digest(value: Any) -> Any:
-    """A digest as people compare them; that of a mapping of files to digests in place of it."""
+    """Return the first digits of a digest. A mapping of files to digests is replaced by its digest."""
     digest = compute_digest(value) if isinstance(value, dict) else value
     return digest[:DIGEST_DIGITS] if isinstance(digest, str) else digest

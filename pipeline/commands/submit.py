@@ -20,8 +20,11 @@ from pipeline.redaction import register_secrets
 from pipeline.runs.locate import resolve_storage_url
 
 POLL_S = 0.5
+"""Seconds between two requests for a job's status."""
+JOB_METADATA_KEY = "trainyard_job"
+"""In the metadata of every job that `submit` starts: the name of the job."""
 STOP_WAIT_S = 300
-"""How long a job that is stopped may take to save and leave, before Ray kills it. (Ray's default is 3.)"""
+"""Seconds that a stopped job may take to save and exit before Ray kills it. (Ray's default is 3.)"""
 
 
 def submit(
@@ -42,32 +45,33 @@ def submit(
     on_log_line: Callable[[str], None] = lambda line: None,
     on_job: Callable[[str], None] = lambda job_id: None,
 ) -> JobStatus:
-    """Run a job on a cluster, or attach to the same submission where it goes on there.
+    """Run a job on a cluster, or attach to the same submission if it is running there.
 
     Parameters
     ----------
-    job: a job file, its content as a dict, or a `Job`.
+    job: a job file, its content as a dict, or a `JobConfig`.
     address: URL of the cluster's dashboard.
-    set: overrides for the job file.
-    name, storage, max_steps, allow_code_change: as for `train`; a path is one of this machine, where the cluster is on
-        it too.
-    env: names of variables of this environment to set for the job there; they stay out of everything that is written.
-    env_files: files of such variables.
-    token_file: holds the cluster's token.
-    wait: follow the job to its end, and start it again where it is lost, up to `scale.retries` times.
-    say: takes lines on what is being done.
-    show: takes lines of the job's log.
-    on_job: takes the job's id as soon as there is one.
+    set: overrides for the job file, as `KEY=VALUE`.
+    name, storage, max_steps, allow_code_change: as for `train`. A path as `storage` is a path on this machine if the
+        cluster runs on it, else an absolute path on the cluster's only node.
+    env: names of environment variables of this process to set for the job; their values are never written or shown.
+    env_files: files of such variables, in lines of KEY=VALUE.
+    token_file: file with the cluster's token.
+    wait: follow the job to its end, and start it again if it is lost, up to `scale.retries` times.
+    verbose: show Ray's log lines and tracebacks too.
+    on_progress: receives lines about the submission.
+    on_log_line: receives the lines of the job's log.
+    on_job: receives the job's id as soon as there is one.
 
     Returns
     -------
-    How the job stands: at its end, or when it was started.
+    The status of the job: at its end, or, without `wait`, after its start.
 
     Raises
     ------
-    InputError: the job file, the cluster, the token, the versions, the room or the storage is not as it must be.
-    WorkError: the cluster was lost while the job was followed.
-    KeyboardInterrupt: as pressed; a job that was started goes on.
+    InputError: the job file, the cluster, the token, the versions, the resources or the storage cannot be used.
+    WorkError: the connection to the cluster was lost while the job was followed.
+    KeyboardInterrupt: Ctrl-C was pressed; a job that was started keeps running.
     """
     resolved_job = resolve_job(job, set)
     code = user_code.collect_user_code(resolved_job)
@@ -116,26 +120,26 @@ def _start_or_attach(
     job: JobConfig,
     on_progress: Callable[[str], None],
 ) -> str:
-    """The id of the one job of this key that goes on."""
+    """Return the id of the running job with this key; start one if there is none."""
     with stage_package(code) as package:
         while True:
             jobs = {info.submission_id: info for info in cluster.list_jobs()}
             numbered_ids = find_numbered_ids(key, jobs)
-            active_ids = [one for one in numbered_ids.values() if not jobs[one].status.is_terminal()]
-            if active_ids and get_status(cluster, active_ids[-1]).is_over:  # it said so, and Ray has not seen it yet
+            active_ids = [job_id for job_id in numbered_ids.values() if not jobs[job_id].status.is_terminal()]
+            if active_ids and get_status(cluster, active_ids[-1]).is_over:  # its log says so, but not yet Ray's status
                 time.sleep(POLL_S)
                 continue
             if active_ids:
-                on_progress("the same submission goes on there: attached to it")
+                on_progress("the same submission is running there: attached to it")
                 return active_ids[-1]
             job_id = f"{key}-{max(numbered_ids, default=0) + 1}"
-            on_progress(f"ships {package.describe()}")
+            on_progress(f"uploading {package.describe()}")
             payload_name = cluster.upload_payload(payload.to_bytes())
             if cluster.submit_job(
                 job_id,
                 f"exec '{preflight.python_executable}' -m {ENTRYPOINT_MODULE} {payload_name}",
                 runtime_env={**package.runtime_env(), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}},
-                metadata={"trainyard_job": job.name, "trainyard_run": payload.name or ""},
+                metadata={JOB_METADATA_KEY: job.name, "trainyard_run": payload.name or ""},
             ):
                 return job_id
 

@@ -1,4 +1,4 @@
-"""`status`, `logs`, `stop`: jobs on a cluster, by their id or by the name of their run."""
+"""`status`, `logs` and `stop` for submitted jobs, by their id or by the name of their run."""
 
 from __future__ import annotations
 
@@ -9,19 +9,17 @@ from typing import Any
 from pipeline.cluster.submission.client import ClusterClient, connect
 from pipeline.cluster.submission.job_status import JobStatus, get_status, status_from, tail_until_done
 from pipeline.cluster.submission.log_records import human_lines
-from pipeline.commands.submit import POLL_S, STOP_WAIT_S
+from pipeline.commands.submit import JOB_METADATA_KEY, POLL_S, STOP_WAIT_S
 from pipeline.errors import ClusterError, InputError, WorkError
 
-JOB_METADATA_KEY = "trainyard_job"
-"""In the metadata of every job that `submit` starts."""
 STOP_SLACK_S = 30.0
-"""So much later than the entry point Ray may say that it has ended."""
+"""Seconds after the exit of the entry point within which Ray reports the end of the job."""
 
 
 def status(
     job_or_run: str | None = None, *, address: str | None = None, token_file: str | None = None
 ) -> tuple[str, list[JobStatus]]:
-    """The cluster's address, and how its jobs stand, oldest first; or one of them.
+    """Return the cluster's address and the status of its submitted jobs, oldest first, or of one of them.
 
     Raises
     ------
@@ -48,12 +46,12 @@ def logs(
     on_progress: Callable[[str], None] = lambda text: None,
     on_job: Callable[[str], None] = lambda job_id: None,
 ) -> JobStatus:
-    """Show what a job has written, and with `until_its_end` what it writes until it ends.
+    """Pass the lines of a job's log to `on_line`, with `until_end` until the job ends.
 
     Raises
     ------
     InputError: no such cluster, job or run.
-    WorkError: the cluster was lost meanwhile.
+    WorkError: the connection to the cluster was lost.
     """
     cluster = connect(address, token_file)
     job_id = find_job(cluster, job_or_run)
@@ -74,53 +72,53 @@ def stop(
     token_file: str | None = None,
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> JobStatus:
-    """Have a job save and leave; returns how it ended.
+    """Stop a job after it has saved a checkpoint, and return its status at the end.
 
     Raises
     ------
     InputError: no such cluster, job or run.
-    WorkError: it goes on in spite of it.
+    WorkError: the job did not end in time.
     """
     cluster = connect(address, token_file)
     job_id = find_job(cluster, job_or_run)
     job_status = get_status(cluster, job_id)
     if job_status.is_over:
-        on_progress("had ended before")
+        on_progress("the job has ended already")
         return job_status
     cluster.stop_job(job_id)
-    on_progress(f"stopping {job_id}: it has {STOP_WAIT_S} s to save and leave")
-    began = time.monotonic()
-    while time.monotonic() - began < STOP_WAIT_S + STOP_SLACK_S:
+    on_progress(f"stopping {job_id}: it has {STOP_WAIT_S} s to save and exit")
+    start = time.monotonic()
+    while time.monotonic() - start < STOP_WAIT_S + STOP_SLACK_S:
         job_status = get_status(cluster, job_id)
         if job_status.is_over:
             return job_status
         time.sleep(POLL_S)
     raise WorkError(
-        f"has not ended {STOP_WAIT_S + STOP_SLACK_S:.0f} s after it was told to",
+        f"has not ended {STOP_WAIT_S + STOP_SLACK_S:.0f} s after the request to stop",
         where=f"{job_id} on {cluster.url}",
         fix=f"see `trainyard logs {job_id} --address {cluster.url}`",
     )
 
 
 def format_outcome(job_status: JobStatus) -> str:
-    """In a line for people, with what to do next."""
+    """Format the outcome of a job that has ended as text, with what to do next."""
     head = f"{job_status.id}: {job_status.status}"
     if job_status.outcome is not None and "error" in job_status.outcome:
         return f"{head}: {job_status.outcome['error']['message']}"
     if job_status.outcome is not None:
         return head
     if job_status.ray_status == "STOPPED":
-        return f"{head}: killed before it could save\n  the same submit goes on from the last checkpoint"
+        return f"{head}: killed before it could save\n  the same submit resumes from the last checkpoint"
     message_lines = [line.strip() for line in job_status.message.splitlines() if line.strip()] or [
         "no reason was given"
     ]
-    # The end of the log, where there is one; else what Ray itself begins to say.
+    # The last line of the log, if the entry point ran; else the first line of Ray's message.
     reason = job_status.failure or message_lines[-1 if job_status.driver_exit_code is not None else 0]
-    return f"{head}: {reason}\n  the same submit goes on from the last checkpoint"
+    return f"{head}: {reason}\n  the same submit resumes from the last checkpoint"
 
 
 def find_job(cluster: ClusterClient, job_or_run: str) -> str:
-    """The id of a job: itself, or of the latest that works on a run of this name.
+    """Return the id of a job, given its id, or the name of a run, whose latest job it is.
 
     Raises
     ------
@@ -135,13 +133,11 @@ def find_job(cluster: ClusterClient, job_or_run: str) -> str:
             continue
         if run_name == job_or_run or status_from(info, _read_log(cluster, info)).run == job_or_run:
             return str(info.submission_id)
-    raise InputError(
-        f"no job and no run {job_or_run!r}", where=cluster.url, fix="`trainyard status` lists those that are there"
-    )
+    raise InputError(f"no job and no run {job_or_run!r}", where=cluster.url, fix="`trainyard status` lists the jobs")
 
 
 def _read_log(cluster: ClusterClient, info: Any) -> str:
-    """Empty where there is none: the job has not begun, or the node that has it is gone."""
+    """Return the log of a job; empty if the job has not started, or if the node with the log is gone."""
     if str(info.status.value) == "PENDING":
         return ""
     try:

@@ -1,4 +1,4 @@
-"""`train`: run a job, or go on with a run that was interrupted."""
+"""`train`: run a job, or resume its interrupted run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pipeline.runs.status import RunStatus, read_run_status
 from pipeline.storage import credentials
 from pipeline.user_code import collect_user_code
 
-if TYPE_CHECKING:  # they import torch, which takes longer than to find that there is nothing to do
+if TYPE_CHECKING:  # they import torch, which takes longer than finding that there is nothing to do
     from pipeline.setup import PreparedData
     from pipeline.setup.initial_weights import InitialWeights
     from pipeline.trackers.sidecar import TrackerSidecar
@@ -48,26 +48,27 @@ def train(
     on_event: EventHandler = ignore_event,
     verbose: bool = False,
 ) -> RunStatus:
-    """Run a job to its end, or resume the run that it already has.
+    """Run a job to its end, or resume its run if it exists.
 
-    It leaves the calling process as it found it: torch's threads, flags, default type and random generators, the import
-    path, signal handlers and environment.
+    It restores the state of the calling process: torch's threads, flags, default dtype and random generators, the
+    import path, signal handlers and environment.
 
     Parameters
     ----------
-    job: a job file, its content as a dict (`code` and other paths relative to the working directory), or a `Job`.
-    set: overrides, as a mapping or as `KEY=VALUE` words.
-    name: name of the run; without one the job's name and the digest of its identity.
-    storage: URL that holds the runs; else TRAINYARD_STORAGE, else the job's.
-    address: a Ray cluster to use instead of one of this machine's; only with workers.
-    max_steps: stop after so many steps.
-    allow_code_change: go on with the run of this `name` although the user's own code was edited since; which files is
-        recorded in the run.
-    on_event: takes events as they happen, see `pipeline.events`.
+    job: a job file, its content as a dict (`code` and other paths relative to the working directory), or a `JobConfig`.
+    set: overrides, as a mapping or as strings `KEY=VALUE`.
+    name: name of the run; default: the job's name and the digest of its identity.
+    storage: URL of the runs; default: TRAINYARD_STORAGE, else the job's.
+    address: the Ray cluster to use instead of a local one; only with workers.
+    max_steps: stop after this many steps.
+    allow_code_change: resume the run of this `name` although the user code was edited since; the run records the
+        changed files.
+    on_event: receives events as they happen, see `pipeline.events`.
+    verbose: show Ray's log lines too.
 
     Returns
     -------
-    How the run stands: url, status, step, best, metrics, ...
+    The status of the run: url, status, step, best, metrics, ...
 
     Raises
     ------
@@ -75,23 +76,23 @@ def train(
     """
     if allow_code_change and name is None:
         raise InputError(
-            "goes with --name RUN: without a name the same command is a new run after an edit of the code",
+            "needs --name RUN: without a name, the same command after an edit of the code is a new run",
             where="--allow-code-change",
-            fix="add --name RUN, or leave it out",
+            fix="add --name RUN, or remove this option",
         )
     job = resolve_job(job, _to_override_strings(set) if isinstance(set, Mapping) else set)
     code = collect_user_code(job)
     with code.activated(), _default_torch_settings():
-        # The identity of job, code and data says which run it is, before any data is decoded or torch is imported:
-        # there may be nothing to do, or nothing to do now.
+        # The identity of job, code and data determines the run before any data is decoded or torch is imported:
+        # the run may be finished, or another process may be writing it.
         root = resolve_storage_url(storage, job.storage)
-        start = _initial_weights(job, root)
-        fingerprint, source = fingerprint_dataset(job, lambda text: on_event(PhaseStarted(text)))
+        initial_weights = _find_initial_weights(job, root)
+        fingerprint, dataset = fingerprint_dataset(job, lambda text: on_event(PhaseStarted(text)))
         creation = RunCreation.from_job(
             job,
             code,
             fingerprint=fingerprint,
-            initial_weights_digest=start.digest if start is not None else None,
+            initial_weights_digest=initial_weights.digest if initial_weights is not None else None,
             name=name,
             storage_url=root,
             max_steps=max_steps,
@@ -103,17 +104,17 @@ def train(
         from pipeline.device import restore_torch_settings
 
         with restore_torch_settings():
-            run = _train_run(creation, start, source, exists, on_event, address=address, verbose=verbose)
+            run = _train_run(creation, initial_weights, dataset, exists, on_event, address=address, verbose=verbose)
         return read_run_status(run)
 
 
 def _is_complete(creation: RunCreation, on_event: EventHandler) -> bool:
-    """Whether the run, which exists, has ended and nothing is missing; then the user is told so.
+    """Return whether the run, which must exist, has finished and no file is missing; emits a message if so.
 
     Raises
     ------
-    BusyError: another process is writing it.
-    InputError: it was interrupted, and its checkpoints are of an earlier version that this one cannot resume.
+    BusyError: another process is writing the run.
+    InputError: the run was interrupted, and its checkpoints are of an earlier version that this one cannot resume.
     """
     run = creation.run
     if creation.is_complete():
@@ -121,7 +122,7 @@ def _is_complete(creation: RunCreation, on_event: EventHandler) -> bool:
         on_event(Message(NOTHING_TO_DO))
         return True
     if probe_lease(run) == "busy":
-        raise BusyError("another process is writing this run", where=run.url, fix="`trainyard show` says how it stands")
+        raise BusyError("another process is writing this run", where=run.url, fix="`trainyard show` shows its status")
     refuse_pickled_state(run)
     return False
 
@@ -129,7 +130,7 @@ def _is_complete(creation: RunCreation, on_event: EventHandler) -> bool:
 def _train_run(
     creation: RunCreation,
     initial_weights: InitialWeights | None,
-    source: Dataset | None,
+    dataset: Dataset | None,
     exists: bool,
     on_event: EventHandler,
     *,
@@ -140,8 +141,8 @@ def _train_run(
 
     Parameters
     ----------
-    source: the opened data, where its fingerprint took opening it.
-    exists: whether the run exists, so that its fitted transforms are taken over.
+    dataset: the opened dataset, if it was opened for its fingerprint.
+    exists: whether the run exists, so that its fitted transforms are reused.
     """
     from pipeline.runs.integrity import is_finalized
     from pipeline.setup import build_training, load_stored_transforms, prepare_data
@@ -153,27 +154,27 @@ def _train_run(
         job,
         creation.max_steps,
         initial_weights=initial_weights,
-        dataset=source,
+        dataset=dataset,
         fitted=load_stored_transforms(creation.run) if exists else None,
         on_progress=lambda text: on_event(PhaseStarted(text)),
         code=creation.code,
     )
-    if prepared.dataset.fingerprint != creation.fingerprint:  # arrays of a function that had to be held in float64
+    if prepared.dataset.fingerprint != creation.fingerprint:  # a user function's arrays had to be kept as float64
         creation = creation.with_fingerprint(prepared.dataset.fingerprint)
         if creation.exists() and _is_complete(creation, on_event):
             return creation.run
     run = creation.run
     in_process = job.scale.workers == IN_PLACE_WORKERS
-    # Before the run is created, so that a job that cannot be built leaves nothing behind. Workers build their own.
+    # Before the run is created, so that a job that cannot be built leaves no run. Workers build their own model.
     built = build_training(prepared, device_kind="" if in_process else "cpu")
-    misfits = (
-        [f"not taken from {initial_weights.name}: {text}" for text in built.weight_mismatches]
+    mismatches = (
+        [f"not loaded from {initial_weights.name}: {text}" for text in built.weight_mismatches]
         if initial_weights is not None
         else []
     )
-    for text in (*prepared.warnings, *misfits):
+    for text in (*prepared.warnings, *mismatches):
         on_event(WarningMessage(text))
-    order = WorkerSpec(
+    spec = WorkerSpec(
         job=job,
         storage_url=run.open_url,
         run_name=run.name,
@@ -183,18 +184,18 @@ def _train_run(
         environment=credentials.forwarded_credentials(),
     )
     is_over = probe_lease(run, driver) == "finished"
-    with StopSignals() as signals, TrackerSidecar(run, job.follow, on_event) as followers:
+    with StopSignals() as signals, TrackerSidecar(run, job.follow, on_event) as trackers:
         if not in_process and not is_over:
-            _train_on_cluster(order, creation, prepared, followers, on_event, signals, address, verbose)
+            _train_on_cluster(spec, creation, prepared, trackers, on_event, signals, address, verbose)
             return run
         creation.find_or_create(prepared, on_event)
         if is_over and is_finalized(run):  # only its splits or code were missing, or an earlier version made it
             on_event(Message(NOTHING_TO_DO))
             return run
-        followers.start()
-        order = replace(order, code_changes=creation.code_changes)
+        trackers.start()
+        spec = replace(spec, code_changes=creation.code_changes)
         context = SingleProcessContext(on_event, signals)
-        run_worker(order, context, prepared=prepared, built=built if in_process else None)
+        run_worker(spec, context, prepared=prepared, built=built if in_process else None)
     return run
 
 
@@ -202,13 +203,13 @@ def _train_on_cluster(
     spec: WorkerSpec,
     creation: RunCreation,
     prepared: PreparedData,
-    followers: TrackerSidecar,
+    trackers: TrackerSidecar,
     on_event: EventHandler,
     signals: StopSignals,
     address: str | None,
     verbose: bool,
 ) -> None:
-    """Have Ray Train workers train the run, and record why where they could not do so themselves."""
+    """Train on Ray Train workers, and record the reason of a failure that the workers could not record themselves."""
     from pipeline.cluster.driver import train_on_workers
     from pipeline.worker import record_driver_exit
 
@@ -216,8 +217,8 @@ def _train_on_cluster(
 
     def create_run() -> tuple[WorkerSpec, Journal]:
         creation.find_or_create(prepared, on_event)
-        raise_if_alive(run, spec.driver)  # before workers are started, or waited for
-        followers.start()
+        raise_if_alive(run, spec.driver)  # before starting workers, or waiting for them
+        trackers.start()
         return replace(spec, code_changes=creation.code_changes), run.journal
 
     scale = spec.job.scale
@@ -231,8 +232,8 @@ def _train_on_cluster(
 
 
 def _default_torch_settings() -> AbstractContextManager[None]:
-    """While entered, torch's settings are its defaults, and afterwards what they were; nothing where it is not
-    imported."""
+    """Return a context manager with torch's default settings, which restores them at exit; it does nothing if torch is
+    not imported."""
     if "torch" not in sys.modules:
         return nullcontext()
     from pipeline.device import restore_torch_settings
@@ -240,7 +241,7 @@ def _default_torch_settings() -> AbstractContextManager[None]:
     return restore_torch_settings()
 
 
-def _initial_weights(job: JobConfig, storage_url: str) -> InitialWeights | None:
+def _find_initial_weights(job: JobConfig, storage_url: str) -> InitialWeights | None:
     if job.model.init_from is None and getattr(job.model, "weights", None) is None:
         return None
     from pipeline.setup.initial_weights import find_initial_weights  # it imports torch
@@ -249,5 +250,6 @@ def _initial_weights(job: JobConfig, storage_url: str) -> InitialWeights | None:
 
 
 def _to_override_strings(overrides: Mapping[str, Any]) -> list[str]:
-    """As on the command line. JSON is YAML, and keeps text, numbers and null apart."""
+    """Convert overrides to `KEY=VALUE` strings, with values in JSON: it is YAML, and distinguishes text, numbers and
+    null."""
     return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]

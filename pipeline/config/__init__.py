@@ -1,6 +1,6 @@
-"""The job: what to train, as one tree of typed fields. The reference of the job file.
+"""The configuration of a job as one tree of typed fields, each with its default and its documentation.
 
-Every field stands with its default and its meaning. `job_file` turns YAML and overrides into this tree and back.
+`pipeline.config.files` turns job files and overrides into this tree and back.
 """
 
 from pipeline.config.base import RESERVED_NAMES, ConfigNode, validate_name

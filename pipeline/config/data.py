@@ -1,4 +1,4 @@
-"""`data:` what to train on."""
+"""`data:` the data to train on, by source, and how it is prepared and loaded."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from pipeline.config.splits import RandomSplitsConfig, RangeSplitsConfig, Splits
 
 
 class UserFunctionConfig(ConfigNode):
-    """A function of your own that returns the data. It may take as long as it likes: `scale.hang_s` does not apply."""
+    """A function of your own that returns the data. It may take any time: `scale.hang_s` does not apply to it."""
 
     call: str
     """`module:function`. It returns NumPy arrays or tensors: `(inputs, targets)`; two such pairs, for training and
-    test; or `{"train": pair, "test": pair, "classes": names}`, of which the last two may be left out. Inputs may be a
-    data frame of numbers."""
+    test; or `{"train": pair, "test": pair, "classes": names}`, of which the last two are optional. Inputs may be a data
+    frame of numbers."""
     args: dict[str, Any] = {}
     """Keyword arguments of the function. A text `env:NAME` becomes the value of that environment variable."""
 
@@ -41,71 +41,71 @@ class NormalizeConfig(ConfigNode):
     """Inputs become (x - mean) / std with these numbers, in the unit of images scaled to [0, 1] or of raw columns."""
 
     mean: float | list[float]
-    """What is subtracted: one number for all, or one per channel or column."""
+    """The number that is subtracted: one for all values, or a list of one per channel or column."""
     std: float | list[float]
-    """What is divided by: one number for all, or one per channel or column."""
+    """The number to divide by: one for all values, or a list of one per channel or column."""
 
 
 IMAGENET = NormalizeConfig(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
-"""What torchvision's pretrained models expect."""
+"""The normalization that torchvision's pretrained models expect."""
 
 
 class ColorJitterConfig(ConfigNode):
-    """Random changes of color: each factor is drawn from [1 - value, 1 + value]; 0 changes nothing."""
+    """Color jitter: each factor is drawn from [1 - value, 1 + value]; 0 changes nothing."""
 
     brightness: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """How far the factor on all values may be from 1."""
+    """Largest distance from 1 of the factor on all values."""
     contrast: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """How far the factor on each value's distance from the image's mean gray may be from 1."""
+    """Largest distance from 1 of the factor on each value's difference from the image's mean gray."""
     saturation: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """How far the factor on each value's distance from its pixel's gray may be from 1."""
+    """Largest distance from 1 of the factor on each value's difference from its pixel's gray."""
 
 
 class AugmentConfig(ConfigNode):
-    """Random changes to training images, drawn anew for every sample of every step and made on the device."""
+    """Augmentation of training images: drawn anew for every sample of every step, and applied on the device."""
 
     crop: Annotated[int, Field(ge=0)] = 0
-    """Pixels: pad each side with this many zeros, then cut out a random window of the original size."""
+    """Pixels: pad each side with this many zeros, then take a random crop of the original size."""
     flip: bool = False
-    """Mirror left to right with probability 0.5."""
+    """Flip horizontally with probability 0.5."""
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
-    """Rotate by up to this many degrees either way."""
+    """Rotate by up to this many degrees in either direction."""
     jitter: ColorJitterConfig = ColorJitterConfig()
-    """Random changes of color."""
+    """Color jitter."""
     mixup: Annotated[float, Field(ge=0)] = 0.0
-    """Mix each image and its label with another of the global batch, with a share drawn from Beta(mixup, mixup)
-    (Zhang et al. 2018, arXiv:1710.09412); 0 for none."""
+    """Mix each image and its label with another of the global batch, with a weight drawn from Beta(mixup, mixup) (Zhang
+    et al. 2018, arXiv:1710.09412); 0 for none."""
 
 
 class ImputationConfig(ConfigNode):
-    """What replaces a null (or NaN) in a feature."""
+    """Replacements for missing values (null or NaN) in features."""
 
     numeric: Literal["median", "mean", "fail"] | float = "median"
     """In columns of numbers: the median or mean of the training rows, or a fixed number; fail makes it an error."""
     categorical: str = "own_level"
-    """In categorical columns: own_level gives missing values a level of their own; fail makes them an error; any other
-    text is the level that they count as."""
+    """In categorical columns: own_level makes missing values a category of their own; fail makes them an error; any
+    other text is the category that replaces them."""
 
 
 class CacheConfig(ConfigNode):
-    """Where tables and decoded images that are too large for memory are kept between runs. Changes speed, never
+    """Where tables and decoded images that are too large for memory are kept between runs. Changes speed, not
     results."""
 
     folder: str = "~/.cache/trainyard/data"
     """Folder on a disk of this machine."""
     max_gb: Annotated[float, Field(gt=0)] = 50.0
-    """Size of the folder, in units of 10^9 bytes; beyond it, what was not used for longest is deleted."""
+    """Size of the folder, in units of 10^9 bytes; beyond it, the least recently used data is deleted."""
     in_memory_mb: Annotated[float, Field(ge=0)] = 256.0
     """Data of up to this size, in units of 10^6 bytes, is held in memory instead."""
 
 
 class DataLoaderConfig(ConfigNode):
-    """How batches are fetched. Changes speed, never results."""
+    """How batches are loaded. Changes speed, not results."""
 
     processes: Annotated[int, Field(ge=0)] = 0
-    """Loader processes per worker; 0 fetches in the worker itself, which is fastest for data in memory."""
+    """Loader processes per worker; 0 loads in the worker itself, which is fastest for data in memory."""
     pin_memory: Literal["auto"] | bool = "auto"
-    """Put batches into page-locked memory for faster copies to a GPU; auto: where there is one."""
+    """Put batches into page-locked memory for faster copies to a GPU; auto: if there is one."""
     eval_batch_size: Positive = 1024
     """Rows per batch of an evaluation."""
 
@@ -115,7 +115,7 @@ Size = Positive | Annotated[tuple[Positive, Positive], Strict(False)]
 
 
 class BaseDataConfig(ConfigNode):
-    """What to train on: the keys of every source."""
+    """The data to train on: the keys that every source has."""
 
     source: str | UserFunctionConfig
     normalize: Literal["auto", "unit", "scalar", "standard", "imagenet", "none"] | NormalizeConfig = "auto"
@@ -123,13 +123,13 @@ class BaseDataConfig(ConfigNode):
     values. standard: those of each channel or column. imagenet: those that torchvision's pretrained weights expect.
     none: not at all. {mean: 0.5, std: 0.25}: these numbers. auto: unit for uint8 images, standard for columns."""
     splits: SplitsConfig = RandomSplitsConfig()
-    """Which rows train, validate and test; by: random, range, group, time or column."""
+    """Which rows are for training, validation and test; by: random, range, group, time or column."""
     shuffle: bool = True
     """Draw a new order of the training rows in each epoch."""
     augment: AugmentConfig = AugmentConfig()
-    """Random changes to training images."""
+    """Augmentation of training images."""
     loader: DataLoaderConfig = DataLoaderConfig()
-    """How batches are fetched."""
+    """How batches are loaded."""
     cache: CacheConfig = CacheConfig()
     """Where decoded data is kept on this machine's disk between runs."""
 
@@ -154,18 +154,18 @@ class BaseDataConfig(ConfigNode):
         return {"by": "random", **value} if isinstance(value, dict) else value
 
     @model_serializer(mode="wrap")
-    def _own_keys_before_common_ones(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _source_keys_before_common_keys(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)
         return {key: values[key] for key in sorted(values, key=lambda key: key in COMMON_KEYS)}
 
     @property
     def splits_column(self) -> str | None:
-        """The column that splits go by, which no pattern of `features` matches."""
+        """The column that defines the splits, if any; patterns of `features` do not match it."""
         return None if isinstance(self.splits, RandomSplitsConfig | RangeSplitsConfig) else self.splits.column
 
     @property
     def labels(self) -> list[str]:
-        """The label columns; empty for a source without columns."""
+        """The label columns; empty for a source without them."""
         return []
 
 
@@ -183,10 +183,10 @@ class NamedDataConfig(BaseDataConfig):
 
 
 class DiscDataConfig(BaseDataConfig):
-    """Generated points of the plane, labeled 1 inside a disc around the origin and 0 outside."""
+    """Generated points in the plane, labeled 1 inside a disc around the origin and 0 outside."""
 
     source: Literal["disc"]
-    """The name of the generator; the seed is `seed.data`."""
+    """The name of the generator; its seed is `seed.data`."""
 
 
 class UserFunctionDataConfig(BaseDataConfig):
@@ -208,37 +208,37 @@ class FileDataConfig(BaseDataConfig):
 
 
 class ParquetDataConfig(FileDataConfig):
-    """Columns of Parquet files."""
+    """Tables in Parquet files."""
 
     source: Literal["parquet"]
     """Parquet files."""
     url: str
     """A file, a glob or a partitioned folder: any fsspec URL, or a path."""
     label: str | Annotated[list[str], Field(min_length=1)]
-    """The column to learn; for a regression of several targets, a list of columns of numbers."""
+    """The column to predict; for a regression with several targets, a list of columns of numbers."""
     features: Annotated[list[str], Field(min_length=1)] = ["*"]
-    """Columns to learn from: names, or patterns such as num_*. The default is all columns but label, keys and the
-    splits' column."""
+    """Input columns: names, or patterns such as num_*. The default is all columns but label, keys and the splits'
+    column."""
     keys: list[str] = []
-    """Columns that identify a row. The model never learns from them; predictions carry them."""
+    """Columns that identify a row. They are not inputs of the model; predictions include them."""
     categorical: list[str] = []
-    """Names or patterns of numeric columns that hold categories rather than amounts. Columns of text always do."""
+    """Names or patterns of numeric columns that are categorical. Columns of text always are."""
     missing: ImputationConfig = ImputationConfig()
-    """What replaces missing values."""
+    """Replacements for missing values."""
     one_hot_up_to: Annotated[int, Field(ge=0)] = 16
-    """A categorical column of up to this many levels becomes one input per level. One of more levels becomes a single
-    whole number behind the other inputs, for which `kind: mlp` learns an embedding."""
+    """A categorical column with up to this many categories is one-hot encoded. One with more becomes an
+    integer code after the other inputs, which `kind: mlp` embeds."""
     shape: Annotated[list[Positive], Field(min_length=1)] | None = None
-    """Shape of a sample where the only feature is a column of fixed-size bytes or lists, such as [1, 28, 28]."""
+    """Shape of a sample if the only feature is a column of bytes or lists of fixed size, such as [1, 28, 28]."""
 
 
 class ImageFolderDataConfig(FileDataConfig):
-    """Image files: a folder for each class, or a Parquet file of paths and labels."""
+    """Image files: one folder per class, or a Parquet file of paths and labels."""
 
     source: Literal["image_folder"]
     """Image files."""
     url: str
-    """A folder with one folder for each class, or a Parquet file of paths and labels: any fsspec URL, or a path."""
+    """A folder with one folder per class, or a Parquet file of paths and labels: any fsspec URL, or a path."""
     label: str | None = None
     """With a Parquet file: the column of labels. A folder has none, since the folders in it are the classes."""
     path: str = "path"
@@ -251,7 +251,7 @@ class ImageFolderDataConfig(FileDataConfig):
     mode: Literal["rgb", "grey"] = "rgb"
     """Channels of the decoded images: rgb for three, grey for one."""
     on_error: Literal["fail", "skip"] = "fail"
-    """What to do about an image that cannot be decoded: fail, or skip it with a warning."""
+    """What to do with an image that cannot be decoded: fail, or skip it with a warning."""
     skip_up_to: Fraction = 0.01
     """With on_error: skip, the largest share of images that may be skipped; more are an error."""
 
@@ -269,19 +269,19 @@ SOURCES: dict[str, type[BaseDataConfig]] = {
     "parquet": ParquetDataConfig,
     "image_folder": ImageFolderDataConfig,
 }
-"""The configuration class of each source that has a name."""
+"""The configuration class of each named source."""
 
 
 def sources_with(key: str) -> list[str]:
-    """The sources that `key` goes with; empty for a key of all sources or of none."""
+    """Return the sources that have the key; an empty list for a key of all sources or of none."""
     return (
         [] if key in COMMON_KEYS | {"source"} else [name for name, kind in SOURCES.items() if key in kind.model_fields]
     )
 
 
 def _is_unset(key: str, value: Any) -> bool:
-    """Whether a key of another source has its default, as in a job that was written out before keys were divided by
-    source, and in one whose source is overridden. (No other source reads `root`, so any value of it is ignored.)"""
+    """Return whether a key of another source has its default, as in a job that was stored before keys were divided by
+    source, or in one whose source is overridden. (No other source reads `root`, so any value of it is ignored.)"""
     if key == "root":
         return True
     for kind in SOURCES.values():
@@ -299,8 +299,8 @@ def _equals(default: ConfigNode, value: Any) -> bool:
         return False
 
 
-def _branch_of_data(value: Any) -> str:
-    """The class that a mapping describes, so that its errors are those of that class alone."""
+def _data_tag(value: Any) -> str:
+    """Return the class that a mapping describes; errors are then those of that class alone."""
     source = value.get("source", "mnist") if isinstance(value, dict) else getattr(value, "source", "mnist")
     if isinstance(source, dict | UserFunctionConfig):
         return "UserFunctionDataConfig"
@@ -313,5 +313,5 @@ DataConfig = Annotated[
     | Annotated[ParquetDataConfig, Tag("ParquetDataConfig")]
     | Annotated[ImageFolderDataConfig, Tag("ImageFolderDataConfig")]
     | Annotated[UserFunctionDataConfig, Tag("UserFunctionDataConfig")],
-    Discriminator(_branch_of_data),
+    Discriminator(_data_tag),
 ]

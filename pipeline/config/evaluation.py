@@ -1,4 +1,4 @@
-"""`evaluate:`, `best:` and `checkpoint:` when to look, and what to keep."""
+"""`evaluate:`, `best:` and `checkpoint:` when to evaluate and save, and what to keep."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pipeline.config.metrics import HIGHER_IS_BETTER, LOWER_IS_BETTER
 
 
 class EvaluationConfig(ConfigNode):
-    """When to evaluate, and on what. There is always one evaluation before step 1 and one at the end."""
+    """When to evaluate, and on which splits. There is always one evaluation before step 1 and one at the end."""
 
     every_epochs: Positive | None = None
     """Evaluate each time this many epochs have passed. Without it and every_steps: after each epoch."""
     every_steps: Positive | None = None
     """Evaluate each time this many steps have passed, instead of every_epochs."""
     splits: Annotated[list[Literal["train", "val"]], Field(min_length=1)] | None = None
-    """The splits to evaluate on. null: val where there is one, else train. Never test: `trainyard evaluate --split
-    test` reads that."""
+    """The splits to evaluate. null: val if there is one, else train. Never test: that is for `trainyard evaluate
+    --split test`."""
     limit: Positive | None = None
     """At most this many rows of each split: a random sample, stratified by class (for a regression, by the first
     target), drawn once for the whole run. null: all rows, as `trainyard evaluate` always takes."""
@@ -33,17 +33,17 @@ class EvaluationConfig(ConfigNode):
 
 
 class BestMetricConfig(ConfigNode):
-    """Which checkpoint counts as the best; of equal ones, the earliest."""
+    """Which checkpoint is the best one; of equal ones, the earliest."""
 
     metric: str = "val/loss"
     """`split/column` of the evaluations, such as val/loss, val/accuracy or val/auc, or a metric of your own. With
-    several targets, val/rmse and val/mae are means in standard deviations, and val/rmse_LABEL is that of one target in
-    its own unit."""
+    several targets, val/rmse and val/mae are means in standard deviations, and val/rmse_LABEL is for one target, in its
+    own unit."""
     mode: Literal["min", "max"] = "min"
-    """Whether the smallest or the largest value is the best. Where not given: max for accuracy, auc and the like, min
-    for losses and errors. Needed for a metric of your own and for that of a single target."""
+    """Whether the smallest or the largest value is the best. By default max for accuracy, auc and the like, min for
+    losses and errors. Required for a metric of your own and for that of a single target."""
     patience: Positive | None = None
-    """Stop the run after this many evaluations in a row without a better one; null: never."""
+    """Stop early after this many consecutive evaluations without a better one; null: never."""
 
     @model_validator(mode="before")
     @classmethod
@@ -55,9 +55,9 @@ class BestMetricConfig(ConfigNode):
         known = {**dict.fromkeys(HIGHER_IS_BETTER, "max"), **dict.fromkeys(LOWER_IS_BETTER, "min")}
         if mode is None and column and column not in known:
             hint = format_suggestion(metric, [f"{split}/{name}" for name in known])
-            raise ValueError(f"say mode: min or mode: max for {metric}{hint}")
+            raise ValueError(f"set mode: min or mode: max for {metric}{hint}")
         if mode in ("min", "max") and known.get(column, mode) != mode:
-            raise ValueError(f"mode: {mode} would take the worst {metric} for the best; leave mode out")
+            raise ValueError(f"mode: {mode} would choose the worst {metric} as the best; leave mode out")
         return values if mode is not None else {**values, "mode": known.get(column, "min")}
 
     @field_validator("metric")
@@ -71,7 +71,7 @@ class BestMetricConfig(ConfigNode):
 
 
 class CheckpointConfig(ConfigNode):
-    """When to save, and how much to keep. A run that was interrupted resumes from its newest checkpoint."""
+    """When to save checkpoints, and how many to keep. An interrupted run resumes from its newest checkpoint."""
 
     every_epochs: Positive | None = None
     """Save each time this many epochs have passed. Without it and every_steps: after each epoch."""
@@ -79,10 +79,10 @@ class CheckpointConfig(ConfigNode):
     """Save each time this many steps have passed, instead of every_epochs."""
     every_minutes: Annotated[float, Field(gt=0)] | None = 10
     """Minutes of training after which a checkpoint is saved in any case: an upper bound on what a kill can lose, as far
-    as storage is fast enough. Until then (with null, always) a checkpoint that is due may wait until the time that the
-    last one took is 1 % of the time since."""
+    as storage is fast enough. Until then (with null, always) a checkpoint that is due may be delayed until the time
+    that the last one took is 1 % of the time since."""
     keep: Positive = 3
-    """Keep this many of the newest checkpoints, and for each of them the best one up to it."""
+    """Number of recent checkpoints to keep; each is kept together with the best one up to it."""
 
     @model_validator(mode="after")
     def _check_one_interval(self) -> Self:

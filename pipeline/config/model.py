@@ -1,4 +1,4 @@
-"""`model:` what is trained."""
+"""`model:` the model to train."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class InitConfig(ConfigNode):
     """Initial weights, and which of them are not trained."""
 
     init_from: str | None = None
-    """A run whose weights to start from: its name under the storage, its URL, or its path (with a slash in it; relative
+    """A run to start from, by its weights: its name in the storage, its URL, or its path (with a slash in it; relative
     to the job file), followed by @best (the default), @last or @STEP. null: weights drawn at random."""
     strict: bool = True
-    """With init_from: true asks that all tensors fit; false loads those that do and leaves the others as they are."""
+    """With init_from: true requires that all tensors fit; false loads those that fit and skips the others."""
     freeze: Literal["backbone"] | list[str] = []
     """Parameters that are not trained, by name or pattern such as layer1.*; backbone: all but those of the last
     layer."""
@@ -37,12 +37,12 @@ class MlpConfig(InitConfig):
     activation: Activation = "relu"
     """The activation function after each hidden layer."""
     dropout: Fraction = 0.0
-    """Share of hidden values that are set to zero during training."""
+    """Fraction of the hidden values that are set to zero during training."""
     batch_norm: bool = False
     """Batch normalization before each activation."""
     embedding_width: Positive | Literal["auto"] = "auto"
-    """Width of the embedding of a categorical column that is not one-hot; auto: min(50, 1.6 x levels^0.56) (fastai's
-    rule)."""
+    """Width of the embedding of a categorical column that is not one-hot; auto: min(50, 1.6 x categories^0.56)
+    (fastai's rule)."""
 
     @model_validator(mode="after")
     def _check_layers(self) -> Self:
@@ -79,7 +79,7 @@ class CnnConfig(InitConfig):
     activation: Activation = "relu"
     """The activation function after each convolution and each hidden layer."""
     dropout: Fraction = 0.0
-    """Share of the hidden layers' values that are set to zero during training."""
+    """Fraction of the hidden layers' values that are set to zero during training."""
     batch_norm: bool = False
     """Batch normalization before each activation."""
 
@@ -114,7 +114,7 @@ class CustomModelConfig(InitConfig):
 
 
 def _model_tag(value: Any) -> str:
-    """Which of the models a mapping describes, so that its errors speak of that one alone."""
+    """Return the class that a mapping describes; errors are then those of that class alone."""
     kind = value.get("kind", "mlp") if isinstance(value, dict) else getattr(value, "kind", "mlp")
     if isinstance(kind, str) and kind.startswith("torchvision:"):
         return "TorchvisionModelConfig"

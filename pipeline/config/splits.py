@@ -1,4 +1,4 @@
-"""`data.splits:` which rows train, validate and test."""
+"""`data.splits:` which rows are for training, validation and test."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from pipeline.config.base import ConfigNode, IndexRange
 SPLIT_NAMES = ("train", "val", "test")
 
 STORED = "stored"
-"""Key of the context in which a job that was written out is read back: there, 1.0 is the 1 of the job file."""
+"""Key of the validation context of a job that is read back from a run: there, 1.0 is a count of 1."""
 
 
 def _reject_fraction_of_one(value: Any, info: ValidationInfo) -> Any:
     if isinstance(value, float) and value == 1.0 and not (info.context or {}).get(STORED):
-        raise ValueError(
-            "1.0 would be all of them: a share is below 1, and a count is a whole number, such as 1 or 200"
-        )
+        raise ValueError("1.0 would be all rows: a share is below 1, and a count is a whole number, such as 1 or 200")
     return value
 
 
@@ -36,9 +34,9 @@ class RandomSplitsConfig(ConfigNode):
     test: Annotated[float, Field(ge=0), RejectFractionOfOne] = 0
     """Share (below 1) or number of rows for the test split; 0 leaves the source's own test set, if it has one."""
     train: Annotated[float, Field(gt=0), RejectFractionOfOne] | None = None
-    """Share (below 1) or number of rows for training; null: all that remain."""
+    """Share (below 1) or number of rows for training; null: all remaining rows."""
     stratify: bool = False
-    """Draw from every class in proportion."""
+    """Draw from each class in proportion to its size."""
 
     @model_validator(mode="after")
     def _check_counts(self) -> Self:
@@ -71,15 +69,14 @@ class RangeSplitsConfig(ConfigNode):
 
 
 class GroupSplitsConfig(ConfigNode):
-    """Whole groups drawn at random, so that no group is in two splits: `{by: group, column: user, val: 0.2}`."""
+    """Groups drawn at random, so that no group is in two splits: `{by: group, column: user, val: 0.2}`."""
 
     by: Literal["group"]
     """By groups of rows, drawn by `seed.split`."""
     column: str
     """The column that names the group: rows with the same value stay together."""
     val: Annotated[float, Field(ge=0), RejectFractionOfOne] = 0.2
-    """Share of the rows (below 1), as near as whole groups come to it, or number of groups, for validation; 0 for
-    none."""
+    """Share of the rows (below 1), approximated by whole groups, or number of groups, for validation; 0 for none."""
     test: Annotated[float, Field(ge=0), RejectFractionOfOne] = 0
     """The same for the test split."""
 
@@ -93,7 +90,7 @@ class GroupSplitsConfig(ConfigNode):
 
 
 Window = Annotated[float, Field(ge=0)] | str
-"""Share of the rows (below 1), or a length: `14d`, `12h`, `30m`, `90s`, `2w`; of numbers, a plain number."""
+"""Share of the rows (below 1), or a length: `14d`, `12h`, `30m`, `90s`, `2w`; a number for a column of numbers."""
 
 
 class TimeSplitsConfig(ConfigNode):
@@ -104,8 +101,8 @@ class TimeSplitsConfig(ConfigNode):
     column: str
     """A column of timestamps, dates or numbers. Rows with the same value stay together."""
     val: Window = 0.2
-    """Share of the rows (below 1) for validation, or the length of the window: 14d, 12h, 30m, 90s or 2w; in a column of
-    numbers, a number of 1 or more; 0 for none."""
+    """Share of the rows (below 1) for validation, or the length of the window: 14d, 12h, 30m, 90s or 2w; for a column
+    of numbers, a number of 1 or more; 0 for none."""
     test: Window = 0
     """The same for the test split."""
 
@@ -137,9 +134,9 @@ class ColumnSplitsConfig(ConfigNode):
     @model_validator(mode="after")
     def _check_distinct_values(self) -> Self:
         values = [*self.train, *self.val, *self.test]
-        twice = sorted({value for value in values if values.count(value) > 1})
-        if twice:
-            raise ValueError(f"{twice[0]!r} cannot mean two splits")
+        duplicates = sorted({value for value in values if values.count(value) > 1})
+        if duplicates:
+            raise ValueError(f"{duplicates[0]!r} cannot mean two splits")
         return self
 
 

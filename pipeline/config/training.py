@@ -1,4 +1,4 @@
-"""`task:` and `train:` what is learned, and how."""
+"""`task:` and `train:` the task, and how to train for it."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from pipeline.config.base import ConfigNode, Fraction, Positive, validate_import
 
 
 def _parse_integer_label(label: Any) -> Any:
-    is_number = isinstance(label, str) and re.fullmatch("0|-?[1-9][0-9]*", label)  # 007 is a text
+    is_number = isinstance(label, str) and re.fullmatch("0|-?[1-9][0-9]*", label)  # 007 is text
     return int(label) if is_number else label
 
 
 Label = Annotated[int | str, BeforeValidator(_parse_integer_label)]
-"""A class: its label, or its name; the keys of JSON and of `--set` are text."""
+"""A class by its label or its name. Keys in JSON and in `--set` are text, so that `1` there is the label 1."""
 
 
 class TaskConfig(ConfigNode):
-    """What is learned: the loss, and what counts as correct. `task: binary` is short for `task: {kind: binary}`."""
+    """The task: its targets, its loss and its metrics. `task: binary` is short for `task: {kind: binary}`."""
 
     kind: Literal["multiclass", "binary", "regression"] = "multiclass"
     """multiclass: softmax cross-entropy. binary: one logit and binary cross-entropy. regression: mean squared error."""
     positive: list[int | bool | str] | None = None
-    """binary: the labels that count as 1, such as [0, 1, 2] or [yes]; the others are 0. By default the later one of two
-    numbers: 1 of 0 and 1, and of -1 and 1."""
+    """binary: the labels of the positive class, such as [0, 1, 2] or [yes]. By default the larger one of two numbers: 1
+    of 0 and 1, and of -1 and 1."""
     class_weights: Literal["balanced"] | dict[Label, Annotated[float, Field(gt=0)]] | None = None
     """Weight of each class in the loss, by its label, such as {0: 1, 1: 5}; balanced: inversely proportional to its
-    rows in the training split; null: all the same."""
+    number of rows in the training split; null: all equal."""
     loss: str | None = None
-    """Another loss than the default of the kind. regression: mse, mae or huber. Any kind: `module:function` of your
+    """A loss other than the default of the kind. regression: mse, mae or huber. Any kind: `module:function` of your
     own, which takes outputs and targets of a batch of B rows and returns B losses."""
     huber_delta: Annotated[float, Field(gt=0)] = 1.0
-    """With loss: huber, the error at which the loss changes from squares to absolute values, in the unit that is
-    learned (with scale_targets, standard deviations)."""
+    """With loss: huber, the error at which the loss changes from quadratic to linear; with scale_targets, in standard
+    deviations."""
     scale_targets: bool = True
-    """regression: learn (target - mean) / std of the training rows. Metrics and predictions stay in the target's unit
-    (with several targets, rmse and mae are in standard deviations, beside those of each target); the loss is that
-    of what is learned."""
+    """regression: train on (target - mean) / std, with mean and std of the training rows. Metrics and predictions are
+    in the target's unit (with several targets, rmse and mae are in standard deviations, beside those of each target);
+    the loss is that of the scaled targets."""
 
     @field_validator("loss")
     @classmethod
@@ -61,7 +61,7 @@ REGRESSION_LOSSES = ("mse", "mae", "huber")
 
 
 class ParamGroupConfig(ConfigNode):
-    """Parameters with a learning rate of their own: `{match: "layer4.*", lr_factor: 0.1}`."""
+    """Parameters with another learning rate or weight decay: `{match: "layer4.*", lr_factor: 0.1}`."""
 
     match: str
     """Name of a parameter, or a pattern; the first group that matches applies."""
@@ -72,10 +72,10 @@ class ParamGroupConfig(ConfigNode):
 
 
 class OptimizerConfig(ConfigNode):
-    """The update rule. The learning rate is part of the phases."""
+    """The optimizer. The learning rate is set by the phases."""
 
     kind: Literal["sgd", "adam", "adamw"] = "sgd"
-    """The update rule, as in `torch.optim`."""
+    """The optimizer, as in `torch.optim`."""
     momentum: Fraction = 0.0
     """Momentum; sgd only."""
     nesterov: bool = False
@@ -87,7 +87,7 @@ class OptimizerConfig(ConfigNode):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the denominator of the update; adam and adamw only."""
     groups: list[ParamGroupConfig] = []
-    """Parameters that learn at another rate than the rest."""
+    """Parameter groups with another learning rate or weight decay."""
 
     @model_validator(mode="after")
     def _check_momentum(self) -> Self:
@@ -99,7 +99,7 @@ class OptimizerConfig(ConfigNode):
 
 
 class PhaseConfig(ConfigNode):
-    """A stretch of epochs or steps with its own learning rate."""
+    """A number of epochs or steps with its own learning rate."""
 
     epochs: Positive | None = None
     """Length in epochs. A phase has either epochs or steps."""
@@ -131,18 +131,19 @@ class TrainConfig(ConfigNode):
     """The training loop."""
 
     batch_size: Positive | Literal["all"] = 100
-    """Rows per step, over all workers together; all: the whole training split."""
+    """Rows per step, the global batch of all workers together; all: the whole training split."""
     micro_batch: Positive | None = None
-    """Accumulate gradients over pieces of this many rows on each worker, to save memory; null: all rows at once."""
+    """Accumulate gradients over micro-batches of this many rows on each worker, to save memory; null: all rows at
+    once."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """The update rule."""
+    """The optimizer."""
     phases: Annotated[list[PhaseConfig], Field(min_length=1)] = [
         PhaseConfig(epochs=5, lr=0.5),
         PhaseConfig(epochs=5, lr=0.1),
     ]
-    """Stretches of training, in order, each with its own length and learning rate."""
+    """The phases of training, in order, each with its own length and learning rate."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
-    """Scale the whole gradient down to this L2 norm where its norm is larger; null: never."""
+    """Scale the whole gradient down to this L2 norm if its norm is larger; null: never."""
     precision: Literal["fp64", "fp32", "bf16", "fp16"] = "fp32"
     """Floating-point type of the computation. bf16 and fp16 keep the weights in fp32; fp16 scales the loss."""
     compile: Literal["auto", "off", "on"] = "auto"

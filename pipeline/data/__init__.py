@@ -1,6 +1,7 @@
-"""Data: where it comes from, which rows are in which split, how they are prepared, and in what order they arrive.
+"""Datasets: where samples come from, which split each is in, how they are transformed, and in which order they come.
 
-`sources` opens what the job names; `split` decides which rows train, validate and test; `targets` (which numbers and
-names its labels have) and `preprocess` are fitted on the training rows and stored with a run; `sampler` says which rows
-a step takes; `loader` brings them to the device, where `augment` changes them. `random` is where every draw comes from.
+`sources` opens the dataset that the job names; `cache` keeps decoded data on disk. `splits` decides which samples
+train, validate and test. `targets` and `transforms` are fitted on the training split and stored with a run, together,
+by `fitted_transforms`. `sampler` computes which samples each step takes; `loader` brings them to the device, where
+`augment` changes them. `rng` is the source of all random numbers.
 """

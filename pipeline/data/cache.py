@@ -1,11 +1,11 @@
-"""Decoded data on this machine, made once, memory-mapped by all.
+"""Cache of decoded data on this machine: an entry is built once, and memory-mapped by all processes.
 
-An entry is a folder named by its key. It is filled under another name and then renamed, so it is whole or absent.
-Two lock files in it move along: whoever fills it holds the one exclusively, whoever reads it holds the other shared
-for as long as it uses the entry. The kernel ends both with the process, however that ends, so a dead builder's
-leftovers are known by a lock that is free. (With one file for both, who waits for the builder would wait for the
-readers too.) Whoever holds the builder's lock sets its modification time again and again while its work moves, and who
-waits for the lock takes each such change for progress of its own: see `pipeline.watchdog`.
+An entry is a folder named by its key. It is filled under a temporary name and then renamed, so it is complete or
+absent. It contains two lock files: its builder holds one exclusively, each reader holds the other shared while it uses
+the entry. The kernel releases locks when a process ends for any reason, so a temporary folder whose lock is free was
+abandoned. (With one file for both, a process waiting for the builder would also wait for the readers.) The process that
+holds the builder's lock updates its modification time while it makes progress, and processes that wait for the lock
+count each update as their own progress: see `pipeline.watchdog`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pipeline.watchdog import blocking_on, listening_to_progress, note_progress
 from pipeline.watchdog.progress import get_progress_listeners
 
 WHERE = "data.cache.folder"
-FIX = "--set data.cache.folder=DIR names another"
+FIX = "choose another folder with --set data.cache.folder=DIR"
 
 READERS_LOCK = ".readers"
 BUILDER_LOCK = ".builder"
@@ -44,61 +44,62 @@ REMOVED_PREFIX = ".removed-"
 NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 MAX_PAUSE_S = 0.25
-"""Between two looks at a lock that another process holds, or at a file that grows."""
+"""Between two checks of a lock that another process holds, or of a folder that grows."""
 
 LOCK_PROGRESS_INTERVAL_S = 0.1
-"""Between two signs of progress to those who wait."""
+"""Minimum interval between two progress marks for waiting processes."""
 
 SYNC_BYTES = 64 << 20
-"""What is written to the disk at once at the end: each such piece is progress."""
+"""Bytes that are synced to disk at once; each such block counts as progress."""
 
 
 class CacheEntry:
-    """An entry that is in use: it stays as long as this object or an array that it has mapped, or a view of one.
+    """An entry that is in use: it is not deleted while this object, an array mapped by it, or a view of one exists.
 
     folder: where its files are.
     """
 
     def __init__(self, folder: Path, descriptor: int) -> None:
-        """descriptor: of the readers' lock, which is held."""
+        """descriptor: of the readers' lock file, which is locked."""
         self.folder = folder
         weakref.finalize(self, os.close, descriptor)
 
     def map_array(self, name: str) -> np.ndarray:
-        """An array of the entry in `.npy` format, memory-mapped."""
+        """Return an array of the entry in `.npy` format, memory-mapped."""
         array: np.ndarray = np.load(self.folder / name, mmap_mode="r")
-        weakref.finalize(array.base, _release, self)  # the map itself, which all views of the array keep
+        weakref.finalize(array.base, _release, self)  # the map, to which all views of the array refer
         return array
 
 
 def _release(entry: CacheEntry) -> None:
-    """Until it is called, a finalizer refers to the entry."""
+    """Do nothing: a finalizer with this function keeps a reference to the entry until it is called."""
 
 
 def has_room_for(cache: CacheConfig, size_bytes: int) -> bool:
-    """Whether an entry of so many bytes may be kept: within `max_gb`, and on the disk once older ones are gone."""
+    """Return whether an entry of this size fits: in `max_gb`, and on the disk after older entries are deleted."""
     folder = Path(cache.folder).expanduser().absolute()
-    present = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    return size_bytes <= min(_max_bytes(cache), shutil.disk_usage(present).free + _folder_bytes(folder))
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return size_bytes <= min(_max_bytes(cache), shutil.disk_usage(existing).free + _folder_bytes(folder))
 
 
 def get_or_build(cache: CacheConfig, key: str, build: Callable[[Path], None], *, size_bytes: int) -> CacheEntry:
-    """An entry, complete.
+    """Return a complete entry; build it first if it is absent.
 
-    Where it is absent, one process builds it while others that want it wait; if the builder dies, the next one builds.
-    Before that, entries that nobody uses are deleted, those not used for longest first, until `size` more bytes stay
-    within `max_gb`.
+    One process builds it while others that need it wait; if the builder ends without completing it, the next one
+    builds. Before that, unused entries are deleted, the least recently used first, until `size_bytes` more bytes fit in
+    `max_gb`.
 
     Parameters
     ----------
-    key: names the content, such as a digest in hex.
-    build: fills the empty folder that it is given, and notes its progress. What it raises leaves no entry behind and
-        is passed on.
-    size: bytes that the entry will take at most.
+    key: identifies the content, such as a digest in hex.
+    build: fills the empty folder that it receives, and notes its progress. If it raises, no entry is left, and the
+        exception is passed on.
+    size_bytes: upper bound of the entry's size.
 
     Raises
     ------
-    DataError: `size` is beyond `max_gb`, alone or beside what is in use; the folder cannot be written or is full.
+    DataError: `size_bytes` exceeds `max_gb`, alone or together with what is in use; or the folder cannot be written or
+        is full.
     """
     folder = Path(cache.folder).expanduser().absolute()
     path = folder / key
@@ -106,7 +107,7 @@ def get_or_build(cache: CacheConfig, key: str, build: Callable[[Path], None], *,
         raise DataError(
             f"the decoded data takes {_format_gb(size_bytes)}, but max_gb allows {_format_gb(_max_bytes(cache))}",
             where="data.cache.max_gb",
-            fix=f"--set data.cache.max_gb={-(-size_bytes // 10**9)}, on a disk with that much room",
+            fix=f"--set data.cache.max_gb={-(-size_bytes // 10**9)}, on a disk with enough space",
         )
     with _cache_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,17 +124,17 @@ def get_or_build(cache: CacheConfig, key: str, build: Callable[[Path], None], *,
 def _build_entry(
     cache: CacheConfig, entry: Path, build: Callable[[Path], None], size_bytes: int, lock: IO[str]
 ) -> None:
-    """Fill the temporary folder, whose lock is held, and put it in place."""
+    """Fill the temporary folder, whose lock is held, and rename it to the entry."""
     note_progress()
     folder, temporary = entry.parent, entry.with_name(f"{BUILDING_PREFIX}{entry.name}")
-    _empty_folder(temporary)  # a dead builder's
+    _empty_folder(temporary)  # files of an earlier builder that did not complete
     try:
         _reserve(cache, folder, size_bytes, lock)
         build(temporary)
         (temporary / READERS_LOCK).touch()
         _sync_folder(temporary)
         if entry.exists():
-            _remove_folder(entry)  # without a lock it is no entry, but in the way
+            _remove_folder(entry)  # without a lock file it is not an entry, but blocks the name
         temporary.rename(entry)
     except BaseException:
         with suppress(OSError):
@@ -143,11 +144,11 @@ def _build_entry(
 
 @contextmanager
 def scratch_folder(cache: CacheConfig, size_bytes: int) -> Iterator[Path]:
-    """A folder for temporary files of `size` bytes in all, which counts as part of the cache while it is there.
+    """Provide a folder for temporary files of `size_bytes` in total; while it exists, it counts as part of the cache.
 
     Raises
     ------
-    DataError: as in `cached`.
+    DataError: as in `get_or_build`.
     """
     with _locked_temporary(cache, secrets.token_hex(8)) as (temporary, lock):
         with _cache_errors(temporary.parent):
@@ -157,7 +158,7 @@ def scratch_folder(cache: CacheConfig, size_bytes: int) -> Iterator[Path]:
 
 @contextmanager
 def exclusive_lock(cache: CacheConfig, key: str) -> Iterator[None]:
-    """While entered, no other process is in here with the same key. Who waits sees the progress that is noted.
+    """Hold a lock that no other process holds with the same key. Waiting processes receive the progress noted inside.
 
     Raises
     ------
@@ -169,7 +170,7 @@ def exclusive_lock(cache: CacheConfig, key: str) -> Iterator[None]:
 
 @contextmanager
 def _locked_temporary(cache: CacheConfig, name: str) -> Iterator[tuple[Path, IO[str]]]:
-    """The path of a temporary folder, which nobody else uses, and its lock. What is written there is removed."""
+    """Provide the path of a temporary folder that no other process uses, and its lock. It is deleted at the end."""
     folder = Path(cache.folder).expanduser().absolute()
     temporary = folder / f"{BUILDING_PREFIX}{name}"
     with _cache_errors(folder):
@@ -186,7 +187,7 @@ def _locked_temporary(cache: CacheConfig, name: str) -> Iterator[tuple[Path, IO[
 
 @blocking_on("cache")
 def acquire_lock(lock: IO[Any]) -> None:
-    """Lock a file exclusively. While another process holds the lock, its signs of progress count as this thread's."""
+    """Lock a file exclusively. While another process holds the lock, its progress counts as this thread's."""
     last_mtime_ns, pause_s = -1, 1e-3
     while True:
         with suppress(BlockingIOError):
@@ -202,22 +203,21 @@ def acquire_lock(lock: IO[Any]) -> None:
 
 @contextmanager
 def track_folder_growth(folder: Path, lock: IO[Any] | None = None) -> Iterator[None]:
-    """While entered, what is added to the files in a folder counts as progress of this thread: for calls of libraries
-    that take long and say nothing.
+    """Count changes of a folder's size as progress of this thread: for long library calls that report no progress.
 
     Parameters
     ----------
-    lock: one that is held; who waits for it sees the progress too.
+    lock: a lock that is held; processes that wait for it receive the progress too.
     """
     listeners = (*get_progress_listeners(), *([_make_progress_marker(lock)] if lock is not None else []))
     stopped = threading.Event()
 
     def watch() -> None:
-        seen = -1
+        last_size = -1
         while not stopped.wait(MAX_PAUSE_S):
             size = _folder_bytes(folder)
-            if size != seen:
-                seen = size
+            if size != last_size:
+                last_size = size
                 for listener in listeners:
                     listener()
 
@@ -231,17 +231,17 @@ def track_folder_growth(folder: Path, lock: IO[Any] | None = None) -> Iterator[N
 
 
 def _reserve(cache: CacheConfig, folder: Path, size_bytes: int, lock: IO[str]) -> None:
-    """Make room for what is about to be put beside a lock that is held."""
+    """Reserve space for the temporary folder whose lock is held."""
     lock.truncate(0)
-    with (folder / SPACE_LOCK).open("a") as room:
-        acquire_lock(room)
+    with (folder / SPACE_LOCK).open("a") as space_lock:
+        acquire_lock(space_lock)
         _make_room(cache, folder, size_bytes)
-        lock.write(str(size_bytes))  # counts as taken from now on
+        lock.write(str(size_bytes))  # counts as used from now on
         lock.flush()
 
 
 def _open_entry(path: Path) -> CacheEntry | None:
-    """The entry, held shared; None if it is not there."""
+    """Return the entry, locked shared; None if it is absent."""
     try:
         descriptor = os.open(path / READERS_LOCK, os.O_RDWR)
     except (FileNotFoundError, NotADirectoryError):
@@ -255,7 +255,7 @@ def _open_entry(path: Path) -> CacheEntry | None:
 
 
 def _lock_folder(temporary: Path) -> IO[str] | None:
-    """The temporary folder's lock, waited for; None if the folder went away or into its place meanwhile."""
+    """Wait for the temporary folder's lock and return it; None if the folder was deleted or renamed meanwhile."""
     temporary.mkdir(exist_ok=True)
     try:
         lock = (temporary / BUILDER_LOCK).open("a+")
@@ -269,38 +269,39 @@ def _lock_folder(temporary: Path) -> IO[str] | None:
 
 
 def _make_progress_marker(lock: IO[Any]) -> Callable[[], None]:
-    """Takes progress, and shows it to those who wait for the lock."""
-    last_shown_s = 0.0
+    """Return a progress listener that makes progress visible to processes waiting for the lock."""
+    last_marked_s = 0.0
 
-    def sign() -> None:
-        nonlocal last_shown_s
-        if time.monotonic() - last_shown_s >= LOCK_PROGRESS_INTERVAL_S:
-            last_shown_s = time.monotonic()
-            with suppress(OSError, ValueError):  # closed: the last sign of a thread that saw it from outside
+    def mark() -> None:
+        nonlocal last_marked_s
+        if time.monotonic() - last_marked_s >= LOCK_PROGRESS_INTERVAL_S:
+            last_marked_s = time.monotonic()
+            with suppress(OSError, ValueError):  # closed: another thread may call this once more after the end
                 os.utime(lock.fileno())
 
-    return sign
+    return mark
 
 
 def _make_room(cache: CacheConfig, folder: Path, size_bytes: int) -> None:
-    """Delete leftovers, and the entries not used for longest, until `size` bytes fit."""
-    excess, short = _evict(cache, folder, size_bytes)
-    if excess > 0 or short > 0:  # what is no longer used may still be held by objects that refer to each other
+    """Delete abandoned folders, and the least recently used entries, until `size_bytes` more fit."""
+    excess_bytes, missing_bytes = _evict(cache, folder, size_bytes)
+    if excess_bytes > 0 or missing_bytes > 0:  # unused entries may still be locked by objects in reference cycles
         gc.collect()
-        excess, short = _evict(cache, folder, size_bytes)
-    if excess > 0:
+        excess_bytes, missing_bytes = _evict(cache, folder, size_bytes)
+    if excess_bytes > 0:
         raise DataError(
-            f"{_format_gb(size_bytes)} more would pass max_gb, {_format_gb(_max_bytes(cache))}: the rest is in use",
+            f"{_format_gb(size_bytes)} more would exceed max_gb, {_format_gb(_max_bytes(cache))}: the rest is in use",
             where="data.cache.max_gb",
-            fix="raise it, or wait until whatever uses it ends",
+            fix="raise it, or wait until the processes that use the cache end",
         )
-    if short > 0:
-        raise DataError(f"the disk of {folder} is full: {_format_gb(short)} more are needed", where=WHERE, fix=FIX)
+    if missing_bytes > 0:
+        raise DataError(
+            f"the disk of {folder} is full: {_format_gb(missing_bytes)} more are needed", where=WHERE, fix=FIX
+        )
 
 
 def _evict(cache: CacheConfig, folder: Path, size_bytes: int) -> tuple[int, int]:
-    """Delete what may be deleted and must be; returns how many bytes too many there are still, by `max_gb` and on the
-    disk."""
+    """Delete as many unused folders as necessary; return by how many bytes `max_gb` and the disk are still exceeded."""
     entries: dict[Path, int] = {}
     building_bytes = 0
     for path in list(folder.iterdir()):
@@ -315,7 +316,7 @@ def _evict(cache: CacheConfig, folder: Path, size_bytes: int) -> tuple[int, int]
             entries[path] = _folder_bytes(path)
     excess_bytes = sum(entries.values()) + building_bytes + size_bytes - _max_bytes(cache)
     missing_bytes = size_bytes - shutil.disk_usage(folder).free
-    for path in sorted(entries, key=lambda place: place.stat().st_mtime):
+    for path in sorted(entries, key=lambda entry: entry.stat().st_mtime):
         if excess_bytes <= 0 and missing_bytes <= 0:
             break
         if _remove_if_unlocked(path, READERS_LOCK):
@@ -326,7 +327,7 @@ def _evict(cache: CacheConfig, folder: Path, size_bytes: int) -> tuple[int, int]
 
 
 def _remove_if_unlocked(folder: Path, name: str) -> bool:
-    """Delete a folder whose lock of this name no process holds."""
+    """Delete a folder if no process holds its lock file of this name; return whether it was deleted."""
     try:
         with (folder / name).open("a+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -339,14 +340,14 @@ def _remove_if_unlocked(folder: Path, name: str) -> bool:
 
 
 def _remove_folder(folder: Path) -> None:
-    """Take it out of sight in one step, then delete it."""
+    """Rename a folder, which is atomic, then delete it."""
     removed = folder.with_name(REMOVED_PREFIX + secrets.token_hex(8))
     folder.rename(removed)
     shutil.rmtree(removed, ignore_errors=True)
 
 
 def _empty_folder(folder: Path) -> None:
-    """Delete all but the lock that is held."""
+    """Delete everything in a folder but the builder's lock file, which is locked."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
@@ -355,7 +356,7 @@ def _empty_folder(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the disk hold the content before its final name."""
+    """Sync a folder and its files to disk, so that the content is there before the final name."""
     for parent, _, names in os.walk(folder):
         for path in (*(Path(parent) / name for name in names), Path(parent)):
             if path.is_file():
@@ -368,7 +369,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _write_back(path: Path) -> None:
-    """Have the disk hold a file's bytes, piece by piece: all at once may take minutes without any progress."""
+    """Sync a large file to disk in blocks: all at once may take minutes without any progress."""
     size = path.stat().st_size
     if size <= SYNC_BYTES:
         return
@@ -404,7 +405,7 @@ def _format_gb(size: int) -> str:
 
 @contextmanager
 def _cache_errors(folder: Path) -> Iterator[None]:
-    """Errors of the cache's own files as errors of its field; those of what is being decoded are not touched."""
+    """Translate errors of the cache's files to errors of `data.cache`; errors of the decoded data pass unchanged."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Arrays as tensors: where they lie (here, or resident on a GPU), and how they get to the device."""
+"""Arrays as tensors, in host memory or resident on a GPU, and their transfer to the device."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch import Tensor
 from pipeline.data.dataset import DatasetPart
 
 MAX_RESIDENT_FRACTION = 0.25
-"""A split that takes up to this share of a GPU's free memory lies there for the whole run."""
+"""A split that takes up to this fraction of a GPU's free memory is kept there for the whole run."""
 
 COPY_BLOCK_BYTES = 64 << 20
-"""What is copied to a GPU at once, so that a split that lies there never lies in this machine's memory as a whole."""
+"""Bytes that are copied to a GPU at once, so that a split that is resident there is never in host memory as a whole."""
 
 TensorPair = tuple[Tensor, Tensor]
 
 
 class LazyArray(Protocol):
-    """Rows that are made when they are asked for: what a loader takes in place of an array of inputs."""
+    """Rows that are computed when they are indexed: loaders accept it in place of an array of inputs."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -38,15 +38,15 @@ class LazyArray(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, rows: np.ndarray | slice) -> np.ndarray:
-        """Some rows, as indexing an array would give them."""
+        """Return some rows, as indexing an array would."""
 
 
 @dataclass(frozen=True, eq=False)
 class DatasetTensors:
-    """What a loader gathers from.
+    """The tensors that a loader gathers batches from.
 
     inputs: raw samples (N, ...), uint8 or floating. targets: (N,) or (N, T).
-    rows: positions of the loader's rows in both, int64 (n,), in this machine's memory.
+    indices: positions of the loader's rows in both, int64 (n,), in host memory.
     """
 
     inputs: Tensor | LazyArray
@@ -59,22 +59,22 @@ class DatasetTensors:
 
     @property
     def sample_bytes(self) -> int:
-        """Size of a sample and its target."""
+        """Size of a sample and its target, in bytes."""
         return sum(math.prod(values.shape[1:]) * values.dtype.itemsize for values in (self.inputs, self.targets))
 
     def slice_rows(self, first: int, end: int) -> TensorPair:
-        """Consecutive rows, first to end; views where there is something to view."""
+        """Return consecutive rows, first to end; views, unless inputs are a `LazyArray`."""
         inputs = self.inputs[first:end]
         return inputs if isinstance(inputs, Tensor) else torch.from_numpy(inputs), self.targets[first:end]
 
 
 def to_tensors(dataset_part: DatasetPart, indices: np.ndarray, device: torch.device) -> DatasetTensors:
-    """Views of the arrays; or, on a GPU with room for it, a copy of the rows alone that stays there.
+    """Return views of the arrays; or, on a GPU with enough free memory, a resident copy of the given rows only.
 
-    Rows that are made on demand are made anew each time.
+    Rows of a `LazyArray` are computed again each time they are read.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nothing here writes to it
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # the tensors are only read
         inputs = (
             torch.from_numpy(dataset_part.inputs)
             if isinstance(dataset_part.inputs, np.ndarray)
@@ -93,7 +93,7 @@ def to_tensors(dataset_part: DatasetPart, indices: np.ndarray, device: torch.dev
 
 
 def _copy_to_device_in_blocks(values: Tensor, indices: np.ndarray, device: torch.device) -> Tensor:
-    """Some rows on a GPU, copied a block at a time."""
+    """Copy some rows to a GPU, a block at a time."""
     resident = torch.empty((len(indices), *values.shape[1:]), dtype=values.dtype, device=device)
     size = max(1, COPY_BLOCK_BYTES // max(1, math.prod(values.shape[1:]) * values.itemsize))
     for block, block_indices in zip(resident.split(size), torch.from_numpy(indices).split(size), strict=True):
@@ -102,7 +102,7 @@ def _copy_to_device_in_blocks(values: Tensor, indices: np.ndarray, device: torch
 
 
 def prefetch_to_device(pairs: Iterator[TensorPair], device: torch.device) -> Iterator[TensorPair]:
-    """Pairs of tensors on the device, in order; on CUDA each is under way while the one before it is worked on."""
+    """Yield the pairs of tensors on the device, in order; on CUDA each is copied while the one before it is in use."""
     if device.type == "cpu":
         return pairs
     if device.type == "cuda":
@@ -111,20 +111,20 @@ def prefetch_to_device(pairs: Iterator[TensorPair], device: torch.device) -> Ite
 
 
 def _double_buffer(pairs: Iterator[TensorPair], device: torch.device) -> Iterator[TensorPair]:
-    """Copies run on a stream of their own; the stream that computes waits for its batch alone, the host for none."""
-    copies = torch.cuda.Stream(device)
+    """Copies run on a separate stream. The computing stream waits only for its batch; the host does not wait."""
+    copy_stream = torch.cuda.Stream(device)
 
     def start(pair: TensorPair) -> tuple[TensorPair, torch.cuda.Event]:
-        with torch.cuda.stream(copies):
+        with torch.cuda.stream(copy_stream):
             inputs, targets = (tensor.to(device, non_blocking=True) for tensor in pair)
-        return (inputs, targets), copies.record_event()
+        return (inputs, targets), copy_stream.record_event()
 
     def finish(started: tuple[TensorPair, torch.cuda.Event]) -> TensorPair:
-        pair, arrived = started
-        computing = torch.cuda.current_stream(device)
-        computing.wait_event(arrived)
+        pair, copied = started
+        compute_stream = torch.cuda.current_stream(device)
+        compute_stream.wait_event(copied)
         for tensor in pair:
-            tensor.record_stream(computing)  # else its memory could be given to the next copy too early
+            tensor.record_stream(compute_stream)  # else its memory could be given to the next copy too early
         return pair
 
     pending: tuple[TensorPair, torch.cuda.Event] | None = None
@@ -138,9 +138,10 @@ def _double_buffer(pairs: Iterator[TensorPair], device: torch.device) -> Iterato
 
 
 def index_rows(tensors: DatasetTensors, indices: Tensor, pin: bool) -> TensorPair:
-    """Inputs and targets of some rows, (b, ...) each, where the tensors lie.
+    """Return inputs and targets of some rows, (b, ...) each, on the tensors' device.
 
-    rows: int64 (b,), on the tensors' device. pin: into page-locked memory, which a GPU can copy from by itself.
+    indices: int64 (b,), on the tensors' device. pin: whether to return page-locked memory, from which a GPU copies
+    without the host.
     """
     if not isinstance(tensors.inputs, Tensor):
         inputs = torch.from_numpy(tensors.inputs[indices.numpy()])

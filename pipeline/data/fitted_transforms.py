@@ -1,4 +1,4 @@
-"""All that is fitted on the training split, as one value: what every checkpoint stores beside the weights."""
+"""Everything that is fitted on the training split, in one object, which every checkpoint stores beside the weights."""
 
 from __future__ import annotations
 
@@ -27,12 +27,11 @@ from pipeline.errors import DataError
 
 @dataclass(frozen=True)
 class FittedTransforms:
-    """How raw samples and raw targets become what a model takes and learns.
+    """The transforms of inputs and targets, and statistics of the training targets.
 
-    preprocess: of the samples. labels: of the targets.
     class_counts: rows of each class in training; empty for a regression.
-    means, spreads: the mean and standard deviation of each column of prepared targets in training; empty unless a
-        regression, and without spreads where an earlier version fitted.
+    target_mean, target_std: of each column of transformed targets in training; empty unless a regression. An earlier
+        version stored no standard deviations.
     """
 
     input_transform: InputTransform
@@ -43,13 +42,13 @@ class FittedTransforms:
 
     @property
     def num_outputs(self) -> int:
-        """Numbers that the model gives for a sample."""
+        """Number of the model's outputs per sample."""
         return {"multiclass": len(self.target_transform.classes), "binary": 1}.get(
             self.target_transform.kind, len(self.target_mean)
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, the content of `preprocess.json`; `from_json` gives the same object back."""
+        """Return plain values, the content of `preprocess.json`; `from_json` restores the same object from them."""
         return {
             "version": VERSION,
             "inputs": self.input_transform.to_json(),
@@ -61,11 +60,11 @@ class FittedTransforms:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> FittedTransforms:
-        """What `to_json` gave.
+        """Restore an object from the values that `to_json` returned.
 
         Raises
         ------
-        DataError: written by another version, or damaged.
+        DataError: the values were written by another version, or are damaged.
         """
         with check_stored_values(values):
             return cls(
@@ -78,7 +77,7 @@ class FittedTransforms:
 
 
 def check_layout(fitted: FittedTransforms, dataset: Dataset) -> None:
-    """Whether other data can stand in for what was fitted on.
+    """Check that other data has the layout of the training data.
 
     Raises
     ------
@@ -94,62 +93,60 @@ def check_layout(fitted: FittedTransforms, dataset: Dataset) -> None:
                 for name in differ
             ]
             raise DataError(
-                f"columns are not as they were in training: {'; '.join(differences[:5])}",
+                f"the columns differ from those in training: {'; '.join(differences[:5])}",
                 where="--data",
                 fix=f"the model takes {', '.join(expected)}",
             )
     else:
-        inputs, preprocess = dataset.train.inputs, fitted.input_transform
-        if tuple(inputs.shape[1:]) != preprocess.sample_shape or inputs.dtype.name != preprocess.dtype:
+        inputs, transform = dataset.train.inputs, fitted.input_transform
+        if tuple(inputs.shape[1:]) != transform.sample_shape or inputs.dtype.name != transform.dtype:
             raise DataError(
                 f"samples are {inputs.dtype} of shape {tuple(inputs.shape[1:])}, but the model was trained on "
-                f"{preprocess.dtype} of shape {preprocess.sample_shape}",
+                f"{transform.dtype} of shape {transform.sample_shape}",
                 where="--data",
-                fix="give data of the same shape",
+                fix="use data of the same type and shape",
             )
 
 
 def _describe_column(column: tuple[str, int] | None) -> str:
     if column is None:
-        return "is not there"
+        return "is missing"
     kind, width = column
-    return "holds text or levels" if kind == "category" else f"holds {width} numbers" if width > 1 else "holds numbers"
+    if kind == "category":
+        return "holds text or categories"
+    return f"holds {width} numbers" if width > 1 else "holds numbers"
 
 
 def find_rounded_columns(job: JobConfig, dataset: Dataset, fitted: FittedTransforms) -> list[str]:
-    """Columns of the source's inputs that lost digits which matter beside the spread of their training rows.
+    """Return the input columns whose rounding errors matter, compared with their standard deviation in training.
 
-    None where inputs are learned from as they are: the arithmetic holds no more digits than it does.
+    Returns none if inputs are not normalized: float64 would be rounded to the type of the computation anyway.
     """
-    preprocess, rounding = fitted.input_transform, dataset.rounding_errors
+    transform, rounding = fitted.input_transform, dataset.rounding_errors
     if rounding is None or job.data.normalize == "none":
         return []
-    if isinstance(preprocess, ArrayTransform):
-        coarse = is_too_coarse(rounding, np.array(preprocess.std)) if preprocess.kind == "scaled" else np.array([])
-        return [f"number {place}" for place in np.flatnonzero(coarse)]
-    coarse = is_too_coarse(rounding[numeric_columns_of(preprocess.schema)], np.array(preprocess.std))
-    names = [
-        column.name for column in preprocess.schema.columns if column.kind == "number" for _ in range(column.width)
-    ]
+    if isinstance(transform, ArrayTransform):
+        coarse = is_too_coarse(rounding, np.array(transform.std)) if transform.kind == "scaled" else np.array([])
+        return [f"number {index}" for index in np.flatnonzero(coarse)]
+    coarse = is_too_coarse(rounding[numeric_columns_of(transform.schema)], np.array(transform.std))
+    names = [column.name for column in transform.schema.columns if column.kind == "number" for _ in range(column.width)]
     return list(dict.fromkeys(name for name, is_coarse in zip(names, coarse, strict=True) if is_coarse))
 
 
 def fit_transforms(job: JobConfig, dataset: Dataset, splits: Mapping[str, SplitIndices]) -> FittedTransforms:
-    """Fit what the job asks for on the training split; no other row changes the result.
+    """Fit what the job asks for on the training split; the result depends on no other row.
 
     Raises
     ------
     DataError: samples or targets that do not fit the job.
     """
     indices = splits["train"].indices
-    labels = fit_target_transform(job, dataset, splits)
-    preprocess = fit_input_transform(job, dataset, indices)
-    prepared_targets = labels.transform(dataset.train.targets, dataset.label_names, np.float64, indices=indices)[
-        indices
-    ]
-    if labels.kind == "regression":
-        means, spreads = (values.tolist() for values in (prepared_targets.mean(0), prepared_targets.std(0)))
-        return FittedTransforms(preprocess, labels, target_mean=tuple(means), target_std=tuple(spreads))
-    return FittedTransforms(
-        preprocess, labels, class_counts=tuple(count_classes(prepared_targets, len(labels.classes)))
-    )
+    target_transform = fit_target_transform(job, dataset, splits)
+    input_transform = fit_input_transform(job, dataset, indices)
+    all_targets = target_transform.transform(dataset.train.targets, dataset.label_names, np.float64, indices=indices)
+    targets = all_targets[indices]
+    if target_transform.kind == "regression":
+        mean, std = targets.mean(0).tolist(), targets.std(0).tolist()
+        return FittedTransforms(input_transform, target_transform, target_mean=tuple(mean), target_std=tuple(std))
+    class_counts = tuple(count_classes(targets, len(target_transform.classes)))
+    return FittedTransforms(input_transform, target_transform, class_counts=class_counts)

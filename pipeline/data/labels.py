@@ -1,4 +1,4 @@
-"""Raw labels, as a source gives them: whole numbers, or positions among names."""
+"""Raw labels, as a data source returns them: integers, or positions in the list of label names."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from pipeline.errors import DataError
 
 WHERE = "targets"
 
-MOST_NAMED = 10
-"""Labels that a message names."""
+MAX_LISTED_LABELS = 10
+"""Labels that a message lists."""
 
 
 def to_integer_labels(targets: np.ndarray, kind: str, where: str = WHERE) -> np.ndarray:
-    """Labels as int64 (N,), for a task of this kind.
+    """Return labels as int64 (N,), for a task of this kind.
 
     Raises
     ------
-    DataError: more than one a row, or numbers that are not whole.
+    DataError: more than one label per row, or numbers that are not integers.
     """
     if targets.ndim == 2 and targets.shape[1] == 1:
         targets = targets[:, 0]
     if targets.ndim != 1:
         raise DataError(
-            f"{kind} needs one label a row, but targets have the shape {targets.shape}",
+            f"{kind} needs one label per row, but targets have the shape {targets.shape}",
             where=where,
             fix="return labels as (N,), or use task: regression",
         )
     if targets.dtype.kind == "f":
         raise_if_wrong(
-            targets, targets != np.floor(targets), "no whole number", "use labels, or task: regression", where
+            targets, targets != np.floor(targets), "not a whole number", "use labels, or task: regression", where
         )
     return targets.astype(np.int64, copy=False)
 
 
 def positive_mask(labels: np.ndarray, label_names: Sequence[str], positive: Sequence[int | str]) -> np.ndarray:
-    """Which labels count as 1, bool (N,). Where labels have names, so are those in `positive`."""
+    """Return which labels count as 1, bool (N,). If labels have names, `positive` lists names."""
     if label_names:
         positive_names = {str(label) for label in positive}
         return np.isin(labels, [number for number, name in enumerate(label_names) if name in positive_names])
@@ -47,7 +47,7 @@ def positive_mask(labels: np.ndarray, label_names: Sequence[str], positive: Sequ
 
 
 def stratification_labels(dataset: Dataset, task: TaskConfig) -> np.ndarray:
-    """Numbers that tell the classes of the training part apart, int64 (N,), before any class is fitted."""
+    """Return a number per class for each row of the training part, int64 (N,), before any class is fitted."""
     labels = to_integer_labels(dataset.train.targets, task.kind)
     if task.positive is None:
         return labels
@@ -55,7 +55,7 @@ def stratification_labels(dataset: Dataset, task: TaskConfig) -> np.ndarray:
 
 
 def raise_if_wrong(values: np.ndarray, wrong: np.ndarray, what: str, fix: str, where: str = WHERE) -> None:
-    """Raise DataError where any value (N,) is wrong (N,), with the first of them and their number."""
+    """Raise DataError if any of the values (N,) is marked in `wrong`, bool (N,), with the first one and their count."""
     count = int(wrong.sum())
     if count:
         first = int(np.argmax(wrong))
@@ -65,5 +65,5 @@ def raise_if_wrong(values: np.ndarray, wrong: np.ndarray, what: str, fix: str, w
 
 
 def sample_repr(values: Sequence[object] | np.ndarray) -> str:
-    """The first of them, in words."""
-    return ", ".join(map(str, values[:MOST_NAMED])) + (", ..." if len(values) > MOST_NAMED else "")
+    """Return the first `MAX_LISTED_LABELS` values as text."""
+    return ", ".join(map(str, values[:MAX_LISTED_LABELS])) + (", ..." if len(values) > MAX_LISTED_LABELS else "")

@@ -1,6 +1,7 @@
-"""A rank's share of each global batch, gathered from where the data lies, here or by loader processes.
+"""Loaders: a rank's samples as batches on the device.
 
-Loaders: a rank's samples as batches on the device, in training order or in the order of a split.
+`TrainLoader` yields the rank's share of each global batch in training order, `EvalLoader` its share of a split in the
+order of the split. Samples are gathered in this process or by loader processes.
 """
 
 from __future__ import annotations
@@ -31,83 +32,7 @@ from pipeline.data.loader_workers import map_in_processes
 from pipeline.data.sampler import GlobalBatchSampler, rank_slice
 
 FETCH_BYTES = 1 << 20
-"""What a loader process hands over at once, in whole steps: each hand-over takes it and the worker about 2 ms."""
-
-
-class RankBatches:
-    """A rank's share of each global batch, by step; with mixup, and the partners that the share takes.
-
-    mixing: the seed of the stream "augment" where samples are mixed, else None.
-    """
-
-    def __init__(
-        self,
-        tensors: DatasetTensors,
-        sampler: GlobalBatchSampler,
-        rank: int,
-        world_size: int,
-        *,
-        pin: bool,
-        mixup_seed: int | None = None,
-    ) -> None:
-        self._tensors, self._sampler = tensors, sampler
-        self._rank, self._world_size = rank, world_size
-        self._pin, self._mixup_seed = pin, mixup_seed
-        self._epoch_indices: tuple[int, Tensor] = (0, torch.empty(0, dtype=torch.int64))
-
-    def bounds(self, step: int) -> tuple[int, int, slice]:
-        """First and end of a step's global batch in its epoch's order, and this rank's part of the batch."""
-        first, end = self._sampler.bounds(self._sampler.epoch_and_position(step)[1])
-        return first, end, rank_slice(end - first, self._rank, self._world_size)
-
-    def step_bytes(self) -> int:
-        """Size of this rank's share of a full batch."""
-        return self._tensors.sample_bytes * -(-self._sampler.batch_size // self._world_size)
-
-    def positions(self, step: int) -> np.ndarray:
-        """Which samples of the global batch this rank takes, its own first: int64 (b + e,)."""
-        first, end, local_slice = self.bounds(step)
-        if self._mixup_seed is None:
-            return np.arange(local_slice.start, local_slice.stop, dtype=np.int64)
-        return required_positions(self._mixup_seed, step, end - first, local_slice)
-
-    def num_samples(self, step: int) -> int:
-        """How many samples this rank takes."""
-        _, _, mine = self.bounds(step)
-        return mine.stop - mine.start if self._mixup_seed is None else len(self.positions(step))
-
-    def row_indices(self, step: int) -> Tensor:
-        """Where the samples that this rank takes lie in the tensors: int64 (b + e,), on their device."""
-        epoch, _ = self._sampler.epoch_and_position(step)
-        if self._epoch_indices[0] != epoch:
-            rows = torch.from_numpy(self._tensors.indices[self._sampler.epoch_permutation(epoch)])
-            self._epoch_indices = (epoch, rows.to(self._tensors.device))
-        first, _, mine = self.bounds(step)
-        if self._mixup_seed is None:
-            return self._epoch_indices[1][first + mine.start : first + mine.stop]
-        return self._epoch_indices[1][
-            copy_to_device_async(torch.from_numpy(first + self.positions(step)), self._tensors.device)
-        ]
-
-    def gather(self, rows: Tensor) -> TensorPair:
-        return index_rows(self._tensors, rows, self._pin)
-
-
-def fetch_batches(rank_batches: RankBatches, steps: range, num_processes: int, pin: bool) -> Generator[TensorPair]:
-    """Batches from loader processes, which live as long as this generator; several steps come in one piece."""
-    step_bytes = rank_batches.step_bytes()
-    stride = max(1, min(FETCH_BYTES // max(step_bytes, 1), len(steps) // num_processes))
-    step_ranges = [steps[first : first + stride] for first in range(0, len(steps), stride)]
-
-    def fetch(piece: range) -> TensorPair:
-        return rank_batches.gather(torch.cat([rank_batches.row_indices(step) for step in piece]))
-
-    for step_range, (inputs, targets) in zip(
-        step_ranges, map_in_processes(fetch, step_ranges, num_processes, pin), strict=True
-    ):
-        sizes = [rank_batches.num_samples(step) for step in step_range]
-        yield from zip(inputs.split(sizes), targets.split(sizes), strict=True)
-
+"""What a loader process returns at once, in whole steps: each transfer costs it and the worker about 2 ms."""
 
 PinMemory = Literal["auto"] | bool
 
@@ -116,7 +41,7 @@ PinMemory = Literal["auto"] | bool
 class Batch:
     """One rank's share of a global batch, on the device.
 
-    inputs: raw samples (b, ...), augmented where the job says so. targets: (b,) or (b, T); where labels were mixed,
+    inputs: raw samples (b, ...), augmented if the job asks for it. targets: (b,) or (b, T); if labels are mixed,
     probabilities of the classes (b, C). Both may be empty.
     """
 
@@ -126,25 +51,25 @@ class Batch:
 
 
 class TrainLoader:
-    """This rank's shares of the global batches of steps `first_step` to `last_step`, both included.
+    """Iterate over this rank's shares of the global batches of steps `first_step` to `last_step`, both included.
 
-    What comes out is the same for any number of loader processes, and the ranks' shares of a step, one after another,
-    are its global batch for any world size. Can be iterated more than once; each time from `first_step`.
+    The batches are the same for any number of loader processes. For any world size, the ranks' shares of a step, in the
+    order of ranks, are its global batch. Can be iterated more than once; each time from `first_step`.
 
     Parameters
     ----------
-    arrays: the part in which the training split lies, with prepared targets.
-    rows: the training split within it, int64 (n,).
-    batches: the order of positions within `rows`; `batches.rows` is n.
-    loader: the job's `data.loader`. Processes are of no use to data that is resident on a GPU, and not started.
-    device: where batches come out.
-    augment: the job's `data.augment`.
+    dataset_part: the part that contains the training split, with transformed targets.
+    indices: the training split in it, int64 (n,).
+    sampler: the order of positions in `indices`; `sampler.num_rows` is n.
+    loader_config: the job's `data.loader`. Loader processes are not started for data that is resident on a GPU.
+    device: of the batches.
+    augment_config: the job's `data.augment`.
     seed: of the stream "augment".
-    classes: C, where targets are labels that mixup mixes.
+    num_classes: C, if targets are labels that mixup mixes.
 
     Raises
     ------
-    DataError: augmentation of what is no image.
+    DataError: augmentation of samples that are not images.
     """
 
     def __init__(
@@ -178,7 +103,7 @@ class TrainLoader:
             mixup_seed=seed if augment_config.mixup else None,
         )
         assert not augment_config.mixup or num_classes or dataset_part.targets.dtype.kind == "f", (
-            "labels are mixed among known classes"
+            "mixup of labels needs the number of classes"
         )
         self._augment_config, self._seed, self._num_classes = augment_config, seed, num_classes
         self._open_fetches: list[Generator[TensorPair]] = []
@@ -195,9 +120,9 @@ class TrainLoader:
             self._open_fetches.append(fetching)
         if self._copies_to_device:
             pairs = prefetch_to_device(pairs, self._device)
-        changes = is_enabled(self._augment_config)
+        augments = is_enabled(self._augment_config)
         for step, pair in zip(self._steps, pairs, strict=True):
-            inputs, targets = self._apply_augment(step, *pair) if changes else pair
+            inputs, targets = self._apply_augment(step, *pair) if augments else pair
             yield Batch(step, inputs, targets)
 
     def __enter__(self) -> Self:
@@ -220,24 +145,22 @@ class TrainLoader:
         )
         if not config.mixup:
             return inputs, targets
-        partners, lam = (
-            sample_mixup_permutation(seed, step, end - first),
-            sample_mixup_lambda(config.mixup, seed, step, end - first),
-        )
+        partners = sample_mixup_permutation(seed, step, end - first)
+        lam = sample_mixup_lambda(config.mixup, seed, step, end - first)
         mixup = MixupParams.from_batch(positions, local_slice, partners, lam).to(device)
         return mixup.mix_images(inputs), mixup.mix_targets(targets, self._num_classes)
 
 
 class EvalLoader:
-    """A rank's share of a split in blocks, in order: over all ranks every row exactly once.
+    """Iterate over a rank's share of a split in batches, in order: over all ranks, each sample exactly once.
 
-    Can be iterated as often as needed. Consecutive rows come as views, without a copy; do not write into them.
+    Can be iterated more than once. Consecutive samples are returned as views, without a copy; do not write into them.
 
     Parameters
     ----------
-    arrays: the part in which the split lies, with prepared targets.
-    rows: what is evaluated of the split, int64 (n,).
-    batch_size: rows of a block, on each rank.
+    dataset_part: the part that contains the split, with transformed targets.
+    indices: the samples of the split to evaluate, int64 (n,).
+    batch_size: samples per batch, on each rank.
     """
 
     def __init__(
@@ -258,21 +181,98 @@ class EvalLoader:
         self._pin = self._copies_to_device and _uses_pinned_memory(pin_memory, device)
 
     def __len__(self) -> int:
-        """Number of blocks."""
+        """Return the number of batches."""
         return -(-len(self._tensors.indices) // self._batch_size)
 
     def __iter__(self) -> Iterator[TensorPair]:
-        blocks = map(self._get_batch, range(len(self)))
-        return prefetch_to_device(blocks, self._device) if self._copies_to_device else blocks
+        batches = map(self._get_batch, range(len(self)))
+        return prefetch_to_device(batches, self._device) if self._copies_to_device else batches
 
     def _get_batch(self, number: int) -> TensorPair:
         tensors = self._tensors
-        rows = tensors.indices[number * self._batch_size : (number + 1) * self._batch_size]
-        first, end = int(rows[0]), int(rows[-1]) + 1
-        if (np.diff(rows) == 1).all() and not self._pin:
+        indices = tensors.indices[number * self._batch_size : (number + 1) * self._batch_size]
+        first, end = int(indices[0]), int(indices[-1]) + 1
+        if (np.diff(indices) == 1).all() and not self._pin:
             return tensors.slice_rows(first, end)
-        return index_rows(tensors, torch.from_numpy(rows).to(tensors.device), self._pin)
+        return index_rows(tensors, torch.from_numpy(indices).to(tensors.device), self._pin)
+
+
+class RankBatches:
+    """A rank's share of each global batch, by step; with mixup, the partners of its samples too.
+
+    mixup_seed: the seed of the stream "augment" if samples are mixed, else None.
+    """
+
+    def __init__(
+        self,
+        tensors: DatasetTensors,
+        sampler: GlobalBatchSampler,
+        rank: int,
+        world_size: int,
+        *,
+        pin: bool,
+        mixup_seed: int | None = None,
+    ) -> None:
+        self._tensors, self._sampler = tensors, sampler
+        self._rank, self._world_size = rank, world_size
+        self._pin, self._mixup_seed = pin, mixup_seed
+        self._epoch_indices: tuple[int, Tensor] = (0, torch.empty(0, dtype=torch.int64))
+
+    def bounds(self, step: int) -> tuple[int, int, slice]:
+        """Return the first position and the end of a step's global batch in its epoch's order, and this rank's slice of
+        the batch."""
+        first, end = self._sampler.bounds(self._sampler.epoch_and_position(step)[1])
+        return first, end, rank_slice(end - first, self._rank, self._world_size)
+
+    def step_bytes(self) -> int:
+        """Return the size of this rank's share of a full batch, in bytes."""
+        return self._tensors.sample_bytes * -(-self._sampler.batch_size // self._world_size)
+
+    def positions(self, step: int) -> np.ndarray:
+        """Return which samples of the global batch this rank reads: int64 (b + e,), the b of its share, then e mixup
+        partners from other ranks' shares."""
+        first, end, local_slice = self.bounds(step)
+        if self._mixup_seed is None:
+            return np.arange(local_slice.start, local_slice.stop, dtype=np.int64)
+        return required_positions(self._mixup_seed, step, end - first, local_slice)
+
+    def num_samples(self, step: int) -> int:
+        """Return how many samples this rank reads."""
+        _, _, local_slice = self.bounds(step)
+        return local_slice.stop - local_slice.start if self._mixup_seed is None else len(self.positions(step))
+
+    def row_indices(self, step: int) -> Tensor:
+        """Return the indices in the tensors of the samples that this rank reads: int64 (b + e,), on their device."""
+        epoch, _ = self._sampler.epoch_and_position(step)
+        if self._epoch_indices[0] != epoch:
+            indices = torch.from_numpy(self._tensors.indices[self._sampler.epoch_permutation(epoch)])
+            self._epoch_indices = (epoch, indices.to(self._tensors.device))
+        first, _, local_slice = self.bounds(step)
+        if self._mixup_seed is None:
+            return self._epoch_indices[1][first + local_slice.start : first + local_slice.stop]
+        return self._epoch_indices[1][
+            copy_to_device_async(torch.from_numpy(first + self.positions(step)), self._tensors.device)
+        ]
+
+    def gather(self, indices: Tensor) -> TensorPair:
+        return index_rows(self._tensors, indices, self._pin)
+
+
+def fetch_batches(rank_batches: RankBatches, steps: range, num_processes: int, pin: bool) -> Generator[TensorPair]:
+    """Yield batches from loader processes, which run as long as this generator; each returns several steps at once."""
+    step_bytes = rank_batches.step_bytes()
+    stride = max(1, min(FETCH_BYTES // max(step_bytes, 1), len(steps) // num_processes))
+    step_ranges = [steps[first : first + stride] for first in range(0, len(steps), stride)]
+
+    def fetch(step_range: range) -> TensorPair:
+        return rank_batches.gather(torch.cat([rank_batches.row_indices(step) for step in step_range]))
+
+    for step_range, (inputs, targets) in zip(
+        step_ranges, map_in_processes(fetch, step_ranges, num_processes, pin), strict=True
+    ):
+        sizes = [rank_batches.num_samples(step) for step in step_range]
+        yield from zip(inputs.split(sizes), targets.split(sizes), strict=True)
 
 
 def _uses_pinned_memory(pin_memory: PinMemory, device: torch.device) -> bool:
-    return device.type == "cuda" and pin_memory is not False  # there is nothing to pin for elsewhere
+    return device.type == "cuda" and pin_memory is not False  # only copies to CUDA use pinned memory

@@ -1,4 +1,4 @@
-"""Loader processes: they work ahead of the worker, and live and die with it."""
+"""Loader processes: they prepare batches ahead of the worker, and end when it does."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ PR_SET_PDEATHSIG = 1
 
 
 def map_in_processes(fn: Callable[[T], R], items: Sequence[T], num_processes: int, pin: bool = False) -> Generator[R]:
-    """`make` of every item, in order, by forked processes that work ahead and live as long as this generator.
+    """Yield `fn` of every item, in order, from forked processes that work ahead and run as long as this generator.
 
-    What they make are arrays, tensors and plain values; an error of ours comes through as it is.
+    `fn` returns arrays, tensors or plain values. A `TrainyardError` that it raises is raised here unchanged.
 
     Raises
     ------
     WorkError: a process was killed.
     """
     with warnings.catch_warnings(), _preserve_sigchld_handler():
-        # Python warns of forks beside other threads. The children take no lock of ours.
+        # Python warns of forks beside other threads. The children take none of this process's locks.
         warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
-        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # the job's warnings say so
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # covered by the job's warnings
         loader = DataLoader(
             _MapDataset(fn),
             batch_size=None,
@@ -45,7 +45,7 @@ def map_in_processes(fn: Callable[[T], R], items: Sequence[T], num_processes: in
             collate_fn=identity_collate,
             pin_memory=pin,
             worker_init_fn=_init_loader_worker,
-            generator=torch.Generator(),  # torch's own would be drawn from
+            generator=torch.Generator(),  # otherwise numbers would be drawn from torch's global generator
             multiprocessing_context="fork",  # the data is shared, not copied
         )
         iterator = iter(loader)
@@ -57,14 +57,14 @@ def map_in_processes(fn: Callable[[T], R], items: Sequence[T], num_processes: in
                 raise result
             yield result
     finally:
-        del iterator  # which ends the processes; the traceback of an error would keep it
+        del iterator  # ends the processes; without this, the traceback of an error would keep it
 
 
 class _MapDataset(Dataset[Any]):
-    """What a loader process makes of an item. Its errors are handed over whole, where torch would quote them."""
+    """Calls `fn` on items. A `TrainyardError` is returned as an object; torch would convert a raised one to text."""
 
-    def __init__(self, make: Callable[[Any], Any]) -> None:
-        self._fn = make
+    def __init__(self, fn: Callable[[Any], Any]) -> None:
+        self._fn = fn
 
     def __getitem__(self, item: Any) -> Any:
         try:
@@ -75,7 +75,8 @@ class _MapDataset(Dataset[Any]):
 
 @contextmanager
 def _preserve_sigchld_handler() -> Iterator[None]:
-    """Torch's handler would raise in whatever the worker is doing when a loader process dies; its queue tells too."""
+    """Undo torch's SIGCHLD handler, which would raise in whatever the worker is doing when a loader process ends. It is
+    not needed: reading from the queue detects that too."""
     before = signal.getsignal(signal.SIGCHLD)
     yield
     if before is not None and signal.getsignal(signal.SIGCHLD) is not before:
@@ -86,7 +87,7 @@ def _preserve_sigchld_handler() -> Iterator[None]:
 def _translate_worker_death() -> Iterator[None]:
     try:
         yield
-    except (RuntimeError, OSError, EOFError) as error:  # by where in a hand-over it died
+    except (RuntimeError, OSError, EOFError) as error:  # depends on where in a transfer the process ended
         raise WorkError(
             f"a loader process ended: {error}",
             where="data.loader.processes",
@@ -99,9 +100,10 @@ def identity_collate(pair: Any) -> Any:
 
 
 def _init_loader_worker(_: int) -> None:
-    """A signal to the worker's process group is the worker's to answer; its loader processes end when it does.
+    """Leave the worker's process group, so that only the worker handles a signal to the group.
 
-    At once, on Linux: what a loader process has inherited, such as the file lock of an attempt, must not outlive it.
+    On Linux, the loader process is killed as soon as the worker ends: what it inherited, such as the file lock of an
+    attempt, must not be held any longer.
     """
     os.setpgid(0, 0)
     if sys.platform == "linux":
@@ -111,7 +113,10 @@ def _init_loader_worker(_: int) -> None:
 
 
 def _ignore_group_sigterm() -> None:
-    """Whoever stops a job may send SIGTERM to every process of it, as Ray does; the worker still has a step to end."""
+    """Exit on SIGTERM only if the worker sent it.
+
+    A job may be stopped by a SIGTERM to each of its processes, as Ray does; the worker still has a step to finish.
+    """
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         continue
     os._exit(128 + signal.SIGTERM)

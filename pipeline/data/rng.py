@@ -1,7 +1,7 @@
-"""Randomness has no state: every draw is a function of a seed, the name of its stream, and counters.
+"""Random numbers without state: every draw is a function of a seed, the name of its stream, and counters.
 
-Only the raw words of Philox are used, never NumPy's distributions: NumPy promises the former to be the same in every
-release, and the latter not (NEP 19).
+Only the raw 64-bit output of Philox is used, never NumPy's distributions: NumPy guarantees that the former is the same
+in every release, but not the latter (NEP 19).
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import numpy as np
 
 
 def make_generator(seed: int, stream: str, *counters: int) -> np.random.Generator:
-    """The generator of one named stream, at one place in it.
+    """Return the generator of a named stream at a position in it.
 
     Parameters
     ----------
     seed: the job's seed for the stream.
     stream: its name, such as "shuffle"; two streams of one seed are independent.
-    counters: the place, such as an epoch or a step; each place has a generator of its own.
+    counters: the position, such as an epoch or a step; each position has a separate generator.
 
     Returns
     -------
@@ -29,21 +29,21 @@ def make_generator(seed: int, stream: str, *counters: int) -> np.random.Generato
 
 
 def derive_torch_seed(seed: int, stream: str, *counters: int) -> int:
-    """A seed of 63 bits for a torch generator, of the same stream and place as `generator`."""
+    """Return a seed of 63 bits for a torch generator; arguments as for `make_generator`."""
     return int.from_bytes(_digest(b"torch", 8, seed, stream, counters), "little") >> 1
 
 
 def random_uint64(rng: np.random.Generator, count: int) -> np.ndarray:
-    """The next words of a generator: (count,) uint64, uniform over all 64 bits."""
+    """Return the next raw outputs of a generator: uint64 (count,), uniform over all 64 bits."""
     raw: np.ndarray = rng.bit_generator.random_raw(count)
     return raw
 
 
 def random_permutation(rng: np.random.Generator, count: int) -> np.ndarray:
-    """A random order of the numbers below `count`: (count,) int64.
+    """Return a random permutation of the integers below `count`: int64 (count,).
 
-    The numbers are sorted by random keys. Each key carries its number in its low bits, so that no two are equal and the
-    order does not depend on how the sort treats equals; above them are 64 - log2(count) random bits.
+    The integers are sorted by random keys. Each key holds its integer in the low bits, so that no two are equal and the
+    order does not depend on how the sort treats ties; above them are 64 - log2(count) random bits.
     """
     bits = max(count - 1, 0).bit_length()
     low = np.uint64((1 << bits) - 1)

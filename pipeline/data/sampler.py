@@ -1,4 +1,4 @@
-"""Which rows a step takes: the samples of global step s are a function of (seed, epoch, s) alone."""
+"""Which samples each step takes: those of global step s depend only on (seed, epoch, s)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pipeline.data.rng import make_generator, random_permutation
 
 
 class GlobalBatchSampler:
-    """The global batches of a run: each epoch is the training split once, in blocks of `batch_size`.
+    """The global batches of a run: each epoch is one pass over the training split, in batches of `batch_size`.
 
-    Nothing here depends on what was asked before, so a run can begin at any step. One order is kept in memory.
+    No result depends on earlier calls, so a run can begin at any step. The permutation of one epoch is kept in memory.
 
     Parameters
     ----------
     rows: size of the training split, at least 1.
-    batch_size: rows of a global batch; the last one of an epoch may be short.
-    shuffle: a new order each epoch, or always the order of the split.
+    batch_size: samples of a global batch; the last one of an epoch may be smaller.
+    shuffle: whether each epoch has a new order; otherwise all have the order of the split.
     seed: the job's seed of the stream "shuffle".
     """
 
@@ -31,28 +31,29 @@ class GlobalBatchSampler:
         self._cached: tuple[int, np.ndarray] = (0, np.arange(rows, dtype=np.int64))
 
     def epoch_and_position(self, step: int) -> tuple[int, int]:
-        """The epoch of a global step, counted from 1, and its position in that epoch, counted from 0."""
+        """Return the epoch of a global step, counted from 1, and its position in that epoch, counted from 0."""
         epoch, position = divmod(step - 1, self.steps_per_epoch)
         return epoch + 1, position
 
     def bounds(self, position: int) -> tuple[int, int]:
-        """First and end of the batch at a position, within its epoch's order."""
+        """Return the first index and the end of the batch at a position, in its epoch's order."""
         first = position * self.batch_size
         return first, min(first + self.batch_size, self.num_rows)
 
     def epoch_permutation(self, epoch: int) -> np.ndarray:
-        """All positions within the training split in the order of an epoch: (rows,) int64. Not to be changed."""
+        """Return all positions in the training split in the order of an epoch: int64 (num_rows,). Do not modify it."""
         if self._shuffle and self._cached[0] != epoch:
             self._cached = (epoch, random_permutation(make_generator(self._seed, "shuffle", epoch), self.num_rows))
         return self._cached[1]
 
     def batch_indices(self, step: int) -> np.ndarray:
-        """Positions within the training split of a global step's samples: (batch_size or fewer,) int64."""
+        """Return the positions in the training split of a global step's samples: int64 (batch_size or fewer,)."""
         epoch, position = self.epoch_and_position(step)
         first, end = self.bounds(position)
         return self.epoch_permutation(epoch)[first:end]
 
 
 def rank_slice(count: int, rank: int, world_size: int) -> slice:
-    """One rank's part of `count` samples: contiguous, ranks in order, sizes differ by one at most, may be empty."""
+    """Return one rank's part of `count` samples: contiguous, in the order of ranks; sizes differ by at most one. It may
+    be empty."""
     return slice(rank * count // world_size, (rank + 1) * count // world_size)

@@ -1,4 +1,4 @@
-"""What was fitted, as plain values in a checkpoint: read back strictly."""
+"""Strict reading of fitted transforms, which checkpoints store as plain values."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from pipeline.errors import DataError
 VERSION = 3
 
 READABLE = (2, 3)
-"""Before 3, labels that were numbers had no values of their own, and rows of tables no type."""
+"""Before 3, the values of numeric labels and the type of table rows were not stored."""
 
 WHERE = "preprocess.json"
 
 
 @contextmanager
 def check_stored_values(values: Any) -> Iterator[None]:
-    """Checks the version of stored values, then guards the reading of them.
+    """Check the version of stored values, then translate errors of the reading inside.
 
     Raises
     ------
-    DataError: written by another version; or a value inside is absent or of another type.
+    DataError: the values were written by another version; or a value read inside is missing or of another type.
     """
     version = values.get("version") if isinstance(values, Mapping) else None
     if version not in READABLE:
         raise DataError(
-            f"version {version!r} of preprocessing; this program knows {' and '.join(map(str, READABLE))}",
+            f"version {version!r} of preprocessing; this program reads {' and '.join(map(str, READABLE))}",
             where=WHERE,
             fix="use the version of Trainyard that wrote it",
         )
@@ -38,7 +38,7 @@ def check_stored_values(values: Any) -> Iterator[None]:
 
 
 def parse_float_name(value: Any) -> str:
-    """A stored name of a type of tables' rows; ValueError if there is no such type."""
+    """Return a stored type name of table rows, "" if none was stored; raise ValueError if it is not a float type."""
     if value not in ("", "float32", "float64"):
         raise ValueError(f"dtype {value!r}")
     return str(value)

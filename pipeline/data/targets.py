@@ -1,11 +1,7 @@
-"""Targets: the one place where a source's labels and numbers become what is learned.
+"""Targets: how a dataset's labels and numbers become what the model is trained on.
 
-`labels` looks at raw ones; `classes` fits their names, `fitting` all that is needed to prepare them and to
-name answers.
-
-Which classes there are.
-
-Targets as the task needs them. The one place where a source's labels and numbers become what is learned.
+`fit_target_transform` fits a `TargetTransform` on the training split. `classes_from_text` and `classes_from_numbers`
+decide which classes there are.
 """
 
 from __future__ import annotations
@@ -25,15 +21,271 @@ from pipeline.data.statistics import compute_mean_and_std, iter_blocks
 from pipeline.errors import DataError, JobError
 
 FEW_CLASSES = 100
-"""More classes than this, and than half of the training rows, are taken for numbers or keys that are no labels."""
+"""If there are more classes than this, and than half of the training rows, the values are probably numbers or keys, not
+labels."""
 
 MERGED_CLASS_NAMES = ("negative", "positive")
-"""Names of the two classes of a binary task where one of them stands for several labels."""
+"""Names of the two classes of a binary task if one of them stands for several labels."""
+
+
+@dataclass(frozen=True)
+class TargetTransform:
+    """How raw targets become training targets: plain values, the same for training, evaluation and prediction.
+
+    kind: multiclass, binary or regression.
+    classes: names of the classes, in the order of their indices; empty for regression.
+    is_text: whether the labels are text.
+    positive: binary: the labels that count as 1; None if they are 0 and 1 already.
+    mean, std: regression: the training targets are (target - mean) / std, with one of each per column; empty if targets
+        are not scaled.
+    label_values: the label of each class, if labels are numbers; empty if they are text, or if a class stands for
+        several labels.
+    """
+
+    kind: str
+    classes: tuple[str, ...] = ()
+    is_text: bool = False
+    positive: tuple[int | str, ...] | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    label_values: tuple[int, ...] = ()
+
+    def transform(
+        self,
+        raw: np.ndarray,
+        label_names: tuple[str, ...] = (),
+        dtype: type[np.float32] | type[np.float64] = np.float32,
+        *,
+        indices: np.ndarray | None = None,
+        where: str = WHERE,
+    ) -> np.ndarray:
+        """Return the targets of a dataset part, or of new data, as the task needs them; all N rows, in order.
+
+        multiclass: class indices, int64 (N,). binary: 1 if the label is in `positive`, else 0, in `dtype` (N,).
+        regression: scaled numbers in `dtype`, (N, T).
+
+        Parameters
+        ----------
+        raw: int64 (N,), or floating (N,) or (N, T), as in `DatasetPart`.
+        label_names: of this data, if its labels are text: `raw` holds positions in it.
+        dtype: of binary and regression targets.
+        indices: of the rows that will be used, int64 (n,); all by default. In other rows, a label that no training row
+            has is not an error; its class index is -1.
+        where: the location that an error reports.
+
+        Raises
+        ------
+        DataError: targets do not fit the task; names the first wrong value and the number of them.
+        """
+        if self.kind == "regression":
+            _raise_if_named(label_names, where)
+            return self._scale(raw, dtype, where)
+        labels = to_integer_labels(raw, self.kind, where)
+        if self.is_text and not label_names:
+            raise DataError(
+                f"the labels are numbers, but the classes are {sample_repr(self.classes)}",
+                where=where,
+                fix="use the names of classes as labels",
+            )
+        if self.kind == "binary" and self.positive is not None:
+            return positive_mask(labels, label_names, self.positive).astype(dtype)
+        class_indices = self._indices_by_name(labels, label_names) if label_names else self._indices_by_value(labels)
+        used = class_indices if indices is None else class_indices[indices]
+        unknown = used < 0
+        if unknown.any():
+            position = int(np.argmax(unknown))
+            row = position if indices is None else int(indices[position])
+            label = repr(label_names[labels[row]]) if label_names else labels[row]
+            raise DataError(
+                f"{label} at row {row} is not a class of the training data "
+                f"({int(unknown.sum()):,} of {len(used):,} rows)",
+                where=where,
+                fix=f"the classes are {sample_repr(self._raw_labels())}",
+            )
+        return class_indices if self.kind == "multiclass" else class_indices.astype(dtype)
+
+    def label_index(self, label: int | str) -> int:
+        """Return the index of a class, given its name or its label.
+
+        Raises
+        ------
+        JobError: there is no such class.
+        """
+        if str(label) in self.classes:
+            return self.classes.index(str(label))
+        if label in self.label_values:
+            return self.label_values.index(int(label))
+        near = difflib.get_close_matches(str(label), self.classes, n=1, cutoff=0.6)
+        raise JobError(
+            f"{label} is not one of the {len(self.classes)} classes",
+            where=f"task.class_weights.{label}",
+            fix=f"did you mean {near[0]}?" if near else f"use {sample_repr(self.classes)}",
+        )
+
+    def _indices_by_name(self, labels: np.ndarray, label_names: tuple[str, ...]) -> np.ndarray:
+        index_of_name = {name: index for index, name in enumerate(self.classes)}
+        index_of_label = np.array([index_of_name.get(name, -1) for name in label_names], dtype=np.int64)
+        class_indices: np.ndarray = index_of_label[labels]
+        return class_indices
+
+    def _indices_by_value(self, labels: np.ndarray) -> np.ndarray:
+        values = np.array(self.label_values, dtype=np.int64)
+        order = np.argsort(values)
+        positions = np.minimum(np.searchsorted(values, labels, sorter=order), len(values) - 1)
+        class_indices: np.ndarray = order[positions]
+        known: np.ndarray = values[class_indices] == labels
+        class_indices[~known] = -1
+        return class_indices
+
+    def _raw_labels(self) -> tuple[str, ...] | tuple[int, ...]:
+        """Return the label of each class in the data."""
+        return self.label_values or self.classes
+
+    def _scale(self, raw: np.ndarray, dtype: type[np.float32] | type[np.float64], where: str) -> np.ndarray:
+        columns = raw.reshape(len(raw), -1)
+        if not self.mean:
+            return np.ascontiguousarray(columns.astype(dtype, copy=False))
+        if columns.shape[1] != len(self.mean):
+            raise DataError(
+                f"{columns.shape[1]} numbers per row, but the model was trained on {len(self.mean)}",
+                where=where,
+                fix=f"use {len(self.mean)} columns",
+            )
+        scaled = np.empty(columns.shape, dtype)
+        np.subtract(columns, np.array(self.mean), out=scaled, casting="same_kind")
+        np.divide(scaled, np.array(self.std), out=scaled, casting="same_kind")
+        return scaled
+
+    def decode_labels(self, class_indices: np.ndarray) -> np.ndarray:
+        """Return the names of classes (N,), given their indices int64 (N,); int64 labels if the classes have no other
+        names."""
+        has_names = self.classes != tuple(map(str, self.label_values))
+        labels: np.ndarray = np.array(self.classes) if has_names else np.array(self.label_values, dtype=np.int64)
+        decoded: np.ndarray = labels[class_indices]
+        return decoded
+
+    def inverse_scale(self, scaled: np.ndarray) -> np.ndarray:
+        """Convert the model's outputs, float64 (N, T), to the unit of the targets."""
+        return scaled * np.array(self.std) + np.array(self.mean) if self.mean else scaled
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; `from_json` restores the same object from them."""
+        return {
+            "version": VERSION,
+            "kind": self.kind,
+            "classes": list(self.classes),
+            "text": self.is_text,
+            "values": list(self.label_values),
+            "positive": None if self.positive is None else list(self.positive),
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> TargetTransform:
+        """Restore an object from the values that `to_json` returned.
+
+        Raises
+        ------
+        DataError: the values were written by another version, or are damaged.
+        """
+        with check_stored_values(values):
+            kind, positive = str(values["kind"]), values["positive"]
+            if kind not in ("multiclass", "binary", "regression"):
+                raise ValueError(f"kind {kind!r}")
+            if positive is not None and not all(isinstance(label, int | str) for label in positive):
+                raise ValueError(f"positive {positive!r}")
+            mean, std = (tuple(float(value) for value in values[name]) for name in ("mean", "std"))
+            classes, text = tuple(map(str, values["classes"])), bool(values["text"])
+            if values["version"] == VERSION:
+                labels = tuple(int(label) for label in values["values"])
+            else:  # labels were the indices of their classes
+                labels = () if text or positive is not None else tuple(range(len(classes)))
+            if labels and (text or len(set(labels)) != len(classes)):
+                raise ValueError(f"{len(labels)} labels for {len(classes)} classes")
+            return cls(kind, classes, text, None if positive is None else tuple(positive), mean, std, labels)
+
+
+def fit_target_transform(job: JobConfig, dataset: Dataset, splits: Mapping[str, SplitIndices]) -> TargetTransform:
+    """Fit the classes, or the scale of a regression's targets, on the training split.
+
+    Classes of text labels: the names that occur in training, sorted. Classes of numeric labels: those that the source
+    declares, else the numbers that occur in training, ascending.
+
+    Raises
+    ------
+    DataError: targets of any split do not fit the task; or training has only one class, or one value.
+    """
+    task, raw, train_indices = job.task, dataset.train.targets, splits["train"].indices
+    data = job.data
+    where = f"{data.url}: {', '.join(data.labels)}" if isinstance(data, FileDataConfig) and data.labels else WHERE
+    if task.kind == "regression":
+        _raise_if_named(dataset.label_names, where)
+        _raise_if_constant(job, raw.reshape(len(raw), -1), train_indices, where)
+        if not task.scale_targets:
+            return TargetTransform(task.kind)
+        mean, std = compute_mean_and_std(raw.reshape(len(raw), -1), train_indices, per_channel=True)
+        return TargetTransform(task.kind, mean=tuple(mean.tolist()), std=tuple(np.where(std == 0, 1.0, std).tolist()))
+    positive = None if task.positive is None else tuple(task.positive)
+    text = bool(dataset.label_names)
+    classes, values = (classes_from_text if text else classes_from_numbers)(dataset, task, splits, where)
+    fitted = TargetTransform(task.kind, classes, text, positive, label_values=values)
+    transformed = fitted.transform(raw, dataset.label_names, indices=train_indices, where=where)[train_indices]
+    if (transformed == transformed[0]).all():
+        raise DataError(
+            f"all {len(train_indices):,} training rows are of one class, {classes[int(transformed[0])]!r}",
+            where=where,
+            fix="use data with at least two, or draw with data.splits.stratify: true",
+        )
+    return fitted
+
+
+def label_warnings(labels: TargetTransform) -> list[str]:
+    """Return warnings about choices that were made because the job does not make them."""
+    if labels.kind != "binary" or labels.positive is not None or labels.label_values in ((), (0, 1)):
+        return []
+    negative, positive = labels.classes
+    return [
+        f"of the labels {negative} and {positive}, {positive} counts as positive; "
+        f"for the opposite, use task: {{kind: binary, positive: [{negative}]}}"
+    ]
+
+
+def count_classes(targets: np.ndarray, num_classes: int) -> list[int]:
+    """Count the rows of each class in transformed targets (n,)."""
+    counts: list[int] = np.bincount(targets.astype(np.int64), minlength=num_classes).tolist()
+    return counts
+
+
+def _raise_if_constant(job: JobConfig, raw: np.ndarray, train_indices: np.ndarray, where: str) -> None:
+    """Raise DataError if a column of targets (N, T) has one value in all training rows."""
+    varies = np.zeros(raw.shape[1], bool)
+    for block in iter_blocks(raw, train_indices):
+        varies |= (block != raw[train_indices[0]]).any(0)
+    for column in np.flatnonzero(~varies)[:1]:
+        names = [repr(name) for name in job.data.labels] or [
+            f"column {number} (from 0)" for number in range(len(varies))
+        ]
+        raise DataError(
+            f"the target {f'{names[column]} ' if len(varies) > 1 else ''}is {raw[train_indices[0], column]:g} in all "
+            f"{len(train_indices):,} training rows: there is nothing to learn",
+            where=where,
+            fix="use data in which it varies" + (", or leave it out of data.label" if len(varies) > 1 else ""),
+        )
+
+
+def _raise_if_named(label_names: tuple[str, ...], where: str) -> None:
+    if label_names:
+        raise DataError(
+            f"regression needs numbers, but the labels are {sample_repr(label_names)}",
+            where=where,
+            fix="name a column of numbers, or use task: multiclass",
+        )
 
 
 class FittedClasses(NamedTuple):
-    """names: of each class. values: the label that means it, where labels are numbers; empty where they are text, or
-    where a class stands for several labels."""
+    """names: of the classes. label_values: the label of each class, if labels are numbers; empty if they are text or a
+    class stands for several labels."""
 
     names: tuple[str, ...]
     label_values: tuple[int, ...] = ()
@@ -42,11 +294,11 @@ class FittedClasses(NamedTuple):
 def classes_from_text(
     dataset: Dataset, task: TaskConfig, splits: Mapping[str, SplitIndices], where: str
 ) -> FittedClasses:
-    """The classes where labels are text: those that occur in training, sorted.
+    """Return the classes of text labels: those that occur in training, sorted.
 
     Raises
     ------
-    DataError: a label in another split that no training row has; or it is not said which count as positive.
+    DataError: another split has a label that no training row has; or a binary task does not declare which are positive.
     """
     names, labels = dataset.label_names, dataset.train.targets
     if task.kind == "binary":
@@ -71,25 +323,25 @@ def classes_from_text(
 def classes_from_numbers(
     dataset: Dataset, task: TaskConfig, splits: Mapping[str, SplitIndices], where: str
 ) -> FittedClasses:
-    """The classes where labels are numbers: those that the source declares, else the numbers that occur in training,
-    ascending. Of two, the later one is the positive, unless `task.positive` says otherwise.
+    """Return the classes of numeric labels: those that the source declares, else the numbers that occur in training,
+    ascending. Of two, the second is the positive class, unless `task.positive` is given.
 
     Raises
     ------
-    DataError: labels beyond the classes that the source names; a label in another split that no training row has; far
-        too many of them; more than two for a binary task; no row of `task.positive`.
+    DataError: a label exceeds the classes that the source declares; another split has a label that no training row has;
+        there are far too many labels, or more than two for a binary task; no row is in `task.positive`.
     """
     if task.kind == "binary" and task.positive is not None:
         return _binary_classes(dataset, task, task.positive, splits, where)
     if dataset.classes and (task.kind == "multiclass" or len(dataset.classes) == 2):
-        highest = max(
+        max_label = max(
             int(to_integer_labels(part.targets, task.kind, where).max())
             for part in (dataset.train, dataset.test)
             if part is not None
         )
-        if highest >= len(dataset.classes):
+        if max_label >= len(dataset.classes):
             raise DataError(
-                f"the label {highest}, but only {len(dataset.classes)} classes are named",
+                f"the label {max_label}, but only {len(dataset.classes)} classes are named",
                 where=where,
                 fix="name them all, or number the classes from 0",
             )
@@ -101,12 +353,12 @@ def classes_from_numbers(
 def _binary_classes(
     dataset: Dataset, task: TaskConfig, positive: list[int | bool | str], splits: Mapping[str, SplitIndices], where: str
 ) -> FittedClasses:
-    """Classes of which one is `positive`: they keep the labels' names where each is a single label."""
+    """Return the two classes of which one is `positive`; they keep the labels' names if each is a single label."""
     labels = to_integer_labels(dataset.train.targets, task.kind, where)
-    chosen = positive_mask(labels, (), positive)
-    _raise_if_absent(not chosen.any(), task, np.unique(labels))
-    rows = splits["train"].indices
-    pair = [np.unique(labels[rows[chosen[rows] == is_positive]]).tolist() for is_positive in (False, True)]
+    mask = positive_mask(labels, (), positive)
+    _raise_if_absent(not mask.any(), task, np.unique(labels))
+    indices = splits["train"].indices
+    pair = [np.unique(labels[indices[mask[indices] == is_positive]]).tolist() for is_positive in (False, True)]
     if len(pair[0]) != 1 or len(pair[1]) != 1:
         return FittedClasses(MERGED_CLASS_NAMES)
     values = (pair[0][0], pair[1][0])
@@ -116,46 +368,45 @@ def _binary_classes(
 
 
 def _training_labels(dataset: Dataset, task: TaskConfig, splits: Mapping[str, SplitIndices], where: str) -> list[int]:
-    """The labels of the training rows, ascending: numbers, or positions in `Source.label_names`.
+    """Return the labels of the training rows, ascending: numbers, or positions in `Dataset.label_names`.
 
     Raises
     ------
-    DataError: other labels in other splits; too many of them for what the task is.
+    DataError: another split has other labels, or there are too many for the task.
     """
-    names, rows = dataset.label_names, len(splits["train"])
-    parts = {
+    names, num_rows = dataset.label_names, len(splits["train"])
+    labels_by_split = {
         name: to_integer_labels(dataset.part(split.part).targets, task.kind, where)[split.indices]
         for name, split in splits.items()
     }
-    training_labels = np.unique(parts["train"])
+    training_labels = np.unique(labels_by_split["train"])
 
-    def named(label: int) -> str:
+    def label_text(label: int) -> str:
         return repr(names[label]) if names else str(label)
 
     if task.kind == "binary" and len(training_labels) > 2:
         raise DataError(
-            f"{len(training_labels):,} different labels ({sample_repr(training_labels)}), but binary learns two",
+            f"{len(training_labels):,} different labels ({sample_repr(training_labels)}), but binary needs two",
             where=where,
-            fix=f"say which of them count as 1, for example task: {{kind: binary, positive: [{training_labels[-1]}]}}; "
-            "or use task: multiclass",
+            fix=f"list which of them count as 1, for example task: {{kind: binary, positive: [{training_labels[-1]}]}};"
+            " or use task: multiclass",
         )
-    if len(training_labels) > max(FEW_CLASSES, rows // 2):
+    if len(training_labels) > max(FEW_CLASSES, num_rows // 2):
         raise DataError(
-            f"{len(training_labels):,} different labels in {rows:,} training rows, such as "
-            f"{named(training_labels[-1])}: too many to be "
-            "classes",
+            f"{len(training_labels):,} different labels in {num_rows:,} training rows, such as "
+            f"{label_text(training_labels[-1])}: too many to be classes",
             where=where,
             fix="name a column of classes in data.label" + ("" if names else "; for numbers, use task: regression"),
         )
-    for name, labels in parts.items():
+    for name, labels in labels_by_split.items():
         unknown = labels[~np.isin(labels, training_labels)]
         if len(unknown):
             raise DataError(
-                f"the label {named(unknown[0])} stands in {name}, but in no training row ({len(unknown):,} of "
+                f"the label {label_text(unknown[0])} occurs in {name}, but in no training row ({len(unknown):,} of "
                 f"{len(labels):,} rows of {name} have such labels)",
                 where=where,
-                fix="draw with data.splits.stratify: true, split otherwise, or drop these rows"
-                + ("" if names else "; for numbers that are no labels, use task: regression"),
+                fix="draw with data.splits.stratify: true, split differently, or drop these rows"
+                + ("" if names else "; for numbers that are not labels, use task: regression"),
             )
     occurring: list[int] = training_labels.tolist()
     return occurring
@@ -165,255 +416,4 @@ def _raise_if_absent(absent: bool, task: TaskConfig, labels: tuple[str, ...] | n
     if absent:
         raise DataError(
             f"no row has a label of {task.positive}", where="task.positive", fix=f"labels here: {sample_repr(labels)}"
-        )
-
-
-@dataclass(frozen=True)
-class TargetTransform:
-    """How raw targets become what is learned: plain values, the same for training, evaluation and prediction.
-
-    kind: multiclass, binary or regression.
-    classes: their names, in the order of their numbers; empty for regression.
-    text: whether the labels are names.
-    values: the label that means each class, where labels are numbers; empty where they are text, and where a class
-        stands for several labels.
-    positive: binary: the labels that count as 1; None where they are 0 and 1 already.
-    mean, std: regression: (target - mean) / std is learned, one of each for each column; empty where targets are
-        learned as they are.
-    """
-
-    kind: str
-    classes: tuple[str, ...] = ()
-    is_text: bool = False
-    positive: tuple[int | str, ...] | None = None
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-    label_values: tuple[int, ...] = ()
-
-    def transform(
-        self,
-        raw: np.ndarray,
-        label_names: tuple[str, ...] = (),
-        dtype: type[np.float32] | type[np.float64] = np.float32,
-        *,
-        indices: np.ndarray | None = None,
-        where: str = WHERE,
-    ) -> np.ndarray:
-        """The targets of a part, or of new data, as the task learns them, rows as they are.
-
-        multiclass: the numbers of classes, int64 (N,). binary: 1 where the label is in `positive`, else 0, in `dtype`
-        (N,). regression: numbers in `dtype`, (N, T), scaled.
-
-        Parameters
-        ----------
-        raw: int64 (N,), or floating (N,) or (N, T), as in `Arrays`.
-        label_names: of this data, where its labels were found as text: `raw` holds positions in it.
-        dtype: of binary and regression targets: the arithmetic's.
-        rows: positions of the rows that will be used, int64 (n,); all by default. In others, a label that no training
-            row had is no error, and its number is -1.
-        where: what the targets are called in an error.
-
-        Raises
-        ------
-        DataError: targets that do not fit the task, with the first offending value and how many there are.
-        """
-        if self.kind == "regression":
-            _raise_if_named(label_names, where)
-            return self._scale(raw, dtype, where)
-        labels = to_integer_labels(raw, self.kind, where)
-        if self.is_text and not label_names:
-            raise DataError(
-                f"the labels are numbers, but the classes are {sample_repr(self.classes)}",
-                where=where,
-                fix="give labels as the names of classes",
-            )
-        if self.kind == "binary" and self.positive is not None:
-            return positive_mask(labels, label_names, self.positive).astype(dtype)
-        numbers = self._indices_by_name(labels, label_names) if label_names else self._indices_by_value(labels)
-        used = numbers if indices is None else numbers[indices]
-        unknown = used < 0
-        if unknown.any():
-            position = int(np.argmax(unknown))
-            row = position if indices is None else int(indices[position])
-            label = repr(label_names[labels[row]]) if label_names else labels[row]
-            raise DataError(
-                f"{label} at row {row} is no class that was trained ({int(unknown.sum()):,} of {len(used):,} rows)",
-                where=where,
-                fix=f"the classes are {sample_repr(self._raw_labels())}",
-            )
-        return numbers if self.kind == "multiclass" else numbers.astype(dtype)
-
-    def label_index(self, label: int | str) -> int:
-        """The number of a class, given by its name or by the label that means it.
-
-        Raises
-        ------
-        JobError: no such class.
-        """
-        if str(label) in self.classes:
-            return self.classes.index(str(label))
-        if label in self.label_values:
-            return self.label_values.index(int(label))
-        near = difflib.get_close_matches(str(label), self.classes, n=1, cutoff=0.6)
-        raise JobError(
-            f"{label} is no class; there are {len(self.classes)}",
-            where=f"task.class_weights.{label}",
-            fix=f"did you mean {near[0]}?" if near else f"use {sample_repr(self.classes)}",
-        )
-
-    def _indices_by_name(self, labels: np.ndarray, label_names: tuple[str, ...]) -> np.ndarray:
-        known = {name: number for number, name in enumerate(self.classes)}
-        by_position = np.array([known.get(name, -1) for name in label_names], dtype=np.int64)
-        numbers: np.ndarray = by_position[labels]
-        return numbers
-
-    def _indices_by_value(self, labels: np.ndarray) -> np.ndarray:
-        values = np.array(self.label_values, dtype=np.int64)
-        order = np.argsort(values)
-        places = np.minimum(np.searchsorted(values, labels, sorter=order), len(values) - 1)
-        numbers: np.ndarray = order[places]
-        known: np.ndarray = values[numbers] == labels
-        numbers[~known] = -1
-        return numbers
-
-    def _raw_labels(self) -> tuple[str, ...] | tuple[int, ...]:
-        """What stands for each class in the data."""
-        return self.label_values or self.classes
-
-    def _scale(self, raw: np.ndarray, dtype: type[np.float32] | type[np.float64], where: str) -> np.ndarray:
-        columns = raw.reshape(len(raw), -1)
-        if not self.mean:
-            return np.ascontiguousarray(columns.astype(dtype, copy=False))
-        if columns.shape[1] != len(self.mean):
-            raise DataError(
-                f"{columns.shape[1]} numbers a row, but {len(self.mean)} were learned", where=where, fix="give as many"
-            )
-        scaled = np.empty(columns.shape, dtype)
-        np.subtract(columns, np.array(self.mean), out=scaled, casting="same_kind")
-        np.divide(scaled, np.array(self.std), out=scaled, casting="same_kind")
-        return scaled
-
-    def decode_labels(self, class_indices: np.ndarray) -> np.ndarray:
-        """Classes (N,) by their numbers int64 (N,): their names; the labels, int64, where nothing else names them."""
-        has_names = self.classes != tuple(map(str, self.label_values))
-        labels: np.ndarray = np.array(self.classes) if has_names else np.array(self.label_values, dtype=np.int64)
-        decoded: np.ndarray = labels[class_indices]
-        return decoded
-
-    def inverse_scale(self, scaled: np.ndarray) -> np.ndarray:
-        """Values as the model gives them, float64 (N, T), in the unit of the targets."""
-        return scaled * np.array(self.std) + np.array(self.mean) if self.mean else scaled
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; `from_json` gives the same object back."""
-        return {
-            "version": VERSION,
-            "kind": self.kind,
-            "classes": list(self.classes),
-            "text": self.is_text,
-            "values": list(self.label_values),
-            "positive": None if self.positive is None else list(self.positive),
-            "mean": list(self.mean),
-            "std": list(self.std),
-        }
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> TargetTransform:
-        """What `to_json` gave.
-
-        Raises
-        ------
-        DataError: written by another version, or damaged.
-        """
-        with check_stored_values(values):
-            kind, positive = str(values["kind"]), values["positive"]
-            if kind not in ("multiclass", "binary", "regression"):
-                raise ValueError(f"kind {kind!r}")
-            if positive is not None and not all(isinstance(label, int | str) for label in positive):
-                raise ValueError(f"positive {positive!r}")
-            mean, std = (tuple(float(value) for value in values[name]) for name in ("mean", "std"))
-            classes, text = tuple(map(str, values["classes"])), bool(values["text"])
-            if values["version"] == VERSION:
-                labels = tuple(int(label) for label in values["values"])
-            else:  # labels were the numbers of their classes
-                labels = () if text or positive is not None else tuple(range(len(classes)))
-            if labels and (text or len(set(labels)) != len(classes)):
-                raise ValueError(f"{len(labels)} labels for {len(classes)} classes")
-            return cls(kind, classes, text, None if positive is None else tuple(positive), mean, std, labels)
-
-
-def fit_target_transform(job: JobConfig, dataset: Dataset, splits: Mapping[str, SplitIndices]) -> TargetTransform:
-    """Fit the classes, or the scale of what is to be regressed, on the training split.
-
-    Classes of labels that are text: the names that occur in training, sorted. Of labels that are numbers: those that
-    the source declares, else the numbers that occur in training, ascending.
-
-    Raises
-    ------
-    DataError: targets that do not fit the task, in any split; only one class, or one value, in training.
-    """
-    task, raw, train_indices = job.task, dataset.train.targets, splits["train"].indices
-    data = job.data
-    where = f"{data.url}: {', '.join(data.labels)}" if isinstance(data, FileDataConfig) and data.labels else WHERE
-    if task.kind == "regression":
-        _raise_if_named(dataset.label_names, where)
-        _raise_if_constant(job, raw.reshape(len(raw), -1), train_indices, where)
-        if not task.scale_targets:
-            return TargetTransform(task.kind)
-        mean, std = compute_mean_and_std(raw.reshape(len(raw), -1), train_indices, per_channel=True)
-        return TargetTransform(task.kind, mean=tuple(mean.tolist()), std=tuple(np.where(std == 0, 1.0, std).tolist()))
-    positive = None if task.positive is None else tuple(task.positive)
-    text = bool(dataset.label_names)
-    classes, values = (classes_from_text if text else classes_from_numbers)(dataset, task, splits, where)
-    fitted = TargetTransform(task.kind, classes, text, positive, label_values=values)
-    learned = fitted.transform(raw, dataset.label_names, indices=train_indices, where=where)[train_indices]
-    if (learned == learned[0]).all():
-        raise DataError(
-            f"all {len(train_indices):,} training rows are of one class, {classes[int(learned[0])]!r}",
-            where=where,
-            fix="use data with at least two, or draw with data.splits.stratify: true",
-        )
-    return fitted
-
-
-def label_warnings(labels: TargetTransform) -> list[str]:
-    """What was decided about the labels without being asked for."""
-    if labels.kind != "binary" or labels.positive is not None or labels.label_values in ((), (0, 1)):
-        return []
-    negative, positive = labels.classes
-    return [
-        f"of the labels {negative} and {positive}, {positive} counts as positive; "
-        f"task: {{kind: binary, positive: [{negative}]}} says otherwise"
-    ]
-
-
-def count_classes(targets: np.ndarray, num_classes: int) -> list[int]:
-    """Rows of each class among prepared targets (n,)."""
-    counts: list[int] = np.bincount(targets.astype(np.int64), minlength=num_classes).tolist()
-    return counts
-
-
-def _raise_if_constant(job: JobConfig, raw: np.ndarray, train_indices: np.ndarray, where: str) -> None:
-    """Raise DataError for a column of targets (N, T) that has one value in all training rows."""
-    varies = np.zeros(raw.shape[1], bool)
-    for block in iter_blocks(raw, train_indices):
-        varies |= (block != raw[train_indices[0]]).any(0)
-    for column in np.flatnonzero(~varies)[:1]:
-        names = [repr(name) for name in job.data.labels] or [
-            f"column {number} (from 0)" for number in range(len(varies))
-        ]
-        raise DataError(
-            f"the target {f'{names[column]} ' if len(varies) > 1 else ''}is {raw[train_indices[0], column]:g} in all "
-            f"{len(train_indices):,} training rows: there is nothing to learn",
-            where=where,
-            fix="use data in which it varies" + (", or leave it out of data.label" if len(varies) > 1 else ""),
-        )
-
-
-def _raise_if_named(label_names: tuple[str, ...], where: str) -> None:
-    if label_names:
-        raise DataError(
-            f"regression needs numbers, but the labels are {sample_repr(label_names)}",
-            where=where,
-            fix="name a column of numbers, or use task: multiclass",
         )

@@ -1,1 +1,1 @@
-"""Trained models: loaded with their preprocessing, called on raw inputs."""
+"""Inference: trained models with their transforms, called on user data."""

@@ -1,4 +1,4 @@
-"""`load`: a trained model, ready to answer."""
+"""`load`: a trained model, ready to predict."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from pipeline.training.flat_parameters import load_state_dict_strict
 
 
 def load(model: str, *, storage: str | None = None, device: str = "cpu", trust: bool = False) -> Predictor:
-    """A trained model with its preprocessing and class names.
+    """Load a trained model with its transforms and class names.
 
     Parameters
     ----------
     model: RUN[@best|@last|@STEP]: a run's URL, or its name under the storage; best by default.
-    storage: URL that holds the runs; else TRAINYARD_STORAGE, else ./runs.
-    device: cpu, cuda, mps or auto; `to` moves it later.
-    trust: let a run with a model of the user's own import it, from the code stored with the run. Without it nothing
-        that lies in storage is ever run.
+    storage: URL of the folder of runs; by default TRAINYARD_STORAGE, else ./runs.
+    device: cpu, cuda, mps or auto; `to` moves the model later.
+    trust: allow a run with a custom model to import it from the code stored with the run. Without it no code from
+        storage is ever executed.
 
     Raises
     ------
@@ -44,20 +44,24 @@ def load(model: str, *, storage: str | None = None, device: str = "cpu", trust: 
     check_state_dict(job, fitted, weights, saved.url)
     with code.activated(), default_settings():
         net = build_model(job, preprocess.output_shape, fitted.num_outputs, 0, preprocess.code_sizes)
-        net.to(
-            target_device, Precision.from_name(job.train.precision, target_device).dtype
-        )  # first: fp64 stays what it is
+        # Before the weights are loaded: fp64 weights keep their precision.
+        net.to(target_device, Precision.from_name(job.train.precision, target_device).dtype)
         load_state_dict_strict(net, weights, "".join(custom_modules))
     return Predictor(net, fitted, job, run.name, saved.step, code)
 
 
 def load_trusted_code(run: Run, job: JobConfig, names: list[str], trust: bool) -> user_code.UserCode:
-    """The code that the modules which a stored job names are imported from: the code stored with it, or what lies where
-    they were then if none was stored.
+    """Return the code from which the modules that a stored job names are imported.
+
+    It is the code stored with the run; if none is stored, the code at its original location.
+
+    Parameters
+    ----------
+    names: the modules; without any, no code is needed.
 
     Raises
     ------
-    InputError: they are not trusted.
+    InputError: the run is not trusted.
     """
     if not names:
         return user_code.NO_CODE

@@ -1,4 +1,4 @@
-"""The models that a job file can describe, built with the same untrained weights on every device."""
+"""The models that a job file can describe. Their untrained weights are the same on every device."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ __all__ = ["build_model", "uses_rng"]
 def build_model(
     job: JobConfig, input_shape: tuple[int, ...], outputs: int, seed: int, code_sizes: tuple[int, ...] = ()
 ) -> nn.Module:
-    """The untrained model, on the CPU in float32; its weights are a function of `seed` alone. What the job freezes
-    requires no gradient.
+    """Build the untrained model, on the CPU in float32; its weights are a function of `seed` alone.
+
+    Parameters that the job freezes do not require a gradient.
 
     Parameters
     ----------
     input_shape: shape of one preprocessed sample, such as (1, 28, 28) or (2,).
-    outputs: numbers that the model gives for one sample.
-    code_sizes: the last len(code_sizes) numbers of a sample (F,) are codes, whole numbers from 0 to size - 1.
+    outputs: number of outputs per sample.
+    code_sizes: the last len(code_sizes) values of a sample (F,) are category codes, integers from 0 to size - 1.
 
     Raises
     ------
-    JobError: a model that does not fit its input or output, or a module of the user's that cannot be built.
+    JobError: the model does not fit its input or output, or a custom model cannot be built.
     """
     config = job.model
     if isinstance(config, CnnConfig | TorchvisionModelConfig) and len(input_shape) != 3:
         kind = "a cnn" if isinstance(config, CnnConfig) else config.kind
         raise JobError(
-            f"{kind} takes images, but a sample here has the shape {input_shape}",
+            f"{kind} takes images, but a sample has the shape {input_shape}",
             where="model.kind",
             fix="use kind: mlp",
         )
@@ -60,7 +61,7 @@ def build_model(
 
 
 def uses_rng(model: nn.Module) -> bool:
-    """Whether a forward pass in training draws random numbers. Unknown modules, subclasses too, are taken to."""
+    """Return whether a forward pass in training may use random numbers. Unknown modules and subclasses may."""
     plain: tuple[Any, ...] = (MlpNet, CnnNet, nn.Sequential, nn.Linear, nn.Conv2d, nn.MaxPool2d, nn.Flatten)
     embedding: tuple[Any, ...] = (EmbeddingMlpNet, nn.ModuleList, nn.Embedding)
     known = {*plain, *embedding, nn.BatchNorm1d, nn.BatchNorm2d, *ACTIVATIONS.values()}
@@ -68,28 +69,28 @@ def uses_rng(model: nn.Module) -> bool:
 
 
 def _dry_run(model: nn.Module, input_shape: tuple[int, ...], outputs: int, where: str) -> None:
-    """One sample of zeros through a model that others wrote; lazy modules get their shapes by it.
+    """Pass one sample of zeros through a torchvision or custom model. This also initializes lazy modules.
 
     Raises
     ------
-    JobError: it fails on such a sample, or its outputs have another shape.
+    JobError: the model fails on the sample, or its outputs have another shape.
     """
     model.eval()
     try:
         with torch.no_grad():
             outputs_tensor = model(torch.zeros(1, *input_shape))
-    except Exception as raised:  # whatever a module of the user's raises is the user's to see
+    except Exception as raised:  # any exception of the user's module is reported
         error = wrap_user_error(raised, where, JobError)
         fix = "the model must take samples of this shape: see data.resize, or the model's args"
         raise JobError(f"fails on a sample of shape {input_shape}: {error.what}", where=where, fix=fix) from raised
     model.train()
     if not isinstance(outputs_tensor, Tensor):
         raise JobError(
-            f"gives a {type(outputs_tensor).__name__}, not one tensor", where=where, fix="return (B, outputs)"
+            f"returns a {type(outputs_tensor).__name__}, not one tensor", where=where, fix="return (B, outputs)"
         )
     if outputs_tensor.shape != (1, outputs):
         raise JobError(
-            f"gives outputs of shape {tuple(outputs_tensor.shape)} for 1 sample, but the task needs {(1, outputs)}",
+            f"returns outputs of shape {tuple(outputs_tensor.shape)} for 1 sample, but the task needs {(1, outputs)}",
             where=where,
-            fix="take `outputs` as an argument: it is given where the signature names it",
+            fix="take `outputs` as an argument: it is passed if the signature has it",
         )

@@ -23,9 +23,11 @@ class CnnNet(nn.Module):
 
 
 def build_cnn(config: CnnConfig, input_shape: tuple[int, ...], outputs: int) -> CnnNet:
-    """Raises
+    """Build a `CnnNet`.
+
+    Raises
     ------
-    JobError: nothing is left of the images after a convolution.
+    JobError: a convolution or pooling layer reduces the images to nothing.
     """
     channels, height, width = input_shape
     layers: list[nn.Module] = []

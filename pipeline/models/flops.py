@@ -1,4 +1,4 @@
-"""How much arithmetic a model is."""
+"""The number of multiply-adds of a model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 
 def count_multiply_adds(model: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Multiply-adds of a forward pass of one sample: of linear layers and convolutions as often as they are applied, of
-    other weights (not of embeddings, which are looked up) once.
+    """Count the multiply-adds of a forward pass of one sample.
+
+    Linear layers and convolutions count for each application, other weight matrices once. Embeddings are lookups and do
+    not count.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Parameters that are not trained."""
+"""Frozen parameters: those that are not trained."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ MAX_LISTED = 8
 
 
 def freeze(model: nn.Module, patterns: str | Sequence[str]) -> None:
-    """Take parameters out of training: they get no gradient and stay as they are.
+    """Freeze parameters: they get no gradient and do not change.
 
     Parameters
     ----------
-    spec: "backbone" for all but the parameters of `last_layer`, or names and patterns of parameters (`fnmatch`).
+    patterns: "backbone" for all parameters except those of the last layer, or names and patterns (`fnmatch`).
 
     Raises
     ------
-    JobError: a pattern that matches nothing, or all is frozen.
+    JobError: a pattern matches nothing, or every parameter is frozen.
     """
     parameters = dict(model.named_parameters())
     if patterns == "backbone":
@@ -34,13 +34,15 @@ def freeze(model: nn.Module, patterns: str | Sequence[str]) -> None:
         parameters[name].requires_grad_(False)
     if frozen and not any(parameter.requires_grad for parameter in parameters.values()):
         raise JobError(
-            "every parameter of the model is frozen", where="model.freeze", fix="leave one that can be trained"
+            "every parameter of the model is frozen", where="model.freeze", fix="leave at least one trainable"
         )
 
 
 def last_layer_names(model: nn.Module) -> list[str]:
-    """Names of all tensors of the last module, in the order of `named_modules`, with parameters of its own: what turns
-    features into outputs in all of torchvision's classification models and in nearly all others."""
+    """Return the names of all tensors of the last module, in the order of `named_modules`, that has direct parameters.
+
+    In all of torchvision's classification models and in nearly all others it maps features to outputs.
+    """
     layers = [
         (name, module) for name, module in model.named_modules() if next(module.parameters(False), None) is not None
     ]
@@ -49,11 +51,11 @@ def last_layer_names(model: nn.Module) -> list[str]:
 
 
 def match_names(pattern: str, names: Iterable[str], where: str) -> list[str]:
-    """Those names of parameters that a pattern matches.
+    """Return the parameter names that a pattern matches.
 
     Raises
     ------
-    JobError: none.
+    JobError: none matches.
     """
     names = list(names)
     matches = [name for name in names if fnmatchcase(name, pattern)]
@@ -62,13 +64,13 @@ def match_names(pattern: str, names: Iterable[str], where: str) -> list[str]:
         raise JobError(
             f"{pattern!r} matches no parameter",
             where=where,
-            fix=f"patterns are as a shell's; the parameters are {', '.join(names[:MAX_LISTED])}{rest}",
+            fix=f"use shell-style patterns; the parameters are {', '.join(names[:MAX_LISTED])}{rest}",
         )
     return matches
 
 
 def find_frozen_norms(model: nn.Module) -> list[nn.Module]:
-    """Batch normalisations whose parameters are all frozen: their statistics stay too, as in evaluation."""
+    """Return the batch normalizations whose parameters are all frozen: their statistics do not change either."""
     return [
         module
         for module in model.modules()

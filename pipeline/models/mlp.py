@@ -1,6 +1,6 @@
-"""What the built-in models are made of.
+"""`kind: mlp`: fully connected layers, after embeddings if a table has columns of many categories.
 
-`kind: mlp`: fully connected layers, after embeddings where a table has columns of many levels.
+Its activations and dense layers are also used by `cnn`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,12 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+MAX_EMBEDDING_DIM = 50
+"""Maximum embedding dimension of `embedding_width: auto`."""
+
+
 def build_dense_layers(widths: list[int], outputs: int, config: MlpConfig | CnnConfig) -> list[nn.Module]:
-    """Linear layers from `widths[0]` inputs through the other widths to `outputs`, with what `spec` puts between."""
+    """Build linear layers from `widths[0]` inputs through the other widths to `outputs`, and the layers between."""
     layers: list[nn.Module] = []
     for inputs, width in itertools.pairwise(widths):
         layers.append(nn.Linear(inputs, width))
@@ -36,10 +40,6 @@ def build_dense_layers(widths: list[int], outputs: int, config: MlpConfig | CnnC
         if config.dropout:
             layers.append(nn.Dropout(config.dropout))
     return [*layers, nn.Linear(widths[-1], outputs)]
-
-
-MAX_EMBEDDING_DIM = 50
-"""Numbers that stand for one level, at most, where the job says auto."""
 
 
 class MlpNet(nn.Sequential):
@@ -53,10 +53,10 @@ class MlpNet(nn.Sequential):
 
 
 class EmbeddingMlpNet(nn.Module):
-    """An `MlpNet` that looks the last columns of its input up in embeddings first: (B, F) to (B, outputs).
+    """An `MlpNet` that replaces the last columns of its input by embeddings first: (B, F) to (B, outputs).
 
-    The last `len(embeddings)` of the F columns are codes, whole numbers from 0 in the input's own floating type; what
-    they stand for takes their place behind the other columns. The layers are named as an `MlpNet`'s.
+    The last `len(embeddings)` of the F columns are category codes, integers from 0 in the floating dtype of the input.
+    Their embeddings follow the other columns. The layers have the names of an `MlpNet`'s.
     """
 
     def __init__(self, embeddings: Sequence[nn.Embedding], layers: Sequence[nn.Module]) -> None:
@@ -77,11 +77,11 @@ class EmbeddingMlpNet(nn.Module):
 
 
 def build_mlp(config: MlpConfig, input_shape: tuple[int, ...], outputs: int, code_sizes: tuple[int, ...]) -> nn.Module:
-    """An `MlpNet`, or with codes among its inputs an `EmbeddingMlpNet`."""
+    """Build an `MlpNet`, or an `EmbeddingMlpNet` if its inputs include category codes."""
     inputs = math.prod(input_shape)
     if not code_sizes:
         return MlpNet(*build_dense_layers([inputs, *compute_hidden_widths(config, inputs)], outputs, config))
-    # Code 0 is what no training row has: its numbers stay 0, neutral.
+    # Code 0 is a category that no training row has: its embedding stays 0.
     embeddings = [nn.Embedding(size, compute_embedding_dim(config, size), padding_idx=0) for size in code_sizes]
     inputs += sum(embedding.embedding_dim for embedding in embeddings) - len(code_sizes)
     return EmbeddingMlpNet(
@@ -90,7 +90,7 @@ def build_mlp(config: MlpConfig, input_shape: tuple[int, ...], outputs: int, cod
 
 
 def compute_hidden_widths(config: MlpConfig, inputs: int) -> list[int]:
-    """Widths of the hidden layers; `doubling` gives inputs x 2, 4, 8, ... for `layers` linear layers in all."""
+    """Return the widths of the hidden layers; `doubling`: inputs x 2, 4, 8, ... for `layers` linear layers in total."""
     if config.hidden != "doubling":
         return list(config.hidden)
     assert config.layers is not None
@@ -98,7 +98,7 @@ def compute_hidden_widths(config: MlpConfig, inputs: int) -> list[int]:
 
 
 def compute_embedding_dim(config: MlpConfig, num_codes: int) -> int:
-    """Numbers that stand for one of so many levels; `auto` is fastai's `emb_sz_rule`, bounded by 50 instead of 600."""
+    """Return the embedding dimension for a number of codes; `auto` is fastai's `emb_sz_rule`, at most 50, not 600."""
     if config.embedding_width != "auto":
         return config.embedding_width
     return min(MAX_EMBEDDING_DIM, round(1.6 * math.pow(num_codes, 0.56)))

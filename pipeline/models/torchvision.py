@@ -1,4 +1,4 @@
-"""`kind: torchvision:NAME`: torchvision's classification models, and what is known of their pretrained weights."""
+"""`kind: torchvision:NAME`: torchvision's classification models and their pretrained weights."""
 
 from __future__ import annotations
 
@@ -15,30 +15,29 @@ from pipeline.config import TorchvisionModelConfig
 from pipeline.errors import JobError
 
 AUXILIARY_HEADS = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.",)}
-"""Models with a second head that torchvision uses in training alone, and the names of its tensors: left off here."""
+"""Models with an auxiliary head that torchvision uses in training only, and the prefixes of its tensors: left out."""
 
 OLD_DENSENET = re.compile(r"(.*denselayer\d+\.(?:norm|conv))\.([12]\.\w+)")
-"""Names in the published DenseNet weights, which torchvision itself joins on loading: norm.1.weight, norm1.weight."""
+"""Names in the published DenseNet weights, which torchvision renames on loading: norm.1.weight to norm1.weight."""
 
 RESERVED_ARGS = ("num_classes", "weights", "progress")
 
 
 def build_torchvision_model(config: TorchvisionModelConfig, input_shape: tuple[int, ...], outputs: int) -> nn.Module:
-    """The untrained model with `outputs` classes: its last layer fits the task. Initialised as torchvision does it.
+    """Build the untrained model with `outputs` classes, initialized by torchvision.
 
-    Its first convolution is replaced where images have another number of channels than 3, unless `weights` are to come
-    into it.
+    If images do not have 3 channels, its first convolution is replaced; pretrained weights then do not fit.
 
     Raises
     ------
-    JobError: no such model, arguments that it does not take, or channels that the weights do not have.
+    JobError: there is no such model, it does not take the arguments, or the weights do not fit the channels.
     """
     name, where = _model_name(config), f"model.kind: {config.kind}"
     from torchvision import models
 
     for argument in RESERVED_ARGS:
         if argument in config.args:
-            fix = "leave it out: " + ("see model.weights" if argument != "num_classes" else "the task says it")
+            fix = "leave it out: " + ("see model.weights" if argument != "num_classes" else "the task determines it")
             raise JobError(f"{argument} cannot be an argument", where=f"model.args.{argument}", fix=fix)
     channels = input_shape[0]
     if channels != 3 and config.weights is not None:
@@ -49,12 +48,12 @@ def build_torchvision_model(config: TorchvisionModelConfig, input_shape: tuple[i
         )
     args = dict(config.args)
     if name in AUXILIARY_HEADS:
-        # With weights the input is taken from ImageNet's mean and std to what these two were trained on.
+        # With weights, torchvision maps inputs normalized by ImageNet's statistics to those of these two models.
         pretrained = config.weights is not None
         args = {"aux_logits": False, "transform_input": pretrained, "init_weights": not pretrained, **args}
         if args["aux_logits"]:
             fix = "leave it out"
-            raise JobError("an auxiliary head gives a second output", where="model.args.aux_logits", fix=fix)
+            raise JobError("an auxiliary head returns a second output", where="model.args.aux_logits", fix=fix)
     try:
         model: nn.Module = models.get_model(name, weights=None, num_classes=outputs, **args)
     except Exception as error:  # torchvision checks its arguments in many ways
@@ -65,8 +64,10 @@ def build_torchvision_model(config: TorchvisionModelConfig, input_shape: tuple[i
 
 
 def load_pretrained(config: TorchvisionModelConfig) -> tuple[dict[str, Tensor], str]:
-    """The pretrained weights that `spec.weights` means, as tensors on the CPU by the names of `vision`'s model, and a
-    name for messages. Downloads them into torch's cache where they are not a file.
+    """Return the pretrained weights of `config.weights`, and a name for messages.
+
+    The weights are CPU tensors by the names of the model's tensors. If they are not a file, they are downloaded into
+    torch's cache.
 
     Raises
     ------
@@ -85,7 +86,7 @@ def load_pretrained(config: TorchvisionModelConfig) -> tuple[dict[str, Tensor], 
             raise JobError(
                 f"cannot be downloaded from {member.url}: {error}",
                 where=where,
-                fix="download the file where there is a network, and set model.weights to its path",
+                fix="download the file on a machine with network access, and set model.weights to its path",
             ) from None
         return _normalize_keys(tensors, name), f"torchvision's {member}"
     path = Path(config.weights).expanduser()
@@ -100,7 +101,9 @@ def load_pretrained(config: TorchvisionModelConfig) -> tuple[dict[str, Tensor], 
 
 
 def _model_name(config: TorchvisionModelConfig) -> str:
-    """Raises
+    """Return the torchvision name of the model.
+
+    Raises
     ------
     JobError: torchvision has no such classification model.
     """
@@ -109,17 +112,17 @@ def _model_name(config: TorchvisionModelConfig) -> str:
     name = config.kind.partition(":")[2]
     known = models.list_models(module=models)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known
+        suggestions = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known
         raise JobError(
             f"torchvision has no classification model {name!r}",
             where=f"model.kind: {config.kind}",
-            fix=f"use {', '.join(near)}, or another of torchvision.models.list_models(module=torchvision.models)",
+            fix=f"use {', '.join(suggestions)}, or one of torchvision.models.list_models(module=torchvision.models)",
         )
     return name
 
 
 def _replace_first_conv(model: nn.Module, channels: int) -> None:
-    """Replace the first convolution by one for images of so many channels, initialised as torch does."""
+    """Replace the first convolution by one with another number of input channels, initialized by torch."""
     name, first = next((name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d))
     parent, _, attribute = name.rpartition(".")
     sizes: dict[str, Any] = {key: getattr(first, key) for key in ("kernel_size", "stride", "padding", "dilation")}
@@ -128,7 +131,7 @@ def _replace_first_conv(model: nn.Module, channels: int) -> None:
 
 
 def _read_state_dict(path: Path, where: str) -> dict[str, Tensor]:
-    """A state dict from a .safetensors or .pth file, without running any code of the file's."""
+    """Read a state dict from a .safetensors or .pth file, without running code from the file."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -138,14 +141,15 @@ def _read_state_dict(path: Path, where: str) -> dict[str, Tensor]:
     except Exception as error:  # a damaged file fails in many ways
         text = str(error).partition("\n")[0]
         raise JobError(
-            f"cannot be read: {text}", where=where, fix="give the file of a state dict: torch.save(model.state_dict())"
+            f"cannot be read: {text}", where=where, fix="use a file of a state dict: torch.save(model.state_dict())"
         ) from None
     if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise JobError("holds no state dict", where=where, fix="save model.state_dict() alone: names and tensors")
+        raise JobError("is not a state dict", where=where, fix="save only model.state_dict(): names and tensors")
     return dict(tensors)
 
 
 def _normalize_keys(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Drop the tensors of auxiliary heads, and rename those of published DenseNet weights."""
     left_out = AUXILIARY_HEADS.get(name, ())
     kept = {key: value for key, value in tensors.items() if not key.startswith(left_out)} if left_out else dict(tensors)
     if name.startswith("densenet"):

@@ -1,0 +1,1 @@
+"""Durable state of a run: its directory, journal, lease, checkpoints and metric log."""

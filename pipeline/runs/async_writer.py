@@ -1,4 +1,4 @@
-"""The recorder of rank 0: takes values from the training thread and makes them durable in a thread of its own."""
+"""The asynchronous writer of rank 0: it stores the values of the training thread from a background thread."""
 
 from __future__ import annotations
 
@@ -19,43 +19,43 @@ from pipeline.watchdog import blocking_on
 __all__ = ["AsyncRunWriter", "Snapshot", "finish_ended_run"]
 
 COMMIT_INTERVAL_FACTOR = 100
-"""After a commit, so many times its cost pass before the next that may wait: bookkeeping costs under 1 %."""
+"""Minimum time between commits that may wait, as a multiple of the last commit's cost: bookkeeping costs under 1 %."""
 LIVE_INTERVAL_FACTOR = 20
-"""After the live rows were replaced, so many times what that took pass before they are again."""
+"""Minimum time between two writes of the live rows, as a multiple of what the last one took."""
 EXIT_ENTRY_LIMIT_S = 1.0
-"""How long a leave waits for storage that was lost already."""
+"""Seconds that an exit entry waits for storage that is already lost."""
 MAX_BUFFERED_ROWS = 200_000
-"""So many rows in memory make a commit necessary."""
+"""Buffered rows from which on a commit is necessary."""
 MAX_BUFFERED_ROWS_DURING_COMMIT = 15 * MAX_BUFFERED_ROWS
-"""So many wait in memory (some 300 MB) while a commit is under way, because storage is slow or away; then training
-waits for it."""
+"""Rows buffered in memory (some 300 MB) while a commit is in progress because storage is slow or unavailable. Beyond
+that, training waits for the commit."""
 
 
 class AsyncRunWriter:
-    """Where training puts its values. No call waits for storage but `commit` while one is under way, `finish` and
-    `leave`. What goes wrong in the background is raised by the next `check`, `commit` or `finish`.
+    """Store the metrics and checkpoints of training in the background.
 
-    While storage is away, training goes on: its rows and one snapshot wait. When it has been away for longer than its
-    limit, or refuses for good (a right that was taken away, a full disk), that snapshot is saved on this machine (see
-    `spool`), `must_commit` asks for one of the present, and `commit` saves that in its place and raises the error,
-    which says where it lies.
+    Only `finish`, `write_exit`, and `commit` while another commit is in progress wait for storage. An error of the
+    background thread is raised by the next `raise_if_failed`, `commit` or `finish`.
 
-    Between commits it replaces the live rows (see `live`): twice in a heartbeat's interval, once where storage is far.
-    Commits stay as rare as the job wants them, also at the start.
+    While storage is unavailable, training continues: its rows and one snapshot are buffered. After storage has been
+    unavailable for longer than its time limit, or has failed permanently (a revoked permission, a full disk), that
+    snapshot is saved on this machine (see `local_fallback`), and `must_save_now` asks for a current one. `commit` then
+    saves the current snapshot in its place and raises the error, which contains the folder.
+
+    Between commits the writer replaces the live rows (see `live`): twice per heartbeat interval, once if storage is
+    remote. Commits are as rare as the job configures, also at the start.
 
     Parameters
     ----------
     attempt: this process' claim on the run.
-    keep: pairs of a checkpoint and its best that stay.
-    columns: what is logged besides the usual; default: what the run's birth recorded.
+    keep: pairs of a checkpoint and its best to retain.
+    metric_schema: the additional columns; default: those recorded when the run was created.
     """
 
     def __init__(self, attempt: Attempt, *, keep: int, metric_schema: MetricSchema | None = None) -> None:
         metadata = attempt.run.read_metadata()
-        layout, run_schema = (
-            SegmentLayout.from_metadata(metadata),
-            metric_schema if metric_schema is not None else MetricSchema.from_metadata(metadata),
-        )
+        layout = SegmentLayout.from_metadata(metadata)
+        run_schema = metric_schema if metric_schema is not None else MetricSchema.from_metadata(metadata)
         self._attempt = attempt
         self._writer = RunWriter(attempt, layout=layout, keep=keep, metric_schema=run_schema)
         self._live = live.LiveWriter(attempt.run, attempt.number, layout, run_schema)
@@ -66,7 +66,7 @@ class AsyncRunWriter:
         self._num_buffered = 0
         self._next_commit_time = 0.0
         self.last_commit_s = 0.0
-        """Seconds that the last commit took."""
+        """Duration of the last commit, in seconds."""
         self._error: BaseException | None = None
         self._storage_failure: local_fallback.StorageFailure | None = None
         self._condition = threading.Condition()
@@ -77,36 +77,39 @@ class AsyncRunWriter:
         self._submit(self._resume)
 
     def log_steps(self, block: StepBlock) -> None:
-        """A block of consecutive steps, one array a column: epoch, step, loss, correct, lr, samples, seconds, time
-        (seconds since 1970), and the run's own columns. The recorder keeps the arrays."""
+        """Log a block of consecutive steps, one array per column: epoch, step, loss, correct, lr, samples, seconds,
+        time (seconds since 1970), and the run's additional columns. The writer keeps the arrays."""
         self._blocks.append(block)
         self._live.log_steps(block)
         self._num_buffered += len(block["step"])
 
     def log_evaluation(self, row: EvaluationRow) -> None:
-        """One evaluation of one split, at the step of the last row of steps."""
+        """Log one evaluation of one split, at the last logged step."""
         self._evaluations.append(row)
         self._live.log_evaluation(row)
 
     def can_save_now(self, *, is_late: bool = False) -> bool:
-        """Whether a commit now keeps bookkeeping under its share: none is under way, and the last one's cost has long
-        passed. One that is late, by what the user allows to be lost, waits for the one under way alone."""
+        """Whether a commit now keeps the cost of bookkeeping within its limit: no commit is in progress, and enough
+        time has passed since the last one. A commit that is late, by the progress that the user accepts to lose, only
+        waits for the one in progress."""
         return self._task is None and (is_late or time.monotonic() >= self._next_commit_time)
 
     def must_save_now(self) -> bool:
-        """Whether too many rows wait in memory, or storage is lost and the present has to be saved here."""
+        """Whether too many rows are buffered, or storage is lost and the current state must be saved locally."""
         limit = MAX_BUFFERED_ROWS if self._task is None else MAX_BUFFERED_ROWS_DURING_COMMIT
         return self._num_buffered >= limit or self._storage_failure is not None
 
     def commit(self, snapshot: Snapshot, on_committed: Callable[[float], None] | None = None) -> None:
-        """Hand over a snapshot, with all rows so far, and return. Waits for a commit that is under way.
+        """Submit a snapshot, with all rows so far, and return. Waits for a commit that is in progress.
 
-        done: takes the seconds that the commit took, once it is durable; called by the recorder's thread.
+        Parameters
+        ----------
+        on_committed: receives the duration of the commit in seconds once it is durable; called by the background
+            thread.
 
         Raises
         ------
-        StorageLostError, StorageError: storage was lost; the snapshot is saved on this machine, where that was
-            possible.
+        StorageLostError, StorageError: storage was lost; the snapshot is saved on this machine if that was possible.
         """
         blocks, evaluations = self._blocks, self._evaluations
         self._blocks, self._evaluations, self._num_buffered = [], [], 0
@@ -130,20 +133,21 @@ class AsyncRunWriter:
         self._submit(work)
 
     def raise_if_failed(self) -> None:
-        """Raise what the background met: SupersededError, NotFiniteError, ... Costs nothing. A lost storage is for the
-        next `commit` to raise, once it has saved the present."""
+        """Raise the error of the background thread: SupersededError, NotFiniteError, ... Does not block. Loss of
+        storage is raised by the next `commit`, after it has saved the current state."""
         if self._storage_failure is None:
             self._raise_error()
 
     def finish(self) -> None:
-        """Wait until the end and all that follows from it are done."""
+        """Wait until the last commit and everything that follows from it are done."""
         self._wait_until_idle()
         self._raise_error()
 
     def write_exit(self, status: Literal["interrupted", "failed"], error: BaseException | None, step: int) -> None:
-        """Wait for what is under way, then write into the journal why this attempt stops before the end.
+        """Wait for the task in progress, then write to the journal why this attempt stops before the end.
 
-        A leave that storage or a later attempt refuses is given up: the run then shows as stalled, or as the other's.
+        An exit entry that fails because of storage or a later attempt is skipped: the run's status is then stalled, or
+        that of the later attempt.
         """
         self._wait_until_idle()
         if isinstance(self._error, StorageLostError):
@@ -151,9 +155,9 @@ class AsyncRunWriter:
         blocks, evaluations = self._blocks, self._evaluations
 
         def work() -> None:
-            self._writer.rows.add(blocks, evaluations)  # for the row that was not finite
+            self._writer.rows.add(blocks, evaluations)  # so that the entry can contain the nonfinite row
             self._writer.write_exit(status, error, step)
-            if self._live.has_new_rows:  # they tell how it came to this
+            if self._live.has_new_rows:  # they show what preceded the failure
                 self._live.write()
 
         self._error = None
@@ -164,7 +168,7 @@ class AsyncRunWriter:
 
     @blocking_on("storage")
     def close(self) -> None:
-        """Stop the thread, after what is under way."""
+        """Finish the task in progress and stop the thread."""
         with self._condition:
             self._closed = True
             self._condition.notify_all()
@@ -194,7 +198,7 @@ class AsyncRunWriter:
         self._live.resume(self._writer.rows)
 
     def _run_or_save_locally(self, task: Callable[[], None]) -> None:
-        """What the writer does; where storage is lost, its last snapshot is saved on this machine."""
+        """Run a task of the writer; if storage is lost, save its last snapshot on this machine."""
         try:
             task()
         except (StorageLostError, StorageError) as error:
@@ -210,15 +214,14 @@ class AsyncRunWriter:
         blocks: list[StepBlock],
         evaluations: list[EvaluationRow],
     ) -> BaseException:
-        """Save a snapshot (None: that of the commit which failed) on this machine; the error that says so."""
+        """Save a snapshot (None: that of the failed commit) on this machine, and return the error that reports it."""
         try:
             saved = self._writer.save_locally(snapshot, blocks, evaluations)
-        except NotFiniteError as worse:
-            return worse
+        except NotFiniteError as nonfinite:
+            return nonfinite
         except (TrainyardError, OSError) as failure:
-            return self._error or local_fallback.with_local_copy(
-                error, None, 0, failure
-            )  # what was saved before is still there
+            # An earlier error reports an earlier save, which still exists.
+            return self._error or local_fallback.with_local_copy(error, None, 0, failure)
         return error if saved is None else local_fallback.with_local_copy(error, *saved)
 
     def _run_tasks(self) -> None:
@@ -227,14 +230,14 @@ class AsyncRunWriter:
                 self._condition.wait_for(
                     lambda: self._task or self._closed, max(0.0, self._live_due - time.monotonic())
                 )
-                job = self._task
-                if job is None and self._closed:
+                task = self._task
+                if task is None and self._closed:
                     return
             try:
-                (job or self._write_live)()
-            except BaseException as error:  # handed to the training thread, whatever it is
+                (task or self._write_live)()
+            except BaseException as error:  # passed on to the training thread, whatever it is
                 self._error = error
-            if job is not None:
+            if task is not None:
                 with self._condition:
                     self._task = None
                     self._condition.notify_all()
@@ -247,8 +250,13 @@ class AsyncRunWriter:
 
 
 def finish_ended_run(attempt: Attempt, keep: int = 1) -> None:
-    """For an attempt that begins at an end: do what is missing of cells, result, retention and `run.json`, and close
-    it. `keep`: pairs that stay, where that end was saved on this machine only and is committed now."""
+    """Complete and close an attempt that starts from a finished run: write missing segments, `result.json` and
+    `run.json`, and apply retention.
+
+    Parameters
+    ----------
+    keep: pairs to retain, if the final checkpoint was saved on this machine only and is committed now.
+    """
     metadata: dict[str, Any] = attempt.run.read_metadata()
     try:
         layout, metric_schema = SegmentLayout.from_metadata(metadata), MetricSchema.from_metadata(metadata)

@@ -1,8 +1,8 @@
-"""What a run saves on this machine when its storage is lost, and how its next attempt takes that up.
+"""Save a checkpoint on this machine when the run's storage is lost, and resume from it in the next attempt.
 
-`<spool>/<digest of the run's URL>/<run>/` is a run directory of its own, as far as it goes: the job, a journal that
-commits one checkpoint, and `spool.json`, which says what that checkpoint was built on. `load` reads it by its path.
-None of it is acknowledged: in the true journal it stands only once a later attempt has committed it there.
+`<spool>/<digest of the run's URL>/<run>/` is a small run directory: the job, a journal that commits one checkpoint, and
+`spool.json`, which names the checkpoints that it may follow. `load` opens it by its path. The checkpoint is not part of
+the run until a later attempt commits it to the run's journal.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pipeline.runs.checkpoints.snapshot import CheckpointFiles
 
 StorageFailure = StorageLostError | StorageError
-"""Storage stayed away, or refuses for good."""
+"""Storage was unavailable for too long, or fails permanently."""
 
 SPOOL_VARIABLE = "TRAINYARD_SPOOL"
 SPOOL_FILE = "spool.json"
@@ -37,10 +37,10 @@ SPOOL_FILE = "spool.json"
 
 @dataclass(frozen=True)
 class LocalCheckpoint:
-    """What lies in the spool for a run, and whether it can be gone on from.
+    """A checkpoint that was saved on this machine, if it can be resumed from.
 
-    checkpoint: to go on from; None where something else was written since, or nothing lies there.
-    remark: a sentence for the user; empty where nothing lies there.
+    checkpoint: None if nothing was saved, or if the run has progressed since.
+    message: a sentence for the user; empty if nothing was saved.
     """
 
     checkpoint: Checkpoint | None = None
@@ -48,7 +48,7 @@ class LocalCheckpoint:
 
 
 def spool_folder() -> Path:
-    """TRAINYARD_SPOOL, else ~/.cache/trainyard/spool (below XDG_CACHE_HOME, where that is set)."""
+    """Return TRAINYARD_SPOOL, else ~/.cache/trainyard/spool (below XDG_CACHE_HOME if that is set)."""
     chosen = os.environ.get(SPOOL_VARIABLE)
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(chosen or f"{cache}/trainyard/spool").expanduser().absolute()
@@ -64,13 +64,15 @@ def save_locally(
     nonce: str,
     attempt: int,
 ) -> Path:
-    """Save a snapshot on this machine, in place of what was saved for this run before.
+    """Save a snapshot on this machine, replacing an earlier one of this run.
 
     Parameters
     ----------
-    draft: its checkpoint.
-    best_draft: that of the best so far, where its weights lie in no committed checkpoint and are not these.
-    after: the checkpoints of which one is the newest commit's, if nobody else has written since; None for no commit.
+    checkpoint_files: the checkpoint of the snapshot.
+    best_files: the checkpoint of the best evaluation so far, if its weights are neither in a committed checkpoint nor
+        those of the snapshot.
+    allowed_heads: the checkpoints that the newest commit may have if no other attempt has written since; None stands
+        for no commit.
     nonce, attempt: of the attempt that saves it.
 
     Returns
@@ -79,7 +81,7 @@ def save_locally(
 
     Raises
     ------
-    TrainyardError, OSError: this machine has no room or no folder for it.
+    TrainyardError, OSError: this machine has no space or no folder for it.
     """
     local_run = _open_local_run(run)
     folder = local_run.storage.local_path
@@ -88,7 +90,7 @@ def save_locally(
     if local_run.exists() and not _is_same_run(local_run, run):
         shutil.rmtree(folder)
         local_run = _open_local_run(run)
-    text = run.read_job_yaml()  # read before anything was trained, so this asks no storage
+    text = run.read_job_yaml()  # cached since the start of the attempt: no request to storage
     local_run.storage.create(JOB_FILE, text.encode())
     best = snapshot.best
     best_name = checkpoint_files.name if best is not None and best.step == snapshot.step else None
@@ -124,52 +126,54 @@ def save_locally(
     return folder
 
 
-def find_local_checkpoint(run: Run, base: Checkpoint | None, state: JournalState) -> LocalCheckpoint:
-    """What an earlier attempt on this machine saved here, if this one may go on from it: if it was built on the very
-    checkpoint that this attempt is based on, and is further than all that was ever committed.
+def find_local_checkpoint(run: Run, resume_checkpoint: Checkpoint | None, state: JournalState) -> LocalCheckpoint:
+    """Return the checkpoint that an earlier attempt saved on this machine, if this attempt may resume from it: it must
+    follow the committed checkpoint that this attempt resumes from, and be ahead of everything ever committed.
 
     Parameters
     ----------
-    base: the committed checkpoint to go on from.
-    state: what the run's journal amounts to.
+    resume_checkpoint: the committed checkpoint to resume from.
+    state: the state of the run's journal.
     """
     local_run = _open_local_run(run)
     folder = local_run.storage.local_path
     if folder is None or not (folder / SPOOL_FILE).is_file():
         return LocalCheckpoint()
-    prefix = f"{folder} holds what an earlier attempt saved when storage was lost; it is not used: "
+    prefix = f"{folder} contains a checkpoint that an earlier attempt saved when storage was lost; it is not used: "
     try:
         tree = from_json(local_run.storage.read(SPOOL_FILE))
         if not _is_same_run(local_run, run):
             return LocalCheckpoint(None, f"{prefix}it belongs to another run of this name")
         checkpoint = Checkpoint(local_run, tree["checkpoint"])
-        if base is not None and base.step == checkpoint.step:  # and only the removal is missing
+        # It was committed, and only its removal is missing.
+        if resume_checkpoint is not None and resume_checkpoint.step == checkpoint.step:
             delete_local(run)
             return LocalCheckpoint()
-        if (base.name if base is not None else None) not in tree["after"]:
-            return LocalCheckpoint(None, f"{prefix}the run went on from elsewhere since")
+        if (resume_checkpoint.name if resume_checkpoint is not None else None) not in tree["after"]:
+            return LocalCheckpoint(None, f"{prefix}the run has since resumed from another checkpoint")
         if checkpoint.step <= state.highest_step or state.ended_at is not None:
-            return LocalCheckpoint(None, f"{prefix}the run came further since")
+            return LocalCheckpoint(None, f"{prefix}the run has since progressed further")
         checkpoint.verify()
     except (DamagedError, ValueError, KeyError, TypeError) as error:
         return LocalCheckpoint(None, f"{prefix}{error.what if isinstance(error, TrainyardError) else 'it is damaged'}")
-    return LocalCheckpoint(checkpoint, f"going on from step {checkpoint.step}, saved in {folder} when storage was lost")
+    return LocalCheckpoint(checkpoint, f"resuming from step {checkpoint.step}, saved in {folder} when storage was lost")
 
 
 def has_pickled_state(run: Run) -> bool:
     """Whether an earlier version saved a checkpoint of this run on this machine."""
-    here = _open_local_run(run)
-    place = here.storage.local_path
-    if place is None or not (place / SPOOL_FILE).is_file():
+    local_run = _open_local_run(run)
+    folder = local_run.storage.local_path
+    if folder is None or not (folder / SPOOL_FILE).is_file():
         return False
     try:
-        return Checkpoint(here, from_json(here.storage.read(SPOOL_FILE))["checkpoint"]).has_pickled_state
+        tree = from_json(local_run.storage.read(SPOOL_FILE))
+        return Checkpoint(local_run, tree["checkpoint"]).has_pickled_state
     except (StorageError, ValueError, KeyError, TypeError):
         return False
 
 
 def load_snapshot(run: Run, checkpoint: Checkpoint) -> Snapshot:
-    """What was saved, as a snapshot to commit."""
+    """Load a local checkpoint as a snapshot to commit."""
     best = checkpoint.best
     has_best_weights = best is not None and best.step != checkpoint.step and _has_best(run, best)
     return Snapshot(
@@ -190,7 +194,7 @@ def load_snapshot(run: Run, checkpoint: Checkpoint) -> Snapshot:
 
 
 def delete_local(run: Run) -> None:
-    """Remove what was saved for a run: it is committed now."""
+    """Remove the local checkpoint of a run after it was committed."""
     folder = _open_local_run(run).storage.local_path
     assert folder is not None
     shutil.rmtree(folder, ignore_errors=True)
@@ -199,18 +203,18 @@ def delete_local(run: Run) -> None:
 def with_local_copy(
     error: StorageFailure, folder: Path | None, step: int, failure: BaseException | None = None
 ) -> StorageFailure:
-    """The error of a lost storage, with what became of the training since the last commit."""
+    """Add to an error of storage what happened to the progress since the last commit."""
     kind = type(error)
     if folder is None:
         return kind(
-            f"{error.what}; what was trained since the last checkpoint could not be saved on this machine ({failure})",
+            f"{error.what}; the progress since the last checkpoint could not be saved on this machine ({failure})",
             where=error.where,
             fix=error.fix,
         )
     return kind(
         f"{error.what}; step {step} is saved in {folder} on {socket.gethostname()}",
         where=error.where,
-        fix=f"{error.fix}. On that machine it goes on from step {step}; load({str(folder)!r}) opens the model",
+        fix=f"{error.fix}. On that machine the run resumes from step {step}; load({str(folder)!r}) opens the model",
     )
 
 
@@ -220,7 +224,7 @@ def _open_local_run(run: Run) -> Run:
 
 
 def _is_same_run(local_run: Run, run: Run) -> bool:
-    """Whether it was saved by this very run: the stored job holds the nonce of its birth."""
+    """Whether it was saved by this run: the stored job contains the nonce of the run's creation."""
     try:
         return local_run.read_job_yaml() == run.read_job_yaml()
     except (FileNotFoundError, StorageError):

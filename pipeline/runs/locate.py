@@ -1,4 +1,4 @@
-"""Where runs lie: the storage a command means, and the run that a name or URL means."""
+"""Resolve the storage URL of a command, and a run by its name or URL."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ DEFAULT_STORAGE = "./runs"
 
 
 def resolve_storage_url(flag: str | None, job_storage: str | None = None) -> str:
-    """The flag, else TRAINYARD_STORAGE, else the job's `storage`, else ./runs; `env:NAME` looked up."""
+    """Return the flag, else TRAINYARD_STORAGE, else the job's `storage`, else ./runs; resolve `env:NAME`."""
     return resolve_env(flag or os.environ.get("TRAINYARD_STORAGE") or job_storage or DEFAULT_STORAGE, "storage")
 
 
 def absolute_url(url: str) -> str:
-    """A local path from the root; any other URL, and `env:NAME`, as it is."""
+    """Return a local path as an absolute path; any other URL, and `env:NAME`, unchanged."""
     return url if "://" in url or is_env_reference(url) else os.path.abspath(os.path.expanduser(url))
 
 
 def find_run(run: str, flag: str | None = None) -> Run:
-    """The run that a URL, or a name under the storage, means.
+    """Open a run by its URL, or by its name in the storage.
 
     Raises
     ------

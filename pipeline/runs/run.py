@@ -1,7 +1,4 @@
-"""Reads of the test split: each is on record before it happens, so that nobody chooses on it unseen.
-
-A run's directory and its birth.
-"""
+"""The directory of a run: its creation, its files, and the log of reads of the test split."""
 
 from __future__ import annotations
 
@@ -22,32 +19,18 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-TEST_READS_FOLDER = "reads"
-
-
-def log_test_access(run: Run, metadata: Mapping[str, Any]) -> int:
-    """Create the next entry of the run's reads, and return its number.
-
-    facts: plain values: which checkpoint, who, where.
-    """
-    text = to_json({"time": utc_now(), "nonce": secrets.token_hex(16), **metadata}, indent=1) + "\n"
-    number = 1 + len(run.storage.list(TEST_READS_FOLDER))
-    while not run.storage.create(f"{TEST_READS_FOLDER}/{number:08d}.json", text.encode()):
-        number += 1
-    return number
-
-
 JOB_FILE = "job.yaml"
 SUMMARY_FILE = "run.json"
 RESULT_FILE = "result.json"
 CODE_FILE = "code.zip"
 SPLITS_FILE = "splits.parquet"
+TEST_READS_FOLDER = "reads"
 STACKS_FOLDER = "stacks"
 STACKS_LIMIT_S = 10.0
-"""How long storage may stay away when stacks are to be saved."""
+"""Seconds that storage may be unavailable when stacks are saved."""
 HEADER_PREFIX = "# trainyard: "
 MAX_JOURNAL_HINT = 10**9
-"""The length of a journal is only believed up to here."""
+"""Largest number in `run.json` that is used as a hint for the length of the journal."""
 
 
 class Run:
@@ -55,12 +38,12 @@ class Run:
 
     Parameters
     ----------
-    storage: the folder that holds all runs.
+    storage: the folder that contains all runs.
     name: name of this run's folder in it.
 
     Raises
     ------
-    StorageError: a name that cannot be a folder of runs.
+    StorageError: the name is not valid for a run.
     """
 
     def __init__(self, storage: Storage, name: str) -> None:
@@ -71,9 +54,9 @@ class Run:
         self.name = name
         self.storage = storage.subfolder(name, own_temporary_folder=True)
         self.root_url = storage.url
-        """Where all the runs lie, printable."""
+        """URL of the folder of all runs, printable."""
         self.open_url = storage.open_url
-        """The same for `Storage.open`; it may hold a password, so it is never printed."""
+        """The same for `Storage.open`; it may contain a password, so it is never printed."""
         self.journal = Journal(self.storage, self._journal_hint)
         self._job_text: str | None = None
         self._header: dict[str, Any] | None = None
@@ -83,22 +66,22 @@ class Run:
 
     @property
     def url(self) -> str:
-        """Where the run lies, printable."""
+        """URL of the run, printable."""
         return self.storage.url
 
     def with_timeout(self, limit_s: float) -> Run:
-        """The same run, with a shorter limit for storage that is away."""
+        """Return the same run with a shorter time limit for unavailable storage."""
         run = copy(self)
         run.storage = self.storage.with_timeout(limit_s)
         run.journal = self.journal.with_storage(run.storage)
         return run
 
     def create(self, job_yaml: str, metadata: dict[str, Any]) -> bool:
-        """Bring the run into being, exclusively: its job, below one comment line that holds `facts` (plain values).
+        """Create the run exclusively, by writing its job below a comment line that contains `metadata` (plain values).
 
         Returns
         -------
-        True if this call made it; False if it was there.
+        True if this call created it; False if it existed.
         """
         header = {"nonce": secrets.token_hex(16), "time": utc_now(), "facts": metadata}
         digest = compute_digest({**header, "job": job_yaml})
@@ -107,35 +90,37 @@ class Run:
         )
 
     def exists(self) -> bool:
-        """Whether the run was born."""
+        """Whether the run was created."""
         return self._job_text is not None or self.storage.exists(JOB_FILE)
 
     def read_job_yaml(self) -> str:
-        """The job file as stored, facts included as a comment. FileNotFoundError if the run was never born.
+        """Return the job file as stored, with the metadata as a comment.
 
         Raises
         ------
-        StorageError: it was altered since.
+        FileNotFoundError: the run does not exist.
+        StorageError: the file was altered.
         """
         self._read_header()
         assert self._job_text is not None
         return self._job_text
 
     def read_metadata(self) -> dict[str, Any]:
-        """What `birth` was given. FileNotFoundError if the run was never born.
+        """Return the metadata that `create` was given.
 
         Raises
         ------
-        StorageError: `job.yaml` was altered since; also later, where a fact is asked for that is not there.
+        FileNotFoundError: the run does not exist.
+        StorageError: `job.yaml` was altered; also raised later, by access to a missing key.
         """
         return RunMetadata(self._read_header()["facts"], f"{self.url}/{JOB_FILE}")
 
     def created_at(self) -> str:
-        """UTC time of the birth, as ISO 8601. FileNotFoundError if the run was never born."""
+        """Return the UTC time of the creation, as ISO 8601. FileNotFoundError if the run does not exist."""
         return str(self._read_header()["time"])
 
     def read_summary(self) -> dict[str, Any]:
-        """`run.json` as last written; empty where there is none, for it can be made from the rest."""
+        """Return `run.json` as last written; empty if there is none, because it can be rebuilt from the other files."""
         try:
             summary = from_json(self.storage.read(SUMMARY_FILE))
         except (FileNotFoundError, ValueError):
@@ -143,38 +128,38 @@ class Run:
         return summary if isinstance(summary, dict) else {}
 
     def _journal_hint(self) -> int:
-        """The journal's last entry when `run.json` was written; 0 where it does not say."""
+        """Return the number of the last journal entry according to `run.json`; 0 if it has none."""
         try:
             number = self.read_summary().get("journal")
-        except StorageError:  # a link, say: who needs the view itself is told
+        except StorageError:  # such as a symbolic link; readers of the summary itself get the error
             return 0
         return number if type(number) is int and 0 < number < MAX_JOURNAL_HINT else 0
 
     def has_result(self) -> bool:
-        """Whether what follows from the end was written: `run.json` says finished, which is written last."""
+        """Whether all files that follow from the final commit exist; `run.json`, with the status, is written last."""
         return self.read_summary().get("status") == "finished" and self.storage.exists(RESULT_FILE)
 
     def has_splits(self, table: pa.Table) -> bool:
-        """Whether `write_splits` was done with this table, and nothing happened to it since."""
+        """Whether `write_splits` stored this table, and the file is unchanged."""
         try:
             return self.storage.read(SPLITS_FILE) == _to_parquet(table)
         except FileNotFoundError:
             return False
 
     def has_original_splits(self) -> bool:
-        """Whether `splits.parquet` is there as it was when the run was created, by its digest. False too for a run of
-        an earlier version, which recorded none."""
+        """Whether `splits.parquet` is unchanged since the run was created, by its digest. Also False for a run of an
+        earlier version, which recorded no digest."""
         try:
             return bool(digest_splits(self.storage.read(SPLITS_FILE)) == self.read_metadata().get("splits"))
         except FileNotFoundError:
             return False
 
     def write_splits(self, table: pa.Table) -> None:
-        """Store which rows are in which split, as `splits.parquet`."""
+        """Store the assignment of samples to splits, as `splits.parquet`."""
         self.storage.replace(SPLITS_FILE, _to_parquet(table), sync=True)
 
     def write_code(self, archive: bytes) -> None:
-        """Store the user's own code, as `code.zip`. Another that stood there is kept, as `code-<its digest>.zip`."""
+        """Store the user's code, as `code.zip`. A different archive is kept as `code-<its digest>.zip`."""
         before = self.read_code()
         if before == archive:
             return
@@ -184,24 +169,24 @@ class Run:
         self.storage.replace(CODE_FILE, archive, sync=True)
 
     def read_code(self) -> bytes | None:
-        """`code.zip`, or None for a run without code of its own (or whose birth was interrupted)."""
+        """Return `code.zip`, or None for a run without user code (or whose creation was interrupted)."""
         try:
             return self.storage.read(CODE_FILE)
         except FileNotFoundError:
             return None
 
     def has_code(self) -> bool:
-        """Whether `write_code` was done."""
+        """Whether `code.zip` exists."""
         return self.storage.exists(CODE_FILE)
 
     def write_stack_dump(self, name: str, text: bytes) -> str:
-        """Store the stacks of a process that stood still, in `stacks/`; gives their URL."""
+        """Store the stacks of a process that hangs, in `stacks/`, and return their URL."""
         path = f"{STACKS_FOLDER}/{name}"
         self.storage.with_timeout(STACKS_LIMIT_S).replace(path, text)
         return f"{self.url}/{path}"
 
     def _read_header(self) -> dict[str, Any]:
-        if self._header is None:  # never changed once it is there
+        if self._header is None:  # the file never changes
             data = self.storage.read(JOB_FILE)
             try:
                 self._job_text = data.decode()
@@ -216,7 +201,7 @@ class Run:
 
 
 def digest_splits(splits: pa.Table | bytes) -> str:
-    """SHA-256 of `splits.parquet`, in hex: a fact of the run's creation."""
+    """Return the SHA-256 of `splits.parquet`, in hex, as stored in the run's metadata."""
     return hashlib.sha256(splits if isinstance(splits, bytes) else _to_parquet(splits)).hexdigest()
 
 
@@ -229,7 +214,7 @@ def _to_parquet(table: pa.Table) -> bytes:
 
 
 class RunMetadata(dict[str, Any]):
-    """Facts of a birth. Who asks for one that is not there is told so, for they come from storage."""
+    """The metadata of a run. A missing key raises a StorageError, because the values come from storage."""
 
     def __init__(self, metadata: dict[str, Any], where: str) -> None:
         super().__init__(metadata)
@@ -237,7 +222,9 @@ class RunMetadata(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         raise StorageError(
-            f"it says nothing of {name}, so it is no run of this version", where=self._where, fix="use another --name"
+            f"it does not contain {name}, so it is not a run of this version",
+            where=self._where,
+            fix="use another --name",
         )
 
 
@@ -252,14 +239,14 @@ _METADATA_TYPES: dict[str, tuple[type, ...]] = {
     "first_cell_steps": (int,),
     "columns": (dict,),
 }
-"""Types of the facts that every run has; others may stand beside them."""
+"""Types of the metadata that every run has; there may be other keys."""
 
 
 def _parse_header(text: str) -> dict[str, Any]:
-    """The first line of a `job.yaml`; ValueError, TypeError or KeyError where it or the rest was altered."""
+    """Parse the first line of a `job.yaml`; ValueError, TypeError or KeyError if it or the rest was altered."""
     line, _, job = text.partition("\n")
     if not line.startswith(HEADER_PREFIX):
-        raise ValueError("its first line is another")
+        raise ValueError("its first line is not a header")
     header = from_json(line.removeprefix(HEADER_PREFIX))
     fields = {name: value for name, value in header.items() if name != "sha256"} if isinstance(header, dict) else {}
     if not fields or header.get("sha256") != compute_digest({**fields, "job": job}):
@@ -274,14 +261,14 @@ def _parse_header(text: str) -> dict[str, Any]:
 
 
 def parse_run_ref(run_ref: str) -> tuple[str, str]:
-    """`RUN[@best|@last|@STEP]` as the run's name or URL and the checkpoint's, best if not given."""
+    """Split `RUN[@best|@last|@STEP]` into the run's name or URL and the checkpoint, "best" if not given."""
     root, slash, name = run_ref.rstrip("/").rpartition("/")
-    name, _, checkpoint = name.partition("@")  # a URL may hold an @ of its own, before the name
+    name, _, checkpoint = name.partition("@")  # a URL may contain another @ before the name
     return f"{root}{slash}{name}", checkpoint or "best"
 
 
 def open_run(run: str, storage_url: str) -> Run:
-    """The run that a URL, or a name under a storage, means.
+    """Open a run by its URL, or by its name in the storage.
 
     Raises
     ------
@@ -293,12 +280,30 @@ def open_run(run: str, storage_url: str) -> Run:
     except ValueError as error:
         raise InputError(str(error), where=run) from None
     if not opened_run.exists():
-        raise InputError("no such run", where=opened_run.url, fix="`trainyard runs` lists those that are there")
+        raise InputError("no such run", where=opened_run.url, fix="`trainyard runs` lists the existing runs")
     return opened_run
 
 
+def log_test_access(run: Run, metadata: Mapping[str, Any]) -> int:
+    """Log a read of the test split before it happens, so that every use of the split is recorded.
+
+    Parameters
+    ----------
+    metadata: plain values: which checkpoint, by whom, where.
+
+    Returns
+    -------
+    The number of the new entry.
+    """
+    text = to_json({"time": utc_now(), "nonce": secrets.token_hex(16), **metadata}, indent=1) + "\n"
+    number = 1 + len(run.storage.list(TEST_READS_FOLDER))
+    while not run.storage.create(f"{TEST_READS_FOLDER}/{number:08d}.json", text.encode()):
+        number += 1
+    return number
+
+
 def list_run_names(storage: Storage) -> list[str]:
-    """Names in a folder that can be runs, sorted. A run is one of them that was born."""
+    """Return the valid run names in a folder, sorted. Not all of them need to be runs."""
     return [name for name in storage.list() if _is_valid_name(name)]
 
 

@@ -1,4 +1,4 @@
-"""Plain values on their way into strict JSON and back, and UTC times."""
+"""Plain values as strict JSON with digests, and UTC timestamps."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from datetime import UTC, datetime
 from typing import Any
 
 MAX_DEPTH = 100
-"""Levels of lists and mappings that may lie in each other: what is read is walked by functions that call themselves."""
+"""Maximum depth of nested lists and mappings: parsed values are processed recursively."""
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """Strict JSON, keys in the given order; a float that is not finite becomes the string "nan", "inf" or "-inf"."""
+    """Return strict JSON, keys in the given order; a nonfinite float becomes the string "nan", "inf" or "-inf"."""
     return json.dumps(_to_plain(value), allow_nan=False, indent=indent)
 
 
 def from_json(text: str | bytes) -> Any:
-    """What `to_json` wrote; ValueError for anything else."""
+    """Parse what `to_json` returned; ValueError for anything else."""
     try:
         tree = json.loads(text, parse_constant=_reject_constant)
     except RecursionError:
-        raise ValueError("lists in lists in lists") from None
+        raise ValueError("nested too deeply") from None
     nodes = [tree]
     for _ in range(MAX_DEPTH):
         nodes = [
@@ -35,24 +35,24 @@ def from_json(text: str | bytes) -> Any:
         ]
         if not nodes:
             return tree
-    raise ValueError("lists in lists in lists")
+    raise ValueError("nested too deeply")
 
 
 def compute_digest(tree: Mapping[str, Any]) -> str:
-    """Digest of a tree of plain values, in which its own digest does not stand yet."""
+    """Return the digest of a tree of plain values that does not contain the digest yet."""
     return hashlib.sha256(to_json(tree).encode()).hexdigest()
 
 
 def with_digest(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain values with their digest behind them, by which `unsealed` finds out damage."""
+    """Return plain values with their digest appended, by which `verify_digest` detects damage."""
     plain: dict[str, Any] = from_json(to_json(tree))
     return {**plain, "sha256": compute_digest(plain)}
 
 
 def verify_digest(tree: Any) -> dict[str, Any]:
-    """What `sealed` was given; ValueError where it was altered since."""
+    """Return what `with_digest` was given; ValueError if it was altered since."""
     if not isinstance(tree, dict):
-        raise ValueError("no mapping of names to values")
+        raise ValueError("not a mapping of names to values")
     content = {name: value for name, value in tree.items() if name != "sha256"}
     if tree.get("sha256") != compute_digest(content):
         raise ValueError("it was altered")
@@ -60,17 +60,17 @@ def verify_digest(tree: Any) -> dict[str, Any]:
 
 
 def utc_now() -> str:
-    """UTC to the microsecond, as ISO 8601: data for people, never compared by a protocol."""
+    """Return the UTC time to the microsecond, as ISO 8601: information for users, never compared by a protocol."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 
 def seconds_since(timestamp: str, clock_s: float | None = None) -> float:
-    """Age in seconds of a time that `now` wrote, against `clock` (seconds since 1970; default: this machine's)."""
+    """Return the age in seconds of a time from `utc_now`, at `clock_s` (seconds since 1970; default: now)."""
     return (time.time() if clock_s is None else clock_s) - datetime.fromisoformat(timestamp).timestamp()
 
 
 def check_timestamp(text: str) -> str:
-    """`text`, if it is a time as `now` writes them; else ValueError."""
+    """Return `text` if it is a time as `utc_now` writes it; else raise ValueError."""
     if datetime.fromisoformat(text).tzinfo is None:
         raise ValueError(f"{text!r} has no time zone")
     return text
@@ -91,4 +91,4 @@ def _to_plain(value: Any) -> Any:
         return value
     if hasattr(value, "item"):  # a scalar of NumPy or torch
         return _to_plain(value.item())
-    raise TypeError(f"{value!r} of type {type(value).__name__} has no place in JSON")
+    raise TypeError(f"{value!r} of type {type(value).__name__} cannot be stored as JSON")

@@ -1,4 +1,4 @@
-"""What one attempt writes, in the order that makes it durable. No threads here: see `recorder`."""
+"""Write the files of one attempt, in the order that makes them durable. Synchronous: see `async_writer`."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ EVALUATIONS_FOLDER = "metrics/evals"
 
 
 class RunWriter:
-    """Writes commits and what follows from them.
+    """Write commits and the files that follow from them.
 
     Parameters
     ----------
-    layout: of the run's cells, as fixed at its birth.
-    keep: pairs of a checkpoint and its best that stay.
+    layout: of the run's segments, as fixed when it was created.
+    keep: pairs of a checkpoint and its best to retain.
     """
 
     def __init__(self, attempt: Attempt, *, layout: SegmentLayout, keep: int, metric_schema: MetricSchema) -> None:
@@ -51,17 +51,18 @@ class RunWriter:
         self._best = attempt.resume_checkpoint.best if attempt.resume_checkpoint is not None else None
         self._last_committed = attempt.resume_checkpoint.name if attempt.resume_checkpoint is not None else None
         self.has_resume_rows = attempt.resume_checkpoint is None and attempt.local_checkpoint is None
-        """Whether the rows from which this attempt goes on are read."""
+        """Whether the rows from which this attempt continues are loaded."""
         self._pending_snapshot: Snapshot | None = None
-        """What `commit` was given and has not made durable yet."""
+        """The snapshot that `commit` was given and has not stored yet."""
 
     @property
     def _run(self) -> Run:
         return self.attempt.run
 
     def resume(self) -> None:
-        """Take up the base's rows and publish the cells that it completes: its writer may have died before. What an
-        earlier attempt saved on this machine becomes the first commit."""
+        """Load the rows of the checkpoint to resume from, and publish the segments that it completes: its writer may
+        have failed before it did. A checkpoint that an earlier attempt saved on this machine becomes the first
+        commit."""
         checkpoint = self.attempt.resume_checkpoint
         if checkpoint is not None:
             with self.attempt.reading_resume_checkpoint():
@@ -78,12 +79,12 @@ class RunWriter:
             local_fallback.delete_local(self._run)
 
     def commit(self, snapshot: Snapshot, blocks: Sequence[StepBlock], evaluations: Sequence[EvaluationRow]) -> None:
-        """Make a checkpoint durable, with the rows since the last commit, and then what follows from it.
+        """Store a checkpoint with the rows since the last commit, then the files that follow from it.
 
         Raises
         ------
         NotFiniteError: a loss or a weight is NaN or infinite; nothing is written.
-        SupersededError: a later attempt has taken over; what was written does no harm.
+        SupersededError: a later attempt has taken over; the files written so far have no effect.
         """
         self.rows.add(blocks, evaluations)
         self.rows.check_contiguous(snapshot.step)
@@ -91,7 +92,7 @@ class RunWriter:
         self._pending_snapshot = snapshot
         name = decisions.format_checkpoint_name(snapshot.step, self.attempt.number)
         best = self._locate_best(snapshot, name)
-        if best is not None and self._needs_own_checkpoint(best, name):
+        if best is not None and self._needs_separate_checkpoint(best, name):
             checkpoint_format.write_checkpoint(self._run.storage, *self._builder.build_best(snapshot, best))
         checkpoint_format.write_checkpoint(self._run.storage, *self._builder.build(snapshot, best, name))
         pair: CheckpointPair = (name, best.checkpoint if best is not None else None)
@@ -119,16 +120,16 @@ class RunWriter:
 
         Parameters
         ----------
-        snapshot: None for that of the commit which failed.
+        snapshot: None for that of the failed commit.
 
         Returns
         -------
-        The folder and the step; None where the commit that failed stands in the journal all the same.
+        The folder and the step; None if the failed commit is in the journal after all.
 
         Raises
         ------
         NotFiniteError: a loss or a weight is NaN or infinite; nothing is written.
-        TrainyardError, OSError: this machine cannot take it either.
+        TrainyardError, OSError: it cannot be saved on this machine either.
         """
         failed = self._pending_snapshot
         self.rows.add(blocks, evaluations)
@@ -143,19 +144,23 @@ class RunWriter:
         best = self._locate_best(snapshot, name)
         best_files = (
             self._builder.build_best(snapshot, best)
-            if best is not None and self._needs_own_checkpoint(best, name)
+            if best is not None and self._needs_separate_checkpoint(best, name)
             else None
         )
-        after = [self._last_committed]
-        if failed is not None:  # of an entry whose reply is missing nobody knows whether it arrived
-            after.append(decisions.format_checkpoint_name(failed.step, self.attempt.number))
-        draft, nonce, attempt = self._builder.build(snapshot, best, name), self.attempt.nonce, self.attempt.number
-        return local_fallback.save_locally(
-            self._run, snapshot, draft, best_files, after, nonce=nonce, attempt=attempt
-        ), snapshot.step
+        allowed_heads = [self._last_committed]
+        if failed is not None:  # without a reply it is unknown whether the entry was stored
+            allowed_heads.append(decisions.format_checkpoint_name(failed.step, self.attempt.number))
+        files, nonce, attempt = self._builder.build(snapshot, best, name), self.attempt.nonce, self.attempt.number
+        folder = local_fallback.save_locally(
+            self._run, snapshot, files, best_files, allowed_heads, nonce=nonce, attempt=attempt
+        )
+        return folder, snapshot.step
 
     def finalize(self) -> None:
-        """Do what is missing after an end: cells, result, retention, `run.json`. The base must be that end."""
+        """Write what is missing after the final commit: segments, `result.json`, `run.json`; apply retention.
+
+        The checkpoint to resume from must be that of the commit.
+        """
         commit = self.attempt.state.commit
         checkpoint = self.attempt.resume_checkpoint
         assert checkpoint is not None
@@ -168,7 +173,7 @@ class RunWriter:
         self._after_commit(commit)
 
     def write_exit(self, status: Literal["interrupted", "failed"], error: BaseException | None, step: int) -> None:
-        """Say why this attempt stops before the end.
+        """Write to the journal why this attempt stops before the end.
 
         Raises
         ------
@@ -177,12 +182,14 @@ class RunWriter:
         row = getattr(error, "row", None)
         if row is None and isinstance(error, NotFiniteError):
             row = self.rows.find_nonfinite_row()
-        leave = Exit(**self.attempt.next_entry_fields(), status=status, step=step, error=_error_to_json(error), row=row)
-        self.attempt.append(leave)
+        exit_entry = Exit(
+            **self.attempt.next_entry_fields(), status=status, step=step, error=_error_to_json(error), row=row
+        )
+        self.attempt.append(exit_entry)
         write_summary(self._run, self.attempt.state, status)
 
     def _after_commit(self, commit: Commit) -> None:
-        """What follows from a commit, in this order; each can be repeated."""
+        """Do what follows from a commit, in this order; each operation can be repeated."""
         self._publish_segments(commit.step, is_final=commit.end)
         if commit.end:
             self._run.storage.replace(RESULT_FILE, encode_result(self._run.name, commit), sync=True)
@@ -190,7 +197,8 @@ class RunWriter:
         write_summary(self._run, self.attempt.state, "finished" if commit.end else "running")
 
     def _publish_segments(self, step: int, *, is_final: bool) -> None:
-        """Write the cells that a commit at `step` completes. A reader that sees a cell's steps sees its evaluations."""
+        """Write the segments that a commit at `step` completes. A reader that sees the steps of a segment also sees its
+        evaluations."""
         for segment in self.rows.iter_segments(step, is_final=is_final):
             self._write_segment(segment)
         if not is_final:
@@ -202,15 +210,15 @@ class RunWriter:
         storage.replace(f"{STEPS_FOLDER}/{segment.file_name}", encode_table(segment.steps), sync=True)
 
     def _apply_retention(self, commit: Commit) -> None:
-        spare = decisions.checkpoints_to_keep(commit.kept, self.attempt.state)
+        protected = decisions.checkpoints_to_keep(commit.kept, self.attempt.state)
         names = self._run.storage.list(checkpoint_format.CHECKPOINTS_FOLDER)
         for name in decisions.checkpoints_to_delete(
-            names, attempt=self.attempt.number, step=commit.step, protected=spare
+            names, attempt=self.attempt.number, step=commit.step, protected=protected
         ):
             checkpoint_format.delete_checkpoint(self._run.storage, name)
 
     def _locate_best(self, snapshot: Snapshot, name: str) -> BestCheckpoint | None:
-        """The best so far with the name of its directory."""
+        """Return the best evaluation so far with the name of its checkpoint."""
         best, committed_best = snapshot.best, self._best
         if best is None:
             return None
@@ -222,8 +230,8 @@ class RunWriter:
             raise ValueError(f"the weights of the best step {best.step} are neither given nor in a checkpoint")
         return replace(best, checkpoint=decisions.format_checkpoint_name(best.step, self.attempt.number))
 
-    def _needs_own_checkpoint(self, best: BestCheckpoint, name: str) -> bool:
-        """Whether the best has weights that lie nowhere yet and are not those of checkpoint `name`."""
+    def _needs_separate_checkpoint(self, best: BestCheckpoint, name: str) -> bool:
+        """Whether the weights of the best are not stored yet and are not those of checkpoint `name`."""
         return best.checkpoint != name and best is not self._best
 
     def _check_finite(self, snapshot: Snapshot) -> None:
@@ -251,7 +259,7 @@ class RunWriter:
 
 
 def encode_result(run: str, commit: Commit) -> bytes:
-    """`result.json`, as a function of the end's entry."""
+    """Return `result.json` as a function of the final commit."""
     best = commit.best
     tree = {
         "run": run,

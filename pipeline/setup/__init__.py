@@ -1,4 +1,4 @@
-"""From a job to what trains it: data, splits, plan, model and loaders. The same for every verb that needs them."""
+"""From a job to its data, splits, schedule, model and loaders. Used by every command that needs them."""
 
 from pipeline.setup.data import PreparedData, ProgressFn, load_stored_transforms, prepare_all_rows, prepare_data
 from pipeline.setup.model import TrainingSetup, build_eval_loader, build_train_loader, build_training, check_state_dict

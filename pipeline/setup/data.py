@@ -1,4 +1,4 @@
-"""The data of a job: opened, split, looked at and fitted, and the plan that follows from it."""
+"""The data of a job, split and with fitted transforms, and the training schedule that follows from it."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ from pipeline.user_code import UserCode, collect_user_code
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The data of a job, split and looked at, and the plan that follows from it."""
+    """The data of a job, split and with fitted transforms, and the training schedule that follows from it."""
 
     job: JobConfig
     dataset: Dataset
     splits: dict[str, SplitIndices]
     targets: dict[str, np.ndarray]
-    """Prepared targets of each part of the source."""
+    """Transformed targets of each part of the dataset."""
     fitted: FittedTransforms
-    """How samples and targets become what is learned: fitted on the training split."""
+    """The transforms of inputs and targets, fitted on the training split."""
     schedule: TrainingSchedule
     initial_weights: InitialWeights | None = None
-    """Weights from elsewhere to begin with."""
+    """Weights from which training starts; None for random initialization."""
     is_fitted_earlier: bool = False
-    """`fitted` comes from a checkpoint; what is to be said of the columns was said when it was made."""
+    """Whether `fitted` comes from a checkpoint: the warnings about columns were given when it was written."""
     code: UserCode = field(kw_only=True)
-    """The user's own code that the job imports."""
+    """The user's code that the job imports."""
 
     @property
     def evaluation_splits(self) -> list[str]:
-        """The splits to evaluate while training."""
+        """The splits to evaluate during training."""
         return list(self.job.evaluate.splits or (["val"] if "val" in self.splits else ["train"]))
 
     @property
     def num_evaluation_rows(self) -> dict[str, int]:
-        """How many rows of each split are evaluated while training."""
+        """Number of rows of each split that are evaluated during training."""
         limit, splits = self.job.evaluate.limit, self.splits
         return {
             split: len(splits[split]) if limit is None else min(len(splits[split]), limit)
@@ -59,8 +59,10 @@ class PreparedData:
         }
 
     def evaluation_indices(self, split: str) -> np.ndarray:
-        """The rows of a split that an evaluation takes: all, or a sample of `evaluate.limit`. It is a function of the
-        job and the data, so that every evaluation, attempt and number of workers takes the same."""
+        """Return the rows of a split that an evaluation uses: all, or a sample of `evaluate.limit`.
+
+        It is a function of the job and the data: the same for every evaluation, attempt and number of workers.
+        """
         limit, rows = self.job.evaluate.limit, self.splits[split]
         if limit is None:
             return rows.indices
@@ -70,13 +72,13 @@ class PreparedData:
         )
 
     def dataset_part(self, split: str) -> DatasetPart:
-        """The part in which a split lies, with prepared targets."""
+        """Return the part of the dataset that contains a split, with transformed targets."""
         part = self.splits[split].part
         return DatasetPart(self.dataset.part(part).inputs, self.targets[part])
 
     @property
     def warnings(self) -> list[str]:
-        """What is allowed, but probably not meant."""
+        """Warnings about settings that are valid but probably not intended."""
         messages = [*self.dataset.warnings, *split_warnings(self.job, self.splits)]
         if not self.is_fitted_earlier:
             messages += leakage_warnings(self.job, self.dataset, self.splits["train"].indices)
@@ -91,13 +93,13 @@ class PreparedData:
 
 
 def load_stored_transforms(run: Run) -> FittedTransforms | None:
-    """What the attempts of a run fitted, from its newest checkpoint; None before the first.
+    """Return the fitted transforms of a run from its newest checkpoint; None if there is none.
 
-    All checkpoints of a run hold the same: the first attempt fitted it, every later one took it over.
+    All checkpoints of a run have the same: the first attempt fits them, later attempts reuse them.
 
     Raises
     ------
-    DataError: written by another version.
+    DataError: they were written by another version.
     """
     try:
         return FittedTransforms.from_json(find_checkpoint(run, "last").load_preprocess())
@@ -106,7 +108,7 @@ def load_stored_transforms(run: Run) -> FittedTransforms | None:
 
 
 ProgressFn = Callable[[str], None]
-"""Takes a few words on what is going on, such as "decoding 1,200 of 50,000 pictures"."""
+"""Receives short progress messages, such as "decoding 1,200 of 50,000 images"."""
 
 
 def prepare_data(
@@ -120,21 +122,20 @@ def prepare_data(
     on_progress: ProgressFn = lambda text: None,
     code: UserCode | None = None,
 ) -> PreparedData:
-    """Load and split the data, fit its preprocessing, and lay out the plan.
+    """Load and split the data, fit its transforms, and build the schedule.
 
     Parameters
     ----------
-    start: weights to begin with; without them the untrained weights stay what they are, for those who load others over
-        them.
-    source: the job's data, where it is open.
-    fitted: what an earlier attempt of the run fitted on the same data. A resume takes it, for another version of NumPy
-        could give other statistics in their last bits.
-    fingerprint: of the run's data; any other is refused.
-    code: the user's own code that the job imports; else what is there now.
+    initial_weights: weights from which training starts; None for random initialization.
+    dataset: the job's data, if already open.
+    fitted: what an earlier attempt of the run fitted on the same data. A resume reuses it, because another version of
+        NumPy could compute statistics that differ in the last bits.
+    fingerprint: of the run's data; data with another one is rejected.
+    code: the user's code that the job imports; by default the current code.
 
     Raises
     ------
-    InputError: data that cannot be loaded or does not fit the job.
+    InputError: the data cannot be loaded or does not fit the job.
     """
     code = code if code is not None else collect_user_code(job)
     with code.activated():
@@ -142,7 +143,7 @@ def prepare_data(
             dataset = open_dataset(job, on_progress, float64=_needs_float64(fitted))
     if fingerprint is not None and dataset.fingerprint != fingerprint:
         raise JobError(
-            "the data here is not the data of this run",
+            "the data is not the data of this run",
             where="data",
             fix="see --set data.root=DIR and data.url=URL; `evaluate --data URL` evaluates on other data",
         )
@@ -169,7 +170,9 @@ def prepare_data(
             raise JobError(f"there is no {split} split to evaluate", where="evaluate.splits", fix="see data.splits")
     if job.best.metric.partition("/")[2] not in (available_metrics := job.metric_columns(fitted.num_outputs)):
         raise JobError(
-            f"{job.best.metric} is not measured", where="best.metric", fix=f"there are {', '.join(available_metrics)}"
+            f"{job.best.metric} is not measured",
+            where="best.metric",
+            fix=f"use one of {', '.join(available_metrics)}",
         )
     check_best_metric_gathered(job, fitted.num_outputs, prepared.num_evaluation_rows)
     best_split = job.best.metric.partition("/")[0]
@@ -181,20 +184,20 @@ def prepare_data(
 
 
 def _split_and_fit(job: JobConfig, dataset: Dataset) -> tuple[Dataset, dict[str, SplitIndices], FittedTransforms]:
-    """Split the source and fit on its training rows: in float32 where that is enough for them, else in float64."""
+    """Split the dataset and fit on its training rows: in float32 if that is precise enough, else in float64."""
     splits = make_splits(job, dataset)
     fitted = fit_transforms(job, dataset, splits)
-    coarse = find_rounded_columns(job, dataset, fitted)
-    if coarse and dataset.reopen_in_float64 is not None:
+    rounded_columns = find_rounded_columns(job, dataset, fitted)
+    if rounded_columns and dataset.reopen_in_float64 is not None:
         dataset = dataset.reopen_in_float64()
         splits = make_splits(job, dataset)
         fitted = fit_transforms(job, dataset, splits)
-        coarse = find_rounded_columns(job, dataset, fitted)
+        rounded_columns = find_rounded_columns(job, dataset, fitted)
     warnings = [
-        f"{name if name.startswith('number ') else f'column {name!r}'} has numbers of more digits than float64 holds, "
-        "and they matter beside the spread of its training rows: list it under data.keys if it is one, or subtract "
-        "a constant from it"
-        for name in coarse
+        f"{name if name.startswith('number ') else f'column {name!r}'} has numbers with "
+        "more digits than float64 holds, and they matter relative to the spread of its training rows: list it under "
+        "data.keys if it is a key, or subtract a constant from it"
+        for name in rounded_columns
     ]
     return replace(dataset, reopen_in_float64=None, warnings=(*dataset.warnings, *warnings)), splits, fitted
 
@@ -207,38 +210,42 @@ def prepare_all_rows(
     *,
     code: UserCode | None = None,
 ) -> PreparedData:
-    """All rows of the job's source as one split called `name`, under what was fitted before. Code as for `prepare`.
+    """Load all rows of the job's dataset as one split called `split`, with transforms that were fitted before.
+
+    Parameters
+    ----------
+    code: as for `prepare_data`.
 
     Raises
     ------
-    InputError: data that cannot be loaded, or is of another layout than what was fitted.
+    InputError: the data cannot be loaded, or has another layout than the data on which the transforms were fitted.
     """
     code = code if code is not None else collect_user_code(job)
     with code.activated():
-        source = open_dataset(job, on_progress, float64=_needs_float64(fitted))
-    check_layout(fitted, source)
-    fitted.input_transform.check_missing_values(source.train.inputs, source.schema)
-    splits = {split: SplitIndices("train", np.arange(len(source.train), dtype=np.int64))}
+        dataset = open_dataset(job, on_progress, float64=_needs_float64(fitted))
+    check_layout(fitted, dataset)
+    fitted.input_transform.check_missing_values(dataset.train.inputs, dataset.schema)
+    splits = {split: SplitIndices("train", np.arange(len(dataset.train), dtype=np.int64))}
     return PreparedData(
         job=job,
-        dataset=source,
+        dataset=dataset,
         splits=splits,
-        targets=_transform_targets(job, source, splits, fitted),
+        targets=_transform_targets(job, dataset, splits, fitted),
         fitted=fitted,
-        schedule=TrainingSchedule(job, len(source.train)),
+        schedule=TrainingSchedule(job, len(dataset.train)),
         code=code,
     )
 
 
 def _needs_float64(fitted: FittedTransforms | None) -> bool | None:
-    """Whether rows have to be held in float64 because what was fitted was; None leaves it to the job."""
+    """Return True if the transforms were fitted in float64, so that rows must be too; None leaves it to the job."""
     return True if fitted is not None and fitted.input_transform.dtype == "float64" else None
 
 
 def _transform_targets(
     job: JobConfig, dataset: Dataset, splits: dict[str, SplitIndices], fitted: FittedTransforms
 ) -> dict[str, np.ndarray]:
-    """What is learned, of each part of the source."""
+    """Return the transformed targets of each part of the dataset that has a split."""
     dtype = np.float64 if job.train.precision == "fp64" else np.float32
     return {
         part: fitted.target_transform.transform(

@@ -1,4 +1,4 @@
-"""Weights to begin with that come from elsewhere: another run's checkpoint, or pretrained ones."""
+"""Initial weights: from the checkpoint of another run, or pretrained."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from pipeline.runs.run import open_run, parse_run_ref
 MAX_LISTED = 4
 
 OPTIONAL_BUFFER_SUFFIX = ".num_batches_tracked"
-"""Buffers that the oldest of the published weights do not have; nothing is computed from them here."""
+"""Buffers that the oldest published weights lack; nothing is computed from them here."""
 
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Weights to begin with.
+    """Weights from which training starts.
 
-    weights: tensors on the CPU by name.
+    state_dict: tensors on the CPU by name.
     digest: SHA-256 of their names, types, shapes and bytes.
-    name: where they come from, for messages.
-    where: what of the job names them.
-    new_head: whether they were trained for other classes: the last layer is left as it is where it does not fit.
+    name: their source, for messages.
+    where: the job's key that names them.
+    new_head: whether they were trained for other classes: a last layer that does not fit is left untrained.
     """
 
     state_dict: Mapping[str, Tensor]
@@ -42,13 +42,13 @@ class InitialWeights:
 
 
 def find_initial_weights(job: JobConfig, storage_url: str) -> InitialWeights | None:
-    """The weights that a job starts from, or None where they are drawn.
+    """Return the weights from which a job starts, or None for random initialization.
 
-    Reading them runs no code: safetensors, or for a .pth file torch's unpickler of weights alone.
+    Reading them runs no code: they are read as safetensors, or from a .pth file with `weights_only=True`.
 
     Parameters
     ----------
-    storage_url: folder of runs in which `model.init_from` is looked up where it is a name.
+    storage_url: folder of runs in which `model.init_from` is looked up if it is a name.
 
     Raises
     ------
@@ -59,7 +59,7 @@ def find_initial_weights(job: JobConfig, storage_url: str) -> InitialWeights | N
     if config.init_from is not None:
         if weights_named:
             raise JobError(
-                "init_from and weights both say where the weights begin", where="model", fix="leave one of them out"
+                "init_from and weights both set the initial weights", where="model", fix="leave one of them out"
             )
         run_name, which = parse_run_ref(resolve_env(config.init_from, "model.init_from"))
         checkpoint = find_checkpoint(open_run(run_name, storage_url), which)
@@ -75,22 +75,22 @@ def find_initial_weights(job: JobConfig, storage_url: str) -> InitialWeights | N
 
 
 def load_matching_weights(model: nn.Module, initial_weights: InitialWeights, *, strict: bool) -> list[str]:
-    """Copy a start's tensors into a model, in place.
+    """Copy initial weights into a model, in place.
 
     Parameters
     ----------
-    strict: false takes the tensors that fit by name and shape and leaves the others as they are.
+    strict: false copies the tensors that match by name and shape and leaves the others unchanged.
 
     Returns
     -------
-    What did not fit, in words; always empty where `strict`.
+    The mismatches, as text; always empty if `strict`.
 
     Raises
     ------
-    JobError: something does not fit, and `strict`; or nothing fits.
+    JobError: something does not match, and `strict`; or nothing matches.
     """
     model_state, initial_state = model.state_dict(), initial_weights.state_dict
-    shapes = {
+    shapes = {  # theirs and the model's
         name: (tuple(initial_state[name].shape), tuple(model_state[name].shape))
         for name in model_state
         if name in initial_state
@@ -105,7 +105,7 @@ def load_matching_weights(model: nn.Module, initial_weights: InitialWeights, *, 
         {
             "missing there": missing,
             "not in this model": [name for name in initial_state if name not in model_state],
-            "of another shape": [f"{name} {shapes[name][0]}, here {shapes[name][1]}" for name in differ],
+            "of another shape": [f"{name} {shapes[name][0]}, in this model {shapes[name][1]}" for name in differ],
         }
     )
     matching = [name for name, (theirs, ours) in shapes.items() if theirs == ours]
@@ -119,7 +119,7 @@ def load_matching_weights(model: nn.Module, initial_weights: InitialWeights, *, 
         raise JobError(
             f"{initial_weights.name} does not fit this model: {'; '.join(mismatches)}",
             where=initial_weights.where,
-            fix="model.strict: false takes what fits",
+            fix="model.strict: false uses only what fits",
         )
     with torch.no_grad():
         for name in matching:
@@ -128,7 +128,7 @@ def load_matching_weights(model: nn.Module, initial_weights: InitialWeights, *, 
 
 
 def compute_weights_digest(state_dict: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the names, types, shapes and bytes of tensors on the CPU, in the order of their names."""
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of CPU tensors, ordered by name."""
     sha = hashlib.sha256()
     for name, tensor in sorted(state_dict.items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -137,11 +137,11 @@ def compute_weights_digest(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def _format_lists(names_by_problem: Mapping[str, Iterable[str]]) -> list[str]:
-    """`missing there: a, b, ... (7 in all)`, for each list that is not empty."""
+    """Return `missing there: a, b, ... (7 in all)` for each list that is not empty."""
     lines = []
-    for what, each in names_by_problem.items():
-        names = list(each)
+    for problem, iterable in names_by_problem.items():
+        names = list(iterable)
         rest = f", ... ({len(names)} in all)" if len(names) > MAX_LISTED else ""
         if names:
-            lines.append(f"{what}: {', '.join(names[:MAX_LISTED])}{rest}")
+            lines.append(f"{problem}: {', '.join(names[:MAX_LISTED])}{rest}")
     return lines

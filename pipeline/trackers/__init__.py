@@ -1,12 +1,16 @@
-"""Followers: TensorBoard and MLflow, fed from a run's metric log in storage, never from the training itself.
+"""Experiment trackers: TensorBoard and MLflow, fed from a run's metric log in storage, never by the training process.
 
-A follower reads whole cells and knows by itself which of them it has told already, so that it can stop at any moment,
-start again anywhere, and catch up after an outage or with a run that is long over. The live rows, which no cell holds
-yet, it shows apart from these.
+A tracker reads complete segments and finds out by itself which of them it has logged, so it can stop at any time, start
+again anywhere, and catch up after an outage or with a run that has long finished. It logs the live rows, which no
+segment holds yet, separately.
+
+To add a tracker: write its module here, with a class as `Tracker` describes it; add its factory to `_TRACKERS`, and its
+name to `TrackerName` in pipeline/config/job.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from pipeline.config.job import TrackerName as TrackerName
@@ -16,33 +20,48 @@ __all__ = ["Tracker", "MetricLogReader", "TrackerName", "create_tracker"]
 
 
 class Tracker(Protocol):
-    """Tells one place of one run."""
+    """Logs one run to one destination."""
 
     name: TrackerName
     location: str
-    """Printable: what to point the other tool at."""
+    """The destination, without secrets: where the other tool finds the run."""
+    location_hint: str
+    """What precedes `location` in the result line, such as the command that opens it."""
 
     def catch_up(self, log: MetricLogReader, view: MetricLogView) -> int:
-        """Tell what was not told yet of what is there; how many cells that were.
+        """Log what is in `view` and not logged yet. Returns the number of new segments.
 
         Raises
         ------
-        WorkError: something is away now; the next call goes on where this one stopped.
-        InputError: it will not work until a person does something.
+        WorkError: the destination cannot be used now; the next call continues where this one stopped.
+        InputError: it cannot be used until the user does something.
         """
 
 
 def create_tracker(name: TrackerName, log: MetricLogReader) -> Tracker:
-    """The follower of this name, for the run of `log`.
+    """Create the tracker of this name for the run of `log`.
 
     Raises
     ------
-    InputError: its library is not installed, or nothing says where to send to.
+    InputError: its library is not installed, or its destination is not configured.
     """
-    if name == "mlflow":
-        from pipeline.trackers.mlflow import MlflowTracker
+    return _TRACKERS[name](log)
 
-        return MlflowTracker(log)
+
+def _create_tensorboard(log: MetricLogReader) -> Tracker:
     from pipeline.trackers.tensorboard import TensorBoardTracker
 
     return TensorBoardTracker(log)
+
+
+def _create_mlflow(log: MetricLogReader) -> Tracker:
+    from pipeline.trackers.mlflow import MlflowTracker
+
+    return MlflowTracker(log)
+
+
+_TRACKERS: dict[TrackerName, Callable[[MetricLogReader], Tracker]] = {
+    "tensorboard": _create_tensorboard,
+    "mlflow": _create_mlflow,
+}
+"""Factories by name. They import a tracker's module only when it is used."""

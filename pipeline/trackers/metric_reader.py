@@ -1,4 +1,4 @@
-"""The metric log as followers read it: whole cells, then the live rows after them, as names and numbers."""
+"""The metric log as trackers read it: complete segments, then the live rows after them, as names and numbers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from pipeline.runs.status import StatusName
 from pipeline.runs.writer import EVALUATIONS_FOLDER, STEPS_FOLDER
 
 TRACKER_STORAGE_LIMIT_S = 10.0
-"""How long a follower waits for storage before it says so and tries again later."""
+"""Seconds that a tracker waits for storage before it reports the failure and tries again later."""
 
 TRAIN_STEPS_SPLIT = "steps"
-"""What stands for a split in the rows of training steps."""
+"""The value of `MetricRow.split` for training steps."""
 _NON_METRIC_COLUMNS = ("run", "attempt", "step", "split", "time", "seconds", "samples", "correct")
 
 
@@ -31,66 +31,66 @@ class MetricRow:
     """One training step, or one evaluation of one split."""
 
     split: str
-    """`steps` for a training step: its loss is that of a batch, before the update."""
+    """`steps` for a training step, whose loss is that of its batch before the update."""
     step: int
     time: float
     """Seconds since 1970."""
     values: dict[str, float]
-    """What is finite of its metrics, by column."""
+    """Finite metrics by column."""
 
 
 @dataclass(frozen=True)
 class LiveRows:
-    """What comes after the last cell, as it looks now: a resume may take it back."""
+    """The rows after the last segment, as of now. A resume may revoke them."""
 
     segment: int
-    """The cell that will hold the first of these rows."""
+    """Index of the segment that will hold the first of these rows."""
     attempt: int
-    """Number of the attempt that shows them; 0 for none."""
+    """Number of the attempt that wrote them; 0 if there are none."""
     first_step: int
-    """At which they begin, or would."""
+    """Their first step, or the next step if there are none."""
     rows: list[MetricRow]
-    """Some of them where they are many: evaluations, then steps, each in order."""
+    """Evaluations, then steps, each in order; a sample of them if there are many."""
 
 
 @dataclass(frozen=True)
 class MetricLogView:
-    """What is there of a run at one moment."""
+    """The metric log of a run at one moment."""
 
     status: StatusName
     segments: list[int]
-    """Indices of the cells, ascending. A cell that is listed is whole, and so are all below it."""
+    """Indices of the segments, ascending. A listed segment is complete, and so are all before it."""
     live: LiveRows
 
 
 class MetricLogReader:
-    """The metric log of a run.
+    """Reads the metric log of a run.
 
     Raises
     ------
-    StorageLostError: in any method, where storage stays away for longer than `STORAGE_LIMIT_S`.
+    StorageLostError: in any method, if storage is unavailable for longer than `TRACKER_STORAGE_LIMIT_S`.
     """
 
     def __init__(self, run: Run) -> None:
         self.run = run.with_timeout(TRACKER_STORAGE_LIMIT_S)
 
     def read_view(self, status: StatusName) -> MetricLogView:
-        """What is there now, of a run that stands like this."""
+        """Return the metric log as of now, for a run with this status."""
         metadata = self.run.read_metadata()
         layout = SegmentLayout.from_metadata(metadata)
         live_tables = (
             live.read_live_tables(self.run, MetricSchema.from_metadata(metadata)) if status != "finished" else None
-        )  # before the cells
+        )  # before the segments, so that no row is in neither
         segments = self._list_segments()
         segment = segments[-1] + 1 if segments else 0
         first = layout.first_step(segment) if segment else 0
         rows: list[MetricRow] = []
         if live_tables is not None:
-            both = [
+            live_rows = [
                 *_iter_evaluation_rows(_timestamps_to_int(live_tables.evaluations)),
                 *_iter_step_rows(_timestamps_to_int(live_tables.steps)),
             ]
-            rows = [row for row in both if row.step >= first]
+            rows = [row for row in live_rows if row.step >= first]
         return MetricLogView(
             status, segments, LiveRows(segment, live_tables.attempt if live_tables is not None else 0, first, rows)
         )
@@ -100,11 +100,11 @@ class MetricLogReader:
         return sorted(int(name[:-8]) for name in names if name.endswith(".parquet") and name[:-8].isdigit())
 
     def read_rows(self, segment: int) -> list[MetricRow]:
-        """The rows of a cell: its evaluations, then its steps, each in order.
+        """Return the rows of a segment: its evaluations, then its steps, each in order.
 
         Raises
         ------
-        WorkError: the cell is not what a writer leaves; names it.
+        WorkError: a file of the segment is damaged; names it.
         """
         evaluations, steps = (
             self._read_table(f"{folder}/{segment:06d}.parquet") for folder in (EVALUATIONS_FOLDER, STEPS_FOLDER)
@@ -116,14 +116,14 @@ class MetricLogReader:
             table: pa.Table = pq.read_table(io.BytesIO(self.run.storage.read(path)))
             return _timestamps_to_int(table)
         except (pa.ArrowException, OSError) as error:
-            first = str(error).partition("\n")[0]
+            reason = str(error).partition("\n")[0]
             raise WorkError(
-                f"this part of the metric log cannot be read ({first})", where=self.run.storage.url + "/" + path
+                f"this part of the metric log cannot be read ({reason})", where=self.run.storage.url + "/" + path
             ) from None
 
 
 def group_by_split(rows: Iterable[MetricRow]) -> dict[str, list[MetricRow]]:
-    """Rows of each split, in order; the training steps last."""
+    """Group rows by split, keeping their order; training steps are the last group."""
     rows_by_split: dict[str, list[MetricRow]] = {}
     for row in rows:
         rows_by_split.setdefault(row.split, []).append(row)
@@ -134,12 +134,12 @@ def group_by_split(rows: Iterable[MetricRow]) -> dict[str, list[MetricRow]]:
 
 
 def _timestamps_to_int(table: pa.Table) -> pa.Table:
-    """Times as whole microseconds: no need of a time zone database."""
-    kinds = [
+    """Convert timestamps to integer microseconds, which needs no time zone database."""
+    types = [
         (schema_field.name, pa.int64() if pa.types.is_timestamp(schema_field.type) else schema_field.type)
         for schema_field in table.schema
     ]
-    return table.cast(pa.schema(kinds))
+    return table.cast(pa.schema(types))
 
 
 def _iter_step_rows(table: pa.Table) -> Iterator[MetricRow]:

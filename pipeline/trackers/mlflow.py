@@ -1,4 +1,4 @@
-"""MLflow's tracking server: one of its runs for each of ours, in batches that can be sent again without harm."""
+"""Log to an MLflow tracking server: one MLflow run per run, in batches that can safely be sent again."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
 RUN_ID_TAG = "trainyard.id"
-"""Tells which of MLflow's runs is this one: a digest of its birth, so the same wherever it is looked at from."""
+"""Tag that identifies the MLflow run of a run: a digest of its creation, so the same from every machine."""
 POSITION_TAG = "trainyard.position"
-"""Tag: `cell/metrics`, all cells below and so many metrics of this one are there. It travels with the last of them."""
+"""Tag `segment/metrics`: all earlier segments and this many metrics of this one are logged. It is sent with the last of
+them."""
 LIVE_PREFIX = "live/"
-"""How metrics of live rows begin: what MLflow was told stays, and a resume may take these back."""
+"""Prefix for metrics of live rows. They are separate because MLflow cannot delete values, and a resume may revoke these
+rows."""
 METRICS_PER_REQUEST = 1000
-"""Metrics a request, MLflow's limit."""
+"""MLflow's limit on metrics per request."""
 PARAMS_PER_REQUEST = 100
-"""Parameters a request, likewise."""
+"""MLflow's limit on parameters per request."""
 MAX_PARAM_LENGTH = 500
-"""Letters of a parameter that every version of MLflow takes."""
+"""Characters of a parameter that all versions of MLflow accept."""
 
 STATUSES = {
     "running": "RUNNING",
@@ -40,26 +42,28 @@ STATUSES = {
     "failed": "FAILED",
     "finished": "FINISHED",
 }
-"""Ours, as MLflow's."""
+"""Statuses of a run, and MLflow's statuses for them."""
 
 DEFAULT_SETTINGS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # it would try for minutes; whoever follows tries again by itself
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # MLflow would retry for minutes; the command `follow` has its own retries
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
-"""MLflow's settings where the user set none."""
+"""MLflow's environment variables, if the user did not set them."""
 _PERMISSION_ERROR_CODES = ("UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED")
 
 
 class MlflowTracker:
-    """Sends parameters, metrics and the outcome to the server that MLFLOW_TRACKING_URI names, into the experiment of
-    MLFLOW_EXPERIMENT_NAME, or else of the job's name.
+    """Logs parameters, metrics and the outcome to the server that MLFLOW_TRACKING_URI names, in the experiment of
+    MLFLOW_EXPERIMENT_NAME, or else one with the job's name.
 
-    Live rows go there as metrics of their own, `live/loss` and `live/val/loss`, and stay when the exact ones have come.
+    Live rows are logged as separate metrics, `live/loss` and `live/val/loss`, which stay when the committed rows are
+    logged.
     """
 
     name: TrackerName = "mlflow"
+    location_hint = "at"
 
     def __init__(self, log: MetricLogReader) -> None:
         for key, value in DEFAULT_SETTINGS.items():
@@ -87,10 +91,11 @@ class MlflowTracker:
         self._segment = self._num_sent = 0
         self._live_attempt = 0
         self._live_sent: dict[str, int] = {}
-        """By split: the last step."""
+        """Last step by split."""
 
     def catch_up(self, log: MetricLogReader, view: MetricLogView) -> int:
-        """See `Follower`. Timestamps and steps are the log's: what is sent twice, after a lost reply, is the same."""
+        """See `Tracker`. Timestamps and steps come from the log, so a batch sent twice, after a lost reply, is the
+        same."""
         with self._translate_errors():
             if not self._run_id:
                 self._find_or_create_run(log)
@@ -104,7 +109,7 @@ class MlflowTracker:
             return num_segments
 
     def _find_or_create_run(self, log: MetricLogReader) -> None:
-        """Take up MLflow's run for this one, or make it."""
+        """Find the MLflow run of this run, or create it."""
         from mlflow.entities import Param, RunTag
 
         job = parse_job(log.run.read_job_yaml(), f"{log.run.url}/{JOB_FILE}")
@@ -119,7 +124,7 @@ class MlflowTracker:
             tags = {RUN_ID_TAG: self._id, "trainyard.run": log.run.name, "trainyard.url": redact(log.run.url)}
             run = self._client.create_run(experiment_id, tags=tags, run_name=log.run.name)
         segment, _, sent = run.data.tags.get(POSITION_TAG, "").partition("/")
-        if not sent:  # a kill may have come between the birth of MLflow's run and its parameters
+        if not sent:  # a kill may have come between the creation of the MLflow run and its parameters
             params = [Param(key, value) for key, value in flatten_params(job.to_dict())]
             for first in range(0, len(params), PARAMS_PER_REQUEST):
                 self._client.log_batch(run.info.run_id, params=params[first : first + PARAMS_PER_REQUEST])
@@ -171,14 +176,14 @@ class MlflowTracker:
 
 
 def _summarize_root_cause(error: BaseException) -> str:
-    """What lies at the bottom of an error, in one line: MLflow wraps those of requests, which wrap those of urllib3."""
+    """Return the root cause of an error in one line: MLflow wraps errors of requests, which wrap those of urllib3."""
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     return summarize_error(error)
 
 
 def _iter_metrics(rows: list[MetricRow], name_prefix: str = "") -> Iterator[Metric]:
-    """Each value once: `loss` of a training step, `val/loss` of an evaluation."""
+    """Yield each value once: `loss` of a training step, `val/loss` of an evaluation."""
     from mlflow.entities import Metric
 
     for row in rows:
@@ -188,7 +193,7 @@ def _iter_metrics(rows: list[MetricRow], name_prefix: str = "") -> Iterator[Metr
 
 
 def flatten_params(tree: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """`train.phases.0.lr: 0.5` for each leaf of a job, without secrets."""
+    """Yield path and text of each leaf of a job, such as `train.phases.0.lr` and `0.5`, without secrets."""
     if isinstance(tree, (dict, list)) and tree:
         items = tree.items() if isinstance(tree, dict) else enumerate(tree)
         for key, value in items:

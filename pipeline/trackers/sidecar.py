@@ -1,4 +1,4 @@
-"""The followers of a run that is being driven here: a process of its own, whatever becomes of either."""
+"""The trackers of a running run, in a process beside its driver: a failure of either does not affect the other."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from pipeline.events import Event, EventHandler, Message, PhaseStarted, WarningM
 from pipeline.runs.run import Run
 
 FINISH_TIMEOUT_S = 30.0
-"""After the run, seconds that its followers may take to tell the rest; `trainyard follow` tells what is missing."""
+"""Seconds after the end of the run that its trackers may take to send the rest; `trainyard follow` sends what is
+missing."""
 NOTICE_DELAY_S = 2.0
-"""After so many of them the user is told what is waited for."""
+"""Seconds of these before a line says what the command waits for."""
 
 
 class TrackerSidecar:
-    """While entered, and once started, a process follows a run: `trainyard follow RUN --attached`.
+    """A context manager around a process that sends a run's metrics: `trainyard follow RUN --attached`.
 
-    It holds the other end of a pipe: when that breaks, because the run is over here or because this process was killed,
-    it tells the rest and ends. Nothing that happens to it is more than a warning.
+    The process holds the other end of a pipe. When the pipe closes, because the run is over here or because this
+    process was killed, it sends the rest and exits. Its failure is never more than a warning.
     """
 
     def __init__(self, run: Run, tracker_names: Sequence[TrackerName], on_event: EventHandler) -> None:
@@ -38,14 +39,14 @@ class TrackerSidecar:
         self._errors: list[str] = []
 
     def start(self) -> None:
-        """Begin, where there is somebody to tell and it has not begun yet. The run must have been born."""
+        """Start the process, if there are trackers and it has not been started. The run must exist."""
         if self._process is not None or not self._tracker_names:
             return
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         arguments = ["follow", self._run.name, "--storage", self._run.root_url, "--attached"]
         try:
-            self._process = subprocess.Popen(  # noqa: S603 - our own command; a run's name has no room for tricks
+            self._process = subprocess.Popen(  # noqa: S603 - our own command; a run's name is a validated argument
                 [
                     sys.executable,
                     "-m",
@@ -58,7 +59,7 @@ class TrackerSidecar:
                 stderr=subprocess.PIPE,
                 text=True,
                 env={**os.environ, "PYTHONPATH": path},
-                start_new_session=True,  # Ctrl-C is for the run, which may take a while to save
+                start_new_session=True,  # Ctrl-C stops the run alone, which may take a while to save
             )
         except OSError as error:
             self._warn(str(error))
@@ -68,7 +69,7 @@ class TrackerSidecar:
             (self._process.stderr, self._collect_errors),
         ):
             assert stream is not None
-            self._readers.append(threading.Thread(target=read, args=(stream,), name="trainyard-followers", daemon=True))
+            self._readers.append(threading.Thread(target=read, args=(stream,), name="trainyard-trackers", daemon=True))
             self._readers[-1].start()
 
     def __enter__(self) -> TrackerSidecar:
@@ -81,12 +82,12 @@ class TrackerSidecar:
         self._process.stdin.close()
         code = self._wait_for_exit(NOTICE_DELAY_S)
         if code is None:
-            self._on_event(PhaseStarted(f"telling {' and '.join(self._tracker_names)} the rest"))
+            self._on_event(PhaseStarted(f"sending the rest of the metrics to {' and '.join(self._tracker_names)}"))
             code = self._wait_for_exit(FINISH_TIMEOUT_S - NOTICE_DELAY_S)
         if code is None:
             self._process.kill()
             code = self._process.wait()
-            self._errors[:] = [f"{FINISH_TIMEOUT_S:.0f} s after the end not all is told"]
+            self._errors[:] = [f"not all metrics were sent within {FINISH_TIMEOUT_S:.0f} s of the end"]
         for reader in self._readers:
             reader.join()
         if code:
@@ -100,7 +101,7 @@ class TrackerSidecar:
             return None
 
     def _warn(self, reason: str) -> None:
-        text = f"{' and '.join(self._tracker_names)}: {reason}; `trainyard follow {self._run.name}` tells the rest"
+        text = f"{' and '.join(self._tracker_names)}: {reason}; `trainyard follow {self._run.name}` sends the rest"
         self._on_event(WarningMessage(text))
 
     def _forward_events(self, lines: IO[str]) -> None:
@@ -114,7 +115,8 @@ class TrackerSidecar:
 
 
 def watch_driver() -> threading.Event:
-    """For that process: set as soon as its driver is done or dead. It makes way for the training, too."""
+    """Return an event that is set when the driver has finished or exited. For that process, whose priority it also
+    lowers below that of the training."""
     os.nice(5)
     driver_done = threading.Event()
 
@@ -128,7 +130,7 @@ def watch_driver() -> threading.Event:
 
 
 def make_driver_emitter(stream: IO[str]) -> EventHandler:
-    """For that process: hands events to its driver, who may be dead."""
+    """Return a handler that sends events to the driver, which may have exited. For that process."""
 
     def on_event(event: Event) -> None:
         assert isinstance(event, Message | WarningMessage)

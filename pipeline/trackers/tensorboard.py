@@ -1,4 +1,4 @@
-"""TensorBoard's event files, one for each cell: no store but a local disk can append to a file."""
+"""Write TensorBoard event files, one per segment: object stores cannot append to a file."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ from pipeline.trackers.metric_reader import (
 
 TENSORBOARD_FOLDER = "tensorboard"
 LIVE_FOLDER_PREFIX = "live-"
-"""How folders of live rows begin."""
+"""Prefix of folders with live rows."""
 LIVE_INTERVAL_DIVISOR = 100
-"""Live rows of one cell are shown anew after a hundredth of the time since they began, so that they are few files."""
+"""Live rows of one segment are written again after a hundredth of the time since the first, so that there are few
+files."""
 
 
 class TensorBoardTracker:
-    """Writes `<run>/tensorboard/<split>/events.out.tfevents.<cell>`.
+    """Writes `<run>/tensorboard/<split>/events.out.tfevents.<segment>`.
 
-    A file is a function of its cell and never changes, and TensorBoard reads the files of a folder by name, so in the
-    order of their steps. Each split is a run of its own in TensorBoard: their curves share a chart. The file of the
-    training steps is written last: what is there tells what was done.
+    A file is a function of its segment and never changes. TensorBoard reads the files of a folder in the order of their
+    names, which is the order of their steps. Each split is a separate run in TensorBoard, so their curves share a
+    chart. The file of the training steps is written last: where it exists, its segment is done.
 
-    Live rows are in runs of their own too, `<run>/tensorboard/live-<cell>/<split>`, until that cell is there: then the
-    folder is removed. TensorBoard never looks again at what it has read and stops at a file that was removed before it
-    had read on, so each file in it holds what is new, and none is removed alone.
+    Live rows are separate runs too, `<run>/tensorboard/live-<segment>/<split>`, until that segment exists; then the
+    folder is removed. TensorBoard never reads a file again, and stops at a file that is removed while it reads, so each
+    file of the folder holds only new rows, and none is removed alone.
     """
 
     name: TrackerName = "tensorboard"
+    location_hint = "tensorboard --logdir"
 
     def __init__(self, log: MetricLogReader) -> None:
         self._storage = log.run.storage.subfolder(TENSORBOARD_FOLDER)
@@ -43,11 +45,11 @@ class TensorBoardTracker:
         self._live_folder: str | None = ""
         self._live_attempt = self._live_files = 0
         self._live_shown: dict[str, int] = {}
-        """By split: the last step."""
+        """Last step by split."""
         self._live_since = self._live_due = 0.0
 
     def catch_up(self, log: MetricLogReader, view: MetricLogView) -> int:
-        """See `Follower`."""
+        """See `Tracker`."""
         existing = set(self._storage.list(TRAIN_STEPS_SPLIT))
         missing = [segment for segment in view.segments if _event_file_name(segment) not in existing]
         for segment in missing:
@@ -89,16 +91,16 @@ def _event_file_name(number: int) -> str:
 
 
 def encode_events(rows: Iterable[MetricRow], *, purge_step: int | None = None) -> bytes:
-    """An event file: its version, then one event a row with all of the row's values. About 6 us a value.
+    """Encode an event file: its version, then one event per row with all of the row's values. About 6 us per value.
 
-    begin_at: forget all from this step on that files before it said.
+    purge_step: if given, discard the events of earlier files from this step on.
     """
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.proto.summary_pb2 import Summary
     from tensorboardX.record_writer import masked_crc32c
 
     def record(event: Event) -> bytes:
-        """A TFRecord: length and content, each with its checksum."""
+        """Encode a TFRecord: length and content, each with its checksum."""
         data: bytes = event.SerializeToString()
         length = struct.pack("<Q", len(data))
         return b"".join((length, _u32(masked_crc32c(length)), data, _u32(masked_crc32c(data))))

@@ -1,4 +1,4 @@
-"""The model in training on one rank: its two half steps, its evaluation, and all the state that a checkpoint needs."""
+"""The training engine of one rank: forward-backward, optimizer step, prediction, and the state for checkpoints."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ CLIP_EPSILON = 1e-6
 
 
 class TrainEngine:
-    """One rank's copy of the model.
+    """One rank's replica of the model, with its optimizer.
 
-    Between `gradient` and `update` the ranks sum `flat.exchange`; a world of one has nothing to sum. Parameters,
-    moments and loss scale are the same bits on all ranks after every step.
+    Between `forward_backward` and `optimizer_step` the ranks all-reduce `flat.all_reduce_buffer`; with a world size of
+    1 there is nothing to reduce. After every step parameters, optimizer state and loss scale are bit-identical on all
+    ranks.
 
     Parameters
     ----------
-    prepare: raw batch (B, ...) on the device to model inputs (B, ...) in the arithmetic's type.
-    way: name of the way to run a step, see `ways`.
-    draw_seed: seed of what the model draws in a step; called only for models that draw.
+    transform_fn: maps a raw batch (B, ...) on the device to model inputs (B, ...) of the dtype of the run's precision.
+    gradient_backend: execution backend of the gradient, see `gradient_fns`.
+    rng_seed_fn: maps a step to the seed of its random numbers; called only for models that use random numbers.
     """
 
     def __init__(
@@ -58,32 +59,36 @@ class TrainEngine:
         self._gradient_fn = build_gradient_fn(gradient_backend, self.flat, self.task, self._precision, device)
 
     def forward_backward(self, step: int, inputs: Tensor, targets: Tensor) -> None:
-        """The first half of a step: this rank's weighted sums into `flat.exchange`. An empty share adds nothing.
+        """Write this rank's gradient and weighted sums into `flat.all_reduce_buffer`; zeros for an empty slice.
 
-        inputs: (b, ...) this rank's share of the global batch, raw, on the device.
+        Parameters
+        ----------
+        inputs: (b, ...) this rank's slice of the global batch, before preprocessing, on the device.
         targets: (b,) or (b, T), on the device.
         """
         if not self.flat.model.training:
             self.flat.train()
         self.flat.all_reduce_buffer.zero_()
-        num_rows = len(targets)
-        if num_rows:
+        num_samples = len(targets)
+        if num_samples:
             if self._rng_seed_fn is not None:
                 torch.manual_seed(self._rng_seed_fn(step))
-            scale = self._grad_scaler.scale / num_rows if self._grad_scaler is not None else 1.0
+            scale = self._grad_scaler.scale / num_samples if self._grad_scaler is not None else 1.0
             for micro_batch_inputs, micro_batch_targets in self._micro_batches(inputs, targets):
                 self.flat.accumulate(
                     self._gradient_fn(self._transform_fn(micro_batch_inputs), micro_batch_targets, scale)
                 )
             if self._grad_scaler is not None:
-                self.flat.grad.mul_(num_rows / self._grad_scaler.scale)
-            self.flat.num_samples.fill_(num_rows)
-        self.flat.pack_buffers(num_rows)
+                self.flat.grad.mul_(num_samples / self._grad_scaler.scale)
+            self.flat.num_samples.fill_(num_samples)
+        self.flat.pack_buffers(num_samples)
 
     @property
     def scaler_state(self) -> dict[str, Tensor]:
-        """For fp16 what the log notes of each step: the loss scale that it uses, and the updates skipped before it.
-        Scalars on the device."""
+        """What is logged at each step of an fp16 run: its loss scale, and the number of updates skipped before it.
+
+        Scalars on the device; empty for other precisions.
+        """
         if self._grad_scaler is None:
             return {}
         return {"loss_scale": self._grad_scaler.scale, "skipped": self._grad_scaler.state["skipped"]}
@@ -95,7 +100,7 @@ class TrainEngine:
         return zip(inputs.split(size), targets.split(size), strict=True)
 
     def optimizer_step(self, lr: float) -> None:
-        """The second half: divide by the global weight, clip, and change the parameters."""
+        """Divide the gradient by the global batch's weight, clip it, and update the parameters."""
         grad = self.flat.grad
         grad.div_(self.flat.weight_sum)
         if self._job.train.clip_norm is not None:
@@ -109,11 +114,11 @@ class TrainEngine:
 
     @torch.inference_mode()
     def predict_logits(self, inputs: Tensor) -> Tensor:
-        """What the model gives in evaluation: (B, ...) raw inputs to (B, outputs).
+        """Return the model's outputs (B, outputs) in evaluation mode for inputs (B, ...) before preprocessing.
 
         Raises
         ------
-        JobError: a model of the user's whose outputs have another shape.
+        JobError: the outputs of a custom model have another shape.
         """
         self.flat.model.eval()
         with self._precision.autocast_context(self.device):
@@ -121,25 +126,25 @@ class TrainEngine:
         expected_shape = (len(inputs), self.task.num_outputs)
         if outputs.shape != expected_shape:
             raise JobError(
-                f"gives outputs of shape {tuple(outputs.shape)} for {len(inputs)} samples, but the task needs "
+                f"returns outputs of shape {tuple(outputs.shape)} for {len(inputs)} samples, but the task needs "
                 f"{expected_shape}",
                 where=f"model.kind: {self._job.model.kind}",
             )
         return outputs
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of all that training goes on from besides the weights: tensors on the CPU."""
+        """Return CPU copies of the training state besides the weights: optimizer and loss scale."""
         state = {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state.items()}
         if self._grad_scaler is not None:
             state |= {f"scale.{name}": tensor for name, tensor in self._grad_scaler.state.items()}
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
 
     def load_state_dict(self, model_state: dict[str, Tensor], engine_state: dict[str, Tensor]) -> None:
-        """Go on from what `flat.weights()` and `state()` gave.
+        """Restore what `flat.state_dict()` and `state_dict()` returned.
 
         Raises
         ------
-        JobError: that of another model or optimizer.
+        JobError: the state is of another model or optimizer.
         """
         self.flat.load_state_dict(model_state)
         try:
@@ -147,7 +152,7 @@ class TrainEngine:
             if self._grad_scaler is not None:
                 self._grad_scaler.load_state_dict(_strip_prefix("scale.", engine_state))
         except (RuntimeError, KeyError, TypeError) as error:
-            what = f"the checkpoint is of another optimizer: {type(error).__name__}: {str(error)[:200]}"
+            what = f"the checkpoint belongs to another optimizer: {type(error).__name__}: {str(error)[:200]}"
             raise JobError(what, where="train.optimizer", fix="use another --name") from None
 
 

@@ -1,8 +1,8 @@
-"""A model's parameters as one flat vector, and the one vector that the ranks sum in a step.
+"""A model's parameters as one flat vector, and the vector that the ranks all-reduce in every step.
 
-    exchange = [ gradient (P) | loss, weight, correct, count (4) | stop (1) | floating-point buffers (B) ]
+    all_reduce_buffer = [ gradient (P) | loss, weight, correct, count (4) | stop flag (1) | floating-point buffers (B) ]
 
-One all-reduce of it carries the gradient, the metrics, the agreement to stop and the batch statistics; the update is
+One all-reduce covers the gradient, the metrics, the agreement to stop and the batch statistics. The optimizer step is
 then one operation on flat vectors, whatever the number of layers.
 """
 
@@ -18,21 +18,28 @@ from pipeline.models.freezing import find_frozen_norms
 from pipeline.training.task import LossSums
 
 NUM_SUMS = 4
-"""loss, weight, correct, count."""
+"""Length of `loss_sums`: loss, weight, correct, count."""
 
 
 class FlatParameters:
-    """A model on its device, its parameters being views of `values`.
+    """A model on its device whose parameters are views of `params`.
 
-    code: `module:Class` of a model of the user's own; empty for others.
-    values: (P,) all parameters that require a gradient, in the order of `model.parameters()`.
-    sizes: numbers of each of these parameters, by its name, in that order.
-    exchange: (P + 5 + B,) what the ranks sum; B is 0 for a world of one, whose buffers need no averaging.
-    gradient, sums, stop: views of `exchange`; loss, weight, correct, count: scalar views of `sums`.
+    Parameters
+    ----------
+    code: `module:Class` of a custom model; empty for others.
+
+    Attributes
+    ----------
+    params: (P,) all parameters that require a gradient, in the order of `model.parameters()`.
+    param_sizes: number of elements of each of these parameters, by name, in that order.
+    all_reduce_buffer: (P + 5 + B,) what the ranks all-reduce; B is 0 for a world size of 1: nothing to average.
+    grad, loss_sums, stop_flag: views of `all_reduce_buffer`: (P,), (4,) and a scalar.
+    loss_sum, weight_sum, num_correct, num_samples: scalar views of `loss_sums`.
+    grads: the gradient of each parameter, a view of `grad` of its shape.
 
     Raises
     ------
-    JobError: a model with nothing to train.
+    JobError: the model has no trainable parameters.
     """
 
     def __init__(
@@ -57,61 +64,62 @@ class FlatParameters:
         self.stop_flag = self.all_reduce_buffer[self._num_params() + NUM_SUMS]
         self._tail = self.all_reduce_buffer[self._num_params() + NUM_SUMS + 1 :]
         self.grads = self._split_into_views(self.grad)
-        """The gradient of each parameter, a view of `gradient` of its shape."""
         for parameter, view in zip(self.parameters, self._split_into_views(self.params), strict=True):
             parameter.data = view
         self.train()
 
     def train(self) -> None:
-        """Put the model into training, but for batch normalisations that are frozen."""
+        """Set training mode, except for frozen batch normalizations."""
         self.model.train()
         for norm in self._frozen_norms:
             norm.eval()
 
     def accumulate(self, sums: LossSums) -> None:
-        """Add one piece's sums to the exchange vector."""
+        """Add the sums of one micro-batch to `all_reduce_buffer`."""
         self.loss_sum.add_(sums.loss_sum)
         self.weight_sum.add_(sums.weight_sum)
         self.num_correct.add_(sums.num_correct)
 
     def pack_buffers(self, num_samples: int) -> None:
-        """Write the buffers, weighted by this rank's number of samples, where the ranks will sum them.
+        """Write the buffers, weighted by this rank's number of samples, into `all_reduce_buffer`.
 
-        An empty share leaves zeros there: a buffer may hold an infinity, such as a mask, and 0 times that is NaN.
+        An empty slice leaves zeros: a buffer may hold an infinity, such as a mask, and 0 times infinity is NaN.
         """
         if self.buffers and num_samples:
             torch.cat([b.reshape(-1) for b in self.buffers], out=self._tail)
             self._tail.mul_(float(num_samples))
 
     def unpack_buffers(self) -> None:
-        """Take the ranks' average of the buffers, after the sum."""
+        """Copy the average of the ranks' buffers into the model, after the all-reduce."""
         if self.buffers:
             mean = self._tail / self.num_samples
             sizes = [b.numel() for b in self.buffers]
-            for buffer, part in zip(self.buffers, mean.split(sizes), strict=True):
-                buffer.copy_(part.view_as(buffer))
+            for buffer, average in zip(self.buffers, mean.split(sizes), strict=True):
+                buffer.copy_(average.view_as(buffer))
 
     def find_nonfinite_grads(self) -> list[str]:
-        """Names of the parameters whose gradient holds NaN or infinity now. Waits for the device."""
+        """Return the names of the parameters whose gradient now holds NaN or infinity. Waits for the device."""
         return [
-            name for name, one in zip(self.param_sizes, self.grads, strict=True) if not bool(torch.isfinite(one).all())
+            name
+            for name, grad in zip(self.param_sizes, self.grads, strict=True)
+            if not bool(torch.isfinite(grad).all())
         ]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """A copy of all tensors of the model on the CPU, by name."""
+        """Return CPU copies of all tensors of the model, by name."""
         return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        """Take over tensors of the same names and shapes, in place, so that the views stay views.
+        """Copy tensors of the same names and shapes into the model, in place, so that the views stay views.
 
         Raises
         ------
-        JobError: others.
+        JobError: names or shapes differ.
         """
         load_state_dict_strict(self.model, state_dict, self._code)
 
     def _buffers_to_average(self) -> list[Tensor]:
-        """The buffers that differ between ranks. An average of equal ones is rounded: what is frozen has no part."""
+        """Return the buffers that differ between ranks: not the frozen ones, which averaging would only round."""
         frozen = {id(buffer) for norm in self._frozen_norms for buffer in norm.buffers()}
         return [b for b in self.model.buffers() if b.is_floating_point() and id(b) not in frozen]
 
@@ -128,11 +136,11 @@ def load_state_dict_strict(model: nn.Module, state_dict: Mapping[str, Tensor], c
 
     Parameters
     ----------
-    code: `module:Class` of a model of the user's own, whose code is to blame then: the run has no other model.
+    code: `module:Class` of a custom model. A mismatch then means that its code has changed: a run has one model.
 
     Raises
     ------
-    JobError: others.
+    JobError: names or shapes differ.
     """
     try:
         model.load_state_dict(state_dict, strict=True)
@@ -140,10 +148,12 @@ def load_state_dict_strict(model: nn.Module, state_dict: Mapping[str, Tensor], c
         lines = [line.strip() for line in str(error).splitlines()[1:3]] or [str(error)]
         if code:
             raise JobError(
-                f"the code of this model is not the code that its weights were trained by: {' '.join(lines)[:300]}",
+                f"the code of this model is not the code that its weights were trained with: {' '.join(lines)[:300]}",
                 where=f"model.kind: {code}",
-                fix="restore the code as it was then (the run's code*.zip hold what it was trained by), or train anew",
+                fix="restore that code (the run's code*.zip files contain it), or train again",
             ) from None
         raise JobError(
-            f"the checkpoint is of another model: {' '.join(lines)[:300]}", where="model", fix="use another checkpoint"
+            f"the checkpoint belongs to another model: {' '.join(lines)[:300]}",
+            where="model",
+            fix="use another checkpoint",
         ) from None

@@ -1,8 +1,8 @@
-"""The ways to run the gradient half of a step, and the table that chooses one.
+"""Execution backends of forward-backward: `eager`, `compiled` and `written` (manual backward).
 
-A way takes one piece of a batch, adds the gradient of its weighted sum of losses to a `FlatModel`'s exchange vector,
-and returns its sums. The choice depends on the job and the device kind alone, never on a timing, so that every resume
-of a run computes in the same way.
+A gradient function takes one micro-batch, adds the gradient of its weighted sum of losses to `FlatParameters.grad`, and
+returns its sums. The backend depends on the job and the device kind alone, never on a timing, so that every resume of a
+run uses the same one.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from pipeline.training.manual_backward import ManualMlpBackward
 from pipeline.training.task import LossSums, Task
 
 GradientFn = Callable[[Tensor, Tensor, Tensor | float], LossSums]
-"""(inputs (B, ...), targets (B, ...), scale of the gradient) -> sums without graph; B is 1 at least."""
+"""(inputs (B, ...), targets (B, ...), scale of the gradient) -> sums without graph; B is at least 1."""
 
 
 def select_gradient_backend(job: JobConfig, device: torch.device, code_sizes: tuple[int, ...] = ()) -> str:
-    """`written` for plain MLPs in fp32 and fp64, `compiled` where the job says so, else `eager`.
+    """Return `written` for plain MLPs in fp32 and fp64, `compiled` if the job asks for it, else `eager`.
 
-    code_sizes: as `build_model` takes them: with embeddings and with frozen layers an MLP is not plain.
+    Parameters
+    ----------
+    code_sizes: as for `build_model`. An MLP with embeddings or frozen layers is not plain.
     """
     if job.train.compile == "on":
         return "compiled"
@@ -39,6 +41,7 @@ def select_gradient_backend(job: JobConfig, device: torch.device, code_sizes: tu
 def build_gradient_fn(
     gradient_backend: str, flat: FlatParameters, task: Task, precision: Precision, device: torch.device
 ) -> GradientFn:
+    """Return the gradient function of a backend, bound to a model and its task."""
     if gradient_backend == "written":
         return ManualMlpBackward(flat, task)
     return _autograd_gradient_fn(flat, task, precision, device, compiled=gradient_backend == "compiled")
@@ -47,7 +50,7 @@ def build_gradient_fn(
 def _autograd_gradient_fn(
     flat: FlatParameters, task: Task, precision: Precision, device: torch.device, compiled: bool
 ) -> GradientFn:
-    """The gradient by autograd, the forward pass and loss as written or compiled by torch."""
+    """Return the gradient by autograd; forward pass and loss run eagerly or compiled by torch."""
 
     def forward(inputs: Tensor, targets: Tensor) -> LossSums:
         with precision.autocast_context(device):
@@ -55,7 +58,7 @@ def _autograd_gradient_fn(
         return task.compute_loss_sums(outputs, targets)
 
     if compiled:
-        # Code of its own for each shape: with dynamic shapes it would depend on the shape that a resume meets first.
+        # One compilation per shape: with dynamic shapes the code would depend on the first shape after a resume.
         forward = torch.compile(forward, dynamic=False)
 
     def gradient(inputs: Tensor, targets: Tensor, scale: Tensor | float) -> LossSums:

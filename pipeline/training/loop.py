@@ -1,5 +1,7 @@
-"""Fit and evaluate: the training loop. It knows tensors, a trainee, a plan, an iterator of device batches, and a
-recorder that it hands values to; it knows no Ray, no files and no terminal.
+"""The training loop: `fit` and `evaluate`.
+
+It depends on tensors, an engine, a schedule, an iterator of device batches, and a recorder that receives the values;
+not on Ray, files or a terminal.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +30,7 @@ from pipeline.watchdog import blocking_on
 
 
 class BatchLike(Protocol):
-    """This rank's share of a global batch, on the device."""
+    """This rank's slice of a global batch, on the device."""
 
     @property
     def step(self) -> int: ...
@@ -38,49 +41,49 @@ class BatchLike(Protocol):
 
 
 class TrainingRecorder(Protocol):
-    """Where values go. None of its calls waits for storage."""
+    """Receives metrics and checkpoints. None of its methods waits for storage."""
 
     def log_steps(self, rows: StepColumns) -> None: ...
     def log_evaluation(self, row: Mapping[str, Any]) -> None: ...
-    def on_evaluation_end(self, position: TrainProgress) -> None:
-        """All splits are evaluated at this step; where it is `best_step`, the parameters now are the best."""
+    def on_evaluation_end(self, progress: TrainProgress) -> None:
+        """Called when all splits are evaluated at a step. If it is `best_step`, the current parameters are the best."""
 
     def should_save(self, step: int, due: bool) -> bool:
-        """Whether to save now; a due save may wait for its turn."""
+        """Return whether to save now; a save that is due may be postponed."""
 
-    def save(self, position: TrainProgress, end: bool) -> None: ...
+    def save(self, progress: TrainProgress, end: bool) -> None: ...
 
 
 @dataclass(frozen=True)
 class TrainProgress:
-    """How far a run is: plain values, stored in every checkpoint."""
+    """The progress of a run: plain values, stored in every checkpoint."""
 
     step: int = 0
     best_step: int | None = None
     best_value: float | None = None
     evaluations_since_best: int = 0
     metrics: Mapping[str, float] | None = None
-    """The latest evaluation as `val/loss`, ...: what is finite of it."""
+    """Finite metrics of the latest evaluation, by names such as `val/loss`."""
     best_metrics: Mapping[str, float] | None = None
-    """That of `best_step`."""
+    """Finite metrics of the evaluation at `best_step`."""
     value_before_training: float | None = None
-    """The best metric's at step 0, where it was finite."""
+    """Value of `best.metric` at step 0, if finite."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def after_evaluation(self, step: int, metrics: Mapping[str, float], schedule: TrainingSchedule) -> TrainProgress:
-        """The position after an evaluation; the best is the earliest of equals, and step 0 is no candidate."""
+        """Return the progress after an evaluation. Of equal values the earliest is the best; step 0 is no candidate."""
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        after, best = replace(self, step=step, metrics=finite), schedule.job.best
+        updated, best = replace(self, step=step, metrics=finite), schedule.job.best
         if step == 0:
-            return replace(after, value_before_training=finite.get(best.metric))
+            return replace(updated, value_before_training=finite.get(best.metric))
         if best.metric not in metrics:
-            return after
+            return updated
         value, sign = finite.get(best.metric), 1 if best.mode == "min" else -1
         if value is not None and (self.best_value is None or sign * value < sign * self.best_value):
-            return replace(after, best_step=step, best_value=value, best_metrics=finite, evaluations_since_best=0)
-        return replace(after, evaluations_since_best=self.evaluations_since_best + 1)
+            return replace(updated, best_step=step, best_value=value, best_metrics=finite, evaluations_since_best=0)
+        return replace(updated, evaluations_since_best=self.evaluations_since_best + 1)
 
     def is_patience_exhausted(self, schedule: TrainingSchedule) -> bool:
         patience = schedule.job.best.patience
@@ -89,31 +92,19 @@ class TrainProgress:
 
 @dataclass(frozen=True)
 class StopBounds:
-    """What earlier attempts of the run have settled about its end."""
+    """What earlier attempts determine about the last step of the run."""
 
     ended_at: int | None = None
-    """The step of an end that is on record; it binds."""
+    """The step of a recorded end, which is final."""
     highest_step: int = 0
-    """No early stop below this one."""
+    """The highest step of any earlier attempt. There is no early stop below it."""
 
     def should_stop(self, progress: TrainProgress, schedule: TrainingSchedule) -> bool:
-        """Whether the run ends here, after an evaluation."""
+        """Return whether the run ends at this step, after an evaluation."""
         if self.ended_at is not None:
             return progress.step >= self.ended_at
         early = progress.is_patience_exhausted(schedule) and progress.step >= self.highest_step
         return early or progress.step >= schedule.last_step
-
-
-FP16_ADVICE = (
-    "set train.precision: bf16 or fp32, which have a larger range, or lower the learning rate; gradients that are not "
-    "finite there either come from the model or its loss"
-)
-
-SIGTERM_FLAG = 1024.0
-"""What a rank adds to the stop element for SIGTERM; 1 for SIGINT. The sum over the ranks tells both apart."""
-
-STOP_FLAG_LAG_STEPS = 4
-"""On CUDA the ranks act on the stop element of so many steps ago: its copy to the host has long arrived by then."""
 
 
 def fit(
@@ -126,67 +117,69 @@ def fit(
     progress: TrainProgress,
     stop_bounds: StopBounds,
 ) -> tuple[TrainProgress, int]:
-    """Train from a position to the end of the plan, or until a signal asks to stop.
+    """Train to the end of the schedule, or until a signal asks to stop. All ranks take part.
 
     Parameters
     ----------
-    batches: this rank's shares of the global batches from `position.step + 1` on.
-    splits: for each split to evaluate, this rank's share of its rows in blocks (inputs, targets).
+    batches: this rank's slices of the global batches from step `progress.step + 1` on.
+    splits: for each split to evaluate, this rank's slice of it as batches (inputs, targets).
 
     Returns
     -------
-    The last position, and the signal that ended it early or 0.
+    The progress at the last step, and the signal that stopped the run early, or 0.
 
     Raises
     ------
-    NotFiniteError: a loss that is NaN or infinite, or gradients that are so again and again.
+    NotFiniteError: the loss is NaN or infinite, or gradients are so repeatedly in fp16.
     """
-    step_metrics, gradient_sync = (
-        StepMetricsBuffer(engine.flat.loss_sums, recorder.log_steps, engine.scaler_state),
-        _GradientSync(engine, context),
-    )
+    step_metrics = StepMetricsBuffer(engine.flat.loss_sums, recorder.log_steps, engine.scaler_state)
+    gradient_sync = _GradientSync(engine, context)
+    evaluate_splits = partial(_evaluate_splits, engine, schedule, splits, recorder, context)
+
     if progress.step == 0:
-        progress = _evaluate_all(engine, schedule, splits, recorder, context, progress, 0)
+        progress = evaluate_splits(progress, 0)
         step_metrics.resume_clock()
     for batch in batches:
-        step = batch.step
+        step, lr = batch.step, schedule.lr_at(batch.step)
         if schedule.should_reset_optimizer(step):
             engine.optimizer.reset_state()
         engine.forward_backward(step, batch.inputs, batch.targets)
         stop_signal = gradient_sync.all_reduce_gradients()
-        step_metrics.append(schedule.epoch_of(step), step, lr := schedule.lr_at(step))
+        step_metrics.append(schedule.epoch_of(step), step, lr)  # on the CPU, raises before a NaN reaches the weights
         engine.optimizer_step(lr)
 
         is_evaluated = schedule.is_evaluation_due(step) or step == stop_bounds.ended_at
         if is_evaluated:
             step_metrics.flush()
-            progress = _evaluate_all(engine, schedule, splits, recorder, context, progress, step)
+            progress = evaluate_splits(progress, step)
         is_end = is_evaluated and stop_bounds.should_stop(progress, schedule)
         if is_end or stop_signal or recorder.should_save(step, schedule.is_checkpoint_due(step)):
             step_metrics.flush()
             progress = replace(progress, step=step)
             recorder.save(progress, is_end)
-        if is_end:
-            return progress, 0
-        if stop_signal:
-            return progress, stop_signal
+        if is_end or stop_signal:
+            return progress, 0 if is_end else stop_signal
         if is_evaluated:
             step_metrics.resume_clock()
-    raise AssertionError("the batches ended before the run did")
+    raise AssertionError("the batches ended before the schedule did")
 
 
 def evaluate(
     engine: TrainEngine, eval_batches: Iterable[tuple[Tensor, Tensor]], context: WorkerContext
 ) -> dict[str, float]:
-    """Exact metrics of the model as it is: every row of the split once, over all ranks.
+    """Compute the exact metrics of a split, each sample counted once. All ranks take part.
+
+    Parameters
+    ----------
+    eval_batches: this rank's slice of the split as batches (inputs, targets).
 
     Returns
     -------
-    What `job.METRICS` names for the task, the user's own metrics, and samples; NaN for what does not exist.
+    The task's metrics (`config.METRICS`), custom metrics, and `samples`; NaN for a metric that is undefined.
 
     Raises
     ------
-    WorkError: code of the user's own failed.
+    WorkError: a custom loss or metric failed.
     """
     accumulator = MetricAccumulator(engine.task, engine.device)
     for inputs, targets in eval_batches:
@@ -195,7 +188,7 @@ def evaluate(
     return accumulator.compute(context)
 
 
-def _evaluate_all(
+def _evaluate_splits(
     engine: TrainEngine,
     schedule: TrainingSchedule,
     splits: Mapping[str, Iterable[tuple[Tensor, Tensor]]],
@@ -204,6 +197,7 @@ def _evaluate_all(
     progress: TrainProgress,
     step: int,
 ) -> TrainProgress:
+    """Evaluate and log every split, and return the progress after it."""
     metrics: dict[str, float] = {}
     for split, eval_batches in splits.items():
         start = time.perf_counter()
@@ -212,17 +206,24 @@ def _evaluate_all(
         except WorkError as error:
             if step > 0 or type(error) is not WorkError:
                 raise
-            raise JobError(error.what, where=error.where, fix=error.fix) from error  # nothing is trained yet
+            raise JobError(error.what, where=error.where, fix=error.fix) from error  # before training: bad input
         row = {"epoch": schedule.epoch_of(step), "step": step, "split": split, **result}
         recorder.log_evaluation({**row, "seconds": time.perf_counter() - start, "time": time.time()})
         metrics |= {f"{split}/{name}": value for name, value in result.items() if name != "samples"}
-    after = progress.after_evaluation(step, metrics, schedule)
-    recorder.on_evaluation_end(after)
-    return after
+    progress = progress.after_evaluation(step, metrics, schedule)
+    recorder.on_evaluation_end(progress)
+    return progress
+
+
+SIGTERM_FLAG = 1024.0
+"""Added to the stop flag by a rank that received SIGTERM; 1 for SIGINT. The sum over ranks distinguishes the two."""
+
+STOP_FLAG_LAG_STEPS = 4
+"""On CUDA the ranks act on the stop flag of this many steps ago, whose copy to the host is complete by then."""
 
 
 class _GradientSync:
-    """The one sum of a step, and with it the ranks' agreement to stop: all learn the same signal at the same step."""
+    """The all-reduce of a step. It also carries the stop flag: all ranks see the same signal at the same step."""
 
     def __init__(self, engine: TrainEngine, context: WorkerContext) -> None:
         self._flat = engine.flat
@@ -232,17 +233,18 @@ class _GradientSync:
 
     @blocking_on("workers")
     def all_reduce_gradients(self) -> int:
-        """Sum the exchange vector over all ranks; returns the signal to stop, or 0."""
+        """All-reduce `flat.all_reduce_buffer`; return the signal to stop, or 0."""
         local_signal = self._context.stop_signal()
         if self._context.world_size == 1:
             return local_signal
         if local_signal:
             self._flat.stop_flag.fill_(SIGTERM_FLAG if local_signal == signal.SIGTERM else 1.0)
         self._context.all_reduce(self._flat.all_reduce_buffer)
-        stop = self._lagged_stop_flag() if self._on_cuda else float(self._flat.stop_flag)
-        return 0 if stop == 0 else int(signal.SIGTERM if stop >= SIGTERM_FLAG else signal.SIGINT)
+        stop_flag = self._lagged_stop_flag() if self._on_cuda else float(self._flat.stop_flag)
+        return 0 if stop_flag == 0 else int(signal.SIGTERM if stop_flag >= SIGTERM_FLAG else signal.SIGINT)
 
     def _lagged_stop_flag(self) -> float:
+        """Start the copy of this step's flag, and return that of `STOP_FLAG_LAG_STEPS` ago without a device sync."""
         host = torch.empty((), dtype=self._flat.stop_flag.dtype, pin_memory=True).copy_(
             self._flat.stop_flag, non_blocking=True
         )
@@ -256,17 +258,23 @@ class _GradientSync:
         return float(oldest)
 
 
+FP16_ADVICE = (
+    "set train.precision: bf16 or fp32, which have a larger range, or lower the learning rate; gradients that are not "
+    "finite in these either come from the model or its loss"
+)
+
+
 def check_finite(rows: StepColumns, fix: str, find_nonfinite_grads: Callable[[], Sequence[str]] = tuple) -> None:
-    """Look for a loss that is NaN or infinite, and for a loss scale that has become useless because gradients are.
+    """Check that every loss is finite, and that fp16's loss scale has not fallen below `MIN_SCALE`.
 
     Parameters
     ----------
-    fix: what to do about it, for the message.
-    not_finite_gradients: names of the parameters whose gradient is not finite now.
+    fix: how to repair it, for the message.
+    find_nonfinite_grads: returns the names of the parameters whose gradient is not finite now.
 
     Raises
     ------
-    NotFiniteError: names the first such step and its learning rate.
+    NotFiniteError: with the first such step and its learning rate.
     """
     is_nonfinite = ~np.isfinite(rows["loss"])
     if "loss_scale" in rows:

@@ -1,4 +1,4 @@
-"""Losses: one number a sample, those of the tasks and the user's own."""
+"""Per-sample losses: those of the tasks, and custom losses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
-from pipeline import config as spec
+from pipeline.config import TaskConfig
 from pipeline.errors import JobError, TrainyardError, WorkError
 from pipeline.user_code import import_user_function, wrap_user_error
 
@@ -19,13 +19,13 @@ Reduction = Literal["none", "sum"]
 
 
 class LossFn(Protocol):
-    """(outputs (B, K) floating, targets as prepared) -> losses (B,), or with reduction "sum" their sum, a scalar."""
+    """(outputs (B, K) floating, transformed targets) -> losses (B,), or with reduction "sum" their sum, a scalar."""
 
     def __call__(self, outputs: Tensor, targets: Tensor, reduction: Reduction = "none") -> Tensor: ...
 
 
-def build_loss(task: spec.TaskConfig) -> LossFn:
-    """The loss of a job.
+def build_loss(task: TaskConfig) -> LossFn:
+    """Return the loss function of a task.
 
     Raises
     ------
@@ -45,7 +45,7 @@ def build_loss(task: spec.TaskConfig) -> LossFn:
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor, reduction: Reduction = "none") -> Tensor:
-    """Softmax cross-entropy; targets: classes (B,) int64, or probabilities (B, K) of mixed samples."""
+    """Softmax cross-entropy; targets: classes (B,) int64, or probabilities (B, K) with mixup."""
     if targets.ndim > 1:
         targets = targets.to(outputs.dtype)
     return F.cross_entropy(outputs, targets, reduction=reduction)
@@ -57,16 +57,16 @@ def binary_cross_entropy(outputs: Tensor, targets: Tensor, reduction: Reduction 
 
 
 def _mean_over_columns(loss: Any, outputs: Tensor, targets: Tensor, reduction: Reduction = "none") -> Tensor:
-    """A loss of single numbers, its mean over a target's columns; targets: (B, K), or (B,) where K is 1."""
+    """Average an elementwise loss over the columns of a target; targets: (B, K), or (B,) if K is 1."""
     losses: Tensor = loss(outputs, targets.to(outputs.dtype).view_as(outputs), reduction="none").mean(1)
     return losses.sum() if reduction == "sum" else losses
 
 
 class CustomLoss:
-    """A function of the user's, `module:function`: (outputs (B, K), targets as prepared) -> losses (B,).
+    """A user function `module:function`: (outputs (B, K), transformed targets) -> losses (B,).
 
-    Targets are int64 classes (B,), or probabilities (B, K) with mixup; floating 0 or 1 (B,), with mixup in between;
-    or floating values (B, K), scaled as the task says.
+    Targets are int64 classes (B,), or probabilities (B, K) with mixup (multiclass); floating 0 or 1 (B,), with mixup in
+    between (binary); or floating values (B, K), scaled if the task scales them (regression).
 
     Raises
     ------
@@ -80,34 +80,36 @@ class CustomLoss:
     def __call__(self, outputs: Tensor, targets: Tensor, reduction: Reduction = "none") -> Tensor:
         """Raises
         ------
-        WorkError: the function raised something itself, or gives something else than a loss a sample.
+        WorkError: the function raised an exception, or does not return one loss per sample.
         """
         try:
             losses = self._function(outputs, targets)
-        except Exception as raised:  # whatever the user's function raises is the user's to see
+        except Exception as raised:  # any exception of the user's function is reported
             raise wrap_user_error(raised, f"{WHERE}: {self.name}", WorkError) from raised
         expected_shape = (len(outputs),)
         if not isinstance(losses, Tensor) or losses.shape != expected_shape:
             shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise WorkError(
-                f"gives {shape} for {len(outputs)} samples, but the task needs a tensor of shape {expected_shape}",
+                f"returns {shape} for {len(outputs)} samples, but the task needs a tensor of shape {expected_shape}",
                 where=f"{WHERE}: {self.name}",
-                fix='return one loss a sample, as reduction="none" does',
+                fix='return one loss per sample, as reduction="none" does',
             )
         return losses.sum() if reduction == "sum" else losses
 
 
 def check_custom_loss(loss: CustomLoss, outputs: Tensor, targets: Tensor, *, has_mixup: bool) -> None:
-    """Try a loss of the user's on a few samples before training.
+    """Run a custom loss on a few samples before training.
 
     Parameters
     ----------
-    outputs: (B, K) of the untrained model. targets: (B,) or (B, K) as prepared.
-    mixes: whether training will mix samples: then classes come as probabilities too.
+    outputs: (B, K) of the untrained model.
+    targets: (B,) or (B, K), transformed.
+    has_mixup: whether training uses mixup: classes are then given as probabilities too.
 
     Raises
     ------
-    JobError: it fails, has another shape, cannot be differentiated by the outputs, or is not finite on finite outputs.
+    JobError: the loss fails, has another shape, is not differentiable with respect to the outputs, or is not finite on
+        finite outputs.
     """
     if has_mixup and not targets.is_floating_point():
         mixed = F.one_hot(targets, outputs.shape[1]).to(outputs.dtype)
@@ -120,7 +122,9 @@ def check_custom_loss(loss: CustomLoss, outputs: Tensor, targets: Tensor, *, has
         raise JobError(error.what, where=where, fix=error.fix) from error
     if not losses.requires_grad:
         raise JobError(
-            "cannot be differentiated by the outputs", where=where, fix="compute it from outputs with torch alone"
+            "is not differentiable with respect to the outputs",
+            where=where,
+            fix="compute it from outputs with torch operations only",
         )
     (gradient,) = torch.autograd.grad(losses.sum(), outputs, allow_unused=True)
     for what, values in (("loss", losses), ("gradient", gradient)):
@@ -129,5 +133,5 @@ def check_custom_loss(loss: CustomLoss, outputs: Tensor, targets: Tensor, *, has
             raise JobError(
                 f"its {what} is {nonfinite_value} for a sample of the training split",
                 where=where,
-                fix="see that it is finite",
+                fix="make sure that it is finite",
             )

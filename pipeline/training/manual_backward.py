@@ -1,6 +1,6 @@
-"""An MLP's forward and backward pass written out: the same arithmetic as autograd's, without its bookkeeping.
+"""The forward and backward pass of an MLP without autograd: the same arithmetic, without the graph.
 
-Faster than eager torch on small layers, where the time goes into dispatch and not into products.
+Faster than eager torch on small layers, where dispatch takes longer than the matrix products.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from pipeline.training.flat_parameters import FlatParameters
 from pipeline.training.task import LossSums, Task
 
 MAX_CACHED_BATCH_SIZES = 4
-"""A run has full batches and a short last one, each in full pieces and a short last one."""
-
+"""A run has full batches and a short last one, each in full micro-batches and a short last one."""
 
 _threshold_backward = torch.ops.aten.threshold_backward.default
 
 
 class ManualMlpBackward:
-    """The gradient of one piece for a `FlatModel` that holds an `MlpNet` with ReLU; activations are kept for reuse."""
+    """The gradient function of an `MlpNet` with ReLU. Activation buffers are reused between calls."""
 
     def __init__(self, flat: FlatParameters, task: Task) -> None:
         layers = [module for module in flat.model.modules() if isinstance(module, nn.Linear)]
@@ -34,7 +33,7 @@ class ManualMlpBackward:
 
     @staticmethod
     def supports(job: JobConfig) -> bool:
-        """Whether this covers a plain MLP with this job's activation, loss and precision."""
+        """Return whether the job's activation, loss and precision are supported; its model has to be a plain MLP."""
         return (
             getattr(job.model, "activation", None) == "relu"
             and job.task.kind in ("multiclass", "binary")
@@ -60,12 +59,12 @@ class ManualMlpBackward:
                 error = _threshold_backward(error @ self._weights[depth], values[depth], 0)
         return LossSums(loss, float(len(inputs)), correct)
 
-    def _activation_buffers(self, num_rows: int) -> list[Tensor]:
-        if num_rows not in self._activations:
+    def _activation_buffers(self, num_samples: int) -> list[Tensor]:
+        if num_samples not in self._activations:
             if len(self._activations) == MAX_CACHED_BATCH_SIZES:
                 self._activations.pop(next(iter(self._activations)))
-            self._activations[num_rows] = [bias.new_empty(num_rows, len(bias)) for bias in self._biases]
-        return self._activations[num_rows]
+            self._activations[num_samples] = [bias.new_empty(num_samples, len(bias)) for bias in self._biases]
+        return self._activations[num_samples]
 
 
 class _SoftmaxCrossEntropyGrad:
@@ -73,7 +72,7 @@ class _SoftmaxCrossEntropyGrad:
         self._minus_one = like.new_full((1, 1), -1.0)
 
     def __call__(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Summed cross-entropy, number correct, and the loss's gradient by the logits (B, classes)."""
+        """Return the summed cross-entropy, the number correct, and the gradient by the logits (B, classes)."""
         log_probabilities = torch.log_softmax(logits, 1)
         columns = targets.unsqueeze(1)
         loss = nn.functional.nll_loss(log_probabilities, targets, reduction="sum")
@@ -83,7 +82,7 @@ class _SoftmaxCrossEntropyGrad:
 
 
 def _bce_grad(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed BCE with logits, number correct, and the loss's gradient by the logits (B, 1)."""
+    """Return the summed BCE with logits, the number correct, and the gradient by the logits (B, 1)."""
     column = targets.unsqueeze(1).to(logits.dtype)
     loss = nn.functional.binary_cross_entropy_with_logits(logits, column, reduction="sum")
     correct = ((logits > 0) == (column > 0.5)).sum()

@@ -1,6 +1,7 @@
-"""The full set of metrics of each task, in float64: from sums over rows, and from the gathered rows of a whole split.
+"""The metrics of each task, in float64: from sums over samples, and from the gathered samples of a whole split.
 
-A metric that does not exist (AUC of a single class, R2 of constant targets, anything of no rows) is NaN.
+A metric that is undefined (AUC of a single class, R2 of constant targets, any metric of no samples) is NaN. To add a
+metric, compute it in the `from_sums` or `from_samples` of its task, and add its name to `pipeline.config.METRICS`.
 """
 
 from __future__ import annotations
@@ -17,37 +18,38 @@ Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
 class TaskMetrics(Protocol):
-    """What one task measures, and from what.
+    """The metrics of one task.
 
-    Rows are outputs (n, K) and targets (n,) or (n, T), floating, as the model gives and learns them; losses (n,),
-    unweighted. Sums of rows can be added up, within a rank and over ranks.
+    Outputs (n, K) are the model's; targets (n,) or (n, T), floating, are transformed; losses (n,) are unweighted. Sums
+    can be added, within a rank and over ranks.
     """
 
     def compute_sums(self, outputs: Array, targets: Array, losses: Array, log_losses: Array) -> Array:
-        """Sums over rows, as one float64 vector of a length that the task alone decides."""
+        """Return sums over samples, as one float64 vector whose length depends on the task alone."""
 
     def from_sums(self, sums: Array) -> dict[str, float]:
-        """The metrics that follow from sums over a whole split, and `samples`."""
+        """Return the metrics that follow from the sums over a whole split, and `samples`."""
 
     def from_samples(self, outputs: Array, targets: Array) -> dict[str, float]:
-        """The metrics that need all rows at once: (N, K), and (N, T) or (N, 1)."""
+        """Return the metrics that need all samples at once: outputs (N, K), targets (N, T) or (N, 1)."""
 
     def to_user_units(self, outputs: Array, targets: Array) -> tuple[np.ndarray, np.ndarray]:
-        """A whole split's outputs and targets as a metric of the user's own takes them, see `OwnMetric`."""
+        """Return a whole split's outputs and targets in the form that custom metrics take, see `CustomMetric`."""
 
 
 def make_task_metrics(task: Task) -> TaskMetrics:
+    """Return the metrics of a task."""
     return ClassificationMetrics(task) if task.num_classes else RegressionMetrics(task)
 
 
 class ClassificationMetrics:
-    """multiclass and binary.
+    """Metrics of multiclass and binary tasks, as scikit-learn defines them.
 
-    loss: weighted mean. accuracy, correct. balanced_accuracy: mean recall over the classes that occur. f1: of class 1,
-    or the mean over classes that occur or were predicted; 0 where there are none such. log_loss: unweighted mean
-    cross-entropy, whatever the loss is. baseline_accuracy: of always answering the class most frequent in training.
-    auc: area under the ROC curve, ties counting half (Hanley and McNeil 1982); multiclass: mean of one against the
-    rest over the classes that occur. All as scikit-learn defines them.
+    loss: weighted mean. accuracy. correct: number of correct predictions. balanced_accuracy: mean recall over the
+    classes that occur. f1: of class 1 (binary), or the mean over the classes that occur or were predicted; 0 if there
+    are none. log_loss: unweighted mean cross-entropy, whatever the loss is. baseline_accuracy: of always predicting the
+    most frequent class in training. auc: area under the ROC curve, ties counting half (Hanley and McNeil 1982);
+    multiclass: mean of one class against the rest over the classes that occur.
     """
 
     def __init__(self, task: Task) -> None:
@@ -97,32 +99,32 @@ class ClassificationMetrics:
         labels = targets[:, 0]
         if not np.isfinite(outputs).all():
             return {"auc": math.nan}
-        if self._binary:  # the logit orders as the probability does, with fewer ties by rounding
+        if self._binary:  # logits have the order of the probabilities, with fewer ties by rounding
             return {"auc": compute_auc(outputs[:, 0], labels == 1)}
         class_aucs = [compute_auc(column, labels == label) for label, column in enumerate(_softmax(outputs).T)]
-        return {"auc": _mean(np.array([one for one in class_aucs if not math.isnan(one)]))}
+        return {"auc": _mean(np.array([auc for auc in class_aucs if not math.isnan(auc)]))}
 
     def to_user_units(self, outputs: Array, targets: Array) -> tuple[np.ndarray, np.ndarray]:
         return _sigmoid(outputs[:, 0]) if self._binary else _softmax(outputs), targets[:, 0].astype(np.int64)
 
 
 class RegressionMetrics:
-    """regression.
+    """Metrics of regression, as scikit-learn defines them.
 
-    loss: mean of what is learned. rmse, mae: errors in the target's unit. r2: coefficient of determination, NaN for
-    fewer than two rows or where the target is constant in the split. baseline_rmse, baseline_mae: of always answering
-    the mean of the training targets. All as scikit-learn defines them.
+    loss: mean loss on transformed targets. rmse, mae: errors in the unit of the target. r2: coefficient of
+    determination, NaN for fewer than two samples or a target that is constant in the split. baseline_rmse,
+    baseline_mae: of always predicting the mean of the training targets.
 
-    Of several targets, each of these but the loss stands there for each target, in its own unit: rmse_height. What has
-    no such ending has no unit either: rmse, mae and their baselines are means over the targets, each error first
-    divided by the standard deviation of that target in training, so that no unit outweighs another; r2 is the mean of
-    the targets' (scikit-learn's multioutput="uniform_average").
+    With several targets, each of these except the loss is also reported per target in its unit, for example
+    rmse_height. Metrics without such a suffix have no unit: rmse, mae and their baselines are means over the targets,
+    each error first divided by the standard deviation of that target in training, so that no unit outweighs another; r2
+    is the mean over the targets (scikit-learn's multioutput="uniform_average").
     """
 
     def __init__(self, task: Task) -> None:
         self._columns = task.num_outputs
         self._has_baseline = bool(task.target_mean)
-        # Squares are summed around the training mean: a column far from zero would lose its digits.
+        # Squares are summed around the training mean: a column far from zero would lose precision.
         self._target_mean = np.array(task.target_mean or [0.0] * task.num_outputs)
         self._target_std = np.array(
             task.target_scale.std if task.target_scale is not None else [1.0] * task.num_outputs
@@ -131,43 +133,50 @@ class RegressionMetrics:
             task.target_scale.mean if task.target_scale is not None else [0.0] * task.num_outputs
         )
         self._names = task.target_names
-        # Scaled targets have a spread of 1, to rounding; of others, an earlier version did not store it.
-        spreads = np.array(task.target_std or [1.0] * task.num_outputs)
-        self._joint_scale = self._target_std if task.num_outputs == 1 else 1 / np.where(spreads == 0, 1.0, spreads)
+        # Scaled targets have a standard deviation of 1, up to rounding; earlier versions did not store it for others.
+        stds = np.array(task.target_std or [1.0] * task.num_outputs)
+        self._joint_scale = self._target_std if task.num_outputs == 1 else 1 / np.where(stds == 0, 1.0, stds)
 
     def compute_sums(self, outputs: Array, targets: Array, losses: Array, log_losses: Array) -> Array:
         targets = targets.reshape(outputs.shape).astype(np.float64)
-        errors, spread = outputs - targets, targets - self._target_mean
+        errors, deviations = outputs - targets, targets - self._target_mean
         result = np.empty(2 + 5 * self._columns)
         result[:2] = losses.sum(), len(losses)
-        each = [np.abs(errors).sum(0), (errors**2).sum(0), spread.sum(0), np.abs(spread).sum(0), (spread**2).sum(0)]
-        result[2:] = np.concatenate(each)
+        result[2:] = np.concatenate(
+            [
+                np.abs(errors).sum(0),
+                (errors**2).sum(0),
+                deviations.sum(0),
+                np.abs(deviations).sum(0),
+                (deviations**2).sum(0),
+            ]
+        )
         return result
 
     def from_sums(self, sums: Array) -> dict[str, float]:
         loss, samples = sums[:2].tolist()
-        absolute, squared, spread, absolute_spread, squared_spread = sums[2:].reshape(5, self._columns)
-        rows = samples or math.nan
-        centered_squares = squared_spread - spread**2 / rows
-        # What remains of equal numbers by rounding is no spread.
-        varies = (centered_squares > 1e-12 * squared_spread) & (samples > 1)
+        abs_error, squared_error, deviation, abs_deviation, squared_deviation = sums[2:].reshape(5, self._columns)
+        num_samples = samples or math.nan
+        centered_squares = squared_deviation - deviation**2 / num_samples
+        # The rounding error of constant targets is not a variance.
+        varies = (centered_squares > 1e-12 * squared_deviation) & (samples > 1)
         baseline_factor = 1.0 if self._has_baseline else math.nan
         errors = {
-            "rmse": np.sqrt(squared / rows),
-            "mae": absolute / rows,
-            "baseline_rmse": np.sqrt(squared_spread / rows) * baseline_factor,
-            "baseline_mae": absolute_spread / rows * baseline_factor,
+            "rmse": np.sqrt(squared_error / num_samples),
+            "mae": abs_error / num_samples,
+            "baseline_rmse": np.sqrt(squared_deviation / num_samples) * baseline_factor,
+            "baseline_mae": abs_deviation / num_samples * baseline_factor,
         }
-        r2 = np.where(varies, 1 - squared / np.where(varies, centered_squares, 1.0), math.nan)
-        per_target = {**{name: each * self._target_std for name, each in errors.items()}, "r2": r2}
-        joint = {**{name: each * self._joint_scale for name, each in errors.items()}, "r2": r2}
+        r2 = np.where(varies, 1 - squared_error / np.where(varies, centered_squares, 1.0), math.nan)
+        per_target = {**{name: values * self._target_std for name, values in errors.items()}, "r2": r2}
+        joint = {**{name: values * self._joint_scale for name, values in errors.items()}, "r2": r2}
         return {
             "loss": _ratio(loss, samples),
             **{name: _mean(joint[name]) for name in TARGET_METRICS},
             **{
-                f"{name}_{target}": float(per_target[name][place])
+                f"{name}_{target}": float(per_target[name][column])
                 for name in TARGET_METRICS
-                for place, target in enumerate(self._names)
+                for column, target in enumerate(self._names)
             },
             "samples": int(samples),
         }
@@ -176,35 +185,40 @@ class RegressionMetrics:
         return {}
 
     def to_user_units(self, outputs: Array, targets: Array) -> tuple[np.ndarray, np.ndarray]:
-        seen = [
+        predictions, true_values = (
             values.reshape(-1, self._columns) * self._target_std + self._target_offset for values in (outputs, targets)
-        ]
-        return (seen[0], seen[1]) if self._columns > 1 else (seen[0][:, 0], seen[1][:, 0])
+        )
+        return (predictions, true_values) if self._columns > 1 else (predictions[:, 0], true_values[:, 0])
 
 
 def compute_auc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """The share of pairs (a positive row, a negative row) in which the positive row scores higher, ties counting half:
-    the area under the ROC curve. NaN without a pair. Exact but for one division.
+    """Compute the area under the ROC curve; NaN if there is only one class. Exact except for one division.
 
-    scores: (N,) finite. positive: (N,) bool.
+    It is the fraction of pairs (positive, negative) in which the positive sample has the higher score, ties counting
+    half.
+
+    Parameters
+    ----------
+    scores: (N,) finite.
+    positive: (N,) bool.
     """
-    above, below = scores[positive], np.sort(scores[~positive])
-    if not len(above) or not len(below):
+    positives, negatives = scores[positive], np.sort(scores[~positive])
+    if not len(positives) or not len(negatives):
         return math.nan
-    above.sort()  # for the search: neighbours find neighbours
-    wins = below.searchsorted(above, "left").sum() + below.searchsorted(above, "right").sum()
-    return float(wins) / (2.0 * len(above) * len(below))
+    positives.sort()  # searches of adjacent values hit the same cache lines
+    wins = negatives.searchsorted(positives, "left").sum() + negatives.searchsorted(positives, "right").sum()
+    return float(wins) / (2.0 * len(positives) * len(negatives))
 
 
 def _softmax(outputs: np.ndarray) -> np.ndarray:
-    """(N, C) float64."""
+    """Return probabilities (N, C) float64."""
     exponentials: np.ndarray = np.exp(outputs - outputs.max(1, keepdims=True).astype(np.float64))
     exponentials /= exponentials.sum(1, keepdims=True)
     return exponentials
 
 
 def _sigmoid(logits: np.ndarray) -> np.ndarray:
-    """(N,) float64."""
+    """Return probabilities (N,) float64."""
     with np.errstate(over="ignore"):  # 1 / inf is 0, as it should be
         return 1 / (1 + np.exp(-logits.astype(np.float64)))
 

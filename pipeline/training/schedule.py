@@ -1,4 +1,4 @@
-"""The plan of a run: what happens at each step, as pure functions of the job and the number of rows."""
+"""The schedule of a run: what happens at each step, as pure functions of the job and the number of training samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.config import JobConfig, PhaseConfig
 FIRST_SEGMENT_STEPS = 10
 MIN_SEGMENT_STEPS = 100
 APPROX_MAX_SEGMENTS = 128
-"""A run's metric log has about so many files at most: this, and a few small ones at its start."""
+"""A run's metric log has at most about this many files, and a few small ones at its start."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class TrainingSchedule:
 
     job: JobConfig
     num_rows: int
-    """Rows of the training split."""
+    """Samples of the training split."""
     max_steps: int | None = None
-    """The flag `--max-steps`."""
+    """The option `--max-steps`."""
 
     @cached_property
     def batch_size(self) -> int:
-        """Rows of a full global batch."""
+        """Samples of a full global batch."""
         batch_size_setting = self.job.train.batch_size
         return self.num_rows if batch_size_setting == "all" else batch_size_setting
 
@@ -50,48 +50,48 @@ class TrainingSchedule:
 
     @property
     def segment_steps(self) -> int:
-        """Steps whose rows share a file of the metric log, once its cells have grown to their full size."""
+        """Number of steps per file of the metric log, once its segments have grown to full size."""
         return max(MIN_SEGMENT_STEPS, -(-self.phase_ends[-1] // APPROX_MAX_SEGMENTS))
 
     def phase_steps(self, phase: PhaseConfig) -> int:
         return phase.steps if phase.steps is not None else (phase.epochs or 0) * self.steps_per_epoch
 
     def epoch_of(self, step: int) -> int:
-        """The epoch of a step, from 1; 0 for step 0."""
+        """Return the epoch of a step, from 1; 0 for step 0."""
         return -(-step // self.steps_per_epoch)
 
     def is_epoch_end(self, step: int) -> bool:
         return step % self.steps_per_epoch == 0
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of a step."""
+        """Return the learning rate of a step."""
         index = bisect.bisect_left(self.phase_ends, step)
         phase = self.job.train.phases[index]
         position = step - 1 - (self.phase_ends[index - 1] if index else 0)
         return compute_lr(phase, position, self.phase_steps(phase), self.steps_per_epoch)
 
     def should_reset_optimizer(self, step: int) -> bool:
-        """Whether a phase that begins with this step forgets momentum and moments."""
+        """Return whether a phase begins at this step that resets the optimizer's state."""
         if step - 1 not in self.phase_ends[:-1]:
             return False
         return self.job.train.phases[self.phase_ends.index(step - 1) + 1].optimizer_state == "reset"
 
     def phase_of(self, step: int) -> int:
-        """The phase of a step, from 1."""
+        """Return the phase of a step, from 1."""
         return bisect.bisect_left(self.phase_ends, step) + 1
 
     def evaluation_number(self, step: int) -> int:
-        """The number of the evaluation after a step, from 1; 0 for the untrained one."""
-        when = self.job.evaluate
-        return -(-step // (when.every_steps or (when.every_epochs or 1) * self.steps_per_epoch))
+        """Return the number of the next evaluation at or after a step, from 1; 0 for step 0."""
+        config = self.job.evaluate
+        return -(-step // (config.every_steps or (config.every_epochs or 1) * self.steps_per_epoch))
 
     def is_evaluation_due(self, step: int) -> bool:
-        when = self.job.evaluate
-        return step == self.last_step or self._is_due(step, when.every_epochs, when.every_steps)
+        config = self.job.evaluate
+        return step == self.last_step or self._is_due(step, config.every_epochs, config.every_steps)
 
     def is_checkpoint_due(self, step: int) -> bool:
-        when = self.job.checkpoint
-        return step == self.last_step or self._is_due(step, when.every_epochs, when.every_steps)
+        config = self.job.checkpoint
+        return step == self.last_step or self._is_due(step, config.every_epochs, config.every_steps)
 
     def _is_due(self, step: int, every_epochs: int | None, every_steps: int | None) -> bool:
         if every_steps is not None:
@@ -100,7 +100,7 @@ class TrainingSchedule:
 
 
 def compute_lr(phase: PhaseConfig, position: int, length: int, steps_per_epoch: int) -> float:
-    """The learning rate at a position (from 0) of a phase of `length` steps.
+    """Return the learning rate at a position (from 0) in a phase of `length` steps.
 
     cosine: Loshchilov and Hutter, SGDR, equation 5 without restarts. one_cycle: Smith and Topin, Super-Convergence, in
     the two-phase cosine form of torch.optim.lr_scheduler.OneCycleLR, which it equals.
@@ -113,10 +113,10 @@ def compute_lr(phase: PhaseConfig, position: int, length: int, steps_per_epoch: 
     if phase.schedule == "cosine":
         return _cosine_annealing(phase.lr, 0.0, done / left)
     if phase.schedule == "one_cycle":
-        low, lowest, peak = phase.lr / 25, phase.lr / 25 / 1e4, 0.3 * left - 1
+        initial_lr, final_lr, peak = phase.lr / 25, phase.lr / 25 / 1e4, 0.3 * left - 1
         if done <= peak:
-            return _cosine_annealing(low, phase.lr, done / peak)
-        return _cosine_annealing(phase.lr, lowest, (done - peak) / max(left - 1 - peak, 1e-12))
+            return _cosine_annealing(initial_lr, phase.lr, done / peak)
+        return _cosine_annealing(phase.lr, final_lr, (done - peak) / max(left - 1 - peak, 1e-12))
     return phase.lr
 
 

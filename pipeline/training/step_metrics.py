@@ -1,4 +1,4 @@
-"""Per-step sums, kept on the device until they are flushed: logging a step never waits for it."""
+"""A buffer of per-step metrics that stay on the device until they are flushed: logging a step never waits for it."""
 
 from __future__ import annotations
 
@@ -15,34 +15,36 @@ from pipeline.training.flat_parameters import NUM_SUMS
 from pipeline.training.optimizers import MIN_SCALE
 
 MAX_BUFFERED_STEPS = 512
-"""Steps between two flushes at the most."""
+"""Maximum number of steps between two flushes."""
 FLUSH_INTERVAL_S = 0.25
-"""Seconds between two blocks at the most, unless a single step takes longer."""
+"""Maximum number of seconds between two blocks, unless a single step takes longer."""
 
 StepColumns = dict[str, "np.ndarray[tuple[int], np.dtype[np.float64 | np.int64]]"]
-"""Columns of consecutive steps: epoch, step, loss, correct, lr, samples, seconds, time (unix seconds, UTC); with fp16
-loss_scale, and skipped, the updates skipped before the step since the start of the run."""
+"""Columns of consecutive steps: epoch, step, loss, correct, lr, samples, seconds, time (Unix seconds, UTC); with fp16
+also loss_scale, and skipped: the number of updates skipped before the step since the start of the run."""
 
 
 @dataclass
 class _StepBlock:
     sums: Tensor | None
-    """(CAPACITY, SUMS + scalars) on the device, or None where the host reads each step's sums at once."""
+    """(MAX_BUFFERED_STEPS, NUM_SUMS + scalars) on the device; None on the CPU, where sums are read at once."""
     values: list[list[float]] = field(default_factory=list)
     steps: list[tuple[int, int, float, float]] = field(default_factory=list)
     copy_done: torch.cuda.Event | None = None
 
 
 class StepMetricsBuffer:
-    """Collects one row a step and hands over blocks of rows.
+    """Collects one row per step and passes on blocks of rows.
 
-    On CUDA a block that is full or old enough starts its copy to the host, and is handed over with the next one or at
-    `flush`: by then it has long arrived. On the CPU a loss that is not finite, or a loss scale that is too small, is
-    handed over in its own step, which is the same one on all ranks.
+    On CUDA the copy to the host starts when a block is full or old enough; the block is passed on with the next one or
+    by `flush`, when its copy is complete. On the CPU a loss that is not finite, or a loss scale that is too small, is
+    passed on at its step, the same one on all ranks.
 
     Parameters
     ----------
-    scale_state: see `Trainee.scale_state`.
+    loss_sums: (NUM_SUMS,) see `FlatParameters.loss_sums`; read by every `append`.
+    on_block: receives each block.
+    scaler_state: see `TrainEngine.scaler_state`.
     """
 
     def __init__(
@@ -66,29 +68,30 @@ class StepMetricsBuffer:
         return NUM_SUMS + len(self._scaler_state)
 
     def resume_clock(self) -> None:
-        """Start the next step's seconds here: what was in between (an evaluation) is not the step's."""
+        """Start the clock of the next step now: leaves the time since the last step (an evaluation) out of it."""
         self._last_step_s = time.perf_counter()
 
     def append(self, epoch: int, step: int, lr: float) -> None:
-        """Note the step whose sums stand in the exchange vector now."""
+        """Add a row for the step whose sums are in `loss_sums` now."""
         block, now = self._block, time.perf_counter()
         is_urgent = now - self._last_flush_s > FLUSH_INTERVAL_S
         if block.sums is None:
             sums = self._sums.tolist()
-            scale = [tensor.item() for tensor in self._scaler_state.values()]
-            block.values.append(sums + scale)
-            is_urgent = is_urgent or not math.isfinite(sums[0]) or (bool(scale) and scale[0] < MIN_SCALE)
+            scaler_values = [tensor.item() for tensor in self._scaler_state.values()]
+            block.values.append(sums + scaler_values)
+            scale_too_small = bool(scaler_values) and scaler_values[0] < MIN_SCALE
+            is_urgent = is_urgent or not math.isfinite(sums[0]) or scale_too_small
         else:
             row = block.sums[len(block.steps)]
             (row[:NUM_SUMS] if self._scaler_state else row).copy_(self._sums)
-            for place, tensor in enumerate(self._scaler_state.values(), start=NUM_SUMS):
-                row[place].copy_(tensor)
+            for index, tensor in enumerate(self._scaler_state.values(), start=NUM_SUMS):
+                row[index].copy_(tensor)
         block.steps.append((epoch, step, lr, now))
         if is_urgent or len(block.steps) == MAX_BUFFERED_STEPS:
             self._start_new_block()
 
     def flush(self) -> None:
-        """Hand over all rows recorded until now. Waits for the device."""
+        """Pass on all rows appended so far. Waits for the device."""
         self._start_new_block()
         while self._blocks_in_copy:
             self._on_block(self._to_columns(self._blocks_in_copy.pop(0)))
@@ -97,7 +100,7 @@ class StepMetricsBuffer:
         return _StepBlock(None if self._immediate else self._sums.new_empty((MAX_BUFFERED_STEPS, self._width)))
 
     def _start_new_block(self) -> None:
-        """Start the copy of the block in hand, hand over the one before it, and begin another."""
+        """Pass on the blocks in copy, start the copy of the current block, and begin a new one."""
         self._last_flush_s = time.perf_counter()
         while self._blocks_in_copy:
             self._on_block(self._to_columns(self._blocks_in_copy.pop(0)))
@@ -117,8 +120,8 @@ class StepMetricsBuffer:
     def _to_columns(self, block: _StepBlock) -> StepColumns:
         if block.copy_done is not None:
             block.copy_done.synchronize()
-        on_host = block.values if block.sums is None else block.sums[: len(block.steps)].tolist()
-        sums = np.array(on_host, dtype=np.float64)
+        values = block.values if block.sums is None else block.sums[: len(block.steps)].tolist()
+        sums = np.array(values, dtype=np.float64)
         epochs, steps, lrs, times = (np.array(column) for column in zip(*block.steps, strict=True))
         seconds = np.diff(times, prepend=self._last_step_s)
         self._last_step_s = float(times[-1])
@@ -133,5 +136,5 @@ class StepMetricsBuffer:
             "samples": sums[:, 3].astype(np.int64),
             "seconds": seconds,
             "time": times + self._utc_offset_s,
-            **{name: sums[:, place] for place, name in enumerate(self._scaler_state, start=NUM_SUMS)},
+            **{name: sums[:, index] for index, name in enumerate(self._scaler_state, start=NUM_SUMS)},
         }

@@ -1,6 +1,6 @@
-"""Metrics of the user's own: plain functions of what a whole split was predicted to be, and what it is.
+"""Tasks: the loss of a batch as a weighted sum, the number of correct predictions, and custom metrics.
 
-Tasks: the loss of a batch as a weighted sum, and what counts as correct. Sums, never means.
+Everything is summed, never averaged, so that sums over micro-batches and ranks stay exact.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pipeline.user_code import import_user_function, wrap_user_error
 
 @dataclass(frozen=True)
 class CustomMetric:
-    """`module:function` of (outputs, targets), both of a whole split in its order, read-only -> a number.
+    """A user function `module:function` (outputs, targets) -> number. Its arrays are a whole split in order, read-only.
 
     outputs: float64. multiclass: probabilities (N, classes). binary: probabilities of class 1 (N,). regression: values
-        in the targets' unit, (N,), or (N, T) where a target has several columns.
+        in the unit of the targets, (N,), or (N, T) if a target has several columns.
     targets: classes int64 (N,), or float64 values in their unit, (N,) or (N, T).
     """
 
@@ -33,7 +33,9 @@ class CustomMetric:
 
     @classmethod
     def from_name(cls, name: str) -> CustomMetric:
-        """Raises
+        """Import the function.
+
+        Raises
         ------
         JobError: there is no such function.
         """
@@ -44,13 +46,15 @@ class CustomMetric:
         return metric_column(self.name)
 
     def __call__(self, outputs: np.ndarray, targets: np.ndarray) -> float:
-        """Raises
+        """Call the function.
+
+        Raises
         ------
-        WorkError: the function raised something itself, or gives no number.
+        WorkError: the function raised an exception, or does not return a number.
         """
         try:
             return float(self.metric_fn(outputs, targets))
-        except Exception as raised:  # whatever the user's function raises is the user's to see
+        except Exception as raised:  # any exception of the user's function is reported
             raise wrap_user_error(raised, f"metrics: {self.name}", WorkError) from raised
 
 
@@ -58,16 +62,16 @@ class LossSums(NamedTuple):
     """Sums over a batch, each a scalar tensor on the device; the loss keeps its graph."""
 
     loss_sum: Tensor
-    """Weighted sum of the samples' losses."""
+    """Weighted sum of the per-sample losses."""
     weight_sum: Tensor | float
-    """Sum of the samples' weights: what the loss is divided by."""
+    """Sum of the sample weights, by which the loss is divided."""
     num_correct: Tensor | float
-    """Number of samples predicted correctly; NaN where a task has no such thing."""
+    """Number of samples predicted correctly; NaN for regression."""
 
 
 @dataclass(frozen=True)
 class TargetScale:
-    """How scaled targets become values: value = mean + std x target, column by column."""
+    """Maps scaled targets to values: value = mean + std x target, column by column."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -75,16 +79,18 @@ class TargetScale:
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned.
+    """What the model is trained to predict, and how its error is measured.
 
     kind: multiclass, binary or regression.
-    outputs: numbers the model gives for a sample.
+    num_outputs: number of outputs of the model per sample.
+    loss_fn: the per-sample loss.
     class_weights: (classes,), or None.
-    majority: the most frequent class of the training split, the lowest of equals; None where that is not known.
-    means: mean of the training split's targets as prepared, column by column; empty where that is not known.
-    spreads: their standard deviations, likewise.
-    unit: regression: of the values that people see.
-    target_names: what the metrics of single targets end in; empty where they have none.
+    majority_class: the most frequent class of the training split, the lowest of equals; None if unknown.
+    target_mean: mean of the training split's transformed targets, column by column; empty if unknown.
+    target_scale: regression with scaled targets: maps them back to the user's unit.
+    custom_metrics: the user's metrics.
+    target_std: standard deviation of the training split's transformed targets, like `target_mean`.
+    target_names: suffixes of the metrics of single targets; empty if there are none.
     """
 
     kind: str
@@ -100,32 +106,32 @@ class Task:
 
     @property
     def num_classes(self) -> int:
-        """0 for regression."""
+        """Number of classes; 0 for regression."""
         return {"multiclass": self.num_outputs, "binary": 2}.get(self.kind, 0)
 
     @property
     def is_log_loss(self) -> bool:
-        """Whether the unweighted loss of a sample is the cross-entropy."""
+        """Whether the unweighted per-sample loss is the cross-entropy."""
         return self.num_classes > 0 and not isinstance(self.loss_fn, CustomLoss)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Task:
-        """The same task with its weights on a device."""
+        """Return the same task with its class weights on a device."""
         if self.class_weights is None:
             return self
         return replace(self, class_weights=self.class_weights.to(device, dtype))
 
     def sample_weights(self, targets: Tensor) -> Tensor | None:
-        """The weight of each sample: (B,), or None where all are 1. A mixed sample's is its classes' mixed weight."""
+        """Return the weight of each sample: (B,), or None if all are 1. With mixup, class weights are mixed alike."""
         weights = self.class_weights
         if weights is None:
             return None
         if not targets.is_floating_point():
             return weights[targets]
-        targets = targets.to(weights.dtype)  # or the single weights below would take on the targets' type
+        targets = targets.to(weights.dtype)  # else the scalar weights below would be promoted to the targets' dtype
         return targets @ weights if targets.ndim > 1 else weights[0] * (1 - targets) + weights[1] * targets
 
     def count_correct(self, outputs: Tensor, targets: Tensor) -> Tensor | float:
-        """How many of a batch are predicted correctly; the class of a mixed sample is the one it has most of."""
+        """Return the number of correct predictions in a batch. With mixup, the class with the largest share counts."""
         if self.kind == "multiclass":
             return (outputs.argmax(1) == (targets.argmax(1) if targets.ndim > 1 else targets)).sum()
         if self.kind == "binary":
@@ -133,9 +139,11 @@ class Task:
         return float("nan")
 
     def compute_loss_sums(self, outputs: Tensor, targets: Tensor) -> LossSums:
-        """The sums of a training batch, to be differentiated by `loss`.
+        """Return the sums of a training batch; `loss_sum` is differentiable.
 
-        outputs: (B, outputs), any floating type; losses are computed in float32 at least.
+        Parameters
+        ----------
+        outputs: (B, outputs), any floating dtype; losses are computed in at least float32.
         targets: (B,) int64 classes or (B, classes) probabilities, (B,) floating from 0 to 1, or (B, T) floating values.
         """
         outputs = upcast_to_fp32(outputs)
@@ -147,7 +155,7 @@ class Task:
 
 
 def upcast_to_fp32(outputs: Tensor) -> Tensor:
-    """Outputs in float32 where they come in less."""
+    """Convert float16 and bfloat16 to float32; leave other dtypes."""
     return outputs.float() if outputs.dtype in (torch.float16, torch.bfloat16) else outputs
 
 
@@ -162,28 +170,27 @@ def build_task(
     target_scale: TargetScale | None = None,
     label_index: Callable[[int | str], int] | None = None,
 ) -> Task:
-    """The task of a job.
+    """Build the task of a job.
 
     Parameters
     ----------
-    classes: number of classes (multiclass).
-    target_columns: numbers in one target (regression).
-    class_counts: rows of each class in the training split, where known. For `class_weights: balanced`,
-        n / (classes x rows of the class), as scikit-learn defines it.
-    means, spreads: mean and standard deviation of the training split's prepared targets, column by column, where known.
-    unit: of targets that are scaled.
-    number_of: the number of a class that `class_weights` names; without it, only numbers are known.
+    num_classes: number of classes (multiclass).
+    num_targets: number of columns of a target (regression).
+    class_counts: samples of each class in the training split, if known. For `class_weights: balanced` the weights are
+        n / (classes x samples of the class), as scikit-learn defines it.
+    target_mean, target_std: of the training split's transformed targets, column by column, if known.
+    target_scale: of scaled targets.
+    label_index: maps a label in `class_weights` to the index of its class; without it only indices are accepted.
 
     Raises
     ------
-    JobError: a weight for a class that there is not, or code of the user's that there is not.
+    JobError: a weight names an unknown class, or a custom loss or metric does not exist.
     """
-    task = job.task
-    outputs = {"multiclass": num_classes, "binary": 1, "regression": num_targets}[task.kind]
-    built = Task(
-        task.kind,
-        outputs,
-        build_loss(task),
+    config = job.task
+    task = Task(
+        config.kind,
+        {"multiclass": num_classes, "binary": 1, "regression": num_targets}[config.kind],
+        build_loss(config),
         majority_class=max(range(len(class_counts)), key=lambda label: class_counts[label]) if class_counts else None,
         target_mean=tuple(target_mean),
         target_scale=target_scale,
@@ -191,25 +198,25 @@ def build_task(
         target_std=tuple(target_std),
         target_names=job.target_names(num_targets),
     )
-    if task.class_weights is None:
-        return built
-    if task.class_weights == "balanced":
+    if config.class_weights is None:
+        return task
+    if config.class_weights == "balanced":
         total = sum(class_counts)
-        weights = [total / (built.num_classes * count) if count else 0.0 for count in class_counts]
-        assert len(weights) == built.num_classes, "balanced weights need the rows of each class"
+        weights = [total / (task.num_classes * count) if count else 0.0 for count in class_counts]
+        assert len(weights) == task.num_classes, "balanced weights need the counts of all classes"
     else:
-        weights = [1.0] * built.num_classes
-        for label, weight in task.class_weights.items():
-            weights[_class_index(label, built.num_classes, label_index)] = float(weight)
-    return replace(built, class_weights=torch.tensor(weights, dtype=torch.float64))
+        weights = [1.0] * task.num_classes
+        for label, weight in config.class_weights.items():
+            weights[_class_index(label, task.num_classes, label_index)] = float(weight)
+    return replace(task, class_weights=torch.tensor(weights, dtype=torch.float64))
 
 
 def _class_index(label: int | str, num_classes: int, label_index: Callable[[int | str], int] | None) -> int:
-    number = label_index(label) if label_index is not None else label
-    if not isinstance(number, int) or not 0 <= number < num_classes:
+    index = label_index(label) if label_index is not None else label
+    if not isinstance(index, int) or not 0 <= index < num_classes:
         raise JobError(
-            f"{label} is no class; there are {num_classes}",
+            f"{label} is not a class; there are {num_classes}",
             where=f"task.class_weights.{label}",
             fix=f"use 0 to {num_classes - 1}",
         )
-    return number
+    return index

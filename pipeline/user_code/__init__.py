@@ -1,4 +1,4 @@
-"""The user's own code: which files it is, how it is imported and called, and how it is stored with a run."""
+"""The user's code: which files belong to it, and how it is imported, called and stored with a run."""
 
 from pipeline.user_code.calling import call_user_function, import_user_function, wrap_user_error
 from pipeline.user_code.importing import (

@@ -1,4 +1,4 @@
-"""The user's own code as it is stored with a run, `code.zip`, and taken out again."""
+"""The archive of the user's code that is stored with a run, `code.zip`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.user_code.dependencies import MAX_BYTES, MAX_FILES
 
 
 def to_zip(files: Mapping[str, bytes]) -> bytes:
-    """`code.zip`: the same bytes for the same files. Nothing is compressed: that would differ between machines."""
+    """Return `code.zip`: the same bytes for the same files. Not compressed, because compression differs by machine."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for path, content in sorted(files.items()):
@@ -24,11 +24,11 @@ def to_zip(files: Mapping[str, bytes]) -> bytes:
 
 
 def from_zip(archive: bytes) -> dict[str, bytes]:
-    """The Python files of a `code.zip`, by their paths below an import path.
+    """Return the Python files of a `code.zip`, by their paths below an import path.
 
     Raises
     ------
-    StorageError: no such archive, or a file in it that `pack` would not have written.
+    StorageError: not a zip archive, or one with a file that `to_zip` would not have written.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(archive)) as opened:

@@ -1,4 +1,4 @@
-"""Functions and classes of the user's own: imported and called, and what they raise as errors of ours."""
+"""Import and call the user's functions and classes, with what they raise converted to Trainyard's errors."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from pipeline.redaction import resolve_env_in_tree
 from pipeline.user_code.dependencies import PACKAGE_FOLDER, is_installed
 from pipeline.user_code.importing import active_code, collect_code_of, name_conflict_error
 
-Failure = TypeVar("Failure", bound=TrainyardError)
+ErrorT = TypeVar("ErrorT", bound=TrainyardError)
 
 
 def import_user_function(name: str, *, where: str, error: type[InputError]) -> Callable[..., Any]:
-    """The function or class `module:name`, from the code that is in use; else from the working directory.
+    """Import the function or class `module:name` from the active user code, or else from the working directory.
 
     Raises
     ------
-    InputError: as `error`: there is no such module or name, or the module raised something itself.
+    InputError: of type `error`: no such module or name, or the module itself raised an exception.
     """
     module_name, _, attribute = name.partition(":")
     code = active_code() or collect_code_of([name])
     try:
         module = code.import_module(module_name)
     except ImportError as missing:
-        absent = (missing.name or "").removeprefix(f"{code.name}.")
-        if absent.partition(".")[0] == PACKAGE_FOLDER.name:
-            raise name_conflict_error(f"{absent}, which {name} imports", error, where) from missing
-        asked_for = bool(absent) and f"{module_name}.".startswith(f"{absent}.")
-        if not isinstance(missing, ModuleNotFoundError) or not asked_for:
+        missing_name = (missing.name or "").removeprefix(f"{code.name}.")
+        if missing_name.partition(".")[0] == PACKAGE_FOLDER.name:
+            raise name_conflict_error(f"{missing_name}, which {name} imports", error, where) from missing
+        is_requested = bool(missing_name) and f"{module_name}.".startswith(f"{missing_name}.")
+        if not isinstance(missing, ModuleNotFoundError) or not is_requested:
             raise wrap_user_error(missing, where, error) from missing
         fix = f"name its folder with code: FOLDER, or run from the folder that holds it, not {os.getcwd()}"
-        raise error(f"no module {absent!r}", where=where, fix=fix) from missing
-    except Exception as raised:  # whatever the user's module raises is the user's to see
+        raise error(f"no module {missing_name!r}", where=where, fix=fix) from missing
+    except Exception as raised:  # the user's module may raise anything
         raise wrap_user_error(raised, where, error) from raised
     function = getattr(module, attribute, None)
     if not callable(function):
@@ -55,16 +55,16 @@ def call_user_function(
     error: type[InputError],
     optional_args: Mapping[str, Any] | None = None,
 ) -> Any:
-    """What the function or class `module:name` gives for `args`.
+    """Call the function or class `module:name` with `args` and return the result.
 
     Parameters
     ----------
-    args: keyword arguments; a text `env:NAME` is what that environment variable holds.
-    offers: more keyword arguments; those are given that its signature names and `args` does not hold.
+    args: keyword arguments; a string `env:NAME` is replaced by the value of that environment variable.
+    optional_args: further keyword arguments, passed if the signature has them and `args` does not.
 
     Raises
     ------
-    InputError: as `error`: there is no such module or name, or it raised something itself.
+    InputError: of type `error`: no such module or name, or the call itself raised an exception.
     """
     function = import_user_function(name, where=where, error=error)
     resolved_args = resolve_env_in_tree(args, where)
@@ -72,12 +72,12 @@ def call_user_function(
     extra = {key: value for key, value in (optional_args or {}).items() if key in parameter_names and key not in args}
     try:
         return function(**resolved_args, **extra)
-    except Exception as raised:  # whatever the user's code raises is the user's to see
+    except Exception as raised:  # the user's code may raise anything
         raise wrap_user_error(raised, where, error) from raised
 
 
-def wrap_user_error(raised: Exception, where: str, error: type[Failure]) -> Failure:
-    """What the user's code raised, as an error of ours with the last place in the user's code."""
+def wrap_user_error(raised: Exception, where: str, error: type[ErrorT]) -> ErrorT:
+    """Return an exception of the user's code as an `error`, with the innermost line of the user's code."""
     frames = traceback.extract_tb(raised.__traceback__)
     files = [(Path(frame.filename), frame.lineno) for frame in frames if not frame.filename.startswith("<")]
     user_frames = [
@@ -90,6 +90,6 @@ def wrap_user_error(raised: Exception, where: str, error: type[Failure]) -> Fail
 def _parameter_names(function: Callable[..., Any]) -> set[str]:
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # built in: it says nothing of its parameters
+    except (TypeError, ValueError):  # a builtin without a signature
         return set()
     return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}

@@ -1,4 +1,4 @@
-"""Which files are the user's own code: found from import statements alone. Nothing is imported, torch least of all."""
+"""Find the files of the user's code from import statements alone. Nothing is imported."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pathlib import Path
 from pipeline.errors import JobError
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
-"""The package whose name a user's own must not have."""
+"""The folder of this package, whose name no module of the user may have."""
 MAX_FILES, MAX_BYTES = 1_000, 10_000_000
-"""Bounds of the code that is stored with a run."""
+"""Limits of the code that is stored with a run."""
 
 _IMPORTS_BY_NAME = frozenset({"import_module", "__import__"})
 _IMPORTS_BY_PATH = frozenset(
@@ -27,12 +27,15 @@ _IMPORTS_BY_PATH = frozenset(
 
 @dataclass
 class CodeDependencies:
-    """The files that modules of the user's own import, directly or not.
+    """The files that the user's modules import, directly or indirectly.
 
-    roots: folders in which these are looked for, in this order. Of what is found elsewhere only the modules that the
-        job itself names count, and what lies below one of the roots, such as `src/` of a project that is installed
-        in place.
-    files: content by path below its root, such as `parts/layers.py`. paths: where each was read.
+    Parameters
+    ----------
+    roots: folders to search, in this order. Modules found elsewhere count only if the job names them, or if they are
+        below one of the roots, such as `src/` of a project with an editable install.
+    where: the key or folder of the code, for messages.
+    files: content by path below its root, such as `parts/layers.py`.
+    paths: the file on this machine, by the same path.
     """
 
     roots: list[Path]
@@ -43,14 +46,10 @@ class CodeDependencies:
 
     @classmethod
     def collect(cls, modules: Iterable[str], roots: Sequence[Path], where: str) -> CodeDependencies:
-        """The files of `modules` and of all that they import.
+        """Collect the files of `modules` and of everything that they import.
 
-        A package's `__init__` belongs to its modules. Where a module is imported by a name or path that is computed,
-        every Python file below its root belongs to the code.
-
-        Parameters
-        ----------
-        where: what of the job names the code, for messages.
+        A package's `__init__` belongs to its modules. If a module is imported by a computed name or path, every Python
+        file below its root belongs to the code.
 
         Raises
         ------
@@ -83,7 +82,7 @@ class CodeDependencies:
                     self._add_all_files(root)
 
     def _locate(self, module: str) -> list[tuple[str, Path, Path]]:
-        """The files that importing a module runs: path below the root, file, root. Empty if it is not the user's."""
+        """Return the files that importing a module runs (path below the root, file, root); empty if not the user's."""
         parts = module.split(".")
         if parts[0] in sys.stdlib_module_names or parts[0] == PACKAGE_FOLDER.name:
             return []
@@ -98,8 +97,8 @@ class CodeDependencies:
         if any(_find_module_file(root, top) is not None or (root / top).is_dir() for root in self.roots):
             return
         for folder in _import_locations(top):
-            below = any(folder.is_relative_to(root) for root in self.roots)
-            if (named or below) and folder not in self.roots:
+            is_below_root = any(folder.is_relative_to(root) for root in self.roots)
+            if (named or is_below_root) and folder not in self.roots:
                 self.roots.append(folder)
 
     def _add_file(self, path: str, file: Path) -> bytes:
@@ -110,7 +109,7 @@ class CodeDependencies:
             raise JobError(
                 f"more than {MAX_FILES:,} Python files or {MAX_BYTES // 10**6} MB would be stored with the run",
                 where=self.where,
-                fix="point code: at a smaller folder, one that holds the job's own modules alone",
+                fix="set code: to a smaller folder, with the modules of the job alone",
             )
         return content
 
@@ -122,7 +121,7 @@ class CodeDependencies:
 
 
 def is_installed(path: Path) -> bool:
-    """Whether a file belongs to Python or to an installed package."""
+    """Return whether a file belongs to Python or to an installed package."""
     packages = {"site-packages", "dist-packages"} & set(path.parts)
     return bool(packages) or path.is_relative_to(sysconfig.get_path("stdlib"))
 
@@ -132,7 +131,7 @@ def _module_name(path: str) -> str:
 
 
 def _find_module_file(folder: Path, name: str) -> Path | None:
-    """The file of a regular package, or of a module, called `name` in a folder."""
+    """Return the file of the regular package or module `name` in a folder."""
     for file in (folder / name / "__init__.py", folder / f"{name}.py"):
         if file.is_file():
             return file
@@ -140,7 +139,7 @@ def _find_module_file(folder: Path, name: str) -> Path | None:
 
 
 def _find_package_files(root: Path, parts: Sequence[str]) -> list[Path]:
-    """The files of a module and of the packages above it, as far as they are there."""
+    """Return the existing files of a module and of the packages that contain it."""
     files, folder = [], root
     for part in parts:
         file = _find_module_file(folder, part)
@@ -153,10 +152,10 @@ def _find_package_files(root: Path, parts: Sequence[str]) -> list[Path]:
 
 
 def _import_locations(top: str) -> list[Path]:
-    """The folders from which Python would import a top-level name, installed packages aside."""
+    """Return the folders from which Python would import a top-level name, except installed packages."""
     try:
         spec = importlib.util.find_spec(top)
-    except (ImportError, ValueError, AttributeError):  # of a module that was made by hand
+    except (ImportError, ValueError, AttributeError):  # of a module that was created at run time
         return []
     if spec is None:
         return []
@@ -170,7 +169,7 @@ def _import_locations(top: str) -> list[Path]:
 
 
 def find_installed_file(module: str) -> Path | None:
-    """The source file of a module that belongs to an installed package; its package may be imported."""
+    """Return the source file of a module of an installed package. May import the package."""
     try:
         spec: importlib.machinery.ModuleSpec | None = importlib.util.find_spec(module)
     except (ImportError, ValueError, AttributeError):
@@ -181,7 +180,7 @@ def find_installed_file(module: str) -> Path | None:
 
 
 def _parse_source(content: bytes) -> ast.Module:
-    """A file's syntax tree; an empty one for what is no Python, of which the import will tell, if it comes to that."""
+    """Return a file's syntax tree, empty if it is not valid Python: only importing it raises the error."""
     try:
         return ast.parse(content)
     except (SyntaxError, ValueError):  # ValueError: null bytes
@@ -189,7 +188,7 @@ def _parse_source(content: bytes) -> ast.Module:
 
 
 def _iter_imports(tree: ast.Module, package: str) -> Iterator[str]:
-    """The absolute names of all modules that a file may import, and some that are none, such as `module.function`."""
+    """Yield the absolute names of all modules that a file may import, and of non-modules, such as `module.function`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -206,7 +205,7 @@ def _iter_imports(tree: ast.Module, package: str) -> Iterator[str]:
 
 
 def _iter_exports(tree: ast.Module) -> Iterator[str]:
-    """What `from package import *` imports: the constants of `__all__`."""
+    """Yield the constants of `__all__`, which `from package import *` imports."""
     for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else []
         if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
@@ -232,7 +231,7 @@ def _called_name(call: ast.Call) -> str:
 
 
 def _resolve_module_name(name: str, package: str) -> str:
-    """`name` without leading dots; empty where it leads out of the package."""
+    """Return the absolute name of a relative one; empty if it is outside the package."""
     try:
         return importlib.util.resolve_name(name, package or None)
     except (ImportError, ValueError):
@@ -240,7 +239,7 @@ def _resolve_module_name(name: str, package: str) -> str:
 
 
 def _iter_python_files(folder: Path) -> Iterator[Path]:
-    """All Python files below a folder; hidden folders, caches and virtual environments are left out."""
+    """Yield all Python files below a folder, except hidden folders, caches and virtual environments."""
     for folder_path, folders, files in os.walk(folder):
         current_folder = Path(folder_path)
         folders[:] = sorted(

@@ -1,9 +1,9 @@
-"""The user's own code of one job or run, imported under a name of its own.
+"""Import the user's code of one job or run as a package with a unique name.
 
-Python keeps a module for as long as a process lives, and knows only one of a name. So each set of files is a package of
-its own, called by their digest: an edited file is another package, and so is the code of another run. Within it the
-imports of its files lead to its files first, by whatever names they use. What lies beneath is never a file that changed
-since: modules are made of the content that was read, digested and stored.
+Python keeps a module for the whole process, one for each name. So each set of files is a package named by their digest:
+an edited file makes another package, and so does the code of another run. Within the package, the imports of its files
+resolve to its files first, under the names that they use. Modules are created from the content that was read, digested
+and stored, never from a file that has changed since.
 """
 
 from __future__ import annotations
@@ -33,22 +33,23 @@ from pipeline.user_code.archive import from_zip, to_zip
 from pipeline.user_code.dependencies import PACKAGE_FOLDER, CodeDependencies, find_installed_file, is_installed
 
 PREFIX = "trainyard_code_"
-"""Of the packages' names."""
+"""Prefix of the package names."""
 ARCHIVE = "code.zip"
 
 
 class UserCode:
-    """The files of the user's own code that a job imports, as they were when they were read.
+    """The files of the user's code that a job imports, with the content that they had when they were read.
 
-    Picklable, and so is what is made of its modules: whoever unpickles the code first can import them.
+    Picklable, and so are objects of its modules: a process that unpickles the code first can import them.
 
     Parameters
     ----------
-    files: content by path below an import path. paths: where each of them lies on this machine.
-    roots: folders that are on the import path while it is in use, behind all others: for what is imported in other
-        ways than by an import statement of its own.
-    modules: names of those that the job names.
-    name: of the package; else by the digest of all this.
+    files: content by path below an import path.
+    paths: the file on this machine, by the same path.
+    roots: folders at the end of the import path while the code is active, for imports without an import statement in
+        its files.
+    modules: the modules that the job names.
+    name: of the package; default: from the digest of all of these.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class UserCode:
         """SHA-256 of each file, by its path."""
         self.archive = to_zip(self.files)
         """`code.zip`."""
-        file_paths = [paths[path] for path in self.files]  # a module may read what lies beside it
+        file_paths = [paths[path] for path in self.files]  # a module may read files beside it
         self.name = name or PREFIX + _digest(self.archive, *file_paths, *roots, *modules)
         self._paths, self._roots, self._modules = dict(paths), tuple(roots), tuple(modules)
         self._folders = {parent.as_posix() for path in self.files for parent in PurePosixPath(path).parents} - {"."}
@@ -77,10 +78,11 @@ class UserCode:
 
     @contextmanager
     def activated(self) -> Iterator[None]:
-        """While entered, what a job of this thread names is imported from here. Afterwards the import path is as it
-        was, and modules that came from the roots in other ways are forgotten, so that they are read anew next time."""
-        now = _active.get()
-        if now is not None and now.code is self:
+        """While entered, the modules that a job of this thread names are imported from this code. On exit the import
+        path is restored, and other modules that were imported from the roots are removed, so that the next import reads
+        their files again."""
+        current = _active.get()
+        if current is not None and current.code is self:
             yield
             return
         active = _ActiveCode(self, frozenset(sys.modules))
@@ -98,32 +100,32 @@ class UserCode:
                     sys.path.remove(root)
 
     def import_module(self, name: str, package: str | None = None) -> ModuleType:
-        """`importlib.import_module` as this code's modules see it."""
+        """`importlib.import_module` for the modules of this code."""
         return importlib.import_module(f"{self.name}.{name}" if self.contains(name) else name, package)
 
     def contains(self, module: str) -> bool:
-        """Whether importing `module` leads into this code."""
+        """Return whether `module` is imported from this code."""
         path, top = module.replace(".", "/"), module.partition(".")[0]
         if f"{top}.py" in self.files or f"{top}/__init__.py" in self.files:
             return True
         return f"{path}.py" in self.files or path in self._folders
 
     def installed_module_digests(self) -> dict[str, str]:
-        """SHA-256 of the modules of installed packages that the job names. It imports their packages."""
+        """Return the SHA-256 of the modules of installed packages that the job names. Imports their packages."""
         names = [module for module in self._modules if not self.contains(module)]
         files = {name: file for name in names if (file := find_installed_file(name)) is not None}
         return {name: _digest_file(file) for name, file in files.items()}
 
     def find_unstored_files(self) -> dict[str, str]:
-        """SHA-256 of files that were imported from the roots since this is in use and are none of its files, by their
-        paths: for the import has no statement, or is of no Python file."""
-        now = _active.get()
-        files = self._find_other_imports(now).values() if now is not None and now.code is self else ()
+        """Return the SHA-256, by path, of files that were imported from the roots since this code became active and do
+        not belong to it: those imported without a statement, and those that are not Python files."""
+        active = _active.get()
+        files = self._find_other_imports(active).values() if active is not None and active.code is self else ()
         digests = {self._below_root(file): _digest_file(file) for file in files if file.is_file()}
         return {path: digest for path, digest in digests.items() if self.digests.get(path) != digest}
 
     def find_edited_files(self, digests: Mapping[str, str]) -> list[str]:
-        """Those files of an earlier `not_stored` that are here, with another content."""
+        """Return the files of an earlier `find_unstored_files` that exist with another content."""
         edited_paths = []
         for path, digest in digests.items():
             files = [file for root in self._roots if (file := Path(root, path)).is_file()]
@@ -132,7 +134,7 @@ class UserCode:
         return edited_paths
 
     def _find_other_imports(self, since: _ActiveCode) -> dict[str, Path]:
-        """New modules whose files lie below a root, by name; but for those that were made of the files of some code."""
+        """Return the files below a root of new modules, by module name, except modules of any `UserCode`."""
         new_modules = {}
         for name in [name for name in list(sys.modules) if name not in since.modules_before]:
             module = sys.modules.get(name)
@@ -145,12 +147,12 @@ class UserCode:
         return new_modules
 
     def _below_root(self, file: Path) -> str:
-        """The path below the first root that holds a file; empty if none does."""
+        """Return the path of a file below the first root that contains it; empty if none does."""
         root = next((root for root in self._roots if file.is_relative_to(root)), None)
         return file.relative_to(root).as_posix() if root is not None else ""
 
     def make_module_spec(self, fullname: str) -> importlib.machinery.ModuleSpec | None:
-        """How to import one of its modules; None for what is none of them."""
+        """Return the import specification of one of its modules; None for any other name."""
         path = fullname.removeprefix(self.name).removeprefix(".").replace(".", "/")
         for file in (f"{path}/__init__.py", f"{path}.py"):
             if file in self.files:
@@ -170,7 +172,7 @@ class UserCode:
         fromlist: Sequence[str] | None = (),
         level: int = 0,
     ) -> Any:
-        """`__import__` as this code's modules see it."""
+        """`__import__` for the modules of this code."""
         if level == 0 and self.contains(name):
             module = builtins.__import__(f"{self.name}.{name}", globals, locals, fromlist or (), 0)
             return module if fromlist else sys.modules[f"{self.name}.{name.partition('.')[0]}"]
@@ -178,7 +180,7 @@ class UserCode:
         return self._make_importlib() if module is importlib else module
 
     def _make_importlib(self) -> ModuleType:
-        """`importlib`, whose `import_module` is that of this code."""
+        """Return a copy of `importlib` with `import_module` of this code."""
         module = ModuleType("importlib", importlib.__doc__)
         module.__dict__.update(vars(importlib))
         module.__dict__.update(import_module=self.import_module, __getattr__=lambda name: getattr(importlib, name))
@@ -189,7 +191,7 @@ class UserCode:
 class _ActiveCode:
     code: UserCode
     modules_before: frozenset[str]
-    """Names of those that were there before."""
+    """Names of the modules that were imported before."""
 
 
 _active: ContextVar[_ActiveCode | None] = ContextVar("trainyard_user_code", default=None)
@@ -197,7 +199,7 @@ _registered: dict[str, UserCode] = {}
 
 
 class _UserModuleFinder(importlib.abc.MetaPathFinder):
-    """Finds the packages of user code. Inert for all else."""
+    """Finds the packages of user code, and nothing else."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -210,7 +212,7 @@ _finder = _UserModuleFinder()
 
 
 class _UserModuleLoader(importlib.machinery.SourceFileLoader):
-    """Makes a module of the content that was read, with the imports of its code."""
+    """Creates a module from the content that was read, with the import functions of its code."""
 
     def __init__(self, fullname: str, path: str, code: UserCode, content: bytes) -> None:
         super().__init__(fullname, path)
@@ -221,7 +223,7 @@ class _UserModuleLoader(importlib.machinery.SourceFileLoader):
         return self._content if path == self.path else super().get_data(path)
 
     def get_code(self, fullname: str) -> CodeType | None:
-        """Never a compiled file, which may be of another content."""
+        """Compile the content. Never use a compiled file, whose source may have been another one."""
         return self.source_to_code(self._content, self.path)
 
     def exec_module(self, module: ModuleType) -> None:
@@ -230,7 +232,7 @@ class _UserModuleLoader(importlib.machinery.SourceFileLoader):
 
 
 def list_user_references(job: JobConfig) -> list[str]:
-    """All `module:name` that a job would import, sorted."""
+    """Return every `module:name` that a job imports, sorted."""
     names = [job.model.kind] if isinstance(job.model, CustomModelConfig) else []
     names += [job.data.source.call] if isinstance(job.data, UserFunctionDataConfig) else []
     names += [job.task.loss] if job.task.loss is not None and ":" in job.task.loss else []
@@ -238,13 +240,13 @@ def list_user_references(job: JobConfig) -> list[str]:
 
 
 def collect_user_code(job: JobConfig) -> UserCode:
-    """The user's own code that a job imports, read but not run: from its `code` folder, then the working directory,
-    then for what it names itself wherever it lies on the import path, installed packages aside.
+    """Collect the user's code that a job imports, without running it: from its `code` folder, then the working
+    directory; modules that the job names also from the rest of the import path, except installed packages.
 
     Raises
     ------
-    JobError: a module of the user's own is called as ours, so that it cannot be imported beside it; it is part of the
-        running program; or the files are too many to be stored.
+    JobError: a module of the user has the name of this package; it is `__main__`, which cannot be imported again; or
+        the files are too many or too large to be stored.
     """
     if job.code is not None:
         folder = Path(job.code).absolute()
@@ -257,7 +259,7 @@ def collect_user_code(job: JobConfig) -> UserCode:
 
 
 def collect_code_of(names: Sequence[str], code_folder: str | None = None) -> UserCode:
-    """The same for some `module:name`."""
+    """Collect the user's code that some `module:name` import, as `collect_user_code` does."""
     modules = sorted({name.partition(":")[0] for name in names})
     if not modules:
         return NO_CODE
@@ -267,7 +269,7 @@ def collect_code_of(names: Sequence[str], code_folder: str | None = None) -> Use
             raise name_conflict_error(name)
         if top == "__main__":
             raise JobError(
-                "code of the running program or notebook can neither be stored with a run nor be loaded again",
+                "code of the running program or notebook can neither be stored with a run nor loaded again",
                 where=name,
                 fix="write it to a file beside it, such as nets.py, and name that: nets:Net",
             )
@@ -279,31 +281,31 @@ def collect_code_of(names: Sequence[str], code_folder: str | None = None) -> Use
 
 
 def load_stored_code(archive: bytes) -> UserCode:
-    """The code that was stored with a run.
+    """Return the code that was stored with a run.
 
     Raises
     ------
-    StorageError: no such archive, or a file in it that could not have been stored.
+    StorageError: not a zip archive, or one with a file that Trainyard does not store.
     """
     name = PREFIX + _digest(archive)
     return _registered.get(name) or _write_to_temporary_folder(from_zip(archive), (), name)
 
 
 def active_code() -> UserCode | None:
-    """The code that is in use in this thread."""
-    now = _active.get()
-    return now.code if now is not None else None
+    """Return the active code of this thread, or None."""
+    active = _active.get()
+    return active.code if active is not None else None
 
 
 def find_changed_files(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The files and modules that differ between two sets of digests, sorted."""
-    # Earlier versions noted every Python file of the folder, imported or not, and the archive of them all.
+    """Return the files and modules whose digests differ, sorted."""
+    # Earlier versions recorded every Python file of the folder, imported or not, and the archive of them all.
     names = {*now} if ARCHIVE in before else {*before, *now}
     return sorted(name for name in names if before.get(name) != now.get(name))
 
 
 def name_conflict_error(what: str, error: type[InputError] = JobError, where: str = "code") -> InputError:
-    """The error for a module that would hide this package, or be hidden by it."""
+    """Return the error for a module with the name of this package: each would hide the other."""
     return error(
         f"{what}: {PACKAGE_FOLDER.name!r} is the name of Trainyard's own package, and Python can import only one of "
         "that name",
@@ -313,7 +315,7 @@ def name_conflict_error(what: str, error: type[InputError] = JobError, where: st
 
 
 def _write_to_temporary_folder(files: Mapping[str, bytes], modules: Sequence[str], name: str) -> UserCode:
-    """Code whose files lie nowhere on this machine: in a temporary folder, until this process ends."""
+    """Write code whose files are not on this machine to a temporary folder, which is removed at exit."""
     folder = Path(tempfile.mkdtemp(prefix="trainyard-code-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for path, content in files.items():
@@ -325,7 +327,7 @@ def _write_to_temporary_folder(files: Mapping[str, bytes], modules: Sequence[str
 def _unpickle_user_code(
     files: Mapping[str, bytes], paths: Mapping[str, str], roots: Sequence[str], modules: Sequence[str], name: str
 ) -> UserCode:
-    """Code that came from another process, perhaps on another machine."""
+    """Return the code that another process pickled, possibly on another machine."""
     if name == NO_CODE.name:
         return NO_CODE
     if name in _registered:
@@ -336,7 +338,7 @@ def _unpickle_user_code(
 
 
 def _register(code: UserCode) -> UserCode:
-    """The one of its name in this process, which can be imported from here on."""
+    """Make code importable in this process; return the one registered first under its name."""
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
     return _registered.setdefault(code.name, code)
@@ -354,4 +356,4 @@ def _digest_file(file: Path) -> str:
 
 
 NO_CODE = UserCode({}, {}, [])
-"""Of a job that names no modules."""
+"""The code of a job that names no modules."""

@@ -1,7 +1,7 @@
-"""A process that stands still: noticed in a stated time, its stacks saved, and ended.
+"""Hang detection: a process without progress is detected within a stated time, its stacks are saved, and it is ended.
 
-Nothing else ends a deadlock, a call that never returns or storage that never answers: a process that hangs is alive to
-Ray and to the operating system.
+Nothing else ends a deadlock, a call that never returns or storage that never responds: to Ray and to the operating
+system, a process that hangs is alive.
 """
 
 from pipeline.watchdog.policy import HangTimeouts

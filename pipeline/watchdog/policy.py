@@ -1,4 +1,4 @@
-"""Who stands still? A decision from what a rank knows of itself and has heard of the others."""
+"""Decide which worker hangs, from a rank's own state and the heartbeats of the others. Pure functions."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from pipeline.context import WorkerHeartbeat
 
 @dataclass(frozen=True)
 class HangTimeouts:
-    """How long is too long, in seconds.
+    """How long a thread may make no progress, in seconds.
 
-    hang_s: without progress, for a thread that waits for nobody.
-    storage_s: without an answer of storage, for one that waits for it: longer than storage takes to be given up.
+    Parameters
+    ----------
+    hang_s: for a thread that waits for no other process.
+    storage_s: for a thread that waits for storage, without a response. Longer than the limit after which storage
+        raises its own error.
     """
 
     hang_s: float
@@ -21,32 +24,32 @@ class HangTimeouts:
 
     @property
     def grace_s(self) -> float:
-        """Who waits for another process waits so much longer: the culprit's own word comes first."""
+        """Extra time for a thread that waits for another process, so that the process at fault reports first."""
         return max(2.0, self.hang_s / 10)
 
     @property
     def poll_s(self) -> float:
-        """Between two looks."""
+        """Interval between two checks."""
         return min(5.0, self.hang_s / 20)
 
     @property
     def gil_timeout_s(self) -> float:
-        """Without a single look: whatever holds Python's lock for so long hangs."""
+        """Time without a check after which the GIL counts as held by a hang."""
         return self.hang_s + self.grace_s / 2
 
     @property
     def exit_grace_s(self) -> float:
-        """A training thread that could be woken has so long to write down why it leaves."""
+        """Time for a training thread in which the error was raised to record it and exit."""
         return min(30.0, 3 * self.hang_s)
 
     @property
     def unresponsive_s(self) -> float:
-        """Who watches from outside takes a process for hung that has not answered for so long."""
+        """Time without a response after which a process counts as hung to an outside observer."""
         return self.hang_s + 2 * self.grace_s
 
     @property
     def collective_timeout_s(self) -> float:
-        """After which a sum over the ranks may fail by itself: later than any verdict here."""
+        """Timeout of an all-reduce: later than any decision here."""
         return 2 * (self.hang_s + self.storage_s) + self.grace_s
 
 
@@ -57,24 +60,25 @@ def detect_hang(
     world_size: int,
     timeouts: HangTimeouts,
 ) -> str | None:
-    """What is wrong, as a sentence about the worker at fault without the place; None: nothing, or not yet.
+    """Return what is wrong, as the predicate of a sentence about this rank; None if nothing is, or not yet.
 
     Parameters
     ----------
-    heard: the latest sign of each rank that ever gave one; None: they cannot be had.
+    rank, heartbeat: this rank and its own state.
+    heartbeats: the latest heartbeat of each rank that ever sent one; None if the channel is unavailable.
     """
     if heartbeat.blocked_on == "":
-        return f"stood still for {heartbeat.idle_s:.0f} s" if heartbeat.idle_s > timeouts.hang_s else None
+        return f"made no progress for {heartbeat.idle_s:.0f} s" if heartbeat.idle_s > timeouts.hang_s else None
     if heartbeat.blocked_on == "storage":
         late = heartbeat.idle_s > timeouts.storage_s
-        return f"waited {heartbeat.idle_s:.0f} s for storage that does not answer" if late else None
+        return f"waited {heartbeat.idle_s:.0f} s for storage that does not respond" if late else None
     if heartbeat.idle_s <= timeouts.hang_s + timeouts.grace_s:
         return None
     if heartbeat.blocked_on == "cache":
         return f"waited {heartbeat.idle_s:.0f} s for another process that prepares the same data and makes no progress"
     waited = f"waited {heartbeat.idle_s:.0f} s for"
     if heartbeats is None:
-        return f"{waited} the others"
+        return f"{waited} the other workers"
     others = {other: heartbeats.get(other) for other in range(world_size) if other != rank}
     silent_ranks = [
         other
@@ -83,12 +87,12 @@ def detect_hang(
     ]
     if silent_ranks:
         numbers = ", ".join(map(str, silent_ranks))
-        gives = "which gives" if len(silent_ranks) == 1 else "which give"
+        sends = "which sends" if len(silent_ranks) == 1 else "which send"
         return (
-            f"{waited} worker{'s' * (len(silent_ranks) != 1)} {numbers}, {gives} no sign of life (stopped, or cut off)"
+            f"{waited} worker{'s' * (len(silent_ranks) != 1)} {numbers}, {sends} no heartbeat (stopped or disconnected)"
         )
     if any(
         other_heartbeat is not None and other_heartbeat.blocked_on != "workers" for other_heartbeat in others.values()
     ):
-        return None  # it works, or has a watchdog of its own
-    return f"{waited} the others, which wait as well"
+        return None  # that rank makes progress, or its own watchdog reports the hang
+    return f"{waited} the other workers, which are waiting too"

@@ -1,4 +1,4 @@
-"""What a training thread has done, which it counts itself, and what it waits for, which its stack tells."""
+"""The progress of a thread, which its code notes, and what it waits for, which is read from its stack."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _SUSPEND: ContextVar[SuspendFn] = ContextVar("suspend", default=nullcontext)
 
 
 def note_progress() -> None:
-    """Note that this thread has done a piece of work whose whole takes long: a block of a file, a batch of rows.
+    """Note that this thread has finished a part of long work, such as a block of a file or a batch of rows.
 
-    Whoever takes an interest in it has asked by `on_progress`; costs next to nothing where nobody has.
+    Calls the functions that `listening_to_progress` registered; almost free where there are none.
     """
     for listener in _LISTENERS.get():
         listener()
@@ -30,7 +30,7 @@ def note_progress() -> None:
 
 @contextmanager
 def listening_to_progress(listener: Callable[[], None]) -> Iterator[None]:
-    """While entered, `listener` is called whenever this thread notes progress."""
+    """While entered, `listener` is called each time this thread notes progress."""
     token = _LISTENERS.set((*_LISTENERS.get(), listener))
     try:
         yield
@@ -39,21 +39,21 @@ def listening_to_progress(listener: Callable[[], None]) -> Iterator[None]:
 
 
 def get_progress_listeners() -> tuple[Callable[[], None], ...]:
-    """Those of this thread: for another one that sees its progress from outside."""
+    """Return the listeners of this thread, for another thread that observes its progress."""
     return _LISTENERS.get()
 
 
 def watchdog_suspended() -> AbstractContextManager[None]:
-    """While entered, this thread may take as long as it likes: its watchdog, where it has one, does not judge it.
+    """While entered, this thread may take any time: its watchdog, if it has one, is suspended.
 
-    For code whose progress nobody can see from outside, such as a function of the user's that returns the data.
+    For code whose progress cannot be observed, such as a user's function that returns the data.
     """
     return _SUSPEND.get()()
 
 
 @contextmanager
 def suspending_with(suspend: SuspendFn) -> Iterator[None]:
-    """While entered, `unlimited` in this thread enters `suspend()`."""
+    """While entered, `watchdog_suspended` in this thread enters `suspend()`."""
     token = _SUSPEND.set(suspend)
     try:
         yield
@@ -62,7 +62,7 @@ def suspending_with(suspend: SuspendFn) -> Iterator[None]:
 
 
 def blocking_on(target: WaitTarget) -> Callable[[F], F]:
-    """Mark a function in which a thread waits for others. Calls of it cost nothing more."""
+    """Mark a function in which a thread waits for `target`. Its calls cost nothing extra."""
 
     def mark(function: F) -> F:
         _WAIT_TARGETS[function.__code__] = target
@@ -72,7 +72,7 @@ def blocking_on(target: WaitTarget) -> Callable[[F], F]:
 
 
 def current_wait(frame: FrameType | None) -> tuple[WaitTarget, int]:
-    """What a thread waits for whose innermost frame is this one, and in which call: another one is progress."""
+    """Return what a thread waits for, from its innermost frame, and an id of the waiting call: a new id is progress."""
     while frame is not None:
         if target := _WAIT_TARGETS.get(frame.f_code):
             return target, id(frame)

@@ -1,4 +1,4 @@
-"""The stacks of all threads: into a file of this machine first, and from there into storage."""
+"""The stacks of all threads: written to a local file first, then uploaded to storage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 SaveFn = Callable[[str, bytes], str]
-"""Puts a file into the run's storage; gives its URL."""
+"""Writes a file, given its name and content, into the run's storage; returns its URL."""
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
 _LIBRARIES = ("/site-packages/", "/dist-packages/", f"{sysconfig.get_path('stdlib')}/", "<frozen", "<string>")
@@ -26,13 +26,13 @@ _LOCAL_FILE_NAME = re.compile(r"[0-9a-f]+-(\d+)-((?:attempt-\d+|preparing)-rank-
 
 
 class StackDump:
-    """One rank's file of stacks. It is open from the start: who holds Python's lock lets nobody open one.
+    """One rank's stack dump file. It is opened at the start: nothing can be opened while a hang holds the GIL.
 
     Parameters
     ----------
-    run_url: tells the files of one run from others' on this machine.
-    save: see `Save`; raises where storage is away, and may block.
-    save_s: seconds that saving may take.
+    run_url: its digest begins the names of the run's files on this machine.
+    save: uploads a file, see `SaveFn`; raises if storage is unavailable, and may block.
+    save_timeout_s: seconds that an upload may take.
     """
 
     def __init__(self, run_url: str, rank: int, save: SaveFn, *, save_timeout_s: float = 10.0) -> None:
@@ -50,51 +50,51 @@ class StackDump:
 
     @property
     def target(self) -> BinaryIO | int:
-        """Where faulthandler may write: the file, or standard error where there can be none."""
+        """What faulthandler writes to: the file, or standard error if there is no file."""
         return self._file if self._file is not None else 2
 
     def set_attempt(self, number: int) -> None:
-        """From now on they are those of an attempt."""
-        before = self._path if self._file is not None else None
+        """Rename the file to that of an attempt."""
+        old_path = self._path if self._file is not None else None
         self.attempt, self.name = number, f"attempt-{number:04d}-rank-{self._rank}.txt"
-        if before is not None:
+        if old_path is not None:
             with suppress(OSError):
-                os.replace(before, self._path)
+                os.replace(old_path, self._path)
 
     def write(self, line: str) -> None:
-        """The stacks of all threads now, below a line that says why."""
+        """Write the current stacks of all threads, below a line with the reason."""
         if self._file is None:
             return
         self._is_written = True
-        with suppress(OSError):  # a full disk: the message goes out without them
+        with suppress(OSError):  # the disk is full: the message is sent without stacks
             self._file.write(f"# {line}\n\n".encode())
             self._file.flush()
             faulthandler.dump_traceback(self._file, all_threads=True)
 
     def innermost_user_frame(self) -> str:
-        """The innermost line of the user's code or ours in which the training thread stands, by what was written."""
+        """Return the innermost line of the user's code or this package in the training thread when it was dumped."""
         return find_user_frame(self._read_text())
 
     def save(self) -> str:
-        """Save what was written, in storage if it answers in time; where it is now, or empty."""
+        """Upload what was written, if storage responds in time. Return its URL or local path; empty without a file."""
         if self._file is None:
             return ""
         return self._upload(self.name, self._read_text().encode(), self._path) or str(self._path)
 
     def upload_stale_dumps(self) -> Iterator[tuple[str, str]]:
-        """Save what processes left here that could not: the URL, and the place in which each stood."""
+        """Upload the dumps of processes that ended before they could. Yield each URL with the innermost user frame."""
         for path in sorted(self._folder.glob(f"{self._run_digest}-*.txt")) if self._folder is not None else ():
             match = _LOCAL_FILE_NAME.fullmatch(path.name)
             if match is None or _is_process_running(int(match[1])):
                 continue
             text = path.read_text(errors="replace")
-            if not _THREAD.search(text):  # its process was killed from outside
+            if not _THREAD.search(text):  # its process was killed, without a hang
                 path.unlink(missing_ok=True)
             elif url := self._upload(match[2], text.encode(), path):
                 yield url, find_user_frame(text)
 
     def close(self) -> None:
-        """Remove the file, unless there are stacks in it that could not be saved elsewhere."""
+        """Close the file, and remove it unless it has stacks."""
         if self._file is not None:
             self._file.close()
             if not self._is_written:
@@ -115,11 +115,11 @@ class StackDump:
     def _read_text(self) -> str:
         if self._file is None:
             return ""
-        self._file.seek(0)  # not by its name: temporary folders are swept
+        self._file.seek(0)  # not by its name: cleaners remove files from temporary folders
         return self._file.read().decode(errors="replace")
 
     def _upload(self, name: str, text: bytes, path: Path) -> str:
-        """The URL in storage, where the local file is then removed; empty if storage does not take it in time."""
+        """Upload a dump, remove its local file and return the URL; empty if storage does not respond in time."""
         urls: list[str] = []
 
         def save() -> None:
@@ -134,9 +134,12 @@ class StackDump:
 
 
 def find_user_frame(text: str) -> str:
-    """`model.py:12 (forward)`: the innermost line of the user's code or ours in the thread that trains; empty if none.
+    """Return the innermost line of the user's code or this package in the training thread, such as
+    `model.py:12 (forward)`; empty if there is none.
 
-    text: a dump of faulthandler's, below the line that names the thread.
+    Parameters
+    ----------
+    text: a faulthandler dump, below the line that identifies the training thread.
     """
     training_thread = _TRAINING_THREAD.search(text)
     threads = _THREAD.split(text)
@@ -151,11 +154,13 @@ def find_user_frame(text: str) -> str:
 
 
 def _get_user_folder() -> Path | None:
-    """A folder of this user's alone; None where there can be none."""
+    """Return a folder that belongs to this user alone, or None if it cannot be created."""
     folder = Path(tempfile.gettempdir()) / f"trainyard-stacks-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        is_ours = not folder.is_symlink() and folder.stat().st_uid == os.getuid()  # who was quicker to take the name?
+        is_ours = (
+            not folder.is_symlink() and folder.stat().st_uid == os.getuid()
+        )  # another user may have created it first
     except OSError:
         return None
     return folder if is_ours else None
@@ -166,11 +171,11 @@ def _is_process_running(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # the number is another user's now
+    except PermissionError:  # another user's process has this pid now
         return False
     return True
 
 
 def _call_suppressing_errors(save: Callable[[], None]) -> None:
-    with suppress(Exception):  # storage is away: the file stays where it is, and the message says where
+    with suppress(Exception):  # storage is unavailable: the file stays, and the message has its local path
         save()

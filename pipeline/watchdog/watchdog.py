@@ -1,4 +1,4 @@
-"""The thread that watches the training thread, and a timer of faulthandler's that watches this one."""
+"""A thread that watches the training thread, and a faulthandler timer that watches the watchdog itself."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from pipeline.watchdog.progress import current_wait, listening_to_progress, susp
 from pipeline.watchdog.stack_dump import StackDump
 
 HEARTBEAT_TIMEOUT_S = 5.0
-"""What a pulse takes at the most."""
-STDERR_FD = 2
+"""Upper bound of the time that an exchange of heartbeats takes."""
 HANG_REPORT_TIMEOUT_S = 30.0
-"""The same for saving stacks and saying why."""
+"""Upper bound of the time to save the stacks and report a hang."""
+STDERR_FD = 2
 
 
 class Watchdog:
-    """While entered, this thread is watched: if it stands still for longer than allowed, the stacks of the process are
-    saved, the cause is told, and the process ends with exit code 1, if need be by force.
+    """While entered, this thread is watched. If it makes no progress for longer than allowed, the stacks of the process
+    are saved, the cause is reported, and the process ends with exit code 1, by force if necessary.
 
-    A process that is not ours (`owns_process`) goes on: the error is raised in the thread, as soon as it runs any
-    Python at all, and until then others may take the run over.
+    A process that must not be ended (`owns_process` is false) continues: the error is raised in the thread as soon as
+    it runs Python code, and until then another process may take over the run.
 
-    A thread that does not even let the watchdog run, for it holds Python's lock, is ended by a timer outside of Python.
-    Then the stacks are on standard error, if that is the user's own; if not, who comes next on this machine saves them
-    and tells of it.
+    If the thread holds the GIL, so that the watchdog cannot run, a timer outside of Python ends the process. Its stacks
+    are then on standard error if the user reads that; otherwise the next process of the run on this machine uploads and
+    reports them.
 
     Parameters
     ----------
     where: the run's URL.
-    answers: counts what storage has answered.
+    response_count: returns the number of responses from storage so far.
     """
 
     def __init__(
@@ -78,13 +78,13 @@ class Watchdog:
         self._restart_timer()
         self._thread.start()
         if self._context.local_rank == 0:
-            threading.Thread(target=self._report_stale_dumps, name="trainyard-leftovers", daemon=True).start()
+            threading.Thread(target=self._report_stale_dumps, name="trainyard-stale-dumps", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         try:
             self._close()
-        except HungError:  # the thread moved at the last moment, and it is raised in here
+        except HungError:  # the thread resumed at the last moment, and the error is raised here
             self._close()
         if kind is not None and kind is self._raised_type and self._error is not None:
             raise self._error from None
@@ -103,18 +103,18 @@ class Watchdog:
     def _run(self) -> None:
         try:
             self._watch()
-        finally:  # without this thread the timer would take the process for deaf
+        finally:  # without this thread the timer would end the process
             faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
         timeouts, context = self._timeouts, self._context
-        most_s = 2 * timeouts.poll_s + (HEARTBEAT_TIMEOUT_S if context.world_size > 1 else 0.0)
+        max_interval_s = 2 * timeouts.poll_s + (HEARTBEAT_TIMEOUT_S if context.world_size > 1 else 0.0)
         last_activity: tuple[object, ...] = ()
         idle_s, last_time = 0.0, time.monotonic()
         while not self._closed.wait(timeouts.poll_s):
             self._restart_timer()
             now = time.monotonic()
-            idle_s += min(now - last_time, most_s)  # more passed while this process was stopped as a whole
+            idle_s += min(now - last_time, max_interval_s)  # longer if the whole process was stopped
             last_time = now
             blocked_on, call = current_wait(sys._current_frames().get(self._watched_thread))
             activity = (context.progress.count, call, self._response_count() if blocked_on == "storage" else 0)
@@ -128,14 +128,14 @@ class Watchdog:
                 return
 
     def _restart_timer(self, extra_s: float = 0.0) -> None:
-        """Begin the timer anew: as long as this is called in time, the watchdog itself is alive."""
+        """Restart the timer. As long as this is called in time, the watchdog itself is running."""
         with self._lock:
             if self._closed.is_set() or self._is_suspended:
                 return
             attempt = self._context.progress.attempt
             if attempt and self._stacks.attempt != attempt:
                 self._stacks.set_attempt(attempt)
-            # A worker's standard error is nobody's; who comes next tells of what is in the file.
+            # Nobody reads a worker's standard error; the next process of the run reports the file.
             file = STDERR_FD if self._context.is_local else self._stacks.target
             exits = self._context.owns_process
             faulthandler.dump_traceback_later(self._timeouts.gil_timeout_s + extra_s, exit=exits, file=file)
@@ -144,7 +144,7 @@ class Watchdog:
         setting = "TRAINYARD_STORAGE_LIMIT_S" if blocked_on == "storage" else "scale.hang_s"
         subject = "training" if self._context.is_local else f"worker {self._context.rank}"
         with self._lock:
-            if self._closed.is_set():  # it moved at the last moment
+            if self._closed.is_set():  # the thread resumed at the last moment
                 return
             self._restart_timer(self._timeouts.exit_grace_s + HANG_REPORT_TIMEOUT_S)
             self._stacks.write(f"{subject} {hang}")
@@ -153,7 +153,7 @@ class Watchdog:
         error = HungError(
             f"{subject} {hang}{f' in {frame}' if frame else ''}{f'; stacks in {stacks}' if stacks else ''}",
             where=self._where,
-            fix=f"the same command goes on from the last checkpoint; {setting} sets the limit",
+            fix=f"the same command resumes from the last checkpoint; {setting} sets the limit",
         )
         if self._context.raise_in_main_thread(error) or self._raise_in_watched_thread(error):
             self._closed.wait(self._timeouts.exit_grace_s)
@@ -162,15 +162,15 @@ class Watchdog:
         self._context.report_hang(error)
         if self._context.owns_process:
             os._exit(error.exit_code)
-        print(f"trainyard: {error}", file=sys.stderr)  # the thread may never come to raise it
+        print(f"trainyard: {error}", file=sys.stderr)  # the thread may never raise it
         self._context.progress.release_run()
 
     def _raise_in_watched_thread(self, error: HungError) -> bool:
-        """Raise an error in the watched thread, once it runs Python code; only in a process that is not ours, since
-        another is ended, which no thread can withstand."""
+        """Raise an error in the watched thread, once it runs Python code. Only in a process that must not be ended: any
+        other is ended, which works in every case."""
 
         class Hung(HungError):
-            """It is made where it is raised, without arguments."""
+            """CPython creates the exception in the thread, without arguments."""
 
             def __init__(self) -> None:
                 super().__init__(error.what, where=error.where, fix=error.fix)
@@ -187,7 +187,7 @@ class Watchdog:
 
     @contextmanager
     def _suspend_checks(self) -> Iterator[None]:
-        """Judge nothing meanwhile: not even that this watchdog cannot run, for code may hold Python's lock for long."""
+        """While entered, detect nothing, not even a held GIL: the code may hold it for long."""
         with self._lock:
             self._is_suspended = True
             faulthandler.cancel_dump_traceback_later()
@@ -199,7 +199,7 @@ class Watchdog:
             self._restart_timer()
 
     def _on_sigtstp(self, number: int, frame: FrameType | None) -> None:
-        """Ctrl-Z: time passes for the timer, and it must not take that for a hang."""
+        """Stop the process, as Ctrl-Z asks, with the timer canceled: the stopped time is no hang."""
         with self._lock:
             faulthandler.cancel_dump_traceback_later()
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -207,11 +207,11 @@ class Watchdog:
 
     def _report_stale_dumps(self) -> None:
         for url, frame in self._stacks.upload_stale_dumps():
-            text = f"an earlier process stood still in {frame or 'an unknown place'} and was ended; stacks in {url}"
+            text = f"an earlier process hung in {frame or 'an unknown place'} and was ended; stacks in {url}"
             self._context.emit(WarningMessage(text))
 
 
 def _raise_in_thread(thread: int, error: type[BaseException] | None) -> bool:
-    """Have an error raised in a thread when it next runs Python code; None takes back one that was not raised yet."""
+    """Raise an error in a thread when it next runs Python code; None cancels an error that is still pending."""
     raised = ctypes.py_object(error) if error is not None else None
     return bool(ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised))

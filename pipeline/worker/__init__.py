@@ -1,4 +1,4 @@
-"""What one worker does for one attempt: build, claim, restore, train, and leave the record in order."""
+"""What one rank does in one attempt: build, claim, restore, train, report; and the journal entry if it stops early."""
 
 from pipeline.worker.exit_entry import record_driver_exit
 from pipeline.worker.spec import WorkerSpec

@@ -1,4 +1,4 @@
-"""The last word of an attempt that stops before the end, or of a driver whose workers died before they could say it."""
+"""The journal entry of an attempt that stops before the end, written by rank 0 or else by the driver."""
 
 from __future__ import annotations
 
@@ -16,46 +16,46 @@ from pipeline.worker.spec import WorkerSpec
 
 
 @contextmanager
-def record_exit(recorder: AsyncRunWriter, reporter: Rank0Reporter) -> Iterator[None]:
-    """Write into the journal why an attempt leaves before the end."""
+def record_exit(writer: AsyncRunWriter, reporter: Rank0Reporter) -> Iterator[None]:
+    """While entered, an error that leaves the context is written into the journal as the reason of the exit."""
     try:
         yield
     except SupersededError:
         raise
     except Interrupted:
-        recorder.write_exit("interrupted", None, reporter.step)
+        writer.write_exit("interrupted", None, reporter.step)
         raise
-    except PeerFailure as error:  # the driver starts again, or says why not
-        recorder.write_exit("interrupted", error, reporter.step)
+    except PeerFailure as error:  # the driver starts another attempt, or records the cause
+        writer.write_exit("interrupted", error, reporter.step)
         raise
     except Exception as error:
-        recorder.write_exit("failed", error, reporter.step)
+        writer.write_exit("failed", error, reporter.step)
         raise
 
 
 def record_driver_exit(run: Run, spec: WorkerSpec, error: TrainyardError) -> None:
-    """Write into the journal why a driver gives up, where its last workers died before they could, or could not know:
-    as an attempt of its own, for only what has claimed a run writes its journal."""
-    if isinstance(error, StorageLostError):  # what it says of the work that is saved elsewhere must not wait
+    """Write into the journal why a driver gives up, where its last workers exited before they could write it, or did
+    not have the reason. The driver claims an attempt for this: only the holder of the lease writes the journal."""
+    if isinstance(error, StorageLostError):  # the message names the locally saved checkpoint: do not delay it
         run = run.with_timeout(EXIT_ENTRY_LIMIT_S)
-    with suppress(BusyError, StorageLostError):  # then another has the run, or nobody can be told
+    with suppress(BusyError, StorageLostError):  # another process has claimed the run, or the journal cannot be written
         if run.exists():
             _record_driver_exit(run, spec, error)
 
 
 def _record_driver_exit(run: Run, spec: WorkerSpec, error: TrainyardError) -> None:
     state = run.journal.read_state()
-    last, left = state.claim, state.leave
-    if last is None or last.driver != spec.driver or state.ended_at is not None:
+    claim, leave = state.claim, state.leave
+    if claim is None or claim.driver != spec.driver or state.ended_at is not None:
         return
     status: Literal["interrupted", "failed"] = "interrupted" if isinstance(error, Interrupted) else "failed"
-    if left is not None and left.status == status and (left.error or {}).get("type") in (None, type(error).__name__):
-        return  # the workers have said so themselves
-    whole = run.journal.read_claims([last.number])[0] or last
-    attempt = acquire_lease(run, driver=spec.driver, metadata=whole.facts, known_dead_attempt=last.attempt)
+    if leave is not None and leave.status == status and (leave.error or {}).get("type") in (None, type(error).__name__):
+        return  # the workers have written the same reason
+    full_claim = run.journal.read_claims([claim.number])[0] or claim
+    attempt = acquire_lease(run, driver=spec.driver, metadata=full_claim.facts, known_dead_attempt=claim.attempt)
     try:
-        recorder = AsyncRunWriter(attempt, keep=spec.job.checkpoint.keep)
-        recorder.write_exit(status, error, attempt.highest_step)
-        recorder.close()
+        writer = AsyncRunWriter(attempt, keep=spec.job.checkpoint.keep)
+        writer.write_exit(status, error, attempt.highest_step)
+        writer.close()
     finally:
         attempt.close()

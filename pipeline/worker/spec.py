@@ -1,4 +1,4 @@
-"""What a driver asks of its workers."""
+"""The specification of a worker's part of an attempt."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pipeline.user_code import UserCode
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What a driver asks of its workers; picklable."""
+    """What a driver sends to its workers; picklable."""
 
     job: JobConfig
     storage_url: str = field(repr=False)  # it may hold a password
     run_name: str
     driver: str
-    """Nonce of the driving process."""
+    """Nonce of the driver process."""
     max_steps: int | None = None
     ended_attempt: int | None = None
-    """An attempt of this driver's whose workers are known to have ended."""
+    """An attempt of this driver whose workers have provably ended."""
     code: UserCode | None = None
-    """The user's own code that the job imports; None: what is there now. (Its repr is short.)"""
+    """The user's code that the job imports; None: collect it from the files as they are now. (Its repr is short.)"""
     code_changes: tuple[str, ...] = ()
-    """Files of it that changed since the run's last attempt, which the user allowed."""
+    """Files of `code` whose changes since the run's last attempt the user allowed."""
     environment: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """What the driver was handed, see `pipeline.storage.credentials`. (Ray writes an order's repr down.)"""
+    """Credentials that the driver forwards, see `pipeline.storage.credentials`. (Not in the repr, which Ray logs.)"""

@@ -1,4 +1,4 @@
-"""One rank's part of one attempt, from its beginning to its end."""
+"""What one rank does in one attempt: build, claim, restore, train, report."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from pipeline.worker.reporter import Rank0Reporter, RankReporter
 from pipeline.worker.spec import WorkerSpec
 
 MAX_LISTED = 4
-"""Files that a warning names."""
+"""Files that a warning lists."""
 
 
 def run_worker(
@@ -56,107 +56,80 @@ def run_worker(
     prepared: PreparedData | None = None,
     built: TrainingSetup | None = None,
 ) -> TrainProgress:
-    """One rank's whole part of one attempt. Rank 0 claims the attempt and writes the run directory.
+    """Run one rank's part of one attempt. Rank 0 also claims the attempt and writes the run directory.
 
     Parameters
     ----------
-    prepared, built: what this process has loaded and built already, as this rank needs it; they are built here where
-        they are missing.
+    spec: the job and its run, the same on every rank.
+    context: the rank, its collectives, and the connection to the driver.
+    prepared, built: the data and the model, where this process has built them already for this rank.
 
     Returns
     -------
-    Where the run ended.
+    The progress at the end of the run.
 
     Raises
     ------
     Interrupted: a signal asked to stop, and the run is saved.
     BusyError: another process is writing this run.
     OutOfMemoryError: a batch did not fit.
-    TrainyardError: what else went wrong; the run's journal has it too.
+    TrainyardError: any other failure; it is also in the run's journal.
     """
     run = Run(Storage.open(spec.storage_url), spec.run_name)
-    rank, world_size = context.rank, context.world_size
 
-    with _watchdog_for(spec, context, run), ExitStack() as stack:
+    with _watchdog_for(spec, context, run), ExitStack() as exit_stack:
         # Build: the same data, model and schedule on every rank.
         code = spec.code or user_code.collect_user_code(spec.job)
-        stack.enter_context(code.activated())
+        exit_stack.enter_context(code.activated())
         prepared = prepared or _prepare_data(spec, context, run, code)
         _check_belongs_to_run(prepared, run)
-        way = run.journal.read_state().way  # that of the first attempt: another one gives other bits
-        if built is None or way not in ("", built.gradient_backend):
-            built = build_training(
-                prepared, gradient_backend=way, rank=rank, world_size=world_size, local_rank=context.local_rank
-            )
-        trainee, plan = built.engine, prepared.schedule
+        built = _build_training(prepared, built, context, run)
 
-        # Claim: rank 0 acquires the run, and every rank learns from it where to start.
+        # Claim: rank 0 acquires the lease of the run and selects the checkpoint; every rank resumes from that one.
         attempt = None
-        if rank == 0:
+        if context.rank == 0:
             attempt = _acquire_lease(run, spec, context, built, prepared.code)
-            stack.callback(attempt.close)
+            exit_stack.callback(attempt.close)
             context.progress.attempt = attempt.number
             if attempt.heartbeat is not None:
                 context.progress.release_run = attempt.heartbeat.stop
-        start = context.broadcast(_resume_state(attempt, spec.job.checkpoint.keep) if attempt is not None else None)
-        context.progress.attempt = start.attempt
-        if start.is_over:
-            return start.progress
-        reporter, recorder, not_stored = RankReporter(context), None, dict[str, str]()
+        resume = context.broadcast(_resume_state(attempt, spec.job.checkpoint.keep) if attempt is not None else None)
+        context.progress.attempt = resume.attempt
+        if resume.is_over:
+            return resume.progress
+        reporter, writer, not_stored = RankReporter(context), None, dict[str, str]()
         if attempt is not None:
-            recorder = AsyncRunWriter(attempt, keep=spec.job.checkpoint.keep)
-            stack.callback(recorder.close)
-            reporter = Rank0Reporter(context, trainee, plan, recorder, attempt, prepared.fitted.to_json())
-            stack.enter_context(record_exit(recorder, reporter))
+            writer = AsyncRunWriter(attempt, keep=spec.job.checkpoint.keep)
+            exit_stack.callback(writer.close)
+            reporter = Rank0Reporter(
+                context, built.engine, prepared.schedule, writer, attempt, prepared.fitted.to_json()
+            )
+            exit_stack.enter_context(record_exit(writer, reporter))
             not_stored = prepared.code.find_unstored_files()
 
-        # Restore.
-        if start.weights is not None:
-            trainee.load_state_dict(start.weights, start.state)
+        # Restore: weights, optimizer and position.
+        if resume.weights is not None:
+            built.engine.load_state_dict(resume.weights, resume.state)
 
-        # Train.
-        last_step = start.bounds.ended_at or plan.last_step
-        workers = f"{world_size} workers, {built.device}" if world_size > 1 else str(built.device)
-        context.emit(
-            TrainingStarted(start.progress.step, last_step, plan.evaluation_number(last_step), workers, start.attempt)
-        )
-        count = context.progress.track
-        splits = {
-            split: count(build_eval_loader(prepared, built, split, rank=rank, world_size=world_size))
-            for split in prepared.evaluation_splits
-        }
-        first_step = start.progress.step + 1
-        with build_train_loader(
-            prepared, built, first_step=first_step, last_step=last_step, rank=rank, world_size=world_size
-        ) as loader:
-            batches = _BatchTracker(count(loader))
-            with _annotate_errors(batches, spec.job, context, str(built.device)):
-                position, signal_number = fit(
-                    trainee, plan, batches, splits, reporter, context, start.progress, start.bounds
-                )
-        if signal_number:
-            raise Interrupted(
-                f"stopped at step {position.step} of {last_step}, and saved",
-                signal_number=signal_number,
-                fix="the same command goes on from there",
-            )
+        # Train: to the last step, an early stop or a signal.
+        progress = _train(prepared, built, context, reporter, resume)
 
-        # Report: to the cluster, and on rank 0 the end of the run.
-        context.report({"step": position.step, **(position.metrics or {})}, last=True)
-        if recorder is not None:
+        # Report: the final metrics to the cluster; on rank 0 also the end of the run.
+        context.report({"step": progress.step, **(progress.metrics or {})}, last=True)
+        if writer is not None:
             _warn_of_code_not_stored(context, prepared.code.find_unstored_files().keys() - not_stored.keys())
-            recorder.finish()
-        return position
+            writer.finish()
+        return progress
 
 
 def hang_limits(hang_s: float) -> HangTimeouts:
-    """How long a process may make no progress. Storage that is away is given up before, by itself: at its own limit,
-    once the request that was under way then has failed too."""
+    """Return how long a process may make no progress. Lost storage raises its own error before that: at its own limit,
+    once the request that was in flight has failed too."""
     return HangTimeouts(hang_s, storage_s=get_limit_s() + request_timeout_s(2 * PART_BYTES))
 
 
 def _watchdog_for(spec: WorkerSpec, context: WorkerContext, run: Run) -> AbstractContextManager[object]:
-    """The watchdog of this thread, where the job wants it."""
+    """Return the watchdog of this thread, or an empty context where `scale.hang_s` is off."""
     hang_s = spec.job.scale.hang_s
     if hang_s is None:
         return nullcontext()
@@ -171,34 +144,51 @@ def _prepare_data(spec: WorkerSpec, context: WorkerContext, run: Run, code: User
         context.progress.count += 1
         context.emit(PhaseStarted(text))
 
-    start, fitted = find_initial_weights(spec.job, spec.storage_url), load_stored_transforms(run)
+    initial_weights, fitted = find_initial_weights(spec.job, spec.storage_url), load_stored_transforms(run)
     return prepare_data(
-        spec.job, spec.max_steps, initial_weights=start, fitted=fitted, on_progress=on_progress, code=code
+        spec.job, spec.max_steps, initial_weights=initial_weights, fitted=fitted, on_progress=on_progress, code=code
     )
 
 
 def _check_belongs_to_run(prepared: PreparedData, run: Run) -> None:
-    """Raise JobError where the data, the initial weights or the metrics are not those of the run."""
-    facts = run.read_metadata()
-    if facts["fingerprint"] != prepared.dataset.fingerprint:
+    """Raise JobError if the data, the initial weights or the metrics differ from those of the run."""
+    metadata = run.read_metadata()
+    if metadata["fingerprint"] != prepared.dataset.fingerprint:
         raise JobError(
             "the data here is not the data of this run", where=run.url, fix="see data.root and data.url on every node"
         )
-    if facts.get("start") != (prepared.initial_weights.digest if prepared.initial_weights is not None else None):
-        raise JobError("the weights to start from are not those of this run", where=run.url, fix="see model.init_from")
+    if metadata.get("start") != (prepared.initial_weights.digest if prepared.initial_weights is not None else None):
+        raise JobError("the initial weights are not those of this run", where=run.url, fix="see model.init_from")
     if unlogged := MetricSchema.from_job(prepared.job, prepared.fitted.num_outputs).columns_missing_from(
-        MetricSchema.from_metadata(facts)
+        MetricSchema.from_metadata(metadata)
     ):
         raise JobError(
             f"this run was begun by a version that did not measure {', '.join(unlogged)}",
             where=run.url,
-            fix="use another --name, or end it with the version that began it",
+            fix="use another --name, or finish it with the version that began it",
         )
 
 
+def _build_training(
+    prepared: PreparedData, built: TrainingSetup | None, context: WorkerContext, run: Run
+) -> TrainingSetup:
+    """Build the model and its engine, unless `built` already uses the gradient backend of the run's first attempt:
+    another backend computes other bits."""
+    gradient_backend = run.journal.read_state().way
+    if built is not None and gradient_backend in ("", built.gradient_backend):
+        return built
+    return build_training(
+        prepared,
+        gradient_backend=gradient_backend,
+        rank=context.rank,
+        world_size=context.world_size,
+        local_rank=context.local_rank,
+    )
+
+
 def _acquire_lease(run: Run, spec: WorkerSpec, context: WorkerContext, built: TrainingSetup, code: UserCode) -> Attempt:
-    """Claim the next attempt, and warn of what differs from the one before."""
-    facts: dict[str, Any] = {
+    """Claim the next attempt, and warn of what differs from the previous one."""
+    metadata: dict[str, Any] = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "world_size": context.world_size,
@@ -209,14 +199,14 @@ def _acquire_lease(run: Run, spec: WorkerSpec, context: WorkerContext, built: Tr
         **devices.environment_info(built.device),
     }
     if not_stored := code.find_unstored_files():
-        facts["code_not_stored"] = not_stored
+        metadata["code_not_stored"] = not_stored
         _warn_of_code_not_stored(context, not_stored)
     if spec.code_changes:
-        facts["code_changes_allowed"] = list(spec.code_changes)
+        metadata["code_changes_allowed"] = list(spec.code_changes)
     attempt = acquire_lease(
         run,
         driver=spec.driver,
-        metadata=facts,
+        metadata=metadata,
         known_dead_attempt=spec.ended_attempt,
         on_watch=lambda text: context.emit(Message(text)),
     )
@@ -224,21 +214,21 @@ def _acquire_lease(run: Run, spec: WorkerSpec, context: WorkerContext, built: Tr
         context.emit(WarningMessage(f"checkpoint {name} is damaged and not used"))
     if attempt.local_checkpoint_message:
         context.emit(Message(attempt.local_checkpoint_message))
-    before = attempt.previous_metadata
+    previous = attempt.previous_metadata
     if code.files:
         run.write_code(code.archive)
-    if before and (files := user_code.find_changed_files(_code_digests(before), _code_digests(facts))):
+    if previous and (files := user_code.find_changed_files(_code_digests(previous), _code_digests(metadata))):
         context.emit(WarningMessage(f"code changed since the last attempt: {', '.join(files)}: the result may differ"))
-    for name in ("torch", "device", "cpu_capability", "threads", "world_size") if before else ():
-        if before.get(name) != facts[name]:
-            text = f"{name} is {facts[name]}, was {before.get(name)}: the result may differ in bits"
+    for name in ("torch", "device", "cpu_capability", "threads", "world_size") if previous else ():
+        if previous.get(name) != metadata[name]:
+            text = f"{name} is {metadata[name]}, was {previous.get(name)}: the result may differ in bits"
             context.emit(WarningMessage(text))
     return attempt
 
 
-def _code_digests(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Digests of all the user's code that an attempt named in its claim."""
-    return {**facts.get("code", {}), **facts.get("code_not_stored", {})}
+def _code_digests(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Return the digests of all the user's code that a claim lists."""
+    return {**metadata.get("code", {}), **metadata.get("code_not_stored", {})}
 
 
 def _warn_of_code_not_stored(context: WorkerContext, files: Collection[str]) -> None:
@@ -246,15 +236,16 @@ def _warn_of_code_not_stored(context: WorkerContext, files: Collection[str]) -> 
     if names:
         more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
         text = (
-            f"imported, but not stored with the run: {', '.join(names[:MAX_LISTED])}{more}; only what the job's code "
-            "names in import statements is: add one, such as `import helper`, or move it into an installed package"
+            f"imported, but not stored with the run: {', '.join(names[:MAX_LISTED])}{more}; only modules that the "
+            "job's code names in import statements are stored: add one, such as `import helper`, or move the code "
+            "into an installed package"
         )
         context.emit(WarningMessage(text))
 
 
 @dataclass(frozen=True)
 class ResumeState:
-    """Where an attempt begins: the same on every rank."""
+    """What an attempt starts from: the same on every rank."""
 
     progress: TrainProgress
     bounds: StopBounds
@@ -265,46 +256,84 @@ class ResumeState:
 
 
 def _resume_state(attempt: Attempt, keep: int) -> ResumeState:
-    """What the claim found to resume from. An attempt based on an end has nothing left to train."""
+    """Load the checkpoint that the claim selected. Where it is the end of the run, nothing is left to train: finish
+    the run directory instead."""
     bounds = StopBounds(attempt.end_step, attempt.highest_step)
-    base = attempt.local_checkpoint or attempt.resume_checkpoint
-    if base is None:
+    checkpoint = attempt.local_checkpoint or attempt.resume_checkpoint
+    if checkpoint is None:
         return ResumeState(TrainProgress(), bounds, attempt=attempt.number)
-    position = _read_progress(base)
-    if base.is_final:
+    progress = _read_progress(checkpoint)
+    if checkpoint.is_final:
         finish_ended_run(attempt, keep)
-        return ResumeState(position, bounds, is_over=True, attempt=attempt.number)
+        return ResumeState(progress, bounds, is_over=True, attempt=attempt.number)
     with attempt.reading_resume_checkpoint():
-        return ResumeState(position, bounds, base.load_weights(), base.load_state(), attempt=attempt.number)
+        return ResumeState(progress, bounds, checkpoint.load_weights(), checkpoint.load_state(), attempt=attempt.number)
 
 
-def _read_progress(base: ResumeCheckpoint) -> TrainProgress:
+def _read_progress(checkpoint: ResumeCheckpoint) -> TrainProgress:
+    url = checkpoint.url
     try:
-        position = validate_as(TrainProgress, base.position)
+        progress = validate_as(TrainProgress, checkpoint.position)
     except ValueError as error:
-        raise StorageError(f"its position cannot be used: {error}", where=base.url, fix="use another --name") from None
-    if position.step != base.step:
-        raise StorageError(f"its position is step {position.step}, not {base.step}", where=base.url)
-    return position
+        raise StorageError(f"its position cannot be used: {error}", where=url, fix="use another --name") from None
+    if progress.step != checkpoint.step:
+        raise StorageError(f"its position is step {progress.step}, not {checkpoint.step}", where=url)
+    return progress
+
+
+def _train(
+    prepared: PreparedData, built: TrainingSetup, context: WorkerContext, reporter: RankReporter, resume: ResumeState
+) -> TrainProgress:
+    """Build the loaders of this rank and train from `resume` on.
+
+    Raises
+    ------
+    Interrupted: a signal asked to stop, and the run is saved.
+    """
+    job, schedule, rank, world_size = prepared.job, prepared.schedule, context.rank, context.world_size
+    last_step = resume.bounds.ended_at or schedule.last_step
+    step, num_evaluations = resume.progress.step, schedule.evaluation_number(last_step)
+    workers = f"{world_size} workers, {built.device}" if world_size > 1 else str(built.device)
+    context.emit(TrainingStarted(step, last_step, num_evaluations, workers, resume.attempt))
+    track = context.progress.track
+    splits = {
+        split: track(build_eval_loader(prepared, built, split, rank=rank, world_size=world_size))
+        for split in prepared.evaluation_splits
+    }
+    with build_train_loader(
+        prepared, built, first_step=step + 1, last_step=last_step, rank=rank, world_size=world_size
+    ) as loader:
+        batches = _BatchTracker(track(loader))
+        with _annotate_errors(batches, job, context, str(built.device)):
+            progress, signal_number = fit(
+                built.engine, schedule, batches, splits, reporter, context, resume.progress, resume.bounds
+            )
+    if signal_number:
+        raise Interrupted(
+            f"stopped at step {progress.step} of {last_step}, and saved",
+            signal_number=signal_number,
+            fix="the same command resumes from there",
+        )
+    return progress
 
 
 class _BatchTracker:
-    """The batches of a rank; notes step and rows of the one that was handed out last."""
+    """The batches of a rank; keeps the step and the number of samples of the latest one."""
 
     def __init__(self, batches: Iterable[BatchLike]) -> None:
         self._batches = batches
         self.step: int | None = None
-        self.num_rows = 0
+        self.num_samples = 0
 
     def __iter__(self) -> Iterator[BatchLike]:
         for batch in self._batches:
-            self.step, self.num_rows = batch.step, len(batch.inputs)
+            self.step, self.num_samples = batch.step, len(batch.inputs)
             yield batch
 
 
 @contextmanager
 def _annotate_errors(batches: _BatchTracker, job: JobConfig, context: WorkerContext, device: str) -> Iterator[None]:
-    """Note on an error which step it was in; where memory ran out, say what to lower.
+    """Store the step on an error; where memory ran out, name the settings to lower.
 
     Raises
     ------
@@ -315,15 +344,15 @@ def _annotate_errors(batches: _BatchTracker, job: JobConfig, context: WorkerCont
     except (TrainyardError, PeerFailure):
         raise
     except Exception as error:
-        error.__dict__["step"] = batches.step  # tells a failure that repeats itself
+        error.__dict__["step"] = batches.step  # the driver compares it, to detect a failure that repeats
         if not devices.is_out_of_memory(error):
             raise
         of_rank = f" of rank {context.rank}" if context.world_size > 1 else ""
-        micro_batch = min(batches.num_rows, job.train.micro_batch or batches.num_rows)
+        micro_batch = min(batches.num_samples, job.train.micro_batch or batches.num_samples)
         raise OutOfMemoryError(
-            f"out of memory on {device}{of_rank}, with pieces of {micro_batch} samples"
+            f"out of memory on {device}{of_rank}, with micro-batches of {micro_batch} samples"
             f" ({str(error).strip().partition(chr(10))[0][:200] or type(error).__name__})",
             where=f"train.batch_size: {job.train.batch_size}",
-            fix=f"set train.micro_batch: {max(1, micro_batch // 2)} for the same result from smaller pieces,"
+            fix=f"set train.micro_batch: {max(1, micro_batch // 2)} for the same result from smaller micro-batches,"
             " or lower train.batch_size; in an evaluation data.loader.eval_batch_size",
         ) from error

@@ -1,8 +1,7 @@
-"""The yardstick: the main jobs as bare torch scripts, as a person would write them. Nothing is logged or saved but a
-line an evaluation.
+"""The baseline for timing: the main jobs as bare torch scripts. Nothing is saved; one line is printed per evaluation.
 
-    python tests/bench/bare.py disc
-    python tests/bench/bare.py mnist ROOT
+python tests/bench/bare.py disc
+python tests/bench/bare.py mnist ROOT
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # quicker than two for layers so small, for both sides
+    torch.set_num_threads(1)  # faster than two for layers of this size, here and in Trainyard
     torch.manual_seed(1)
     if sys.argv[1] == "disc":
         make_disc_dataset()

@@ -1,9 +1,10 @@
-"""Accuracy and R2 beside scikit-learn's MLP: same rows, layers, optimizer, rate, batch and epochs, on three of the
-datasets that scikit-learn brings.
+"""Accuracy and R2 compared with scikit-learn's MLP: same rows, layers, optimizer, learning rate, batch size and epochs,
+on three data sets of scikit-learn.
 
     python tests/bench/peers.py [--seeds 5]
 
-Both are scored on the same held-out fifth by scikit-learn's own metrics: ours through `load(run).predict`.
+Both are scored on the same held-out fifth with scikit-learn's metrics; Trainyard's predictions are those of
+`load(run).predict`.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ DATASETS = {
     "digits": (load_digits, "multiclass", [64], 40),
     "diabetes": (load_diabetes, "regression", [16], 60),
 }
-"""Loader, task, hidden layers, epochs."""
+"""Per data set: loader, task, hidden layers, epochs."""
 
 BATCH, LEARNING_RATE = 32, 0.001
 
 
 def train_pipeline(kind: str, hidden: list[int], epochs: int, seed: int, fit: Path, folder: Path) -> Any:
-    """The last model of a run on all rows of a Parquet file."""
+    """Train on all rows of a Parquet file and return the last model."""
     tree = {
         "name": f"{fit.stem}-{seed}",
         "seed": seed,
@@ -58,7 +59,7 @@ def train_pipeline(kind: str, hidden: list[int], epochs: int, seed: int, fit: Pa
 
 
 def train_sklearn(kind: str, hidden: list[int], epochs: int, seed: int, inputs: np.ndarray, targets: np.ndarray) -> Any:
-    """scikit-learn's, with targets scaled as ours are."""
+    """Train scikit-learn's MLP."""
     settings = {
         "hidden_layer_sizes": hidden,
         "batch_size": BATCH,
@@ -78,12 +79,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     seeds = range(1, parser.parse_args().seeds + 1)
-    print(f"{'dataset':14s} {'score':9s} {'ours: mean':>11s} {'sd':>6s} {'theirs: mean':>13s} {'sd':>6s}")
+    print(f"{'dataset':14s} {'score':9s} {'Trainyard':>11s} {'sd':>6s} {'scikit-learn':>13s} {'sd':>6s}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for dataset, (loader, kind, hidden, epochs) in DATASETS.items():
             inputs, targets = loader(return_X_y=True)
-            scores: dict[str, list[float]] = {"ours": [], "theirs": []}
+            scores: dict[str, list[float]] = {"trainyard": [], "sklearn": []}
             for seed in seeds:
                 stratify = None if kind == "regression" else targets
                 x, held_x, y, held_y = train_test_split(
@@ -94,20 +95,20 @@ def main() -> None:
                 pq.write_table(pa.table({**columns, "label": y}), fit)
                 held = {f"x{number:02d}": held_x[:, number] for number in range(x.shape[1])}
                 score = r2_score if kind == "regression" else accuracy_score
-                answers = train_pipeline(kind, hidden, epochs, seed, fit, folder).predict(pa.table(held))
-                scores["ours"].append(score(held_y, answers))
+                predictions = train_pipeline(kind, hidden, epochs, seed, fit, folder).predict(pa.table(held))
+                scores["trainyard"].append(score(held_y, predictions))
                 if kind == "regression":
                     mean, deviation = y.mean(), y.std()
                     model = train_sklearn(kind, hidden, epochs, seed, x, (y - mean) / deviation)
-                    scores["theirs"].append(score(held_y, model.predict(held_x) * deviation + mean))
+                    scores["sklearn"].append(score(held_y, model.predict(held_x) * deviation + mean))
                 else:
-                    scores["theirs"].append(
+                    scores["sklearn"].append(
                         score(held_y, train_sklearn(kind, hidden, epochs, seed, x, y).predict(held_x))
                     )
-            own_score, other = scores["ours"], scores["theirs"]
+            trainyard, sklearn = scores["trainyard"], scores["sklearn"]
             print(
-                f"{dataset:14s} {'R2' if kind == 'regression' else 'accuracy':9s} {np.mean(own_score):11.4f} "
-                f"{np.std(own_score):6.4f} {np.mean(other):13.4f} {np.std(other):6.4f}"
+                f"{dataset:14s} {'R2' if kind == 'regression' else 'accuracy':9s} {np.mean(trainyard):11.4f} "
+                f"{np.std(trainyard):6.4f} {np.mean(sklearn):13.4f} {np.std(sklearn):6.4f}"
             )
 
 

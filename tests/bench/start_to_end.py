@@ -1,4 +1,4 @@
-"""From typing the command to its end: `trainyard train` beside a bare torch script of the same work, in turn.
+"""The time of the whole command: `trainyard train` and a bare torch script that does the same work, in turn.
 
     python tests/bench/start_to_end.py [--mnist ROOT] [--runs 5]
 
@@ -30,26 +30,26 @@ def main() -> None:
         compare("mnist", args.runs, ["--set", f"data.root={root}"], [root])
 
 
-def compare(job: str, runs: int, ours: list[str], bare: list[str]) -> None:
-    """Time both `runs` times, in turn, after one warm-up each."""
+def compare(job: str, runs: int, trainyard_args: list[str], bare_args: list[str]) -> None:
+    """Time both, `runs` times in turn, after one warm-up each."""
     python, seconds = sys.executable, []
     for number in range(runs + 1):
         with tempfile.TemporaryDirectory() as storage:
-            train = [python, "-m", "pipeline", "train", f"jobs/{job}.yaml", "--storage", storage, *ours]
-            pair = (time_command(train), time_command([python, "tests/bench/bare.py", job, *bare]))
+            train = [python, "-m", "pipeline", "train", f"jobs/{job}.yaml", "--storage", storage, *trainyard_args]
+            pair = (time_command(train), time_command([python, "tests/bench/bare.py", job, *bare_args]))
         if number:
             seconds.append(pair)
             print(f"{job}: trainyard {pair[0][0]:.2f} s wall {pair[0][1]:.2f} s CPU, "
                   f"bare {pair[1][0]:.2f} s wall {pair[1][1]:.2f} s CPU", flush=True)  # fmt: skip
-    for which, name in enumerate(("wall", "CPU")):
-        measured, other = ([pair[side][which] for pair in seconds] for side in (0, 1))
-        ratio = statistics.median(a / b for a, b in zip(measured, other, strict=True))
-        print(f"{job}: median {name} {statistics.median(measured):.2f} and {statistics.median(other):.2f} s, "
+    for kind, name in enumerate(("wall", "CPU")):
+        trainyard, bare = ([pair[side][kind] for pair in seconds] for side in (0, 1))
+        ratio = statistics.median(a / b for a, b in zip(trainyard, bare, strict=True))
+        print(f"{job}: median {name} {statistics.median(trainyard):.2f} and {statistics.median(bare):.2f} s, "
               f"ratio {ratio:.2f}")  # fmt: skip
 
 
 def time_command(command: list[str]) -> tuple[float, float]:
-    """Wall and CPU seconds of a command."""
+    """Return the wall and CPU seconds of a command."""
     before, begun = os.times(), time.perf_counter()
     subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
     after = os.times()

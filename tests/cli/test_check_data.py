@@ -1,4 +1,4 @@
-"""`check` without --batch looks whether the data is there, and of a kind that the source reads, without loading it."""
+"""`check` without --batch: the data exists and is of a kind that the source reads. The data is not loaded."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.cli.command_line import RunCommand
 
 @pytest.fixture
 def data_folder(tmp_path: Path) -> Path:
-    """Data of all kinds."""
+    """A folder with valid, damaged and wrong data of each source."""
     for path in ("csv", "table", "classes/a/deep", "classes/b", "none/a", "loose", "empty"):
         (tmp_path / path).mkdir(parents=True)
     (tmp_path / "csv" / "t.csv").write_text("x,y\n1,2\n")
     pq.write_table(pa.table({"x": [1.0], "y": [0]}), tmp_path / "table" / "t.parquet")
     whole = (tmp_path / "table" / "t.parquet").read_bytes()
     (tmp_path / "cut.parquet").write_bytes(whole[:-9])
-    (tmp_path / "none" / "a" / "notes.txt").write_text("no picture")
+    (tmp_path / "none" / "a" / "notes.txt").write_text("no image")
     for path in ("classes/b/1.png", "loose/1.png"):
         Image.new("RGB", (4, 4)).save(tmp_path / path)
     return tmp_path
@@ -54,14 +54,14 @@ def make_job(url: str, source: str) -> str:
 def test_check_accepts_existing_data(
     trainyard: RunCommand, data_folder: Path, monkeypatch: pytest.MonkeyPatch, url: str, source: str
 ) -> None:
-    if url == "env:DATA":  # what is looked up is kept secret, and a job that holds it in clear would be refused
+    if url == "env:DATA":  # a secret, which the job must not contain itself
         monkeypatch.setenv("DATA", str(data_folder / "table"))
     ended = trainyard("check", make_job(url, source))
-    assert ended.code == 0, ended.err
+    assert ended.exit_code == 0, ended.stderr
 
 
 @pytest.mark.parametrize(
-    ("url", "source", "words"),
+    ("url", "source", "messages"),
     [
         ("none.parquet", "parquet", ["none.parquet", "does not exist"]),
         ("no*.parquet", "parquet", ["no*.parquet", "there are no files"]),
@@ -79,13 +79,13 @@ def test_check_accepts_existing_data(
     ],
 )
 def test_check_rejects_missing_or_wrong_data(
-    trainyard: RunCommand, data_folder: Path, url: str, source: str, words: list[str]
+    trainyard: RunCommand, data_folder: Path, url: str, source: str, messages: list[str]
 ) -> None:
     ended = trainyard("check", make_job(url, source))
-    assert ended.code == 2
-    assert "Traceback" not in ended.err
-    for word in words:
-        assert word in ended.err
+    assert ended.exit_code == 2
+    assert "Traceback" not in ended.stderr
+    for message in messages:
+        assert message in ended.stderr
 
 
 def test_check_data_in_object_storage(trainyard: RunCommand, data_folder: Path, s3_url: str) -> None:
@@ -94,15 +94,15 @@ def test_check_data_in_object_storage(trainyard: RunCommand, data_folder: Path, 
     fs, path = fsspec.core.url_to_fs(s3_url)
     fs.put(str(data_folder / "table" / "t.parquet"), f"{path}/table/t.parquet")
     fs.put(str(data_folder / "classes" / "b" / "1.png"), f"{path}/classes/b/1.png")
-    assert trainyard("check", make_job(f"{s3_url}/table", "parquet")).code == 0
-    assert trainyard("check", make_job(f"{s3_url}/classes", "image_folder")).code == 0
+    assert trainyard("check", make_job(f"{s3_url}/table", "parquet")).exit_code == 0
+    assert trainyard("check", make_job(f"{s3_url}/classes", "image_folder")).exit_code == 0
     for url, source in (
         ("none", "parquet"),
         ("classes", "parquet"),
         ("none", "image_folder"),
         ("table", "image_folder"),
     ):
-        assert trainyard("check", make_job(f"{s3_url}/{url}", source)).code == 2
+        assert trainyard("check", make_job(f"{s3_url}/{url}", source)).exit_code == 2
 
 
 def test_check_data_does_not_import_torch(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +111,7 @@ def test_check_data_does_not_import_torch(data_folder: Path, monkeypatch: pytest
         "import sys; sys.argv = ['trainyard', 'check', 'job.yaml']\n"
         "from pipeline.cli import main\n"
         "try: main()\n"
-        "except SystemExit as ended: assert not ended.code\n"
+        "except SystemExit as error: assert not error.code\n"
         "print({'torch', 'ray'} & set(sys.modules))"
     )
     for url, source in (("table", "parquet"), ("classes", "image_folder")):

@@ -1,4 +1,4 @@
-"""What people read of metrics."""
+"""Metrics, baselines and advice as text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CLASSIFICATION_METRICS = {
 REGRESSION_METRICS = {"val/loss": 0.21, "val/rmse": 3.1, "val/mae": 2.5, "val/r2": 0.82, "val/baseline_rmse": 7.0}
 
 
-def test_headline_has_main_metrics_and_the_selection_metric() -> None:
+def test_headline_has_main_metrics_and_the_best_metric() -> None:
     assert format_headline(CLASSIFICATION_METRICS) == "val loss 0.1432  accuracy 0.8800"
     assert format_headline(CLASSIFICATION_METRICS, "val/auc") == "val loss 0.1432  accuracy 0.8800  auc 0.5000"
     assert format_headline(REGRESSION_METRICS, "val/loss") == "val loss 0.2100  rmse 3.1000  r2 0.8200"
@@ -53,17 +53,17 @@ def test_table_shows_each_metric_next_to_its_baseline() -> None:
     ]
 
 
-@pytest.mark.parametrize(("accuracy", "warns"), [(0.87, True), (0.88, True), (0.8801, False)])
-def test_baseline_warning_for_the_majority_class(accuracy: float, warns: bool) -> None:
-    words = baseline_warning({**CLASSIFICATION_METRICS, "val/accuracy": accuracy}, "val")
-    assert words == ("on val no better than always answering the majority class" if warns else "")
+@pytest.mark.parametrize(("accuracy", "is_warned"), [(0.87, True), (0.88, True), (0.8801, False)])
+def test_baseline_warning_for_the_majority_class(accuracy: float, is_warned: bool) -> None:
+    warning = baseline_warning({**CLASSIFICATION_METRICS, "val/accuracy": accuracy}, "val")
+    assert warning == ("on val no better than always answering the majority class" if is_warned else "")
 
 
-@pytest.mark.parametrize(("rmse", "warns"), [(7.1, True), (7.0, True), (6.9, False)])
-def test_baseline_warning_for_the_mean(rmse: float, warns: bool) -> None:
-    assert bool(baseline_warning({**REGRESSION_METRICS, "val/rmse": rmse}, "val")) == warns
+@pytest.mark.parametrize(("rmse", "is_warned"), [(7.1, True), (7.0, True), (6.9, False)])
+def test_baseline_warning_for_the_mean(rmse: float, is_warned: bool) -> None:
+    assert bool(baseline_warning({**REGRESSION_METRICS, "val/rmse": rmse}, "val")) == is_warned
     assert baseline_warning({"val/rmse": rmse}, "val") == ""
-    assert baseline_warning({"val/baseline_rmse": 7.0}, "val"), "an error that is not finite is not on record"
+    assert baseline_warning({"val/baseline_rmse": 7.0}, "val"), "NaN is not recorded"
 
 
 @pytest.mark.parametrize(
@@ -76,11 +76,11 @@ def test_number_formatting(value: float, text: str) -> None:
 def test_advice_for_a_diverged_run_never_suggests_bad_checkpoints() -> None:
     assert format_divergence_advice("r", None, None).endswith("the changed job is a new run")
     assert format_divergence_advice("r", 40, 60).endswith(
-        "model.init_from: r@best begins it at the best checkpoint, of step 40"
+        "model.init_from: r@best starts it from the best checkpoint, of step 40"
     )
     assert format_divergence_advice("r", None, 60).endswith(
-        "model.init_from: r@last begins it at the last checkpoint, of step 60"
+        "model.init_from: r@last starts it from the last checkpoint, of step 60"
     )
     worse = format_divergence_advice("r", 40, 60, "no evaluation is better than before training (val/loss 0.6400)")
     assert "init_from" not in worse
-    assert "(val/loss 0.6400), so no checkpoint is worth going on from" in worse
+    assert "(val/loss 0.6400), so no checkpoint is worth starting from" in worse

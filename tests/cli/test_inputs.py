@@ -1,4 +1,4 @@
-"""check, init, evaluate and bad input: one clear message, exit code 2, never a traceback, never lost data."""
+"""`check`, `init`, `evaluate` and invalid input: one clear message and exit code 2, no traceback, no lost data."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cli import app
 from pipeline.cpus import available_cpus
 from pipeline.events import EvaluationLogged, Event, RunOpened, TrainingStarted
 from tests.cli.command_line import RunCommand, write_job
@@ -29,11 +30,14 @@ def test_help_loads_neither_torch_nor_ray() -> None:
     assert "trainyard" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "check", "init", "evaluate", "runs", "show"])
+COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback is not None]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(trainyard: RunCommand, command: str) -> None:
     ended = trainyard(command, "--help")
-    assert ended.code == 0
-    assert f"Example: trainyard {command}" in ended.out
+    assert ended.exit_code == 0
+    assert f"Example: trainyard {command}" in ended.stdout
 
 
 def test_python_m_pipeline_is_the_same_command(tmp_path: Path) -> None:
@@ -43,33 +47,33 @@ def test_python_m_pipeline_is_the_same_command(tmp_path: Path) -> None:
 
 
 def test_init_writes_a_valid_job(trainyard: RunCommand, tmp_path: Path) -> None:
-    assert trainyard("init", "churn").code == 0
+    assert trainyard("init", "churn").exit_code == 0
     checked = trainyard("check", "churn.yaml", "--json")
-    assert checked.code == 0
+    assert checked.exit_code == 0
     assert checked.json["job"]["name"] == "churn"
     again = trainyard("init", "churn")
-    assert again.code == 2
-    assert "already there" in again.err
-    assert trainyard("init", "../churn").code == 2
+    assert again.exit_code == 2
+    assert "already exists" in again.stderr
+    assert trainyard("init", "../churn").exit_code == 2
 
 
 def test_check_prints_an_equivalent_job(trainyard: RunCommand, tmp_path: Path) -> None:
     job = write_job(tmp_path)
-    printed = trainyard("check", job).out
+    printed = trainyard("check", job).stdout
     (tmp_path / "resolved.yaml").write_text(printed)
     first = trainyard("train", job, "--max-steps", "1", "--json").json
     assert trainyard("train", "resolved.yaml", "--max-steps", "1", "--json").json["run"] == first["run"]
 
 
 def test_check_batch_reports_model_and_batch(trainyard: RunCommand, tmp_path: Path) -> None:
-    found = trainyard("check", write_job(tmp_path), "--batch", "--json").json["batch"]
-    assert found["parameters"] == [["0.weight", [16, 2]], ["0.bias", [16]], ["2.weight", [2, 16]], ["2.bias", [2]]]
-    assert found["parameter_count"] == 82
-    assert found["inputs"] == [100, 2]
-    assert found["outputs"] == [100, 2]
-    assert found["device"] in ("cpu", "cuda:0", "mps")
-    assert found["loss_after"] < found["loss_before"]
-    assert found["rows"] == {"train": 800, "val": 200, "test": 1000}
+    batch = trainyard("check", write_job(tmp_path), "--batch", "--json").json["batch"]
+    assert batch["parameters"] == [["0.weight", [16, 2]], ["0.bias", [16]], ["2.weight", [2, 16]], ["2.bias", [2]]]
+    assert batch["parameter_count"] == 82
+    assert batch["inputs"] == [100, 2]
+    assert batch["outputs"] == [100, 2]
+    assert batch["device"] in ("cpu", "cuda:0", "mps")
+    assert batch["loss_after"] < batch["loss_before"]
+    assert batch["rows"] == {"train": 800, "val": 200, "test": 1000}
     assert not (tmp_path / "runs").exists(), "check writes nothing"
 
 
@@ -77,15 +81,15 @@ def test_check_overfit_fits_a_batch_or_reports_failure(trainyard: RunCommand, tm
     able = {"hidden": [64], "kind": "mlp"}
     job = write_job(tmp_path, model=able, train={"batch_size": 16, "phases": [{"epochs": 1, "lr": 0.5}]})
     ended = trainyard("check", job, "--overfit", "--json")
-    assert ended.code == 0, ended.err
+    assert ended.exit_code == 0, ended.stderr
     assert ended.json["overfit"]["loss"] < 0.01
     unable = trainyard("check", write_job(tmp_path, model={"hidden": []}), "--overfit")
-    assert unable.code == 1
-    assert "cannot be learned by heart" in unable.err
+    assert unable.exit_code == 1
+    assert "cannot be overfitted" in unable.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "messages"),
     [
         (["train", "nowhere.yaml"], ["nowhere.yaml", "no such job file"]),
         (["train", "small.yaml", "--set", "train.batchsize=3"], ["train.batchsize", "batch_size"]),
@@ -108,24 +112,24 @@ def test_check_overfit_fits_a_batch_or_reports_failure(trainyard: RunCommand, tm
     ],
 )  # fmt: skip
 def test_bad_input_is_one_message_and_exit_2(
-    trainyard: RunCommand, tmp_path: Path, arguments: list[str], words: list[str]
+    trainyard: RunCommand, tmp_path: Path, arguments: list[str], messages: list[str]
 ) -> None:
     import torch
 
     if "scale.device=cuda" in arguments and torch.cuda.is_available():
-        pytest.skip("there is a GPU here, so asking for one is no error")
+        pytest.skip("this machine has a GPU, so scale.device=cuda is no error")
     write_job(tmp_path)
     ended = trainyard(*arguments)
-    assert ended.code == 2, ended.err
-    assert "Traceback" not in ended.err
-    for word in words:
-        assert word in ended.err
-    assert not (tmp_path / "runs").exists(), "nothing is made before the input is good"
+    assert ended.exit_code == 2, ended.stderr
+    assert "Traceback" not in ended.stderr
+    for message in messages:
+        assert message in ended.stderr
+    assert not (tmp_path / "runs").exists(), "nothing is written before the input is checked"
 
 
-def test_errors_are_json_too(trainyard: RunCommand, tmp_path: Path) -> None:
+def test_error_is_json_with_json_output(trainyard: RunCommand, tmp_path: Path) -> None:
     ended = trainyard("train", "nowhere.yaml", "--json")
-    assert ended.code == 2
+    assert ended.exit_code == 2
     assert ended.json["error"]["type"] == "JobError"
 
 
@@ -133,38 +137,40 @@ def test_evaluate_rejects_missing_runs_and_splits(trainyard: RunCommand, tmp_pat
     run = trainyard("train", write_job(tmp_path), "--json").json["run"]
     for arguments in (["--checkpoint", "7"], ["--split", "nosuch"], ["--set", "train.batch_size=7"]):
         ended = trainyard("evaluate", run, *arguments)
-        assert ended.code == 2, arguments
-        assert "Traceback" not in ended.err
-    assert trainyard("evaluate", run, "--checkpoint", "24", "--set", "data.loader.eval_batch_size=7").code == 0
+        assert ended.exit_code == 2, arguments
+        assert "Traceback" not in ended.stderr
+    assert trainyard("evaluate", run, "--checkpoint", "24", "--set", "data.loader.eval_batch_size=7").exit_code == 0
 
 
 def test_a_stored_job_imports_nothing_without_trust(trainyard: RunCommand, tmp_path: Path) -> None:
-    (tmp_path / "own_data_module.py").write_text(
+    (tmp_path / "user_data_module.py").write_text(
         "import numpy as np\n"
         "def load(rows):\n"
         "    x = np.random.default_rng(0).normal(size=(rows, 3)).astype('float32')\n"
         "    return x, (x.sum(1) > 0).astype('int64')\n"
     )
-    source = {"call": "own_data_module:load", "args": {"rows": 200}}
+    source = {"call": "user_data_module:load", "args": {"rows": 200}}
     job = write_job(tmp_path, data={"source": source, "normalize": "standard"})
     trained = trainyard("train", job, "--json")
-    assert trained.code == 0, trained.err
+    assert trained.exit_code == 0, trained.stderr
     run = trained.json["run"]
     refused = trainyard("evaluate", run)
-    assert refused.code == 2
-    assert "own_data_module:load" in refused.err
-    assert "--trust" in refused.err
-    assert trainyard("evaluate", run, "--trust").code == 0
+    assert refused.exit_code == 2
+    assert "user_data_module:load" in refused.stderr
+    assert "--trust" in refused.stderr
+    assert trainyard("evaluate", run, "--trust").exit_code == 0
 
 
-@pytest.mark.parametrize("words", [("train", "--trust"), ("check", "--trust"), ("check", "--quiet"), ("check", "-q")])
-def test_an_option_that_a_command_has_no_use_for_is_refused(
-    trainyard: RunCommand, tmp_path: Path, words: tuple[str, str]
+@pytest.mark.parametrize(
+    "arguments", [("train", "--trust"), ("check", "--trust"), ("check", "--quiet"), ("check", "-q")]
+)
+def test_options_of_other_commands_are_rejected(
+    trainyard: RunCommand, tmp_path: Path, arguments: tuple[str, str]
 ) -> None:
-    command, option = words
+    command, option = arguments
     ended = trainyard(command, write_job(tmp_path), option)
-    assert (ended.code, ended.out) == (2, "")
-    assert f"No such option: {option}" in ended.err
+    assert (ended.exit_code, ended.stdout) == (2, "")
+    assert f"No such option: {option}" in ended.stderr
 
 
 def test_python_api_matches_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,18 +199,18 @@ def test_suspicious_settings_are_warnings(trainyard: RunCommand, tmp_path: Path)
         best={"patience": 3},
     )
     checked = trainyard("check", job, "--batch")
-    assert checked.code == 0
-    assert "warning: data.loader.processes is" in checked.out
-    assert "warning: best.patience has no effect" in checked.out
+    assert checked.exit_code == 0
+    assert "warning: data.loader.processes is" in checked.stdout
+    assert "warning: best.patience has no effect" in checked.stdout
     few = trainyard("train", write_job(tmp_path, train={"batch_size": 1001, "phases": [{"epochs": 1, "lr": 0.1}]}))
-    assert few.code == 0
-    assert "warning: train.batch_size is 1,001, but only 800 rows" in few.err
+    assert few.exit_code == 0
+    assert "warning: train.batch_size is 1,001, but only 800 rows" in few.stderr
 
 
-def test_batch_norm_on_a_single_row_is_rejected_before_training(trainyard: RunCommand, tmp_path: Path) -> None:
+def test_batch_norm_on_a_single_sample_is_rejected_before_training(trainyard: RunCommand, tmp_path: Path) -> None:
     model = {"hidden": [4], "batch_norm": True}
     job = write_job(tmp_path, model=model, train={"batch_size": 17, "phases": [{"epochs": 1, "lr": 0.1}]})
     ended = trainyard("train", job)
-    assert ended.code == 2
-    assert "a batch of 1 rows leaves one to worker 0" in ended.err
+    assert ended.exit_code == 2
+    assert "a batch of 1 rows leaves one to worker 0" in ended.stderr
     assert not (tmp_path / "runs").exists()

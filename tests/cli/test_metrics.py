@@ -1,4 +1,4 @@
-"""Metrics and losses, the tasks' and the user's own, from a job file to the log and the terminal."""
+"""Metrics and losses, of the task and custom ones, from a job file to the metric log and the terminal."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ USER_MODULE = """
 import numpy as np
 import torch
 
-def cost(chances, labels):
-    return np.mean((chances > 0.5) != labels)
+def cost(probabilities, labels):
+    return np.mean((probabilities > 0.5) != labels)
 
-def fails(chances, labels):
+def fails(probabilities, labels):
     raise ValueError("no cost today")
 
 def focal(outputs, targets):
@@ -33,10 +33,10 @@ def total(outputs, targets):
 
 @pytest.fixture
 def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module of the user's in the working directory."""
-    (tmp_path / "own_measures_of_cost.py").write_text(USER_MODULE)
+    """Name of a user module in the working directory."""
+    (tmp_path / "user_cost_metric.py").write_text(USER_MODULE)
     monkeypatch.syspath_prepend(tmp_path)
-    return "own_measures_of_cost"
+    return "user_cost_metric"
 
 
 def test_custom_loss_and_metric_with_another_selection_metric(
@@ -49,40 +49,40 @@ def test_custom_loss_and_metric_with_another_selection_metric(
         best={"metric": "val/auc"},
     )
     ended = trainyard("train", job, "--json")
-    assert ended.code == 0, ended.err
-    found = ended.json
-    assert set(found["metrics"]) == {f"val/{name}" for name in (*METRICS["binary"], "cost")}
-    rows = pd.read_parquet(Path(found["url"]) / "metrics/evals").sort_values("step")
+    assert ended.exit_code == 0, ended.stderr
+    result = ended.json
+    assert set(result["metrics"]) == {f"val/{name}" for name in (*METRICS["binary"], "cost")}
+    rows = pd.read_parquet(Path(result["url"]) / "metrics/evals").sort_values("step")
     assert [row for row in rows if row in METRICS["binary"]] == [*METRICS["binary"]]
     assert (rows["cost"] - (1 - rows["accuracy"])).abs().max() < 1e-12
     best = rows[rows["step"] > 0].sort_values(["auc", "step"], ascending=[False, True]).iloc[0]
-    assert (found["best"]["step"], found["best"]["value"]) == (best["step"], best["auc"])
-    assert found["best"]["metrics"]["val/cost"] == best["cost"]
-    evaluation_lines = [line for line in ended.err.splitlines() if line.startswith("epoch")]
+    assert (result["best"]["step"], result["best"]["value"]) == (best["step"], best["auc"])
+    assert result["best"]["metrics"]["val/cost"] == best["cost"]
+    evaluation_lines = [line for line in ended.stderr.splitlines() if line.startswith("epoch")]
     assert all("val loss " in line and "  auc " in line and "cost" not in line for line in evaluation_lines)
-    shown = trainyard("show", found["run"]).out
+    shown = trainyard("show", result["run"]).stdout
     assert f"best      val/auc {best['auc']:.4f} at step {best['step']}" in shown
     assert f"(majority class: {best['baseline_accuracy']:.4f})" in shown
-    evaluated = trainyard("evaluate", found["run"], "--trust", "--json").json["metrics"]
+    evaluated = trainyard("evaluate", result["run"], "--trust", "--json").json["metrics"]
     assert evaluated["val/cost"] == best["cost"]
-    words = trainyard("evaluate", found["run"], "--trust").out
-    assert f"cost               {best['cost']:.4f}" in words
-    assert "of 200 rows correct" in words
+    text = trainyard("evaluate", result["run"], "--trust").stdout
+    assert f"cost               {best['cost']:.4f}" in text
+    assert "of 200 samples correct" in text
 
 
 def test_regression_reports_errors_and_no_accuracy(trainyard: RunCommand, tmp_path: Path) -> None:
     job = write_job(tmp_path, task={"kind": "regression", "loss": "huber"}, best={"metric": "val/r2"})
-    found = trainyard("train", job, "--json").json
-    rows = pd.read_parquet(Path(found["url"]) / "metrics/evals")
+    result = trainyard("train", job, "--json").json
+    rows = pd.read_parquet(Path(result["url"]) / "metrics/evals")
     assert rows["accuracy"].isna().all()
     assert rows["rmse"].notna().all()
-    assert found["best"]["value"] == rows[rows["step"] > 0]["r2"].max()
-    words = trainyard("evaluate", found["run"]).out
-    assert "val: 200 rows\n" in words
-    assert "(always the mean: " in words
+    assert result["best"]["value"] == rows[rows["step"] > 0]["r2"].max()
+    text = trainyard("evaluate", result["run"]).stdout
+    assert "val: 200 samples\n" in text
+    assert "(always the mean: " in text
 
 
-def test_each_target_is_measured_in_its_own_unit(trainyard: RunCommand, tmp_path: Path) -> None:
+def test_metrics_of_each_target_are_in_its_unit(trainyard: RunCommand, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     x = rng.normal(size=200)
     frame = pd.DataFrame({"x": x, "temp (°C)": 15 + 8 * x, "hPa": 1013 + 4000 * rng.normal(size=200)})
@@ -90,50 +90,50 @@ def test_each_target_is_measured_in_its_own_unit(trainyard: RunCommand, tmp_path
     data = {"source": "parquet", "url": str(tmp_path / "t.parquet"), "label": ["temp (°C)", "hPa"]}
     best = {"metric": "val/rmse_temp_C", "mode": "min"}
     job = write_job(tmp_path, data=data, task="regression", model={"hidden": []}, best=best)
-    found = trainyard("train", job, "--json").json
-    rows = pd.read_parquet(Path(found["url"]) / "metrics/evals")
-    assert found["best"]["value"] == rows[rows["step"] > 0]["rmse_temp_C"].min()
-    model, held = load(found["url"]), pd.read_parquet(Path(found["url"]) / "splits.parquet")
+    result = trainyard("train", job, "--json").json
+    rows = pd.read_parquet(Path(result["url"]) / "metrics/evals")
+    assert result["best"]["value"] == rows[rows["step"] > 0]["rmse_temp_C"].min()
+    model, held = load(result["url"]), pd.read_parquet(Path(result["url"]) / "splits.parquet")
     val, train = (frame.iloc[held[held["split"] == split]["row"]] for split in ("val", "train"))
     errors = model.predict(val) - val[["temp (°C)", "hPa"]].to_numpy()
     rmse = np.sqrt((errors**2).mean(0))
-    measured = trainyard("evaluate", found["run"], "--json").json["metrics"]
+    measured = trainyard("evaluate", result["run"], "--json").json["metrics"]
     assert [measured["val/rmse_temp_C"], measured["val/rmse_hPa"]] == pytest.approx(rmse.tolist(), rel=1e-5)
     stds = train[["temp (°C)", "hPa"]].to_numpy().std(0)
     assert measured["val/rmse"] == pytest.approx(float((rmse / stds).mean()), rel=1e-5)
-    assert "in standard deviations; always the mean" in trainyard("evaluate", found["run"]).out
+    assert "in standard deviations; always the mean" in trainyard("evaluate", result["run"]).stdout
     for metric, options in (("val/rmse_0", {"data": data}), ("val/rmse_1", {})):
         best["metric"] = metric
         refused = trainyard("train", write_job(tmp_path, task="regression", best=best, **options))
-        assert refused.code == 2
-        assert f"{metric} is not measured" in refused.err
+        assert refused.exit_code == 2
+        assert f"{metric} is not measured" in refused.stderr
 
 
 def test_collapsed_model_is_reported(trainyard: RunCommand, tmp_path: Path) -> None:
     phases = [{"steps": 1, "lr": 1e-9}]
     ended = trainyard("train", write_job(tmp_path, task="regression", train={"phases": phases}))
-    assert ended.code == 0, ended.err
-    assert "  warning   on val no better than always answering the mean of the training targets" in ended.out
+    assert ended.exit_code == 0, ended.stderr
+    assert "  warning   on val no better than always answering the mean of the training targets" in ended.stdout
 
 
 def test_failing_custom_metric_stops_before_training(trainyard: RunCommand, tmp_path: Path, user_module: str) -> None:
     ended = trainyard("train", write_job(tmp_path, task="binary", metrics=[f"{user_module}:fails"]))
-    assert ended.code == 2
-    assert f"metrics: {user_module}:fails: ValueError: no cost today" in ended.err
-    assert "Traceback" not in ended.err
+    assert ended.exit_code == 2
+    assert f"metrics: {user_module}:fails: ValueError: no cost today" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_unusable_custom_loss_leaves_no_run(trainyard: RunCommand, tmp_path: Path, user_module: str) -> None:
     ended = trainyard("train", write_job(tmp_path, task={"kind": "binary", "loss": f"{user_module}:total"}))
-    assert ended.code == 2
-    assert f"task.loss: {user_module}:total: gives ()" in ended.err
+    assert ended.exit_code == 2
+    assert f"task.loss: {user_module}:total: gives ()" in ended.stderr
     assert not (tmp_path / "runs").exists()
 
 
 def test_class_weights_are_given_by_name(trainyard: RunCommand, tmp_path: Path) -> None:
     stray = trainyard("train", write_job(tmp_path, task={"class_weights": {"9": 2.0}}))
-    assert stray.code == 2
-    assert "task.class_weights" in stray.err
+    assert stray.exit_code == 2
+    assert "task.class_weights" in stray.stderr
 
 
 def test_large_split_is_reported_before_training(
@@ -141,13 +141,13 @@ def test_large_split_is_reported_before_training(
 ) -> None:
     monkeypatch.setattr("pipeline.training.metric_accumulator.MAX_GATHERED_VALUES", 399)
     ended = trainyard("train", write_job(tmp_path, task="binary"), "--json")
-    assert "warning: val has 200 rows, too many for auc" in ended.err
+    assert "warning: val has 200 samples, too many for auc" in ended.stderr
     assert pd.read_parquet(Path(ended.json["url"]) / "metrics/evals")["auc"].isna().all()
     refused = trainyard("train", write_job(tmp_path, task="binary", best={"metric": "val/auc"}))
-    assert refused.code == 2
-    assert "set evaluate.limit to 199" in refused.err
+    assert refused.exit_code == 2
+    assert "set evaluate.limit to 199" in refused.stderr
     bounded = write_job(tmp_path, task="binary", best={"metric": "val/auc"}, evaluate={"limit": 199})
-    assert trainyard("train", bounded).code == 0
+    assert trainyard("train", bounded).exit_code == 0
 
 
 SORTED_DATA_MODULE = """
@@ -163,17 +163,17 @@ def rows():
 def test_limited_evaluation_uses_a_representative_sample(
     trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str
 ) -> None:
-    (tmp_path / "rows_in_the_order_of_their_classes.py").write_text(SORTED_DATA_MODULE)
+    (tmp_path / "samples_sorted_by_class.py").write_text(SORTED_DATA_MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     job = write_job(
         tmp_path,
-        data={"source": {"call": "rows_in_the_order_of_their_classes:rows"}, "splits": {"val": 0.5, "stratify": True}},
+        data={"source": {"call": "samples_sorted_by_class:rows"}, "splits": {"val": 0.5, "stratify": True}},
         evaluate={"limit": 40, "splits": [split]},
         best={"metric": f"{split}/loss"},
     )
-    found = trainyard("train", job, "--json").json
-    metrics, whole = found["metrics"], trainyard("evaluate", found["run"], "--split", split, "--trust", "--json").json
+    result = trainyard("train", job, "--json").json
+    metrics, whole = result["metrics"], trainyard("evaluate", result["run"], "--split", split, "--trust", "--json").json
     assert metrics[f"{split}/baseline_accuracy"] == whole["metrics"][f"{split}/baseline_accuracy"] == 0.75
-    rows = pd.read_parquet(Path(found["url"]) / "metrics/evals")
+    rows = pd.read_parquet(Path(result["url"]) / "metrics/evals")
     assert (rows["samples"] == 40).all()
-    assert set(rows["baseline_accuracy"]) == {0.75}, "every evaluation takes the same"
+    assert set(rows["baseline_accuracy"]) == {0.75}, "every evaluation uses the same samples"

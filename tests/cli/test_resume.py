@@ -1,4 +1,4 @@
-"""What a command does that finds its run: as little as is left to do."""
+"""Commands that find an existing run: they do only what is missing."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ sys.argv[0] = "trainyard"
 from pipeline.cli import main
 try:
     main()
-except SystemExit as ended:
-    print(ended.code, sorted({"torch", "torchvision", "ray"} & set(sys.modules)))
+except SystemExit as error:
+    print(error.code, sorted({"torch", "torchvision", "ray"} & set(sys.modules)))
 """
 DATA_MODULE = """
 from pathlib import Path
@@ -68,18 +68,18 @@ def write_table(folder: Path, name: str = "t.parquet") -> Path:
 
 @pytest.mark.parametrize("source", ["disc", "parquet", "call", "named"])
 def test_resume_of_a_finished_run_does_not_import_torch(trainyard: RunCommand, tmp_path: Path, source: str) -> None:
-    """And a function that makes the data is called once by each command."""
-    (tmp_path / "makes.py").write_text(DATA_MODULE)
+    """Also, a user function that returns the data is called once per command."""
+    (tmp_path / "user_data.py").write_text(DATA_MODULE)
     sources: dict[str, dict[str, Any]] = {
         "disc": {"source": "disc"},
         "parquet": {"source": "parquet", "url": str(write_table(tmp_path)), "label": "y"},
-        "call": {"source": {"call": "makes:data", "args": {"name": "a"}}},
+        "call": {"source": {"call": "user_data:data", "args": {"name": "a"}}},
         "named": {"source": "disc"},
     }
-    name = ["--name", "mine"] if source == "named" else []
+    name = ["--name", "named"] if source == "named" else []
     job = write_job_file(tmp_path, **sources[source])
     first = trainyard("train", job, *name)
-    assert first.code == 0, first.err
+    assert first.exit_code == 0, first.stderr
     again = subprocess.run(
         [sys.executable, "-c", IMPORT_TRACKING, "train", job, *name],
         cwd=tmp_path,
@@ -103,31 +103,31 @@ def test_missing_files_of_a_finished_run_are_rewritten(trainyard: RunCommand, tm
         for damage in (b"damaged", whole[:-1]):
             (run / path).write_bytes(damage)
             again = trainyard("train", job)
-            assert again.code == 0, again.err
+            assert again.exit_code == 0, again.stderr
             assert (run / path).read_bytes() != damage
             assert final_state(run) == before
-            assert "nothing to do" in trainyard("train", job).err
+            assert "nothing to do" in trainyard("train", job).stderr
 
 
 def test_finished_run_of_an_earlier_version_needs_no_work(
     trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It recorded no digest of its splits."""
+    """Earlier versions recorded no digest of the splits."""
     job = write_job_file(tmp_path, source="disc")
-    birth = Run.create
+    create = Run.create
 
-    def older(run: Run, job_yaml: str, facts: dict[str, Any]) -> bool:
-        return birth(run, job_yaml, {name: value for name, value in facts.items() if name != "splits"})
+    def create_without_digest(run: Run, job_yaml: str, metadata: dict[str, Any]) -> bool:
+        return create(run, job_yaml, {name: value for name, value in metadata.items() if name != "splits"})
 
-    monkeypatch.setattr(Run, "create", older)
-    assert trainyard("train", job).code == 0
+    monkeypatch.setattr(Run, "create", create_without_digest)
+    assert trainyard("train", job).exit_code == 0
     again = trainyard("train", job, "--json")
-    assert "nothing to do" in again.err
+    assert "nothing to do" in again.stderr
     assert again.json["attempts"] == 1
 
 
 def make_interrupted_run(job: str, storage: Path, epoch: int) -> str:
-    """A run that was stopped after an epoch, by its name."""
+    """Train until the end of an epoch, and return the name of the interrupted run."""
 
     class StoppedError(Exception):
         pass
@@ -145,31 +145,31 @@ def make_interrupted_run(job: str, storage: Path, epoch: int) -> str:
     return names[0]
 
 
-def test_a_run_in_this_process_builds_its_model_once_an_attempt(
+def test_a_run_in_this_process_builds_its_model_once_per_attempt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model that shows that the job can be built is the one that is trained."""
-    made: list[object] = []
+    """The model that is built before the run is created is the one that is trained."""
+    models: list[object] = []
 
-    def build_and_count(*of: Any) -> Any:
-        made.append(build_model(*of))
-        return made[-1]
+    def build_and_count(*args: Any) -> Any:
+        models.append(build_model(*args))
+        return models[-1]
 
     monkeypatch.setattr(model, "build_model", build_and_count)
     job = write_job_file(tmp_path, source="parquet", url=str(write_table(tmp_path)), label="y")
     make_interrupted_run(job, tmp_path / "runs", 4)
-    assert len(made) == 1
+    assert len(models) == 1
     assert train(job, storage=str(tmp_path / "runs")).attempts == 2
-    assert len(made) == 2
+    assert len(models) == 2
 
 
 def test_resume_reuses_fitted_transforms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For another version of a library could fit something else."""
+    """Another version of a library could fit different values."""
     job = write_job_file(tmp_path, source="parquet", url=str(write_table(tmp_path)), label="y")
     untouched = train(job, storage=str(tmp_path / "untouched"))
     name = make_interrupted_run(job, tmp_path / "runs", 4)
 
-    def fit(*of: Any) -> Any:
+    def fit(*args: Any) -> Any:
         raise AssertionError("fitted again")
 
     monkeypatch.setattr(fitting, "fit_transforms", fit)
@@ -183,8 +183,8 @@ def test_resume_reuses_fitted_transforms(tmp_path: Path, monkeypatch: pytest.Mon
 def test_changed_data_is_rejected_before_loading(tmp_path: Path) -> None:
     write_table(tmp_path)
     job = write_job_file(tmp_path, source="parquet", url=str(tmp_path / "t.parquet"), label="y")
-    train(job, name="mine", storage=str(tmp_path / "runs"))
+    train(job, name="named", storage=str(tmp_path / "runs"))
     frame = pd.read_parquet(tmp_path / "t.parquet")
     frame.assign(x=frame.x + 1).to_parquet(tmp_path / "t.parquet")
     with pytest.raises(InputError, match="another job:\n    fingerprint: "):
-        train(job, name="mine", storage=str(tmp_path / "runs"))
+        train(job, name="named", storage=str(tmp_path / "runs"))

@@ -1,4 +1,4 @@
-"""Starting from elsewhere and own code, as a user types them: warm starts, what does not fit, what the run keeps."""
+"""Initial weights and user code on the command line: warm starts, mismatches, and what the run stores."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pipeline.setup.initial_weights import InitialWeights, compute_weights_diges
 from pipeline.storage import Storage
 from pipeline.training.engine import TrainEngine
 from tests.cli.command_line import SMALL_JOB, RunCommand, write_job
-from tests.runs.parts import read_entries
+from tests.runs.factories import read_entries
 from tests.training.factories import make_job
 
 SHORT_TRAIN = {**SMALL_JOB["train"], "phases": [{"epochs": 1, "lr": 0.1}]}
@@ -45,7 +45,7 @@ def read_weights(run: str | Path, which: str = "last") -> dict[str, torch.Tensor
 
 
 def write_changed_job(folder: Path, name: str, **tree: Any) -> str:
-    """A job file like `write_job`'s under another name."""
+    """Write a job file like `write_job`, under another name, and return its path."""
     path = folder / name
     path.write_text(yaml.safe_dump({**SMALL_JOB, "train": SHORT_TRAIN, **tree}))
     return str(path)
@@ -58,81 +58,85 @@ def test_warm_start_loads_the_named_checkpoint(trainyard: RunCommand, tmp_path: 
     for spec, which in (("base", "chosen"), ("base@last", "last"), (base["url"] + "@best", "chosen"), ("base@8", "")):
         job = write_changed_job(tmp_path, "warm.yaml", model={**frozen, "init_from": spec})
         ended = trainyard("train", job, "--json")
-        assert ended.code == 0, ended.err
-        begun = read_weights(base["url"], which) if which else None
-        after = read_weights(ended.json["url"])
-        heads[spec] = after["2.weight"]
-        if begun is not None:
-            assert torch.equal(after["0.weight"], begun["0.weight"]), "the frozen part is that of the start"
-            assert not torch.equal(after["2.weight"], begun["2.weight"])
-            assert (after["2.weight"] - begun["2.weight"]).norm() < begun["2.weight"].norm()
+        assert ended.exit_code == 0, ended.stderr
+        initial = read_weights(base["url"], which) if which else None
+        trained = read_weights(ended.json["url"])
+        heads[spec] = trained["2.weight"]
+        if initial is not None:
+            assert torch.equal(trained["0.weight"], initial["0.weight"]), "frozen parameters keep their initial values"
+            assert not torch.equal(trained["2.weight"], initial["2.weight"])
+            assert (trained["2.weight"] - initial["2.weight"]).norm() < initial["2.weight"].norm()
     assert not torch.equal(heads["base@8"], heads["base@last"])
-    assert trainyard("check", job, "--batch").code == 0
+    assert trainyard("check", job, "--batch").exit_code == 0
 
 
-def test_moving_job_data_and_start_keeps_the_identity(
+def test_moving_job_data_and_initial_weights_keeps_the_identity(
     trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every path in it is relative to it, and none is part of what the run is."""
+    """Paths in a job file are relative to it, and no part of the run's identity."""
     job_folder = tmp_path / "project/jobs"
     job_folder.mkdir(parents=True)
     draw = np.random.default_rng(0)
     pq.write_table(pa.table({"x": draw.normal(size=90), "y": draw.integers(0, 2, 90)}), job_folder / "rows.parquet")
     tree = {"data": {"source": "parquet", "url": "rows.parquet", "label": "y"}, "model": {"kind": "mlp"}}
     (job_folder / "base.yaml").write_text(yaml.safe_dump({"name": "base", **tree}))
-    warm = {"base": "base.yaml", "name": "warm", "model": {"init_from": "../runs/begun@last"}}
+    warm = {"base": "base.yaml", "name": "warm", "model": {"init_from": "../runs/initial@last"}}
     (job_folder / "warm.yaml").write_text(yaml.safe_dump(warm))
-    begun = trainyard(
-        "train", str(job_folder / "base.yaml"), "--storage", "project/runs", "--name", "begun", "--max-steps", "2"
+    initial = trainyard(
+        "train", str(job_folder / "base.yaml"), "--storage", "project/runs", "--name", "initial", "--max-steps", "2"
     )
-    assert begun.code == 0, begun.err
+    assert initial.exit_code == 0, initial.stderr
     runs = ("--storage", str(tmp_path / "all"), "--max-steps", "3", "--json")
     first = trainyard("train", "project/jobs/warm.yaml", *runs)
-    assert first.code == 0, first.err
-    assert trainyard("evaluate", first.json["url"], "--json").code == 0
+    assert first.exit_code == 0, first.stderr
+    assert trainyard("evaluate", first.json["url"], "--json").exit_code == 0
     (tmp_path / "project").rename(tmp_path / "moved")
     monkeypatch.chdir(tmp_path / "moved")
     again = trainyard("train", "jobs/warm.yaml", *runs)
-    assert (again.code, again.json["run"], "nothing to do" in again.err) == (0, first.json["run"], True), again.err
+    assert (again.exit_code, again.json["run"], "nothing to do" in again.stderr) == (0, first.json["run"], True), (
+        again.stderr
+    )
     typed = trainyard("train", "jobs/warm.yaml", "--set", "data.url=jobs/rows.parquet", *runs)
-    assert (typed.code, typed.json["run"]) == (0, first.json["run"]), typed.err
+    assert (typed.exit_code, typed.json["run"]) == (0, first.json["run"]), typed.stderr
 
 
-def test_another_start_is_another_run(trainyard: RunCommand, tmp_path: Path) -> None:
+def test_other_initial_weights_are_another_run(trainyard: RunCommand, tmp_path: Path) -> None:
     write_job(tmp_path)
     for name, lr in (("base", 0.1), ("other", 0.2)):
         trainyard("train", "small.yaml", "--name", name, "--set", f"train.phases.0.lr={lr}", "--max-steps", "4")
     job = write_changed_job(tmp_path, "warm.yaml", model={"hidden": [16], "init_from": "base"})
     first = trainyard("train", job, "--json").json["run"]
     assert trainyard("train", job, "--json").json["run"] == first
-    # The same name, but other weights behind it:
+    # The same name, but other weights:
     (tmp_path / "runs/base").rename(tmp_path / "runs/was")
     (tmp_path / "runs/other").rename(tmp_path / "runs/base")
     assert trainyard("train", job, "--json").json["run"] != first
     refused = trainyard("train", job, "--name", first)
-    assert refused.code == 2
-    assert "start: " in refused.err
-    assert trainyard("evaluate", first).code == 0, "a trained run needs its start no more"
+    assert refused.exit_code == 2
+    assert "start: " in refused.stderr
+    assert trainyard("evaluate", first).exit_code == 0, "a finished run does not need its initial weights"
 
 
 @pytest.mark.parametrize(
-    ("spec", "words"),
+    ("spec", "message"),
     [
         ("nowhere", "no such run"),
-        ("base@7", "it has no checkpoint '7'"),
-        ("base@newest", "it has no checkpoint 'newest'"),
+        ("base@7", "the run has no checkpoint '7'"),
+        ("base@newest", "the run has no checkpoint 'newest'"),
         ("damaged", "was altered"),
     ],
 )
-def test_missing_start_is_bad_input(spec: str, words: str, trainyard: RunCommand, tmp_path: Path) -> None:
+def test_missing_initial_weights_are_invalid_input(
+    spec: str, message: str, trainyard: RunCommand, tmp_path: Path
+) -> None:
     trainyard("train", write_job(tmp_path), "--name", spec.partition("@")[0] if spec != "nowhere" else "any")
     for file in tmp_path.glob("runs/damaged/checkpoints/*/model.safetensors"):
         file.write_bytes(file.read_bytes()[:-4] + b"\0\1\2\3")
     before = sorted(path.name for path in (tmp_path / "runs").iterdir())
     refused = trainyard("train", write_changed_job(tmp_path, "warm.yaml", model={"hidden": [16], "init_from": spec}))
-    assert refused.code == 2
-    assert words in refused.err
-    assert "Traceback" not in refused.err
+    assert refused.exit_code == 2
+    assert message in refused.stderr
+    assert "Traceback" not in refused.stderr
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == before
 
 
@@ -140,13 +144,13 @@ def test_mismatched_weights_are_named_and_skipped_if_not_strict(trainyard: RunCo
     base = trainyard("train", write_job(tmp_path), "--name", "base", "--json").json
     job = write_changed_job(tmp_path, "warm.yaml", model={"hidden": [16, 5], "init_from": "base@last"})
     refused = trainyard("train", job)
-    assert refused.code == 2
-    for words in ("missing there: 4.weight, 4.bias", "2.weight (2, 16), here (5, 16)", "model.strict: false"):
-        assert words in refused.err
-    taken = trainyard("train", job, "--set", "model.strict=false", "--set", "model.freeze=[0.*]", "--json")
-    assert taken.code == 0, taken.err
-    assert "not taken from base at step 24: missing there: 4.weight, 4.bias" in taken.err
-    assert torch.equal(read_weights(taken.json["url"])["0.weight"], read_weights(base["url"])["0.weight"])
+    assert refused.exit_code == 2
+    for text in ("missing there: 4.weight, 4.bias", "2.weight (2, 16), in this model (5, 16)", "model.strict: false"):
+        assert text in refused.stderr
+    loaded = trainyard("train", job, "--set", "model.strict=false", "--set", "model.freeze=[0.*]", "--json")
+    assert loaded.exit_code == 0, loaded.stderr
+    assert "not loaded from base at step 24: missing there: 4.weight, 4.bias" in loaded.stderr
+    assert torch.equal(read_weights(loaded.json["url"])["0.weight"], read_weights(base["url"])["0.weight"])
 
 
 def test_no_matching_weights_is_an_error_even_if_not_strict() -> None:
@@ -179,7 +183,7 @@ def test_weights_digest_covers_names_types_shapes_and_bytes() -> None:
     assert len(set(digests)) == len(digests)
     assert compute_weights_digest(dict(reversed(tensors.items()))) == digests[0]
     assert compute_weights_digest({**tensors, "a": torch.arange(12.0).view(6, 2)[:, 0] / 2}) == digests[0], (
-        "strides do not count"
+        "strides are no part of the digest"
     )
 
 
@@ -205,13 +209,13 @@ def images():
 def test_resumed_fine_tuning_matches_an_uninterrupted_run(
     trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Frozen layers with batch norms, groups and a warm start: interrupted by real signals, and resumed."""
+    """Frozen layers with batch norm, parameter groups and a warm start: interrupted by real signals, and resumed."""
     (tmp_path / "start_images.py").write_text(IMAGE_MODULE)
     monkeypatch.setattr(sys, "path", [*sys.path])
     data = {"source": {"call": "start_images:images"}, "splits": {"val": 60}}
     common = {"data": data, "checkpoint": {"every_steps": 3}, "evaluate": {"every_steps": 5}}
-    cold = {key: value for key, value in FINE_TUNED.items() if key != "init_from"}
-    base = write_changed_job(tmp_path, "base.yaml", **common, model=cold)
+    without_init = {key: value for key, value in FINE_TUNED.items() if key != "init_from"}
+    base = write_changed_job(tmp_path, "base.yaml", **common, model=without_init)
     fine = write_changed_job(
         tmp_path,
         "fine.yaml",
@@ -223,19 +227,19 @@ def test_resumed_fine_tuning_matches_an_uninterrupted_run(
             "phases": [{"epochs": 3, "lr": 0.02}],
         },
     )
-    assert trainyard("train", base, "--name", "base").code == 0
+    assert trainyard("train", base, "--name", "base").exit_code == 0
     whole = trainyard("train", fine, "--name", "whole", "--json").json
-    update, stops = TrainEngine.optimizer_step, {7, 8, 17}
+    optimizer_step, stops = TrainEngine.optimizer_step, {7, 8, 17}
 
-    def update_and_stop(trainee: TrainEngine, lr: float) -> None:
-        update(trainee, lr)
-        trainee.steps = getattr(trainee, "steps", 0) + 1  # type: ignore[attr-defined]
-        if stops and trainee.steps == min(stops):  # type: ignore[attr-defined]
+    def step_and_stop(engine: TrainEngine, lr: float) -> None:
+        optimizer_step(engine, lr)
+        engine.steps = getattr(engine, "steps", 0) + 1  # type: ignore[attr-defined]
+        if stops and engine.steps == min(stops):  # type: ignore[attr-defined]
             stops.remove(min(stops))
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(TrainEngine, "optimizer_step", update_and_stop)
-    codes = [trainyard("train", fine, "--name", "cut").code for _ in range(3)]
+    monkeypatch.setattr(TrainEngine, "optimizer_step", step_and_stop)
+    codes = [trainyard("train", fine, "--name", "cut").exit_code for _ in range(3)]
     assert codes == [130, 130, 0]
     ended = trainyard("train", fine, "--name", "cut", "--json").json
     files = [
@@ -249,14 +253,14 @@ def test_resumed_fine_tuning_matches_an_uninterrupted_run(
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert whole["metrics"] == ended["metrics"]
-    start, last = read_weights(tmp_path / "runs/base"), read_weights(whole["url"])
+    initial, last = read_weights(tmp_path / "runs/base"), read_weights(whole["url"])
     for name, tensor in last.items():
-        assert torch.equal(tensor, start[name]) == name.startswith("features."), name
+        assert torch.equal(tensor, initial[name]) == name.startswith("features."), name
 
 
 USER_MODEL = """
 from torch import nn
-from own_start_parts.layers import body
+from user_start_parts.layers import body
 
 def net(input_shape, outputs, width=4):
     return body(input_shape[0], width, outputs)
@@ -271,56 +275,56 @@ def body(inputs, width, outputs):
 
 def test_run_stores_its_code_and_names_changed_files(trainyard: RunCommand, tmp_path: Path) -> None:
     code = tmp_path / "jobs/code"
-    (code / "own_start_parts").mkdir(parents=True)
-    (code / "own_start_net.py").write_text(USER_MODEL)
-    (code / "own_start_parts/layers.py").write_text(USER_LAYERS)
-    (code / "own_start_unused.py").write_text("")
-    job = write_changed_job(tmp_path / "jobs", "own.yaml", model={"kind": "own_start_net:net"}, code="code")
-    run = Path(trainyard("train", job, "--name", "mine", "--json").json["url"])
+    (code / "user_start_parts").mkdir(parents=True)
+    (code / "user_start_net.py").write_text(USER_MODEL)
+    (code / "user_start_parts/layers.py").write_text(USER_LAYERS)
+    (code / "user_start_unused.py").write_text("")
+    job = write_changed_job(tmp_path / "jobs", "custom.yaml", model={"kind": "user_start_net:net"}, code="code")
+    run = Path(trainyard("train", job, "--name", "named", "--json").json["url"])
     with zipfile.ZipFile(run / "code.zip") as archive:
-        assert archive.read("own_start_parts/layers.py").decode() == USER_LAYERS
-        assert archive.namelist() == ["own_start_net.py", "own_start_parts/layers.py"]
+        assert archive.read("user_start_parts/layers.py").decode() == USER_LAYERS
+        assert archive.namelist() == ["user_start_net.py", "user_start_parts/layers.py"]
     before = (run / "code.zip").read_bytes()
     (run / "code.zip").unlink()
-    assert trainyard("train", job, "--name", "mine").code == 0
+    assert trainyard("train", job, "--name", "named").exit_code == 0
     assert (run / "code.zip").read_bytes() == before
     part = trainyard("train", job, "--name", "part", "--max-steps", "5", "--json").json
     claims = [json.loads(path.read_text()) for path in sorted(Path(part["url"]).glob("journal/*.json"))]
-    assert claims[0]["facts"]["code"].keys() == {"own_start_net.py", "own_start_parts/layers.py"}
+    assert claims[0]["facts"]["code"].keys() == {"user_start_net.py", "user_start_parts/layers.py"}
 
 
 MODEL_FROM_LAYERS = (
-    "from torch import nn\nfrom own_edit_parts import layers\ndef net():\n    return nn.Linear(2, layers)\n"
+    "from torch import nn\nfrom user_edit_parts import layers\ndef net():\n    return nn.Linear(2, layers)\n"
 )
 
 
 @pytest.fixture
 def edited_code(tmp_path: Path) -> tuple[str, Path]:
-    """A job with a model of its own, and the helper that the model's module imports."""
+    """A job with a custom model, and the helper that the model's module imports."""
     (tmp_path / "code").mkdir()
-    (tmp_path / "code/own_edit_net.py").write_text(MODEL_FROM_LAYERS)
-    (tmp_path / "code/own_edit_parts.py").write_text("layers = 2\n")
-    (tmp_path / "code/own_edit_unused.py").write_text("")
-    job = write_changed_job(tmp_path, "own.yaml", model={"kind": "own_edit_net:net"}, code="code")
-    return job, tmp_path / "code/own_edit_parts.py"
+    (tmp_path / "code/user_edit_net.py").write_text(MODEL_FROM_LAYERS)
+    (tmp_path / "code/user_edit_parts.py").write_text("layers = 2\n")
+    (tmp_path / "code/user_edit_unused.py").write_text("")
+    job = write_changed_job(tmp_path, "custom.yaml", model={"kind": "user_edit_net:net"}, code="code")
+    return job, tmp_path / "code/user_edit_parts.py"
 
 
 @pytest.fixture
 def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Has the next run stopped by SIGINT after so many updates."""
-    update = TrainEngine.optimizer_step
+    """A function that has the next run interrupted by SIGINT after `count` steps."""
+    optimizer_step = TrainEngine.optimizer_step
 
     def stop_at(count: int) -> None:
-        done: list[float] = []
+        lrs: list[float] = []
 
-        def update_and_count(trainee: TrainEngine, lr: float) -> None:
-            update(trainee, lr)
-            done.append(lr)
-            if len(done) == count:
-                monkeypatch.setattr(TrainEngine, "optimizer_step", update)
+        def step_and_count(engine: TrainEngine, lr: float) -> None:
+            optimizer_step(engine, lr)
+            lrs.append(lr)
+            if len(lrs) == count:
+                monkeypatch.setattr(TrainEngine, "optimizer_step", optimizer_step)
                 signal.raise_signal(signal.SIGINT)
 
-        monkeypatch.setattr(TrainEngine, "optimizer_step", update_and_count)
+        monkeypatch.setattr(TrainEngine, "optimizer_step", step_and_count)
 
     return stop_at
 
@@ -333,13 +337,13 @@ def read_claims(run: Path) -> list[dict[str, Any]]:
 def test_edited_code_is_a_new_run(trainyard: RunCommand, edited_code: tuple[str, Path]) -> None:
     job, helper = edited_code
     first = trainyard("train", job, "--json").json["run"]
-    helper.with_name("own_edit_unused.py").write_text("x = 1\n")
+    helper.with_name("user_edit_unused.py").write_text("x = 1\n")
     same = trainyard("train", job)
-    assert f"run {first} (found)" in same.err
-    assert "nothing to do" in same.err
+    assert f"run {first} (found)" in same.stderr
+    assert "nothing to do" in same.stderr
     helper.write_text("layers = 1 + 1\n")
     other = trainyard("train", job, "--json")
-    assert "nothing to do" not in other.err
+    assert "nothing to do" not in other.stderr
     assert other.json["run"] != first
 
 
@@ -347,36 +351,36 @@ def test_resume_despite_edited_code_is_explicit_and_recorded(
     trainyard: RunCommand, edited_code: tuple[str, Path], interrupted_at: Callable[[int], None], tmp_path: Path
 ) -> None:
     job, helper = edited_code
-    run = tmp_path / "runs/mine"
+    run = tmp_path / "runs/named"
     interrupted_at(2)
-    assert trainyard("train", job, "--name", "mine").code == 130
+    assert trainyard("train", job, "--name", "named").exit_code == 130
     before = (run / "code.zip").read_bytes()
     helper.write_text("layers = 1 + 1\n")
-    refused = trainyard("train", job, "--name", "mine")
-    assert refused.code == 2
-    assert "the code changed since this run last ran: own_edit_parts.py" in refused.err
-    assert "--allow-code-change" in refused.err
+    refused = trainyard("train", job, "--name", "named")
+    assert refused.exit_code == 2
+    assert "the code changed since this run last ran: user_edit_parts.py" in refused.stderr
+    assert "--allow-code-change" in refused.stderr
     assert len(read_claims(run)) == 1
     interrupted_at(2)
-    going_on = trainyard("train", job, "--name", "mine", "--allow-code-change")
-    assert going_on.code == 130
-    assert "resuming after step" in going_on.err
-    assert "code changed since the last attempt: own_edit_parts.py" in going_on.err
-    assert read_claims(run)[1]["code_changes_allowed"] == ["own_edit_parts.py"]
+    resumed = trainyard("train", job, "--name", "named", "--allow-code-change")
+    assert resumed.exit_code == 130
+    assert "resuming after step" in resumed.stderr
+    assert "code changed since the last attempt: user_edit_parts.py" in resumed.stderr
+    assert read_claims(run)[1]["code_changes_allowed"] == ["user_edit_parts.py"]
     with zipfile.ZipFile(run / "code.zip") as archive:
-        assert archive.read("own_edit_parts.py") == helper.read_bytes()
-    (kept,) = run.glob("code-*.zip")
-    assert kept.read_bytes() == before
-    ended = trainyard("train", job, "--name", "mine")  # nothing changed since, so nothing is to be allowed
-    assert ended.code == 0
-    assert "code changed" not in ended.err
+        assert archive.read("user_edit_parts.py") == helper.read_bytes()
+    (stored,) = run.glob("code-*.zip")
+    assert stored.read_bytes() == before
+    ended = trainyard("train", job, "--name", "named")  # nothing changed since, so no option is needed
+    assert ended.exit_code == 0
+    assert "code changed" not in ended.stderr
     assert "code_changes_allowed" not in read_claims(run)[2]
-    assert "nothing to do" in trainyard("train", job, "--name", "mine", "--allow-code-change").err
+    assert "nothing to do" in trainyard("train", job, "--name", "named", "--allow-code-change").stderr
     helper.write_text("layers = 2\n")
-    finished = trainyard("train", job, "--name", "mine", "--allow-code-change")
-    assert finished.code == 2
-    assert "the code changed since this run ended: own_edit_parts.py" in finished.err
-    assert "goes with --name" in trainyard("train", job, "--allow-code-change").err
+    finished = trainyard("train", job, "--name", "named", "--allow-code-change")
+    assert finished.exit_code == 2
+    assert "the code changed since this run ended: user_edit_parts.py" in finished.stderr
+    assert "needs --name" in trainyard("train", job, "--allow-code-change").stderr
 
 
 def test_weights_mismatch_after_an_edit_blames_the_code(
@@ -384,51 +388,56 @@ def test_weights_mismatch_after_an_edit_blames_the_code(
 ) -> None:
     job, helper = edited_code
     interrupted_at(2)
-    trainyard("train", job, "--name", "mine")
-    helper.with_name("own_edit_net.py").write_text(
+    trainyard("train", job, "--name", "named")
+    helper.with_name("user_edit_net.py").write_text(
         "from torch import nn\ndef net():\n    return nn.Sequential(nn.Linear(2, 2))\n"
     )
-    misfit = trainyard("train", job, "--name", "mine", "--allow-code-change")
-    assert misfit.code == 2
+    misfit = trainyard("train", job, "--name", "named", "--allow-code-change")
+    assert misfit.exit_code == 2
     assert (
-        "model.kind: own_edit_net:net: the code of this model is not the code that its weights were trained"
-        in misfit.err
+        "model.kind: user_edit_net:net: the code of this model is not the code that its weights were trained"
+        in misfit.stderr
     )
-    assert "checkpoint" not in misfit.err
+    assert "checkpoint" not in misfit.stderr
 
 
 def test_dynamically_imported_code_is_reported_and_recorded(
     trainyard: RunCommand, edited_code: tuple[str, Path], tmp_path: Path
 ) -> None:
     job, helper = edited_code
-    helper.with_name("own_edit_net.py").write_text(
+    helper.with_name("user_edit_net.py").write_text(
         "import pydoc\nfrom torch import nn\n"
-        "def net():\n    return nn.Linear(2, pydoc.locate('own_edit_parts').layers)\n"
+        "def net():\n    return nn.Linear(2, pydoc.locate('user_edit_parts').layers)\n"
     )
-    first = trainyard("train", job, "--name", "mine")
-    assert first.code == 0
-    assert "imported, but not stored with the run: own_edit_parts.py" in first.err
-    assert read_claims(tmp_path / "runs/mine")[0]["code_not_stored"].keys() == {"own_edit_parts.py"}
-    assert "nothing to do" in trainyard("train", job, "--name", "mine").err
+    first = trainyard("train", job, "--name", "named")
+    assert first.exit_code == 0
+    assert "imported, but not stored with the run: user_edit_parts.py" in first.stderr
+    assert read_claims(tmp_path / "runs/named")[0]["code_not_stored"].keys() == {"user_edit_parts.py"}
+    assert "nothing to do" in trainyard("train", job, "--name", "named").stderr
     helper.write_text("layers = 1 + 1\n")
-    again = trainyard("train", job, "--name", "mine")
-    assert again.code == 2
-    assert "the code changed since this run ended: own_edit_parts.py" in again.err
+    again = trainyard("train", job, "--name", "named")
+    assert again.exit_code == 2
+    assert "the code changed since this run ended: user_edit_parts.py" in again.stderr
 
 
 def without_code_identity(new: Path) -> str:
-    """A copy of a run as the version wrote it that noted the code of each attempt but not in the run's identity."""
+    """Copy a run to the form of an earlier version, which recorded the code of attempts, but not in the identity."""
     run = Run(Storage.open(str(new.parent)), new.name)
-    facts = {name: value for name, value in run.read_metadata().items() if name != "code"}
+    metadata = {name: value for name, value in run.read_metadata().items() if name != "code"}
     job = parse_job(run.read_job_yaml(), "stored")
-    plain = compute_identity(job, **{name: facts[name] for name in ("fingerprint", "start", "max_steps")})
-    older = Run(Storage.open(str(new.parent)), f"{job.name}-{digest_tree(plain)[:8]}")
+    identity = compute_identity(
+        job,
+        fingerprint=metadata["fingerprint"],
+        initial_weights_digest=metadata["start"],
+        max_steps=metadata["max_steps"],
+    )
+    older = Run(Storage.open(str(new.parent)), f"{job.name}-{digest_tree(identity)[:8]}")
     shutil.copytree(new, new.with_name(older.name))
     (new.with_name(older.name) / "job.yaml").unlink()
-    assert older.create(run.read_job_yaml().partition("\n")[2], {**facts, "identity": digest_tree(plain)})
+    assert older.create(run.read_job_yaml().partition("\n")[2], {**metadata, "identity": digest_tree(identity)})
     for entry in read_entries(run.journal):
         if isinstance(entry, Claim):
-            code = {**entry.facts["code"], "own_edit_unused.py": "a", "code.zip": "b"}
+            code = {**entry.facts["code"], "user_edit_unused.py": "a", "code.zip": "b"}
             text = replace(entry, facts={**entry.facts, "code": code}).to_json()
             (new.with_name(older.name) / f"journal/{entry.number:08d}.json").write_text(text)
     return older.name
@@ -439,75 +448,73 @@ def test_run_without_code_identity_is_resumed_by_name(
 ) -> None:
     job, helper = edited_code
     interrupted_at(2)
-    assert trainyard("train", job).code == 130
+    assert trainyard("train", job).exit_code == 130
     (run,) = (tmp_path / "runs").iterdir()
     older = without_code_identity(run)
     shutil.rmtree(run)
-    beside = trainyard("train", job, "--json")
-    assert beside.json["run"] == run.name
-    assert f"--name {older} goes on with it" in beside.err
+    new = trainyard("train", job, "--json")
+    assert new.json["run"] == run.name
+    assert f"--name {older} resumes it" in new.stderr
     resumed = trainyard("train", job, "--name", older)
-    assert resumed.code == 0, resumed.err
-    assert "resuming after step" in resumed.err
+    assert resumed.exit_code == 0, resumed.stderr
+    assert "resuming after step" in resumed.stderr
     helper.write_text("layers = 1 + 1\n")
     refused = trainyard("train", job, "--name", older)
-    assert refused.code == 2
-    assert "the code changed since this run ended: own_edit_parts.py" in refused.err
+    assert refused.exit_code == 2
+    assert "the code changed since this run ended: user_edit_parts.py" in refused.stderr
 
 
-def test_start_and_code_on_s3(
+def test_initial_weights_and_code_on_s3(
     trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_url: str
 ) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "code").mkdir()
-    (tmp_path / "code/own_start_s3.py").write_text("from torch import nn\ndef net():\n    return nn.Linear(2, 2)\n")
-    job = write_changed_job(tmp_path, "own.yaml", model={"kind": "own_start_s3:net"}, code="code")
-    assert trainyard("train", job, "--name", "base", "--storage", s3_url, "--max-steps", "2").code == 0
+    (tmp_path / "code/user_start_s3.py").write_text("from torch import nn\ndef net():\n    return nn.Linear(2, 2)\n")
+    job = write_changed_job(tmp_path, "custom.yaml", model={"kind": "user_start_s3:net"}, code="code")
+    assert trainyard("train", job, "--name", "base", "--storage", s3_url, "--max-steps", "2").exit_code == 0
     assert open_run("base", s3_url).read_code() is not None
     start = f"model.init_from={s3_url}/base@last"
     warm = trainyard("train", job, "--set", start, "--max-steps", "1", "--json")
-    assert warm.code == 0, warm.err
-    begun = find_checkpoint(open_run("base", s3_url), "last").load_weights()
-    assert (read_weights(warm.json["url"])["weight"] - begun["weight"]).norm() < 0.1 * begun["weight"].norm()
+    assert warm.exit_code == 0, warm.stderr
+    initial = find_checkpoint(open_run("base", s3_url), "last").load_weights()
+    assert (read_weights(warm.json["url"])["weight"] - initial["weight"]).norm() < 0.1 * initial["weight"].norm()
 
 
 def test_user_module_named_pipeline_is_rejected(trainyard: RunCommand, tmp_path: Path) -> None:
     (tmp_path / "code").mkdir()
     (tmp_path / "code/pipeline.py").write_text("")
-    refused = trainyard("train", write_changed_job(tmp_path, "own.yaml", code="code"))
-    assert refused.code == 2
-    assert "rename yours" in refused.err
+    refused = trainyard("train", write_changed_job(tmp_path, "custom.yaml", code="code"))
+    assert refused.exit_code == 2
+    assert "rename yours" in refused.stderr
 
 
 def test_pretrained_weights_from_a_file(trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision import models
 
-    (tmp_path / "start_pictures.py").write_text(
-        IMAGE_MODULE.replace("images", "pictures").replace("8, 8, 1", "32, 32, 3")
-    )
+    (tmp_path / "start_rgb_images.py").write_text(IMAGE_MODULE.replace("8, 8, 1", "32, 32, 3"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     torch.manual_seed(1)
     published = models.shufflenet_v2_x0_5().state_dict()
     save_file(published, tmp_path / "published.safetensors")
     model = {"kind": "torchvision:shufflenet_v2_x0_5", "weights": "published.safetensors", "freeze": "backbone"}
-    data = {"source": {"call": "start_pictures:pictures"}, "splits": {"val": 60}}
+    data = {"source": {"call": "start_rgb_images:images"}, "splits": {"val": 60}}
     job = write_changed_job(tmp_path, "fine.yaml", model=model, data=data)
     ended = trainyard("train", job, "--max-steps", "2", "--json")
-    assert ended.code == 0, ended.err
-    after = read_weights(ended.json["url"])
-    assert {name for name in after if name not in published or not torch.equal(after[name], published[name])} == {
+    assert ended.exit_code == 0, ended.stderr
+    trained = read_weights(ended.json["url"])
+    assert {name for name in trained if name not in published or not torch.equal(trained[name], published[name])} == {
         "fc.weight",
         "fc.bias",
     }
     save_file({**published, "conv5.1.bias": published["conv5.1.bias"] + 1}, tmp_path / "published.safetensors")
     assert trainyard("train", job, "--max-steps", "2", "--json").json["run"] != ended.json["run"]
     missing = trainyard("train", job, "--set", "model.weights=gone.pth")
-    assert missing.code == 2
-    assert "neither a file nor weights of shufflenet_v2_x0_5" in missing.err
+    assert missing.exit_code == 2
+    assert "neither a file nor weights of shufflenet_v2_x0_5" in missing.stderr
 
 
 def test_cpu_run_does_not_import_the_torch_compiler(tmp_path: Path) -> None:
-    """Its import takes longer than many a training."""
+    """Importing it takes longer than many trainings."""
     program = (
         "import sys; from pipeline import train;"
         "train({'name': 'a', 'data': {'source': 'disc'}, 'scale': {'device': 'cpu'}}, storage='runs', max_steps=3);"

@@ -1,4 +1,4 @@
-"""The same commands on an object store: a real S3 server on loopback."""
+"""Commands with an object store: a real S3 server on the loopback interface."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ def test_train_show_evaluate_and_load_on_s3(trainyard: RunCommand, tmp_path: Pat
     job = write_job(tmp_path)
     storage = ("--storage", s3_url)
     trained = trainyard("train", job, *storage, "--json")
-    assert trained.code == 0, trained.err
-    found = trained.json
-    assert found["status"] == "finished"
-    assert found["url"] == f"{s3_url}/{found['run']}"
-    assert "nothing to do" in trainyard("train", job, *storage).err
-    assert trainyard("show", found["url"], "--json").json["step"] == 24
-    assert [run["run"] for run in trainyard("runs", *storage, "--json").json["runs"]] == [found["run"]]
-    evaluated = trainyard("evaluate", found["url"], "--json").json
-    assert evaluated["metrics"]["val/loss"] == found["best"]["value"]
-    steps = pd.read_parquet(f"{found['url']}/metrics/steps")
+    assert trained.exit_code == 0, trained.stderr
+    result = trained.json
+    assert result["status"] == "finished"
+    assert result["url"] == f"{s3_url}/{result['run']}"
+    assert "nothing to do" in trainyard("train", job, *storage).stderr
+    assert trainyard("show", result["url"], "--json").json["step"] == 24
+    assert [run["run"] for run in trainyard("runs", *storage, "--json").json["runs"]] == [result["run"]]
+    evaluated = trainyard("evaluate", result["url"], "--json").json
+    assert evaluated["metrics"]["val/loss"] == result["best"]["value"]
+    steps = pd.read_parquet(f"{result['url']}/metrics/steps")
     assert sorted(steps["step"]) == list(range(1, 25))
-    assert not list(tmp_path.glob("runs*")), "nothing is left on this machine"
+    assert not list(tmp_path.glob("runs*")), "nothing is written on this machine"
 
 
 def test_weights_do_not_depend_on_the_storage(trainyard: RunCommand, tmp_path: Path, s3_url: str) -> None:
@@ -32,7 +32,7 @@ def test_weights_do_not_depend_on_the_storage(trainyard: RunCommand, tmp_path: P
 
     job = write_job(tmp_path)
     local = trainyard("train", job, "--json").json
-    there = trainyard("train", job, "--storage", s3_url, "--json").json
+    remote = trainyard("train", job, "--storage", s3_url, "--json").json
     name = f"checkpoints/{local['checkpoint']}/model.safetensors"
-    with fsspec.open(f"{there['url']}/{name}", "rb") as file:
+    with fsspec.open(f"{remote['url']}/{name}", "rb") as file:
         assert file.read() == (Path(local["url"]) / name).read_bytes()

@@ -1,4 +1,4 @@
-"""Standard output and error that cannot be written, and the last line of --json: what programs see of a command."""
+"""Standard output and error that cannot be written, and the JSON line of `--json`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.cli.command_line import RunCommand, write_job
 REPOSITORY = Path(__file__).parents[2]
 
 
-@pytest.fixture(params=["/dev/full", "a pipe that nobody reads"])
+@pytest.fixture(params=["/dev/full", "a closed pipe"])
 def broken_stream(request: pytest.FixtureRequest) -> Iterator[TextIO]:
     """A stream that cannot be written."""
     if request.param == "/dev/full":
@@ -32,7 +32,7 @@ def broken_stream(request: pytest.FixtureRequest) -> Iterator[TextIO]:
 
 
 def exit_code_of(*arguments: str) -> int:
-    """The exit code of a command whose output goes wherever it goes."""
+    """Run a command without capturing its output, and return its exit code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["trainyard", *arguments])
         with pytest.raises(SystemExit) as caught:
@@ -48,8 +48,8 @@ def test_unprintable_result_does_not_fail_the_run(
     job = write_job(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", broken_stream)
-        assert exit_code_of("train", job, "--name", "told-nobody", *form) == 0
-    assert trainyard("show", "told-nobody", "--json").json["status"] == "finished"
+        assert exit_code_of("train", job, "--name", "unprinted", *form) == 0
+    assert trainyard("show", "unprinted", "--json").json["status"] == "finished"
 
 
 def test_unprintable_progress_does_not_fail_the_run(
@@ -78,7 +78,7 @@ def test_train_without_standard_streams(trainyard: RunCommand, tmp_path: Path, m
 
 
 @pytest.mark.parametrize(
-    ("redirection", "code", "said"),
+    ("redirection", "code", "stderr"),
     [
         (">/dev/full", 1, "error: standard output: No space left on device: nothing is printed\n"),
         (">/dev/full 2>/dev/full", 1, ""),
@@ -86,12 +86,12 @@ def test_train_without_standard_streams(trainyard: RunCommand, tmp_path: Path, m
         (">&-", 0, ""),
     ],
 )
-def test_interpreter_exits_without_extra_output(tmp_path: Path, redirection: str, code: int, said: str) -> None:
-    """Whatever stood in a buffer when writing failed would fail once more at the very end."""
+def test_interpreter_exits_without_extra_output(tmp_path: Path, redirection: str, code: int, stderr: str) -> None:
+    """At exit, the interpreter flushes what is still in a buffer, which would fail again."""
     command = f"sleep 1; {sys.executable} -m pipeline runs --storage {tmp_path}"
     shell = f"({command}; echo $? >{tmp_path}/code) {redirection}"
     done = subprocess.run(["sh", "-c", shell], capture_output=True, text=True, check=True, cwd=REPOSITORY)
-    assert (int((tmp_path / "code").read_text()), done.stderr) == (code, said)
+    assert (int((tmp_path / "code").read_text()), done.stderr) == (code, stderr)
 
 
 @pytest.mark.parametrize(
@@ -110,11 +110,11 @@ def test_interpreter_exits_without_extra_output(tmp_path: Path, redirection: str
 def test_every_error_is_json_with_json_output(trainyard: RunCommand, tmp_path: Path, arguments: list[str]) -> None:
     write_job(tmp_path)
     completed = trainyard(*arguments)
-    assert completed.code == 2
+    assert completed.exit_code == 2
     assert completed.json["exit_code"] == 2
     assert completed.json["error"]["message"]
-    assert completed.json["error"]["message"].splitlines()[0] in completed.err, "people are told as ever"
-    assert len(completed.out.splitlines()) == 1
+    assert completed.json["error"]["message"].splitlines()[0] in completed.stderr, "standard error has the message too"
+    assert len(completed.stdout.splitlines()) == 1
 
 
 def test_keyboard_interrupt_is_json(trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,24 +123,24 @@ def test_keyboard_interrupt_is_json(trainyard: RunCommand, tmp_path: Path, monke
 
     monkeypatch.setattr("pipeline.commands.show.runs", interrupted)
     completed = trainyard("runs", "--json")
-    assert (completed.code, completed.json["exit_code"]) == (130, 130)
-    assert "interrupted" in completed.err
+    assert (completed.exit_code, completed.json["exit_code"]) == (130, 130)
+    assert "interrupted" in completed.stderr
 
 
 def test_nonfinite_numbers_are_null_in_json(
     trainyard: RunCommand, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wild = {"batch_size": 100, "phases": [{"epochs": 1, "lr": 1e30}]}
-    completed = trainyard("check", write_job(tmp_path, train=wild), "--batch", "--json")
-    assert completed.code == 0, completed.err
-    batch = json.loads(completed.out.splitlines()[-1], parse_constant=raise_refused)["batch"]
+    diverging = {"batch_size": 100, "phases": [{"epochs": 1, "lr": 1e30}]}
+    completed = trainyard("check", write_job(tmp_path, train=diverging), "--batch", "--json")
+    assert completed.exit_code == 0, completed.stderr
+    batch = json.loads(completed.stdout.splitlines()[-1], parse_constant=reject_constant)["batch"]
     assert batch["loss_after"] is None
     assert batch["loss_before"] > 0
     print_json({"a": [1.5, float("inf"), {"b": (float("-inf"), float("nan"), "nan")}]})
-    assert json.loads(capsys.readouterr().out, parse_constant=raise_refused) == {
+    assert json.loads(capsys.readouterr().out, parse_constant=reject_constant) == {
         "a": [1.5, None, {"b": [None, None, "nan"]}]
     }
 
 
-def raise_refused(word: str) -> Any:
-    raise AssertionError(f"{word} is not JSON")
+def reject_constant(constant: str) -> Any:
+    raise AssertionError(f"{constant} is not JSON")

@@ -1,4 +1,4 @@
-"""What takes long before training is shown in place on a terminal, and now and then elsewhere."""
+"""Phases, evaluations and the progress bar, with and without a terminal."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ START_EVENT = TrainingStarted(step=0, last_step=3000, num_evaluations=3000, work
 
 
 def make_evaluation(number: int, **changes: Any) -> EvaluationLogged:
-    """Of a regression, an evaluation a step."""
+    """Return the evaluation of a regression after step `number`, with one evaluation per step."""
     metrics = {"val/loss": 1.5 * number, "val/rmse": 12345.678 / (number + 1), "val/mae": 1.0, "val/r2": -1 / 3}
     values: dict[str, Any] = {"is_best": False, "no_gain": False, "phase": 1, "ends_epoch": True, **changes}
     return EvaluationLogged(step=number, epoch=number, number=number, metrics=metrics, best_metric="val/rmse", **values)
 
 
-def shown_epochs(said: str) -> list[int]:
-    return [int(line.split()[1]) for line in said.splitlines() if line.startswith("epoch")]
+def shown_epochs(output: str) -> list[int]:
+    return [int(line.split()[1]) for line in output.splitlines() if line.startswith("epoch")]
 
 
 def test_output_of_thousands_of_evaluations_is_thinned(capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,13 +68,13 @@ def test_output_of_thousands_of_evaluations_is_thinned(capsys: pytest.CaptureFix
             progress.show(make_evaluation(number, is_best=best, phase=phase))
         progress.show(EarlyStopped(step=2990, last_step=3000, evaluations_since_best=5, metric="val/rmse"))
     output = capsys.readouterr().err
-    assert "of 3,000 evaluations 1 in 50 is shown here" in output
+    assert "1 in 50 of 3,000 evaluations is shown here" in output
     assert shown_epochs(output) == sorted([*range(0, 2951, 50), 2107, 2990])
     lines = {line.split()[1]: line for line in output.splitlines() if line.startswith("epoch")}
     assert [epoch for epoch, line in lines.items() if "best" in line] == ["100", "1250", "2990"]
     assert lines["1250"].endswith("best at step 1234")
     assert output.splitlines()[-1].startswith("early stop at step 2990 of 3000")
-    with ProgressDisplay(quiet=False) as progress:  # one that is interrupted, and of which every evaluation is shown
+    with ProgressDisplay(quiet=False) as progress:  # an interrupted run, with a line for each evaluation
         progress.show(replace(START_EVENT, num_evaluations=100))
         for number in range(8):
             progress.show(make_evaluation(number))
@@ -96,7 +96,7 @@ def test_interrupted_run_prints_its_last_evaluation(
 def test_progress_line_fits_the_width_and_keeps_its_layout(
     columns: int, fields: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a real pseudo-terminal: step, bar and time left always, then as many fields as there is room for."""
+    """On a pseudo-terminal: always step, bar and remaining time, then as many fields as fit."""
     master, slave = pty.openpty()
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("TERM", "xterm")
@@ -115,8 +115,8 @@ def test_progress_line_fits_the_width_and_keeps_its_layout(
         progress.show(replace(START_EVENT, step=2000))
         progress.show(make_evaluation(2000))
         for step in range(2000, 3001, 100):
-            loss, rate_now = 10.0 ** (step % 700 / 100 - 3), 3.0 ** (step / 200)
-            progress.show(StepsLogged(step=step, epoch=1, loss=loss, lr=0.1, samples=100, samples_per_s=rate_now))
+            loss, throughput = 10.0 ** (step % 700 / 100 - 3), 3.0 ** (step / 200)
+            progress.show(StepsLogged(step=step, epoch=1, loss=loss, lr=0.1, samples=100, samples_per_s=throughput))
             progress.show(make_evaluation(step))
             assert progress._bar is not None
             progress._bar._progress.refresh()

@@ -1,4 +1,4 @@
-"""train, show, runs: what a user types, what comes out, what lies there afterwards."""
+"""`train`, `show` and `runs`: their output, and the files of the run."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from tests.cli.command_line import SMALL_JOB, RunCommand, write_job
 
 def test_a_run_leaves_the_documented_files(trainyard: RunCommand, tmp_path: Path) -> None:
     ended = trainyard("train", write_job(tmp_path), "--json")
-    assert ended.code == 0, ended.err
-    found = ended.json
-    assert found["status"] == "finished"
-    assert (found["step"], found["epoch"], found["attempts"]) == (24, 3, 1)
-    assert found["best"]["metric"] == "val/loss"
-    assert set(found["metrics"]) == {f"val/{name}" for name in METRICS["multiclass"]}
-    assert found["error"] is None
-    run = Path(found["url"])
-    assert run == tmp_path / "runs" / found["run"]
-    assert found["run"].startswith("small-")
-    there = {path.name for path in run.iterdir()}
-    assert {"job.yaml", "run.json", "result.json", "splits.parquet", "journal", "metrics", "checkpoints"} <= there
-    assert "epoch 3" in ended.err
-    assert len([line for line in ended.err.splitlines() if line.startswith("epoch")]) == 4, "one line an evaluation"
+    assert ended.exit_code == 0, ended.stderr
+    result = ended.json
+    assert result["status"] == "finished"
+    assert (result["step"], result["epoch"], result["attempts"]) == (24, 3, 1)
+    assert result["best"]["metric"] == "val/loss"
+    assert set(result["metrics"]) == {f"val/{name}" for name in METRICS["multiclass"]}
+    assert result["error"] is None
+    run = Path(result["url"])
+    assert run == tmp_path / "runs" / result["run"]
+    assert result["run"].startswith("small-")
+    names = {path.name for path in run.iterdir()}
+    assert {"job.yaml", "run.json", "result.json", "splits.parquet", "journal", "metrics", "checkpoints"} <= names
+    assert "epoch 3" in ended.stderr
+    assert len([line for line in ended.stderr.splitlines() if line.startswith("epoch")]) == 4, "one line per evaluation"
 
 
-def test_all_readers_see_each_step_once(trainyard: RunCommand, tmp_path: Path) -> None:
+def test_all_parquet_readers_read_each_step_once(trainyard: RunCommand, tmp_path: Path) -> None:
     run = Path(trainyard("train", write_job(tmp_path), "--json").json["url"])
     steps, evals = run / "metrics/steps", run / "metrics/evals"
     assert pd.read_parquet(steps).sort_values("step")["step"].tolist() == list(range(1, 25))
@@ -77,27 +77,27 @@ def test_repeated_command_is_a_no_op_and_changed_job_is_a_new_run(trainyard: Run
     job = write_job(tmp_path)
     first = trainyard("train", job, "--json").json
     again = trainyard("train", job, "--json")
-    assert again.code == 0
-    assert "nothing to do" in again.err
+    assert again.exit_code == 0
+    assert "nothing to do" in again.stderr
     assert again.json["run"] == first["run"]
     assert again.json["attempts"] == 1
     other = trainyard("train", job, "--set", "train.phases.0.lr=0.3", "--json").json
     assert other["run"] != first["run"]
-    elsewhere = trainyard("train", job, "--set", "checkpoint.keep=1", "--set", "scale.threads=1", "--json").json
-    assert elsewhere["run"] == first["run"], "where and how fast do not make another run"
+    same = trainyard("train", job, "--set", "checkpoint.keep=1", "--set", "scale.threads=1", "--json").json
+    assert same["run"] == first["run"], "fields of where and how to run do not change the identity"
     listed = trainyard("runs")
-    assert {first["run"], other["run"]} <= set(listed.out.split())
+    assert {first["run"], other["run"]} <= set(listed.stdout.split())
     assert {run["run"] for run in trainyard("runs", "--json").json["runs"]} == {first["run"], other["run"]}
 
 
 def test_name_of_another_job_is_rejected_with_differences(trainyard: RunCommand, tmp_path: Path) -> None:
     job = write_job(tmp_path)
-    assert trainyard("train", job, "--name", "mine", "--max-steps", "3").code == 0
-    refused = trainyard("train", job, "--name", "mine", "--set", "train.batch_size=50")
-    assert refused.code == 2
-    assert "train.batch_size: 100 there, 50 here" in refused.err
-    assert "max_steps: 3 there, None here" in refused.err
-    assert trainyard("show", "mine", "--json").json["step"] == 3
+    assert trainyard("train", job, "--name", "named", "--max-steps", "3").exit_code == 0
+    refused = trainyard("train", job, "--name", "named", "--set", "train.batch_size=50")
+    assert refused.exit_code == 2
+    assert "train.batch_size: 100 in the run, 50 now" in refused.stderr
+    assert "max_steps: 3 in the run, None now" in refused.stderr
+    assert trainyard("show", "named", "--json").json["step"] == 3
 
 
 def test_storage_precedence_is_flag_environment_job(
@@ -109,19 +109,19 @@ def test_storage_precedence_is_flag_environment_job(
     monkeypatch.setenv("TRAINYARD_STORAGE", str(tmp_path / "from_env"))
     assert "/from_env/" in trainyard("train", job, *short).json["url"]
     assert "/from_flag/" in trainyard("train", job, *short, "--storage", "from_flag").json["url"]
-    assert "/memory" not in trainyard("runs").out
+    assert "/memory" not in trainyard("runs").stdout
 
 
 def test_quiet_prints_nothing(trainyard: RunCommand, tmp_path: Path) -> None:
     ended = trainyard("train", write_job(tmp_path), "--quiet", "--max-steps", "2")
-    assert ended.err == ""
-    assert "finished" in ended.out
+    assert ended.stderr == ""
+    assert "finished" in ended.stdout
 
 
 def test_only_evaluate_reads_the_test_split_and_each_read_is_logged(trainyard: RunCommand, tmp_path: Path) -> None:
     run = Path(trainyard("train", write_job(tmp_path), "--json").json["url"])
     assert not (run / "reads").exists()
-    assert trainyard("evaluate", run.name, "--split", "val").code == 0
+    assert trainyard("evaluate", run.name, "--split", "val").exit_code == 0
     assert not (run / "reads").exists()
     first = trainyard("evaluate", run.name, "--split", "test", "--json").json
     assert first["metrics"]["test/samples"] == 1000
@@ -133,17 +133,17 @@ def test_only_evaluate_reads_the_test_split_and_each_read_is_logged(trainyard: R
 def test_nonfinite_loss_fails_with_its_step(trainyard: RunCommand, tmp_path: Path) -> None:
     job = write_job(tmp_path, train={**SMALL_JOB["train"], "phases": [{"epochs": 3, "lr": 1e30}]})
     ended = trainyard("train", job, "--json", "--name", "wild")
-    assert ended.code == 1
-    assert "at step" in ended.err
-    assert "learning rate 1e+30" in ended.err
-    assert "Traceback" not in ended.err
+    assert ended.exit_code == 1
+    assert "at step" in ended.stderr
+    assert "learning rate 1e+30" in ended.stderr
+    assert "Traceback" not in ended.stderr
     assert ended.json["error"]["type"] == "NotFiniteError"
     shown = trainyard("show", "wild", "--json").json
     assert shown["status"] == "failed"
     assert "learning rate" in shown["error"]["message"]
-    words = trainyard("show", "wild").out
-    assert "the same command would end there again" in words
-    assert "goes on from" not in words
+    text = trainyard("show", "wild").stdout
+    assert "the same command would fail there again" in text
+    assert "resumes from" not in text
 
 
 def test_run_that_only_worsens_recommends_no_checkpoint(trainyard: RunCommand, tmp_path: Path) -> None:
@@ -152,23 +152,23 @@ def test_run_that_only_worsens_recommends_no_checkpoint(trainyard: RunCommand, t
     ended = trainyard("train", job, "--json")
     rows = pd.read_parquet(Path(ended.json["url"]) / "metrics/evals").sort_values("step")
     before, *after = rows["loss"]
-    assert min(after) > before, "what this test is about"
-    lines = [line for line in ended.err.splitlines() if line.startswith("epoch")]
+    assert min(after) > before, "the premise of this test"
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("epoch")]
     assert [line.endswith("  no better than before training") for line in lines] == [False, True, True, True]
     no_gain = f"no evaluation is better than before training (val/loss {before:.4f})"
-    assert f"warning: {no_gain}: the learning rate, 100 now, may be too high" in ended.err
+    assert f"warning: {no_gain}: the learning rate, 100 now, may be too high" in ended.stderr
     assert (ended.json["best"]["value"], ended.json["best"]["before_training"]) == (min(after), before)
-    assert f"  warning   {no_gain}" in trainyard("show", ended.json["run"]).out
+    assert f"  warning   {no_gain}" in trainyard("show", ended.json["run"]).stdout
     train["phases"].append({"steps": 9, "lr": 1e30})
     diverged = trainyard("train", write_job(tmp_path, train=train, evaluate={"every_steps": 2}), "--name", "wild")
-    assert diverged.code == 1
-    assert f"{no_gain}, so no checkpoint is worth going on from" in diverged.err
-    assert "init_from" not in diverged.err + trainyard("show", "wild").out
+    assert diverged.exit_code == 1
+    assert f"{no_gain}, so no checkpoint is worth starting from" in diverged.stderr
+    assert "init_from" not in diverged.stderr + trainyard("show", "wild").stdout
     good = trainyard("train", write_job(tmp_path), "--json")
-    assert "before training" not in good.err + trainyard("show", good.json["run"]).out
+    assert "before training" not in good.stderr + trainyard("show", good.json["run"]).stdout
 
 
-def test_best_is_the_earliest_minimum_and_patience_stops(trainyard: RunCommand, tmp_path: Path) -> None:
+def test_best_is_the_earliest_optimum_and_patience_stops(trainyard: RunCommand, tmp_path: Path) -> None:
     job = write_job(
         tmp_path,
         train={**SMALL_JOB["train"], "phases": [{"epochs": 200, "lr": 0.5}]},
@@ -176,17 +176,17 @@ def test_best_is_the_earliest_minimum_and_patience_stops(trainyard: RunCommand, 
         best={"metric": "val/accuracy", "mode": "max", "patience": 3},
     )
     ended = trainyard("train", job, "--json")
-    found = ended.json
-    evals = pd.read_parquet(Path(found["url"]) / "metrics/evals").sort_values("step")
+    result = ended.json
+    evals = pd.read_parquet(Path(result["url"]) / "metrics/evals").sort_values("step")
     trained = [row for row in evals.to_dict("records") if row["step"] > 0]
     best = max(trained, key=lambda row: (row["accuracy"], -row["step"]))
-    assert found["best"]["step"] == best["step"]
-    assert found["step"] == found["best"]["step"] + 12 < 1600
-    assert (found["stopped_early"], found["evaluations_since_best"]) == (True, 3)
-    words = "3 evaluations without a better val/accuracy"
-    assert f"early stop at step {found['step']} of 1600: {words}" in ended.err
-    assert f"  stopped   early, of 1600 steps: {words}" in trainyard("show", found["run"]).out
-    assert "early" not in trainyard("train", write_job(tmp_path)).out
+    assert result["best"]["step"] == best["step"]
+    assert result["step"] == result["best"]["step"] + 12 < 1600
+    assert (result["stopped_early"], result["evaluations_since_best"]) == (True, 3)
+    reason = "3 evaluations without a better val/accuracy"
+    assert f"early stop at step {result['step']} of 1600: {reason}" in ended.stderr
+    assert f"  stopped   early, of 1600 steps: {reason}" in trainyard("show", result["run"]).stdout
+    assert "early" not in trainyard("train", write_job(tmp_path)).stdout
 
 
 OUT_OF_MEMORY_MODULE = """
@@ -208,11 +208,11 @@ def test_out_of_memory_names_settings_to_lower(trainyard: RunCommand, tmp_path: 
     (tmp_path / "hungry_model.py").write_text(OUT_OF_MEMORY_MODULE)
     job = write_job(tmp_path, model={"kind": "hungry_model:Hungry"}, code=".")
     ended = trainyard("train", job)
-    assert ended.code == 1
-    assert "train.batch_size: 100: out of memory on cpu, with pieces of 100 samples" in ended.err
-    assert "train.micro_batch: 50" in ended.err
-    assert "Traceback" not in ended.err
-    assert "failed" in trainyard("runs").out
+    assert ended.exit_code == 1
+    assert "train.batch_size: 100: out of memory on cpu, with micro-batches of 100 samples" in ended.stderr
+    assert "train.micro_batch: 50" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert "failed" in trainyard("runs").stdout
 
 
 CUSTOM_METRICS = "tests.training.custom_metrics"
@@ -222,23 +222,23 @@ def test_fp16_counts_skipped_updates(trainyard: RunCommand, tmp_path: Path) -> N
     train = {**SMALL_JOB["train"], "precision": "fp16", "phases": [{"epochs": 3, "lr": 1e-4}]}
     job = write_job(tmp_path, train=train, task={"loss": f"{CUSTOM_METRICS}:steep"})
     ended = trainyard("train", job, "--json")
-    found = ended.json
-    skipped = pd.read_parquet(Path(found["url"]) / "metrics/steps").sort_values("step")["skipped"]
-    assert found["skipped_updates"] >= skipped.max() > 0
-    count = found["skipped_updates"]
-    assert f"  skipped   {count} updates" in trainyard("show", found["run"]).out
-    assert trainyard("show", found["run"], "--json").json["skipped_updates"] == count
+    result = ended.json
+    skipped = pd.read_parquet(Path(result["url"]) / "metrics/steps").sort_values("step")["skipped"]
+    assert result["skipped_updates"] >= skipped.max() > 0
+    count = result["skipped_updates"]
+    assert f"  skipped   {count} updates" in trainyard("show", result["run"]).stdout
+    assert trainyard("show", result["run"], "--json").json["skipped_updates"] == count
     assert trainyard("train", write_job(tmp_path), "--json").json["skipped_updates"] is None
 
 
 def test_fp16_run_of_an_earlier_version_is_resumed(
     trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    of_job = MetricSchema.from_job
-    monkeypatch.setattr(MetricSchema, "from_job", lambda *of: replace(of_job(*of), steps={}))
-    found = trainyard("train", write_job(tmp_path, train={**SMALL_JOB["train"], "precision": "fp16"}), "--json").json
-    assert (found["status"], found["skipped_updates"]) == ("finished", 0)
-    assert "loss_scale" not in pd.read_parquet(Path(found["url"]) / "metrics/steps")
+    from_job = MetricSchema.from_job
+    monkeypatch.setattr(MetricSchema, "from_job", lambda *args: replace(from_job(*args), steps={}))
+    result = trainyard("train", write_job(tmp_path, train={**SMALL_JOB["train"], "precision": "fp16"}), "--json").json
+    assert (result["status"], result["skipped_updates"]) == ("finished", 0)
+    assert "loss_scale" not in pd.read_parquet(Path(result["url"]) / "metrics/steps")
 
 
 GRADIENTLESS_MODULE = """
@@ -257,18 +257,21 @@ class Gradientless(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("epochs", "words"), [(3, "all 24 updates were skipped"), (9, "layer.weight, layer.bias are not finite at step 32")]
+    ("epochs", "message"),
+    [(3, "all 24 updates were skipped"), (9, "layer.weight, layer.bias are not finite at step 32")],
 )
-def test_fp16_reports_a_model_without_gradients(trainyard: RunCommand, tmp_path: Path, epochs: int, words: str) -> None:
+def test_fp16_reports_a_model_without_gradients(
+    trainyard: RunCommand, tmp_path: Path, epochs: int, message: str
+) -> None:
     train = {**SMALL_JOB["train"], "precision": "fp16", "phases": [{"epochs": epochs, "lr": 0.1}]}
     (tmp_path / "gradientless_model.py").write_text(GRADIENTLESS_MODULE)
     job = write_job(tmp_path, train=train, model={"kind": "gradientless_model:Gradientless"}, code=".")
     ended = trainyard("train", job, "--json")
-    assert (ended.code, ended.json["error"]["type"]) == (1, "NotFiniteError")
-    assert words in ended.err
-    assert "bf16" in ended.err
+    assert (ended.exit_code, ended.json["error"]["type"]) == (1, "NotFiniteError")
+    assert message in ended.stderr
+    assert "bf16" in ended.stderr
     again = trainyard("train", job, "--json")  # from the last checkpoint
-    assert (again.code, again.err.splitlines()[-2:]) == (1, ended.err.splitlines()[-2:])
+    assert (again.exit_code, again.stderr.splitlines()[-2:]) == (1, ended.stderr.splitlines()[-2:])
 
 
 @pytest.mark.parametrize(
@@ -294,7 +297,7 @@ def test_thread_count_depends_on_the_model(
 def test_run_of_many_epochs_prints_about_a_hundred_lines(trainyard: RunCommand, tmp_path: Path) -> None:
     train = {"batch_size": "all", "phases": [{"epochs": 120, "lr": 0.1}, {"epochs": 121, "lr": 0.05}]}
     ended = trainyard("train", write_job(tmp_path, train=train), "--json")
-    epochs = [int(line.split()[1]) for line in ended.err.splitlines() if line.startswith("epoch")]
+    epochs = [int(line.split()[1]) for line in ended.stderr.splitlines() if line.startswith("epoch")]
     assert epochs == sorted({*range(0, 241, 5), 121, 241})
-    assert "of 241 evaluations 1 in 5 is shown here" in ended.err
+    assert "1 in 5 of 241 evaluations is shown here" in ended.stderr
     assert len(pd.read_parquet(Path(ended.json["url"]) / "metrics/evals")) == 242

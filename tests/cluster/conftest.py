@@ -1,4 +1,4 @@
-"""One Ray cluster for all tests that need one."""
+"""Ray clusters that the tests share: one to connect to, and one for submitted jobs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CPUS = 3
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Any]:
-    """Ray, connected to a cluster of this machine with `CPUS` processors."""
+    """Ray, connected to a cluster on this machine with `CPUS` CPUs."""
     from pipeline.cluster.ray_internals import RAY_ENV_DEFAULTS
 
     environment = {**RAY_ENV_DEFAULTS, "RAY_metrics_report_interval_ms": "300"}
@@ -36,6 +36,6 @@ def cluster() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def jobs_cluster() -> Iterator[JobsCluster]:
-    """Another cluster, with a dashboard and token authentication; nothing here is connected to it."""
+    """Another cluster, with a dashboard and token authentication. This process is not connected to it."""
     with start_cluster() as cluster:
         yield cluster

@@ -1,4 +1,4 @@
-"""Ray's processes on this machine, as a process listing shows them."""
+"""Find Ray's processes on this machine."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 
 
 def find_actor_processes(cluster: Any, actor: str) -> set[int]:
-    """Processes of a class of actors in this cluster. (Other clusters may run on this machine.)"""
+    """Return the process ids of an actor class in this cluster. (Other clusters may run on this machine.)"""
     socket = cluster.nodes()[0]["RayletSocketName"]
     listing = _list_processes()
-    raylets = {pid for pid, (_, words) in listing.items() if "/raylet\0" in words and socket in words}
+    raylets = {pid for pid, (_, command) in listing.items() if "/raylet\0" in command and socket in command}
     return {
         pid
-        for pid, (parent, words) in listing.items()
-        if parent in raylets and words.startswith("ray::") and actor in words
+        for pid, (parent, command) in listing.items()
+        if parent in raylets and command.startswith("ray::") and actor in command
     }
 
 
 def _list_processes() -> dict[int, tuple[int, str]]:
-    """Parent and command line of every process."""
+    """Return the parent's id and the command line of every process, by process id."""
     processes = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:

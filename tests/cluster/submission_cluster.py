@@ -1,4 +1,4 @@
-"""A Ray cluster of this machine with a dashboard and token authentication, and a wire to it that can be cut."""
+"""A Ray cluster on this machine with a dashboard and token authentication, and a TCP proxy that can be cut off."""
 
 from __future__ import annotations
 
@@ -20,35 +20,36 @@ from pathlib import Path
 from tests.process_kill.run_assertions import wait_for
 
 CURRENT_CLUSTER_FILE = "ray_current_cluster"
-"""Ray's file of a cluster's address, written when all of it runs."""
+"""Ray's file with a cluster's address, written when the whole cluster runs."""
 TOKEN = "jobs-cluster-token-0123456789abcdef"
 
 
 @dataclass(frozen=True)
 class JobsCluster:
-    """`folder` holds the session's logs, below `session_latest/logs`."""
+    """A running cluster. Its logs are in `folder`, under `session_latest/logs`."""
 
     url: str
     folder: Path
 
     def processes(self) -> dict[int, str]:
-        """Command lines of this cluster's processes that show its folder, by process id."""
-        return {pid: words for pid, words in list_command_lines().items() if str(self.folder) in words}
+        """Return the command lines of this cluster's processes that contain its folder, by process id."""
+        return {pid: command for pid, command in list_command_lines().items() if str(self.folder) in command}
 
 
 def list_command_lines() -> dict[int, str]:
-    """Of every process on this machine."""
-    by_pid = {}
+    """Return the command line of every process on this machine, by process id."""
+    command_lines = {}
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            by_pid[int(path.name)] = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    return by_pid
+            command = (path / "cmdline").read_bytes().replace(b"\0", b" ")
+            command_lines[int(path.name)] = command.decode(errors="replace")
+    return command_lines
 
 
 @contextmanager
 def start_cluster(cpus: int = 2) -> Iterator[JobsCluster]:
-    """A cluster of one node, ended with all its processes."""
-    folder = Path(tempfile.mkdtemp(prefix="tyj-"))  # short: it holds sockets
+    """Run a cluster of one node; afterwards all its processes are killed."""
+    folder = Path(tempfile.mkdtemp(prefix="tyj-"))  # a short path, because it contains sockets
     dashboard, client = find_free_port(), find_free_port()
     cluster = JobsCluster(f"http://127.0.0.1:{dashboard}", folder / "ray")
     head = (
@@ -66,7 +67,7 @@ def start_cluster(cpus: int = 2) -> Iterator[JobsCluster]:
             assert process.poll() is None, (folder / "ray-start.log").read_text()
             yield cluster
     finally:
-        for _ in range(40):  # workers that are still dying write into it
+        for _ in range(40):  # workers that have not ended yet write to it
             shutil.rmtree(folder, ignore_errors=True)
             if not folder.exists():
                 break
@@ -75,7 +76,7 @@ def start_cluster(cpus: int = 2) -> Iterator[JobsCluster]:
 
 @contextmanager
 def add_node(cluster: JobsCluster) -> Iterator[None]:
-    """One more node, on this machine too."""
+    """Run another node of the cluster, also on this machine."""
     address = (cluster.folder / CURRENT_CLUSTER_FILE).read_text().strip()
     with start_node(cluster.folder.parent, 1, "--address", address):
         wait_for(lambda: _get(f"{cluster.url}/nodes?view=summary").count(b'"ALIVE"') == 2, 120, "a second node")
@@ -84,7 +85,7 @@ def add_node(cluster: JobsCluster) -> Iterator[None]:
 
 @contextmanager
 def start_node(folder: Path, cpus: int, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`ray start` with these options, and at the end the end of all that it started."""
+    """Run `ray start` with these options; afterwards everything that it started is killed."""
     environment = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
     environment |= {"HOME": str(folder), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_worker_niceness": "0"}
     command = [
@@ -97,10 +98,10 @@ def start_node(folder: Path, cpus: int, *options: str) -> Iterator[subprocess.Po
     try:
         yield process
     finally:
-        process.kill()  # it would take its time
+        process.kill()  # SIGTERM would take long
         process.wait()
-        for pid, words in list_command_lines().items():
-            if str(folder) in words:
+        for pid, command_line in list_command_lines().items():
+            if str(folder) in command_line:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
@@ -125,41 +126,41 @@ def _get(url: str) -> bytes:
 
 
 class TcpProxy:
-    """A way to a port of this machine that can be cut and mended."""
+    """A proxy to a port of this machine that can be cut off for a while."""
 
-    def __init__(self, to: int) -> None:
-        self.to, self.cut = to, False
+    def __init__(self, target_port: int) -> None:
+        self.target_port, self.is_cut = target_port, False
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port = int(self._listening.getsockname()[1])
-        self._open: list[socket.socket] = []
+        self._connections: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
     def disconnect(self, seconds: float) -> None:
-        """Break every connection, and let nobody through for a while."""
-        self.cut = True
-        for connection in self._open:
+        """Close every connection, and accept no new one for some seconds."""
+        self.is_cut = True
+        for connection in self._connections:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         time.sleep(seconds)
-        self.cut = False
+        self.is_cut = False
 
     def close(self) -> None:
         self._listening.close()
-        for connection in self._open:
+        for connection in self._connections:
             connection.close()
 
     def _accept(self) -> None:
         while True:
             try:
-                near, _ = self._listening.accept()
+                client, _ = self._listening.accept()
             except OSError:
                 return
-            if self.cut:
-                near.close()
+            if self.is_cut:
+                client.close()
                 continue
-            far = socket.create_connection(("127.0.0.1", self.to))
-            self._open += [near, far]
-            for source, sink in ((near, far), (far, near)):
+            server = socket.create_connection(("127.0.0.1", self.target_port))
+            self._connections += [client, server]
+            for source, sink in ((client, server), (server, client)):
                 threading.Thread(target=_forward, args=(source, sink), daemon=True).start()
 
 

@@ -1,4 +1,4 @@
-"""Which losses end a run and which are made good, decided without a cluster."""
+"""Which failures end a run and which lead to another attempt, decided without a cluster."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def make_group_error(**failures: Exception) -> WorkerGroupError:
 
 
 def test_worker_error_pickles_any_error() -> None:
-    class OfTheUsersOwnError(Exception):
-        def __init__(self, one: object, two: object) -> None:
-            super().__init__(f"{one} and {two}")
+    class UserError(Exception):
+        def __init__(self, first: object, second: object) -> None:
+            super().__init__(f"{first} and {second}")
 
     try:
-        raise OfTheUsersOwnError(lambda: 1, 2)
-    except OfTheUsersOwnError as error:
+        raise UserError(lambda: 1, 2)
+    except UserError as error:
         unpickled = pickle.loads(pickle.dumps(WorkerFailure.from_error(error, rank=3)))
     assert (unpickled.rank, unpickled.step, unpickled.is_consequence) == (3, None, False)
-    assert unpickled.line.startswith("OfTheUsersOwnError: ")
-    assert "raise OfTheUsersOwnError(lambda: 1, 2)" in unpickled.trace
+    assert unpickled.summary.startswith("UserError: ")
+    assert "raise UserError(lambda: 1, 2)" in unpickled.traceback_text
 
 
 def test_failing_rank_is_named_and_not_its_peers() -> None:
-    consequence = WorkerFailure.from_error(PeerFailure("a sum failed"), 0)
+    consequence = WorkerFailure.from_error(PeerFailure("a collective failed"), 0)
     assert (
         summary_line(make_group_error(r0=consequence, r1=make_worker_error()))
         == "worker 1 failed at step 7: ValueError: no such luck"
@@ -62,7 +62,7 @@ by the OOM killer due to high memory usage, (2) ray stop --force was called, or 
 
 
 def make_actor_died_error(actor: str) -> Exception:
-    """As Ray says it of an actor whose process was killed."""
+    """Return Ray's error for an actor whose process was killed."""
     error = ray.exceptions.ActorDiedError()
     error.error_msg = RAY_ERROR_TEXT.replace("CLASS", actor)
     return error
@@ -71,19 +71,19 @@ def make_actor_died_error(actor: str) -> Exception:
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (ray.exceptions.ActorDiedError(), "a helper process of Ray's was lost (its process was ended from outside)"),
+        (ray.exceptions.ActorDiedError(), "a helper process of Ray was lost (its process was killed)"),
         (
             make_actor_died_error("TrainController"),
-            "Ray Train's controller was lost (its process was ended from outside)",
+            "Ray Train's controller was lost (its process was killed)",
         ),
         (
-            make_actor_died_error("Desk"),
-            "a helper process of Ray's was lost (its process was ended from outside)",
+            make_actor_died_error("EventChannel"),
+            "a helper process of Ray was lost (its process was killed)",
         ),
-        (ray.exceptions.WorkerCrashedError(), "its process was ended from outside"),
+        (ray.exceptions.WorkerCrashedError(), "its process was killed"),
         (ray.exceptions.ActorUnavailableError("The actor is temporarily unavailable: RpcError", None), None),
-        (ray.exceptions.GetTimeoutError("Get timed out: some object(s) not ready."), "it did not answer"),
-        (ray.exceptions.NodeDiedError("The node has died"), "its node is gone"),  # type: ignore[no-untyped-call]
+        (ray.exceptions.GetTimeoutError("Get timed out: some object(s) not ready."), "it did not respond"),
+        (ray.exceptions.NodeDiedError("The node has died"), "its node was lost"),  # type: ignore[no-untyped-call]
         (ray.exceptions.RaySystemError("first\nsecond"), None),  # type: ignore[no-untyped-call]
     ],
 )
@@ -95,16 +95,16 @@ def test_ray_errors_are_summarized_in_one_line(error: Exception, line: str | Non
 
 
 def test_controller_failure_is_retried_up_to_the_limit() -> None:
-    losses = FailurePolicy("run", 2, lambda: 0)
+    policy = FailurePolicy("run", 2, lambda: 0)
     error = make_actor_died_error("TrainController")
     for _ in range(2):
-        losses.decide(error, 0)
+        policy.decide(error, 0)
     with pytest.raises(WorkerLostError, match="Ray Train's controller was lost") as raised:
-        losses.decide(error, 0)
+        policy.decide(error, 0)
     assert "common causes" not in str(raised.value)
 
 
-def test_errors_of_workers_are_passed_on() -> None:
+def test_trainyard_error_of_a_worker_is_raised() -> None:
     error = NotFiniteError("the loss is nan")
     with pytest.raises(NotFiniteError, match="nan"):
         FailurePolicy("run", 3, lambda: 0).decide(
@@ -119,10 +119,10 @@ def test_signal_takes_precedence_over_a_restart() -> None:
 
 
 def test_repeated_error_at_the_same_step_is_a_bug() -> None:
-    losses = FailurePolicy("run", 5, iter([0, 3, 6, 9, 12]).__next__)  # checkpoints are made in between
-    losses.decide(make_group_error(r1=make_worker_error()), 0)
+    policy = FailurePolicy("run", 5, iter([0, 3, 6, 9, 12]).__next__)  # with checkpoints in between
+    policy.decide(make_group_error(r1=make_worker_error()), 0)
     with pytest.raises(RepeatedFailureError) as raised:
-        losses.decide(make_group_error(r0=WorkerFailure.from_error(PeerFailure(), 0), r1=make_worker_error()), 0)
+        policy.decide(make_group_error(r0=WorkerFailure.from_error(PeerFailure(), 0), r1=make_worker_error()), 0)
     text = str(raised.value)
     assert "worker 1 failed at step 7: ValueError: no such luck, twice" in text
     assert text.index("ValueError") < text.index("the same command")
@@ -133,45 +133,45 @@ def test_repeated_error_at_the_same_step_is_a_bug() -> None:
     "other", [make_worker_error(step=8), make_worker_error(text="another"), make_worker_error(step=None), ACTOR_DIED]
 )
 def test_different_error_or_step_is_retried(other: Exception) -> None:
-    losses = FailurePolicy("run", 5, lambda: 0)
-    losses.decide(make_group_error(r1=make_worker_error()), 0)
-    losses.decide(make_group_error(r1=other), 0)
-    losses.decide(make_group_error(r1=make_worker_error()), 0)
+    policy = FailurePolicy("run", 5, lambda: 0)
+    policy.decide(make_group_error(r1=make_worker_error()), 0)
+    policy.decide(make_group_error(r1=other), 0)
+    policy.decide(make_group_error(r1=make_worker_error()), 0)
 
 
 def test_repeated_out_of_memory_ends_the_run_despite_progress() -> None:
-    losses = FailurePolicy("run", 99, iter(range(0, 100, 10)).__next__)
+    policy = FailurePolicy("run", 99, iter(range(0, 100, 10)).__next__)
     killed: Exception = ray.exceptions.OutOfMemoryError(  # type: ignore[no-untyped-call]
         "Task was killed due to the node running low on memory"
     )
-    losses.decide(make_group_error(r1=killed), 0)
-    assert "memory" in losses.describe(make_group_error(r1=killed))
+    policy.decide(make_group_error(r1=killed), 0)
+    assert "memory" in policy.describe(make_group_error(r1=killed))
     with pytest.raises(OutOfMemoryError, match="second time") as raised:
-        losses.decide(make_group_error(r1=killed), 0)
+        policy.decide(make_group_error(r1=killed), 0)
     assert "train.batch_size" in raised.value.fix
     assert "train.micro_batch" in raised.value.fix
 
 
 @given(st.integers(0, 4), st.lists(st.booleans(), max_size=40))
 def test_only_consecutive_failures_without_a_checkpoint_count(retries: int, progress: list[bool]) -> None:
-    reached = [0]
-    losses = FailurePolicy("run", retries, lambda: reached[0])
-    in_a_row = 0
-    for number, made in enumerate(progress):
-        reached[0] += made
-        in_a_row = 1 if made else in_a_row + 1
-        loss = make_group_error(r1=make_worker_error(step=number))
-        if in_a_row > retries:
+    step = 0
+    policy = FailurePolicy("run", retries, lambda: step)
+    consecutive = 0
+    for number, has_checkpoint in enumerate(progress):
+        step += has_checkpoint
+        consecutive = 1 if has_checkpoint else consecutive + 1
+        failure = make_group_error(r1=make_worker_error(step=number))
+        if consecutive > retries:
             with pytest.raises(WorkerLostError, match="retries"):
-                losses.decide(loss, 0)
+                policy.decide(failure, 0)
             return
-        losses.decide(loss, 0)
-        assert f"from step {reached[0]} ({in_a_row} of {retries})" in losses.describe(loss)
+        policy.decide(failure, 0)
+        assert f"from step {step} ({consecutive} of {retries})" in policy.describe(failure)
 
 
 def test_preemptions_without_progress_are_limited() -> None:
-    losses = FailurePolicy("run", 2, lambda: 0)
-    losses.decide_preemption()
-    losses.decide_preemption()
-    with pytest.raises(WorkerLostError, match="told to leave"):
-        losses.decide_preemption()
+    policy = FailurePolicy("run", 2, lambda: 0)
+    policy.decide_preemption()
+    policy.decide_preemption()
+    with pytest.raises(WorkerLostError, match="were preempted"):
+        policy.decide_preemption()

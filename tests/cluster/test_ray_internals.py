@@ -1,4 +1,4 @@
-"""What is used of Ray's private interfaces exists in the installed Ray, and is used in one module alone."""
+"""The private interfaces of Ray that are used exist in the installed Ray, and only one module uses them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from packaging.requirements import Requirement
 
 from pipeline.cluster import ray_internals
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, and those of what it imports
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray and of what it imports
 
 PACKAGE = Path(ray_internals.__file__).parents[1]
-HERE = Path(ray_internals.__file__)
-FAILED = (
+MODULE_FILE = Path(ray_internals.__file__)
+MISSING_MESSAGE = (
     f"Ray {ray.__version__} has no {{}} any more: see the function of pipeline/cluster/ray_internals.py that uses it,"
-    f" and the versions that it was checked on ({', '.join(ray_internals.CHECKED_RAY_VERSIONS)})"
+    f" and the versions on which it was checked ({', '.join(ray_internals.CHECKED_RAY_VERSIONS)})"
 )
 
 USED = [
@@ -32,7 +32,7 @@ USED = [
     "ray._private.worker:print_to_stdstream",
     "ray._raylet:Config.initialize",
     "ray._raylet:GcsClient",
-    "ray._raylet:InnerGcsClient.internal_kv_del",  # what a GcsClient passes its calls on to
+    "ray._raylet:InnerGcsClient.internal_kv_del",  # GcsClient forwards its calls to it
     "ray._raylet:InnerGcsClient.internal_kv_get",
     "ray.job_submission:JobSubmissionClient._do_request",
     "ray.train.v2.api.data_parallel_trainer:DataParallelTrainer._create_default_callbacks",  # in driver.py
@@ -53,60 +53,64 @@ TEXTS = {
     ],
     "ray.train.v2._internal.exceptions": ["self._base_exc"],
 }
-"""By module, what stands in its text: environment variables, paths, and attributes that only an instance has."""
+"""By module, strings in its source: environment variables, paths, and attributes that only instances have."""
 
 
 @pytest.mark.parametrize("name", USED)
-def test_a_private_name_exists_in_the_installed_ray(name: str) -> None:
+def test_private_name_exists_in_the_installed_ray(name: str) -> None:
     module, _, path = name.partition(":")
     try:
-        found = importlib.import_module(module)
+        value = importlib.import_module(module)
         for attribute in path.split("."):
-            found = getattr(found, attribute)
+            value = getattr(value, attribute)
     except (ImportError, AttributeError):
-        pytest.fail(FAILED.format(name))
+        pytest.fail(MISSING_MESSAGE.format(name))
 
 
 @pytest.mark.parametrize(("module", "text"), [(module, text) for module, texts in TEXTS.items() for text in texts])
-def test_a_variable_or_path_stands_in_the_installed_ray(module: str, text: str) -> None:
+def test_variable_or_path_is_in_the_installed_ray(module: str, text: str) -> None:
     spec = importlib.util.find_spec(module)
-    assert spec is not None, FAILED.format(module)
+    assert spec is not None, MISSING_MESSAGE.format(module)
     assert spec.origin is not None
-    assert text in Path(spec.origin).read_text(), FAILED.format(f"{text} in {module}")
+    assert text in Path(spec.origin).read_text(), MISSING_MESSAGE.format(f"{text} in {module}")
 
 
-def test_every_private_import_of_the_module_is_among_those_that_are_looked_for() -> None:
-    looked_for = {re.split("[:.]", name.partition(":")[2])[0]: name.partition(":")[0] for name in USED}
+def test_every_private_import_of_the_module_is_tested() -> None:
+    tested_names = {re.split("[:.]", name.partition(":")[2])[0]: name.partition(":")[0] for name in USED}
     modules = {name.partition(":")[0] for name in USED}
-    for module, name in private_imports(HERE):
-        assert f"{module}.{name}" in modules or looked_for.get(name) == module, f"from {module} import {name}"
+    for module, name in private_imports(MODULE_FILE):
+        assert f"{module}.{name}" in modules or tested_names.get(name) == module, f"from {module} import {name}"
     variables = {*ray_internals.RAY_ENV_DEFAULTS, ray_internals.WORKER_HEALTH_CHECK_VARIABLE}
     assert variables <= {text for texts in TEXTS.values() for text in texts}
 
 
-def test_no_other_module_uses_what_is_private_in_ray() -> None:
-    found = {
+def test_no_other_module_uses_private_interfaces_of_ray() -> None:
+    imports = {
         f"{file.relative_to(PACKAGE)}: from {module} import {name}"
         for file in PACKAGE.rglob("*.py")
-        if file != HERE
+        if file != MODULE_FILE
         for module, name in private_imports(file)
     }
-    assert found == set()
+    assert imports == set()
     private = re.compile(r"\bray\._(?!_)|\b_raylet\b|\._do_request\b|_server_ray_version|_base_exc\b|RAY_worker_")
-    assert [str(file) for file in PACKAGE.rglob("*.py") if file != HERE and private.search(file.read_text())] == []
+    assert [
+        str(file) for file in PACKAGE.rglob("*.py") if file != MODULE_FILE and private.search(file.read_text())
+    ] == []
 
 
-def test_the_installed_ray_was_checked_and_lies_within_the_declared_bounds() -> None:
+def test_installed_ray_was_checked_and_is_within_the_declared_bounds() -> None:
     version = ".".join(ray.__version__.split(".")[:2])
     assert version in ray_internals.CHECKED_RAY_VERSIONS, "see the docstring of pipeline/cluster/ray_internals.py"
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
     declared = next(Requirement(line) for line in project["dependencies"] if line.startswith("ray["))
     assert declared.specifier.contains(ray.__version__)
-    assert any(bound.operator == "<" for bound in declared.specifier), "an upper bound that is raised by hand"
+    assert any(bound.operator == "<" for bound in declared.specifier), (
+        "there is an upper bound, which is raised by hand"
+    )
 
 
 def private_imports(file: Path) -> Iterator[tuple[str, str]]:
-    """Module and name of every import from Ray that has a private part."""
+    """Return module and name of every import from Ray with a private part."""
     for node in ast.walk(ast.parse(file.read_text())):
         names: list[tuple[str, str]] = []
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:

@@ -1,4 +1,4 @@
-"""What `submit` refuses before anything of the user's is sent: one message each, exit code 2, and no job there."""
+"""What `submit` rejects before anything of the user's is sent: one message each, exit code 2, and no job started."""
 
 from __future__ import annotations
 
@@ -31,59 +31,63 @@ from tests.cluster.submission_cluster import TOKEN, JobsCluster, find_free_port
 
 __all__ = ["trainyard"]  # a fixture
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, and those of what it imports
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray and of what it imports
 
 RunCommand = Callable[..., CompletedCommand]
 
 
 @pytest.fixture(autouse=True)
-def _no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _without_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
-def check_refused(ended: CompletedCommand, *words: str) -> None:
-    assert ended.exit_code == 2, ended.stderr
-    assert ended.stderr.count("error: ") == 1
-    assert "Traceback" not in ended.stderr
-    for word in words:
-        assert word in ended.stderr
+def check_refused(completed: CompletedCommand, *texts: str) -> None:
+    assert completed.exit_code == 2, completed.stderr
+    assert completed.stderr.count("error: ") == 1
+    assert "Traceback" not in completed.stderr
+    for text in texts:
+        assert text in completed.stderr
 
 
 def test_token_sources_are_named_and_the_token_is_never_shown(
     trainyard: RunCommand, jobs_cluster: JobsCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    there = ("--address", jobs_cluster.url)
+    address = ("--address", jobs_cluster.url)
     check_refused(
-        trainyard("status", *there), "asks for a token", "--token-file", "RAY_AUTH_TOKEN", "~/.ray/auth_token"
+        trainyard("status", *address), "requires a token", "--token-file", "RAY_AUTH_TOKEN", "~/.ray/auth_token"
     )
-    check_refused(trainyard("submit", write_job(tmp_path), *there), "asks for a token")
-    check_refused(trainyard("logs", "a-job", *there), "asks for a token")
-    check_refused(trainyard("stop", "a-job", *there), "asks for a token")
+    check_refused(trainyard("submit", write_job(tmp_path), *address), "requires a token")
+    check_refused(trainyard("logs", "a-job", *address), "requires a token")
+    check_refused(trainyard("stop", "a-job", *address), "requires a token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "a-wrong-token-of-the-environment")
-    wrong = trainyard("status", *there)
+    wrong = trainyard("status", *address)
     check_refused(wrong, "refuses the token of RAY_AUTH_TOKEN")
     assert "a-wrong-token" not in wrong.stderr
     (tmp_path / "token").write_text(f"{TOKEN}\n")
-    assert trainyard("status", *there, "--token-file", str(tmp_path / "token")).exit_code == 0, "the flag comes first"
+    assert trainyard("status", *address, "--token-file", str(tmp_path / "token")).exit_code == 0, (
+        "the option takes precedence"
+    )
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-    assert trainyard("status", *there).exit_code == 0
+    assert trainyard("status", *address).exit_code == 0
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    assert trainyard("status", *there).exit_code == 0
+    assert trainyard("status", *address).exit_code == 0
     monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
     (tmp_path / "home/.ray").mkdir(parents=True)
     (tmp_path / "home/.ray/auth_token").write_text(TOKEN)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", jobs_cluster.url)
     assert trainyard("status").exit_code == 0
-    check_refused(trainyard("status", *there, "--token-file", str(tmp_path / "none")), "cannot be read", "--token-file")
+    check_refused(
+        trainyard("status", *address, "--token-file", str(tmp_path / "none")), "cannot be read", "--token-file"
+    )
     check_refused(trainyard("stop", "nobody"), "no job and no run 'nobody'", "trainyard status")
 
 
 def test_address_without_a_cluster(trainyard: RunCommand, tmp_path: Path) -> None:
     job = write_job(tmp_path)
-    check_refused(trainyard("submit", job), "no cluster is named", "RAY_API_SERVER_ADDRESS")
+    check_refused(trainyard("submit", job), "no cluster is given", "RAY_API_SERVER_ADDRESS")
     check_refused(trainyard("submit", job, "--address", "ray://head:10001"), "Ray Client", "http://HEAD:8265")
     check_refused(
         trainyard("submit", job, "--address", f"http://127.0.0.1:{find_free_port()}"), "no Ray cluster answers"
@@ -97,24 +101,24 @@ def test_job_file_is_validated_first(trainyard: RunCommand, tmp_path: Path) -> N
     )
     job = write_job(tmp_path)
     check_refused(trainyard("submit", job, "--env", "NOT_SET_HERE"), "no NOT_SET_HERE")
-    typed = trainyard("submit", job, "--env", "KEY=a-secret")
-    check_refused(typed, "--env takes a name")
-    assert "a-secret" not in typed.stderr
-    check_refused(trainyard("submit", job, "--name", "../up"), "'../up' is no name")
+    completed = trainyard("submit", job, "--env", "KEY=a-secret")
+    check_refused(completed, "--env takes a name")
+    assert "a-secret" not in completed.stderr
+    check_refused(trainyard("submit", job, "--name", "../up"), "'../up' is not a valid name")
 
 
 def test_infeasible_job_is_rejected_on_the_cluster(
     trainyard: RunCommand, jobs_cluster: JobsCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
-    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")  # the flag comes first
-    job, there = write_job(tmp_path), ("--address", jobs_cluster.url)
-    before = trainyard("status", *there, "--json").json["jobs"]
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")  # the option takes precedence
+    job, address = write_job(tmp_path), ("--address", jobs_cluster.url)
+    before = trainyard("status", *address, "--json").json["jobs"]
     check_refused(
-        trainyard("submit", job, *there, "--workers", "9"), "9 workers of 1 CPU each do not fit", "2 CPU on 1 node"
+        trainyard("submit", job, *address, "--workers", "9"), "9 workers of 1 CPU each do not fit", "2 CPU on 1 node"
     )
-    check_refused(trainyard("submit", job, *there, "--storage", f"{job}/runs"), f"{job}/runs", "check")
-    assert trainyard("status", *there, "--json").json["jobs"] == before, "nothing was started"
+    check_refused(trainyard("submit", job, *address, "--storage", f"{job}/runs"), f"{job}/runs", "check")
+    assert trainyard("status", *address, "--json").json["jobs"] == before, "nothing was started"
 
 
 def test_unshared_storage_is_rejected() -> None:
@@ -126,7 +130,7 @@ def test_unshared_storage_is_rejected() -> None:
         assert "file:///" in raised.value.fix
     with pytest.raises(InputError, match="on another machine"):
         resolve_cluster_storage("./runs", remote, 1)
-    with pytest.raises(InputError, match="lives in one process"):
+    with pytest.raises(InputError, match="in the memory of one process"):
         resolve_cluster_storage("memory://runs", loopback, 1)
     assert resolve_cluster_storage("/data/runs", remote, 1) == "/data/runs"
     assert resolve_cluster_storage("./runs", loopback, 1) == str(Path.cwd() / "runs")
@@ -139,19 +143,19 @@ def test_unshared_storage_is_rejected() -> None:
 
 def test_incompatible_versions_are_rejected() -> None:
     cluster: Any = SimpleNamespace(ray_version="2.9.3", url="http://head:8265")
-    with pytest.raises(ClusterError, match=r"the cluster runs Ray 2\.9\.3, and here is Ray"):
+    with pytest.raises(ClusterError, match=r"the cluster runs Ray 2\.9\.3, and this environment has Ray"):
         preflight._check_ray_version(cluster)
-    installed = {one.name.lower(): "9999.0" for one in preflight.list_requirements()}
+    installed = {requirement.name.lower(): "9999.0" for requirement in preflight.list_requirements()}
     with pytest.raises(ClusterError, match=r"Python 3\.8\.10"):
         preflight._check_versions(cluster, {"python": "3.8.10", "installed": installed})
     python = platform.python_version()
     preflight._check_versions(cluster, {"python": python, "installed": installed})
-    there = {name: version for name, version in installed.items() if name != "torch"} | {"pyarrow": "3.0"}
-    with pytest.raises(ClusterError, match=r"lacks torch>=\S+ \(not there\), .*pyarrow>=17 \(3.0\)"):
-        preflight._check_versions(cluster, {"python": python, "installed": there})
+    outdated = {name: version for name, version in installed.items() if name != "torch"} | {"pyarrow": "3.0"}
+    with pytest.raises(ClusterError, match=r"lacks torch>=\S+ \(not installed\), .*pyarrow>=17 \(3.0\)"):
+        preflight._check_versions(cluster, {"python": python, "installed": outdated})
 
 
-def test_the_cargo_is_the_package_and_the_jobs_own_code_alone(tmp_path: Path) -> None:
+def test_package_has_the_sources_and_the_imported_user_code_only(tmp_path: Path) -> None:
     for name in (
         "nets.py",
         "deep/more.py",
@@ -167,25 +171,25 @@ def test_the_cargo_is_the_package_and_the_jobs_own_code_alone(tmp_path: Path) ->
     from pipeline.user_code import collect_user_code
 
     job = load_job(write_job(tmp_path, code=".", model={"kind": "nets:Net"}))
-    with stage_package(collect_user_code(job).files) as cargo:
-        files = set(cargo.list_files())
-        words = cargo.describe()
-        modes = {path: path.stat().st_mode & 0o777 for path in cargo.folder.parent.rglob("*")}
-    own = {name for name in files if not name.startswith("pipeline/")}
-    assert own == {"trainyard_code/nets.py", "trainyard_code/deep/more.py"}
-    assert "pipeline/cli/on_cluster.py" in files
+    with stage_package(collect_user_code(job).files) as package:
+        files = set(package.list_files())
+        description = package.describe()
+        modes = {path: path.stat().st_mode & 0o777 for path in package.folder.parent.rglob("*")}
+    user_files = {name for name in files if not name.startswith("pipeline/")}
+    assert user_files == {"trainyard_code/nets.py", "trainyard_code/deep/more.py"}
+    assert "pipeline/cli/entrypoint.py" in files
     assert all(name.endswith(".py") for name in files)
-    assert "kB: the package, the job, 2 files of its code" in words
+    assert "kB: the package, the job, 2 files of its code" in description
     assert modes
-    assert not cargo.folder.exists()
+    assert not package.folder.exists()
 
 
-def test_same_submission_has_the_same_key() -> None:
+def test_key_is_the_digest_of_what_determines_the_run() -> None:
     job = build_job({"name": "j"}, "test")
     key = submission_key(job, storage="/a", name=None, max_steps=None, code={})
     assert key.startswith("j-")
-    faster = build_job({"name": "j", "scale": {"workers": 2}}, "test")
-    assert submission_key(faster, storage="/a", name=None, max_steps=None, code={}) == key
+    on_workers = build_job({"name": "j", "scale": {"workers": 2}}, "test")
+    assert submission_key(on_workers, storage="/a", name=None, max_steps=None, code={}) == key
     others = {
         submission_key(build_job({"name": "j", "seed": 2}, "test"), storage="/a", name=None, max_steps=None, code={}),
         submission_key(job, storage="/a", name=None, max_steps=None, code={"nets.py": "abc"}),
@@ -198,7 +202,7 @@ def test_same_submission_has_the_same_key() -> None:
     assert find_numbered_ids(key, ids) == {1: f"{key}-1", 12: f"{key}-12"}
 
 
-def test_environment_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_override_those_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "secrets.env"
     file.write_text("# a comment\n\nexport A=1=2\nB='two words'\nC=\"\"\n D = x \n")
     monkeypatch.setenv("A", "from here")
@@ -231,14 +235,14 @@ def test_environment_files_have_quotes_escapes_and_comments_but_no_interpolation
         ("A some-secret\n", 1),
     ],
 )
-def test_a_line_of_an_environment_file_that_cannot_be_read_is_named_but_not_quoted(
+def test_invalid_line_of_an_environment_file_is_named_but_not_quoted(
     trainyard: RunCommand, tmp_path: Path, text: str, line: int
 ) -> None:
     (tmp_path / "secrets.env").write_text(text)
     submit = ("submit", write_job(tmp_path), "--address", "http://127.0.0.1:1", "--env-file", "secrets.env")
-    ended = trainyard(*submit)
-    check_refused(ended, f"--env-file secrets.env, line {line}: a line that is no KEY=VALUE")
-    assert "some-secret" not in ended.stdout + ended.stderr
+    completed = trainyard(*submit)
+    check_refused(completed, f"--env-file secrets.env, line {line}: not of the form KEY=VALUE")
+    assert "some-secret" not in completed.stdout + completed.stderr
 
 
 def test_log_records_are_separate_from_human_output() -> None:
@@ -267,9 +271,9 @@ def test_unreachable_cluster_is_one_error_message(jobs_cluster: JobsCluster, tmp
     (tmp_path / "token").write_text(TOKEN)
     cluster = connect(jobs_cluster.url, str(tmp_path / "token"))
     assert cluster.get_job_info("nobody") is None
-    gone = ClusterClient(cluster._client, cluster.url)
-    gone._client._address = f"http://127.0.0.1:{find_free_port()}"
+    unreachable = ClusterClient(cluster._client, cluster.url)
+    unreachable._client._address = f"http://127.0.0.1:{find_free_port()}"
     with pytest.raises(ClusterError, match="no Ray cluster answers"):
-        gone.list_jobs()
-    with pytest.raises(WorkError, match="no letter"):
+        unreachable.list_jobs()
+    with pytest.raises(WorkError, match="not the name of a payload"):
         fetch_payload("../../etc/passwd")

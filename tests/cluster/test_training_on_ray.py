@@ -1,4 +1,4 @@
-"""Workers on a real Ray cluster: the same curve, recovery from real kills, errors, signals and metrics.
+"""Training on a real Ray cluster: the same losses, recovery from real kills, errors, signals and metrics.
 
 A start of workers takes 10 to 20 seconds, so the tests share one cluster and, where they can, runs.
 """
@@ -40,7 +40,7 @@ from pipeline.runs.status import RunStatus
 from tests.cluster.ray_processes import find_actor_processes
 from tests.process_kill.run_assertions import RunReader, final_state, read_entries, read_log, wait_for
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, and those of what it imports
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray and of what it imports
 
 EVENTS = list[Event]
 COMMAND = str(Path(sys.executable).with_name("trainyard"))
@@ -54,21 +54,22 @@ import torch
 
 
 class Slow(torch.nn.Module):
-    '''Waits a little in each step, so that there is time to kill it; `trouble_on_rank` raises there from step 50 on, or
-    asks for more memory than there is.'''
+    '''Waits a little in each step, so that there is time to kill it. After 50 steps `failing_rank` raises an error, or
+    allocates more memory than there is.'''
 
-    def __init__(self, pause_s=0.0, trouble_on_rank=None, is_hungry=False):
+    def __init__(self, pause_s=0.0, failing_rank=None, fails_by_memory=False):
         super().__init__()
         self.layers = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
-        self.pause_s, self.trouble_on_rank, self.is_hungry, self.calls = pause_s, trouble_on_rank, is_hungry, 0
+        self.pause_s, self.calls = pause_s, 0
+        self.failing_rank, self.fails_by_memory = failing_rank, fails_by_memory
 
     def forward(self, inputs):
         if self.training:
             time.sleep(self.pause_s)
             self.calls += 1
-            in_trouble = self.trouble_on_rank is not None and self.trouble_on_rank == torch.distributed.get_rank()
-            if in_trouble and self.calls > 50:
-                if self.is_hungry:
+            is_failing = self.failing_rank is not None and self.failing_rank == torch.distributed.get_rank()
+            if is_failing and self.calls > 50:
+                if self.fails_by_memory:
                     torch.empty(1 << 50)
                 raise RuntimeError("no such luck")
         return self.layers(inputs)
@@ -82,8 +83,8 @@ def two_numbers():
 def other_data_on_workers():
     import ray
 
-    draw = np.random.default_rng(int(ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None))
-    inputs = draw.uniform(size=(300, 2)).astype(np.float32)
+    rng = np.random.default_rng(int(ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None))
+    inputs = rng.uniform(size=(300, 2)).astype(np.float32)
     return inputs, (inputs[:, 0] > inputs[:, 1]).astype(np.int64)
 """
 
@@ -119,18 +120,18 @@ def _working_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def reference_run(cluster: Any, folder: Path) -> Callable[[int], Path]:
-    """The run of this job on so many workers that nobody touched."""
-    made: dict[int, Path] = {}
+    """Returns the uninterrupted run of this job on a number of workers."""
+    runs: dict[int, Path] = {}
 
-    def of(workers: int) -> Path:
-        if workers not in made:
-            made[workers] = Path(train_in_process(folder / f"untouched-{workers}", workers).url)
-        return made[workers]
+    def get_run(workers: int) -> Path:
+        if workers not in runs:
+            runs[workers] = Path(train_job(folder / f"reference-{workers}", workers).url)
+        return runs[workers]
 
-    return of
+    return get_run
 
 
-def train_in_process(storage: Path, workers: int, on_event: EventHandler = ignore_event) -> RunStatus:
+def train_job(storage: Path, workers: int, on_event: EventHandler = ignore_event) -> RunStatus:
     return train("job.yaml", set={"scale.workers": workers}, storage=str(storage), on_event=on_event)
 
 
@@ -155,14 +156,14 @@ def count_commits(storage: Path, attempt: int = 1) -> int:
 
 
 class MetricsScraper(threading.Thread):
-    """Reads the node's Prometheus endpoint until it is told to stop."""
+    """Reads the node's Prometheus endpoint until `stopped` is set."""
 
     def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
-        self.url, self.text, self.over = url, "", threading.Event()
+        self.url, self.text, self.stopped = url, "", threading.Event()
 
     def run(self) -> None:
-        while not self.over.wait(0.3):
+        while not self.stopped.wait(0.3):
             try:
                 with urllib.request.urlopen(self.url, timeout=5) as reply:
                     self.text += reply.read().decode()
@@ -170,57 +171,57 @@ class MetricsScraper(threading.Thread):
                 continue
 
     def values(self, run: str, name: str, split: str = "", rank: int = 0) -> list[float]:
-        """In the order of their appearance."""
+        """Return the values of a metric in the order in which they were read."""
         lines = [line for line in self.text.splitlines() if line.startswith(f"ray_{name}{{") and f'run="{run}"' in line]
         matching = [line for line in lines if f'split="{split}"' in line and f'rank="{rank}"' in line]
         return [float(line.rpartition(" ")[2]) for line in matching]
 
     def names(self, run: str) -> set[str]:
-        """Of all metrics that tell of a run."""
+        """Return the names of all metrics of a run."""
         return {line.partition("{")[0] for line in self.text.splitlines() if f'run="{run}"' in line}
 
 
 def test_two_workers_match_one_process_and_export_metrics(cluster: Any, folder: Path) -> None:
-    """Fits: 1. The run is also the untouched one of the next tests."""
+    """Starts of workers: 1. The run is also the reference of the next tests."""
     node = cluster.nodes()[0]
-    scrape = MetricsScraper(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics")
-    scrape.start()
-    seen: EVENTS = []
-    two = Path(train_in_process(folder / "untouched-2", 2, seen.append).url)
-    scrape.over.set()
-    alone = Path(train_in_process(folder / "alone", 0).url)
-    assert two.name == alone.name
+    scraper = MetricsScraper(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics")
+    scraper.start()
+    events: EVENTS = []
+    two = Path(train_job(folder / "reference-2", 2, events.append).url)
+    scraper.stopped.set()
+    single_process = Path(train_job(folder / "single_process", 0).url)
+    assert two.name == single_process.name
     assert len(read_losses(two)) == 286
-    assert read_losses(two) == pytest.approx(read_losses(alone), abs=1e-9, rel=0)
+    assert read_losses(two) == pytest.approx(read_losses(single_process), abs=1e-9, rel=0)
     for column in ("correct", "samples", "lr", "epoch"):
-        assert read_log(two, "steps")[column].to_pylist() == read_log(alone, "steps")[column].to_pylist()
+        assert read_log(two, "steps")[column].to_pylist() == read_log(single_process, "steps")[column].to_pylist()
     assert read_log(two, "evals")["loss"].to_pylist() == pytest.approx(
-        read_log(alone, "evals")["loss"].to_pylist(), abs=1e-9
+        read_log(single_process, "evals")["loss"].to_pylist(), abs=1e-9
     )
     assert set(read_log(two, "evals")["samples"].to_pylist()) == {200}
 
-    evaluations = [event for event in seen if isinstance(event, EvaluationLogged)]
+    evaluations = [event for event in events if isinstance(event, EvaluationLogged)]
     assert [event.step for event in evaluations] == [*range(0, 286, 25), 286]
-    assert {TrainingStarted, StepsLogged} <= {type(event) for event in seen}
+    assert {TrainingStarted, StepsLogged} <= {type(event) for event in events}
 
-    scrape.join()
-    logged = set(read_log(two, "evals")["loss"].to_pylist())
-    shown = scrape.values(two.name, "trainyard_loss", "val", rank=0)
-    assert shown
-    assert all(any(value == pytest.approx(loss, rel=1e-6) for loss in logged) for value in shown)
-    assert 286 >= max(scrape.values(two.name, "trainyard_step", "train_steps", rank=0)) > 50
-    assert max(scrape.values(two.name, "trainyard_epoch", "train_steps", rank=0)) > 2
-    assert max(scrape.values(two.name, "trainyard_samples_per_second", "train_steps", rank=0)) > 0
-    assert max(scrape.values(two.name, "trainyard_step", "train_steps", rank=1)) > 50
-    assert set(scrape.values(two.name, "trainyard_learning_rate", "train_steps")) <= {0.3, 0.1}
-    assert 0.5 < max(scrape.values(two.name, "trainyard_accuracy", "val")) <= 1
-    assert 800 < max(scrape.values(two.name, "trainyard_samples_total")) <= 8800
-    assert 1 <= max(scrape.values(two.name, "trainyard_commits_total")) <= count_commits(folder / "untouched-2")
-    assert 0 < max(scrape.values(two.name, "trainyard_upload_seconds")) < 60
-    assert set(scrape.values(two.name, "trainyard_restarts")) == {0}
-    ages = scrape.values(two.name, "trainyard_checkpoint_age_seconds")
-    assert any(0 < before < after for before, after in pairwise(ages)), "it grows between commits"
-    assert scrape.names(two.name) == {f"ray_{name}" for name in (*GAUGES, *(f"{name}_total" for name in COUNTERS))}
+    scraper.join()
+    logged_losses = set(read_log(two, "evals")["loss"].to_pylist())
+    exported_losses = scraper.values(two.name, "trainyard_loss", "val", rank=0)
+    assert exported_losses
+    assert all(any(value == pytest.approx(loss, rel=1e-6) for loss in logged_losses) for value in exported_losses)
+    assert 286 >= max(scraper.values(two.name, "trainyard_step", "train_steps", rank=0)) > 50
+    assert max(scraper.values(two.name, "trainyard_epoch", "train_steps", rank=0)) > 2
+    assert max(scraper.values(two.name, "trainyard_samples_per_second", "train_steps", rank=0)) > 0
+    assert max(scraper.values(two.name, "trainyard_step", "train_steps", rank=1)) > 50
+    assert set(scraper.values(two.name, "trainyard_learning_rate", "train_steps")) <= {0.3, 0.1}
+    assert 0.5 < max(scraper.values(two.name, "trainyard_accuracy", "val")) <= 1
+    assert 800 < max(scraper.values(two.name, "trainyard_samples_total")) <= 8800
+    assert 1 <= max(scraper.values(two.name, "trainyard_commits_total")) <= count_commits(folder / "reference-2")
+    assert 0 < max(scraper.values(two.name, "trainyard_upload_seconds")) < 60
+    assert set(scraper.values(two.name, "trainyard_restarts")) == {0}
+    ages = scraper.values(two.name, "trainyard_checkpoint_age_seconds")
+    assert any(0 < before < after for before, after in pairwise(ages)), "the age grows between commits"
+    assert scraper.names(two.name) == {f"ray_{name}" for name in (*GAUGES, *(f"{name}_total" for name in COUNTERS))}
 
 
 @pytest.mark.parametrize(
@@ -229,10 +230,10 @@ def test_two_workers_match_one_process_and_export_metrics(cluster: Any, folder: 
 def test_killed_worker_is_recovered_bit_identically(
     cluster: Any, folder: Path, reference_run: Callable[[int], Path], workers: int, victim: str
 ) -> None:
-    """Fits: 2, and 1 for the untouched run of three."""
+    """Starts of workers: 2, and 1 for the reference run on three workers."""
     storage = folder / f"killed-{workers}"
-    moments: dict[str, float] = {}
-    seen: EVENTS = []
+    times: dict[str, float] = {}
+    events: EVENTS = []
 
     def kill() -> None:
         wait_for(lambda: count_commits(storage), 120, "a checkpoint")
@@ -241,32 +242,34 @@ def test_killed_worker_is_recovered_bit_identically(
         rank_0 = read_claims(run)[0]["facts"]["pid"]
         others = find_actor_processes(cluster, "RayTrainWorker") - {rank_0}
         assert len(others) == workers - 1
-        moments["killed"] = time.monotonic()
+        times["kill"] = time.monotonic()
         os.kill(rank_0 if victim == "rank 0" else min(others), signal.SIGKILL)
 
     def on_event(event: Event) -> None:
-        seen.append(event)
-        if "killed" in moments and isinstance(event, WarningMessage | TrainingStarted):
-            moments.setdefault("start" if isinstance(event, TrainingStarted) else "warning", time.monotonic())
+        events.append(event)
+        if "kill" in times and isinstance(event, WarningMessage | TrainingStarted):
+            times.setdefault("start" if isinstance(event, TrainingStarted) else "warning", time.monotonic())
 
     killer = threading.Thread(target=kill)
     killer.start()
-    outcome = train_in_process(storage, workers, on_event)
+    outcome = train_job(storage, workers, on_event)
     killer.join()
     run = Path(outcome.url)
     assert outcome.status == "finished"
     assert [claim["attempt"] for claim in read_claims(run)] == [1, 2]
-    assert [event.step for event in seen if isinstance(event, TrainingStarted)][1] > 0
+    assert [event.step for event in events if isinstance(event, TrainingStarted)][1] > 0
     assert set(read_log(run, "steps")["attempt"].to_pylist()) == {1, 2}
     assert final_state(run) == final_state(reference_run(workers))
-    took = {name: round(moments[name] - moments["killed"], 1) for name in ("warning", "start")}
-    print(f"\n{workers} workers, {victim} killed: noticed after {took['warning']} s, training after {took['start']} s")
+    delays = {name: round(times[name] - times["kill"], 1) for name in ("warning", "start")}
+    print(
+        f"\n{workers} workers, {victim} killed: noticed after {delays['warning']} s, training after {delays['start']} s"
+    )
 
 
 def test_command_survives_controller_failure_interrupt_and_fewer_workers(
     cluster: Any, folder: Path, reference_run: Callable[[int], Path]
 ) -> None:
-    """Fits: 3. The driver is a process of its own."""
+    """Starts of workers: 3. The driver is a separate process."""
     storage, copy = folder / "interrupted", folder / "interrupted-copy"
     address = cluster.get_runtime_context().gcs_address
     with RunReader(storage):
@@ -281,7 +284,9 @@ def test_command_survives_controller_failure_interrupt_and_fewer_workers(
         (controller,) = find_actor_processes(cluster, "TrainController")
         os.kill(controller, signal.SIGKILL)
         wait_for(
-            lambda: count_commits(storage, attempt=2) or driver.poll() is not None, 120, "a checkpoint after the loss"
+            lambda: count_commits(storage, attempt=2) or driver.poll() is not None,
+            120,
+            "a checkpoint after the failure",
         )
         os.killpg(driver.pid, signal.SIGINT)
         out, err = driver.communicate(timeout=60)
@@ -290,7 +295,7 @@ def test_command_survives_controller_failure_interrupt_and_fewer_workers(
     assert re.search(r"stopped at step \d+ of 286", err)
     assert "same command" in err
     assert out == ""
-    assert "raylet" not in err, "only --verbose shows Ray's lines"
+    assert "raylet" not in err, "only --verbose shows Ray's output"
     (run,) = list_journals(storage)
     *_, commit, leave = read_entries(run)
     assert (commit["kind"], leave["kind"], leave["status"]) == ("commit", "leave", "interrupted")
@@ -298,17 +303,17 @@ def test_command_survives_controller_failure_interrupt_and_fewer_workers(
 
     shutil.copytree(storage, copy)
     for workers, storage_url in ((0, storage), (1, copy)):
-        seen: EVENTS = []
-        again = train_in_process(storage_url, workers, seen.append)
-        assert again.status == "finished"
-        assert any("world_size is 1, was 2" in event.text for event in seen if isinstance(event, WarningMessage))
-        assert read_losses(Path(again.url)) == pytest.approx(read_losses(reference_run(2)), abs=1e-9, rel=0)
-        assert read_log(Path(again.url), "steps")["step"].to_pylist() == list(range(1, 287))
-        assert set(read_log(Path(again.url), "steps")["attempt"].to_pylist()) == {1, 2, 3}
+        events: EVENTS = []
+        outcome = train_job(storage_url, workers, events.append)
+        assert outcome.status == "finished"
+        assert any("world_size is 1, was 2" in event.text for event in events if isinstance(event, WarningMessage))
+        assert read_losses(Path(outcome.url)) == pytest.approx(read_losses(reference_run(2)), abs=1e-9, rel=0)
+        assert read_log(Path(outcome.url), "steps")["step"].to_pylist() == list(range(1, 287))
+        assert set(read_log(Path(outcome.url), "steps")["attempt"].to_pylist()) == {1, 2, 3}
 
 
 def test_nonfinite_loss_ends_the_run_at_once(cluster: Any, folder: Path) -> None:
-    """Fits: 1."""
+    """Starts of workers: 1."""
     storage = folder / "not-finite"
     settings = {"train.phases": [{"epochs": 20, "lr": 1.0e300}], "task": "regression", "model.args.pause_s": 0}
     settings["data.source"] = {"call": "cluster_code:two_numbers"}
@@ -323,29 +328,29 @@ def test_nonfinite_loss_ends_the_run_at_once(cluster: Any, folder: Path) -> None
 
 
 def test_user_error_is_retried_once_and_then_shown_in_full(cluster: Any, folder: Path) -> None:
-    """Fits: 2."""
-    storage, seen = folder / "trouble", list[Event]()
-    settings = {"model.args.trouble_on_rank": 1, "checkpoint.every_steps": 500}
+    """Starts of workers: 2."""
+    storage, events = folder / "user-error", list[Event]()
+    settings = {"model.args.failing_rank": 1, "checkpoint.every_steps": 500}
     with pytest.raises(RepeatedFailureError, match="worker 1 failed at step 51: RuntimeError: no such luck") as raised:
-        train("job.yaml", set=settings, storage=str(storage), on_event=seen.append)
+        train("job.yaml", set=settings, storage=str(storage), on_event=events.append)
     assert raised.value.exit_code == 1
     assert 'raise RuntimeError("no such luck")' in str(raised.value), "the failing rank's own traceback"
     assert "PeerFailure" not in str(raised.value)
     (run,) = list_journals(storage)
-    assert len(read_claims(run)) == 2 + 1  # the last one only says why
+    assert len(read_claims(run)) == 2 + 1  # the last claim is the driver's, to record the error
     status = show(str(run))
     assert (status.status, status.step) == ("failed", 0)
     assert status.error is not None
     assert status.error["message"].startswith("worker 1 failed at step 51: RuntimeError: no such luck")
-    warnings = [event.text for event in seen if isinstance(event, WarningMessage)]
+    warnings = [event.text for event in events if isinstance(event, WarningMessage)]
     assert any("worker 1 failed at step 51" in text and "1 of 3" in text for text in warnings)
 
 
 @pytest.mark.slow
 def test_out_of_memory_is_not_retried(cluster: Any, folder: Path) -> None:
-    """Fits: 1. On one rank alone."""
-    storage = folder / "hungry"
-    settings = {"model.args.trouble_on_rank": 1, "model.args.is_hungry": True}
+    """Starts of workers: 1. Only one rank runs out of memory."""
+    storage = folder / "out-of-memory"
+    settings = {"model.args.failing_rank": 1, "model.args.fails_by_memory": True}
     with pytest.raises(OutOfMemoryError, match="out of memory on cpu of rank 1") as raised:
         train("job.yaml", set=settings, storage=str(storage))
     assert "train.micro_batch: 8" in raised.value.fix
@@ -362,30 +367,30 @@ def test_out_of_memory_is_not_retried(cluster: Any, folder: Path) -> None:
 def test_preemption_notice_saves_all_ranks_at_one_step_and_restarts(
     cluster: Any, folder: Path, reference_run: Callable[[int], Path], number: int
 ) -> None:
-    """Fits: 2. SIGTERM, as a pod or a machine that is about to go sends it; or SIGHUP."""
-    storage, seen = folder / f"noticed-{number}", list[Event]()
+    """Starts of workers: 2. The notice is SIGTERM, as for a pod or a machine that will be stopped, or SIGHUP."""
+    storage, events = folder / f"preempted-{number}", list[Event]()
 
-    def notice() -> None:
+    def send_notice() -> None:
         wait_for(lambda: count_commits(storage), 240, "a checkpoint")
         rank_0 = read_claims(list_journals(storage)[0])[0]["facts"]["pid"]
         os.kill(min(find_actor_processes(cluster, "RayTrainWorker") - {rank_0}), number)
 
-    thread = threading.Thread(target=notice)
+    thread = threading.Thread(target=send_notice)
     thread.start()
-    outcome = train_in_process(storage, 2, seen.append)
+    outcome = train_job(storage, 2, events.append)
     thread.join()
     run = Path(outcome.url)
     *_, commit, leave = [entry for entry in read_entries(run) if entry["attempt"] == 1]
     assert (commit["kind"], leave["kind"], leave["status"]) == ("commit", "leave", "interrupted")
-    assert commit["step"] == leave["step"], "no step since the notice is lost"
-    starts = [event.step for event in seen if isinstance(event, TrainingStarted)]
+    assert commit["step"] == leave["step"], "no step after the notice is lost"
+    starts = [event.step for event in events if isinstance(event, TrainingStarted)]
     assert starts == [0, commit["step"]]
-    assert any("and saved; starting again" in event.text for event in seen if isinstance(event, WarningMessage))
+    assert any("and saved; starting again" in event.text for event in events if isinstance(event, WarningMessage))
     assert final_state(run) == final_state(reference_run(2))
 
 
 def test_input_error_on_a_worker_is_reported_as_bad_input(cluster: Any, folder: Path) -> None:
-    """Fits: 1. Such as other files under the same name on another machine."""
+    """Starts of workers: 1. The workers read other data than the driver, such as other files of the same name."""
     settings = {"data.source": {"call": "cluster_code:other_data_on_workers"}, "scale.workers": 1}
     with pytest.raises(JobError, match="not the data of this run") as raised:
         train("job.yaml", set=settings, storage=str(folder / "other-data"))
@@ -393,7 +398,7 @@ def test_input_error_on_a_worker_is_reported_as_bad_input(cluster: Any, folder: 
 
 
 def test_workers_run_the_code_read_by_the_driver(cluster: Any, folder: Path, tmp_path: Path) -> None:
-    """Fits: 1. The file is edited, as on a node where another version of it lies, before a worker can import it."""
+    """Starts of workers: 1. The file is edited before a worker can import it, as if a node had another version."""
     code = tmp_path / "code"
     code.mkdir()
     (code / "cluster_edited.py").write_text("from torch import nn\ndef net():\n    return nn.Linear(2, 2)\n")
@@ -407,12 +412,12 @@ def test_workers_run_the_code_read_by_the_driver(cluster: Any, folder: Path, tmp
     outcome = train("job.yaml", set=settings, storage=str(tmp_path), max_steps=3, on_event=on_event)
     assert outcome.status == "finished"
     after = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
-    assert after == before, "what Ray was told there is taken back"
+    assert after == before, "the variables that were set for Ray are removed again"
     assert list(load(outcome.url, trust=True).model.state_dict()) == ["weight", "bias"]
 
 
 def test_more_workers_than_the_cluster_are_rejected_at_once(cluster: Any, folder: Path) -> None:
     with pytest.raises(InputError, match=r"4 workers of 1 CPU each do not fit: the cluster has 3 CPU") as raised:
-        train_in_process(folder / "too-many", 4)
+        train_job(folder / "too-many", 4)
     assert raised.value.exit_code == 2
-    assert not (folder / "too-many").exists(), "nothing is left behind"
+    assert not (folder / "too-many").exists(), "no run was created"

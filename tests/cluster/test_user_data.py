@@ -1,4 +1,4 @@
-"""The jobs on users' own data, on Ray workers as in this process."""
+"""The example jobs on users' data give the same results on Ray workers as in this process."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from tests.inference.conftest import JOB_OVERRIDES, REPOSITORY, example_data, jo
 
 __all__ = ["example_data", "train_example"]  # fixtures
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, and those of what it imports
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray and of what it imports
 
 TOLERANCES = {"table": 0.05, "regression": 0.05, "pictures": 0.5, "finetune": 0.1, "examples/own_model/job": 0.05}
-"""Of the validation loss, relative: rounding, and what each rank draws for dropout and batch statistics."""
+"""Relative tolerances of the validation loss, for rounding, and for dropout and batch statistics by rank."""
 
 
 def check_same_results(
-    job: str, workers: int, trained: Callable[[str], RunStatus], example_data: Path, tmp_path: Path
+    job: str, workers: int, train_example: Callable[[str], RunStatus], example_data: Path, tmp_path: Path
 ) -> None:
     settings = {**job_overrides(job, example_data), "scale.workers": workers, "scale.device": "cpu"}
-    there = train(REPOSITORY / "jobs" / f"{job}.yaml", set=settings, storage=str(tmp_path))
-    single_process = trained(job)
-    assert there.status == "finished"
-    assert there.step == single_process.step
-    assert set(there.metrics) == set(single_process.metrics)
-    assert there.metrics["val/loss"] == pytest.approx(single_process.metrics["val/loss"], rel=TOLERANCES[job])
-    assert load(there.url, trust=True).step > 0
+    on_workers = train(REPOSITORY / "jobs" / f"{job}.yaml", set=settings, storage=str(tmp_path))
+    single_process = train_example(job)
+    assert on_workers.status == "finished"
+    assert on_workers.step == single_process.step
+    assert set(on_workers.metrics) == set(single_process.metrics)
+    assert on_workers.metrics["val/loss"] == pytest.approx(single_process.metrics["val/loss"], rel=TOLERANCES[job])
+    assert load(on_workers.url, trust=True).step > 0
 
 
 def test_tabular_job_on_two_workers(

@@ -1,4 +1,4 @@
-"""The keys of `data`: each source has its own, and runs of jobs that were written with all of them are found again."""
+"""The keys of `data` depend on the source; runs of jobs that were stored with all keys are found again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FILES = {
     "mnist.yaml": "9b2d89c4660e6f4a4588b6614da37bdffe6c781fb74e8757742857719bc5fd23",
     "mnist_128.yaml": "6e25b135fb55ee88d6ff335be44f853b5212d6374f7177588ec8c75df5515733",
     "mnist_logistic.yaml": "961585e7b8ef069964d76f2acb76e271285d7badbf663e4ab0268ec01edbadab",
-    "own_model/job.yaml": "6fd4e90c528f884bb85be344d14f217b0cbaeeffc795f0fc7d461c172236c338",
+    "examples/own_model/job.yaml": "6fd4e90c528f884bb85be344d14f217b0cbaeeffc795f0fc7d461c172236c338",
     "pictures.yaml": "a66f215ecd1916a49f2ba2d560ae1d836f292fd8b41d16a125fef40749c16883",
     "pigeon.yaml": "66bde0d1e9b79706f03a32e421ea0832014cf7b1804823d173190150a1dc14df",
     "pigeon_batch1.yaml": "d2b23e6dc7ac671aaf53fc6b37c1db7124f81d1e770f24f88b8f86147d345daf",
@@ -33,7 +33,7 @@ FILES = {
     "table.yaml": "19ebc9da808c99d62eda5e86222a9448b5963c1c5371c2b3114c29a907abf9b8",
 }
 """Digest of the identity of each job file with the fingerprint `f`, from when every job had the keys of every source. A
-change of a file of `jobs/` changes its own; a change of the code must change none."""
+change of a file in `jobs/` changes its digest; a change of the code must change none."""
 
 PARQUET = {
     "source": "parquet",
@@ -71,7 +71,11 @@ JOB_TREES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         "024c9f9ffe6daac76b8e98e9cb5620edcbd006e7ed03596933582149b9216a82",
     ),
     ({"data": CALL}, {"max_steps": 5}, "1d03485c9511907cb18f5b039a34434572488c3912936908696a17aca16549e7"),
-    ({"data": {"source": "disc"}}, {"start": "s"}, "04a18a3c00c1d18167f8a3026d659ff65a6749dd4b8e659044b126ea617603c8"),
+    (
+        {"data": {"source": "disc"}},
+        {"initial_weights_digest": "s"},
+        "04a18a3c00c1d18167f8a3026d659ff65a6749dd4b8e659044b126ea617603c8",
+    ),
     (
         {"data": {"source": "cifar100", "root": "/r", "augment": {"crop": 4, "flip": True}}},
         {},
@@ -80,18 +84,20 @@ JOB_TREES: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 ]
 
 ALL_KEYS: dict[str, Any] = {"root": "~/.cache/trainyard", "url": None, **IDENTITY_OF_OTHER_SOURCES}
-"""What a stored job of any source once held for keys of other sources."""
+"""The values of the keys of other sources in a stored job of any source, as once written."""
+
+SOURCES_OF_ALL_KEYS = ("mnist", "fashion_mnist", "cifar10", "cifar100", "disc", "parquet", "image_folder")
+"""The sources of that time; the keys of later ones are in no other job."""
 
 
 def stored_before(job: JobConfig) -> str:
-    """The text of `job.yaml` as it was when every job had the keys of every source."""
+    """The text of `job.yaml` as written when every job had the keys of every source."""
     tree = job.to_dict()
     return yaml.safe_dump({**tree, "data": {**ALL_KEYS, **tree["data"]}})
 
 
-def test_every_job_file_has_its_digest_here() -> None:
-    there = {*JOBS.glob("*.yaml"), *JOBS.glob("*/job.yaml")}
-    assert there == {JOBS / name for name in FILES}
+def test_every_job_file_has_a_digest_above() -> None:
+    assert set(JOBS.rglob("*.yaml")) == {JOBS / name for name in FILES}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -112,13 +118,13 @@ def test_a_job_stored_with_the_keys_of_all_sources_is_the_same_job(tree: dict[st
     again = parse_job(stored_before(job), "there")
     assert again == job
     assert override_job(again, ["train.batch_size=7"]).data == job.data
-    elsewhere = again.to_dict()["data"]
-    own = UserFunctionDataConfig if isinstance(elsewhere["source"], dict) else SOURCES[elsewhere["source"]]
-    assert set(elsewhere) == set(own.model_fields), "only what means something"
+    data = again.to_dict()["data"]
+    config_class = UserFunctionDataConfig if isinstance(data["source"], dict) else SOURCES[data["source"]]
+    assert set(data) == set(config_class.model_fields), "only the keys of its source"
     assert parse_job(dump_job(again), "there") == job
 
 
-def test_a_root_of_its_own_in_a_stored_job_of_another_source_is_ignored() -> None:
+def test_any_root_in_a_stored_job_of_another_source_is_ignored() -> None:
     job = build_job({"name": "a", "data": PARQUET, "task": "regression"}, "here")
     tree = yaml.safe_load(stored_before(job))
     tree["data"]["root"] = "/elsewhere"
@@ -156,7 +162,7 @@ def test_a_job_file_on_a_base_may_name_another_source(tmp_path: Path) -> None:
     assert (data.source, data.shuffle, data.labels) == ("parquet", False, ["y"])
 
 
-def test_all_set_keys_of_the_source_before_are_named() -> None:
+def test_all_set_keys_of_the_previous_source_are_named() -> None:
     job = build_job({"name": "a", "data": PARQUET, "task": "regression"}, "here")
     with pytest.raises(JobError) as caught:
         override_job(job, ["data.source=mnist"])
@@ -174,12 +180,14 @@ def test_the_frozen_defaults_are_those_of_the_fields() -> None:
     for key, value in IDENTITY_OF_OTHER_SOURCES.items():
         owners = [SOURCES[source].model_fields[key] for source in sources_with(key)]
         defaults = [field.get_default() for field in owners if not field.is_required()]
-        assert [getattr(one, "model_dump", lambda one=one: one)() for one in defaults] == [value] * len(defaults)
-    keys = {key for kind in SOURCES.values() for key in kind.model_fields}
+        assert [getattr(default, "model_dump", lambda default=default: default)() for default in defaults] == [
+            value
+        ] * len(defaults)
+    keys = {key for source in SOURCES_OF_ALL_KEYS for key in SOURCES[source].model_fields}
     assert set(ALL_KEYS) == keys - COMMON_KEYS - {"source"}
 
 
-def test_the_source_comes_first_and_its_own_keys_next() -> None:
+def test_the_source_comes_first_and_its_keys_next() -> None:
     keys = list(build_job({"name": "a", "data": IMAGE_FOLDER}, "here").to_dict()["data"])
     assert keys[:4] == ["source", "url", "label", "path"]
     assert set(keys[-6:]) == COMMON_KEYS

@@ -1,4 +1,4 @@
-"""What a run is named by: all that changes its weights, and nothing else."""
+"""The identity of a run, which names it: everything that changes its weights, and nothing else."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_stream_seeds_default_to_the_common_seed() -> None:
     ["..", ".", "", "a/b", "../a", "a\\b", ".hidden", "-x", "a b", "a\n", "a..b", "ä", "a" * 129, "models"],
 )
 def test_name_that_escapes_its_folder_is_rejected(name: str) -> None:
-    with pytest.raises(ValueError, match=r"name|taken"):
+    with pytest.raises(ValueError, match=r"name|reserved"):
         validate_name(name)
 
 

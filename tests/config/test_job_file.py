@@ -1,4 +1,4 @@
-"""Job files: what is read from them, what is said of a wrong one, and that they survive being written out."""
+"""Job files: reading them, messages about invalid ones, and writing them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load_text(text: str, folder: Path, *overrides: str) -> JobConfig:
 
 
 def messages_of(text: str, folder: Path, *overrides: str) -> list[str]:
-    """The lines of the error without its place and the advice below it."""
+    """The lines of the error message, without location and fix."""
     with pytest.raises(JobError) as caught:
         load_text(text, folder, *overrides)
     assert caught.value.exit_code == 2
@@ -106,7 +106,7 @@ def test_base_is_merged_and_lists_are_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("below", "over", "kept"),
+    ("below", "over", "expected"),
     [
         ("optimizer: {momentum: 0.9}", "optimizer: {kind: adam}", {"kind": "adam", "momentum": 0.0}),
         ("optimizer: {momentum: 0.9}", "optimizer: {kind: sgd}", {"kind": "sgd", "momentum": 0.9}),
@@ -114,16 +114,18 @@ def test_base_is_merged_and_lists_are_replaced(tmp_path: Path) -> None:
         ("optimizer: {kind: adam, eps: 1}", "optimizer: {kind: sgd}", {"kind": "sgd", "eps": 1e-8}),
     ],
 )
-def test_other_kind_replaces_and_same_kind_merges(tmp_path: Path, below: str, over: str, kept: dict[str, Any]) -> None:
+def test_other_kind_replaces_and_same_kind_merges(
+    tmp_path: Path, below: str, over: str, expected: dict[str, Any]
+) -> None:
     (tmp_path / "base.yaml").write_text(f"name: a\ntrain: {{{below}}}")
     read = load_text(f"base: base.yaml\ntrain: {{{over}}}", tmp_path).train.optimizer.model_dump()
-    assert {key: read[key] for key in kept} == kept
+    assert {key: read[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize("base", ["job.yaml", "other.yaml"])
 def test_circular_bases_are_rejected(tmp_path: Path, base: str) -> None:
     (tmp_path / "other.yaml").write_text("base: job.yaml")
-    assert "circle" in messages_of(f"base: {base}", tmp_path)[0]
+    assert "circular" in messages_of(f"base: {base}", tmp_path)[0]
 
 
 @pytest.mark.parametrize("base", ["nowhere.yaml", "''", "[a]", "'a\\0b'", '"a\\0b"', "n" * 5000, "."])
@@ -152,7 +154,7 @@ def test_environment_variables_are_substituted(tmp_path: Path, monkeypatch: pyte
 
 
 def path_fields(job: JobConfig) -> dict[str, Any]:
-    """The fields that may hold a local path, as they are resolved."""
+    """The fields that may hold a local path, as resolved."""
     tree = job.to_dict()
     paths = {f"data.{key}": tree["data"][key] for key in ("url", "root") if key in tree["data"]}
     paths |= {f"model.{key}": tree["model"][key] for key in ("init_from", "weights") if key in tree["model"]}
@@ -173,7 +175,7 @@ def test_paths_in_files_are_relative_to_the_file_and_overrides_to_the_cwd(
     )
     (tmp_path / "jobs/job.yaml").write_text("base: shared/base.yaml\nname: job\ndata: {root: ../raw}\n")
     shared = tmp_path / "jobs/shared"
-    in_file = {
+    expected = {
         "data.url": f"{shared}/rows/*.parquet",
         "model.init_from": None,
         "model.weights": f"{shared}/net.pth",
@@ -181,10 +183,10 @@ def test_paths_in_files_are_relative_to_the_file_and_overrides_to_the_cwd(
         "storage": "runs",
     }
     for path in ("../jobs/job.yaml", str(tmp_path / "jobs/job.yaml")):
-        assert path_fields(load_job(path)) == in_file
+        assert path_fields(load_job(path)) == expected
 
-    typed = ("data.url=rows.parquet", "data.cache={folder: ../cache}", "model={kind: mlp, init_from: runs/a@best}")
-    assert path_fields(load_job("../jobs/job.yaml", typed)) == {
+    overrides = ("data.url=rows.parquet", "data.cache={folder: ../cache}", "model={kind: mlp, init_from: runs/a@best}")
+    assert path_fields(load_job("../jobs/job.yaml", overrides)) == {
         "data.url": f"{tmp_path}/here/rows.parquet",
         "model.init_from": f"{tmp_path}/here/runs/a@best",
         "cache": f"{tmp_path}/cache",
@@ -194,8 +196,8 @@ def test_paths_in_files_are_relative_to_the_file_and_overrides_to_the_cwd(
     (tmp_path / "jobs/named.yaml").write_text("base: shared/named.yaml\n")
     assert path_fields(load_job("../jobs/named.yaml"))["data.root"] == f"{shared}/raw"
     assert path_fields(load_job("../jobs/named.yaml", ["data.root=../raw"]))["data.root"] == f"{tmp_path}/raw"
-    of_python = resolve_job(build_job({"name": "p", "data": {"root": "raw"}}, "here"))
-    assert path_fields(of_python)["data.root"] == f"{tmp_path}/here/raw"
+    from_python = resolve_job(build_job({"name": "p", "data": {"root": "raw"}}, "here"))
+    assert path_fields(from_python)["data.root"] == f"{tmp_path}/here/raw"
 
 
 @pytest.mark.parametrize("url", ["s3://b/x", "file:///x/y", "env:PLACE", "simplecache::s3://b/x", "/x/y", "memory://x"])
@@ -244,10 +246,10 @@ def test_absolute_paths_and_other_strings_are_unchanged(tmp_path: Path, url: str
     ],
 )
 def test_override_sets_its_field(tmp_path: Path, override: str, path: str, value: object) -> None:
-    here: Any = load_text("name: a", tmp_path, override).to_dict()
+    node: Any = load_text("name: a", tmp_path, override).to_dict()
     for key in path.split("."):
-        here = here[int(key)] if isinstance(here, list) else here[key]
-    assert here == value
+        node = node[int(key)] if isinstance(node, list) else node[key]
+    assert node == value
 
 
 def test_overrides_apply_in_order_and_keep_siblings(tmp_path: Path) -> None:
@@ -279,7 +281,7 @@ def test_invalid_override_is_an_error(tmp_path: Path, override: str, part: str) 
     assert part in " ".join(messages_of("name: a", tmp_path, override))
 
 
-# ----------------------------------------------------------------------------------------- what is said
+# --------------------------------------------------------------------------------------------- messages
 
 
 @pytest.mark.parametrize(
@@ -321,9 +323,9 @@ def test_invalid_override_is_an_error(tmp_path: Path, override: str, part: str) 
         ("name: a\ntask: regression\nbest: {metric: val/accuracy}", [
             "best.metric: val/accuracy is not measured; regression has loss, rmse"]),
         ("name: a\nbest: {metric: test/loss}", ["best.metric: 'test/loss' is not of the form val/loss"]),
-        ("name: a\nbest: {metric: val/cost}\nmetrics: ['m:cost']", ["best: say mode: min or mode: max for val/cost"]),
-        ("name: a\nbest: {metric: val/baseline_accuracy}", ["best: say mode"]),
-        ("name: a\nbest: {metric: val/acuracy}", ["best: say mode: min or mode: max for val/acuracy (did "
+        ("name: a\nbest: {metric: val/cost}\nmetrics: ['m:cost']", ["best: set mode: min or mode: max for val/cost"]),
+        ("name: a\nbest: {metric: val/baseline_accuracy}", ["best: set mode"]),
+        ("name: a\nbest: {metric: val/acuracy}", ["best: set mode: min or mode: max for val/acuracy (did "
                                                        "you mean 'val/accuracy'?)"]),
         ("name: a\nbest: {metric: val/acuracy, mode: max}", ["best.metric: val/acuracy is not measured (did "
                                                                   "you mean 'val/accuracy'?)"]),
@@ -332,15 +334,15 @@ def test_invalid_override_is_an_error(tmp_path: Path, override: str, part: str) 
         ("name: a\nbest: {metric: vall/loss}", ["best.metric: 'vall/loss' is not of the form val/loss, "
             "val/accuracy, train/loss, ... (did you mean 'val/loss'?)"]),
         ("name: a\nbest: {metric: val/r2}", ["best.metric: val/r2 is not measured; multiclass has loss,"]),
-        ("name: a\nbest: {metric: val/auc, mode: min}", ["best: mode: min would take the worst val/auc for the best"]),
-        ("name: a\nbest: {metric: val/loss, mode: max}", ["best: mode: max would take the worst val/loss"]),
+        ("name: a\nbest: {metric: val/auc, mode: min}", ["best: mode: min would choose the worst val/auc as the best"]),
+        ("name: a\nbest: {metric: val/loss, mode: max}", ["best: mode: max would choose the worst val/loss"]),
         ("name: a\nmetrics: ['m:loss']", ["metrics: m:loss: another column is called 'loss'"]),
         ("name: a\nmetrics: ['m:cost', 'n:cost']", ["metrics: m:cost: another column is called 'cost'"]),
         ("name: a\ntask: {loss: mae}", ["task: loss: mae goes with kind: regression"]),
         ("name: a\ntask: {kind: regression, loss: mea}", ["task.loss: 'mea' is not of the form module:name"]),
         ("name: a\ndata: {url: x}", ["data: url goes with source: parquet or image_folder"]),
         ("name: a\ndata: {source: parquet, label: y}", ["data: source: parquet needs url, the file or folder of"]),
-        ("name: a\ndata: {source: parquet, url: x}", ["data: source: parquet needs label, the column to learn"]),
+        ("name: a\ndata: {source: parquet, url: x}", ["data: source: parquet needs label, the column to predict"]),
         ("name: a\ndata: {source: parquet}", ["data: source: parquet needs url", "data: source: parquet needs label"]),
         ("name: a\ndata: {source: parquet, url: x, lable: y}", ["data.lable: unknown key (did you mean 'label'?)"]),
         ("name: a\ndata: {fetures: [y]}", ["data.fetures: unknown key (did you mean 'features'?); known here: augment, "
@@ -358,17 +360,17 @@ def test_invalid_override_is_an_error(tmp_path: Path, override: str, part: str) 
         ("name: a\ndata: {source: image_folder, url: x, keys: [a]}", ["data: keys goes with source: parquet"]),
         ("name: a\ndata: {source: parquet, url: x, label: y, resize: 3}", ["data: resize goes with source: image_"]),
         ("name: a\ndata: {splits: {by: time, column: t, val: 14x}}", ["data.splits: val must be a share below 1"]),
-        ("name: a\ndata: {splits: {val: 1.0}}", ["data.splits.val: 1.0 would be all of them: a share is below 1"]),
-        ("name: a\ndata: {splits: {test: 1.0}}", ["data.splits.test: 1.0 would be all of them"]),
-        ("name: a\ndata: {splits: {train: 1.0}}", ["data.splits.train: 1.0 would be all of them"]),
-        ("name: a\ndata: {splits: {by: group, column: g, val: 1.0}}", ["data.splits.val: 1.0 would be all of them"]),
+        ("name: a\ndata: {splits: {val: 1.0}}", ["data.splits.val: 1.0 would be all rows: a share is below 1"]),
+        ("name: a\ndata: {splits: {test: 1.0}}", ["data.splits.test: 1.0 would be all rows"]),
+        ("name: a\ndata: {splits: {train: 1.0}}", ["data.splits.train: 1.0 would be all rows"]),
+        ("name: a\ndata: {splits: {by: group, column: g, val: 1.0}}", ["data.splits.val: 1.0 would be all rows"]),
         ("name: a\ndata: {splits: {val: '0.2'}}", ["data.splits.val: must be a number, not '0.2'"]),
         ("name: a\ndata: {splits: {val: 20%}}", ["data.splits.val: must be a number, not '20%'"]),
         ("name: a\ndata: {splits: {by: time, column: t, val: '0.2'}}", ["data.splits: val must be a share below 1"]),
         ("name: a\ndata: {splits: {by: column, column: s, val: [train]}}", ["data.splits: 'train' cannot mean two"]),
         ("name: a\nevaluate: {splits: [test]}", ["evaluate.splits.0: must be 'train' or 'val'"]),
         ("name: a\nschema: 2", ["schema: must be 1, not 2"]),
-        ("name: ../a", ["name: '../a' is no name"]),
+        ("name: ../a", ["name: '../a' is not a valid name"]),
         ("name: 1e3", ["name: must be text, not 1000.0"]),
         ("name: a\n3: x", ["3: "]),
         ("train: {micro_batch: 0}\nmodel: {dropout: 1}", ["name: missing", "model.dropout: must be less than 1, not 1",
@@ -378,12 +380,12 @@ def test_invalid_override_is_an_error(tmp_path: Path, override: str, part: str) 
     ],
 )  # fmt: skip
 def test_each_problem_is_reported_once_by_its_written_key(tmp_path: Path, text: str, lines: list[str]) -> None:
-    said = messages_of(text, tmp_path)
+    messages = messages_of(text, tmp_path)
     if len(lines) > 1:
-        assert said.pop(0) == f"{len(lines)} problems"
-    assert len(said) == len(lines), said
+        assert messages.pop(0) == f"{len(lines)} problems"
+    assert len(messages) == len(lines), messages
     for line in lines:
-        assert any(one.startswith(line) for one in said), said
+        assert any(message.startswith(line) for message in messages), messages
 
 
 # ------------------------------------------------------------------------------------------- properties
@@ -421,13 +423,13 @@ def test_any_tree_is_a_job_or_a_job_error(
     sets = [f"{'.'.join(path)}={yaml.safe_dump(value, default_flow_style=True)}" for path, value in overrides]
     try:
         read = load_text(text, tmp_path_factory.getbasetemp(), *sets)
-    except JobError as error:
-        said = error
+    except JobError as caught:
+        error = caught
     else:
         assert read.name
         return
-    assert said.where
-    assert "[" not in said.what.split(":")[0], "a name of pydantic's own"
+    assert error.where
+    assert "[" not in error.what.split(":")[0], "pydantic's name of a union member"
 
 
 @given(text=st.text(max_size=60))
@@ -493,4 +495,4 @@ def test_dumped_job_loads_as_the_same_job(tree: dict[str, Any]) -> None:
     again = parse_job(dump_job(first), "there")
     assert again == first
     assert dump_job(again) == dump_job(first)
-    assert yaml.safe_load(dump_job(first))["name"] == first.name, "other readers see the same"
+    assert yaml.safe_load(dump_job(first))["name"] == first.name, "other YAML readers read the same"

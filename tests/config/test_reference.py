@@ -1,4 +1,4 @@
-"""The page `docs/job-file.md` says what the fields of the job file say."""
+"""The page `docs/job-file.md` is the one that is generated from the fields of the job file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.config.files.reference import COMMAND, reference
 PAGE = Path(__file__).parents[2] / "docs" / "job-file.md"
 
 
-def test_the_page_is_the_one_that_the_fields_make() -> None:
+def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text(encoding="utf-8") == reference(), f"run: {COMMAND}"
 
 
@@ -23,7 +23,7 @@ def test_every_key_has_documentation() -> None:
     assert [name for name, kind in kinds.items() if not kind.get("description")] == []
 
 
-def test_every_link_leads_to_a_section() -> None:
+def test_every_link_has_a_section() -> None:
     page = reference()
     headings = {
         line.lstrip("# ").replace("`", "").replace(".", "") for line in page.splitlines() if line.startswith("#")

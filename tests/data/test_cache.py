@@ -1,4 +1,5 @@
-"""The cache of decoded data: whole or absent, made once, bounded, never taken from under a reader."""
+"""The cache of decoded data: entries are complete or absent, built once, and not deleted while in use; its size is
+bounded."""
 
 from __future__ import annotations
 
@@ -28,15 +29,15 @@ from pipeline.config import CacheConfig
 
 folder, key, slow_s = sys.argv[1], sys.argv[2], float(sys.argv[3])
 
-def build(place):
-    assert [path.name for path in place.iterdir()] == [".builder"]
-    (place / "one").write_bytes(b"1" * 100)
+def build(entry_folder):
+    assert [path.name for path in entry_folder.iterdir()] == [".builder"]
+    (entry_folder / "one").write_bytes(b"1" * 100)
     with open(os.path.join(folder, "..", "builds"), "a") as file:
         file.write("built\\n")
     time.sleep(slow_s)
-    (place / "two").write_bytes(b"2" * 100)
+    (entry_folder / "two").write_bytes(b"2" * 100)
 
-entry = get_or_build(CacheConfig(folder=folder, max_gb=1e-6), key, build, size=200)
+entry = get_or_build(CacheConfig(folder=folder, max_gb=1e-6), key, build, size_bytes=200)
 print(len((entry.folder / "two").read_bytes()), flush=True)
 sys.stdin.read()
 """
@@ -72,7 +73,7 @@ def make_builder(size: int) -> Callable[[Path], None]:
 
 
 def fail_if_called(_: Path) -> None:
-    raise AssertionError("it is there already")
+    raise AssertionError("must not be called")
 
 
 def list_entries(folder: Path) -> set[str]:
@@ -80,8 +81,8 @@ def list_entries(folder: Path) -> set[str]:
 
 
 def test_two_concurrent_processes_build_once(tmp_path: Path) -> None:
-    both = [start_builder(tmp_path / "cache", "aa", slow_s=0.5) for _ in range(2)]
-    assert [wait_for_output(process) for process in both] == ["100\n", "100\n"]
+    processes = [start_builder(tmp_path / "cache", "aa", slow_s=0.5) for _ in range(2)]
+    assert [wait_for_output(process) for process in processes] == ["100\n", "100\n"]
     assert (tmp_path / "builds").read_text() == "built\n"
 
 
@@ -99,7 +100,7 @@ def test_killed_builder_leaves_nothing_and_the_next_builds(tmp_path: Path) -> No
     assert {path.name for path in (folder / "aa").iterdir()} == {".builder", ".readers", "one", "two"}
 
 
-def test_leftovers_of_killed_processes_are_removed(tmp_path: Path) -> None:
+def test_abandoned_folders_of_killed_processes_are_removed(tmp_path: Path) -> None:
     killed = start_builder(tmp_path / "cache", "aa", slow_s=60)
     wait_until((tmp_path / "cache" / ".building-aa" / "one").exists)
     killed.kill()
@@ -128,7 +129,9 @@ def test_concurrent_threads_build_once(tmp_path: Path) -> None:
         time.sleep(0.1)
 
     threads = [
-        threading.Thread(target=get_or_build, args=(CacheConfig(folder=str(tmp_path)), "aa", build), kwargs={"size": 1})
+        threading.Thread(
+            target=get_or_build, args=(CacheConfig(folder=str(tmp_path)), "aa", build), kwargs={"size_bytes": 1}
+        )
         for _ in range(4)
     ]
     for thread in threads:
@@ -175,14 +178,14 @@ def make_array_builder(rows: int) -> Callable[[Path], None]:
 
 
 def test_unused_entry_is_evicted(tmp_path: Path) -> None:
-    """As where a notebook trains on one data set after another."""
+    """A notebook may train on one dataset after another."""
     cache, size = CacheConfig(folder=str(tmp_path), max_gb=2500e-9), 8 * 100 + 200
     for number in range(5):
         array = get_or_build(cache, f"a{number}", make_array_builder(100), size_bytes=size).map_array("array.npy")
         assert array.sum() == 4950
     view = array[50:60]
     del array
-    for number in range(5):  # the view still needs the last one
+    for number in range(5):  # the view still uses the last one
         get_or_build(cache, f"b{number}", make_array_builder(100), size_bytes=size)
         assert "a4" in list_entries(tmp_path)
     assert view.tolist() == list(range(50, 60))
@@ -203,8 +206,8 @@ def test_entry_held_by_a_reference_cycle_is_evicted(tmp_path: Path) -> None:
     assert list_entries(tmp_path) == {"bb"}
 
 
-def test_many_tables_in_one_process(tmp_path: Path) -> None:
-    """A training that is over gives its data back, whoever still holds its numbers."""
+def test_tables_opened_one_after_another_are_evicted(tmp_path: Path) -> None:
+    """A dataset that is no longer referenced releases its cache entry."""
     folder = tmp_path / "cache"
     options: dict[str, Any] = {"cache": {"folder": str(folder), "in_memory_mb": 0, "max_gb": 4e-3}}
     for number in range(4):
@@ -212,7 +215,7 @@ def test_many_tables_in_one_process(tmp_path: Path) -> None:
             tmp_path / f"{number}.parquet", {"x": np.arange(100_000) + number, "y": np.arange(100_000) % 2}
         )
         assert float(open_parquet(path, **options).train.inputs[0, 0]) == number
-    assert len([place for place in folder.iterdir() if place.is_dir()]) == 1
+    assert len([path for path in folder.iterdir() if path.is_dir()]) == 1
 
 
 def test_entry_being_built_counts_with_its_full_size(tmp_path: Path) -> None:
@@ -223,9 +226,9 @@ def test_entry_being_built_counts_with_its_full_size(tmp_path: Path) -> None:
             get_or_build(cache, "bb", make_builder(200), size_bytes=200)
         with pytest.raises(DataError, match="in use"), scratch_folder(cache, 200):
             pass
-        with scratch_folder(cache, 50) as place:
-            assert place.is_dir()
-        assert not place.exists()
+        with scratch_folder(cache, 50) as scratch:
+            assert scratch.is_dir()
+        assert not scratch.exists()
 
     get_or_build(cache, "aa", build, size_bytes=400)
 
@@ -248,7 +251,7 @@ def test_too_small_disk_is_reported(tmp_path: Path) -> None:
 def test_disk_that_fills_up_is_reported(tmp_path: Path) -> None:
     full = Path("/dev/full")
     if not full.exists():
-        pytest.skip("no /dev/full here to write to")
+        pytest.skip("this machine has no /dev/full")
 
     def build(_: Path) -> None:
         full.write_bytes(b"x")
@@ -272,7 +275,7 @@ def test_unwritable_folder_is_reported(tmp_path: Path, folder: str) -> None:
         get_or_build(CacheConfig(folder=str(tmp_path / folder)), "aa", fail_if_called, size_bytes=1)
 
 
-def test_home_is_expanded_and_manual_deletion_is_handled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_is_expanded_and_a_deleted_entry_is_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     cache = CacheConfig(folder="~/cache")
     entry = get_or_build(cache, "aa", make_builder(1), size_bytes=1).folder

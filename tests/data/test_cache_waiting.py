@@ -1,4 +1,4 @@
-"""Preparing data under a watchdog: whoever waits for the process that does it, or takes long itself, is no hang."""
+"""Data preparation under a watchdog: slow preparation, and waiting for another process's preparation, are not hangs."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from pipeline.watchdog import HangTimeouts, StackDump, Watchdog, note_progress
 def watched():
     def save(name, text):
         raise OSError("no storage here")
-    told = lambda event: print(event.text, file=sys.stderr, flush=True)
+    on_event = lambda event: print(event.text, file=sys.stderr, flush=True)
     limits = HangTimeouts({HANG_S}, storage_s=60)
-    context, stacks = SingleProcessContext(told), StackDump(str(Path.cwd()), 0, save)
-    return Watchdog(context, limits, stacks, where="run", answers=lambda: 0)
+    context, stacks = SingleProcessContext(on_event), StackDump(str(Path.cwd()), 0, save)
+    return Watchdog(context, limits, stacks, where="run", response_count=lambda: 0)
 """
 CACHE_SCRIPT = """
 from pipeline.data.cache import get_or_build
@@ -42,7 +42,7 @@ def build(folder):
     (folder / "data").write_bytes(b"x")
 
 with watched():
-    print((get_or_build(CacheConfig(folder="cache"), "aa", build, size=1).folder / "data").read_text())
+    print((get_or_build(CacheConfig(folder="cache"), "aa", build, size_bytes=1).folder / "data").read_text())
 """
 USER_FUNCTION_SCRIPT = """
 from pipeline.data.sources import open_dataset
@@ -66,7 +66,7 @@ def waits():
     threading.Event().wait(SECONDS)
     return np.ones((2, 2)), np.array([0, 1])
 
-def holds_pythons_lock():
+def holds_the_gil():
     ctypes.PyDLL(None).sleep(SECONDS)
     return np.ones((2, 2)), np.array([0, 1])
 """
@@ -84,7 +84,7 @@ def start_script(folder: Path, program: str, *arguments: str) -> subprocess.Pope
 
 
 def start_builder(folder: Path, steps: int) -> subprocess.Popen[str]:
-    """A process that fills the cache, in so many tenths of a second."""
+    """Start a process that fills the cache in `steps` tenths of a second."""
     process = start_script(folder, CACHE_SCRIPT, str(steps))
     assert process.stdout is not None
     assert process.stdout.readline() == "building\n"
@@ -92,12 +92,12 @@ def start_builder(folder: Path, steps: int) -> subprocess.Popen[str]:
 
 
 def test_working_builder_and_its_waiters_are_not_hangs(tmp_path: Path) -> None:
-    """Both for longer than either may stand still."""
+    """The builder takes longer than the watchdog allows without progress."""
     processes = [start_builder(tmp_path, steps=int(10 * (HANG_S + 2) + 20)), start_script(tmp_path, CACHE_SCRIPT, "0")]
     assert [(*process.communicate(timeout=100), process.returncode) for process in processes] == [("x\n", "", 0)] * 2
 
 
-def test_stopped_builder_is_detected(tmp_path: Path) -> None:
+def test_waiting_for_a_stopped_builder_is_a_hang(tmp_path: Path) -> None:
     stopped = start_builder(tmp_path, steps=10_000)
     try:
         waiting = start_script(tmp_path, CACHE_SCRIPT, "0")
@@ -111,10 +111,10 @@ def test_stopped_builder_is_detected(tmp_path: Path) -> None:
         stopped.communicate()
 
 
-@pytest.mark.parametrize("how", ["waits", "holds_pythons_lock"])
-def test_user_function_that_loads_data_may_be_slow(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize("function", ["waits", "holds_the_gil"])
+def test_user_function_that_loads_data_may_be_slow(tmp_path: Path, function: str) -> None:
     (tmp_path / "slow_code.py").write_text(SLOW_CODE)
-    process = start_script(tmp_path, USER_FUNCTION_SCRIPT, how)
+    process = start_script(tmp_path, USER_FUNCTION_SCRIPT, function)
     assert (*process.communicate(timeout=100), process.returncode) == ("loaded\n", "", 0)
 
 
@@ -123,19 +123,19 @@ def test_watchdog_resumes_after_user_function(tmp_path: Path) -> None:
     process = start_script(tmp_path, USER_FUNCTION_SCRIPT.replace("print", "    time.sleep(1000)\nprint"), "waits")
     out, err = process.communicate(timeout=100)
     assert (out, process.returncode) == ("", 1)
-    assert "training stood still for" in err
+    assert "training made no progress for" in err
 
 
 def test_growing_download_counts_as_progress(tmp_path: Path) -> None:
-    noted: list[str] = []
+    notes: list[str] = []
     folder = tmp_path / "download"
     folder.mkdir()
     with (tmp_path / "lock").open("w") as lock:
         acquire_lock(lock)
         os.utime(lock.fileno(), (1, 1))
-        with listening_to_progress(lambda: noted.append("here")), track_folder_growth(folder, lock):
+        with listening_to_progress(lambda: notes.append("progress")), track_folder_growth(folder, lock):
             (folder / "file").write_bytes(b"some")
             deadline = time.monotonic() + 60
-            while not (noted and os.fstat(lock.fileno()).st_mtime > 1):
+            while not (notes and os.fstat(lock.fileno()).st_mtime > 1):
                 assert time.monotonic() < deadline
                 time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Warnings on columns that tell nothing, or give the label away."""
+"""Warnings about columns that carry no information, or that leak the label."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ NUM_ROWS = 3_000
 
 
 def warned_columns(
-    columns: dict[str, tuple[Column, np.ndarray]], targets: np.ndarray, task: Any, rows: Any = None
+    columns: dict[str, tuple[Column, np.ndarray]], targets: np.ndarray, task: Any, indices: Any = None
 ) -> set[str]:
-    """Which columns are warned of, and why."""
+    """Return the columns that are warned about, each with "leaks" or "is constant"."""
     schema = Schema(tuple(column for column, _ in columns.values()))
     inputs = np.concatenate([values.reshape(len(values), -1) for _, values in columns.values()], axis=1)
-    source = Dataset(DatasetPart(inputs.astype(np.float32), targets), None, (), "f", schema)
+    dataset = Dataset(DatasetPart(inputs.astype(np.float32), targets), None, (), "f", schema)
     job = build_job({"name": "t", "task": task, "data": {"source": "parquet", "url": "x", "label": "y"}}, "test")
-    warnings_found = set()
-    for warning in leakage_warnings(job, source, np.arange(len(inputs)) if rows is None else rows):
+    warned = set()
+    for warning in leakage_warnings(job, dataset, np.arange(len(inputs)) if indices is None else indices):
         name = warning.partition("'")[2].partition("'")[0]
-        warnings_found.add(f"{name} {'leaks' if 'gives the label away' in warning else 'tells nothing'}")
-    return warnings_found
+        assert ("predicts the label" in warning) != ("carries no information" in warning)
+        warned.add(f"{name} {'leaks' if 'predicts the label' in warning else 'is constant'}")
+    return warned
 
 
 def numeric_column(name: str, values: np.ndarray) -> tuple[Column, np.ndarray]:
@@ -57,7 +58,7 @@ def test_leaking_columns_of_a_classification(classes: int) -> None:
     often = labels.astype(float)
     often[::50] = (often[::50] + 1) % classes  # right in 98 %
     scores = labels + 0.3 * np.tanh(make_noise(1))
-    warnings_found = warned_columns(
+    warned = warned_columns(
         make_columns(
             numeric_column("noise", make_noise(2)),
             numeric_column("hint", labels + make_noise(3)),
@@ -76,34 +77,34 @@ def test_leaking_columns_of_a_classification(classes: int) -> None:
         "multiclass",
     )
     leaking = {"same", "almost", "scores", "vector", "renamed", "where_missing"}
-    assert warnings_found == {f"{name} leaks" for name in leaking}
+    assert warned == {f"{name} leaks" for name in leaking}
 
 
-def test_rare_class_is_no_leak() -> None:
+def test_predictor_of_a_rare_class_does_not_leak() -> None:
     labels = (np.arange(NUM_ROWS) < 20).astype(np.int64)
     assert warned_columns(make_columns(numeric_column("flag", labels.astype(float))), labels, "binary") == set()
 
 
 def test_leaking_columns_of_a_regression() -> None:
-    goal = make_noise(0)
-    holed = goal * -3 + 1e3
-    holed[::2] = np.nan
-    warnings_found = warned_columns(
+    target = make_noise(0)
+    with_missing = target * -3 + 1e3
+    with_missing[::2] = np.nan
+    warned = warned_columns(
         make_columns(
             numeric_column("noise", make_noise(1)),
-            numeric_column("near", goal + 0.05 * make_noise(2)),
-            numeric_column("twice", 2 * goal + 1e3),
-            numeric_column("holed", holed),
+            numeric_column("near", target + 0.05 * make_noise(2)),
+            numeric_column("twice", 2 * target + 1e3),
+            numeric_column("with_missing", with_missing),
             categorical_column("level", np.arange(NUM_ROWS) % 3),
         ),
-        np.stack([make_noise(3), goal], axis=1).astype(np.float32),
+        np.stack([make_noise(3), target], axis=1).astype(np.float32),
         "regression",
     )
-    assert warnings_found == {"twice leaks", "holed leaks"}
+    assert warned == {"twice leaks", "with_missing leaks"}
 
 
-def test_uninformative_columns_are_no_leak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leakage, "MAX_SCANNED_ROWS", 1_000)  # the rest is looked at in blocks
+def test_constant_columns_are_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leakage, "MAX_SCANNED_ROWS", 1_000)  # the other rows are checked in blocks
     monkeypatch.setattr(statistics, "BLOCK_VALUES", 300)
     late = np.ones(NUM_ROWS)
     late[2_500] = 2
@@ -118,13 +119,13 @@ def test_uninformative_columns_are_no_leak(monkeypatch: pytest.MonkeyPatch) -> N
         numeric_column("half", np.stack([np.ones(NUM_ROWS), make_noise(1)], axis=1)),
     )
     labels = np.random.default_rng(0).integers(0, 2, NUM_ROWS)
-    always = {"constant tells nothing", "empty tells nothing", "one_level tells nothing"}
+    always = {"constant is constant", "empty is constant", "one_level is constant"}
     assert warned_columns(given_columns, labels, "binary") == always
-    rows = np.delete(np.arange(NUM_ROWS), [2_500, 2_999])
-    assert warned_columns(given_columns, labels, "binary", rows) == {
+    indices = np.delete(np.arange(NUM_ROWS), [2_500, 2_999])
+    assert warned_columns(given_columns, labels, "binary", indices) == {
         *always,
-        "late tells nothing",
-        "late_value tells nothing",
+        "late is constant",
+        "late_value is constant",
     }
 
 
@@ -135,7 +136,7 @@ def test_uninformative_columns_are_no_leak(monkeypatch: pytest.MonkeyPatch) -> N
     missing=st.sampled_from([0.0, 0.5]),
 )
 @settings(deadline=None, max_examples=60)
-def test_noise_is_no_leak(rows: int, seed: int, task: str, missing: float) -> None:
+def test_noise_does_not_leak(rows: int, seed: int, task: str, missing: float) -> None:
     draws = np.random.default_rng(seed)
     values = draws.normal(size=rows)
     values[draws.random(rows) < missing] = np.nan
@@ -143,21 +144,21 @@ def test_noise_is_no_leak(rows: int, seed: int, task: str, missing: float) -> No
     given_columns = make_columns(
         numeric_column("x", values), categorical_column("c", draws.integers(0, 300, rows).astype(float))
     )
-    assert not any("leaks" in one for one in warned_columns(given_columns, labels, task))
+    assert not any("leaks" in warning for warning in warned_columns(given_columns, labels, task))
 
 
 def test_arrays_without_columns_are_not_checked() -> None:
     job = build_job({"name": "t"}, "test")
-    source = Dataset(DatasetPart(np.zeros((30, 2), np.float32), np.arange(30) % 2), None, (), "f")
-    assert leakage_warnings(job, source, np.arange(30)) == []
+    dataset = Dataset(DatasetPart(np.zeros((30, 2), np.float32), np.arange(30) % 2), None, (), "f")
+    assert leakage_warnings(job, dataset, np.arange(30)) == []
 
 
-def test_leak_in_a_table_sorted_by_label_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leak_in_a_table_sorted_by_label_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leakage, "MAX_SCANNED_ROWS", 1_000)
     labels = np.sort(np.random.default_rng(0).integers(0, 2, 10 * NUM_ROWS))
-    warnings_found = warned_columns(
+    warned = warned_columns(
         make_columns(numeric_column("leak", labels.astype(float)), numeric_column("noise", make_noise(2, len(labels)))),
         labels,
         "binary",
     )
-    assert warnings_found == {"leak leaks"}
+    assert warned == {"leak leaks"}

@@ -1,4 +1,4 @@
-"""Named, counter-based generators: the streams of every run that was ever stored."""
+"""Named, counter-based random generators; every stored run depends on their streams."""
 
 from __future__ import annotations
 
@@ -25,14 +25,18 @@ def test_streams_are_stable() -> None:
 
 @given(STREAM_POSITIONS, STREAM_POSITIONS)
 @settings(deadline=None)
-def test_stream_positions_are_independent(one: tuple[int, str, list[int]], other: tuple[int, str, list[int]]) -> None:
-    same = one == other
+def test_stream_positions_are_independent(
+    first: tuple[int, str, list[int]], second: tuple[int, str, list[int]]
+) -> None:
+    same = first == second
     assert same == (
-        random_uint64(make_generator(one[0], one[1], *one[2]), 2).tolist()
-        == random_uint64(make_generator(other[0], other[1], *other[2]), 2).tolist()
+        random_uint64(make_generator(first[0], first[1], *first[2]), 2).tolist()
+        == random_uint64(make_generator(second[0], second[1], *second[2]), 2).tolist()
     )
-    assert same == (derive_torch_seed(one[0], one[1], *one[2]) == derive_torch_seed(other[0], other[1], *other[2]))
-    assert 0 <= derive_torch_seed(one[0], one[1], *one[2]) < 2**63
+    assert same == (
+        derive_torch_seed(first[0], first[1], *first[2]) == derive_torch_seed(second[0], second[1], *second[2])
+    )
+    assert 0 <= derive_torch_seed(first[0], first[1], *first[2]) < 2**63
 
 
 def test_counters_do_not_overlap() -> None:
@@ -51,8 +55,8 @@ def test_permutation_contains_every_index_once(seed: int, count: int) -> None:
 @pytest.mark.parametrize("count", [3, 4])
 def test_permutations_are_equally_likely(count: int) -> None:
     draws, orders = 4800, {3: 6, 4: 24}[count]
-    source = make_generator(5, "fair")
-    seen = Counter(tuple(random_permutation(source, count).tolist()) for _ in range(draws))
+    rng = make_generator(5, "fair")
+    seen = Counter(tuple(random_permutation(rng, count).tolist()) for _ in range(draws))
     chi_squared = sum((n - draws / orders) ** 2 for n in seen.values()) / (draws / orders)
     assert len(seen) == orders
-    assert chi_squared < {3: 25, 4: 60}[count]  # the 99.99 % quantiles of 5 and 23 degrees of freedom, and a little
+    assert chi_squared < {3: 25, 4: 60}[count]  # slightly above the 99.99 % quantiles of 5 and 23 degrees of freedom

@@ -1,4 +1,4 @@
-"""Columns far from zero reach the model as float64 arithmetic would have them, whatever they come in."""
+"""Rounding: columns with values far from zero are standardized as precisely as in float64, whatever their type."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def make_job(source: Any, *, task: Any = "multiclass", precision: str = "fp32", 
 
 
 def standardize_all(prepared: PreparedData) -> np.ndarray:
-    """All rows as the model takes them, float32."""
+    """Return all rows as the model's inputs, float32."""
     inputs = torch.from_numpy(np.array(prepared.dataset.train.inputs))
-    prepare_rows = prepared.fitted.input_transform.make_transform_fn(
+    transform = prepared.fitted.input_transform.make_transform_fn(
         torch.device("cpu"), torch.float32, prepared.dataset.schema
     )
-    return prepare_rows(inputs).numpy()
+    return transform(inputs).numpy()
 
 
 def standardize_in_float64(values: np.ndarray, prepared: PreparedData) -> np.ndarray:
-    """What NumPy makes of the same column, its mean without any error of its own."""
+    """Standardize the same column with NumPy, with the mean in extended precision."""
     exact = values.astype(np.float64).astype(np.longdouble)
-    rows = exact[prepared.splits["train"].indices]
-    scaled: np.ndarray = ((exact - rows.mean()) / rows.std()).astype(np.float64)
+    training_values = exact[prepared.splits["train"].indices]
+    scaled: np.ndarray = ((exact - training_values.mean()) / training_values.std()).astype(np.float64)
     return scaled
 
 
@@ -91,14 +91,14 @@ def test_column_with_large_offset_is_standardized_in_float64(
             values = values.astype(kind)
             job = make_job({"call": f"{CUSTOM_SOURCES}:returns", "args": {"values": values.tolist(), "kind": kind}})
         prepared = prepare_data(job)
-        ours = standardize_all(prepared)[:, 0]
-        wanted = standardize_in_float64(values, prepared)
-    # Beyond 10^10, the mean is one float64 of so many digits that the next one is further away than 10^-6 deviations.
-    largest, std = np.abs(values.astype(np.float64)).max(), values.astype(np.float64).std()
-    digit = np.spacing(largest) / std
+        actual = standardize_all(prepared)[:, 0]
+        expected = standardize_in_float64(values, prepared)
+    # Beyond 10^10, neighboring float64 values of the mean differ by more than 10^-6 standard deviations.
+    max_value, std = np.abs(values.astype(np.float64)).max(), values.astype(np.float64).std()
+    resolution = np.spacing(max_value) / std
     if prepared.dataset.schema is None and prepared.dataset.train.inputs.dtype == np.float32:
-        digit += np.spacing(np.float32(largest)) / std  # arrays in float32 are shifted by a float32: all alike
-    np.testing.assert_allclose(ours, wanted, atol=2e-6 + digit)
+        resolution += np.spacing(np.float32(max_value)) / std  # float32 arrays are all shifted by one float32
+    np.testing.assert_allclose(actual, expected, atol=2e-6 + resolution)
 
 
 def test_float32_is_used_where_precise_enough(tmp_path: Path) -> None:
@@ -112,11 +112,11 @@ def test_float32_is_used_where_precise_enough(tmp_path: Path) -> None:
     prepared = prepare_data(make_job(str(write_parquet(tmp_path / "t.parquet", columns))))
     assert prepared.dataset.train.inputs.dtype == np.float32
     assert prepared.dataset.warnings == ()
-    assert prepared.dataset.reopen_in_float64 is None, "nothing that is not needed is held on to"
+    assert prepared.dataset.reopen_in_float64 is None, "the source is not kept open without need"
 
 
 def test_precision_depends_on_the_spread_of_training_rows(tmp_path: Path) -> None:
-    """Other rows may lie elsewhere: a placeholder of 0 in those of another group."""
+    """Other rows may have far-away values, such as 0 as a placeholder."""
     seconds = 1.7e9 + np.linspace(0, 10, NUM_ROWS)
     seconds[NUM_ROWS // 2 :] = 0
     columns = {"x": seconds, "y": np.arange(NUM_ROWS) % 2}
@@ -143,31 +143,34 @@ def test_mixed_precision_results_match_fp64(tmp_path: Path, kind: str, monkeypat
     frame = pd.DataFrame({"x": SECONDS, "y": LABELS})
     frame.to_parquet(tmp_path / "t.parquet")
     source: Any = str(tmp_path / "t.parquet") if kind == "parquet" else {"call": f"{CUSTOM_SOURCES}:seconds"}
-    runs = [train(make_job(source, precision=one), storage=str(tmp_path / one)) for one in ("fp32", "fp64")]
+    runs = [
+        train(make_job(source, precision=precision), storage=str(tmp_path / precision))
+        for precision in ("fp32", "fp64")
+    ]
     accuracies = [run.metrics["val/accuracy"] for run in runs]
     assert accuracies[0] == pytest.approx(accuracies[1], abs=0.02)
     assert accuracies[0] > 0.95
-    model, (held, measured) = (
+    model, (prepared, metrics) = (
         load(runs[0].url),
         (prepare_data(make_job(source)), evaluate(runs[0].url, trust=True).metrics),
     )
-    rows = held.splits["val"].indices
+    rows = prepared.splits["val"].indices
     data = frame if kind == "parquet" else SECONDS[:, None]
     with torch.inference_mode():
-        outputs = model.model(torch.from_numpy(standardize_all(held)))
+        outputs = model.model(torch.from_numpy(standardize_all(prepared)))
     np.testing.assert_array_equal(model.predict_proba(data), outputs.double().softmax(1).numpy())
-    assert (model.predict(data)[rows] == LABELS[rows]).mean() == measured["val/accuracy"]
-    if kind == "parquet":  # other data comes in the type that was fitted on, whatever it needs itself
+    assert (model.predict(data)[rows] == LABELS[rows]).mean() == metrics["val/accuracy"]
+    if kind == "parquet":  # new data is read in the type that the transform was fitted on
         frame.iloc[:1].to_parquet(tmp_path / "one.parquet")
         (tmp_path / "one").mkdir()
-        more = evaluate(runs[0].url, data=str(tmp_path / "one.parquet")).metrics
-        assert more["data/accuracy"] == (model.predict(frame.iloc[:1]) == LABELS[:1]).mean()
+        new_metrics = evaluate(runs[0].url, data=str(tmp_path / "one.parquet")).metrics
+        assert new_metrics["data/accuracy"] == (model.predict(frame.iloc[:1]) == LABELS[:1]).mean()
 
 
 def test_targets_with_large_offset_keep_precision() -> None:
     prepared = prepare_data(make_job({"call": f"{CUSTOM_SOURCES}:far_goals"}, task="regression"))
-    wanted = standardize_in_float64(SECONDS[:NUM_ROWS], prepared)
-    np.testing.assert_allclose(prepared.targets["train"][:, 0], wanted, atol=2e-6)
+    expected = standardize_in_float64(SECONDS[:NUM_ROWS], prepared)
+    np.testing.assert_allclose(prepared.targets["train"][:, 0], expected, atol=2e-6)
 
 
 def test_fitted_transforms_of_an_earlier_version_are_read(tmp_path: Path) -> None:

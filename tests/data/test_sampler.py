@@ -1,4 +1,4 @@
-"""Global batches: a function of (seed, epoch, step), and their shares."""
+"""The sampler: global batches depend only on (seed, epoch, step), and ranks take slices of them."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ SAMPLER_SIZES = {"rows": st.integers(1, 200), "batch_size": st.integers(1, 250),
 @given(**SAMPLER_SIZES, shuffle=st.booleans(), epoch=st.integers(1, 5))
 @settings(deadline=None)
 def test_epoch_contains_every_row_once(rows: int, batch_size: int, seed: int, shuffle: bool, epoch: int) -> None:
-    batches = GlobalBatchSampler(rows, batch_size, shuffle=shuffle, seed=seed)
-    first = (epoch - 1) * batches.steps_per_epoch + 1
-    parts = [batches.batch_indices(step) for step in range(first, first + batches.steps_per_epoch)]
+    sampler = GlobalBatchSampler(rows, batch_size, shuffle=shuffle, seed=seed)
+    first = (epoch - 1) * sampler.steps_per_epoch + 1
+    parts = [sampler.batch_indices(step) for step in range(first, first + sampler.steps_per_epoch)]
     assert all(len(part) == batch_size for part in parts[:-1])
     assert 1 <= len(parts[-1]) <= batch_size
-    assert [batches.epoch_and_position(first + n) for n in range(len(parts))] == [(epoch, n) for n in range(len(parts))]
-    together = np.concatenate(parts)
-    assert np.array_equal(np.sort(together), np.arange(rows))
+    assert [sampler.epoch_and_position(first + n) for n in range(len(parts))] == [(epoch, n) for n in range(len(parts))]
+    joined = np.concatenate(parts)
+    assert np.array_equal(np.sort(joined), np.arange(rows))
     if not shuffle:
-        assert np.array_equal(together, np.arange(rows))
+        assert np.array_equal(joined, np.arange(rows))
 
 
 @given(**SAMPLER_SIZES, steps=st.lists(st.integers(1, 400), min_size=1, max_size=6))
 @settings(deadline=None)
-def test_random_access_to_steps(rows: int, batch_size: int, seed: int, steps: list[int]) -> None:
-    seeking = GlobalBatchSampler(rows, batch_size, shuffle=True, seed=seed)
+def test_steps_can_be_accessed_in_any_order(rows: int, batch_size: int, seed: int, steps: list[int]) -> None:
+    sampler = GlobalBatchSampler(rows, batch_size, shuffle=True, seed=seed)
     for step in steps:
-        fresh = GlobalBatchSampler(rows, batch_size, shuffle=True, seed=seed)
-        assert np.array_equal(seeking.batch_indices(step), fresh.batch_indices(step))
+        new_sampler = GlobalBatchSampler(rows, batch_size, shuffle=True, seed=seed)
+        assert np.array_equal(sampler.batch_indices(step), new_sampler.batch_indices(step))
 
 
 def test_epochs_and_seeds_differ() -> None:
-    batches, other = (GlobalBatchSampler(1000, 1000, shuffle=True, seed=seed) for seed in (1, 2))
-    assert not np.array_equal(batches.batch_indices(1), batches.batch_indices(2))
-    assert not np.array_equal(batches.batch_indices(1), other.batch_indices(1))
+    sampler, other_sampler = (GlobalBatchSampler(1000, 1000, shuffle=True, seed=seed) for seed in (1, 2))
+    assert not np.array_equal(sampler.batch_indices(1), sampler.batch_indices(2))
+    assert not np.array_equal(sampler.batch_indices(1), other_sampler.batch_indices(1))
 
 
 @given(count=st.integers(0, 300), world_size=st.integers(1, 9))

@@ -1,4 +1,4 @@
-"""Splits: disjoint, deterministic, and of the sizes that were asked for."""
+"""Splits: disjoint, deterministic, and of the requested sizes."""
 
 from __future__ import annotations
 
@@ -38,47 +38,49 @@ SPLIT_SIZE = st.one_of(st.floats(0, 0.99), st.integers(0, 150))
     test=SPLIT_SIZE,
     train=st.none() | SPLIT_SIZE.filter(bool),
     stratify=st.booleans(),
-    own_test=st.booleans(),
+    has_test=st.booleans(),
 )
 @settings(deadline=None, max_examples=300)
-def test_random_splits(rows: int, val: float, test: float, train: float | None, stratify: bool, own_test: bool) -> None:
-    data = make_indexed_dataset(rows, test_rows=7 if own_test else 0)
-    asked = {"val": val, "test": test, "train": train}
-    a_job = make_job({"by": "random", "stratify": stratify, **asked})
-    counts = {name: round(v * rows) if v < 1 else int(v) for name, v in asked.items() if v}
+def test_random_splits_have_the_requested_sizes(
+    rows: int, val: float, test: float, train: float | None, stratify: bool, has_test: bool
+) -> None:
+    data = make_indexed_dataset(rows, test_rows=7 if has_test else 0)
+    sizes = {"val": val, "test": test, "train": train}
+    job = make_job({"by": "random", "stratify": stratify, **sizes})
+    counts = {name: round(v * rows) if v < 1 else int(v) for name, v in sizes.items() if v}
     rest = rows - sum(counts.values())
     counts.setdefault("train", rest)
     if rest < 0 or min(counts.values()) < 1:
-        with pytest.raises(DataError) as refused:
-            make_splits(a_job, data)
-        assert refused.value.where.startswith("data.splits")
-        assert refused.value.fix
+        with pytest.raises(DataError) as error:
+            make_splits(job, data)
+        assert error.value.where.startswith("data.splits")
+        assert error.value.fix
         return
-    splits = make_splits(a_job, data)
-    drawn = {name: part for name, part in splits.items() if part.part == "train"}
-    assert {name: len(part) for name, part in drawn.items()} == counts
-    together = np.concatenate([part.indices for part in drawn.values()])
-    assert len(np.unique(together)) == len(together)
-    assert 0 <= together.min() <= together.max() < rows
+    splits = make_splits(job, data)
+    from_training_part = {name: part for name, part in splits.items() if part.part == "train"}
+    assert {name: len(part) for name, part in from_training_part.items()} == counts
+    joined = np.concatenate([part.indices for part in from_training_part.values()])
+    assert len(np.unique(joined)) == len(joined)
+    assert 0 <= joined.min() <= joined.max() < rows
     assert all((np.diff(part.indices) > 0).all() and part.indices.dtype == np.int64 for part in splits.values())
-    if own_test and "test" not in drawn:
+    if has_test and "test" not in from_training_part:
         assert splits["test"].part == "test"
         assert splits["test"].indices.tolist() == list(range(7))
-    again = make_splits(a_job, data)
-    assert all(np.array_equal(again[name].indices, splits[name].indices) for name in splits)
+    repeated = make_splits(job, data)
+    assert all(np.array_equal(repeated[name].indices, splits[name].indices) for name in splits)
 
 
 def test_random_split_depends_on_seed_and_data() -> None:
-    spec = {"by": "random", "val": 0.5}
+    splits = {"by": "random", "val": 0.5}
 
-    def val(a_job: JobConfig, data: Dataset) -> list[int]:
-        ids: list[int] = make_splits(a_job, data)["val"].indices.tolist()
-        return ids
+    def val(job: JobConfig, data: Dataset) -> list[int]:
+        indices: list[int] = make_splits(job, data)["val"].indices.tolist()
+        return indices
 
-    first = val(make_job(spec), make_indexed_dataset(100))
-    assert val(make_job(spec, seed={"all": 1, "init": 2}), make_indexed_dataset(100)) == first
-    assert val(make_job(spec, seed={"all": 1, "split": 2}), make_indexed_dataset(100)) != first
-    assert val(make_job(spec), make_indexed_dataset(100, classes=4)) != first
+    first = val(make_job(splits), make_indexed_dataset(100))
+    assert val(make_job(splits, seed={"all": 1, "init": 2}), make_indexed_dataset(100)) == first
+    assert val(make_job(splits, seed={"all": 1, "split": 2}), make_indexed_dataset(100)) != first
+    assert val(make_job(splits), make_indexed_dataset(100, classes=4)) != first
 
 
 def test_adding_a_test_split_keeps_val() -> None:
@@ -91,13 +93,13 @@ def test_adding_a_test_split_keeps_val() -> None:
 @settings(deadline=None)
 def test_stratified_splits_are_proportional(counts: list[int], val: float) -> None:
     labels = np.repeat(np.arange(len(counts)), counts)
-    rows = len(labels)
-    data = make_dataset(DatasetPart(np.zeros((rows, 1), np.float32), labels.astype(np.int64)), None, ())
-    if round(val * rows) == 0:
+    num_rows = len(labels)
+    data = make_dataset(DatasetPart(np.zeros((num_rows, 1), np.float32), labels.astype(np.int64)), None, ())
+    if round(val * num_rows) == 0:
         return
-    ids = make_splits(make_job({"val": val, "stratify": True}), data)["val"].indices
-    taken = np.bincount(labels[ids], minlength=len(counts))
-    assert (np.abs(taken - round(val * rows) * np.array(counts) / rows) < 1).all()
+    indices = make_splits(make_job({"val": val, "stratify": True}), data)["val"].indices
+    taken = np.bincount(labels[indices], minlength=len(counts))
+    assert (np.abs(taken - round(val * num_rows) * np.array(counts) / num_rows) < 1).all()
 
 
 def test_stratify_needs_classes() -> None:
@@ -106,7 +108,7 @@ def test_stratify_needs_classes() -> None:
 
 
 @given(sizes=st.lists(st.integers(0, 50), min_size=1, max_size=6), data=st.data())
-def test_allocate_proportionally(sizes: list[int], data: st.DataObject) -> None:
+def test_allocation_is_within_one_of_proportional(sizes: list[int], data: st.DataObject) -> None:
     count = data.draw(st.integers(0, sum(sizes)))
     takes = allocate_proportionally(sizes, count)
     assert sum(takes) == count
@@ -116,7 +118,7 @@ def test_allocate_proportionally(sizes: list[int], data: st.DataObject) -> None:
     )
 
 
-def test_range_splits() -> None:
+def test_range_splits_take_rows_by_position() -> None:
     splits = make_splits(
         make_job({"by": "range", "train": [0, 4], "val": [6, 9]}), make_indexed_dataset(10, test_rows=3)
     )
@@ -140,23 +142,23 @@ def test_range_splits() -> None:
     ],
 )
 def test_invalid_splits_are_rejected(splits: dict[str, Any], where: str, words: list[str]) -> None:
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as error:
         make_splits(make_job(splits), make_indexed_dataset(10))
-    assert refused.value.where == where
-    assert all(word in refused.value.what for word in words)
+    assert error.value.where == where
+    assert all(word in error.value.what for word in words)
 
 
-def test_no_validation_split() -> None:
+def test_val_of_zero_makes_no_validation_split() -> None:
     assert list(make_splits(make_job({"val": 0}), make_indexed_dataset(10))) == ["train"]
 
 
 def test_fewer_rows_than_a_batch_is_a_warning() -> None:
     for batch_size, count in ((100, 1), (8, 0), ("all", 0)):
-        a_job = make_job({"val": 2}, train={"batch_size": batch_size})
-        assert len(split_warnings(a_job, make_splits(a_job, make_indexed_dataset(10)))) == count
+        job = make_job({"val": 2}, train={"batch_size": batch_size})
+        assert len(split_warnings(job, make_splits(job, make_indexed_dataset(10)))) == count
 
 
-def test_the_table_holds_every_row_of_every_split() -> None:
+def test_table_of_splits_contains_every_row() -> None:
     splits = make_splits(make_job({"val": 3}), make_indexed_dataset(10, test_rows=4))
     table = splits_to_table(splits)
     assert table.schema.names == ["split", "part", "row"]
@@ -167,28 +169,28 @@ def test_the_table_holds_every_row_of_every_split() -> None:
 
 @given(
     counts=st.lists(st.integers(1, 60), min_size=1, max_size=12),
-    share=st.floats(0.01, 1.2),
+    fraction=st.floats(0.01, 1.2),
     kind=st.sampled_from(["labels", "values", "columns"]),
 )
 @settings(deadline=None)
-def test_limited_sample_is_representative(counts: list[int], share: float, kind: str) -> None:
-    """Of rows in the order of their classes, the worst that a file can be."""
+def test_limited_sample_is_representative(counts: list[int], fraction: float, kind: str) -> None:
+    """Rows are sorted by class, which is the worst case."""
     labels = np.repeat(np.arange(len(counts)), counts)
-    rows = len(labels)
-    ids = 5 + 2 * np.arange(rows)
+    num_rows = len(labels)
+    indices = 5 + 2 * np.arange(num_rows)
     targets = {"labels": labels, "values": labels / 3, "columns": np.stack([labels / 3, -labels], 1)}[kind]
-    count = max(1, round(rows * share))
-    sample = sample_stratified(ids, targets, count, 1, "val")
-    assert len(sample) == min(count, rows)
+    count = max(1, round(num_rows * fraction))
+    sample = sample_stratified(indices, targets, count, 1, "val")
+    assert len(sample) == min(count, num_rows)
     assert np.array_equal(sample, np.unique(sample))
-    assert np.isin(sample, ids).all()
+    assert np.isin(sample, indices).all()
     class_counts = np.bincount(labels[(sample - 5) // 2], minlength=len(counts))
-    assert (np.abs(class_counts - np.array(counts) * len(sample) / rows) < 1).all()
-    assert np.array_equal(sample_stratified(ids, targets, count, 1, "val"), sample)
+    assert (np.abs(class_counts - np.array(counts) * len(sample) / num_rows) < 1).all()
+    assert np.array_equal(sample_stratified(indices, targets, count, 1, "val"), sample)
 
 
 def test_sampled_rows_are_uniform() -> None:
-    """Also of classes of which a sample takes only some: always the first of them would be none of the last."""
+    """This includes rows of classes that are too rare for each sample: different ones are left out."""
     labels = np.array([0] * 9 + [1] * 2 + list(range(2, 21)))
     taken = np.zeros(30)
     for seed in range(600):

@@ -1,4 +1,4 @@
-"""Splits that follow a column: whole groups, the newest rows, or what the data says itself."""
+"""Splits by a column: whole groups, the newest rows, or a column that contains the split."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ def make_dataset(values: Any, names: tuple[str, ...] = (), *, is_time: bool = Fa
     return Dataset(arrays, None, (), fingerprint, split_columns={"c": SplitColumn(values, names, is_time)})
 
 
-def split_dataset(by: str, data: Dataset, *, seed: int = 1, **spec: Any) -> dict[str, SplitIndices]:
-    job = build_job({"name": "t", "seed": seed, "data": {"splits": {"by": by, "column": "c", **spec}}}, "test")
+def split_dataset(by: str, data: Dataset, *, seed: int = 1, **options: Any) -> dict[str, SplitIndices]:
+    job = build_job({"name": "t", "seed": seed, "data": {"splits": {"by": by, "column": "c", **options}}}, "test")
     return make_splits(job, data)
 
 
-def try_split(by: str, data: Dataset, **spec: Any) -> dict[str, SplitIndices] | DataError:
+def try_split(by: str, data: Dataset, **options: Any) -> dict[str, SplitIndices] | DataError:
     try:
-        return split_dataset(by, data, **spec)
-    except DataError as refused:
-        return refused
+        return split_dataset(by, data, **options)
+    except DataError as error:
+        return error
 
 
-def split_values(by: str, data: Dataset, **spec: Any) -> dict[str, list[int]]:
-    return {name: rows.indices.tolist() for name, rows in split_dataset(by, data, **spec).items()}
+def split_values(by: str, data: Dataset, **options: Any) -> dict[str, list[int]]:
+    return {name: rows.indices.tolist() for name, rows in split_dataset(by, data, **options).items()}
 
 
 def check_partition(parts: dict[str, SplitIndices], rows: int) -> None:
-    together = np.concatenate([part.indices for part in parts.values()])
-    assert sorted(together.tolist()) == list(range(rows))
+    joined = np.concatenate([part.indices for part in parts.values()])
+    assert sorted(joined.tolist()) == list(range(rows))
     assert all(
         part.indices.dtype == np.int64 and (np.diff(part.indices) > 0).all() and len(part) for part in parts.values()
     )
@@ -71,14 +71,14 @@ def test_groups_are_in_one_part(groups: list[int], val: float, test: float, as_t
         assert parts.fix
         return
     check_partition(parts, len(groups))
-    assert set(parts) == {"train", *(name for name, asked in zip(SPLIT_NAMES, (val, test), strict=True) if asked)}
-    sides = {name: {groups[row] for row in part.indices} for name, part in parts.items()}
-    assert sum(map(len, sides.values())) == len(set(groups))
-    for name, asked in zip(SPLIT_NAMES, (val, test), strict=True):
-        if asked >= 1:
-            assert len(sides[name]) == asked
-    again = split_dataset("group", data, val=val, test=test)
-    assert all(np.array_equal(again[name].indices, part.indices) for name, part in parts.items())
+    assert set(parts) == {"train", *(name for name, size in zip(SPLIT_NAMES, (val, test), strict=True) if size)}
+    groups_by_part = {name: {groups[row] for row in part.indices} for name, part in parts.items()}
+    assert sum(map(len, groups_by_part.values())) == len(set(groups))
+    for name, size in zip(SPLIT_NAMES, (val, test), strict=True):
+        if size >= 1:
+            assert len(groups_by_part[name]) == size
+    repeated = split_dataset("group", data, val=val, test=test)
+    assert all(np.array_equal(repeated[name].indices, part.indices) for name, part in parts.items())
 
 
 @given(sizes=st.lists(st.integers(1, 20), min_size=2, max_size=40), val=st.floats(0.05, 0.6), seed=st.integers(0, 9))
@@ -88,12 +88,14 @@ def test_group_splits_approximate_their_size(sizes: list[int], val: float, seed:
     expected_size = round(len(group) * val)
     parts = try_split("group", make_dataset(group), seed=seed, val=val)
     if isinstance(parts, DataError):
-        # Too little is asked for to take the smallest group, or so much that none is left.
+        # The fraction is too small to take the smallest group, or so large that no group is left.
         assert 2 * expected_size <= min(sizes) or 2 * (len(group) - expected_size) <= max(sizes)
         return
     part = parts["val"]
-    passed_over = set(range(len(sizes))) - set(group[part.indices].tolist())
-    assert abs(len(part) - expected_size) <= max(max(sizes) / 2, min(sizes[one] for one in passed_over) / 2)
+    skipped = set(range(len(sizes))) - set(group[part.indices].tolist())
+    assert abs(len(part) - expected_size) <= max(
+        max(sizes) / 2, min(sizes[skipped_group] for skipped_group in skipped) / 2
+    )
 
 
 def test_group_split_depends_on_seed_and_data() -> None:
@@ -115,8 +117,7 @@ def test_newest_rows_are_held_out_and_ties_stay_together(
     days: list[int], val: float, test: float, is_time: bool
 ) -> None:
     windows: dict[str, Any] = {
-        name: f"{asked}d" if is_time and asked >= 1 else asked
-        for name, asked in zip(SPLIT_NAMES, (val, test), strict=True)
+        name: f"{size}d" if is_time and size >= 1 else size for name, size in zip(SPLIT_NAMES, (val, test), strict=True)
     }
     values = np.array(days) * (DAY_NS if is_time else 1)
     parts = try_split("time", make_dataset(values, is_time=is_time), **windows)
@@ -140,7 +141,7 @@ def test_newest_rows_are_held_out_and_ties_stay_together(
         assert abs(taken - expected_size) <= tie / 2
 
 
-def test_time_windows() -> None:
+def test_time_windows_contain_the_newest_rows() -> None:
     hours = make_dataset(np.arange(100) * 3600 * 10**9, is_time=True)
     assert split_values("time", hours, val="2d", test="12h")["test"] == list(range(88, 100))
     assert split_values("time", hours, val="2d", test="12h")["val"] == list(range(40, 88))
@@ -155,7 +156,7 @@ def test_later_boundary_wins_a_tie() -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "spec", "where", "words"),
+    ("data", "options", "where", "words"),
     [
         (make_dataset([1, 2]), {"val": "14d"}, "data.splits.val", ["14d", "number"]),
         (make_dataset([0, DAY_NS], is_time=True), {"val": 14.0}, "data.splits.val", ["14", "timestamp"]),
@@ -171,26 +172,26 @@ def test_later_boundary_wins_a_tie() -> None:
         (make_dataset([1.0, np.nan]), {"val": 0.5}, "data.splits.column", ["1 of 2", "row 1"]),
     ],
 )
-def test_invalid_windows_are_rejected(data: Dataset, spec: dict[str, Any], where: str, words: list[str]) -> None:
-    with pytest.raises(DataError) as refused:
-        split_dataset("time", data, **spec)
-    assert refused.value.where == where
-    assert all(word in refused.value.what for word in words), refused.value.what
-    assert refused.value.fix
+def test_invalid_windows_are_rejected(data: Dataset, options: dict[str, Any], where: str, words: list[str]) -> None:
+    with pytest.raises(DataError) as error:
+        split_dataset("time", data, **options)
+    assert error.value.where == where
+    assert all(word in error.value.what for word in words), error.value.what
+    assert error.value.fix
 
 
-@given(told=st.lists(st.sampled_from(["train", "val", "test", "validation"]), min_size=1, max_size=30))
-def test_split_by_column(told: list[str]) -> None:
-    names = tuple(sorted(set(told)))
-    data = make_dataset([names.index(one) for one in told], names)
-    if "train" not in told:
+@given(values=st.lists(st.sampled_from(["train", "val", "test", "validation"]), min_size=1, max_size=30))
+def test_split_by_text_column(values: list[str]) -> None:
+    names = tuple(sorted(set(values)))
+    data = make_dataset([names.index(value) for value in values], names)
+    if "train" not in values:
         with pytest.raises(DataError, match="no rows"):
             split_dataset("column", data)
         return
     parts = split_dataset("column", data)
-    check_partition(parts, len(told))
+    check_partition(parts, len(values))
     for name, part in parts.items():
-        assert {told[row].replace("validation", "val") for row in part.indices} == {name}
+        assert {values[row].replace("validation", "val") for row in part.indices} == {name}
 
 
 def test_split_by_numeric_column() -> None:
@@ -209,26 +210,26 @@ def test_split_by_numeric_column() -> None:
     ],
 )
 def test_unknown_split_values_are_rejected(data: Dataset, by: str, words: list[str]) -> None:
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as error:
         split_dataset(by, data)
-    assert refused.value.where == "data.splits.column"
-    assert all(word in refused.value.what for word in words), refused.value.what
-    assert refused.value.fix
+    assert error.value.where == "data.splits.column"
+    assert all(word in error.value.what for word in words), error.value.what
+    assert error.value.fix
 
 
 @pytest.mark.parametrize(
-    ("spec", "where", "words"),
+    ("options", "where", "words"),
     [
         ({"val": 3}, "data.splits.val", ["3 of 3 groups"]),
         ({"val": 1, "test": 2}, "data.splits.test", ["2 of 2 groups"]),
         ({"val": 0.01}, "data.splits.val", ["0 of 3 groups", "largest has 4 of 7"]),
     ],
 )
-def test_invalid_groups_are_rejected(spec: dict[str, Any], where: str, words: list[str]) -> None:
-    with pytest.raises(DataError) as refused:
-        split_dataset("group", make_dataset([1, 1, 2, 3, 3, 3, 3]), **spec)
-    assert refused.value.where == where
-    assert all(word in refused.value.what for word in words), refused.value.what
+def test_invalid_groups_are_rejected(options: dict[str, Any], where: str, words: list[str]) -> None:
+    with pytest.raises(DataError) as error:
+        split_dataset("group", make_dataset([1, 1, 2, 3, 3, 3, 3]), **options)
+    assert error.value.where == where
+    assert all(word in error.value.what for word in words), error.value.what
 
 
 @pytest.mark.parametrize("by", ["group", "time", "column"])
@@ -240,7 +241,7 @@ def test_missing_column_is_rejected(by: str) -> None:
 
 
 def test_row_in_two_parts_is_rejected() -> None:
-    apart = {"train": np.array([0, 1]), "val": np.array([2])}
-    check_disjoint(apart, 3)
+    disjoint = {"train": np.array([0, 1]), "val": np.array([2])}
+    check_disjoint(disjoint, 3)
     with pytest.raises(DataError, match="row 1 and 0 more"):
-        check_disjoint({**apart, "val": np.array([1, 2])}, 3)
+        check_disjoint({**disjoint, "val": np.array([1, 2])}, 3)

@@ -1,4 +1,4 @@
-"""Tables as matrices, as training and prediction both make them."""
+"""Encoding of tables as matrices, for training and for prediction."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_supported_table_types(data: Any) -> None:
     np.testing.assert_array_equal(encode_rows(data), np.array(ENCODED, np.float64), strict=True)
 
 
-def test_slice_is_encoded_alone() -> None:
+def test_slice_of_a_table_is_encoded_without_its_other_rows() -> None:
     table = pa.table({**VALID_TABLE, "pair": pa.array(VALID_TABLE["pair"], pa.list_(pa.float32(), 2))}).slice(1)
     np.testing.assert_array_equal(encode_rows(table), np.array(ENCODED[1:], np.float64))
 
@@ -80,7 +80,7 @@ def test_missing_and_unseen_values_have_codes() -> None:
         ({"zip": [1.5, 2]}, "'zip' has numbers that are not whole in 1 of 2 rows, first in row 0"),
         ({"age": [1, -math.inf]}, "new data: the column 'age' has infinite values in 1 of 2 rows, first in row 1"),
         ({"pair": pa.array([b"abc", b"abc"], pa.binary(3))}, "'pair' holds bytes"),
-        ({"pair": [1, 2]}, "'pair' holds whole numbers .*; wanted: 2 numbers"),
+        ({"pair": [1, 2]}, "'pair' holds whole numbers .*; expected: 2 numbers"),
     ],
 )
 def test_invalid_columns_are_rejected(change: dict[str, Any], message: str) -> None:
@@ -111,7 +111,7 @@ COLUMN_TYPES: dict[str, tuple[pa.DataType, st.SearchStrategy[Any]]] = {
     "real": (pa.float64(), st.floats(allow_nan=False, allow_infinity=False)),
     "truth": (pa.bool_(), st.booleans()),
     "text": (pa.string(), st.text(max_size=3)),
-    "levels": (pa.dictionary(pa.int32(), pa.large_string()), st.sampled_from(["", "a", "B", "ä", "\0"])),
+    "categories": (pa.dictionary(pa.int32(), pa.large_string()), st.sampled_from(["", "a", "B", "ä", "\0"])),
     "pair": (
         pa.list_(pa.float32(), 2),
         st.tuples(*[nullable(st.floats(width=32, allow_nan=False, allow_infinity=False))] * 2),
@@ -133,18 +133,18 @@ def arrow_columns(draw: st.DrawFn) -> dict[str, pa.Array]:
 
 
 def decode_matrix(matrix: np.ndarray, schema: Schema) -> dict[str, list[Any]]:
-    """The matrix read by its schema, as Arrow would give it."""
+    """Decode the matrix by its schema to the Python values that Arrow returns."""
     decoded_columns: dict[str, list[Any]] = {}
     for column, offset in zip(schema.columns, schema.offsets, strict=True):
-        cells = [
-            [None if math.isnan(cell) else cell for cell in row] for row in matrix[:, offset : offset + column.width]
+        rows = [
+            [None if math.isnan(value) else value for value in row] for row in matrix[:, offset : offset + column.width]
         ]
         if column.kind == "category":
-            decoded_columns[column.name] = [None if row[0] is None else column.categories[int(row[0])] for row in cells]
+            decoded_columns[column.name] = [None if row[0] is None else column.categories[int(row[0])] for row in rows]
         elif column.width == 1:
-            decoded_columns[column.name] = [row[0] for row in cells]
+            decoded_columns[column.name] = [row[0] for row in rows]
         else:
-            decoded_columns[column.name] = [None if row == [None] * column.width else row for row in cells]
+            decoded_columns[column.name] = [None if row == [None] * column.width else row for row in rows]
     return decoded_columns
 
 
@@ -152,18 +152,21 @@ def decode_matrix(matrix: np.ndarray, schema: Schema) -> dict[str, list[Any]]:
 @given(table=arrow_columns(), group=st.integers(1, 5))
 def test_matrix_round_trips_the_table(table: dict[str, pa.Array], group: int) -> None:
     with TemporaryDirectory() as folder:
-        rows = len(next(iter(table.values())))
-        label = {"y": [0] * rows}
-        path = write_parquet(Path(folder) / "t.parquet", {**table, "z": [1.5] * rows, **label}, row_group_size=group)
-        source = open_parquet(path, precision="fp64")
-    assert source.schema is not None
-    values = {name: array.to_pylist() for name, array in table.items()} | {"z": [1.5] * rows}
-    values = {
-        name: [list(cell) if isinstance(cell, bytes) else None if cell == [None, None] else cell for cell in cells]
-        for name, cells in values.items()
+        num_rows = len(next(iter(table.values())))
+        label = {"y": [0] * num_rows}
+        columns = {**table, "z": [1.5] * num_rows, **label}
+        path = write_parquet(Path(folder) / "t.parquet", columns, row_group_size=group)
+        dataset = open_parquet(path, precision="fp64")
+    assert dataset.schema is not None
+    columns = {name: array.to_pylist() for name, array in table.items()} | {"z": [1.5] * num_rows}
+    columns = {
+        name: [
+            list(value) if isinstance(value, bytes) else None if value == [None, None] else value for value in values
+        ]
+        for name, values in columns.items()
     }
-    assert decode_matrix(source.train.inputs, source.schema) == values
+    assert decode_matrix(dataset.train.inputs, dataset.schema) == columns
     np.testing.assert_array_equal(
-        encode_to_matrix(pa.table({**table, "z": [1.5] * rows}), source.schema, dtype=np.float64, where="t"),
-        source.train.inputs,
+        encode_to_matrix(pa.table({**table, "z": [1.5] * num_rows}), dataset.schema, dtype=np.float64, where="t"),
+        dataset.train.inputs,
     )

@@ -1,4 +1,4 @@
-"""What a task makes of a source's labels."""
+"""Targets: classes and scales fitted on training rows, and the conversion of labels to training targets."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def make_dataset(targets: Any, test: Any = None, classes: tuple[str, ...] = (), 
 
 
 def split_indices(data: Dataset, train: int | None = None) -> dict[str, SplitIndices]:
-    """The first rows train, the others validate."""
-    rows = np.arange(len(data.train))
-    splits = {"train": SplitIndices("train", rows[:train])}
-    if train is not None and train < len(rows):
-        splits["val"] = SplitIndices("train", rows[train:])
+    """Return splits: the first `train` rows for training, the others for validation."""
+    indices = np.arange(len(data.train))
+    splits = {"train": SplitIndices("train", indices[:train])}
+    if train is not None and train < len(indices):
+        splits["val"] = SplitIndices("train", indices[train:])
     if data.test is not None:
         splits["test"] = SplitIndices("test", np.arange(len(data.test)))
     return splits
 
 
 def fit_dataset_targets(data: Dataset, task: Any, train: int | None = None) -> TargetTransform:
-    table = {"data": {"source": "parquet", "url": "some/table", "label": "colour"}} if data.label_names else {}
+    table = {"data": {"source": "parquet", "url": "some/table", "label": "color"}} if data.label_names else {}
     return fit_target_transform(
         build_job({"name": "t", "task": task, **table}, "test"), data, split_indices(data, train)
     )
@@ -53,19 +53,19 @@ def expect_data_error(data: Dataset, task: Any, train: int | None = None) -> Dat
 @pytest.mark.parametrize(
     "targets", [np.array([2, 0, 1]), np.array([2.0, 0.0, 1.0], np.float32), np.array([[2], [0], [1]])]
 )
-def test_multiclass(targets: np.ndarray) -> None:
-    prepared = fit_dataset_targets(make_dataset(targets), "multiclass").transform(targets)
-    assert prepared.dtype == np.int64
-    assert prepared.tolist() == [2, 0, 1]
+def test_multiclass_targets_are_class_indices(targets: np.ndarray) -> None:
+    transformed = fit_dataset_targets(make_dataset(targets), "multiclass").transform(targets)
+    assert transformed.dtype == np.int64
+    assert transformed.tolist() == [2, 0, 1]
 
 
-def test_binary() -> None:
+def test_binary_targets_are_zero_and_one() -> None:
     data = make_dataset([5, 2, 0, 5])
-    prepared = fit_dataset_targets(data, {"kind": "binary", "positive": [0, 5]}).transform(data.train.targets)
-    assert prepared.dtype == np.float32
-    assert prepared.tolist() == [1, 0, 1, 1]
-    as_they_are = fit_dataset_targets(make_dataset([0, 1]), "binary").transform(np.array([0, 1]), dtype=np.float64)
-    assert (as_they_are.dtype, as_they_are.tolist()) == (np.dtype("f8"), [0, 1])
+    transformed = fit_dataset_targets(data, {"kind": "binary", "positive": [0, 5]}).transform(data.train.targets)
+    assert transformed.dtype == np.float32
+    assert transformed.tolist() == [1, 0, 1, 1]
+    unchanged = fit_dataset_targets(make_dataset([0, 1]), "binary").transform(np.array([0, 1]), dtype=np.float64)
+    assert (unchanged.dtype, unchanged.tolist()) == (np.dtype("f8"), [0, 1])
     assert fit_dataset_targets(make_dataset([0, 1]), {"kind": "binary", "positive": [False]}).transform(
         np.array([0, 1])
     ).tolist() == [1, 0]
@@ -76,7 +76,7 @@ def test_binary() -> None:
     [
         (np.array([0.5, 1.0], np.float32), "multiclass", ["0.5 at row 0", "1 of 2"]),
         (np.zeros((2, 2), np.float32), "multiclass", ["(2, 2)"]),
-        ([0, 1, 2, 2], "binary", ["3 different labels (0, 1, 2)", "binary learns two"]),
+        ([0, 1, 2, 2], "binary", ["3 different labels (0, 1, 2)", "binary needs two"]),
         ([1, 1, 1], "binary", ["3 training rows", "'1'"]),
         ([4, 4], "multiclass", ["2 training rows", "'4'"]),
         ([3, 3], {"kind": "binary", "positive": [3]}, ["2 training rows", "'positive'"]),
@@ -84,12 +84,12 @@ def test_binary() -> None:
         ([0, 1], {"kind": "binary", "positive": ["yes"]}, ["['yes']"]),
     ],
 )
-def test_invalid_labels_are_rejected(targets: Any, task: Any, words: list[str]) -> None:
+def test_labels_that_do_not_fit_the_task_are_rejected(targets: Any, task: Any, words: list[str]) -> None:
     error = expect_data_error(make_dataset(targets), task)
     assert all(word in error.what for word in words), error.what
 
 
-def test_class_names() -> None:
+def test_class_names_come_from_the_source_or_the_labels() -> None:
     assert fit_dataset_targets(make_dataset([0, 1], classes=("a", "b", "c")), "multiclass").classes == ("a", "b", "c")
     assert fit_dataset_targets(make_dataset([0, 1], classes=("no", "yes")), "binary").classes == ("no", "yes")
     assert fit_dataset_targets(make_dataset([0, 1]), "binary").classes == ("0", "1")
@@ -111,7 +111,7 @@ def test_class_names() -> None:
         (make_dataset([0], test=[5], classes=("a", "b")), ["5", "2 classes"]),
     ],
 )
-def test_labels_outside_the_classes_are_rejected(data: Dataset, words: list[str]) -> None:
+def test_labels_beyond_the_declared_classes_are_rejected(data: Dataset, words: list[str]) -> None:
     assert all(word in expect_data_error(data, "multiclass").what for word in words)
 
 
@@ -123,12 +123,14 @@ def test_numeric_classes_are_the_observed_values(labels: list[int]) -> None:
     data = make_dataset(labels)
     fitted = fit_dataset_targets(data, "multiclass")
     assert fitted.classes == tuple(str(label) for label in sorted(set(labels)))
-    numbers = fitted.transform(data.train.targets)
-    assert numbers.tolist() == [sorted(set(labels)).index(label) for label in labels]
-    named = fitted.decode_labels(numbers)
-    assert (named.dtype, named.tolist()) == (np.dtype("i8"), labels)
-    assert fitted.transform(np.array([1, 0]), (str(labels[0]), str(labels[1]))).tolist() == numbers[[1, 0]].tolist()
-    with pytest.raises(DataError, match=rf"{labels[0] + 1000} at row 1 is no class that was trained \(1 of 2 rows\)"):
+    class_indices = fitted.transform(data.train.targets)
+    assert class_indices.tolist() == [sorted(set(labels)).index(label) for label in labels]
+    decoded = fitted.decode_labels(class_indices)
+    assert (decoded.dtype, decoded.tolist()) == (np.dtype("i8"), labels)
+    from_text = fitted.transform(np.array([1, 0]), (str(labels[0]), str(labels[1])))
+    assert from_text.tolist() == class_indices[[1, 0]].tolist()
+    message = rf"{labels[0] + 1000} at row 1 is not a class of the training data \(1 of 2 rows\)"
+    with pytest.raises(DataError, match=message):
         fitted.transform(np.array([labels[0], labels[0] + 1000]))
 
 
@@ -148,7 +150,7 @@ def test_later_of_two_numbers_is_positive(labels: list[int]) -> None:
     assert label_warnings(other) == []
 
 
-def test_unseen_numeric_label() -> None:
+def test_numeric_label_without_training_rows_is_rejected() -> None:
     for task in ("multiclass", "binary"):
         error = expect_data_error(make_dataset([1, 3, 2, 3, 2]), task, train=2)
         assert all(word in error.what for word in ("the label 2", "val", "2 of 3"))
@@ -156,7 +158,7 @@ def test_unseen_numeric_label() -> None:
     assert "test" in expect_data_error(make_dataset([1, 3], test=[3, 4, 4]), "multiclass").what
     named = make_dataset([1, 0, 2], classes=("a", "b", "c"))
     assert fit_dataset_targets(named, "multiclass", train=2).transform(np.array([2])).tolist() == [2], (
-        "what the source declares is known"
+        "a class that the source declares needs no training row"
     )
     used = {"train": SplitIndices("train", np.array([0, 1]))}
     fitted = fit_target_transform(build_job({"name": "t"}, "test"), make_dataset([3, 1, 2]), used)
@@ -164,7 +166,7 @@ def test_unseen_numeric_label() -> None:
 
 
 @pytest.mark.parametrize("names", [(), tuple(f"key {number:03d}" for number in range(200))])
-def test_non_label_numbers_are_rejected(names: tuple[str, ...]) -> None:
+def test_values_that_are_not_labels_are_rejected(names: tuple[str, ...]) -> None:
     values = np.arange(200) if names else np.arange(200) * 10_000
     error = expect_data_error(make_dataset(values, names=names), "multiclass", train=180)
     assert all(word in error.what for word in ("180 different labels in 180 training rows", "too many"))
@@ -174,12 +176,12 @@ def test_non_label_numbers_are_rejected(names: tuple[str, ...]) -> None:
     fit_dataset_targets(make_dataset(np.arange(90)), "multiclass")
 
 
-def test_text_labels() -> None:
+def test_text_labels_become_class_indices() -> None:
     data = make_dataset([2, 0, 2, 0], names=CLASS_NAMES)
     fitted = fit_dataset_targets(data, "multiclass")
-    assert fitted.classes == ("blue", "red")  # green is nowhere
+    assert fitted.classes == ("blue", "red")  # no row is green
     assert fitted.transform(data.train.targets, CLASS_NAMES).tolist() == [1, 0, 1, 0]
-    # New data finds the names that it has.
+    # New data may have other label names.
     assert fitted.transform(np.array([0, 0]), ("red",)).tolist() == [1, 1]
     with pytest.raises(DataError, match="'pink' at row 1"):
         fitted.transform(np.array([1, 0, 1]), ("pink", "red"))
@@ -189,19 +191,19 @@ def test_text_labels() -> None:
     assert by_number.transform(np.array([0, 1]), ("yes", "no")).tolist() == [1, 0]
 
 
-def test_unseen_label() -> None:
+def test_text_label_without_training_rows_is_rejected() -> None:
     error = expect_data_error(make_dataset([0, 2, 1, 1, 0], names=CLASS_NAMES), "multiclass", train=2)
     assert all(word in error.what for word in ("'green'", "val", "2 of 3"))
-    assert error.where == "some/table: colour"
+    assert error.where == "some/table: color"
     assert "stratify" in error.fix
-    # A row that no split uses may have any label.
+    # A row that is in no split may have any label.
     data = make_dataset([0, 2, 1], names=CLASS_NAMES)
     used = {"train": SplitIndices("train", np.array([0, 1]))}
     fitted = fit_target_transform(build_job({"name": "t"}, "test"), data, used)
     assert fitted.transform(data.train.targets, CLASS_NAMES, indices=np.array([0, 1])).tolist() == [0, 1, -1]
 
 
-def test_binary_text_labels() -> None:
+def test_positive_text_labels_become_one() -> None:
     data = make_dataset([1, 0, 1], names=("no", "yes"))
     fitted = fit_dataset_targets(data, {"kind": "binary", "positive": ["yes"]})
     assert fitted.classes == ("no", "yes")
@@ -239,12 +241,12 @@ def test_regression_targets_are_scaled(values: list[list[float]], dtype: Any) ->
     fitted = fit_dataset_targets(data, "regression", train=3)
     raw = np.array(values)
     mean, std = raw[:3].mean(0), raw[:3].std(0)
-    prepared = fitted.transform(data.train.targets, dtype=dtype)
-    assert prepared.dtype == dtype
-    np.testing.assert_allclose(prepared * fitted.std + fitted.mean, raw, atol=1e-3)
+    transformed = fitted.transform(data.train.targets, dtype=dtype)
+    assert transformed.dtype == dtype
+    np.testing.assert_allclose(transformed * fitted.std + fitted.mean, raw, atol=1e-3)
     for column in np.flatnonzero(std > 1e-3):
         expected = (raw[:, column] - mean[column]) / std[column]
-        np.testing.assert_allclose(prepared[:, column], expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(transformed[:, column], expected, rtol=1e-4, atol=1e-4)
     plain = fit_dataset_targets(data, {"kind": "regression", "scale_targets": False}, train=3)
     assert (plain.mean, plain.std) == ((), ())
     assert np.array_equal(plain.transform(data.train.targets, dtype=dtype), raw.astype(np.float32).astype(dtype))
@@ -253,7 +255,7 @@ def test_regression_targets_are_scaled(values: list[list[float]], dtype: Any) ->
 def test_regression_shapes_and_invalid_targets() -> None:
     fitted = fit_dataset_targets(make_dataset(np.array([3, 4, 5])), "regression")
     assert fitted.transform(np.array([3, 4])).shape == (2, 1)
-    with pytest.raises(DataError, match="2 numbers a row, but 1"):
+    with pytest.raises(DataError, match="2 numbers per row, but the model was trained on 1"):
         fitted.transform(np.zeros((2, 2)))
     assert "blue, green, red" in expect_data_error(make_dataset([0, 1], names=CLASS_NAMES), "regression").what
 
@@ -297,7 +299,7 @@ def test_damaged_targets_are_rejected(damage: dict[str, Any]) -> None:
         TargetTransform.from_json({**stored, **damage})
 
 
-def test_label_index() -> None:
+def test_label_index_accepts_names_and_labels() -> None:
     named = fit_dataset_targets(make_dataset([2, 0, 1], names=CLASS_NAMES), "multiclass")
     assert named.label_index("green") == 1
     numbers = fit_dataset_targets(make_dataset([1, 0, 1], names=("5", "0")), "multiclass")
@@ -305,7 +307,7 @@ def test_label_index() -> None:
     years = fit_dataset_targets(make_dataset([2020, 2019]), "multiclass")
     assert [years.label_index(label) for label in (2020, "2019")] == [1, 0]
     declared = fit_dataset_targets(make_dataset([0, 1], classes=("no", "yes")), {"kind": "binary", "positive": [0]})
-    assert [declared.label_index(label) for label in ("no", 0, 1)] == [1, 1, 0], "by the label, never by position"
+    assert [declared.label_index(label) for label in ("no", 0, 1)] == [1, 1, 0], "by the label, not by position"
     merged = fit_dataset_targets(make_dataset([0, 1, 2]), {"kind": "binary", "positive": [1, 2]})
     assert merged.label_index("positive") == 1
     with pytest.raises(JobError) as error:
@@ -313,21 +315,21 @@ def test_label_index() -> None:
     assert error.value.where == "task.class_weights.gren"
     assert "green" in error.value.fix
     for fitted, label in ((named, 2), (years, 1), (merged, 1)):
-        with pytest.raises(JobError, match=f"{label} is no class; there are {len(fitted.classes)}"):
+        with pytest.raises(JobError, match=f"{label} is not one of the {len(fitted.classes)} classes"):
             fitted.label_index(label)
 
 
-def test_class_counts() -> None:
+def test_count_classes() -> None:
     assert count_classes(np.array([0, 2, 2]), 4) == [1, 0, 2, 0]
     assert count_classes(np.array([0.0, 1.0, 1.0], np.float32), 2) == [1, 2]
 
 
-def test_stratify_with_class_names() -> None:
+def test_stratified_split_of_text_labels() -> None:
     data = make_dataset([0] * 40 + [1] * 20 + [2] * 40, names=CLASS_NAMES)
     for task, sizes in (("multiclass", [8, 4, 8]), ({"kind": "binary", "positive": ["green"]}, None)):
-        a_job = build_job(
+        job = build_job(
             {"name": "t", "task": task, "data": {"splits": {"by": "random", "val": 0.2, "stratify": True}}}, "test"
         )
-        counts = np.bincount(data.train.targets[make_splits(a_job, data)["val"].indices])
+        counts = np.bincount(data.train.targets[make_splits(job, data)["val"].indices])
         assert counts[1] == 4
         assert sizes is None or counts.tolist() == sizes

@@ -1,4 +1,4 @@
-"""Preprocessing of tables: held against NumPy and scikit-learn, and fitted on the training rows alone."""
+"""Transforms of tables: compared with NumPy and scikit-learn, and fitted on the training rows only."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from pipeline.data.tabular.schema import Column, Schema
 from pipeline.data.transforms import TabularTransform, fit_input_transform, input_transform_from_json
 from pipeline.data.transforms.column_statistics import compute_statistics
 from pipeline.errors import DataError
+from tests.devices import require_device
 
 CPU = torch.device("cpu")
 PLANS = ("basic", "free", "gold", "pro")
@@ -46,8 +47,8 @@ def make_dataset(inputs: np.ndarray, schema: Schema = SCHEMA) -> Dataset:
     return Dataset(DatasetPart(inputs, np.zeros(len(inputs), np.int64)), None, (), "fingerprint", schema)
 
 
-def fit_table(inputs: np.ndarray, rows: Any, schema: Schema = SCHEMA, **data: Any) -> TabularTransform:
-    fitted = fit_input_transform(make_job(**data), make_dataset(inputs, schema), np.asarray(rows))
+def fit_table(inputs: np.ndarray, indices: Any, schema: Schema = SCHEMA, **data: Any) -> TabularTransform:
+    fitted = fit_input_transform(make_job(**data), make_dataset(inputs, schema), np.asarray(indices))
     assert isinstance(fitted, TabularTransform)
     return fitted
 
@@ -56,25 +57,25 @@ def apply_transform(fitted: TabularTransform, raw: np.ndarray, schema: Schema | 
     rows = torch.from_numpy(raw.copy())
     out = fitted.make_transform_fn(CPU, torch.float64, schema)(rows)
     assert tuple(out.shape) == (len(raw), *fitted.output_shape)
-    again = out.numpy().copy()
+    transformed = out.numpy().copy()
     out.add_(1)
     assert np.array_equal(rows.numpy(), raw, equal_nan=True)  # never shares memory with the data
-    return again
+    return transformed
 
 
 def random_table(rows: int, seed: int = 0, missing: float = 0.2, dtype: str = "float32") -> np.ndarray:
-    draws = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     values = np.stack(
         [
-            draws.normal(40, 12, rows),
-            draws.integers(0, 4, rows),
-            draws.normal(-3, 1, rows),
-            1e6 + draws.normal(0, 1e3, rows),
-            draws.integers(0, 3, rows),
+            rng.normal(40, 12, rows),
+            rng.integers(0, 4, rows),
+            rng.normal(-3, 1, rows),
+            1e6 + rng.normal(0, 1e3, rows),
+            rng.integers(0, 3, rows),
         ],
         axis=1,
     ).astype(dtype)
-    values[draws.random(values.shape) < missing] = np.nan
+    values[rng.random(values.shape) < missing] = np.nan
     return values
 
 
@@ -90,42 +91,42 @@ NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32) | st.sampled_from([0.0, -0.
 @settings(deadline=None, max_examples=150)
 def test_medians_and_moments_match_numpy(columns: list[list[float]], rows: set[int], dtype: str, block: int) -> None:
     inputs = np.array(columns).T.astype(dtype)
-    ids = np.array(sorted(rows))
+    indices = np.array(sorted(rows))
     schema = Schema(tuple(Column(str(column), "number") for column in range(len(columns))))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "BLOCK_VALUES", block)
-        seen = compute_statistics(inputs, ids, schema, with_medians=True)
-    chosen = inputs[ids].astype(np.float64)
-    assert seen.median is not None
-    for column, values in enumerate(chosen.T):
+        computed = compute_statistics(inputs, indices, schema, with_medians=True)
+    selected = inputs[indices].astype(np.float64)
+    assert computed.median is not None
+    for column, values in enumerate(selected.T):
         values = values[~np.isnan(values)]
-        assert seen.num_present[column] == len(values)
+        assert computed.num_present[column] == len(values)
         if len(values):
-            assert seen.median[column] == np.median(values)
+            assert computed.median[column] == np.median(values)
             scale = np.abs(values).max()
-            assert abs(seen.mean[column] - values.mean()) <= 1e-12 * scale
-            assert abs(np.sqrt(seen.variance[column]) - values.std()) <= 1e-7 * scale
+            assert abs(computed.mean[column] - values.mean()) <= 1e-12 * scale
+            assert abs(np.sqrt(computed.variance[column]) - values.std()) <= 1e-7 * scale
         if len(set(values.tolist())) == 1:
-            assert seen.variance[column] == 0
+            assert computed.variance[column] == 0
 
 
-def test_medians_of_many_rows() -> None:
+def test_medians_of_many_rows_match_numpy() -> None:
     values = np.random.default_rng(3).standard_t(2, (100_001, 3)) * [1e-30, 1, 1e30]
     values[::7, 1], values[1::7, 1] = np.nan, -np.nan  # either sign counts as missing
     schema = Schema((Column("x", "number", 3),))
     for dtype in ("float32", "float64"):
         inputs = values.astype(dtype)
-        seen = compute_statistics(inputs, np.arange(100_000), schema, with_medians=True)
-        assert seen.median is not None
-        assert seen.median.tolist() == np.nanmedian(inputs[:100_000].astype(np.float64), axis=0).tolist()
+        computed = compute_statistics(inputs, np.arange(100_000), schema, with_medians=True)
+        assert computed.median is not None
+        assert computed.median.tolist() == np.nanmedian(inputs[:100_000].astype(np.float64), axis=0).tolist()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("strategy", ["median", "mean", 7.5])
-def test_equals_scikit_learn(strategy: Any, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transform_matches_scikit_learn(strategy: Any, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(statistics, "BLOCK_VALUES", 100)
-    raw, rows = random_table(300, dtype=dtype), np.arange(40, 300)
-    fitted = fit_table(raw, rows, missing={"numeric": strategy})
+    raw, indices = random_table(300, dtype=dtype), np.arange(40, 300)
+    fitted = fit_table(raw, indices, missing={"numeric": strategy})
     text = {
         "plan": np.array([*PLANS, "without"], dtype=object)[np.where(np.isnan(raw[:, 1]), 4, raw[:, 1]).astype(int)],
         "city": np.where(np.isnan(raw[:, 4]), 3, raw[:, 4]),
@@ -139,9 +140,9 @@ def test_equals_scikit_learn(strategy: Any, dtype: str, monkeypatch: pytest.Monk
     reference = ColumnTransformer(
         [
             ("numbers", make_pipeline(filler, StandardScaler()), ["a", "b", "c"]),
-            ("levels", OneHotEncoder(sparse_output=False, handle_unknown="ignore"), ["plan", "city"]),
+            ("categories", OneHotEncoder(sparse_output=False, handle_unknown="ignore"), ["plan", "city"]),
         ]
-    ).fit(frame.iloc[rows])
+    ).fit(frame.iloc[indices])
     np.testing.assert_allclose(apply_transform(fitted, raw), reference.transform(frame), atol=1e-9, rtol=1e-9)
     if dtype == "float32":
         single = fitted.make_transform_fn(CPU, torch.float32, SCHEMA)(torch.from_numpy(raw))
@@ -151,8 +152,8 @@ def test_equals_scikit_learn(strategy: Any, dtype: str, monkeypatch: pytest.Monk
 @given(seed=st.integers(0, 1000), rows=st.sets(st.integers(0, 39), min_size=1, max_size=39), data=st.data())
 @settings(deadline=None, max_examples=60)
 def test_statistics_use_training_rows_only(seed: int, rows: set[int], data: st.DataObject) -> None:
-    raw, ids = random_table(40, seed), np.array(sorted(rows))
-    others = np.setdiff1d(np.arange(40), ids)
+    raw, indices = random_table(40, seed), np.array(sorted(rows))
+    others = np.setdiff1d(np.arange(40), indices)
     changed = raw.copy()
     changed[others] = random_table(len(others), data.draw(st.integers(0, 1000)), missing=0.5)
     options: dict[str, Any] = data.draw(
@@ -169,7 +170,7 @@ def test_statistics_use_training_rows_only(seed: int, rows: set[int], data: st.D
             }
         )
     )
-    first, second = (fit_table(values, ids, **options) for values in (raw, changed))
+    first, second = (fit_table(values, indices, **options) for values in (raw, changed))
     stored = json.dumps(first.to_json())
     assert stored == json.dumps(second.to_json())
     assert input_transform_from_json(json.loads(stored)) == first
@@ -178,16 +179,16 @@ def test_statistics_use_training_rows_only(seed: int, rows: set[int], data: st.D
 
 def test_category_codes_and_unseen_values() -> None:
     schema = Schema((Column("plan", "category", categories=PLANS), Column("size", "number")))
-    raw = np.array([[3, 1], [0, 2], [np.nan, 3], [2, 4], [4, 5]], np.float32)  # 4: beyond the four levels
+    raw = np.array([[3, 1], [0, 2], [np.nan, 3], [2, 4], [4, 5]], np.float32)  # 4: not one of the four categories
     one_hot = fit_table(raw, [0, 1, 2], schema, normalize="none")
-    assert one_hot.schema.columns[0].categories == ("basic", "pro")  # in the source's order, of the training rows alone
+    assert one_hot.schema.columns[0].categories == ("basic", "pro")  # in the source's order, of the training rows only
     assert (one_hot.output_shape, one_hot.code_sizes) == ((4,), ())
     expected = [[1, 0, 1, 0], [2, 1, 0, 0], [3, 0, 0, 1], [4, 0, 0, 0], [5, 0, 0, 0]]
     assert apply_transform(one_hot, raw, schema).tolist() == expected
     codes = fit_table(raw, [0, 1, 2], schema, normalize="none", one_hot_up_to=2)
     assert (codes.output_shape, codes.code_sizes) == ((2,), (4,))
     assert apply_transform(codes, raw, schema).tolist() == [[1, 2], [2, 1], [3, 3], [4, 0], [5, 0]]
-    # New data comes by the fitted levels: basic, pro, and 2 for any other.
+    # New data has the codes of the fitted categories: basic, pro, and 2 for any other.
     new = np.array([[0, 1], [1, 1], [2, 1], [np.nan, 1]], np.float32)
     assert apply_transform(codes, new, None).tolist() == [[1, 1], [1, 2], [1, 0], [1, 3]]
 
@@ -201,8 +202,10 @@ def test_embedded_columns_follow_one_hot_columns() -> None:
     assert np.array_equal(out[:, :3], raw[:, [0, 2, 3]])
     assert np.array_equal(out[:, 3:6].argmax(1), raw[:, 4])
     assert np.array_equal(out[:, 6], raw[:, 1] + 1)
-    only_levels = Schema(SCHEMA.columns[1:2])
-    assert apply_transform(fit_table(raw[:, 1:2], np.arange(60), only_levels), raw[:, 1:2], only_levels).shape == (
+    only_categories = Schema(SCHEMA.columns[1:2])
+    assert apply_transform(
+        fit_table(raw[:, 1:2], np.arange(60), only_categories), raw[:, 1:2], only_categories
+    ).shape == (
         60,
         4,
     )
@@ -210,32 +213,33 @@ def test_embedded_columns_follow_one_hot_columns() -> None:
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_all_devices_give_the_same_result(kind: str) -> None:
-    if kind == "cuda" and not torch.cuda.is_available():
-        pytest.skip("this machine has no CUDA device")
+    device = require_device(kind)
     raw = random_table(200)
     fitted = fit_table(raw, np.arange(150), one_hot_up_to=4)
-    out = fitted.make_transform_fn(torch.device(kind), torch.float32, SCHEMA)(torch.from_numpy(raw).to(kind))
+    out = fitted.make_transform_fn(device, torch.float32, SCHEMA)(torch.from_numpy(raw).to(device))
     assert (out.device.type, out.dtype) == (kind, torch.float32)
     np.testing.assert_allclose(out.cpu(), apply_transform(fitted, raw), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("stand_in", "levels", "last"),
+    ("strategy", "categories", "last"),
     [
         ("own_level", ("basic", "pro"), [0, 0, 1]),
         ("pro", ("basic", "pro"), [0, 1]),
         ("none", ("basic", "pro", "none"), [0, 0, 1]),
     ],
 )
-def test_missing_categories(stand_in: str, levels: tuple[str, ...], last: list[int]) -> None:
+def test_missing_categories_are_encoded_by_strategy(
+    strategy: str, categories: tuple[str, ...], last: list[int]
+) -> None:
     schema = Schema((Column("plan", "category", categories=PLANS),))
     raw = np.array([[0], [3], [np.nan]], np.float32)
-    fitted = fit_table(raw, [0, 1, 2], schema, missing={"categorical": stand_in})
-    assert fitted.schema.columns[0].categories == levels
+    fitted = fit_table(raw, [0, 1, 2], schema, missing={"categorical": strategy})
+    assert fitted.schema.columns[0].categories == categories
     assert apply_transform(fitted, raw, schema)[2].tolist() == last
-    never = fit_table(raw, [0, 1], schema, missing={"categorical": stand_in})
+    never = fit_table(raw, [0, 1], schema, missing={"categorical": strategy})
     assert never.schema.columns[0].categories == ("basic", "pro")
-    assert apply_transform(never, raw, schema)[2].tolist() == ([0, 1] if stand_in == "pro" else [0, 0])
+    assert apply_transform(never, raw, schema)[2].tolist() == ([0, 1] if strategy == "pro" else [0, 0])
 
 
 def test_column_without_values_becomes_zero() -> None:
@@ -287,27 +291,27 @@ def test_scalar_and_explicit_normalization() -> None:
 def test_incompatible_tables_are_rejected(options: dict[str, Any], where: str, words: list[str]) -> None:
     raw = random_table(8, missing=0)
     raw[7, 3] = raw[5, 4] = raw[6, 4] = np.nan
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as error:
         fit_table(raw, np.arange(5), **options)
-    assert refused.value.where == where
-    assert all(word in refused.value.what for word in words)
-    assert refused.value.fix
+    assert error.value.where == where
+    assert all(word in error.value.what for word in words)
+    assert error.value.fix
 
 
-def test_new_rows_are_checked_by_policy() -> None:
+def test_missing_numbers_in_new_rows_are_rejected_on_request() -> None:
     clean = random_table(8, missing=0)
-    strict = fit_table(clean, np.arange(8), missing={"numeric": "fail"})
-    strict.check_missing_values(clean)
-    holed = clean.copy()
-    holed[2, 4] = np.nan  # a level: not refused
-    strict.check_missing_values(holed)
-    holed[2, 0] = np.nan
+    transform = fit_table(clean, np.arange(8), missing={"numeric": "fail"})
+    transform.check_missing_values(clean)
+    with_missing = clean.copy()
+    with_missing[2, 4] = np.nan  # a category: may be missing
+    transform.check_missing_values(with_missing)
+    with_missing[2, 0] = np.nan
     with pytest.raises(DataError, match="'age'"):
-        strict.check_missing_values(holed)
-    fit_table(clean, np.arange(8)).check_missing_values(holed)
+        transform.check_missing_values(with_missing)
+    fit_table(clean, np.arange(8)).check_missing_values(with_missing)
 
 
-def test_data_larger_than_memory_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_mapped_data_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = random_table(2_000)
     np.save(tmp_path / "table.npy", raw)
     mapped = np.load(tmp_path / "table.npy", mmap_mode="r")

@@ -1,4 +1,4 @@
-"""Columns far from zero, as functions of a user return them."""
+"""User functions that return columns with values far from zero."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LABELS = (np.median(SECONDS) < SECONDS).astype(int)
 
 
 def returns(values: list[float], kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """A user's function: a column of one type."""
+    """Return a column of type `kind`, and labels."""
     return np.array(values).astype(kind)[:, None], np.arange(len(values)) % 2
 
 

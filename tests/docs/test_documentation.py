@@ -20,6 +20,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+REPOSITORY_PATH = re.compile(r"(?<![\w/.-])(?:tests|jobs|docs|k8s|pipeline)/[\w./-]*\w")
 MAX_README_LINES = 170
 
 
@@ -28,13 +29,13 @@ def code_blocks(page: Path, *languages: str) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """As GitHub makes them from headings."""
+    """The anchors that GitHub makes from the page's headings."""
     headings = re.findall(r"^#+ (.+)$", CODE_BLOCK.sub("", page.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def shell_commands(page: Path) -> list[list[str]]:
-    """The words of each `trainyard` command in the page's shell examples, without comments."""
+    """The words of each `trainyard` command in the shell examples of a page, without comments."""
     text = "\n".join(code_blocks(page, "bash", "console")).replace("\\\n", " ")
     lines = re.findall(r"^(?:\$ )?(?:\w+=\S+ |\w+=\"[^\"]*\" )*trainyard (.*)$", text, re.MULTILINE)
     return [shlex.split(line, comments=True) for line in lines]
@@ -50,6 +51,11 @@ def test_every_relative_link_has_a_target(page: Path) -> None:
         assert target.exists(), link
         if anchor:
             assert anchor in anchors(target), link
+
+
+@each_page
+def test_every_path_in_the_repository_exists(page: Path) -> None:
+    assert [path for path in REPOSITORY_PATH.findall(page.read_text()) if not (ROOT / path).exists()] == []
 
 
 @each_page

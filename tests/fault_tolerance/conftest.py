@@ -1,4 +1,4 @@
-"""Clusters of several nodes and hosts, shared by the tests that harm them; each starts with all nodes whole."""
+"""Clusters of several nodes and hosts, which the fault tests share. All nodes run at the start of each test."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ STORAGE_HOST = WORKER_HOSTS + 1
 
 @pytest.fixture(scope="session")
 def short_scenario(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
-    """A minute of training, unless it is told to hurry."""
+    """A minute of training with pauses."""
     return make_scenario(tmp_path_factory.mktemp("short"), epochs=24, pause_s=0.1)
 
 
 @pytest.fixture(scope="session")
 def long_scenario(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
-    """Three minutes of it."""
+    """Three minutes of training with pauses."""
     return make_scenario(tmp_path_factory.mktemp("longer"), epochs=70, pause_s=0.1)
 
 
 @pytest.fixture(scope="session")
 def three_worker_scenario(tmp_path_factory: pytest.TempPathFactory) -> Scenario:
-    """The short one, on three workers."""
+    """The short scenario, on three workers."""
     return make_scenario(tmp_path_factory.mktemp("three"), epochs=24, pause_s=0.1, workers=3)
 
 
 @pytest.fixture(scope="session")
 def _nodes() -> Iterator[RayCluster]:
-    head, *places = loopback_placements(1 + 3)
-    with RayCluster(head, places) as cluster:
+    head, *placements = loopback_placements(1 + 3)
+    with RayCluster(head, placements) as cluster:
         yield cluster
 
 
 @pytest.fixture
 def nodes(_nodes: RayCluster) -> RayCluster:
-    """A head and three nodes of one processor."""
+    """A cluster of a head and three nodes with one CPU each."""
     _nodes.restore()
     return _nodes
 
@@ -56,7 +56,7 @@ def _network() -> Iterator[VirtualHosts]:
 
 @pytest.fixture
 def network(_network: VirtualHosts) -> VirtualHosts:
-    """Host 0 for the head and drivers, `WORKER_HOSTS` for workers, and one for storage; no cable pulled."""
+    """Host 0 for the head and drivers, `WORKER_HOSTS` for workers, and one for storage; all are connected."""
     _network.reconnect_all()
     return _network
 
@@ -71,7 +71,7 @@ def _host_cluster(_network: VirtualHosts) -> Iterator[RayCluster]:
 
 @pytest.fixture
 def host_cluster(_host_cluster: RayCluster, network: VirtualHosts) -> RayCluster:
-    """A cluster with one node of one processor on each of these hosts."""
+    """A cluster with a head on host 0 and a node with one CPU on each of the hosts for workers."""
     _host_cluster.restore()
     return _host_cluster
 

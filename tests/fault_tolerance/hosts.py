@@ -1,8 +1,8 @@
-"""Several hosts on this machine: network namespaces with addresses of their own, whose links can be cut.
+"""Several virtual hosts on this machine: network namespaces with their own addresses, whose links can be set down.
 
-Each host has a network card to the cluster and one to the storage, a host name and a boot id of its own, so that no
-process can prove what another host's process does; they share the file system, as hosts with a mounted one do. The
-switches stand in a namespace too: nothing of it shows on the machine's own network.
+Each host has a network interface to the cluster and one to the storage, and its own host name and boot id, so that no
+process can prove anything about a process on another host. They share the file system, as hosts with a mounted one do.
+The switches are in a namespace too, so the machine's own network is not changed.
 """
 
 from __future__ import annotations
@@ -50,16 +50,16 @@ import boto3
 endpoint, bucket, folder = sys.argv[1:]
 client = boto3.client("s3", endpoint_url=endpoint)
 for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket):
-    for one in page.get("Contents", []):
-        path = Path(folder) / one["Key"]
+    for item in page.get("Contents", []):
+        path = Path(folder) / item["Key"]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(client.get_object(Bucket=bucket, Key=one["Key"])["Body"].read())
+        path.write_bytes(client.get_object(Bucket=bucket, Key=item["Key"])["Body"].read())
 """
 
 
 @functools.cache
 def unavailable_reason() -> str:
-    """Why this machine cannot have such hosts; empty where it can."""
+    """Return why this machine cannot have virtual hosts; empty if it can."""
     if not sys.platform.startswith("linux") or os.geteuid() != 0:
         return "network namespaces need Linux and root"
     if missing := [tool for tool in ("ip", "unshare", "mount") if shutil.which(tool) is None]:
@@ -72,13 +72,13 @@ def unavailable_reason() -> str:
 
 
 class VirtualHosts:
-    """So many hosts, and a switch between them."""
+    """A number of virtual hosts, and the switches between them."""
 
     def __init__(self, count: int) -> None:
         self.token = secrets.token_hex(3)
         self.count = count
         self._folder = Path(tempfile.mkdtemp(prefix="ty-", dir="/tmp"))
-        self._made: list[str] = []
+        self._namespaces: list[str] = []
 
     def __enter__(self) -> VirtualHosts:
         try:
@@ -92,28 +92,28 @@ class VirtualHosts:
         self._remove()
 
     def placement(self, host: int) -> NodePlacement:
-        """Where a node of a Ray cluster runs, on this host (0, 1, ...)."""
+        """Return the placement of a Ray node on this host (0, 1, ...)."""
         return NodePlacement(self.address(host, "cluster"), self._prefix(host))
 
     def address(self, host: int, net: str) -> str:
         return f"{NETWORKS[net]}.{host + 1}"
 
     def disconnect(self, host: int, net: str = "cluster") -> None:
-        """Pull this host's cable out of a switch."""
+        """Set this host's link to a switch down."""
         self._set_link(host, net, "down")
 
     def reconnect(self, host: int, net: str = "cluster") -> None:
-        """Put it back."""
+        """Set the link up again."""
         self._set_link(host, net, "up")
 
     def reconnect_all(self) -> None:
-        """Every cable in its place."""
+        """Set all links up."""
         for host in range(self.count):
             for net in NETWORKS:
                 self.reconnect(host, net)
 
     def host_of(self, address: str) -> int:
-        """The host that a node of a Ray cluster runs on."""
+        """Return the host of a Ray node's address."""
         return int(address.rpartition(".")[2]) - 1
 
     def _make(self) -> None:
@@ -134,36 +134,36 @@ class VirtualHosts:
         subprocess.run([*self._prefix(0), "true"], check=True, capture_output=True, text=True)
 
     def _prefix(self, host: int) -> list[str]:
-        """Words before a command that lead to a host."""
-        boot = "/proc/sys/kernel/random/boot_id"
-        enter = f'hostname host{host}; mount --bind {self._folder / str(host)} {boot}; exec "$@"'
+        """Return the prefix of a command that runs it on a host."""
+        boot_id = "/proc/sys/kernel/random/boot_id"
+        enter = f'hostname host{host}; mount --bind {self._folder / str(host)} {boot_id}; exec "$@"'
         return ["ip", "netns", "exec", self._name(str(host)), "unshare", "--uts", "sh", "-e", "-c", enter, "sh"]
 
     def _set_link(self, host: int, net: str, state: str) -> None:
         _run_ip("-n", self._name("switch"), "link", "set", f"{net}{host}", state)
 
-    def _name(self, of: str) -> str:
-        return f"ty{self.token}-{of}"
+    def _name(self, suffix: str) -> str:
+        return f"ty{self.token}-{suffix}"
 
-    def _add(self, of: str) -> str:
-        _run_ip("netns", "add", self._name(of))
-        self._made.append(self._name(of))
-        return self._name(of)
+    def _add(self, suffix: str) -> str:
+        _run_ip("netns", "add", self._name(suffix))
+        self._namespaces.append(self._name(suffix))
+        return self._name(suffix)
 
     def _remove(self) -> None:
-        for name in self._made:
+        for name in self._namespaces:
             while pids := _run_ip("netns", "pids", name).split():
                 for pid in pids:
                     with suppress(ProcessLookupError):
                         os.kill(int(pid), signal.SIGKILL)
                 time.sleep(0.05)
             _run_ip("netns", "del", name)
-        self._made.clear()
+        self._namespaces.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class S3Server:
-    """moto's S3 server on a host of its own, reached by the storage net only."""
+    """moto's S3 server on a separate host, connected to the storage network only."""
 
     def __init__(self, hosts: VirtualHosts, host: int) -> None:
         self.host = host
@@ -190,8 +190,8 @@ class S3Server:
         self._server.stdout.close()
 
     def download(self, folder: Path) -> None:
-        """All that lies in the bucket, into a folder of this machine."""
-        words = [
+        """Copy the bucket's content to a folder of this machine."""
+        command = [
             *self._prefix,
             sys.executable,
             "-c",
@@ -200,8 +200,8 @@ class S3Server:
             BUCKET,
             str(folder),
         ]
-        subprocess.run(words, env={**os.environ, **S3_ENV_VARS, "NO_PROXY": "*"}, check=True)
+        subprocess.run(command, env={**os.environ, **S3_ENV_VARS, "NO_PROXY": "*"}, check=True)
 
 
-def _run_ip(*words: str) -> str:
-    return subprocess.run(["ip", *words], check=True, capture_output=True, text=True).stdout
+def _run_ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout

@@ -1,4 +1,4 @@
-"""A job that takes long enough to be killed, and what it becomes where nobody touches it."""
+"""A job that takes long enough for faults, drivers that run it, and its reference run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.process_kill.run_assertions import find_run, read_entries, wait_for
 COMMAND = str(Path(sys.executable).with_name("trainyard"))
 
 HURRY_FILE = "hurry"
-"""A file beside the job: while it is there, steps do not wait."""
+"""A file beside the job: while it exists, steps do not pause."""
 
 USER_MODEL = """
 import time
@@ -49,7 +49,7 @@ class Slow(torch.nn.Module):
 
 
 def write_job(folder: Path, *, epochs: int, pause_s: float, workers: int = 2) -> None:
-    """`job.yaml` and its code. The pause is for this machine; it leaves the arithmetic alone."""
+    """Write `job.yaml` and its code. The pause in each step does not change the results."""
     job = {
         "schema": 1,
         "name": "survivor",
@@ -70,7 +70,7 @@ def write_job(folder: Path, *, epochs: int, pause_s: float, workers: int = 2) ->
 
 
 class DriverProcess:
-    """`trainyard train job.yaml` in a process of its own; remembers when each line came."""
+    """`trainyard train job.yaml` in a separate process; stores the time of each line that it prints."""
 
     def __init__(self, folder: Path, storage: str, cluster: RayCluster, options: Sequence[str]) -> None:
         self.lines: list[tuple[float, str]] = []
@@ -100,14 +100,14 @@ class DriverProcess:
         return "\n".join(line for _, line in self.lines)
 
     def seconds_to(self, pattern: str, since: float) -> float | None:
-        """From that moment to the first line after it that matches."""
-        for moment, line in list(self.lines):
-            if moment >= since and re.search(pattern, line):
-                return round(moment - since, 1)
+        """Return the seconds from a time to the first line after it that matches."""
+        for when, line in list(self.lines):
+            if when >= since and re.search(pattern, line):
+                return round(when - since, 1)
         return None
 
     def wait_for(self, pattern: str, since: float, limit_s: float) -> float:
-        """Seconds until it says so."""
+        """Wait for a line that matches, and return the seconds since `since`."""
         wait_for(
             lambda: self.seconds_to(pattern, since) is not None or self.is_over, limit_s, f"{pattern}\n{self.output}"
         )
@@ -116,7 +116,7 @@ class DriverProcess:
         return elapsed_s
 
     def wait_for_exit(self, limit_s: float = 180) -> int:
-        """Its exit code."""
+        """Wait for the process' end and return its exit code."""
         code = self._process.wait(limit_s)
         self._reader.join(10)
         if not self._reader.is_alive() and self._process.stderr is not None:
@@ -124,7 +124,7 @@ class DriverProcess:
         return code
 
     def send_signal(self, number: int) -> None:
-        """A signal to the process and its children."""
+        """Send a signal to the process and its children."""
         os.killpg(self._process.pid, number)
 
     def _read(self) -> None:
@@ -135,7 +135,7 @@ class DriverProcess:
 
 @contextmanager
 def running_driver(folder: Path, storage: Path | str, cluster: RayCluster, *options: str) -> Iterator[DriverProcess]:
-    """A driver that does not outlive the block."""
+    """Run a driver; it is killed at the end if it has not ended."""
     driver = DriverProcess(folder, str(storage), cluster, options)
     try:
         yield driver
@@ -146,24 +146,24 @@ def running_driver(folder: Path, storage: Path | str, cluster: RayCluster, *opti
 
 
 def read_commits(storage: Path, attempt: int | None = None) -> list[dict[str, Any]]:
-    """Entries of checkpoints in the one run there, of one attempt or all; none before the run is born."""
+    """Return the commit entries of the only run there, of one attempt or all; none before the run is created."""
     if not list(storage.glob("*/job.yaml")):
         return []
     journal_entries = read_entries(find_run(storage))
-    return [one for one in journal_entries if one["kind"] == "commit" and attempt in (None, one["attempt"])]
+    return [entry for entry in journal_entries if entry["kind"] == "commit" and attempt in (None, entry["attempt"])]
 
 
 def read_claims(storage: Path) -> list[dict[str, Any]]:
-    """Entries of attempts that began."""
+    """Return the claim entries of the only run there, one per attempt."""
     if not list(storage.glob("*/job.yaml")):
         return []
-    return [one for one in read_entries(find_run(storage)) if one["kind"] == "claim"]
+    return [entry for entry in read_entries(find_run(storage)) if entry["kind"] == "claim"]
 
 
 def train_reference(folder: Path, storage: Path) -> Path:
-    """The run of this job that nobody touches: as many plain processes around gloo, without Ray, without a pause."""
+    """Train the job without faults, by the same number of plain processes with gloo, without Ray and without pauses."""
     (folder / HURRY_FILE).touch()
-    ran = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "tests.fault_tolerance.reference_run", str(storage), str(find_free_port())],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": f"{folder}:{REPOSITORY}", "GLOO_SOCKET_IFNAME": "lo"},
@@ -171,5 +171,5 @@ def train_reference(folder: Path, storage: Path) -> Path:
         text=True,
         timeout=240,
     )
-    assert ran.returncode == 0, ran.stderr
+    assert completed.returncode == 0, completed.stderr
     return find_run(storage)

@@ -1,7 +1,7 @@
 """Real Ray clusters of several nodes on this machine, whose nodes can be killed.
 
-Each node has a loopback address and a temporary folder of its own, and can be told by a word in the environment of its
-processes. Nothing of a cluster outlives its `with` block.
+Each node has its own loopback address and temporary folder. Its processes are found by a mark in their environment. All
+processes of a cluster are killed at the end of its `with` block.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ HEALTH_CHECK_ENV = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "4",
 }
-"""A node that stops answering is declared dead after some ten seconds (Ray's own: 25 to 65)."""
+"""A node that stops answering is declared dead after about ten seconds (by default after 25 to 65)."""
 
 
 def ray_environment(token: str) -> dict[str, str]:
-    """For every process of a cluster and its drivers."""
+    """Return environment variables for every process of a cluster and its drivers."""
     return {
         **HEALTH_CHECK_ENV,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
-        # For a machine with much else to do: Ray's own 10 to 60 s are not enough there.
+        # The defaults of 10 to 60 s are not enough on a busy machine.
         "RAY_raylet_start_wait_time_s": "200",
         "RAY_agent_register_timeout_ms": "200000",
         "RAY_worker_register_timeout_seconds": "200",
-        "SPT_NOENV": "1",  # else a process title is written over the environment that MARK stands in
+        "SPT_NOENV": "1",  # else a process title overwrites the environment, which contains the mark
     }
 
 
 @dataclass(frozen=True)
 class NodePlacement:
-    """Where a node's processes run: an address, and words before each command that lead there."""
+    """Where a node's processes run: an address, and a prefix of each command that runs it there."""
 
     address: str
     prefix: Sequence[str] = ()
@@ -71,29 +71,29 @@ class Node:
     mark: str = field(default_factory=lambda: secrets.token_hex(6))
     folder: str = field(default_factory=lambda: tempfile.mkdtemp(prefix="ty-", dir="/tmp"))
     is_lost: bool = False
-    """Whether a test has harmed it: then it is no node for the next one."""
+    """Whether a test has damaged the node, so that it is replaced before the next one."""
 
     def start(self, cpus: float, token: str, head: str) -> None:
-        """Run `ray start`: a head at its own address `head`, or a node that joins one there."""
+        """Run `ray start`: the head if `head` is at this node's address, else a node that joins the head."""
         own_address, _, port = head.partition(":")
         is_head = own_address == self.placement.address
         role = ["--head", f"--port={port}", "--include-dashboard=false"] if is_head else [f"--address={head}"]
-        words = [
+        command = [
             *(*self.placement.prefix, RAY, "start", *role),
             *(f"--node-ip-address={self.placement.address}", f"--num-cpus={cpus}", f"--temp-dir={self.folder}"),
             *(f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats", "--include-log-monitor=false"),
         ]
         environment = {**os.environ, **ray_environment(token), **self.placement.environment(), MARK_VARIABLE: self.mark}
-        made = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
-        assert made.returncode == 0, (made.stdout + made.stderr)[-500:]
+        completed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert completed.returncode == 0, (completed.stdout + completed.stderr)[-500:]
 
-    def processes(self, word: str = "") -> set[int]:
-        """This node's processes, those whose command line holds `word`."""
-        return {pid for pid, words in _node_processes(self).items() if word in words}
+    def processes(self, text: str = "") -> set[int]:
+        """Return the ids of this node's processes whose command line contains `text`."""
+        return {pid for pid, command in _node_processes(self).items() if text in command}
 
-    def signal(self, number: int, word: str = "") -> set[int]:
-        """Send a signal to these processes."""
-        pids = self.processes(word)
+    def signal(self, number: int, text: str = "") -> set[int]:
+        """Send a signal to these processes, and return their ids."""
+        pids = self.processes(text)
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
@@ -101,30 +101,30 @@ class Node:
         return pids
 
     def kill_raylet(self) -> None:
-        """SIGKILL; its workers end themselves when they notice."""
+        """Kill the raylet with SIGKILL; its workers end themselves when they notice."""
         assert self.signal(signal.SIGKILL, RAYLET_COMMAND)
 
     def kill(self) -> None:
-        """As a machine that loses its power: all processes at once."""
+        """Kill all processes, as if the machine lost its power."""
         while self.signal(signal.SIGKILL):
             time.sleep(0.05)
 
     def remove(self) -> None:
-        """Kill it, and take its files away."""
+        """Kill all processes and delete the files."""
         self.kill()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class RayCluster:
-    """A head without processors of its own, where drivers run, and nodes that can be added and killed."""
+    """A head without CPUs, where drivers run, and nodes that can be added and killed."""
 
-    def __init__(self, head: NodePlacement, places: Sequence[NodePlacement], cpus: int = 1) -> None:
+    def __init__(self, head: NodePlacement, placements: Sequence[NodePlacement], cpus: int = 1) -> None:
         self.token = secrets.token_hex(16)
         self.address = f"{head.address}:{find_free_port()}"
         self.nodes: dict[str, Node] = {}
-        """By address; the head too."""
+        """By address, with the head."""
         self._cpus = cpus
-        self._head, self._places = head, places
+        self._head, self._placements = head, placements
 
     def __enter__(self) -> RayCluster:
         try:
@@ -142,7 +142,7 @@ class RayCluster:
         return self.nodes[self._head.address]
 
     def add_node(self, placement: NodePlacement) -> Node:
-        """A new node at this place; a head there begins a new cluster."""
+        """Start a new node at this placement. A new head starts a new cluster."""
         if placement.address in self.nodes:
             self.nodes[placement.address].remove()
         node = self.nodes[placement.address] = Node(placement)
@@ -150,36 +150,36 @@ class RayCluster:
         return node
 
     def restore(self) -> None:
-        """Make good what tests have done: a new cluster where the head is lost, else new nodes for lost ones."""
+        """Replace what tests have damaged: the whole cluster if the head is lost, else lost nodes."""
         existing = self.nodes.get(self._head.address)
         if existing is None or existing.is_lost:
             self._remove()
             self.add_node(self._head)
-        for placement in self._places:
+        for placement in self._placements:
             if self._is_lost(placement):
                 self.add_node(placement)
 
     def keep_nodes(self, count: int) -> None:
-        """Take nodes away until so many are left beside the head."""
-        for placement in self._places[count:]:
+        """Kill nodes so that `count` are left besides the head."""
+        for placement in self._placements[count:]:
             self.nodes[placement.address].kill()
 
     def node_of(self, pid: int) -> Node:
-        """The node that a process runs on."""
+        """Return the node of a process."""
         (node,) = [node for node in self.nodes.values() if pid in node.processes()]
         return node
 
     def workers(self) -> dict[int, Node]:
-        """Processes of Ray Train's workers, and where they run."""
+        """Return the nodes of Ray Train's workers, by process id."""
         return {pid: node for node in self.nodes.values() for pid in node.processes("RayTrainWorker")}
 
     def environment(self) -> dict[str, str]:
-        """For a driver on the head."""
+        """Return the environment of a driver on the head."""
         return {**os.environ, **ray_environment(self.token), **self._head.environment()}
 
-    def command(self, words: Sequence[str]) -> list[str]:
-        """These words, to be run on the head."""
-        return [*self._head.prefix, *words]
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """Return the command that runs these arguments on the head."""
+        return [*self._head.prefix, *arguments]
 
     def _is_lost(self, placement: NodePlacement) -> bool:
         return placement.address not in self.nodes or self.nodes[placement.address].is_lost
@@ -191,29 +191,29 @@ class RayCluster:
 
 
 def find_free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a port that no process listens on."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
 
 
 def loopback_placements(count: int) -> list[NodePlacement]:
-    """Addresses of this machine that no other test uses."""
+    """Return placements at addresses of this machine that no other test uses."""
     net = f"127.{secrets.randbelow(200) + 20}.{secrets.randbelow(250) + 1}"
     return [NodePlacement(f"{net}.{number + 1}") for number in range(count)]
 
 
 def _node_processes(node: Node) -> Mapping[int, str]:
-    """Command lines of a node's processes: its mark is in their environment, or their output goes to its folder (Ray
-    gives workers an environment of the driver's)."""
-    needle, command_lines = f"{MARK_VARIABLE}={node.mark}\0".encode(), {}
+    """Return the command lines of a node's processes, by process id. The node's mark is in their environment, or their
+    output goes to its folder: Ray starts workers with the driver's environment."""
+    mark, command_lines = f"{MARK_VARIABLE}={node.mark}\0".encode(), {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            is_own = os.readlink(path / "fd/1").startswith(f"{node.folder}/") or (
-                needle in (path / "environ").read_bytes() + b"\0"
+            is_of_node = os.readlink(path / "fd/1").startswith(f"{node.folder}/") or (
+                mark in (path / "environ").read_bytes() + b"\0"
             )
-            words = (path / "cmdline").read_text().replace("\0", " ") if is_own else ""
+            command = (path / "cmdline").read_text().replace("\0", " ") if is_of_node else ""
         except OSError:
             continue
-        if words:  # what has ended but is not waited for has none
-            command_lines[int(path.name)] = words
+        if command:  # empty for a process that has ended and was not waited for
+            command_lines[int(path.name)] = command
     return command_lines

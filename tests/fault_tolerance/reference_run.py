@@ -1,5 +1,7 @@
-"""`train` with plain processes around gloo in Ray's place: python -m tests.fault_tolerance.reference_run STORAGE "
-"PORT."""
+"""`train` with plain processes and gloo instead of Ray:
+
+python -m tests.fault_tolerance.reference_run STORAGE PORT
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from pipeline.worker import WorkerSpec, run_worker
 
 
 class GlooContext(SingleProcessContext):
-    """One plain process among others."""
+    """The context of one plain process among several."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         super().__init__()
@@ -29,21 +31,21 @@ class GlooContext(SingleProcessContext):
         dist.all_reduce(vector)
 
     def broadcast(self, value: T | None) -> T:
-        box: list[Any] = [value]
-        dist.broadcast_object_list(box, src=0)
-        received: T = box[0]
+        values: list[Any] = [value]
+        dist.broadcast_object_list(values, src=0)
+        received: T = values[0]
         return received
 
 
 def run_rank(worker_spec: WorkerSpec, rank: int, world_size: int, port: int) -> None:
-    """One rank's whole part."""
+    """Train as one rank."""
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     run_worker(worker_spec, GlooContext(rank, world_size))
     dist.destroy_process_group()
 
 
 def main(storage: str, port: int) -> None:
-    """Train job.yaml of this folder."""
+    """Train `job.yaml` of the working directory."""
 
     def train_on_processes(create_run: driver.CreateRunFn, scale: ScalingConfig, *_: Any, **__: Any) -> None:
         assert isinstance(scale.workers, int)

@@ -1,4 +1,4 @@
-"""What the tests of faults have in common: a folder with a job, its untouched run, and the moments of a recovery."""
+"""What the fault tests have in common: a folder with a job, its reference run, and the times of a recovery."""
 
 from __future__ import annotations
 
@@ -22,36 +22,38 @@ from tests.fault_tolerance.nodes import Node, RayCluster
 from tests.process_kill.run_assertions import RunReader, check_checkpoints, final_state, find_run, read_log, wait_for
 
 WAIT_LIMIT_S = 300
-"""For a machine with much else to do: it bounds hangs."""
+"""Timeout for anything that is waited for. It is long, as the machine may be busy."""
 NOTICED_PATTERN, RESUMED_PATTERN = "starting again|saving", "resuming after step|training to step"
 
 
 @dataclass
 class Scenario:
-    """A job in a folder, and what it gives where nobody touches it."""
+    """A job in a folder, and its reference run."""
 
     folder: Path
     expected: Path
+    """The reference run."""
     count: int = 0
+    """How many storage folders were made."""
 
     @property
     def storage(self) -> Path:
-        """The runs of the present test."""
+        """The storage of the current test."""
         return self.folder / f"runs-{self.count}"
 
     def reset(self) -> None:
-        """An empty storage, and steps that take their time."""
+        """Make a new, empty storage, and have steps pause."""
         self.count += 1
         self.storage.mkdir()
         (self.folder / HURRY_FILE).unlink(missing_ok=True)
 
     def speed_up(self) -> None:
-        """From now on, steps as fast as they go."""
+        """Have steps not pause any more."""
         (self.folder / HURRY_FILE).touch()
 
     @contextmanager
     def start_driver(self, cluster: RayCluster, *options: str) -> Iterator[DriverProcess]:
-        """A driver whose run has made two checkpoints; the log is watched all the time."""
+        """Start a driver and wait until its run has two checkpoints. A `RunReader` reads the run all the time."""
         self.reset()
         with RunReader(self.storage), running_driver(self.folder, self.storage, cluster, *options) as driver:
             wait_for(lambda: len(read_commits(self.storage)) > 1 or driver.is_over, WAIT_LIMIT_S, "checkpoints")
@@ -60,48 +62,48 @@ class Scenario:
 
     @property
     def rank_0(self) -> int:
-        """Process of the last attempt's rank 0."""
+        """The process id of the latest attempt's rank 0."""
         return int(read_claims(self.storage)[-1]["facts"]["pid"])
 
     def find_node(self, cluster: RayCluster, *, of_rank_0: bool) -> Node:
-        """The node that rank 0 runs on, or one of another rank."""
+        """Return the node of rank 0, or one of another rank."""
         nodes = [node for pid, node in cluster.workers().items() if (pid == self.rank_0) == of_rank_0]
         return nodes[0]
 
     def world_sizes(self) -> list[int]:
-        """Of each attempt."""
+        """Return the world size of each attempt."""
         return [claim["facts"]["world_size"] for claim in read_claims(self.storage)]
 
-    def check(self, run: Path | None = None, *, to_the_bit: bool = True) -> None:
-        """The outcome is that of the untouched run: to the bit, or where the world changed its size to rounding."""
+    def check(self, run: Path | None = None, *, bit_identical: bool = True) -> None:
+        """Check that the run matches the reference run: bit for bit, or up to rounding if the world size changed."""
         run = run or find_run(self.storage)
         check_checkpoints(run)
-        if to_the_bit:
+        if bit_identical:
             assert final_state(run) == final_state(self.expected)
             return
         actual, expected = read_log(run, "steps"), read_log(self.expected, "steps")
         assert actual["step"].to_pylist() == expected["step"].to_pylist()
         pairs = zip(actual["loss"].to_pylist(), expected["loss"].to_pylist(), strict=True)
-        assert max(abs(one - other) for one, other in pairs) < 1e-9
+        assert max(abs(loss - expected_loss) for loss, expected_loss in pairs) < 1e-9
 
 
 def make_scenario(folder: Path, **job: Any) -> Scenario:
-    """A new one."""
+    """Write a job to a folder and train its reference run."""
     write_job(folder, **job)
-    return Scenario(folder, train_reference(folder, folder / "untouched"))
+    return Scenario(folder, train_reference(folder, folder / "reference"))
 
 
-def wait_for_exit_code(scene: Scenario, driver: DriverProcess, limit_s: float = WAIT_LIMIT_S) -> int:
-    """The exit code, after no more waiting."""
-    scene.speed_up()
+def wait_for_exit_code(scenario: Scenario, driver: DriverProcess, limit_s: float = WAIT_LIMIT_S) -> int:
+    """Have steps not pause any more, wait for the driver's end, and return its exit code."""
+    scenario.speed_up()
     return driver.wait_for_exit(limit_s)
 
 
 def report_recovery(fault: str, driver: DriverProcess, since: float, noticed: str = NOTICED_PATTERN) -> None:
-    """Wait until it trains again, and print in how many seconds."""
-    seen = driver.wait_for(noticed, since, WAIT_LIMIT_S)
-    again = driver.wait_for(RESUMED_PATTERN, since, WAIT_LIMIT_S)
-    print(f"\n{fault}: noticed after {seen} s, training again after {again} s")
+    """Wait until training continues, and print after how many seconds."""
+    noticed_s = driver.wait_for(noticed, since, WAIT_LIMIT_S)
+    resumed_s = driver.wait_for(RESUMED_PATTERN, since, WAIT_LIMIT_S)
+    print(f"\n{fault}: noticed after {noticed_s} s, training again after {resumed_s} s")
 
 
 def monotonic_time() -> float:

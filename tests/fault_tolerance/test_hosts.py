@@ -1,4 +1,4 @@
-"""Hosts that are cut off from the cluster or from storage, and come back."""
+"""Hosts that are disconnected from the cluster or from storage, and are connected again."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ MINUTE_S = 60
 def test_disconnected_host_is_replaced_and_harmless_when_back(
     network: VirtualHosts, host_cluster: RayCluster, short_scenario: Scenario
 ) -> None:
-    """Rank 0's host, whose way to storage stays open: what it still writes is that of a zombie."""
+    """It is rank 0's host, still connected to storage: its worker is a stale writer."""
     with short_scenario.start_driver(host_cluster) as driver:
-        home, cut = short_scenario.find_node(host_cluster, of_rank_0=True), monotonic_time()
-        home.is_lost = True
-        network.disconnect(network.host_of(home.placement.address))
-        report_recovery("host of rank 0 cut off, spare host", driver, cut)
-        assert home.processes("RayTrainWorker"), "cut off, not dead"
-        network.reconnect(network.host_of(home.placement.address))
+        node, disconnected = short_scenario.find_node(host_cluster, of_rank_0=True), monotonic_time()
+        node.is_lost = True
+        network.disconnect(network.host_of(node.placement.address))
+        report_recovery("host of rank 0 disconnected, spare host", driver, disconnected)
+        assert node.processes("RayTrainWorker"), "the worker is disconnected, but still runs"
+        network.reconnect(network.host_of(node.placement.address))
         assert wait_for_exit_code(short_scenario, driver) == 0, driver.output
     assert short_scenario.world_sizes() == [2, 2]
     first, second = read_claims(short_scenario.storage)
-    assert first["boot"] != second["boot"], "nothing there to prove a death by"
+    assert first["boot"] != second["boot"], "the boot ids cannot prove that the first process has ended"
     short_scenario.check()
 
 
@@ -48,33 +48,33 @@ def test_disconnected_host_is_replaced_and_harmless_when_back(
 def test_host_disconnected_for_a_minute_rejoins(
     network: VirtualHosts, host_cluster: RayCluster, long_scenario: Scenario, of_rank_0: bool
 ) -> None:
-    """No spare host. Its raylet ends itself when it learns that it was given up; whoever runs the host starts it
-    again, as Kubernetes does."""
+    """Without a spare host. The raylet ends itself when it is connected again, as the cluster has given it up. Then a
+    new one is started, as Kubernetes does."""
     host_cluster.keep_nodes(2)
     with long_scenario.start_driver(host_cluster) as driver:
-        home, cut = long_scenario.find_node(host_cluster, of_rank_0=of_rank_0), monotonic_time()
-        home.is_lost = True
-        network.disconnect(network.host_of(home.placement.address))
-        noticed = driver.wait_for(NOTICED_PATTERN, cut, WAIT_LIMIT_S)
-        time.sleep(max(0.0, cut + MINUTE_S - monotonic_time()))
-        network.reconnect(network.host_of(home.placement.address))
-        healed = monotonic_time()
-        wait_for(lambda: not home.processes(RAYLET_COMMAND), WAIT_LIMIT_S, "the raylet's end")
-        gone = monotonic_time() - healed
-        host_cluster.add_node(home.placement)
+        node, disconnected = long_scenario.find_node(host_cluster, of_rank_0=of_rank_0), monotonic_time()
+        node.is_lost = True
+        network.disconnect(network.host_of(node.placement.address))
+        noticed = driver.wait_for(NOTICED_PATTERN, disconnected, WAIT_LIMIT_S)
+        time.sleep(max(0.0, disconnected + MINUTE_S - monotonic_time()))
+        network.reconnect(network.host_of(node.placement.address))
+        reconnected = monotonic_time()
+        wait_for(lambda: not node.processes(RAYLET_COMMAND), WAIT_LIMIT_S, "the raylet's end")
+        raylet_end_s = monotonic_time() - reconnected
+        host_cluster.add_node(node.placement)
         returned = monotonic_time()
-        again = driver.wait_for(RESUMED_PATTERN, returned, WAIT_LIMIT_S)
+        resumed = driver.wait_for(RESUMED_PATTERN, returned, WAIT_LIMIT_S)
         print(
-            f"\ncut off for a minute (of_rank_0={of_rank_0}): noticed after {noticed} s; the raylet ended {gone:.1f} s"
+            f"\ndisconnected for a minute (of_rank_0={of_rank_0}): noticed after {noticed} s; the raylet ended "
+            f"{raylet_end_s:.1f} s after the reconnection; training again {resumed} s after its new start"
         )
-        print(f"after the return; training again {again} s after its new start")
         assert wait_for_exit_code(long_scenario, driver) == 0, driver.output
     assert long_scenario.world_sizes() == [2, 2]
     long_scenario.check()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cut_off", ["rank 0's host", "another's host", "the storage"])
+@pytest.mark.parametrize("target", ["rank 0's host", "another's host", "the storage"])
 def test_storage_outage_of_a_minute_only_costs_time(
     network: VirtualHosts,
     host_cluster: RayCluster,
@@ -82,33 +82,32 @@ def test_storage_outage_of_a_minute_only_costs_time(
     long_scenario: Scenario,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    cut_off: str,
+    target: str,
 ) -> None:
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
-    host_cluster.head.is_lost = True  # its nodes are to know the way to storage
+    host_cluster.head.is_lost = True  # so that its nodes are started with the environment of the storage
     host_cluster.restore()
-    url = S3_URL.replace("runs", cut_off.replace(" ", "-").replace("'", ""))
+    url = S3_URL.replace("runs", target.replace(" ", "-").replace("'", ""))
 
-    def copied() -> Path:
+    def download_storage() -> Path:
         s3.download(tmp_path)
         return tmp_path / url.partition("//")[2].partition("/")[2]
 
     long_scenario.reset()
     with running_driver(long_scenario.folder, url, host_cluster) as driver:
         driver.wait_for("step 50 ", 0.0, WAIT_LIMIT_S)
-        address = read_claims(copied())[0]["facts"]["host"]
+        address = read_claims(download_storage())[0]["facts"]["host"]
         host_number = int(address.removeprefix("host"))
         workers = {network.host_of(node.placement.address) for node in host_cluster.workers().values()}
-        host = {"rank 0's host": host_number, "another's host": min(workers - {host_number}), "the storage": s3.host}[
-            cut_off
-        ]
+        hosts = {"rank 0's host": host_number, "another's host": min(workers - {host_number}), "the storage": s3.host}
+        host = hosts[target]
         network.disconnect(host, "storage")
         time.sleep(MINUTE_S)
         assert not driver.is_over, driver.output
         network.reconnect(host, "storage")
-        healed = monotonic_time()
+        reconnected = monotonic_time()
         assert wait_for_exit_code(long_scenario, driver) == 0, driver.output
-    print(f"\nstorage cut off from {cut_off} for a minute: finished {monotonic_time() - healed:.0f} s later")
-    assert [claim["attempt"] for claim in read_claims(copied())] == [1]
-    long_scenario.check(find_run(copied()))
+    print(f"\nstorage disconnected ({target}) for a minute: finished {monotonic_time() - reconnected:.0f} s later")
+    assert [claim["attempt"] for claim in read_claims(download_storage())] == [1]
+    long_scenario.check(find_run(download_storage()))

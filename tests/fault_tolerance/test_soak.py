@@ -1,6 +1,6 @@
-"""A run that is killed again and again, at random, and then left alone.
+"""A run whose processes are killed at random for some minutes, and which then finishes.
 
-TRAINYARD_SOAK_MINUTES=20 pytest -m slow -s tests/survive/test_survive_soak.py
+TRAINYARD_SOAK_MINUTES=20 pytest -m slow -s tests/fault_tolerance/test_soak.py
 """
 
 from __future__ import annotations
@@ -23,55 +23,55 @@ MINUTES = float(os.environ.get("TRAINYARD_SOAK_MINUTES", "20"))
 SEED = int(os.environ.get("TRAINYARD_TEST_SEED", "1"))
 TRAINING_BETWEEN_KILLS_S = (5, 20)
 PAUSE_S = 0.05
-"""A step. About 26 steps an epoch."""
-NODE_RETURN_S = 15
-"""At the least between a kill and training again: what is trained in so many minutes cannot be more."""
+"""Per step. An epoch has about 26 steps."""
+MIN_RECOVERY_S = 15
+"""The minimum of seconds between a kill and training again. It bounds the number of steps in these minutes."""
 FINISH_LIMIT_S = 1500
-"""For what the kills have left to do."""
+"""Timeout for the rest of the run after the last kill."""
 VICTIMS = ("RayTrainWorker", "RayTrainWorker", "TrainController", "driver")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(MINUTES * 60 + 1800)
 def test_randomly_killed_run_finishes_bit_identically(tmp_path: Path) -> None:
-    """Workers, the controller and now and then the driver, which is then started again."""
-    draw = random.Random(SEED)
-    most_s = MINUTES * 60 * TRAINING_BETWEEN_KILLS_S[1] / (TRAINING_BETWEEN_KILLS_S[1] + NODE_RETURN_S)
-    made = make_scenario(tmp_path, epochs=max(4, round(most_s / PAUSE_S / 26)), pause_s=PAUSE_S)
-    made.reset()
+    """Kills workers, the controller and sometimes the driver, which is then started again."""
+    rng = random.Random(SEED)
+    max_training_s = MINUTES * 60 * TRAINING_BETWEEN_KILLS_S[1] / (TRAINING_BETWEEN_KILLS_S[1] + MIN_RECOVERY_S)
+    scenario = make_scenario(tmp_path, epochs=max(4, round(max_training_s / PAUSE_S / 26)), pause_s=PAUSE_S)
+    scenario.reset()
     head, node = loopback_placements(2)
     kills: dict[str, int] = {}
-    with RayCluster(head, [node], cpus=2) as cluster, RunReader(made.storage):
-        until, seen = monotonic_time() + MINUTES * 60, 0
-        while monotonic_time() < until:
-            with running_driver(made.folder, made.storage, cluster) as driver:
+    with RayCluster(head, [node], cpus=2) as cluster, RunReader(scenario.storage):
+        deadline, num_attempts = monotonic_time() + MINUTES * 60, 0
+        while monotonic_time() < deadline:
+            with running_driver(scenario.folder, scenario.storage, cluster) as driver:
                 victim = ""
-                while victim != "driver" and monotonic_time() < until:
-                    wait_for(partial(has_resumed, made, seen, driver), WAIT_LIMIT_S, "training again")
+                while victim != "driver" and monotonic_time() < deadline:
+                    wait_for(partial(has_resumed, scenario, num_attempts, driver), WAIT_LIMIT_S, "training again")
                     assert not driver.is_over, driver.output
-                    time.sleep(draw.uniform(*TRAINING_BETWEEN_KILLS_S))
-                    seen, victim = len(read_claims(made.storage)), draw.choice(VICTIMS)
-                    kill_victim(victim, cluster, driver.pid, draw)
+                    time.sleep(rng.uniform(*TRAINING_BETWEEN_KILLS_S))
+                    num_attempts, victim = len(read_claims(scenario.storage)), rng.choice(VICTIMS)
+                    kill_victim(victim, cluster, driver.pid, rng)
                     kills[victim] = kills.get(victim, 0) + 1
                 if victim != "driver":
-                    assert wait_for_exit_code(made, driver, FINISH_LIMIT_S) == 0, driver.output
-        with running_driver(made.folder, made.storage, cluster) as driver:
-            assert wait_for_exit_code(made, driver, FINISH_LIMIT_S) == 0, driver.output
-    attempts = len(read_claims(made.storage))
-    print(f"\n{MINUTES:g} minutes: {kills}, {attempts} attempts, {len(read_commits(made.storage))} checkpoints")
+                    assert wait_for_exit_code(scenario, driver, FINISH_LIMIT_S) == 0, driver.output
+        with running_driver(scenario.folder, scenario.storage, cluster) as driver:
+            assert wait_for_exit_code(scenario, driver, FINISH_LIMIT_S) == 0, driver.output
+    attempts = len(read_claims(scenario.storage))
+    print(f"\n{MINUTES:g} minutes: {kills}, {attempts} attempts, {len(read_commits(scenario.storage))} checkpoints")
     assert attempts > sum(kills.values()) / 2
-    made.check()
+    scenario.check()
 
 
-def has_resumed(made: Scenario, seen: int, driver: DriverProcess) -> bool:
-    """Whether an attempt after the first `seen` has made a checkpoint, or nothing will."""
-    attempts = read_claims(made.storage)
+def has_resumed(scenario: Scenario, num_attempts: int, driver: DriverProcess) -> bool:
+    """Return whether an attempt after the first `num_attempts` has made a checkpoint, or the driver has ended."""
+    attempts = read_claims(scenario.storage)
     return driver.is_over or (
-        len(attempts) > seen and bool(read_commits(made.storage, attempt=attempts[-1]["attempt"]))
+        len(attempts) > num_attempts and bool(read_commits(scenario.storage, attempt=attempts[-1]["attempt"]))
     )
 
 
-def kill_victim(victim: str, cluster: RayCluster, driver: int, draw: random.Random) -> None:
-    """SIGKILL one process of that kind."""
-    of_kind = {pid for node in cluster.nodes.values() for pid in node.processes(victim)}
-    os.kill(driver if victim == "driver" else draw.choice(sorted(of_kind)), signal.SIGKILL)
+def kill_victim(victim: str, cluster: RayCluster, driver: int, rng: random.Random) -> None:
+    """Kill one process of this kind with SIGKILL."""
+    pids = {pid for node in cluster.nodes.values() for pid in node.processes(victim)}
+    os.kill(driver if victim == "driver" else rng.choice(sorted(pids)), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The example data, and the shipped jobs trained on it, once for all tests of prediction."""
+"""The example data, and the shipped jobs trained on it once for all tests of inference."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ JOB_OVERRIDES: dict[str, dict[str, Any]] = {
     "finetune": {"data.url": "{data}/shapes", "model.weights": "{data}/resnet18.pth", "train.phases.0.epochs": 1},
     "examples/own_model/job": SHORT_TRAINING,
 }
-"""What makes each shipped job small, and lets it run without a network."""
+"""Settings that make each shipped job small and let it run without a network."""
 
 
 @pytest.fixture(scope="session")
 def example_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `jobs/examples/example_data.py` makes, smaller; and weights of a ResNet-18 as torchvision saves them."""
+    """Smaller data of `jobs/examples/example_data.py`, and weights of a ResNet-18 in torchvision's format."""
     import torch
     from torchvision.models import resnet18
 
@@ -41,7 +41,7 @@ def example_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job_overrides(job: str, example_data: Path) -> dict[str, Any]:
-    """For one of the shipped jobs: its data, and fewer epochs."""
+    """Return settings for a shipped job: its data, and fewer epochs."""
     return {
         key: value.format(data=example_data) if isinstance(value, str) else value
         for key, value in JOB_OVERRIDES[job].items()
@@ -50,7 +50,7 @@ def job_overrides(job: str, example_data: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def train_example(example_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunStatus]:
-    """The run of a shipped job, in this process."""
+    """Return a function that trains a shipped job in this process, once, and returns its run."""
     made: dict[str, RunStatus] = {}
     storage = tmp_path_factory.mktemp("runs")
 

@@ -1,4 +1,4 @@
-"""Labels of every kind come back from a trained model as they were in the data."""
+"""Predictions of a trained model have the labels of the data, of every type."""
 
 from __future__ import annotations
 
@@ -52,31 +52,32 @@ def test_predictions_of_numeric_classes_are_the_labels(
     run = train_frame(tmp_path, frame, task)
     model = load(run.url)
     assert model.classes == names
-    answers = model.predict(frame)
-    assert answers.dtype == np.int64
-    assert (answers == frame.y).mean() > 0.9
+    predictions = model.predict(frame)
+    assert predictions.dtype == np.int64
+    assert (predictions == frame.y).mean() > 0.9
     assert model.predict_proba(frame).shape == (200, len(names))
     chosen = np.array(names)[model.predict_proba(frame).argmax(1)]
-    assert (chosen == answers.astype(str)).all()
+    assert (chosen == predictions.astype(str)).all()
     predict(run.url, input=str(tmp_path / "t.parquet"), output=str(tmp_path / "out.parquet"))
     written = pq.read_table(tmp_path / "out.parquet")
     assert written.schema.names == ["prediction", *(f"probability_{name}" for name in names)]
-    assert written.column("prediction").to_pylist() == answers.tolist()
+    assert written.column("prediction").to_pylist() == predictions.tolist()
     others = evaluate(run.url, data=str(tmp_path / "t.parquet")).metrics
-    assert others["data/accuracy"] == (answers == frame.y).mean()
+    assert others["data/accuracy"] == (predictions == frame.y).mean()
 
 
 def test_unseen_label_is_rejected(tmp_path: Path) -> None:
     frame = pd.DataFrame({"x": np.arange(100.0), "y": 2019 + np.arange(100) % 3})
     run = train_frame(tmp_path, frame, "multiclass")
     frame.assign(y=2018).to_parquet(tmp_path / "old.parquet")
-    with pytest.raises(DataError, match=r"2018 at row 0 is no class that was trained \(100 of 100 rows\)") as refused:
+    message = r"2018 at row 0 is not a class of the training data \(100 of 100 rows\)"
+    with pytest.raises(DataError, match=message) as refused:
         evaluate(run.url, data=str(tmp_path / "old.parquet"))
     assert "the classes are 2019, 2020, 2021" in refused.value.fix
 
 
 def test_classes_of_an_earlier_version_are_unchanged(tmp_path: Path) -> None:
-    """There, labels of 1 to 3 made four classes, and a checkpoint has an output for each."""
+    """In that version, labels of 1 to 3 made four classes, and a checkpoint has an output for each."""
     pd.DataFrame({"x": np.arange(60.0), "y": 1 + np.arange(60) % 3}).to_parquet(tmp_path / "t.parquet")
     tree = {"source": "parquet", "url": str(tmp_path / "t.parquet"), "label": "y"}
     job = build_job({"name": "t", "data": tree}, "test")
@@ -101,15 +102,15 @@ def test_positive_class_of_two_numbers_is_reported(tmp_path: Path) -> None:
 
 def test_class_weights_are_given_by_label(tmp_path: Path) -> None:
     frame = pd.DataFrame({"x": np.arange(90.0), "y": 2019 + np.arange(90) % 3})
-    with pytest.raises(JobError, match="2 is no class; there are 3"):
+    with pytest.raises(JobError, match="2 is not one of the 3 classes"):
         train_frame(tmp_path, frame, {"kind": "multiclass", "class_weights": {2: 5.0}})
     train_frame(tmp_path, frame, {"kind": "multiclass", "class_weights": {2020: 5.0}})
     names = frame.assign(y=frame.y.map({2019: "a", 2020: "b", 2021: "c"}))
-    with pytest.raises(JobError, match="2 is no class; there are 3"):
+    with pytest.raises(JobError, match="2 is not one of the 3 classes"):
         train_frame(tmp_path, names, {"kind": "multiclass", "class_weights": {2: 5.0}})
 
 
-# ------------------------------------------------------------------------------ what no model was trained on
+# ------------------------------------------------------------------------------------- invalid inputs
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e39])
@@ -122,7 +123,7 @@ def test_values_invalid_in_training_give_no_prediction(tmp_path: Path, bad: floa
     with pytest.raises(DataError, match=r"at row 2, position 1 \(1 of 4 rows"):
         model.predict(kind(rows))
     with torch.no_grad():
-        next(model.model.parameters()).fill_(torch.nan)  # as of a value too large for the model
+        next(model.model.parameters()).fill_(torch.nan)  # as for a value too large for the model
     with pytest.raises(DataError, match="outputs are not finite for 4 of 4 rows, the first is row 0"):
         model.predict(kind(np.full((4, 2), 0.5)))
 

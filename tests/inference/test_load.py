@@ -1,4 +1,4 @@
-"""Trained models answer as they were measured, whatever their data is handed over as."""
+"""Predictions of loaded models match their evaluation, for every input type."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_regression_predictions_use_label_units(train_example: TrainExample, exa
 def test_pandas_polars_arrow_and_dicts_agree(train_example: TrainExample, example_data: Path) -> None:
     model = load(train_example("table").url)
     table = pq.read_table(example_data / "churn.parquet").slice(0, 200)
-    wanted = model.predict_proba(table)
+    expected = model.predict_proba(table)
     frame = table.to_pandas()
     columns: dict[str, Any] = {name: table.column(name).to_pylist() for name in reversed(table.schema.names)}
     for same in (
@@ -75,7 +75,7 @@ def test_pandas_polars_arrow_and_dicts_agree(train_example: TrainExample, exampl
         table.to_pylist(),
         frame.sample(frac=1).loc[frame.index],
     ):
-        np.testing.assert_allclose(model.predict_proba(same), wanted, rtol=1e-6)
+        np.testing.assert_allclose(model.predict_proba(same), expected, rtol=1e-6)
     assert len(model.predict(table.slice(0, 0))) == 0
     strange = table.set_column(table.schema.get_field_index("plan"), "plan", pa.array(["unheard of"] * 200))
     with pytest.warns(UserWarning, match="column 'plan': all of 200 values were never seen in training"):
@@ -90,7 +90,7 @@ def test_mismatched_inputs_are_rejected(train_example: TrainExample, example_dat
         model.predict(frame.assign(num_calls="three"))
     with pytest.raises(DataError, match="num_spend"):
         model.predict(frame.assign(num_spend=np.inf))
-    with pytest.raises(DataError, match="int is no table"):
+    with pytest.raises(DataError, match="int is not a table"):
         model.predict(3)
 
 
@@ -110,7 +110,7 @@ def test_images_by_path_image_and_array(train_example: TrainExample, example_dat
     with pytest.raises(DataError, match=r"bytes, 0 to 255"):
         model.predict(np.zeros((2, 3, 32, 32), np.float32))
     assert model.predict(np.zeros((2, 32, 32, 3), np.uint8)).shape == (2,)
-    with pytest.raises(DataError, match="cannot be used as a picture"):
+    with pytest.raises(DataError, match="cannot be used as an image"):
         model.predict([__file__])
     with pytest.raises(DataError, match="no such file"):
         model.predict([example_data / "shapes" / "none.png"])
@@ -122,7 +122,7 @@ def test_predictor_is_an_nn_module(train_example: TrainExample, example_data: Pa
     assert not model.training
     frame = pd.read_parquet(example_data / "churn.parquet").head(50)
     before = model.predict_proba(frame)
-    model.train()  # dropout of a model in training is not for answers
+    model.train()  # predictions must not use dropout
     np.testing.assert_array_equal(model.predict_proba(frame), before)
     assert model.training
     np.testing.assert_allclose(model.double().predict_proba(frame), before, atol=1e-5)
@@ -143,11 +143,11 @@ def test_user_code_runs_only_with_trust(train_example: TrainExample, tmp_path: P
     ran = subprocess.run(
         [sys.executable, "-c", script, run.url], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    answers, classes, code_path, is_plain = json.loads(ran.stdout)
+    predictions, classes, code_path, is_plain = json.loads(ran.stdout)
     assert classes == ["first", "second"]
-    assert np.allclose(np.sum(answers, axis=1), 1)
-    assert "trainyard-code-" in code_path  # the code of the run, not whatever lies about
-    assert not is_plain, "under a name of its own"
+    assert np.allclose(np.sum(predictions, axis=1), 1)
+    assert "trainyard-code-" in code_path  # the code stored with the run, not other code on the path
+    assert not is_plain, "the module name does not clash"
 
 
 def test_numeric_arrays_and_integer_labels(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The user's own code in a process that lives on, as a notebook does: what trains is what is stored and loaded."""
+"""User code in a long-running process such as a notebook: the code that trains is the code stored and loaded."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ POINTS = np.random.default_rng(0).uniform(size=(7, 2))
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A job as a dict, whose code lies in the working directory, as beside a notebook."""
+    """A job as a dict, with its code in the working directory, as next to a notebook."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     write_module("first", 1.0)
@@ -67,7 +67,7 @@ def test_edits_are_loaded_and_each_run_uses_its_own_code(job: dict[str, Any]) ->
     second = train(job)
     assert first.run != second.run
     assert ("first" in stored_scale(first.url), "second" in stored_scale(second.url)) == (True, True)
-    write_module("third", 7.0)  # and it is importable
+    write_module("third", 7.0)  # importable, but not the code of the run
     nets: list[Any] = [load(run.url, trust=True).model for run in (first, second, first)]
     assert [net.marker for net in nets] == ["first", "second", "first"]
     assert [float(net.seen) for net in nets] == [1.0, 3.0, 1.0], "the helper that was trained with"
@@ -79,7 +79,7 @@ def test_edits_are_loaded_and_each_run_uses_its_own_code(job: dict[str, Any]) ->
     assert not {"lc_net", "lc_scale"} & sys.modules.keys()
 
 
-def test_weights_of_other_code_blame_the_code(job: dict[str, Any]) -> None:
+def test_mismatched_weights_of_changed_code_name_the_code(job: dict[str, Any]) -> None:
     run = train(job)
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w") as other:
@@ -87,7 +87,7 @@ def test_weights_of_other_code_blame_the_code(job: dict[str, Any]) -> None:
         other.writestr("lc_scale.py", "SCALE = 1.0\n")
     (Path(run.url) / CODE_FILE).write_bytes(archive.getvalue())
     with pytest.raises(
-        JobError, match="the code of this model is not the code that its weights were trained by"
+        JobError, match="the code of this model is not the code that its weights were trained with"
     ) as raised:
         load(run.url, trust=True)
     assert raised.value.where == "model.kind: lc_net:Net"
@@ -96,7 +96,7 @@ def test_weights_of_other_code_blame_the_code(job: dict[str, Any]) -> None:
 
 def test_predictor_pickles_with_its_code(job: dict[str, Any], tmp_path: Path) -> None:
     model = load(train(job).url, trust=True)
-    probabilities = model.predict_proba(POINTS)  # after which it holds what prepares its inputs
+    probabilities = model.predict_proba(POINTS)  # creates the input transform, which is not pickled
     np.testing.assert_array_equal(copy.deepcopy(model).predict_proba(POINTS), probabilities)
     (tmp_path / "model.pkl").write_bytes(pickle.dumps(model))
     np.save(tmp_path / "points.npy", POINTS)
@@ -130,7 +130,7 @@ def test_fp64_weights_round_trip_bit_identically(job: dict[str, Any]) -> None:
 
 
 def load_weights(url: str) -> dict[str, torch.Tensor]:
-    """Of the best checkpoint, as they lie in storage."""
+    """Return the weights of the best checkpoint as stored."""
     from pipeline.runs.checkpoints.checkpoint import find_checkpoint
     from pipeline.runs.run import open_run
 

@@ -1,4 +1,4 @@
-"""A model whose `call` source returned a data frame takes its columns by name."""
+"""A model whose `call` source returned a data frame matches columns by name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def array():
 
 @pytest.fixture(scope="module")
 def predictors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Predictor]:
-    """Trained on a frame, and on the array of the same numbers."""
+    """Predictors trained on a data frame and on an array of the same values."""
     folder = tmp_path_factory.mktemp("frames")
     (folder / f"{MODULE_NAME}.py").write_text(MODULE_CODE)
     predictors_by_kind = {}
@@ -51,7 +51,7 @@ NEW_DATA = pd.DataFrame({"size": [4.0, 6.0, 5.5], "age": [-1.0, 0.0, 1.0], "room
 
 def test_columns_are_matched_by_name(predictors: dict[str, Predictor]) -> None:
     model = predictors["frame"]
-    wanted = model.predict_proba(NEW_DATA.to_numpy())
+    expected = model.predict_proba(NEW_DATA.to_numpy())
     mixed = NEW_DATA[["rooms", "age", "size"]]
     for same in (
         NEW_DATA,
@@ -63,8 +63,8 @@ def test_columns_are_matched_by_name(predictors: dict[str, Predictor]) -> None:
         mixed.to_dict("records"),
         mixed.set_index(pd.Index(["i", "j", "k"])),
     ):
-        np.testing.assert_array_equal(model.predict_proba(same), wanted)
-    np.testing.assert_array_equal(predictors["array"].predict_proba(NEW_DATA), wanted)  # it knows no names
+        np.testing.assert_array_equal(model.predict_proba(same), expected)
+    np.testing.assert_array_equal(predictors["array"].predict_proba(NEW_DATA), expected)  # without names
     assert len(model.predict(NEW_DATA.head(0))) == 0
 
 
@@ -85,7 +85,7 @@ def test_other_columns_are_rejected(predictors: dict[str, Predictor], change: pd
 def test_values_far_from_training_are_reported(predictors: dict[str, Predictor]) -> None:
     model = predictors["frame"]
     far = NEW_DATA.assign(age=[0.0, 1000.0, 2000.0])
-    with pytest.warns(UserWarning, match="column 'age': 66.7% of 3 values lie far outside the training range"):
+    with pytest.warns(UserWarning, match="column 'age': 66.7% of 3 values are far outside the training range"):
         model.predict(far)
     with pytest.warns(UserWarning, match="column 'age'"):
         model.predict(far.to_numpy())

@@ -1,4 +1,4 @@
-"""A Python caller's process is left as it was, and what the caller has set for work of its own changes no result."""
+"""Calls from Python restore the state of the process, and its settings do not change results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ JOB: dict[str, Any] = {
 
 
 def process_state() -> dict[str, Any]:
-    """All of a process that we, or what we use, could change."""
+    """Return the global state that the pipeline or its dependencies could change."""
     cudnn = torch.backends.cudnn
     return {
         "threads": torch.get_num_threads(),
@@ -58,7 +58,7 @@ def process_state() -> dict[str, Any]:
 
 @pytest.fixture
 def unusual_settings() -> Iterator[None]:
-    """What no default is."""
+    """Set global state to values that are not the defaults."""
     torch.rand(1)
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     precision = torch.get_float32_matmul_precision()
@@ -75,7 +75,7 @@ def unusual_settings() -> Iterator[None]:
 
 @pytest.fixture
 def custom_model_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The job with a model of the user's, made of the default type, in its forward pass too."""
+    """A job with a custom model that uses the default dtype, in its forward pass too."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "code").mkdir()
     (tmp_path / "code/caller_net.py").write_text(
@@ -93,10 +93,10 @@ def custom_model_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[st
 def test_callers_process_state_is_restored(
     custom_model_job: dict[str, Any], unusual_settings: None, tmp_path: Path
 ) -> None:
-    import ray  # noqa: F401  # what others set when they are imported is not ours
+    import ray  # noqa: F401  # their imports change the state too
     import torchvision  # noqa: F401
 
-    run = train(JOB, storage="warm").url  # as of what is imported at the first use
+    run = train(JOB, storage="warm").url  # imports at the first use change the state too
     calls: dict[str, Callable[[], Any]] = {
         "train": lambda: train(custom_model_job, storage="runs"),
         "check": lambda: check(custom_model_job, batch=True),

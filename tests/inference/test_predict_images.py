@@ -1,4 +1,4 @@
-"""Prediction for pictures: one, some by a glob, all of a folder, and broken ones."""
+"""Prediction for images: a single one, a glob, a folder, and broken ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def encode_png(shade: int, size: int = 6) -> bytes:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Dark and light squares of 6 x 6, and the runs that learned them, with `on_error` fail and skip."""
+    """Dark and light squares of 6 x 6 pixels, and two runs trained on them, with `on_error` fail and skip."""
     root = tmp_path_factory.mktemp("shades")
     for number in range(20):
         for name, shade in (("dark", number), ("light", 255 - number)):
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def images_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a few pictures."""
+    """A working directory with a few images."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "deep" / "er").mkdir(parents=True)
     for name, shade in (("cat.png", 5), ("_dog.png", 250), ("deep/a.png", 8), ("deep/er/b.png", 240)):
@@ -49,7 +49,7 @@ def images_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def predict_by_path(folder: Path, source: str, run: str = "fail", **options: object) -> dict[str, str]:
-    """What the output says, by path."""
+    """Predict, and return the predictions by path."""
     predict(f"{folder}/runs/{run}", input=source, output="out.parquet", **options)  # type: ignore[arg-type]
     out = pq.read_table("out.parquet")
     return dict(zip(out["path"].to_pylist(), out["prediction"].to_pylist(), strict=True))
@@ -58,28 +58,28 @@ def predict_by_path(folder: Path, source: str, run: str = "fail", **options: obj
 def test_all_image_input_types_agree(folder: Path, images_folder: Path) -> None:
     model = load(f"{folder}/runs/fail")
     path = images_folder / "cat.png"
-    wanted = model.predict_proba([path])
-    assert wanted.shape == (1, 2)
+    expected = model.predict_proba([path])
+    assert expected.shape == (1, 2)
     with Image.open(path) as opened:
         image = opened.copy()
     for image_input in ("cat.png", str(path), path, path.as_uri(), path.read_bytes(), image):
         assert model.predict(image_input).tolist() == ["dark"]
-        np.testing.assert_array_equal(model.predict_proba(image_input), wanted)
+        np.testing.assert_array_equal(model.predict_proba(image_input), expected)
     assert model.predict([]).shape == (0,)
 
 
 @pytest.mark.parametrize(
-    ("one", "words"),
+    ("name", "words"),
     [
         ("none.png", "none.png: there is no such file"),
-        ("notes.txt", "notes.txt: cannot be used as a picture"),
+        ("notes.txt", "notes.txt: cannot be used as an image"),
         ("deep", "deep: cannot be used .*IsADirectoryError"),
         ("small.png", "small.png: is 4 x 4 pixels, but the model was trained on 6 x 6"),
     ],
 )
-def test_invalid_image_is_named(folder: Path, images_folder: Path, one: str, words: str) -> None:
+def test_invalid_image_is_named(folder: Path, images_folder: Path, name: str, words: str) -> None:
     (images_folder / "small.png").write_bytes(encode_png(0, size=4))
-    for data in (one, ["cat.png", one]):
+    for data in (name, ["cat.png", name]):
         with pytest.raises(DataError, match=words):
             load(f"{folder}/runs/fail").predict(data)
 
@@ -93,16 +93,16 @@ def test_input_is_an_image_a_glob_or_a_folder(folder: Path, images_folder: Path)
     every = {"_dog.png": "light", "cat.png": "dark", "deep/a.png": "dark", "deep/er/b.png": "light"}
     assert predict_by_path(folder, ".") == predict_by_path(folder, f"file://{images_folder}/") == every
     (images_folder / "portrait").write_bytes(encode_png(3))
-    assert predict_by_path(folder, "portrait") == {"portrait": "dark"}  # named alone, it needs no ending
+    assert predict_by_path(folder, "portrait") == {"portrait": "dark"}  # a single path needs no extension
 
 
 @pytest.mark.parametrize(
     ("source", "words"),
     [
         ("none.png", "--input none.png: there is no such file or folder"),
-        ("none/*.png", "no pictures among 0 files"),
-        ("*.txt", "no pictures among 1 files"),
-        ("notes.txt", "notes.txt: cannot be used as a picture"),
+        ("none/*.png", "no images among 0 files"),
+        ("*.txt", "no images among 1 files"),
+        ("notes.txt", "notes.txt: cannot be used as an image"),
     ],
 )
 def test_input_without_images_is_rejected(folder: Path, images_folder: Path, source: str, words: str) -> None:
@@ -113,7 +113,7 @@ def test_input_without_images_is_rejected(folder: Path, images_folder: Path, sou
 
 def test_broken_images_are_skipped_where_the_job_allows(folder: Path, images_folder: Path) -> None:
     (images_folder / "broken.png").write_bytes(encode_png(9)[:45])
-    with pytest.raises(DataError, match=r"broken\.png: cannot be used as a picture"):
+    with pytest.raises(DataError, match=r"broken\.png: cannot be used as an image"):
         predict_by_path(folder, ".")
     warnings_given: list[str] = []
     found = predict(f"{folder}/runs/skip", input=".", output="out.parquet", on_warning=warnings_given.append)
@@ -121,9 +121,9 @@ def test_broken_images_are_skipped_where_the_job_allows(folder: Path, images_fol
     assert out["path"].to_pylist() == ["_dog.png", "cat.png", "deep/a.png", "deep/er/b.png"]
     assert out["prediction"].to_pylist() == ["light", "dark", "dark", "light"]
     assert (found.rows, found.skipped) == (4, ("broken.png",))
-    assert warnings_given == list(found.warnings) == ["1 pictures are broken and left out: broken.png"]
+    assert warnings_given == list(found.warnings) == ["skipped 1 broken image: broken.png"]
     assert found.to_json()["skipped"] == ["broken.png"]
-    with pytest.raises(DataError, match="none of 1 pictures can be decoded"):
+    with pytest.raises(DataError, match="none of 1 images can be decoded"):
         predict_by_path(folder, "broken.png", run="skip")
 
 

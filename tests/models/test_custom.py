@@ -1,4 +1,4 @@
-"""A module of the user's own: what it is offered, and what is said when it does not fit."""
+"""Custom models: the arguments that they receive, and errors if they do not fit."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_lazy_modules_are_initialized_from_the_seed() -> None:
     [
         ("plain", (1, 5, 5), {}, "fails on a sample of shape (1, 5, 5): RuntimeError"),
         ("Fitting", (1, 3, 4), {"outputs": 7}, "(1, 7) for 1 sample, but the task needs (1, 4)"),
-        ("pair", (1, 3, 4), {}, "gives a tuple, not one tensor"),
+        ("pair", (1, 3, 4), {}, "returns a tuple, not one tensor"),
     ],
 )
 def test_mismatched_model_is_rejected_before_training(

@@ -1,4 +1,4 @@
-"""Embeddings in the mlp: codes of many-levelled columns looked up, exactly and under every precision."""
+"""Embeddings of the mlp: exact lookup of category codes, in every precision."""
 
 from __future__ import annotations
 
@@ -60,24 +60,24 @@ def test_weights_depend_only_on_the_seed() -> None:
     assert not uses_rng(first)
 
 
-@pytest.mark.parametrize(("levels", "width"), [(2, 2), (7, 5), (100, 21), (400, 46), (3000, 50)])
-def test_embedding_width_follows_the_documented_rule(levels: int, width: int) -> None:
-    assert compute_embedding_dim(MlpConfig(), levels) == width
-    assert compute_embedding_dim(MlpConfig(embedding_width=9), levels) == 9
+@pytest.mark.parametrize(("num_codes", "width"), [(2, 2), (7, 5), (100, 21), (400, 46), (3000, 50)])
+def test_embedding_width_follows_the_documented_rule(num_codes: int, width: int) -> None:
+    assert compute_embedding_dim(MlpConfig(), num_codes) == width
+    assert compute_embedding_dim(MlpConfig(embedding_width=9), num_codes) == 9
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16", "fp16"])
 def test_every_category_is_learned_in_every_precision(precision: str) -> None:
-    """Only the code tells the class, and neighbours among 3,000 codes are not alike in bf16's eight bits."""
+    """The class depends on the code alone; bf16's 8 bits could not distinguish adjacent codes among 3,000."""
     job = make_job(
         model={"hidden": []}, train={"precision": precision, "optimizer": {"kind": "adam"}, "clip_norm": 1.0}
     )
     assert select_gradient_backend(job, CPU, CATEGORY_COUNTS) == "eager"
-    trainee = make_engine(job, model=build_from_config({"hidden": []}), way="eager")
+    engine = make_engine(job, model=build_from_config({"hidden": []}), gradient_backend="eager")
     codes = torch.tensor([[2900 + number, 3] for number in range(16)])
     inputs = torch.cat([torch.zeros(16, NUM_NUMERIC), codes.float()], 1)
     targets = torch.tensor([number * 7 % NUM_CLASSES for number in range(16)])
     for step in range(1, 61):
-        trainee.forward_backward(step, inputs, targets)
-        trainee.optimizer_step(0.05)
-    assert torch.equal(trainee.predict_logits(inputs).argmax(1), targets)
+        engine.forward_backward(step, inputs, targets)
+        engine.optimizer_step(0.05)
+    assert torch.equal(engine.predict_logits(inputs).argmax(1), targets)

@@ -1,4 +1,4 @@
-"""Frozen parameters stay, the others learn as under plain torch, and patterns that match nothing are named."""
+"""Frozen parameters do not change, the others train as in plain torch, and invalid patterns are reported."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_invalid_freeze_is_a_job_error(freeze: list[str], words: str) -> None:
         frozen_names({"hidden": [5], "freeze": freeze})
     assert words in caught.value.what
     assert caught.value.where == "model.freeze"
-    assert "0.weight" in caught.value.fix or "leave one" in caught.value.fix
+    assert "0.weight" in caught.value.fix or "at least one trainable" in caught.value.fix
     with pytest.raises(JobError, match="every parameter"):
         frozen_names({"hidden": [], "freeze": ["0.weight", "0.bias"]})
 
@@ -61,36 +61,36 @@ def test_invalid_freeze_is_a_job_error(freeze: list[str], words: str) -> None:
 def test_frozen_backbone_trains_like_plain_torch(model: dict[str, Any]) -> None:
     job = make_job(model={**model, "freeze": "backbone"}, train={"precision": "fp64"})
     assert select_gradient_backend(job, CPU) == "eager"
-    trainee = make_engine(job)
-    before = trainee.flat.state_dict()
+    engine = make_engine(job)
+    before = engine.flat.state_dict()
     reference = build_model(job, SHAPE, 4, 11).double()
-    reference.eval()  # every batch norm here is frozen
+    reference.eval()  # every batch normalization is frozen
     head = last_layer_names(reference)
-    assert trainee.flat.params.numel() == sum(before[name].numel() for name in head)
+    assert engine.flat.params.numel() == sum(before[name].numel() for name in head)
     optimizer = torch.optim.SGD([p for p in reference.parameters() if p.requires_grad], lr=0.3)
     for step in (1, 2, 3):
         inputs, targets = make_batch(job, 6, seed=step)
-        trainee.forward_backward(step, inputs, targets)
-        trainee.optimizer_step(0.3)
+        engine.forward_backward(step, inputs, targets)
+        engine.optimizer_step(0.3)
         optimizer.zero_grad()
         nn.functional.cross_entropy(reference(inputs.double()), targets).backward()
         optimizer.step()
-        trainee.predict_logits(inputs)  # evaluation in between
-    after = trainee.flat.state_dict()
+        engine.predict_logits(inputs)  # evaluation between steps
+    after = engine.flat.state_dict()
     for name, tensor in reference.state_dict().items():
         torch.testing.assert_close(after[name], tensor, rtol=1e-11, atol=1e-13)
         assert torch.equal(after[name], before[name]) == (name not in head), name
 
 
 def test_partly_frozen_batch_norm_keeps_updating() -> None:
-    trainee = make_engine(make_job(model={**CNN_MODEL, "freeze": ["features.1.bias"]}))
-    inputs, targets = make_batch(trainee._job, 6)
-    trainee.forward_backward(1, inputs, targets)
-    assert trainee.flat.model.state_dict()["features.1.running_mean"].any()
+    engine = make_engine(make_job(model={**CNN_MODEL, "freeze": ["features.1.bias"]}))
+    inputs, targets = make_batch(engine._job, 6)
+    engine.forward_backward(1, inputs, targets)
+    assert engine.flat.model.state_dict()["features.1.running_mean"].any()
 
 
 def test_frozen_norm_statistics_are_not_reduced() -> None:
-    """Averages of equal numbers are rounded: over many steps they would move."""
+    """Averaging equal values rounds: over many steps the statistics would change."""
 
     def flat(*freeze: str) -> FlatParameters:
         model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2), nn.BatchNorm1d(2))

@@ -1,4 +1,4 @@
-"""Models: the same untrained weights from the same seed, the promised names, and errors that say where."""
+"""Models: weights by seed, tensor names, random numbers, multiply-adds, and errors that name the field."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_weights_depend_only_on_the_seed(model: dict[str, Any]) -> None:
     first = build_from_config(model)
     drawn = torch.rand(3)
     torch.manual_seed(77)
-    assert torch.equal(torch.rand(3), drawn), "building draws nothing from the generator of others"
+    assert torch.equal(torch.rand(3), drawn), "building does not use the global generator"
     again, other = build_from_config(model), build_from_config(model, seed=2)
     pairs = list(zip(first.state_dict().values(), again.state_dict().values(), strict=True))
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -94,10 +94,10 @@ def test_user_module_is_built_with_its_args(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("model", "draws"), list(zip(MODEL_CONFIGS, [False, True, False, False], strict=True)), ids=str
+    ("model", "is_random"), list(zip(MODEL_CONFIGS, [False, True, False, False], strict=True)), ids=str
 )
-def test_only_random_models_use_the_rng(model: dict[str, Any], draws: bool) -> None:
-    assert uses_rng(build_from_config(model)) == draws
+def test_only_random_models_use_the_rng(model: dict[str, Any], is_random: bool) -> None:
+    assert uses_rng(build_from_config(model)) == is_random
 
 
 def test_flops_are_counted_per_use() -> None:

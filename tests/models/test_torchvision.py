@@ -1,4 +1,4 @@
-"""torchvision's models: fitted to the task, from scratch and with weights, frozen, and errors that say what to do."""
+"""torchvision models: adapted to the task, untrained and pretrained, frozen, and errors that name the fix."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def test_any_number_of_channels_and_no_auxiliary_output(
     kind: str, shape: tuple[int, ...], args: dict[str, Any]
 ) -> None:
     model = build_from_config(kind, shape, args=args)
-    trainee = make_engine(make_job(), model=model, way="eager", shape=shape)
+    engine = make_engine(make_job(), model=model, gradient_backend="eager", shape=shape)
     inputs, targets = make_batch(make_job(), 2, shape=shape)
-    trainee.forward_backward(1, inputs, targets)
-    assert torch.isfinite(trainee.flat.grad).all()
+    engine.forward_backward(1, inputs, targets)
+    assert torch.isfinite(engine.flat.grad).all()
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_invalid_model_error_names_its_field(
 
 @pytest.fixture(scope="module")
 def published_model() -> nn.Module:
-    """A model as torchvision publishes them: of 1,000 classes."""
+    """A model as torchvision publishes it, with 1,000 classes."""
     torch.manual_seed(7)
     model: nn.Module = models.mobilenet_v3_small()
     return model
@@ -135,7 +135,7 @@ def test_local_file_initializes_all_but_the_head(published_model: nn.Module, tmp
         published_model.get_parameter("features.0.0.weight").add_(1)
     torch.save(published_model.state_dict(), tmp_path / "small.pth")
     assert make_start(tmp_path / "small.pth").digest != starts[0].digest
-    with pytest.raises(JobError, match=r"of another shape: features\.\S+ \(\d+, .*, here \(") as caught:
+    with pytest.raises(JobError, match=r"of another shape: features\.\S+ \(\d+, .*, in this model \(") as caught:
         load_matching_weights(build_from_config(SMALL, args={"reduced_tail": True}), starts[0], strict=True)
     assert caught.value.where == f"model.weights: {tmp_path / 'small.pth'}"
 
@@ -164,7 +164,7 @@ def test_torch_hub_cache_is_used_and_missing_network_is_reported(
 
 
 class Canary:
-    """What a file must not get run when it is read."""
+    """Code that must not run when a file is read."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return eval, ("1/0",)
@@ -176,8 +176,8 @@ class Canary:
         (b"no weights at all", "cannot be read"),
         (b"", "cannot be read"),
         (Canary(), "cannot be read"),
-        ({"model": {"weight": torch.ones(2)}}, "holds no state dict"),
-        (torch.ones(2), "holds no state dict"),
+        ({"model": {"weight": torch.ones(2)}}, "is not a state dict"),
+        (torch.ones(2), "is not a state dict"),
     ],
     ids=["text", "empty", "code", "nested", "tensor"],
 )
@@ -201,7 +201,7 @@ def test_missing_pretrained_weights() -> None:
 
 
 def test_state_dict_keys_of_old_files_are_converted(tmp_path: Path) -> None:
-    """torchvision's own loaders do so: googlenet's second heads go, and densenet's `norm.1` becomes `norm1`."""
+    """As torchvision does: googlenet's auxiliary heads are dropped, and densenet's `norm.1` is renamed `norm1`."""
     google = {f"{part}.conv.weight": torch.ones(2) for part in ("aux1", "aux2", "conv1")}
     dense = {f"features.denseblock1.denselayer2.{key}": torch.ones(2) for key in ("norm.1.bias", "conv.2.weight")}
     for kind, tensors, expected in (

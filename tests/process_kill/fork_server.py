@@ -1,12 +1,11 @@
-"""A process that has imported everything and forks one child for each attempt, so that hundreds of attempts can be
-killed within a minute.
+"""A process that has imported everything and forks one child per attempt, so that tests can kill hundreds of attempts
+within a minute.
 
-A child runs the true command line. Its trap, if it has one, sends it a real signal at the n-th operation on files
-(`files`; every operation counts before and after it was done, and a write in its middle too) or at the n-th step
-(`steps`).
+A child runs the real command line. With a `SignalAt`, it sends itself a real signal at the n-th file operation or the
+n-th step. File operations count before and after each operation, and in the middle of a write.
 
-As a program it takes one JSON object a line: {"start": argv, "trap": ..., "out": path, "env": {}} is answered by the
-child's pid, {"wait": pid} by its status.
+Run as a program, it reads one JSON request per line: the reply to {"start": argv, "signal_at": ..., "output": path,
+"env": {}} is the child's pid, and the reply to {"wait": pid} is its wait status.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 WAIT_S = 60.0
-"""No attempt of these tests takes so long."""
+"""Time limit of an attempt."""
 
 
 @dataclass(frozen=True)
 class SignalAt:
-    """A signal that a child sends itself: at the `count`-th operation on files, or step, from 1."""
+    """A signal that a child sends itself at the `count`-th file operation or step, from 1."""
 
     counter: Literal["files", "steps"]
     count: int
@@ -40,33 +39,33 @@ class SignalAt:
 
 @dataclass(frozen=True)
 class ChildResult:
-    """How a child ended: `code` is its exit code, or minus the signal that killed it."""
+    """The result of a child: `exit_code` is minus the signal number if a signal killed it."""
 
     exit_code: int
     stdout: str
     stderr: str
     counts: dict[str, int] = field(default_factory=dict)
-    """Operations on files and steps until then; not known of a killed one."""
+    """File operations and steps of the child; empty if it was killed."""
 
 
 @dataclass(frozen=True)
 class ChildProcess:
-    """One attempt under way."""
+    """A running attempt."""
 
     pid: int
     output_folder: Path
 
 
 class ForkServer:
-    """The forking process, seen from a test.
+    """Starts the forking process and sends it requests.
 
     Parameters
     ----------
-    folder: where the children's output goes; their working directory.
+    folder: the working directory of the children, and the folder of their output.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = self._folder = folder
+        self.folder = folder
         self._count = 0
         self._process = subprocess.Popen(
             [sys.executable, __file__],
@@ -83,16 +82,21 @@ class ForkServer:
         )
 
     def start(self, *argv: str, signal_at: SignalAt | None = None, env: dict[str, str] | None = None) -> ChildProcess:
-        """Begin `trainyard argv...`."""
+        """Start `trainyard argv...` in a child."""
         self._count += 1
-        out = self._folder / f"child-{self._count}"
+        output = self.folder / f"child-{self._count}"
         for suffix in (".out", ".err"):  # a child may be killed before it opens them
-            out.with_suffix(suffix).touch()
-        order = {"start": argv, "trap": asdict(signal_at) if signal_at else None, "out": str(out), "env": env or {}}
-        return ChildProcess(int(self._request(order)), out)
+            output.with_suffix(suffix).touch()
+        request = {
+            "start": argv,
+            "signal_at": asdict(signal_at) if signal_at else None,
+            "output": str(output),
+            "env": env or {},
+        }
+        return ChildProcess(int(self._request(request)), output)
 
     def wait_until_stopped(self, child: ChildProcess) -> bool:
-        """Wait until it stands still under SIGSTOP; False if it ended instead."""
+        """Wait until SIGSTOP has stopped a child; return False if it ended instead."""
         deadline = time.monotonic() + WAIT_S
         while (state := _process_state(child.pid)) not in ("T", "Z", ""):
             assert time.monotonic() < deadline, f"attempt {child.pid} neither stops nor ends"
@@ -100,36 +104,36 @@ class ForkServer:
         return state == "T"
 
     def wait(self, child: ChildProcess) -> ChildResult:
-        """Its end; an AssertionError if it goes on for too long."""
+        """Wait for the end of a child; raise AssertionError after `WAIT_S`."""
         status = self._request({"wait": child.pid})
         out, err = (child.output_folder.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
         assert status is not None, f"attempt {child.pid} hangs:\n{err}"
-        counted = child.output_folder.with_suffix(".counted")
-        counts = json.loads(counted.read_text()) if counted.exists() else {}
+        counts_file = child.output_folder.with_suffix(".counts")
+        counts = json.loads(counts_file.read_text()) if counts_file.exists() else {}
         return ChildResult(os.waitstatus_to_exitcode(int(status)), out, err, counts)
 
     def run(self, *argv: str, signal_at: SignalAt | None = None, env: dict[str, str] | None = None) -> ChildResult:
-        """`start` and `wait`."""
+        """Call `start` and `wait`."""
         return self.wait(self.start(*argv, signal_at=signal_at, env=env))
 
     def close(self) -> None:
-        """End the forking process; children end by themselves."""
+        """End the forking process; its children end by themselves."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait(timeout=WAIT_S)
         self._process.stdout.close()
 
-    def _request(self, order: dict[str, Any]) -> Any:
+    def _request(self, request: dict[str, Any]) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
 
 def _process_state(pid: int) -> str:
-    """The letter that ps shows; empty for a process that is gone."""
+    """Return the state letter that ps shows; empty if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
@@ -140,7 +144,7 @@ def _process_state(pid: int) -> str:
 
 
 class _Counter:
-    """Counts operations of one kind, and springs the trap at its count."""
+    """Counts operations of one kind, and sends the signal when its count is reached."""
 
     def __init__(self, kind: str, signal_at: SignalAt | None) -> None:
         self.count = 0
@@ -156,23 +160,23 @@ class _Counter:
             os.kill(os.getpid(), self._signal)
 
     def before(self, action: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **named: Any) -> Any:
+        def call(*args: Any, **named: Any) -> Any:
             self()
             return action(*args, **named)
 
-        return counted
+        return call
 
     def around(self, action: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **named: Any) -> Any:
+        def call(*args: Any, **named: Any) -> Any:
             result = self.before(action)(*args, **named)
             self()
             return result
 
-        return counted
+        return call
 
 
 class _TornWriter(io.BufferedWriter):
-    """A file that can be caught with half of a write done."""
+    """A file that counts an operation halfway through each write."""
 
     counter: _Counter
 
@@ -192,7 +196,7 @@ def _install_counters(signal_at: SignalAt | None) -> dict[str, _Counter]:
     files, steps = _Counter("files", signal_at), _Counter("steps", signal_at)
     for name in ("replace", "link", "unlink", "mkdir", "rmdir"):
         setattr(os, name, files.around(getattr(os, name)))
-    os.fsync = lambda fd: files()  # only power loss can tell, and it is most of the time
+    os.fsync = lambda fd: files()  # skipped: it matters for power loss only, and takes most of the time
 
     def torn_open(path: str, mode: str) -> Any:
         if mode != "xb":
@@ -206,16 +210,16 @@ def _install_counters(signal_at: SignalAt | None) -> dict[str, _Counter]:
     return {"files": files, "steps": steps}
 
 
-def _run_child(order: dict[str, Any]) -> None:
+def _run_child(request: dict[str, Any]) -> None:
     import pipeline.cli
 
-    out = Path(order["out"])
+    output = Path(request["output"])
     for descriptor, suffix in ((1, ".out"), (2, ".err")):
-        os.dup2(os.open(out.with_suffix(suffix), os.O_WRONLY | os.O_CREAT), descriptor)
+        os.dup2(os.open(output.with_suffix(suffix), os.O_WRONLY | os.O_CREAT), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.environ.update(order["env"])
-    counters = _install_counters(SignalAt(**order["trap"]) if order["trap"] else None)
-    sys.argv = ["trainyard", *order["start"]]
+    os.environ.update(request["env"])
+    counters = _install_counters(SignalAt(**request["signal_at"]) if request["signal_at"] else None)
+    sys.argv = ["trainyard", *request["start"]]
     code = 70
     try:
         pipeline.cli.main()
@@ -224,14 +228,14 @@ def _run_child(order: dict[str, Any]) -> None:
     except BaseException:
         traceback.print_exc()
     counts = {kind: counter.count for kind, counter in counters.items()}
-    out.with_suffix(".counted").write_text(json.dumps(counts))
+    output.with_suffix(".counts").write_text(json.dumps(counts))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def _wait_for_child(pid: int) -> int | None:
-    """The status of a child, or None if it hangs and had to be killed."""
+    """Return the wait status of a child, or None if it hung and was killed."""
     deadline = time.monotonic() + WAIT_S
     while time.monotonic() < deadline:
         waited_pid, status = os.waitpid(pid, os.WNOHANG)
@@ -252,16 +256,16 @@ def _serve() -> None:
     from pipeline.runs import async_writer
 
     torch.set_num_threads(1)
-    async_writer.COMMIT_INTERVAL_FACTOR = 0  # a commit whenever one is due: more places to die in
+    async_writer.COMMIT_INTERVAL_FACTOR = 0  # never delay a commit: more moments at which a kill can happen
     replies = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
-        order = json.loads(line)
-        if "wait" in order:
-            reply = _wait_for_child(order["wait"])
+        request = json.loads(line)
+        if "wait" in request:
+            reply = _wait_for_child(request["wait"])
         else:
             reply = os.fork()
             if reply == 0:
-                _run_child(order)
+                _run_child(request)
         replies.write(f"{json.dumps(reply)}\n")
         replies.flush()
 

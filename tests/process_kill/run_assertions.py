@@ -1,4 +1,4 @@
-"""What a run leaves behind, as outsiders see it: read with pyarrow and safetensors, never with our own code."""
+"""Assertions on run directories, which are read with pyarrow and safetensors, never with this package."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import pyarrow.dataset
 from safetensors.torch import load_file
 
 ATTEMPT_COLUMNS = ["attempt", "seconds", "time"]
-"""Columns that tell who computed a row, and when."""
+"""Columns that depend on the attempt and the time."""
 
 
 def find_run(storage: Path) -> Path:
-    """The one run in a folder."""
+    """Return the only run in a folder."""
     (job,) = storage.glob("*/job.yaml")
     return job.parent
 
 
 def final_state(run: Path) -> dict[str, Any]:
-    """All that must be the same whatever happened on the way."""
+    """Return everything that must not depend on how often the run was interrupted."""
     result = json.loads((run / "result.json").read_text())
     last, chosen = (run / "checkpoints" / result[name] for name in ("last", "chosen"))
     state = load_file(last / "state.safetensors")
@@ -42,17 +42,17 @@ def final_state(run: Path) -> dict[str, Any]:
 
 
 def read_log(run: Path, name: str) -> pa.Table:
-    """One table of the metric log, in order."""
+    """Return one table of the metric log, sorted by step."""
     return pyarrow.dataset.dataset(run / "metrics" / name, format="parquet").to_table().sort_by("step")
 
 
 def read_entries(run: Path) -> list[dict[str, Any]]:
-    """The journal."""
+    """Return the entries of the journal, in order."""
     return [json.loads(path.read_text()) for path in sorted((run / "journal").glob("*.json"))]
 
 
 def check_checkpoints(run: Path) -> None:
-    """What holds whenever nobody writes: all that the newest commit keeps is whole, as are those of any end."""
+    """Check that all checkpoints kept by the newest commit and by any end are undamaged. Holds while nothing writes."""
     commits = [entry for entry in read_entries(run) if entry["kind"] == "commit"]
     for commit in commits[-1:] + [commit for commit in commits if commit["end"]]:
         for name in {name for pair in commit["kept"] for name in pair if name is not None}:
@@ -62,8 +62,8 @@ def check_checkpoints(run: Path) -> None:
 
 
 def hash_committed_files(run: Path) -> dict[str, str]:
-    """SHA-256 of every file of checkpoints, cells, journal and result: what a zombie must leave alone. Live rows it may
-    leave behind."""
+    """Return the SHA-256 of every file that a zombie must not change: checkpoints, segments, journal and result. It may
+    leave heartbeats and live rows."""
     files = [path for path in run.rglob("*") if path.is_file() and ".tmp" not in path.parts]
     return {
         str(path.relative_to(run)): _sha256(path)
@@ -73,15 +73,15 @@ def hash_committed_files(run: Path) -> dict[str, str]:
 
 
 class RunReader:
-    """A reader of the metric log that looks all the time while entered; what it finds wrong is raised at the end."""
+    """While entered, reads the metric log continuously; what it finds wrong is raised on exit."""
 
     def __init__(self, storage: Path) -> None:
-        self.looks = 0
+        self.reads = 0
         self._storage = storage
-        self._seen: dict[str, pa.Table] = {}
+        self._previous: dict[str, pa.Table] = {}
         self._listed: dict[str, set[str]] = {"steps": set(), "evals": set()}
         self._error: BaseException | None = None
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
 
     def __enter__(self) -> RunReader:
@@ -91,14 +91,14 @@ class RunReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._over.set()
+        self._stopped.set()
         self._thread.join()
         if self._error is not None and error is None:
             raise self._error
 
     def _poll(self) -> None:
         try:
-            while not self._over.wait(0.005):
+            while not self._stopped.wait(0.005):
                 for job in self._storage.glob("*/job.yaml"):
                     self._check(job.parent)
         except BaseException as error:
@@ -108,13 +108,13 @@ class RunReader:
         steps = self._read_table(run, "steps")
         if steps is None:
             return
-        at = steps["step"].to_pylist()
-        assert at == list(range(1, len(at) + 1)), f"steps twice, or a gap: {at}"
+        numbers = steps["step"].to_pylist()
+        assert numbers == list(range(1, len(numbers) + 1)), f"a step twice, or a gap: {numbers}"
         evaluations = self._read_table(run, "evals")
-        assert evaluations is not None, "a cell's steps before its evaluations"
+        assert evaluations is not None, "the steps of a segment before its evaluations"
         keys = list(zip(evaluations["step"].to_pylist(), evaluations["split"].to_pylist(), strict=True))
         assert len(set(keys)) == len(keys), f"an evaluation twice: {keys}"
-        self.looks += 1
+        self.reads += 1
 
     def _read_table(self, run: Path, name: str) -> pa.Table | None:
         folder = run / "metrics" / name
@@ -124,11 +124,11 @@ class RunReader:
         assert self._listed[name] <= listed, f"files vanished: {self._listed[name] - listed}"
         self._listed[name] = listed
         table = pyarrow.dataset.dataset(sorted(folder / file for file in listed), format="parquet").to_table()
-        before = self._seen.get(name)
+        before = self._previous.get(name)
         if before is not None:
             assert len(table) >= len(before), "the log became shorter"
             assert table.slice(0, len(before)).equals(before), "a row changed after it was published"
-        self._seen[name] = table
+        self._previous[name] = table
         return table
 
 

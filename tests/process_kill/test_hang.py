@@ -1,4 +1,4 @@
-"""A run in this process that stands still: noticed, explained, ended and gone on with; and what only looks like it."""
+"""Hangs of a run without a cluster: detection, message, exit and resume; and what must not count as a hang."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ import time
 import torch
 
 
-class Stands(torch.nn.Module):
-    """Stands still from step 40 on, in the way that the environment names."""
+class HangingNet(torch.nn.Module):
+    """Hangs at step 40, in the method that the environment variable HANG names."""
 
     def __init__(self):
         super().__init__()
         self.layers = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
-        self.how, self.calls = os.environ.get("HANG"), 0
+        self.method, self.calls = os.environ.get("HANG"), 0
 
     def forward(self, inputs):
         if self.training:
             self.calls += 1
-            if self.calls == 40 and self.how:
-                getattr(self, self.how)()
+            if self.calls == 40 and self.method:
+                getattr(self, self.method)()
         return self.layers(inputs)
 
     def deadlock(self):
@@ -57,31 +57,31 @@ class Stands(torch.nn.Module):
         lock.acquire()
         lock.acquire()
 
-    def cannot_be_woken(self):
+    def ignores_errors(self):
         while True:
             try:
                 time.sleep(3600)
             except Exception:
                 pass
 
-    def waits_in_python(self):
+    def polls(self):
         while True:
             time.sleep(0.01)
 
-    def holds_pythons_lock(self):
+    def holds_gil(self):
         re.match("(a*)*b", "a" * 60)
 
     def pauses(self):
         time.sleep(3)
 
-    def disk_never_answers(self):
+    def disk_never_responds(self):
         os.replace = lambda *_: time.sleep(3600)
 '''
 JOB = f"""
 schema: 1
 name: hang
 data: {{source: disc, normalize: scalar, splits: {{by: random, val: 0.2}}}}
-model: {{kind: "hang_code:Stands"}}
+model: {{kind: "hang_code:HangingNet"}}
 train: {{batch_size: 32, optimizer: {{kind: sgd, momentum: 0.9}}, phases: [{{epochs: 4, lr: 0.2}}]}}
 evaluate: {{every_steps: 20}}
 checkpoint: {{every_steps: 10, keep: 2}}
@@ -89,7 +89,7 @@ scale: {{hang_s: {HANG_S}}}
 """
 ARGV = ["train", "hang.yaml", "--storage"]
 NO_HANG_LIMIT = ("--set", "scale.hang_s=300")
-"""Where nothing hangs: a busy machine may stand still for longer than the limit of these tests."""
+"""For runs without a hang: on a busy machine a step may take longer than `HANG_S`."""
 
 
 @pytest.fixture(scope="module")
@@ -97,44 +97,44 @@ def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer
     folder = tmp_path_factory.mktemp("hang")
     (folder / "hang_code.py").write_text(USER_MODEL)
     (folder / "hang.yaml").write_text(JOB)
-    nursery = ForkServer(folder)
-    yield nursery
-    nursery.close()
+    server = ForkServer(folder)
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="module")
 def reference_state(fork_server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> object:
-    storage = tmp_path_factory.mktemp("untouched")
+    storage = tmp_path_factory.mktemp("reference")
     assert fork_server.run(*ARGV, str(storage), *NO_HANG_LIMIT).exit_code == 0
     return final_state(find_run(storage))
 
 
 def check_message(outcome: ChildResult, run: Path) -> None:
-    """One message, that names the very line and the stacks, which are there."""
+    """Check that there is one message, which names the line of code and the stored stacks."""
     (line,) = [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
     stacks = run / "stacks" / "attempt-0001-rank-0.txt"
-    assert "training stood still for 2 s in hang_code.py:" in line
+    assert "training made no progress for 2 s in hang_code.py:" in line
     assert f"stacks in {stacks}" in line
-    assert "the same command goes on" in outcome.stderr
+    assert "the same command resumes" in outcome.stderr
     assert "scale.hang_s" in outcome.stderr
     assert "Traceback" not in outcome.stderr
     text = stacks.read_text()
     assert "in forward" in text
-    assert "recorder.py" in text, "the stacks of all threads"
+    assert "async_writer.py" in text, "the stacks of all threads"
 
 
-@pytest.mark.parametrize("how", ["deadlock", pytest.param("cannot_be_woken", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["deadlock", pytest.param("ignores_errors", marks=pytest.mark.slow)])
 def test_hang_is_reported_with_its_line_and_resumed(
-    fork_server: ForkServer, reference_state: object, tmp_path: Path, how: str
+    fork_server: ForkServer, reference_state: object, tmp_path: Path, method: str
 ) -> None:
     began = time.monotonic()
-    outcome = fork_server.run(*ARGV, str(tmp_path), env={"HANG": how})
+    outcome = fork_server.run(*ARGV, str(tmp_path), env={"HANG": method})
     took_s = time.monotonic() - began
     assert outcome.exit_code == 1, outcome.stderr
     run = find_run(tmp_path)
     check_message(outcome, run)
-    assert f"({how})" in outcome.stderr
-    if how == "deadlock":  # the thread could be woken, so it has left its word
+    assert f"({method})" in outcome.stderr
+    if method == "deadlock":  # the error could be raised in the thread, which then wrote the journal
         leave = read_entries(run)[-1]
         assert (leave["kind"], leave["status"], leave["error"]["type"]) == ("leave", "failed", "HungError")
         assert fork_server.run("show", str(run), "--json").stdout.count('"status": "failed"') == 1
@@ -142,7 +142,7 @@ def test_hang_is_reported_with_its_line_and_resumed(
     assert again.exit_code == 0, again.stderr
     assert "resuming after step" in again.stderr
     assert final_state(run) == reference_state
-    print(f"\n{how}: the command took {took_s:.1f} s with a limit of {HANG_S} s")
+    print(f"\n{method}: the command took {took_s:.1f} s with a limit of {HANG_S} s")
 
 
 CALLER_SCRIPT = """
@@ -163,21 +163,22 @@ while thread.is_alive() and "HangReported" not in events:
     time.sleep(0.05)
 print("raised" if errors else "still hangs", *errors, flush=True)
 sys.stdin.read()
-print("the caller goes on", flush=True)
+print("the caller continues", flush=True)
 """
 
 
-@pytest.mark.parametrize(("how", "ends"), [("waits_in_python", "raised"), ("deadlock", "still hangs")])
+@pytest.mark.parametrize(("method", "outcome_line"), [("polls", "raised"), ("deadlock", "still hangs")])
 def test_callers_process_is_never_ended(
-    fork_server: ForkServer, reference_state: object, tmp_path: Path, how: str, ends: str
+    fork_server: ForkServer, reference_state: object, tmp_path: Path, method: str, outcome_line: str
 ) -> None:
-    """The thread that hangs is not the main one, so no signal wakes it. Who cannot be woken lets others take over."""
+    """The hanging thread is not the main thread, so no signal reaches it. If no error can be raised in it, another
+    process may take over the run."""
     folder = fork_server.folder
-    beats = {"TRAINYARD_HEARTBEAT_S": "0.2"}
+    heartbeat = {"TRAINYARD_HEARTBEAT_S": "0.2"}
     with subprocess.Popen(
         [sys.executable, "-c", CALLER_SCRIPT, str(tmp_path)],
         cwd=folder,
-        env={**os.environ, **beats, "HANG": how, "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, **heartbeat, "HANG": method, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -185,16 +186,18 @@ def test_callers_process_is_never_ended(
     ) as caller:
         assert caller.stdout is not None
         output_line = caller.stdout.readline()
-        assert output_line.startswith(ends), output_line + (
+        assert output_line.startswith(outcome_line), output_line + (
             caller.stderr.read() if caller.stderr and not output_line else ""
         )
-        tries = iter(lambda: fork_server.run(*ARGV, str(tmp_path), env=beats), None)
-        again = next(one for one in tries if one.exit_code != 3)  # "not now" while its heartbeat is young
+        attempts = iter(lambda: fork_server.run(*ARGV, str(tmp_path), env=heartbeat), None)
+        again = next(result for result in attempts if result.exit_code != 3)  # 3 while its heartbeat is recent
         assert again.exit_code == 0, again.stderr
         out, err = caller.communicate()
-    assert (caller.returncode, out.splitlines()[-1]) == (0, "the caller goes on")
-    assert re.search(r"training stood still for \d+ s in hang_code\.py", output_line if ends == "raised" else err)
-    if ends == "raised":
+    assert (caller.returncode, out.splitlines()[-1]) == (0, "the caller continues")
+    assert re.search(
+        r"training made no progress for \d+ s in hang_code\.py", output_line if outcome_line == "raised" else err
+    )
+    if outcome_line == "raised":
         assert output_line.startswith("raised HungError: ")
         leave = [entry for entry in read_entries(find_run(tmp_path)) if entry["kind"] == "leave"]
         assert [entry["error"]["type"] for entry in leave] == ["HungError"]
@@ -202,10 +205,10 @@ def test_callers_process_is_never_ended(
 
 
 def test_hang_while_holding_the_gil(fork_server: ForkServer, reference_state: object, tmp_path: Path) -> None:
-    outcome = fork_server.run(*ARGV, str(tmp_path), env={"HANG": "holds_pythons_lock"})
+    outcome = fork_server.run(*ARGV, str(tmp_path), env={"HANG": "holds_gil"})
     assert outcome.exit_code == 1
     assert "Timeout" in outcome.stderr
-    assert "in holds_pythons_lock" in outcome.stderr
+    assert "in holds_gil" in outcome.stderr
     assert fork_server.run(*ARGV, str(tmp_path), *NO_HANG_LIMIT).exit_code == 0
     assert final_state(find_run(tmp_path)) == reference_state
 
@@ -214,19 +217,19 @@ def test_hang_while_holding_the_gil(fork_server: ForkServer, reference_state: ob
 def test_storage_call_that_never_returns_is_detected(
     fork_server: ForkServer, reference_state: object, tmp_path: Path
 ) -> None:
-    """Such as a mount whose server is gone: no call fails, and none ends."""
-    env = {"HANG": "disk_never_answers", "TRAINYARD_STORAGE_LIMIT_S": "1"}
+    """Such as a mount whose server is lost: no call fails, and none returns."""
+    env = {"HANG": "disk_never_responds", "TRAINYARD_STORAGE_LIMIT_S": "1"}
     outcome = fork_server.run(*ARGV, str(tmp_path), env=env)
     assert outcome.exit_code == 1, outcome.stderr
     (line,) = [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
-    assert "storage that does not answer" in line
+    assert "storage that does not respond" in line
     stacks = Path(line.rpartition("stacks in ")[2])
-    assert not stacks.is_relative_to(tmp_path), "storage does not answer: they are kept here"
-    assert "in _written" in stacks.read_text() or "in replace" in stacks.read_text()
+    assert not stacks.is_relative_to(tmp_path), "storage does not respond: the stacks stay on this machine"
+    assert "in replace" in stacks.read_text()
 
     again = fork_server.run(*ARGV, str(tmp_path), *NO_HANG_LIMIT)
     assert again.exit_code == 0, again.stderr
-    assert "an earlier process stood still" in again.stderr
+    assert "an earlier process hung" in again.stderr
     run = find_run(tmp_path)
     assert (run / "stacks" / "attempt-0001-rank-0.txt").exists()
     assert not stacks.exists()
@@ -260,27 +263,25 @@ def silent_s3_proxy(s3_endpoint: str) -> Iterator[SilentProxy]:
 def test_requests_to_a_silent_server_time_out(
     silent_s3_proxy: SilentProxy, s3_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An upload too: what the libraries allow for silence begins only once a server has let them send it."""
+    """Uploads too: the timeouts of the libraries begin only when the server has accepted the data."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", silent_s3_proxy.url)
     monkeypatch.setenv("TRAINYARD_STORAGE_LIMIT_S", "2")
     storage = Storage.open(s3_url)
 
     def is_written() -> bool:
-        """Once the limit suffices: on a busy machine a healthy store may take longer too."""
+        """Return whether a request met the limit: on a busy machine a healthy server may take longer."""
         try:
             storage.replace("file", b"1")
         except (StorageError, StorageLostError):
             return False
         return True
 
-    wait_for(is_written, 200, "a store that answers")
+    wait_for(is_written, 200, "a response from storage")
     answered = storage.response_count
     assert answered > 0
     silent_s3_proxy.silent.set()
     for request in (lambda: storage.replace("file", b"2"), lambda: storage.read("file")):
-        with pytest.raises(
-            StorageLostError, match="was unavailable for 2 s"
-        ):  # and not the end of this test's own time
+        with pytest.raises(StorageLostError, match="was unavailable for 2 s"):  # not the time limit of the test
             request()
     assert storage.response_count == answered
 
@@ -298,7 +299,7 @@ def test_silent_server_is_a_storage_failure_and_no_hang(
     outcome = fork_server.wait(child)
     assert outcome.exit_code == 1, outcome.stderr
     assert "storage was unavailable" in outcome.stderr
-    assert "stood still" not in outcome.stderr
+    assert "made no progress" not in outcome.stderr
     assert "Traceback" not in outcome.stderr
     print(f"\nended {time.monotonic() - began:.1f} s after the server fell silent, with a limit of 2 s")
 
@@ -315,32 +316,32 @@ WORKING, HANGING, WAITING, STORING = (
 
 
 @pytest.mark.parametrize(
-    ("own", "heard", "words"),
+    ("heartbeat", "heartbeats", "message"),
     [
         (WorkerHeartbeat(100, ""), {}, None),
-        (WorkerHeartbeat(101, ""), {}, "stood still for 101 s"),
+        (WorkerHeartbeat(101, ""), {}, "made no progress for 101 s"),
         (WorkerHeartbeat(399, "storage"), {}, None),
-        (WorkerHeartbeat(401, "storage"), {}, "storage that does not answer"),
+        (WorkerHeartbeat(401, "storage"), {}, "storage that does not respond"),
         (WorkerHeartbeat(110, "workers"), {}, None),
-        (WorkerHeartbeat(111, "workers"), None, "waited 111 s for the others"),
+        (WorkerHeartbeat(111, "workers"), None, "waited 111 s for the other workers"),
         (WorkerHeartbeat(111, "workers"), {1: WORKING, 2: WAITING}, None),
         (WorkerHeartbeat(111, "workers"), {1: HANGING, 2: WAITING}, None),
         (WorkerHeartbeat(111, "workers"), {1: STORING, 2: WAITING}, None),
-        (WorkerHeartbeat(111, "workers"), {1: WAITING, 2: WAITING}, "the others, which wait as well"),
+        (WorkerHeartbeat(111, "workers"), {1: WAITING, 2: WAITING}, "the other workers, which are waiting too"),
         (
             WorkerHeartbeat(111, "workers"),
             {1: WorkerHeartbeat(1, "", last_seen_s=105), 2: WAITING},
-            "worker 1, which gives no sign of life",
+            "worker 1, which sends no heartbeat",
         ),
-        (WorkerHeartbeat(111, "workers"), {2: WAITING}, "worker 1, which gives no sign of life"),
-        (WorkerHeartbeat(111, "workers"), {}, "workers 1, 2, which give no sign of life"),
+        (WorkerHeartbeat(111, "workers"), {2: WAITING}, "worker 1, which sends no heartbeat"),
+        (WorkerHeartbeat(111, "workers"), {}, "workers 1, 2, which send no heartbeat"),
     ],
 )
 def test_detect_hang_names_the_blocking_rank(
-    own: WorkerHeartbeat, heard: Mapping[int, WorkerHeartbeat] | None, words: str | None
+    heartbeat: WorkerHeartbeat, heartbeats: Mapping[int, WorkerHeartbeat] | None, message: str | None
 ) -> None:
-    verdict_found = detect_hang(0, own, heard, 3, TIMEOUTS)
-    assert (words in verdict_found) if words is not None and verdict_found is not None else verdict_found is words
+    hang = detect_hang(0, heartbeat, heartbeats, 3, TIMEOUTS)
+    assert (message in hang) if message is not None and hang is not None else hang is message
 
 
 @given(hang_s=st.floats(0.1, 1e6), storage_s=st.floats(1, 1e4))
@@ -354,23 +355,23 @@ def test_hung_rank_reports_first_and_collective_timeout_last(hang_s: float, stor
 
 
 def test_blocking_call_is_found_on_the_stack() -> None:
-    seen: list[WaitTarget] = []
+    targets: list[WaitTarget] = []
 
-    def look() -> None:
-        seen.append(current_wait(sys._getframe())[0])
+    def record_target() -> None:
+        targets.append(current_wait(sys._getframe())[0])
 
     @blocking_on("storage")
-    def stores() -> None:
-        look()
+    def save() -> None:
+        record_target()
 
     @blocking_on("workers")
-    def sums() -> None:
-        stores()
-        look()
+    def all_reduce() -> None:
+        save()
+        record_target()
 
-    look()
-    sums()
-    assert seen == ["", "storage", "workers"]
+    record_target()
+    all_reduce()
+    assert targets == ["", "storage", "workers"]
 
 
 def test_progress_counter_counts_each_item_twice() -> None:

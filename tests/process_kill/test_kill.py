@@ -1,6 +1,6 @@
-"""Promise 1: kill it anywhere, and nobody can tell afterwards. Real processes, real SIGKILLs.
+"""A run that is killed at any moment and then resumed gives the same bits. Real processes, real SIGKILLs.
 
-Which moments are tried is drawn from `SEED`; another number tries others. `-m slow` tries every one of two stretches.
+The moments are random, from `SEED`. `-m slow` tries every file operation of two intervals.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from tests.process_kill.run_assertions import (
 
 SEED = int(os.environ.get("TRAINYARD_TEST_SEED", "1"))
 MAX_KILLS = 6
-"""For each job; then it may finish."""
+"""Kills of a job before it may finish."""
 
 DATA_MODULE = """
 import numpy as np
 
 def images():
-    draw = np.random.default_rng(0)
-    labels = draw.integers(0, 3, 330)
-    return (draw.integers(0, 200, (330, 8, 8, 1)) + 20 * labels[:, None, None, None]).astype(np.uint8), labels
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 330)
+    return (rng.integers(0, 200, (330, 8, 8, 1)) + 20 * labels[:, None, None, None]).astype(np.uint8), labels
 
 def curve():
     x = np.random.default_rng(0).uniform(-2, 2, (700, 3)).astype(np.float32)
@@ -182,14 +182,14 @@ LONG_JOBS = [name for name in JOBS if name != "short"]
 
 
 def write_table(path: Path) -> None:
-    """A table with numbers, nulls, levels and groups."""
-    draw = np.random.default_rng(0)
-    age, town = draw.normal(40, 12, 600), draw.integers(0, 30, 600)
-    dead = draw.random(600) < 1 / (1 + np.exp(-(age - 45) / 5 - draw.normal(0, 1, 30)[town]))
+    """Write a table with numeric and categorical columns, nulls and groups."""
+    rng = np.random.default_rng(0)
+    age, town = rng.normal(40, 12, 600), rng.integers(0, 30, 600)
+    dead = rng.random(600) < 1 / (1 + np.exp(-(age - 45) / 5 - rng.normal(0, 1, 30)[town]))
     columns = {
-        "age": pa.array(age, mask=draw.random(600) < 0.1),
+        "age": pa.array(age, mask=rng.random(600) < 0.1),
         "town": town,
-        "trade": [f"trade {number}" for number in draw.integers(0, 9, 600)],
+        "trade": [f"trade {number}" for number in rng.integers(0, 9, 600)],
         "fate": np.where(dead, "dead", "alive"),
     }
     pq.write_table(pa.table(columns), path)
@@ -209,100 +209,103 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fork_server(folder: Path) -> Iterator[ForkServer]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRAINYARD_HEARTBEAT_S", "0.1")  # so that live rows are written too
-        nursery = ForkServer(folder)
-    yield nursery
-    nursery.close()
+        server = ForkServer(folder)
+    yield server
+    server.close()
 
 
 def train_command(name: str, storage: Path) -> list[str]:
     return ["train", f"{name}.yaml", "--storage", str(storage), *JOBS[name][1]]
 
 
-def run_until_signal(nursery: ForkServer, argv: list[str], draw: random.Random) -> ChildResult:
-    """One attempt that ends by a signal somewhere, or comes to its end before."""
-    kind = draw.choice(["files", "files", "steps", "clock", "signal"])
-    if kind == "clock":
-        child = nursery.start(*argv)
-        time.sleep(draw.uniform(0.1, 0.5))
+def run_until_signal(fork_server: ForkServer, argv: list[str], rng: random.Random) -> ChildResult:
+    """Run one attempt, which a signal ends at a random moment, unless it finishes before."""
+    moment = rng.choice(["files", "files", "steps", "time", "signal"])
+    if moment == "time":
+        child = fork_server.start(*argv)
+        time.sleep(rng.uniform(0.1, 0.5))
         os.kill(child.pid, signal.SIGKILL)
-        return nursery.wait(child)
-    if kind == "signal":
-        number = draw.choice([signal.SIGINT, signal.SIGTERM])
-        return nursery.run(*argv, signal_at=SignalAt("steps", draw.randint(1, 60), number))
-    return nursery.run(
+        return fork_server.wait(child)
+    if moment == "signal":
+        number = rng.choice([signal.SIGINT, signal.SIGTERM])
+        return fork_server.run(*argv, signal_at=SignalAt("steps", rng.randint(1, 60), number))
+    return fork_server.run(
         *argv,
-        signal_at=SignalAt("steps", draw.randint(1, 80))
-        if kind == "steps"
-        else SignalAt("files", draw.randint(1, 180)),
+        signal_at=SignalAt("steps", rng.randint(1, 80))
+        if moment == "steps"
+        else SignalAt("files", rng.randint(1, 180)),
     )
 
 
 @pytest.mark.parametrize("name", LONG_JOBS)
 def test_repeatedly_killed_run_matches_reference(fork_server: ForkServer, folder: Path, name: str) -> None:
-    untouched, storage = folder / f"{name}-untouched", folder / f"{name}-killed"
-    assert fork_server.run(*train_command(name, untouched)).exit_code == 0
-    expected = final_state(find_run(untouched))
-    draw, story = random.Random(f"{SEED} {name}"), list[int]()
-    with RunReader(storage) as watcher:
-        while len(story) < 4 * MAX_KILLS and sum(code < 0 for code in story) < MAX_KILLS:
-            outcome = run_until_signal(fork_server, train_command(name, storage), draw)
-            story.append(outcome.exit_code)
+    reference, storage = folder / f"{name}-reference", folder / f"{name}-killed"
+    assert fork_server.run(*train_command(name, reference)).exit_code == 0
+    expected = final_state(find_run(reference))
+    rng, exit_codes = random.Random(f"{SEED} {name}"), list[int]()
+    with RunReader(storage) as reader:
+        while len(exit_codes) < 4 * MAX_KILLS and sum(code < 0 for code in exit_codes) < MAX_KILLS:
+            outcome = run_until_signal(fork_server, train_command(name, storage), rng)
+            exit_codes.append(outcome.exit_code)
             assert outcome.exit_code in (0, -signal.SIGKILL, 130, 143), outcome.stderr
             if outcome.exit_code == 0:
                 break
             for run in storage.glob("*/job.yaml"):
                 check_checkpoints(run.parent)
         run = find_run(storage)
-        # Once more shortly before the end: what a run knows of its past has to come through too.
-        to_go = len(expected["steps"]) - max([entry.get("step", 0) for entry in read_entries(run)], default=0)
-        if to_go > 9:
-            story.append(
+        # Once more shortly before the end, so that the state of the whole run is restored too.
+        remaining_steps = len(expected["steps"]) - max([entry.get("step", 0) for entry in read_entries(run)], default=0)
+        if remaining_steps > 9:
+            exit_codes.append(
                 fork_server.run(
-                    *train_command(name, storage), signal_at=SignalAt("steps", to_go - draw.randint(1, 8))
+                    *train_command(name, storage), signal_at=SignalAt("steps", remaining_steps - rng.randint(1, 8))
                 ).exit_code
             )
             check_checkpoints(run)
         outcome = fork_server.run(*train_command(name, storage))
         assert outcome.exit_code == 0, outcome.stderr
     check_checkpoints(run)
-    assert final_state(run) == expected, f"after {story}"
-    assert sum(code < 0 for code in story) > 2, f"hardly killed: {story}"
-    assert watcher.looks > 0
+    assert final_state(run) == expected, f"after {exit_codes}"
+    assert sum(code < 0 for code in exit_codes) > 2, f"hardly killed: {exit_codes}"
+    assert reader.reads > 0
     assert not list(run.glob(".tmp/*"))
 
 
 def test_kill_jobs_cover_all_features(fork_server: ForkServer, folder: Path) -> None:
-    """What the runs must have for the test above to mean something."""
+    """The test above is meaningful only for runs with these properties."""
     results = {}
     for name in LONG_JOBS:
-        storage = folder / f"{name}-untouched"
+        storage = folder / f"{name}-reference"
         assert fork_server.run(*train_command(name, storage)).exit_code == 0
         results[name] = (final_state(find_run(storage)), read_entries(find_run(storage)))
-    assert {name for name, (found, _) in results.items() if found["chosen"] == found["last"]} <= {"regression"}
-    assert all(len(found["steps"]) > 300 for found, _ in results.values())
+    assert {name for name, (state, _) in results.items() if state["chosen"] == state["last"]} <= {"regression"}
+    assert all(len(state["steps"]) > 300 for state, _ in results.values())
     assert all(sum(entry["kind"] == "commit" for entry in journal) > 4 for _, journal in results.values())
     assert len(results["patience"][0]["steps"]) < 40 * 50, "no early stop"
     assert len(results["augmented"][0]["steps"]) == 330
 
 
 STRIDES = [15, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
-"""Which operations on files are tried: each, or one in so many."""
+"""Distances between the file operations that are tried."""
 
 
-def kill_at_each_operation(stride: int, nursery: ForkServer, work: Path, name: str, begun: Path | None) -> int:
-    """Kill at the n-th operation on files for n in steps of `stride`, go on, and compare with an untouched run, until
-    an attempt comes to its end before. Returns how many were killed."""
-    untouched = work / "untouched"
-    assert nursery.run(*train_command(name, untouched)).exit_code == 0
-    expected = final_state(find_run(untouched))
+def kill_at_each_operation(stride: int, fork_server: ForkServer, folder: Path, name: str, started: Path | None) -> int:
+    """Kill a run at every `stride`-th file operation, resume it, and compare it with an uninterrupted run, until an
+    attempt finishes first. Return the number of kills.
+
+    started: a copy of this interrupted run is killed instead of a new one.
+    """
+    reference = folder / "reference"
+    assert fork_server.run(*train_command(name, reference)).exit_code == 0
+    expected = final_state(find_run(reference))
     first = random.Random(SEED).randint(1, stride)
     for count in itertools.count(first, stride):
-        storage = work / str(count)
-        if begun is not None:
-            shutil.copytree(begun, storage)
-        outcome = nursery.run(*train_command(name, storage), signal_at=SignalAt("files", count))
+        storage = folder / str(count)
+        if started is not None:
+            shutil.copytree(started, storage)
+        outcome = fork_server.run(*train_command(name, storage), signal_at=SignalAt("files", count))
         assert outcome.exit_code in (0, -signal.SIGKILL), outcome.stderr
-        again = nursery.run(*train_command(name, storage))
+        again = fork_server.run(*train_command(name, storage))
         assert again.exit_code == 0, f"killed at {count}: {again.stderr}"
         check_checkpoints(find_run(storage))
         assert final_state(find_run(storage)) == expected, f"killed at {count}"
@@ -316,20 +319,20 @@ def kill_at_each_operation(stride: int, nursery: ForkServer, work: Path, name: s
 def test_kill_during_any_operation_of_the_end_is_recovered(
     fork_server: ForkServer, tmp_path: Path, stride: int
 ) -> None:
-    """From a resume shortly before the end to the last file: claim, cells, end, result, retention, view."""
-    begun = tmp_path / "begun"
+    """From a resume shortly before the end to the last file: claim, segments, end, result, retention, run.json."""
+    started = tmp_path / "started"
     assert (
-        fork_server.run(*train_command("momentum", begun), signal_at=SignalAt("steps", 395, signal.SIGINT)).exit_code
+        fork_server.run(*train_command("momentum", started), signal_at=SignalAt("steps", 395, signal.SIGINT)).exit_code
         == 130
     )
-    assert kill_at_each_operation(stride, fork_server, tmp_path, "momentum", begun) > 120 / stride
+    assert kill_at_each_operation(stride, fork_server, tmp_path, "momentum", started) > 120 / stride
 
 
 @pytest.mark.parametrize("stride", STRIDES)
 def test_kill_during_any_operation_of_a_short_run_is_recovered(
     fork_server: ForkServer, tmp_path: Path, stride: int
 ) -> None:
-    """From nothing through the first commits to the end."""
+    """From the creation of the run through the first commits to the end."""
     assert kill_at_each_operation(stride, fork_server, tmp_path, "short", None) > 120 / stride
 
 

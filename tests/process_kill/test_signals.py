@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, two processes at once, and zombies that wake after their successor has begun."""
+"""Ctrl-C, SIGTERM, concurrent processes, and zombies: stopped processes that continue after another took over."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def fork_server(folder: Path) -> Iterator[ForkServer]:
-    nursery = ForkServer(folder)
-    yield nursery
-    nursery.close()
+    server = ForkServer(folder)
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="module")
 def reference_state(fork_server: ForkServer, folder: Path) -> object:
-    storage = folder / "untouched"
+    storage = folder / "reference"
     assert fork_server.run(*ARGV, str(storage)).exit_code == 0
     return final_state(find_run(storage))
 
@@ -89,26 +89,26 @@ def test_signal_saves_and_exits_and_the_command_resumes(
 
 def test_nohup_ignores_terminal_close(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    previous_handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        run = train("victim.yaml", storage=str(tmp_path), max_steps=40, on_event=lambda event: restore_sighup())
+        run = train("victim.yaml", storage=str(tmp_path), max_steps=40, on_event=lambda event: send_sighup())
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGHUP, previous_handler)
     assert (run.status, run.attempts) == ("finished", 1)
 
 
-def restore_sighup() -> None:
+def send_sighup() -> None:
     os.kill(os.getpid(), signal.SIGHUP)
 
 
 def test_closed_terminal_saves_and_exits_without_output(fork_server: ForkServer, folder: Path, tmp_path: Path) -> None:
-    """The true command with a live bar on a terminal of its own, which is closed."""
-    terminal, side = os.openpty()
-    # The first terminal that the leader of a session opens is the one whose end it is told of.
-    words = [
+    """The real command with a live progress bar on its own terminal, which is then closed."""
+    terminal, child_side = os.openpty()
+    # The session leader gets SIGHUP for the first terminal that it opens.
+    command = [
         "sh",
         "-c",
-        f'exec "$@" <{os.ttyname(side)} >{os.ttyname(side)} 2>&1',
+        f'exec "$@" <{os.ttyname(child_side)} >{os.ttyname(child_side)} 2>&1',
         "sh",
         sys.executable,
         "-m",
@@ -116,12 +116,12 @@ def test_closed_terminal_saves_and_exits_without_output(fork_server: ForkServer,
     ]
     storage = tmp_path / "runs"
     process = subprocess.Popen(
-        [*words, "train", "longer.yaml", "--storage", str(storage)], cwd=folder, start_new_session=True
+        [*command, "train", "longer.yaml", "--storage", str(storage)], cwd=folder, start_new_session=True
     )
-    os.close(side)
+    os.close(child_side)
 
     def has_committed() -> bool:
-        with suppress(OSError):  # before it is opened at the other end
+        with suppress(OSError):  # the other end is not open yet
             while select.select([terminal], [], [], 0)[0]:
                 os.read(terminal, 65536)
         return count_commits(storage) > 0
@@ -164,7 +164,7 @@ def test_one_of_two_concurrent_processes_runs(fork_server: ForkServer, reference
 
 
 def test_stopped_process_with_a_heartbeat_is_not_superseded(fork_server: ForkServer, tmp_path: Path) -> None:
-    """With the usual heartbeat a successor has to refuse at once, not to watch for half a minute."""
+    """With the default heartbeat a second process refuses at once, instead of watching for half a minute."""
     child = fork_server.start(*ARGV, str(tmp_path), signal_at=SignalAt("steps", 100, signal.SIGSTOP))
     assert fork_server.wait_until_stopped(child)
     other = fork_server.run(*ARGV, str(tmp_path))
@@ -175,20 +175,20 @@ def test_stopped_process_with_a_heartbeat_is_not_superseded(fork_server: ForkSer
 
 
 def stop_points() -> list[SignalAt]:
-    """Where it stops: mostly in the middle of writing something."""
-    draw = random.Random(SEED)
+    """Return where a process is stopped: mostly in the middle of a write."""
+    rng = random.Random(SEED)
     return [
-        SignalAt("steps", draw.randint(1, 240), signal.SIGSTOP),
-        *(SignalAt("files", count + draw.randint(0, 39), signal.SIGSTOP) for count in range(40, 440, 40)),
+        SignalAt("steps", rng.randint(1, 240), signal.SIGSTOP),
+        *(SignalAt("files", count + rng.randint(0, 39), signal.SIGSTOP) for count in range(40, 440, 40)),
     ]
 
 
-@pytest.mark.parametrize("trap", stop_points(), ids=lambda trap: f"{trap.kind}-{trap.count}")
+@pytest.mark.parametrize("signal_at", stop_points(), ids=lambda signal_at: f"{signal_at.counter}-{signal_at.count}")
 def test_zombie_after_its_successor_finished_changes_nothing(
-    fork_server: ForkServer, reference_state: object, tmp_path: Path, trap: SignalAt
+    fork_server: ForkServer, reference_state: object, tmp_path: Path, signal_at: SignalAt
 ) -> None:
     with RunReader(tmp_path):
-        zombie = fork_server.start(*ARGV, str(tmp_path), signal_at=trap, env=FAST_HEARTBEAT)
+        zombie = fork_server.start(*ARGV, str(tmp_path), signal_at=signal_at, env=FAST_HEARTBEAT)
         assert fork_server.wait_until_stopped(zombie)
         time.sleep(HEARTBEAT_TIMEOUT_S)
         successor = fork_server.run(*ARGV, str(tmp_path), env=FAST_HEARTBEAT)
@@ -201,8 +201,8 @@ def test_zombie_after_its_successor_finished_changes_nothing(
     assert "taken" in outcome.stderr
     assert "Traceback" not in outcome.stderr
     after = hash_committed_files(run)
-    storage = {name for name in after if "-a0001/" in name and name not in before}  # harmless: no entry names it
-    assert {name: digest for name, digest in after.items() if name not in storage and name != "run.json"} == {
+    unreferenced = {name for name in after if "-a0001/" in name and name not in before}  # no entry names them
+    assert {name: digest for name, digest in after.items() if name not in unreferenced and name != "run.json"} == {
         name: digest for name, digest in before.items() if name != "run.json"
     }
     assert final_state(run) == reference_state
@@ -211,14 +211,14 @@ def test_zombie_after_its_successor_finished_changes_nothing(
 def test_zombie_during_its_successors_training_exits(
     fork_server: ForkServer, reference_state: object, tmp_path: Path
 ) -> None:
-    draw = random.Random(SEED)
+    rng = random.Random(SEED)
     for number in range(3):
         storage = tmp_path / str(number)
         with RunReader(storage):
             zombie = fork_server.start(
                 *ARGV,
                 str(storage),
-                signal_at=SignalAt("files", draw.randint(120, 300), signal.SIGSTOP),
+                signal_at=SignalAt("files", rng.randint(120, 300), signal.SIGSTOP),
                 env=FAST_HEARTBEAT,
             )
             assert fork_server.wait_until_stopped(zombie)
@@ -226,24 +226,24 @@ def test_zombie_during_its_successors_training_exits(
             successor = fork_server.start(
                 *ARGV,
                 str(storage),
-                signal_at=SignalAt("files", draw.randint(90, 200), signal.SIGSTOP),
+                signal_at=SignalAt("files", rng.randint(90, 200), signal.SIGSTOP),
                 env=FAST_HEARTBEAT,
             )
             assert fork_server.wait_until_stopped(successor)
             os.kill(zombie.pid, signal.SIGCONT)
-            woken = fork_server.wait(zombie)
+            zombie_outcome = fork_server.wait(zombie)
             os.kill(successor.pid, signal.SIGCONT)
             outcome = fork_server.wait(successor)
-        assert (woken.exit_code, outcome.exit_code) == (3, 0), woken.stderr + outcome.stderr
+        assert (zombie_outcome.exit_code, outcome.exit_code) == (3, 0), zombie_outcome.stderr + outcome.stderr
         assert final_state(find_run(storage)) == reference_state
 
 
 def test_command_survives_sigint_sigterm_and_sigkill(fork_server: ForkServer, folder: Path, tmp_path: Path) -> None:
-    """`python -m pipeline` in a process group of its own, ended in three ways and then left to finish."""
+    """`python -m pipeline` in its own process group, ended by three signals and then left to finish."""
     storage = tmp_path / "runs"
     argv = ["train", "longer.yaml", "--storage"]
 
-    def begin() -> subprocess.Popen[str]:
+    def start() -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "pipeline", *argv, str(storage)],
             cwd=folder,
@@ -252,9 +252,9 @@ def test_command_survives_sigint_sigterm_and_sigkill(fork_server: ForkServer, fo
             start_new_session=True,
         )
 
-    def ended_by(number: int) -> tuple[int, str]:
+    def end_by(number: int) -> tuple[int, str]:
         commits = count_commits(storage)
-        process = begin()
+        process = start()
         wait_for(lambda: count_commits(storage) > commits or process.poll() is not None, 60, "a commit")
         os.killpg(process.pid, number)
         _, err = process.communicate(timeout=60)
@@ -262,14 +262,14 @@ def test_command_survives_sigint_sigterm_and_sigkill(fork_server: ForkServer, fo
 
     with RunReader(storage):
         for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9), (signal.SIGTERM, 143)):
-            found, err = ended_by(number)
-            assert found == code, err
+            returncode, err = end_by(number)
+            assert returncode == code, err
             assert ("same command" in err) == (code > 0)
-        last = begin()
+        last = start()
         _, err = last.communicate(timeout=120)
         assert last.returncode == 0, err
-    assert fork_server.run(*argv, str(tmp_path / "untouched")).exit_code == 0
-    assert final_state(find_run(storage)) == final_state(find_run(tmp_path / "untouched"))
+    assert fork_server.run(*argv, str(tmp_path / "reference")).exit_code == 0
+    assert final_state(find_run(storage)) == final_state(find_run(tmp_path / "reference"))
     assert set(read_log(find_run(storage), "steps")["attempt"].to_pylist()) == {1, 2, 3, 4}
 
 

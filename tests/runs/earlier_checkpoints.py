@@ -1,4 +1,4 @@
-"""Rewrites a run's checkpoints as versions before `state.safetensors` wrote them."""
+"""Convert a run's checkpoints to the format of versions before `state.safetensors`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def pickle_states(run: Path) -> None:
     """Replace each checkpoint's `state.safetensors` by the `state.pt` of an earlier version, manifest included."""
     for folder in (run / "checkpoints").iterdir():
         state = folder / "state.safetensors"
-        if not state.exists():  # one that holds the best weights alone
+        if not state.exists():  # a checkpoint with the best weights only
             continue
         buffer = io.BytesIO()
         torch.save(load(state.read_bytes()), buffer)
@@ -36,5 +36,5 @@ def put_state(folder: Path, content: bytes) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
+    """Return the content of every file below a folder, by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

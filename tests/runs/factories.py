@@ -1,4 +1,4 @@
-"""Rows, snapshots and runs for the tests of the record."""
+"""Factories for runs, metric rows and snapshots in tests."""
 
 from __future__ import annotations
 
@@ -7,58 +7,76 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.runs.journal.entries import BestCheckpoint
+from pipeline.runs.async_writer import AsyncRunWriter
+from pipeline.runs.checkpoints.snapshot import Snapshot
+from pipeline.runs.journal.entries import BestCheckpoint, JournalEntry
+from pipeline.runs.journal.journal import Journal
 from pipeline.runs.lease.attempt import Attempt, acquire_lease
 from pipeline.runs.run import Run
-from pipeline.runs.writer import Snapshot
 from pipeline.storage import Storage
 
-SEGMENT_STEPS = 4
+SEGMENT_STEPS = 100
 
 
-def create_run(url: str, name: str = "run") -> Run:
-    """A run, born."""
+def create_run(url: str, name: str = "run", **metadata: Any) -> Run:
+    """Create a run with segments of `SEGMENT_STEPS` steps, unless `metadata` has another `cell_steps`."""
     run = Run(Storage.open(url), name)
-    assert run.create("schema: 1\nname: x\n", {"total_steps": 20, "cell_steps": SEGMENT_STEPS})
+    assert run.create("name: run\n", {"total_steps": 1000, "cell_steps": SEGMENT_STEPS, **metadata})
     return run
 
 
-def acquire_attempt(run: Run, driver: str = "driver") -> Attempt:
-    return acquire_lease(run, driver=driver, metadata={"host": "here", "pid": 1})
+def start_attempt(run: Run, *, keep: int = 2, known_dead_attempt: int | None = None) -> tuple[Attempt, AsyncRunWriter]:
+    """Claim a run and start its writer, without waiting for what the writer does at first."""
+    attempt = acquire_lease(run, driver="d", metadata={}, known_dead_attempt=known_dead_attempt)
+    return attempt, AsyncRunWriter(attempt, keep=keep)
 
 
-def make_block(first: int, last: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Rows of the steps `first` to `last`."""
+def stop_attempt(attempt: Attempt, writer: AsyncRunWriter) -> None:
+    """Stop the threads of an attempt and release its lock, with no entry in the journal."""
+    writer.close()
+    attempt.close()
+
+
+def make_block(first: int, last: int, **columns: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """Return metric rows for the steps from `first` to `last`; `columns` have one value for all steps."""
     steps = np.arange(first, last + 1)
-    return {
-        "epoch": (steps + 9) // 10,
+    ints, floats = np.ones_like(steps), np.ones(len(steps))
+    rows = {
+        "epoch": ints,
         "step": steps,
         "loss": 1.0 / steps,
-        "correct": steps.astype(np.float64),
-        "lr": np.full(len(steps), 0.1),
-        "samples": np.full(len(steps), 10),
-        "seconds": np.full(len(steps), 0.001),
-        "time": 1.7e9 + steps,
+        "correct": ints * 50,
+        "lr": floats * 0.1,
+        "samples": ints * 100,
+        "seconds": floats * 1e-4,
+        "time": 1.8e9 + steps * 1e-4,
     }
+    return rows | {name: np.full(len(steps), value) for name, value in columns.items()}
 
 
-def make_evaluation(step: int, loss: float = 0.5) -> dict[str, Any]:
-    row = {"epoch": (step + 9) // 10, "step": step, "split": "val", "loss": loss, "accuracy": 0.5}
-    return {**row, "correct": 5, "samples": 10, "seconds": 0.1, "time": 1.7e9 + step}
+def make_evaluation(step: int, **values: Any) -> dict[str, Any]:
+    """Return the metric row of one evaluation."""
+    row = {"epoch": 1, "step": step, "split": "val", "loss": 0.5, "accuracy": 0.9, "correct": 90, "samples": 100}
+    return {**row, "seconds": 0.01, "time": 1.8e9 + step, **values}
 
 
-def make_snapshot(step: int, *, best: int | None = None, end: bool = False, weight: float | None = None) -> Snapshot:
-    """A snapshot whose one weight is its step."""
-    value = float(step) if weight is None else weight
-    return Snapshot(
-        step=step,
-        epoch=(step + 9) // 10,
-        weights={"0.weight": torch.full((2, 3), value)},
-        state={"optimizer.momentum": torch.full((6,), float(step))},
-        position={"step": step},
-        metrics={"val/loss": 1.0 / step},
-        best=BestCheckpoint(metric="val/loss", step=best, value=0.1) if best is not None else None,
-        best_weights={"0.weight": torch.full((2, 3), float(best))} if best is not None and best != step else None,
-        preprocess={"kind": "none"},
-        is_final=end,
-    )
+def make_snapshot(step: int, *, best: int | None = None, **values: Any) -> Snapshot:
+    """Return a snapshot whose weights, and the value of whose best, depend on the step; `values` replace fields."""
+    best_so_far = None if best is None else BestCheckpoint(metric="val/loss", step=best, value=1.0 / best)
+    weights = {"0.weight": torch.full((3, 4), float(step)), "0.bias": torch.zeros(3, dtype=torch.float64)}
+    defaults: dict[str, Any] = {
+        "epoch": 1,
+        "weights": weights,
+        "state": {"optimizer.momentum": torch.full((12,), 0.5), "optimizer.step": torch.tensor(step)},
+        "position": {"step": step},
+        "metrics": {"val/loss": 0.5},
+        "preprocess": {"mean": 0.1307},
+    }
+    return Snapshot(step=step, best=best_so_far, **(defaults | values))
+
+
+def read_entries(journal: Journal) -> tuple[JournalEntry, ...]:
+    """Read all entries up to the first absent number, which must be the end of the journal, as for a claim."""
+    count = journal.read_state().number
+    journal.raise_if_gap()
+    return tuple(journal.read_entry(number) for number in range(1, count + 1))

@@ -1,4 +1,4 @@
-"""Faults at every single request of an attempt, one after the other: no search, nothing left out."""
+"""Exhaustive fault injection: a fault at every single request of an attempt, one per case."""
 
 from __future__ import annotations
 
@@ -16,120 +16,120 @@ OUTCOMES: tuple[RequestOutcome, ...] = ("refused", "unanswered", "late")
 
 @contextmanager
 def open_model(protocol: ReferenceProtocol) -> Iterator[ProtocolModel]:
-    """A world whose threads are gone at the end, whatever happened."""
-    world = ProtocolModel(protocol)
+    """Create a model, and stop its threads at the end in any case."""
+    model = ProtocolModel(protocol)
     try:
-        yield world
+        yield model
     finally:
-        world.kill_all()
+        model.kill_all()
 
 
 def count_requests(protocol: ReferenceProtocol) -> int:
-    """Requests of an attempt that nothing disturbs."""
-    with open_model(protocol) as world:
-        life, count = world.start_writer(COMMIT_STEPS), 0
-        while not life.is_finished:
-            world.advance(life, 1)
+    """Return the number of requests of an undisturbed attempt."""
+    with open_model(protocol) as model:
+        writer, count = model.start_writer(COMMIT_STEPS), 0
+        while not writer.is_finished:
+            model.advance(writer, 1)
             count += 1
-        world.finish_and_check()
+        model.finish_and_check()
     return count
 
 
 def kill_at(protocol: ReferenceProtocol, request: int, *, done: bool, late: bool) -> None:
-    """The process dies at a request: not sent, done, or done after the next attempt has begun."""
-    with open_model(protocol) as world:
-        life = world.start_writer(COMMIT_STEPS)
-        world.advance(life, request)
-        life.kill(done=done, late=late)
-        world.check_invariants()
+    """Kill the process at a request that is not sent, done, or done after the next attempt has started."""
+    with open_model(protocol) as model:
+        writer = model.start_writer(COMMIT_STEPS)
+        model.advance(writer, request)
+        writer.kill(done=done, late=late)
+        model.check_invariants()
         if late:
-            world.advance(world.start_writer((5,)))
-        world.finish_and_check()
+            model.advance(model.start_writer((5,)))
+        model.finish_and_check()
 
 
 def fail_at(protocol: ReferenceProtocol, request: int, outcome: RequestOutcome) -> None:
-    """A request gets no answer, done or not; the writer does it again."""
-    with open_model(protocol) as world:
-        life = world.start_writer(COMMIT_STEPS)
-        world.advance(life, request)
-        life.resume(outcome)
-        world.advance(life)
-        world.check_invariants()
-        world.finish_and_check()
+    """Leave a request without a reply, done or not; the writer retries it."""
+    with open_model(protocol) as model:
+        writer = model.start_writer(COMMIT_STEPS)
+        model.advance(writer, request)
+        writer.resume(outcome)
+        model.advance(writer)
+        model.check_invariants()
+        model.finish_and_check()
 
 
 def overtake_at(protocol: ReferenceProtocol, request: int, *, by: int) -> None:
-    """The attempt is taken for dead at a request; the next does so many of its own, then the zombie all of its."""
-    with open_model(protocol) as world:
-        zombie = world.start_writer(COMMIT_STEPS)
-        world.advance(zombie, request)
-        other = world.start_writer((5, 9))
-        world.advance(other, by)
-        world.advance(zombie)
-        world.check_invariants()
-        world.advance(other)
-        world.check_invariants()
-        world.finish_and_check()
+    """Presume the attempt dead at a request; the next attempt does `by` requests, then the zombie all of its own."""
+    with open_model(protocol) as model:
+        zombie = model.start_writer(COMMIT_STEPS)
+        model.advance(zombie, request)
+        other = model.start_writer((5, 9))
+        model.advance(other, by)
+        model.advance(zombie)
+        model.check_invariants()
+        model.advance(other)
+        model.check_invariants()
+        model.finish_and_check()
 
 
 def overtake_until_commit(protocol: ReferenceProtocol, request: int) -> None:
-    """The same, and the next one has just committed when the zombie goes on."""
-    with open_model(protocol) as world:
-        zombie = world.start_writer(COMMIT_STEPS)
-        world.advance(zombie, request)
-        before = count_commits(world)
-        other = world.start_writer((5, 9))
-        advance_until(world, other, lambda: count_commits(world) > before)
-        world.advance(zombie)
-        world.check_invariants()
-        world.advance(other)
-        world.finish_and_check()
+    """Presume the attempt dead at a request; the zombie continues just after the next attempt has committed."""
+    with open_model(protocol) as model:
+        zombie = model.start_writer(COMMIT_STEPS)
+        model.advance(zombie, request)
+        before = count_commits(model)
+        other = model.start_writer((5, 9))
+        advance_until(model, other, lambda: count_commits(model) > before)
+        model.advance(zombie)
+        model.check_invariants()
+        model.advance(other)
+        model.finish_and_check()
 
 
 def commit_during_claim(protocol: ReferenceProtocol, request: int, *, by: int) -> None:
-    """The attempt taken for dead commits twice more while the next one claims, and deletes, then dies."""
-    with open_model(protocol) as world:
-        old = world.start_writer(COMMIT_STEPS)
-        world.advance(old, request)
-        before = count_commits(world)
-        new = world.start_writer((5, 9))
-        world.advance(new, by)
-        advance_until(world, old, lambda: count_commits(world) > before + 1)
-        advance_until(world, old, lambda: "run.json" in old.request)
+    """The attempt presumed dead commits twice more, and deletes, while the next one claims; then it is killed."""
+    with open_model(protocol) as model:
+        old = model.start_writer(COMMIT_STEPS)
+        model.advance(old, request)
+        before = count_commits(model)
+        new = model.start_writer((5, 9))
+        model.advance(new, by)
+        advance_until(model, old, lambda: count_commits(model) > before + 1)
+        advance_until(model, old, lambda: "run.json" in old.request)
         old.kill(done=False, late=False)
-        world.advance(new)
-        world.check_invariants()
-        world.finish_and_check()
+        model.advance(new)
+        model.check_invariants()
+        model.finish_and_check()
 
 
 def damage_newest(protocol: ReferenceProtocol, older: int, newest: int, *, end: bool) -> None:
-    """The newest checkpoint is damaged. Whoever goes on from the older one would like to end before its step, or go
-    on beyond it where it was the end."""
-    with open_model(protocol) as world:
-        first = world.start_writer((older, newest), early_stop_step=newest if end else None)
-        advance_until(world, first, lambda: world.fold_entries().highest_step == newest)
+    """Damage the newest checkpoint. The attempt that resumes from the older one tries to stop before the step of the
+    newest, or, if that was the end, to train beyond it."""
+    with open_model(protocol) as model:
+        first = model.start_writer((older, newest), early_stop_step=newest if end else None)
+        advance_until(model, first, lambda: model.fold_entries().highest_step == newest)
         if end:
-            world.advance(first)
+            model.advance(first)
         first.kill(done=False, late=False)
-        name = world.checkpoints()[-1]
-        files = sorted(path for path in world.store.files if f"/{name}/" in path)
-        world.damage_checkpoint(name, files[0], "cut")
-        world.advance(world.start_writer((newest - 1,), early_stop_step=None if end else older + 1))
-        world.check_invariants()
-        world.finish_and_check()
+        name = model.checkpoints()[-1]
+        files = sorted(path for path in model.store.files if f"/{name}/" in path)
+        model.damage_checkpoint(name, files[0], "truncated")
+        model.advance(model.start_writer((newest - 1,), early_stop_step=None if end else older + 1))
+        model.check_invariants()
+        model.finish_and_check()
 
 
-def count_commits(world: ProtocolModel) -> int:
-    return sum(isinstance(entry, Commit) for entry in world.read_entries())
+def count_commits(model: ProtocolModel) -> int:
+    return sum(isinstance(entry, Commit) for entry in model.read_entries())
 
 
-def advance_until(world: ProtocolModel, life: SimulatedWriter, reached: Callable[[], bool]) -> None:
-    while not life.is_finished and not reached():
-        world.advance(life, 1)
+def advance_until(model: ProtocolModel, writer: SimulatedWriter, reached: Callable[[], bool]) -> None:
+    while not writer.is_finished and not reached():
+        model.advance(writer, 1)
 
 
 def fault_cases(protocol: ReferenceProtocol, *, thin: bool) -> Iterator[Callable[[], None]]:
-    """Every case; `thin` takes a part of them, spread over the requests."""
+    """Yield every case; with `thin` only a part of them, spread over the requests."""
     count = count_requests(protocol)
     for older, newest in ((2, 5), (4, 8), (3, 9)):
         for end in (False, True):
@@ -144,8 +144,8 @@ def fault_cases(protocol: ReferenceProtocol, *, thin: bool) -> Iterator[Callable
     for request in range(0, count, 2 if thin else 1):
         for done in (request % 4 == 0,) if thin else (False, True):
             yield partial(kill_at, protocol, request, done=done, late=not done)
-        for fate in OUTCOMES[request // 2 % 3 :: 3] if thin else OUTCOMES:
-            yield partial(fail_at, protocol, request + 1, fate)
+        for outcome in OUTCOMES[request // 2 % 3 :: 3] if thin else OUTCOMES:
+            yield partial(fail_at, protocol, request + 1, outcome)
     for request in range(0, count, 8 if thin else 1):
         for by in range(request % 32, count, 32 if thin else 1):
             yield partial(overtake_at, protocol, request, by=by)

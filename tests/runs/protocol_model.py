@@ -1,4 +1,4 @@
-"""A store, the writers at work on it, and the promises that it must keep whatever becomes of them."""
+"""A model of concurrent writers on one store, with the invariants that must hold under all faults."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ from tests.runs.simulated_writers import (
 )
 
 UNLIMITED = 10_000
-"""More requests than any attempt makes."""
+"""More requests than any attempt does."""
 
 
 class ProtocolModel:
-    """Writers at work on one store, and what may become of them.
+    """Concurrent writers on one store, and the faults that may happen to them.
 
     Several writers run the real code, each in a thread that stops before every request to storage. The test decides
-    what becomes of each request: done, refused, done without a reply, or on its way and done much later. Writers are
-    killed, or go on as zombies after the next one has claimed the run; checkpoints get damaged; readers list now and
-    read later. After every move the store must keep the promises.
+    the outcome of each request: done, refused, done without a reply, or delayed and done much later. Writers are
+    killed, or continue as zombies after the next one has claimed the run; checkpoints are damaged; readers list first
+    and read later. After every operation the invariants must hold.
 
     Parameters
     ----------
-    protocol: what the writers do.
+    protocol: the behavior of the writers.
     """
 
     def __init__(self, protocol: ReferenceProtocol) -> None:
@@ -63,84 +63,84 @@ class ProtocolModel:
                 "cell_steps": SEGMENT_LAYOUT.max_segment_steps,
             },
         )
-        self.lives: list[SimulatedWriter] = []
-        self.journal: dict[int, bytes] = {}
-        self.shown: dict[str, int] = {}
+        self.writers: list[SimulatedWriter] = []
+        self.known_entries: dict[int, bytes] = {}
+        self.known_lengths: dict[str, int] = {}
         self.tables: dict[bytes, dict[str, list[Any]]] = {}
         self.snapshots: list[list[str]] = []
         self.live_rows: live.LiveTables | None = None
         self.live_files: dict[str, SimulatedWriter] = {}
         self.checked = 0
         self.entries: tuple[int, tuple[JournalEntry, ...]] = (0, ())
-        self.told = 0
+        self.num_checked_entries = 0
 
-    # What may happen.
+    # Operations.
 
     def start_writer(self, commit_steps: Collection[int], early_stop_step: int | None = None) -> SimulatedWriter:
-        """An attempt by a driver that takes the last one for dead, rightly or wrongly."""
-        number, dead = len(self.lives) + 1, self._last_attempt()
-        self.lives.append(
+        """Start an attempt of a driver that presumes the last one dead, rightly or wrongly."""
+        number, last_attempt = len(self.writers) + 1, self._last_attempt()
+        self.writers.append(
             SimulatedWriter(
                 self.store,
                 self.protocol,
                 number,
                 commit_steps=frozenset(commit_steps),
                 early_stop_step=early_stop_step,
-                known_dead_attempt=dead,
+                known_dead_attempt=last_attempt,
             )
         )
-        return self.lives[-1]
+        return self.writers[-1]
 
-    def advance(self, life: SimulatedWriter, requests: int = UNLIMITED) -> None:
-        """Let an attempt do so many requests. Every state that a reader could meet counts."""
+    def advance(self, writer: SimulatedWriter, requests: int = UNLIMITED) -> None:
+        """Let an attempt do `requests` requests, and check every state that a reader could observe."""
         for _ in range(requests):
-            if life.is_finished:
+            if writer.is_finished:
                 break
-            asked = life.request if life.is_write else ""
-            if "/live/" in asked and asked.startswith("replace"):
-                assert self.live_files.setdefault(asked, life) is life, "two attempts write one file of live rows"
-            life.resume()
-            self._check_after(asked)
+            request = writer.request if writer.is_write else ""
+            if "/live/" in request and request.startswith("replace"):
+                assert self.live_files.setdefault(request, writer) is writer, "two attempts write one file of live rows"
+            writer.resume()
+            self._check_after(request)
 
     def apply_late_request(self, index: int) -> None:
-        """Let a late request take effect."""
-        with suppress(FileExistsError):  # a create that came too late
+        """Apply a delayed request."""
+        with suppress(FileExistsError):  # a create that arrived too late
             self.store.late.pop(index)()
 
-    def damage_checkpoint(self, name: str, file: str, way: str) -> None:
-        """Cut, alter or lose a file of a checkpoint."""
+    def damage_checkpoint(self, name: str, file: str, damage: str) -> None:
+        """Truncate, alter or remove a file of a checkpoint."""
         content = self.store.files[file]
-        if way == "lose":
+        if damage == "missing":
             self.store.remove(file)
         else:
-            self.store.put(file, content[:-1] if way == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+            self.store.put(file, content[:-1] if damage == "truncated" else content[:-1] + bytes([content[-1] ^ 1]))
         self.store.damaged.add(name)
 
     def corrupt_summary(self, number: int) -> None:
-        """Have `run.json` name another entry as the newest, which is where a search begins."""
+        """Let `run.json` contain a wrong number of the newest entry, from which a search starts."""
         self.store.put("/runs/run/run.json", json.dumps({"journal": number}).encode())
 
     def list_segments(self) -> None:
-        """Remember what is listed now."""
+        """Store a listing of the segments for a later read."""
         self.snapshots.append(self._listed("steps") + self._listed("evals"))
 
     def read_listed_segments(self, index: int) -> None:
-        """Steps without a gap and once each, whatever happened since the listing."""
+        """Check that the segments of an earlier listing contain all steps once, without a gap."""
         names = self.snapshots.pop(index)
         steps = [step for name in names if "/steps/" in name for step in self._read_table(name)["step"]]
-        assert steps == list(range(1, len(steps) + 1)), "a reader saw a gap, or a step twice"
+        assert steps == list(range(1, len(steps) + 1)), "a reader gets a gap, or a step twice"
 
     def kill_all(self) -> None:
-        """Kill every process, its last request not sent."""
-        for life in self.lives:
-            life.kill(done=False, late=False)
+        """Kill every process before it sends its last request."""
+        for writer in self.writers:
+            writer.kill(done=False, late=False)
 
     def live_writers(self) -> list[SimulatedWriter]:
-        """Attempts that go on, zombies included."""
-        return [life for life in self.lives if not life.is_finished]
+        """Return the running attempts, including zombies."""
+        return [writer for writer in self.writers if not writer.is_finished]
 
     def finish_and_check(self) -> None:
-        """Land what is late, end every process, run once more undisturbed: all must be as if nothing had happened."""
+        """Kill all, apply delayed requests, run an undisturbed attempt: the result must be that without faults."""
         self.kill_all()
         while self.store.late:
             self.apply_late_request(-1)
@@ -152,16 +152,16 @@ class ProtocolModel:
         assert [step for name in self._listed("steps") for step in self._read_table(name)["step"]] == list(
             range(1, end + 1)
         )
-        run = open_simulated_run(self.store)  # as another process sees it
+        run = open_simulated_run(self.store)  # as another process would open it
         assert probe_lease(run) == "finished"
         assert run.has_result()
         assert read_run_status(run).status == "finished"
         commit = self.end_commits()[-1]
         assert float(Checkpoint(run, commit.checkpoint).load_weights()["weight"]) == weight_at(end)
-        spare = {name for entry in self.end_commits() for pair in entry.kept for name in pair if name is not None}
-        there = {path.split("/")[4] for path in self.store.files if "/checkpoints/" in path}
-        assert there <= spare, "retention left what no entry keeps"
-        assert not any("/live/" in path for path in self.store.files), "live rows of a run that is over"
+        protected = {name for entry in self.end_commits() for pair in entry.kept for name in pair if name is not None}
+        names = {path.split("/")[4] for path in self.store.files if "/checkpoints/" in path}
+        assert names <= protected, "a checkpoint remains that no entry retains"
+        assert not any("/live/" in path for path in self.store.files), "live rows of a finished run"
 
     def check_invariants(self) -> None:
         if self.checked == self.store.changes:
@@ -180,63 +180,63 @@ class ProtocolModel:
         assert numbers == list(range(1, len(numbers) + 1)), "a gap in the journal"
         for number in numbers:
             data = self.store.files[f"/runs/run/journal/{number:08d}.json"]
-            assert self.journal.setdefault(number, data) == data, "an entry changed"
-        assert len(self.journal) == len(numbers), "an entry vanished"
+            assert self.known_entries.setdefault(number, data) == data, "an entry changed"
+        assert len(self.known_entries) == len(numbers), "an entry vanished"
 
     def check_newest_entry_is_complete(self) -> None:
-        """Found by searching, and by what it carries: the same as reading every entry."""
+        """The state carried by the newest entry, found by search, equals that of reading every entry."""
         assert open_simulated_run(self.store).journal.read_state() == self.fold_entries(), (
-            "the newest entry tells something else"
+            "the newest entry carries another state"
         )
         for entry in self.read_entries():
-            if entry.number > self.told:
-                whole = decisions.fold(self.read_entries()[: entry.number - 1])
-                assert entry.before == whole, f"entry {entry.number} carries something else"
-                self.told = entry.number
+            if entry.number > self.num_checked_entries:
+                expected = decisions.fold(self.read_entries()[: entry.number - 1])
+                assert entry.before == expected, f"entry {entry.number} carries another state"
+                self.num_checked_entries = entry.number
 
     def check_log_steps(self) -> None:
         state = self.fold_entries()
         names = self._listed("steps")
         steps: list[int] = []
         for index, name in enumerate(names):
-            assert name.endswith(f"/{index:06d}.parquet"), "a gap between cells"
+            assert name.endswith(f"/{index:06d}.parquet"), "a gap between segments"
             table = self._read_table(name)
             steps += table["step"]
             assert [loss_at(step) for step in table["step"]] == table["loss"], "a row is not what training computed"
-            segment_steps, whole = (
-                table["step"],
-                list(range(SEGMENT_LAYOUT.first_step(index), SEGMENT_LAYOUT.last_step(index) + 1)),
-            )
-            assert segment_steps == whole[: len(segment_steps)], "a cell holds the wrong steps"
-            if segment_steps != whole:
-                assert segment_steps[-1:] == [state.ended_at], "an incomplete cell before the end"
+            segment_steps = table["step"]
+            all_steps = list(range(SEGMENT_LAYOUT.first_step(index), SEGMENT_LAYOUT.last_step(index) + 1))
+            assert segment_steps == all_steps[: len(segment_steps)], "a segment contains the wrong steps"
+            if segment_steps != all_steps:
+                assert segment_steps[-1:] == [state.ended_at], "an incomplete segment before the end"
                 assert index == len(names) - 1
-            assert len(segment_steps) >= self.shown.get(name, 0), "a cell lost rows"
-            self.shown[name] = len(segment_steps)
-            other = name.replace("/steps/", "/evals/")
-            assert other in self.store.files, "the steps of a cell show before its evaluations"
-            evaluations = self._read_table(other)
+            assert len(segment_steps) >= self.known_lengths.get(name, 0), "a segment lost rows"
+            self.known_lengths[name] = len(segment_steps)
+            evaluations_name = name.replace("/steps/", "/evals/")
+            assert evaluations_name in self.store.files, "the steps of a segment are visible before its evaluations"
+            evaluations = self._read_table(evaluations_name)
             first = segment_steps[0] if index else 0
             expected = [step for step in range(first, (segment_steps[-1]) + 1) if step % EVALUATE_EVERY == 0]
-            assert evaluations["step"] == expected, "an evaluation is missing, or stands twice"
+            assert evaluations["step"] == expected, "an evaluation is missing, or is there twice"
             assert evaluations["loss"] == [evaluation_at(step) for step in expected]
-        assert set(self.shown) <= set(names), "a listed file vanished"
-        assert len(steps) <= state.highest_step, "a step shows that no commit covers"
+        assert set(self.known_lengths) <= set(names), "a listed file vanished"
+        assert len(steps) <= state.highest_step, "a step is visible that no commit covers"
 
     def check_live_rows_follow_segments(self) -> None:
-        """Whoever reads the live rows, then the cells, misses none: now, and with those read one request ago."""
+        """A reader of first the live rows, also of one request ago, and then the segments misses no row."""
         before, self.live_rows = self.live_rows, live.read_live_tables(self.run, MetricSchema())
-        held = sum(len(self._read_table(name)["step"]) for name in self._listed("steps"))
+        published = sum(len(self._read_table(name)["step"]) for name in self._listed("steps"))
         for rows in (before, self.live_rows):
             if rows is None:
                 continue
-            steps = rows.steps.filter(pc.field("step") > held).to_pydict()
-            assert steps["step"] == list(range(held + 1, held + 1 + len(steps["step"]))), "a gap before the live rows"
+            steps = rows.steps.filter(pc.field("step") > published).to_pydict()
+            assert steps["step"] == list(range(published + 1, published + 1 + len(steps["step"]))), (
+                "a gap before the live rows"
+            )
             assert steps["loss"] == [loss_at(step) for step in steps["step"]]
-            evaluations = rows.evaluations.filter(pc.field("step") > (held or -1)).to_pydict()
-            first = held + 1 if held else 0
+            evaluations = rows.evaluations.filter(pc.field("step") > (published or -1)).to_pydict()
+            first = published + 1 if published else 0
             expected = [
-                step for step in range(first, max([held, *evaluations["step"]]) + 1) if step % EVALUATE_EVERY == 0
+                step for step in range(first, max([published, *evaluations["step"]]) + 1) if step % EVALUATE_EVERY == 0
             ]
             assert evaluations["step"] == (expected if evaluations["step"] else []), "a gap before live evaluations"
             assert evaluations["loss"] == [evaluation_at(step) for step in evaluations["step"]]
@@ -251,13 +251,13 @@ class ProtocolModel:
                     Checkpoint(self.run, name).verify()
                 except DamagedError as error:
                     raise AssertionError(
-                        f"entry {entry.number} keeps a checkpoint that is not whole: {error}"
+                        f"entry {entry.number} retains a checkpoint that is not complete: {error}"
                     ) from error
 
     def check_end_is_final(self) -> None:
         steps = [entry.step for entry in self.read_entries() if isinstance(entry, Commit)]
         for end in self.end_commits():
-            assert max(steps) == end.step, "a commit beyond an end, or an end below a commit"
+            assert max(steps) == end.step, "a commit beyond the end, or an end below a commit"
 
     def check_best_checkpoint(self) -> None:
         for entry in self.read_entries():
@@ -277,7 +277,7 @@ class ProtocolModel:
         assert read_run_status(self.run).status in ("running", "stalled", "interrupted", "finished")
 
     def _check_after(self, request: str) -> None:
-        """Every state that a reader could meet counts, not only those between two rules."""
+        """Check every state that a reader could observe, not only those between two operations."""
         if "/journal/" in request:
             self.check_journal_is_append_only()
             self.check_newest_entry_is_complete()
@@ -291,7 +291,7 @@ class ProtocolModel:
             self.check_retained_checkpoints_exist()
 
     def read_entries(self) -> tuple[JournalEntry, ...]:
-        """The journal as it is now, each entry read: the truth that no search and no summary stands between."""
+        """Read every entry of the current journal, without a search or a hint."""
         if self.entries[0] != self.store.changes:
             entries: list[JournalEntry] = []
             while (path := f"/runs/run/journal/{len(entries) + 1:08d}.json") in self.store.files:
@@ -300,11 +300,11 @@ class ProtocolModel:
         return self.entries[1]
 
     def fold_entries(self) -> JournalState:
-        """What all entries amount to, one by one."""
+        """Return the state after all entries, applied one by one."""
         return decisions.fold(self.read_entries())
 
     def end_commits(self) -> list[Commit]:
-        """All commits that end the run."""
+        """Return the final commits."""
         return [entry for entry in self.read_entries() if isinstance(entry, Commit) and entry.end]
 
     def _last_attempt(self) -> int | None:
@@ -312,12 +312,12 @@ class ProtocolModel:
         return claim.attempt if claim is not None else None
 
     def checkpoints(self) -> list[str]:
-        """Sound ones that a commit names, for only these are promised."""
-        named = {
+        """Return the undamaged checkpoints that are named by a commit."""
+        committed = {
             name for entry in self.read_entries() if isinstance(entry, Commit) for pair in entry.kept for name in pair
         }
-        there = {path.split("/")[4] for path in self.store.files if "/checkpoints/" in path}
-        return sorted((there & named) - self.store.damaged)
+        names = {path.split("/")[4] for path in self.store.files if "/checkpoints/" in path}
+        return sorted((names & committed) - self.store.damaged)
 
     def _listed(self, folder: str) -> list[str]:
         return sorted(path for path in self.store.files if path.startswith(f"/runs/run/metrics/{folder}/"))

@@ -1,4 +1,4 @@
-"""Writers for the test of the record's protocols: the real code, stopped before each request to storage."""
+"""Writers for the protocol tests: the real code, stopped before each request to storage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pipeline.storage import Storage
 
 TOTAL_STEPS = 10
 SEGMENT_LAYOUT = SegmentLayout(1, 3)
-"""The log's cells end at steps 1, 2, 4, 7 and 10."""
+"""The segments of the log end at steps 1, 2, 4, 7 and 10."""
 KEEP_CHECKPOINTS = 2
 EVALUATE_EVERY = 2
 """Steps between two evaluations."""
@@ -39,11 +39,11 @@ class KilledError(BaseException):
     """SIGKILL, for a thread."""
 
 
-# ------------------------------------------------------------------------------------- a run's pure arithmetic
+# ------------------------------------------------------------------------------------- deterministic training
 
 
 def weight_at(step: int) -> float:
-    """The one weight after a step, a chain: whoever resumes from anything else than the step before is found out."""
+    """Return the weight after a step. It depends on all steps before, so a resume from a wrong state is detected."""
     value = 0.5
     for number in range(1, step + 1):
         value = math.fmod(value * 3.7 + number * 0.123, 1.0)
@@ -59,16 +59,16 @@ def evaluation_at(step: int) -> float:
 
 
 def best_at(step: int) -> int | None:
-    """The earliest best evaluation until a step; step 0 is no candidate."""
+    """Return the step of the earliest best evaluation up to a step; step 0 is not a candidate."""
     steps = range(EVALUATE_EVERY, step + 1, EVALUATE_EVERY)
     return min(steps, key=lambda at: (evaluation_at(at), at), default=None)
 
 
-# ------------------------------------------------------------------------------------------ storage that decides
+# ------------------------------------------------------------------------------------------ controlled storage
 
 
 class InMemoryStore:
-    """What is in storage, and the requests that are still on their way there."""
+    """The files in storage, and the delayed requests."""
 
     def __init__(self) -> None:
         self.files: Files = {}
@@ -98,7 +98,7 @@ class InMemoryStore:
 
 
 class ControlledBackend:
-    """A backend whose requests wait for their fate, which a `Life` decides; without one they are done at once."""
+    """A backend whose requests wait until a `SimulatedWriter` decides their outcome; without one they are executed."""
 
     is_remote = False
 
@@ -132,8 +132,8 @@ class ControlledBackend:
         return names
 
     def exists(self, path: str) -> bool:
-        there: bool = self._request(lambda: path in self.store.files, writes=False, what=f"exists {path}")
-        return there
+        exists: bool = self._request(lambda: path in self.store.files, writes=False, what=f"exists {path}")
+        return exists
 
     def delete(self, path: str) -> None:
         self._request(lambda: self.store.remove(path), writes=True, what=f"delete {path}")
@@ -164,9 +164,9 @@ class SimulatedWriter:
 
     Parameters
     ----------
-    saves: steps after which it commits.
-    wish: a step at which it would like to end early, if any.
-    believes: number of an attempt that it takes for dead, rightly or wrongly.
+    commit_steps: steps after which it commits.
+    early_stop_step: step from which it tries to stop early, if any.
+    known_dead_attempt: number of an attempt that it presumes dead, rightly or wrongly.
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class SimulatedWriter:
         self.commit_steps = commit_steps
         self.early_stop_step = early_stop_step
         self.known_dead_attempt = known_dead_attempt
-        self.name = f"life {number}"
+        self.name = f"writer {number}"
         self.nonce = f"{number:032x}"
         self.error: BaseException | None = None
         self.is_finished = False
@@ -193,11 +193,11 @@ class SimulatedWriter:
         self.is_write = False
         self._effect: Callable[[], Any] = lambda: None
         self._outcome: RequestOutcome = "done"
-        self._asked = threading.Semaphore(0)
-        self._answered = threading.Semaphore(0)
+        self._request_waits = threading.Semaphore(0)
+        self._decided = threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
         self._thread.start()
-        self._asked.acquire()
+        self._request_waits.acquire()
 
     # Called by the writer's thread.
 
@@ -205,8 +205,8 @@ class SimulatedWriter:
         if self.is_killed:
             raise KilledError
         self._effect, self.is_write, self.request = effect, writes, what
-        self._asked.release()
-        self._answered.acquire()
+        self._request_waits.release()
+        self._decided.acquire()
         if self.is_killed:
             raise KilledError
         if self._outcome == "done":
@@ -221,31 +221,31 @@ class SimulatedWriter:
         try:
             run_attempt(self, open_simulated_run(self.store, self), self.protocol)
         except (KilledError, BusyError):
-            pass  # the second says that another attempt has the run
+            pass  # BusyError: another attempt has the run
         except DamagedError as error:
-            # A checkpoint may be damaged after it was found sound: then the attempt ends, and the next looks again.
+            # A checkpoint may be damaged after it was verified: then the attempt ends, and the next one verifies again.
             if not any(name in str(error) for name in self.store.damaged):
                 self.error = error
         except BaseException as error:
             self.error = error
         finally:
             self.is_finished = True
-            self._asked.release()
+            self._request_waits.release()
 
     # Called by the test.
 
     def resume(self, outcome: RequestOutcome = "done") -> None:
-        """Decide the request that waits, and run to the next."""
+        """Decide the outcome of the waiting request, and run to the next one."""
         if self.is_finished:
             return
         self._outcome = outcome if self.is_write else ("refused" if outcome != "done" else "done")
-        self._answered.release()
-        self._asked.acquire()
+        self._decided.release()
+        self._request_waits.acquire()
         if self.error is not None:
             raise self.error
 
     def kill(self, *, done: bool, late: bool) -> None:
-        """End the process: its last request was done, is on its way, or never left."""
+        """Kill the process: its last request was done, is delayed, or was not sent."""
         if self.is_finished:
             return
         if done and self.is_write:
@@ -254,17 +254,17 @@ class SimulatedWriter:
         elif late and self.is_write:
             self.store.late.append(self._effect)
         self.is_killed = True
-        self._answered.release()
+        self._decided.release()
         self._thread.join()
 
 
 def run_attempt(simulated_writer: SimulatedWriter, run: Run, protocol: ReferenceProtocol) -> None:
-    """An attempt as the worker does it: claim, restore, fit, commit, end."""
+    """Run an attempt like the worker: claim, restore, train, commit, end."""
     template = Claim(number=0, nonce=simulated_writer.nonce, time="", attempt=0, driver="driver", interval_s=1e-6)
     attempt = protocol.claim(run, template, simulated_writer.known_dead_attempt)
     writer, live = protocol.make_writer(attempt), protocol.make_live_writer(attempt)
-    base = attempt.resume_checkpoint
-    if base is not None and base.is_final:
+    checkpoint = attempt.resume_checkpoint
+    if checkpoint is not None and checkpoint.is_final:
         writer.finalize()
         protocol.remove_live_rows(run)
         return
@@ -274,17 +274,21 @@ def run_attempt(simulated_writer: SimulatedWriter, run: Run, protocol: Reference
     best: tuple[int, float] | None = None
     best_weight: float | None = None
     blocks, evaluations = [], []
-    if base is None:
+    if checkpoint is None:
         evaluations.append(_evaluation(0))
         live.log_evaluation(evaluations[-1])
     else:
         with attempt.reading_resume_checkpoint():
-            step, weight, state = base.step, float(base.load_weights()["weight"]), base.load_state()["weight"]
-        assert weight == weight_at(step), "the base is not what training left at its step"
+            step, weight, state = (
+                checkpoint.step,
+                float(checkpoint.load_weights()["weight"]),
+                checkpoint.load_state()["weight"],
+            )
+        assert weight == weight_at(step), "the checkpoint is not the state of its step"
         assert float(state) == weight
-        assert base.position == {"step": step}
-        if base.best is not None:
-            best = (base.best.step, base.best.value)
+        assert checkpoint.position == {"step": step}
+        if checkpoint.best is not None:
+            best = (checkpoint.best.step, checkpoint.best.value)
     while True:
         step += 1
         weight = math.fmod(weight * 3.7 + step * 0.123, 1.0)
@@ -295,14 +299,14 @@ def run_attempt(simulated_writer: SimulatedWriter, run: Run, protocol: Reference
             live.log_evaluation(evaluations[-1])
             if best is None or evaluation_at(step) < best[1]:
                 best, best_weight = (step, evaluation_at(step)), weight
-        bound = protocol.required_end_step(attempt)
-        early = simulated_writer.early_stop_step is not None and step >= max(
+        end_step = protocol.required_end_step(attempt)
+        stops_early = simulated_writer.early_stop_step is not None and step >= max(
             simulated_writer.early_stop_step, protocol.min_end_step(attempt)
         )
-        end = step >= TOTAL_STEPS or (step >= bound if bound is not None else early)
+        end = step >= TOTAL_STEPS or (step >= end_step if end_step is not None else stops_early)
         if end or step in simulated_writer.commit_steps:
-            so_far = None if best is None else BestCheckpoint(metric="val/loss", step=best[0], value=best[1])
-            elsewhere = best is not None and best[0] != step and best_weight is not None
+            best_so_far = None if best is None else BestCheckpoint(metric="val/loss", step=best[0], value=best[1])
+            needs_best_weights = best is not None and best[0] != step and best_weight is not None
             snapshot = Snapshot(
                 step=step,
                 epoch=1,
@@ -310,8 +314,8 @@ def run_attempt(simulated_writer: SimulatedWriter, run: Run, protocol: Reference
                 state={"weight": torch.tensor(weight, dtype=torch.float64)},
                 position={"step": step},
                 metrics={"val/loss": evaluation_at(step - step % EVALUATE_EVERY)},
-                best=so_far,
-                best_weights={"weight": torch.tensor(best_weight, dtype=torch.float64)} if elsewhere else None,
+                best=best_so_far,
+                best_weights={"weight": torch.tensor(best_weight, dtype=torch.float64)} if needs_best_weights else None,
                 is_final=end,
             )
             writer.commit(snapshot, blocks, evaluations)
@@ -334,7 +338,7 @@ def _evaluation(step: int) -> dict[str, Any]:
 
 
 class ReferenceProtocol:
-    """The protocol as it is. A mutant overrides one of these to leave out a clause."""
+    """The correct protocol. A mutant overrides one of these methods to violate a clause."""
 
     def claim(self, run: Run, template: Claim, known_dead_attempt: int | None) -> Attempt:
         attempt = append_claim(run, template, known_dead_attempt)

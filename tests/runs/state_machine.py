@@ -1,4 +1,4 @@
-"""A search through what may happen to the writers of a record, see `record_world`."""
+"""Randomized search through schedules and faults of the writers of a run; see `protocol_model`."""
 
 from __future__ import annotations
 
@@ -12,92 +12,92 @@ from tests.runs.protocol_model import ProtocolModel
 from tests.runs.simulated_writers import TOTAL_STEPS, ReferenceProtocol, RequestOutcome, SimulatedWriter
 
 MAX_ATTEMPTS = 7
-"""Attempts in one example, besides the undisturbed last one."""
+"""Maximum number of attempts per example, without the undisturbed last one."""
 
 
 class ProtocolStateMachine(RuleBasedStateMachine):
-    """Does what may happen, in any order."""
+    """Do all possible operations of the model, in any order."""
 
     protocol: ClassVar[ReferenceProtocol] = ReferenceProtocol()
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = ProtocolModel(self.protocol)
+        self.model = ProtocolModel(self.protocol)
 
-    @precondition(lambda self: len(self.world.lives) < MAX_ATTEMPTS and len(self.world.alive()) < 3)
+    @precondition(lambda self: len(self.model.writers) < MAX_ATTEMPTS and len(self.model.live_writers()) < 3)
     @rule(
-        saves=st.frozensets(st.integers(1, TOTAL_STEPS)),
-        wish=st.none() | st.integers(1, TOTAL_STEPS),
-        ahead=st.integers(0, 12),
+        commit_steps=st.frozensets(st.integers(1, TOTAL_STEPS)),
+        early_stop_step=st.none() | st.integers(1, TOTAL_STEPS),
+        requests=st.integers(0, 12),
     )
-    def begin_attempt(self, saves: frozenset[int], wish: int | None, ahead: int) -> None:
-        self.world.advance(self.world.start_writer(saves, wish), ahead)
+    def begin_attempt(self, commit_steps: frozenset[int], early_stop_step: int | None, requests: int) -> None:
+        self.model.advance(self.model.start_writer(commit_steps, early_stop_step), requests)
 
-    @precondition(lambda self: bool(self.world.alive()))
+    @precondition(lambda self: bool(self.model.live_writers()))
     @rule(data=st.data(), requests=st.integers(1, 40))
     def resume_writer(self, data: st.DataObject, requests: int) -> None:
-        self.world.advance(self._draw_writer(data), requests)
+        self.model.advance(self._draw_writer(data), requests)
 
-    @precondition(lambda self: bool(self.world.alive()))
-    @rule(data=st.data(), word=st.sampled_from(["journal", "evals", "steps", "manifest", "delete", "result", "run."]))
-    def resume_until(self, data: st.DataObject, word: str) -> None:
-        """Up to the request of interest, which is where faults find most."""
-        life = self._draw_writer(data)
+    @precondition(lambda self: bool(self.model.live_writers()))
+    @rule(data=st.data(), text=st.sampled_from(["journal", "evals", "steps", "manifest", "delete", "result", "run."]))
+    def resume_until(self, data: st.DataObject, text: str) -> None:
+        """Continue up to a request of interest, where faults find most violations."""
+        writer = self._draw_writer(data)
         for _ in range(80):
-            self.world.advance(life, 1)
-            if life.is_finished or (life.is_write and word in life.request):
+            self.model.advance(writer, 1)
+            if writer.is_finished or (writer.is_write and text in writer.request):
                 break
 
-    @precondition(lambda self: bool(self.world.alive()))
-    @rule(data=st.data(), fate=st.sampled_from(["refused", "unanswered", "late"]))
-    def fail_request(self, data: st.DataObject, fate: RequestOutcome) -> None:
-        life = self._draw_writer(data)
-        note(f"{life.name}: {life.request}: {fate}")
-        life.resume(fate)
+    @precondition(lambda self: bool(self.model.live_writers()))
+    @rule(data=st.data(), outcome=st.sampled_from(["refused", "unanswered", "late"]))
+    def fail_request(self, data: st.DataObject, outcome: RequestOutcome) -> None:
+        writer = self._draw_writer(data)
+        note(f"{writer.name}: {writer.request}: {outcome}")
+        writer.resume(outcome)
 
-    @precondition(lambda self: bool(self.world.alive()))
+    @precondition(lambda self: bool(self.model.live_writers()))
     @rule(data=st.data(), done=st.booleans(), late=st.booleans())
     def kill_writer(self, data: st.DataObject, done: bool, late: bool) -> None:
-        life = self._draw_writer(data)
-        note(f"{life.name}: killed at {life.request} {done=} {late=}")
-        life.kill(done=done, late=late)
+        writer = self._draw_writer(data)
+        note(f"{writer.name}: killed at {writer.request} {done=} {late=}")
+        writer.kill(done=done, late=late)
 
-    @precondition(lambda self: bool(self.world.store.late))
+    @precondition(lambda self: bool(self.model.store.late))
     @rule(data=st.data())
     def apply_late_request(self, data: st.DataObject) -> None:
-        self.world.apply_late_request(data.draw(st.integers(0, len(self.world.store.late) - 1)))
+        self.model.apply_late_request(data.draw(st.integers(0, len(self.model.store.late) - 1)))
 
-    @precondition(lambda self: len(self.world.store.damaged) < 3 and bool(self.world.checkpoints()))
-    @rule(data=st.data(), way=st.sampled_from(["cut", "flip", "lose"]))
-    def damage_checkpoint(self, data: st.DataObject, way: str) -> None:
-        name = data.draw(st.sampled_from(self.world.checkpoints()))
-        file = data.draw(st.sampled_from(sorted(path for path in self.world.store.files if f"/{name}/" in path)))
-        self.world.damage_checkpoint(name, file, way)
+    @precondition(lambda self: len(self.model.store.damaged) < 3 and bool(self.model.checkpoints()))
+    @rule(data=st.data(), damage=st.sampled_from(["truncated", "altered", "missing"]))
+    def damage_checkpoint(self, data: st.DataObject, damage: str) -> None:
+        name = data.draw(st.sampled_from(self.model.checkpoints()))
+        file = data.draw(st.sampled_from(sorted(path for path in self.model.store.files if f"/{name}/" in path)))
+        self.model.damage_checkpoint(name, file, damage)
 
     @rule(number=st.integers(0, 30))
     def corrupt_summary(self, number: int) -> None:
-        self.world.corrupt_summary(number)
+        self.model.corrupt_summary(number)
 
     @rule()
     def list_segments(self) -> None:
-        self.world.list_segments()
+        self.model.list_segments()
 
-    @precondition(lambda self: bool(self.world.snapshots))
+    @precondition(lambda self: bool(self.model.snapshots))
     @rule(data=st.data())
     def read_listed_segments(self, data: st.DataObject) -> None:
-        self.world.read_listed_segments(data.draw(st.integers(0, len(self.world.snapshots) - 1)))
+        self.model.read_listed_segments(data.draw(st.integers(0, len(self.model.snapshots) - 1)))
 
     @invariant()
     def invariants_hold(self) -> None:
-        self.world.check_invariants()
+        self.model.check_invariants()
 
     def teardown(self) -> None:
         try:
-            if not any(life.error for life in self.world.lives):
-                self.world.finish_and_check()
+            if not any(writer.error for writer in self.model.writers):
+                self.model.finish_and_check()
         finally:
-            self.world.kill_all()
+            self.model.kill_all()
 
     def _draw_writer(self, data: st.DataObject) -> SimulatedWriter:
-        alive = self.world.live_writers()
-        return alive[data.draw(st.integers(0, len(alive) - 1))]
+        writers = self.model.live_writers()
+        return writers[data.draw(st.integers(0, len(writers) - 1))]

@@ -1,4 +1,4 @@
-"""Checkpoints: what is written is read, and what is damaged is found out."""
+"""Checkpoints: written files are read back, and damage is detected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeline.runs.checkpoints.safe_load import decode_tensors
 from pipeline.runs.journal.entries import BestCheckpoint
 from pipeline.runs.lease.attempt import Attempt, acquire_lease
 from pipeline.runs.run import Run
-from tests.runs.parts import create_run, make_block, make_snapshot
+from tests.runs.factories import create_run, make_block, make_snapshot
 
 CHECKPOINT_NAME = "step-000000010-a0001"
 METADATA = {"step": 10, "epoch": 1, "end": False, "position": {"x": [1, 2.5]}, "metrics": {"val/loss": 0.1}}
@@ -26,10 +26,10 @@ METADATA |= {"best": None, "first_cell": 3}
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    made = create_run(str(tmp_path))
+    run = create_run(str(tmp_path))
     files = {"a.bin": b"content", "b.bin": b""}
-    write_checkpoint(made.storage, CHECKPOINT_NAME, files, METADATA)
-    return made
+    write_checkpoint(run.storage, CHECKPOINT_NAME, files, METADATA)
+    return run
 
 
 def checkpoint_folder(run: Run) -> Path:
@@ -49,7 +49,7 @@ def test_checkpoint_round_trip(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "content", "says"),
+    ("file", "content", "message"),
     [
         ("a.bin", b"conten", "6 bytes instead of 7"),
         ("a.bin", b"Content", "altered"),
@@ -62,12 +62,12 @@ def test_checkpoint_round_trip(run: Run) -> None:
         ("manifest.json", b"{}", "altered"),
     ],
 )
-def test_damage_is_detected(run: Run, file: str, content: bytes | None, says: str) -> None:
+def test_damage_is_detected(run: Run, file: str, content: bytes | None, message: str) -> None:
     if content is None:
         (checkpoint_folder(run) / file).unlink()
     else:
         (checkpoint_folder(run) / file).write_bytes(content)
-    with pytest.raises(DamagedError, match=says) as caught:
+    with pytest.raises(DamagedError, match=message) as caught:
         Checkpoint(run, CHECKPOINT_NAME).verify()
     assert caught.value.exit_code == 2
     assert find_first_valid(run, ((CHECKPOINT_NAME, None),)) == (None, [CHECKPOINT_NAME])
@@ -110,11 +110,11 @@ def test_weights_are_deterministic_safetensors(tmp_path: Path) -> None:
         "half": torch.ones(2, dtype=torch.bfloat16),
     }
     data = encode_tensors(weights)
-    assert data == encode_tensors({name: one.clone() for name, one in weights.items()})
+    assert data == encode_tensors({name: tensor.clone() for name, tensor in weights.items()})
     (tmp_path / "w.safetensors").write_bytes(data)
-    back = load_file(tmp_path / "w.safetensors")
-    assert back.keys() == weights.keys()
-    assert all(torch.equal(back[name], weights[name]) for name in weights)
+    loaded = load_file(tmp_path / "w.safetensors")
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
 
 
 def test_state_keeps_types_shapes_and_bits() -> None:
@@ -144,13 +144,13 @@ def test_state_keeps_types_shapes_and_bits() -> None:
 def trained(tmp_path: Path) -> tuple[Run, Attempt]:
     run = create_run(str(tmp_path))
     attempt = acquire_lease(run, driver="d", metadata={})
-    recorder = AsyncRunWriter(attempt, keep=2)
+    writer = AsyncRunWriter(attempt, keep=2)
     for last, best in ((10, 10), (20, 10), (30, 25), (40, 25)):
-        recorder.log_steps(make_block(last - 9, last))
+        writer.log_steps(make_block(last - 9, last))
         extra = {"best_weights": {"0.weight": torch.full((3, 4), 25.0)}} if last == 30 else {}
-        recorder.commit(make_snapshot(last, best=best, **extra))
-    recorder.finish()
-    recorder.close()
+        writer.commit(make_snapshot(last, best=best, **extra))
+    writer.finish()
+    writer.close()
     attempt.close()
     return run, attempt
 
@@ -163,9 +163,9 @@ def test_checkpoints_are_found_by_user_reference(trained: tuple[Run, Attempt]) -
     assert torch.equal(best.load_weights()["0.weight"], torch.full((3, 4), 25.0))
     assert best.load_preprocess() == {"mean": 0.1307}
     assert last.best == BestCheckpoint(metric="val/loss", step=25, value=0.04, checkpoint=best.name)
-    for word in ("99", "newest", "-1"):
+    for reference in ("99", "newest", "-1"):
         with pytest.raises(StorageError, match="steps 25, 30, 40"):
-            find_checkpoint(run, word)
+            find_checkpoint(run, reference)
     with pytest.raises(StorageError, match="no checkpoint yet"):
         find_checkpoint(create_run(run.root_url, "other"), "last")
 

@@ -1,4 +1,4 @@
-"""Decisions over journals, without any storage."""
+"""Decisions about a run as functions of its journal, without storage."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def test_end_binds_later_attempts() -> None:
     assert decisions.fold(entries).ended_at == 20
     later = decisions.fold([*entries, make_commit(5, 2, 15)])
     assert later.commit is not None
-    assert later.commit.step == 15, "newest by the journal, not by step"
+    assert later.commit.step == 15, "the last in the journal, not that of the highest step"
     assert later.highest_step == 20
 
 
 @st.composite
 def journals(draw: st.DrawFn) -> list[JournalEntry]:
-    """Attempts one after the other, each with commits and perhaps a leave."""
+    """Consecutive attempts, each with commits and possibly an exit."""
     entries: list[JournalEntry] = []
     for attempt in range(1, 1 + draw(st.integers(0, RECENT_ATTEMPTS + 3))):
         entries.append(make_claim(len(entries) + 1, attempt))
@@ -82,7 +82,7 @@ def journals(draw: st.DrawFn) -> list[JournalEntry]:
 @settings(deadline=None)
 @given(journals(), st.data())
 def test_state_summarizes_all_entries(entries: list[JournalEntry], data: st.DataObject) -> None:
-    """Entry by entry, against looking through them all."""
+    """Applying entry by entry is equivalent to examining all entries."""
     state = decisions.fold(entries)
     claims = [entry for entry in entries if isinstance(entry, Claim)]
     commits = [entry for entry in entries if isinstance(entry, Commit)]
@@ -94,21 +94,22 @@ def test_state_summarizes_all_entries(entries: list[JournalEntry], data: st.Data
     assert state.highest_step == max((entry.step for entry in commits), default=0)
     assert state.ended_at == (ends[0].step if ends else None)
     assert set(state.kept_by_ends) == {name for end in ends for pair in end.kept for name in pair if name is not None}
-    pairs = [(one, after) for one, after in pairwise(commits) if one.attempt == after.attempt]
-    assert state.published_step == max((one.step for one, _ in pairs), default=0)
-    assert [one.claim for one in state.attempts] == [entry.number for entry in claims][-RECENT_ATTEMPTS:]
-    for one in state.attempts:
-        own = [entry for entry in entries[one.claim :] if entry.attempt == entries[one.claim - 1].attempt]
-        steps = [entry.step for entry in own if isinstance(entry, Commit)]
-        says = [entry.status if isinstance(entry, Exit) else "end" for entry in own if is_last(entry)]
-        assert one.committed == (max(steps) if steps else None)
-        assert one.outcome == (says[-1] if says else None)
+    pairs = [(commit, following) for commit, following in pairwise(commits) if commit.attempt == following.attempt]
+    assert state.published_step == max((commit.step for commit, _ in pairs), default=0)
+    assert [summary.claim for summary in state.attempts] == [entry.number for entry in claims][-RECENT_ATTEMPTS:]
+    for summary in state.attempts:
+        claim = entries[summary.claim - 1]
+        of_attempt = [entry for entry in entries[summary.claim :] if entry.attempt == claim.attempt]
+        steps = [entry.step for entry in of_attempt if isinstance(entry, Commit)]
+        outcomes = [entry.status if isinstance(entry, Exit) else "end" for entry in of_attempt if ends_attempt(entry)]
+        assert summary.committed == (max(steps) if steps else None)
+        assert summary.outcome == (outcomes[-1] if outcomes else None)
     number = data.draw(st.integers(0, len(entries)))
     assert decisions.fold(entries[number:], decisions.fold(entries[:number])) == state
 
 
-def is_last(entry: JournalEntry) -> bool:
-    """Whether an attempt says by it that it does no more."""
+def ends_attempt(entry: JournalEntry) -> bool:
+    """Whether an attempt is over after its entry."""
     return isinstance(entry, Exit) or (isinstance(entry, Commit) and entry.end)
 
 
@@ -123,16 +124,16 @@ def test_checkpoint_names_round_trip(step: int, attempt: int) -> None:
 
 @given(st.lists(checkpoint_pairs, max_size=6), checkpoint_pairs, st.integers(1, 4))
 def test_retained_checkpoints_are_bounded_and_start_with_the_newest(
-    previous: list[CheckpointPair], own: CheckpointPair, keep: int
+    previous: list[CheckpointPair], new_pair: CheckpointPair, keep: int
 ) -> None:
-    kept = decisions.retained_after(previous, own, keep)
-    assert kept[0] == own
+    kept = decisions.retained_after(previous, new_pair, keep)
+    assert kept[0] == new_pair
     assert len(kept) == min(keep, 1 + len(previous))
     assert list(kept[1:]) == previous[: len(kept) - 1]
 
 
 @given(st.lists(checkpoint_pairs, min_size=1, max_size=5, unique_by=lambda pair: pair[0]), st.data())
-def test_kept_from_starts_with_the_resume_checkpoint(kept: list[CheckpointPair], data: st.DataObject) -> None:
+def test_retained_from_starts_with_the_resume_checkpoint(kept: list[CheckpointPair], data: st.DataObject) -> None:
     index = data.draw(st.integers(0, len(kept) - 1))
     assert decisions.retained_from(kept, kept[index][0]) == tuple(kept[index:])
 
@@ -143,13 +144,15 @@ def test_kept_from_starts_with_the_resume_checkpoint(kept: list[CheckpointPair],
     st.integers(1, 20000),
     st.integers(0, 10**10),
 )
-def test_protected_checkpoints_are_never_deleted(there: set[str], spare: set[str], attempt: int, step: int) -> None:
-    doomed = decisions.checkpoints_to_delete(sorted(there | spare), attempt=attempt, step=step, protected=spare)
-    assert not set(doomed) & spare
-    for name in doomed:
-        at, by = decisions.parse_checkpoint_name(name) or (-1, -1)
-        assert by < attempt or (by == attempt and at <= step)
-    for name in there - set(doomed) - spare:
+def test_protected_checkpoints_are_never_deleted(names: set[str], protected: set[str], attempt: int, step: int) -> None:
+    deleted = decisions.checkpoints_to_delete(
+        sorted(names | protected), attempt=attempt, step=step, protected=protected
+    )
+    assert not set(deleted) & protected
+    for name in deleted:
+        checkpoint_step, checkpoint_attempt = decisions.parse_checkpoint_name(name) or (-1, -1)
+        assert checkpoint_attempt < attempt or (checkpoint_attempt == attempt and checkpoint_step <= step)
+    for name in names - set(deleted) - protected:
         parsed = decisions.parse_checkpoint_name(name)
         assert parsed is None or parsed[1] > attempt or (parsed[1] == attempt and parsed[0] > step)
 

@@ -1,4 +1,4 @@
-"""Runs whose checkpoints hold the `state.pt` of an earlier version: they are read, and not resumed."""
+"""Runs whose checkpoints contain the `state.pt` of an earlier version: they can be read but not resumed."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from pipeline.runs.lease.attempt import Attempt, acquire_lease, refuse_pickled_s
 from pipeline.runs.run import Run, open_run
 from pipeline.storage import Storage
 from tests.runs.earlier_checkpoints import contents, pickle_states
-from tests.runs.parts import create_run, make_block, make_snapshot
+from tests.runs.factories import create_run, make_block, make_snapshot
 
 
 def train(attempt: Attempt, *, end: bool = False) -> None:
-    recorder = AsyncRunWriter(attempt, keep=2)
+    writer = AsyncRunWriter(attempt, keep=2)
     for step in (10, 20):
-        recorder.log_steps(make_block(step - 9, step))
-        recorder.commit(make_snapshot(step, best=10, end=end and step == 20))
-        recorder.finish()
+        writer.log_steps(make_block(step - 9, step))
+        writer.commit(make_snapshot(step, best=10, is_final=end and step == 20))
+        writer.finish()
     if not end:
-        recorder.write_exit("interrupted", None, 20)
-    recorder.close()
+        writer.write_exit("interrupted", None, 20)
+    writer.close()
     attempt.close()
 
 
@@ -48,16 +48,16 @@ def test_an_interrupted_run_is_refused_before_anything_is_written(
     monkeypatch.setattr(tempfile, "tempdir", str(locks))
     before = contents(tmp_path)
     for refused in (lambda: acquire_lease(run, driver="e", metadata={}), lambda: refuse_pickled_state(run)):
-        with pytest.raises(InputError, match=r"begun by an earlier version.*step 20 stores.*state\.pt") as caught:
+        with pytest.raises(InputError, match=r"started by an earlier version.*step 20 stores.*state\.pt") as caught:
             refused()
         assert caught.value.exit_code == 2
         assert caught.value.where.endswith("run/checkpoints/step-000000020-a0001")
-        assert "the version that began it" in caught.value.fix
+        assert "the version that started it" in caught.value.fix
         assert "model.init_from: run@last" in caught.value.fix
     assert contents(tmp_path) == before, "no lock is left behind either"
 
 
-def test_what_does_not_resume_it_reads_it(tmp_path: Path) -> None:
+def test_commands_that_do_not_resume_can_read_it(tmp_path: Path) -> None:
     run = run_of_earlier_version(tmp_path)
     last = find_checkpoint(run, "last")
     last.verify()
@@ -82,7 +82,7 @@ def test_a_finished_run_is_completed(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_whose_end_is_damaged_is_refused(tmp_path: Path) -> None:
-    """It would go on from the checkpoint before, up to the step of its end."""
+    """It would resume from the checkpoint before, up to the step of the end."""
     run = run_of_earlier_version(tmp_path, end=True)
     (tmp_path / "run/checkpoints/step-000000020-a0001/state.pt").write_bytes(b"")
     before = contents(tmp_path)
@@ -91,7 +91,7 @@ def test_a_finished_run_whose_end_is_damaged_is_refused(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-def test_where_no_checkpoint_is_sound_the_run_begins_again(tmp_path: Path) -> None:
+def test_run_without_a_valid_checkpoint_restarts(tmp_path: Path) -> None:
     run = run_of_earlier_version(tmp_path)
     for path in tmp_path.glob("run/checkpoints/*/model.safetensors"):
         path.write_bytes(b"")
@@ -102,17 +102,17 @@ def test_where_no_checkpoint_is_sound_the_run_begins_again(tmp_path: Path) -> No
     assert run.has_result()
 
 
-def test_what_was_saved_on_this_machine_is_refused_and_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_save_of_an_earlier_version_is_refused_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRAINYARD_SPOOL", str(tmp_path / "spool"))
     run = create_run(str(tmp_path / "runs"))
     attempt = acquire_lease(run, driver="d", metadata={})
-    recorder = AsyncRunWriter(attempt, keep=2)
-    recorder.finish()
-    recorder._writer.save_locally(make_snapshot(10), [make_block(1, 10)], [])
-    recorder.close()
+    writer = AsyncRunWriter(attempt, keep=2)
+    writer.finish()
+    writer._writer.save_locally(make_snapshot(10), [make_block(1, 10)], [])
+    writer.close()
     attempt.close()
-    (place,) = (tmp_path / "spool").glob("*/run")
-    pickle_states(place)
+    (local_folder,) = (tmp_path / "spool").glob("*/run")
+    pickle_states(local_folder)
     before = contents(tmp_path)
     with pytest.raises(InputError, match="step 10 stores") as caught:
         acquire_lease(run, driver="d", metadata={}, known_dead_attempt=1)

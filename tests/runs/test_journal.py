@@ -1,4 +1,4 @@
-"""The journal: entries are taken once, in order, by real processes too."""
+"""The journal: each number is taken once, in order, also by concurrent processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pipeline.runs.lease.attempt import append_claim
 from pipeline.runs.run import Run
 from pipeline.runs.serialization import from_json, to_json, verify_digest, with_digest
 from pipeline.storage import Storage
-from tests.runs.parts import create_run, read_entries
+from tests.runs.factories import create_run, read_entries
 from tests.runs.simulated_writers import ControlledBackend, InMemoryStore
 
 WRITER_SCRIPT = """
@@ -33,14 +33,14 @@ import sys
 from pipeline.runs.journal.entries import Exit
 from pipeline.runs.journal.journal import Journal
 from pipeline.storage import Storage
-storage, own, count = Storage.open(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-journal, won = Journal(storage), []
+storage, nonce, count = Storage.open(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+journal, created = Journal(storage), []
 print("ready", flush=True)
 sys.stdin.readline()
 while (number := journal.read_state().number + 1) <= count:
-    if journal.append(Exit(number=number, nonce=own, time="2026-11-21T08:00Z", attempt=1, status="failed", step=0)):
-        won.append(number)
-print(*won)
+    if journal.append(Exit(number=number, nonce=nonce, time="2026-11-21T08:00Z", attempt=1, status="failed", step=0)):
+        created.append(number)
+print(*created)
 """
 
 
@@ -62,31 +62,31 @@ def test_entries_are_read_up_to_the_first_gap(tmp_path: Path) -> None:
     assert len(read_entries(journal)) == 3
 
 
-@pytest.mark.parametrize("gone", [1, 2])
-def test_deleted_entry_is_detected(tmp_path: Path, gone: int) -> None:
+@pytest.mark.parametrize("deleted", [1, 2])
+def test_deleted_entry_is_detected(tmp_path: Path, deleted: int) -> None:
     journal = Journal(Storage.open(str(tmp_path)))
     for number in (1, 2, 3):
         journal.append(make_claim(number))
-    (tmp_path / "journal" / f"{gone:08d}.json").unlink()
-    with pytest.raises(StorageError, match="is missing, though") as caught:
+    (tmp_path / "journal" / f"{deleted:08d}.json").unlink()
+    with pytest.raises(StorageError, match="is missing, but") as caught:
         read_entries(Journal(Storage.open(str(tmp_path))))
-    assert caught.value.where.endswith(f"{gone:08d}.json")
+    assert caught.value.where.endswith(f"{deleted:08d}.json")
 
 
 class CountingBackend(ControlledBackend):
-    """A store in memory that counts what is asked of it."""
+    """A store in memory that records its requests."""
 
     def __init__(self, store: InMemoryStore) -> None:
         super().__init__(store)
-        self.asked: list[str] = []
+        self.requests: list[str] = []
 
     def _request(self, effect: Callable[[], Any], *, writes: bool, what: str) -> Any:
-        self.asked.append(what)
+        self.requests.append(what)
         return super()._request(effect, writes=writes, what=what)
 
 
 def make_numbered_journal(count: int) -> tuple[Storage, CountingBackend]:
-    """A run's folder with so many entries, of which only the last is readable."""
+    """Create a journal with `count` entries, of which only the last is readable."""
     store, state = InMemoryStore(), replace(decisions.fold([make_claim(1)]), number=count - 1)
     for number in range(1, count + 1):
         last = make_claim(number) if count == 1 else replace(make_claim(number), before=state)
@@ -99,20 +99,20 @@ def make_numbered_journal(count: int) -> tuple[Storage, CountingBackend]:
 def test_newest_entry_is_found_in_few_requests_for_any_hint(count: int) -> None:
     storage, backend = make_numbered_journal(count)
     for hint in {0, 1, count // 2, count - 1, count, count + 1, 2 * count, 10 * count + 7}:
-        backend.asked.clear()
+        backend.requests.clear()
         assert Journal(storage, lambda hint=hint: hint).read_state().number == count  # type: ignore[misc]
-        assert len(backend.asked) <= 2 * math.log2(max(count, hint) + 1) + 4, hint
+        assert len(backend.requests) <= 2 * math.log2(max(count, hint) + 1) + 4, hint
         if hint == count:
-            assert len(backend.asked) == 2
+            assert len(backend.requests) == 2
 
 
 def test_search_starts_from_the_last_known_entry() -> None:
     storage, backend = make_numbered_journal(1000)
     journal = Journal(storage)
     state = journal.read_state()
-    backend.asked.clear()
+    backend.requests.clear()
     assert journal.read_state() == state
-    assert backend.asked == ["read /runs/run/journal/00001001.json"]
+    assert backend.requests == ["read /runs/run/journal/00001001.json"]
     assert Journal(storage).append(replace(make_claim(1001, "b"), before=state))
     assert journal.read_state().number == 1001
 
@@ -130,7 +130,7 @@ def test_summary_without_a_number_gives_no_hint(tmp_path: Path) -> None:
 
 
 def test_entries_of_earlier_versions_are_read(tmp_path: Path) -> None:
-    """They carry nothing of those before them; what is added to them does."""
+    """They carry no state; entries added to them do."""
     storage = Storage.open(str(tmp_path))
     first = Journal(storage)
     for entry in (make_claim(1), make_commit(2, 10), make_commit(3, 20)):
@@ -140,17 +140,17 @@ def test_entries_of_earlier_versions_are_read(tmp_path: Path) -> None:
     second = Journal(storage)
     assert second.read_state() == state
     assert first.append(replace(make_claim(4), attempt=2, before=state))
-    assert first.append(make_commit(5, 30)), "an earlier version goes on with it"
+    assert first.append(make_commit(5, 30)), "as an earlier version would continue it"
     assert second.read_state() == decisions.fold(read_entries(second))
     assert second.read_state().highest_step == 30
 
 
-def test_journal_that_lost_an_end_is_rejected_before_resuming(tmp_path: Path) -> None:
+def test_journal_with_a_deleted_entry_is_rejected_before_resuming(tmp_path: Path) -> None:
     run = create_run(str(tmp_path))
     for number in range(1, 6):
         run.journal.append(replace(make_claim(number), before=run.journal.read_state()))
     (tmp_path / "run" / "journal" / "00000003.json").unlink()
-    with pytest.raises(StorageError, match="is missing, though"):
+    with pytest.raises(StorageError, match="is missing, but"):
         append_claim(Run(Storage.open(str(tmp_path)), "run"), make_claim(0), known_dead_attempt=1)
     assert not (tmp_path / "run" / "journal" / "00000003.json").exists()
 
@@ -159,13 +159,13 @@ def test_entry_number_is_taken_once(tmp_path: Path) -> None:
     first, second = Journal(Storage.open(str(tmp_path))), Journal(Storage.open(str(tmp_path)))
     assert first.append(make_claim(1, "a"))
     assert not second.append(make_claim(1, "b"))
-    assert second.append(make_claim(1, "a")), "a repeated request is no loss"
+    assert second.append(make_claim(1, "a")), "a repeated request succeeds"
     assert read_entries(second) == (make_claim(1, "a"),)
 
 
 def test_concurrent_writers_leave_a_gapless_journal(tmp_path: Path) -> None:
     count = 300
-    racers = [
+    processes = [
         subprocess.Popen(
             [sys.executable, "-c", WRITER_SCRIPT, str(tmp_path), writer_name, str(count)],
             stdin=subprocess.PIPE,
@@ -174,22 +174,22 @@ def test_concurrent_writers_leave_a_gapless_journal(tmp_path: Path) -> None:
         )
         for writer_name in ("a", "b")
     ]
-    for racer in racers:
-        assert racer.stdout is not None
-        assert racer.stdout.readline() == "ready\n"
-    for racer in racers:
-        assert racer.stdin is not None
-        racer.stdin.write("go\n")
-        racer.stdin.flush()
-    won = [[int(word) for word in racer.communicate(timeout=60)[0].split()] for racer in racers]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    created = [[int(word) for word in process.communicate(timeout=60)[0].split()] for process in processes]
     entries = read_entries(Journal(Storage.open(str(tmp_path))))
     assert [entry.number for entry in entries] == list(range(1, len(entries) + 1))
-    assert sorted(won[0] + won[1]) == [entry.number for entry in entries]
-    for writer_name, numbers in zip("ab", won, strict=True):
+    assert sorted(created[0] + created[1]) == [entry.number for entry in entries]
+    for writer_name, numbers in zip("ab", created, strict=True):
         assert {entry.number for entry in entries if entry.nonce == writer_name} == set(numbers)
 
 
-def test_concurrent_writers_on_s3(s3_url: str) -> None:
+def test_journal_on_s3(s3_url: str) -> None:
     storage = Storage.open(s3_url)
     journal = Journal(storage)
     for number in range(1, 25):
@@ -278,24 +278,24 @@ def test_entries_round_trip(others: list[JournalEntry], entry: JournalEntry) -> 
     assert parse_entry(from_json(entry.to_json()), entry.number) == entry
     first = Claim(number=1, nonce="a", time=entry.time, attempt=1, facts={"host": "h"})
     before = decisions.fold([first, *(replace(other, number=number) for number, other in enumerate(others, 2))])
-    with_own_state = replace(entry, number=before.number + 1, before=before)
-    assert parse_entry(from_json(with_own_state.to_json()), with_own_state.number) == with_own_state
+    with_state = replace(entry, number=before.number + 1, before=before)
+    assert parse_entry(from_json(with_state.to_json()), with_state.number) == with_state
 
 
 INVALID_STATES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "another number": lambda tree: tree.update(number=7),
     "no claim": lambda tree: tree.update(claim=None),
     "another claim": lambda tree: tree["attempts"][-1].update(claim=2),
-    "a claim to come": lambda tree: (tree["attempts"][-1].update(claim=9), tree["claim"].update(number=9)),
+    "a future claim": lambda tree: (tree["attempts"][-1].update(claim=9), tree["claim"].update(number=9)),
     "no attempts": lambda tree: tree.update(attempts=[]),
     "attempts of text": lambda tree: tree.update(attempts=["1"]),
-    "below 0": lambda tree: tree.update(highest_step=-1),
-    "no time": lambda tree: tree.update(started="yesterday"),
-    "a way out": lambda tree: tree.update(kept_by_ends=["../../x"]),
-    "a way out of a commit": lambda tree: tree["commit"].update(kept=[["/etc", None]]),
+    "a negative step": lambda tree: tree.update(highest_step=-1),
+    "an invalid time": lambda tree: tree.update(started="yesterday"),
+    "a path": lambda tree: tree.update(kept_by_ends=["../../x"]),
+    "a path in a commit": lambda tree: tree["commit"].update(kept=[["/etc", None]]),
     "no commit": lambda tree: tree.pop("commit"),
     "a commit of text": lambda tree: tree.update(commit="x"),
-    "an interval": lambda tree: tree["claim"].update(interval_s=1e300),
+    "a heartbeat interval": lambda tree: tree["claim"].update(interval_s=1e300),
     "text": lambda tree: tree.update(highest_step="1"),
 }
 
@@ -331,5 +331,5 @@ def test_nonfinite_values_round_trip() -> None:
     assert to_json({"a": float("nan"), "b": [np.float64(1.5), np.int64(2), float("-inf")]}) == (
         '{"a": "nan", "b": [1.5, 2, "-inf"]}'
     )
-    with pytest.raises(TypeError, match="no place in JSON"):
+    with pytest.raises(TypeError, match="cannot be stored as JSON"):
         to_json({"a": object()})

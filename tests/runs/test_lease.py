@@ -1,4 +1,4 @@
-"""Who may write a run: real processes that live, hang, die and race."""
+"""Exclusive write access to a run, with real processes that run, hang, are killed and compete."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pipeline.runs.serialization import to_json, verify_digest, with_digest
 from pipeline.runs.status import read_run_status
 from pipeline.storage import Storage, remote
 from tests.process_kill.run_assertions import wait_for
-from tests.runs.parts import create_run, make_block, make_snapshot, read_entries
+from tests.runs.factories import SEGMENT_STEPS, create_run, make_block, make_snapshot, read_entries
 from tests.runs.writer_process import train_attempt
 
 SCRIPT = Path(__file__).with_name("writer_process.py")
@@ -52,10 +52,10 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def start_process(run: Run) -> Iterator[StartProcess]:
-    """Starts processes that hold the run."""
+    """Start processes that claim the run."""
     processes: list[subprocess.Popen[str]] = []
 
-    def begin(command: str = "hold", **environment: str) -> subprocess.Popen[str]:
+    def start(command: str = "hold", **environment: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             [sys.executable, str(SCRIPT), run.root_url, run.name, command],
             stdin=subprocess.PIPE,
@@ -66,7 +66,7 @@ def start_process(run: Run) -> Iterator[StartProcess]:
         processes.append(process)
         return process
 
-    yield begin
+    yield start
     for process in processes:
         process.kill()
         process.wait()
@@ -88,9 +88,9 @@ def test_unclaimed_run_is_acquired_at_once(run: Run) -> None:
     assert not watched
     assert attempt.previous_metadata == {}
     assert probe_lease(run) == "busy"
-    assert probe_lease(run, "d") == "free", "a driver knows of its own attempts"
+    assert probe_lease(run, "d") == "free", "a driver may supersede its own attempts"
     attempt.close()
-    assert probe_lease(run) == "free", "its lock is free: it is proven to do no more"
+    assert probe_lease(run) == "free", "its lock is free, which proves that it has stopped"
     second = acquire_lease(run, driver="e", metadata={}, on_watch=watched.append)
     assert second.number == 2
     assert second.previous_metadata == {"host": "h"}
@@ -104,7 +104,7 @@ def test_live_process_keeps_its_run(run: Run, start_process: StartProcess) -> No
     watched: list[str] = []
     with pytest.raises(BusyError, match=r"attempt 1 on here \(process \d+\) is writing this run") as caught:
         acquire_lease(run, driver="me", metadata={}, on_watch=watched.append)
-    assert watched == [], "no watching where a lock and a young heart are proof"
+    assert watched == [], "a held lock and a fresh heartbeat are proof"
     assert caught.value.exit_code == 3
     assert len(read_entries(run.journal)) == 1
 
@@ -128,10 +128,10 @@ def test_killed_process_is_superseded_at_once(run: Run, start_process: StartProc
 def test_stopped_process_is_superseded_after_watching(run: Run, start_process: StartProcess) -> None:
     holder = start_process("train")
     assert read_line(holder) == "claimed 1"
-    while read_line(holder) != "handed over 100":
+    while read_line(holder) != "submitted 100":
         pass
     holder.send_signal(signal.SIGSTOP)
-    time.sleep(3.5 * INTERVAL_S)  # so that its heart is known to have stopped
+    time.sleep(3.5 * INTERVAL_S)  # so that its heartbeat is stale
     assert probe_lease(run) == "unproven"
     watched: list[str] = []
     attempt = acquire_lease(run, driver="me", metadata={}, on_watch=watched.append)
@@ -141,19 +141,19 @@ def test_stopped_process_is_superseded_after_watching(run: Run, start_process: S
     assert attempt.resume_checkpoint is not None
     holder.send_signal(signal.SIGCONT)
     output, _ = holder.communicate(timeout=200)
-    assert output.splitlines()[-1].startswith("SupersededError 3 attempt 1 was taken for dead")
+    assert output.splitlines()[-1].startswith("SupersededError 3 attempt 1 was presumed dead")
     assert holder.returncode == 3
-    recorder = AsyncRunWriter(attempt, keep=2)
-    recorder.log_steps(make_block(attempt.resume_checkpoint.step + 1, 1000))
-    recorder.commit(make_snapshot(1000, best=25, end=True))
-    recorder.finish()
-    recorder.close()
+    writer = AsyncRunWriter(attempt, keep=2)
+    writer.log_steps(make_block(attempt.resume_checkpoint.step + 1, 1000))
+    writer.commit(make_snapshot(1000, best=25, is_final=True))
+    writer.finish()
+    writer.close()
     attempt.close()
     assert probe_lease(run) == "finished"
 
 
 def test_fresh_heartbeat_without_proof_is_busy(run: Run, start_process: StartProcess, tmp_path: Path) -> None:
-    holder = start_process(TMPDIR=str(tmp_path))  # like another container of this machine
+    holder = start_process(TMPDIR=str(tmp_path))  # as in another container of this machine
     assert read_line(holder) == "claimed 1"
     assert probe_lease(run) == "unproven"
     watched: list[str] = []
@@ -196,10 +196,10 @@ def test_exit_during_the_watch_is_noticed(run: Run, start_process: StartProcess,
     holder.wait()
     first = read_entries(run.journal)[0]
 
-    def leaves(_line: str) -> None:
+    def append_exit(_line: str) -> None:
         run.journal.append(Exit(number=2, nonce=first.nonce, time=first.time, attempt=1, status="interrupted", step=0))
 
-    attempt = acquire_lease(run, driver="me", metadata={}, on_watch=leaves)
+    attempt = acquire_lease(run, driver="me", metadata={}, on_watch=append_exit)
     assert [entry.kind for entry in read_entries(run.journal)] == ["claim", "leave", "claim"]
     assert attempt.number == 2
     attempt.close()
@@ -216,10 +216,10 @@ def test_driver_skips_the_watch_for_attempts_it_ended(run: Run, start_process: S
 
 
 def test_one_of_several_concurrent_claims_wins(run: Run, start_process: StartProcess) -> None:
-    racers = [start_process() for _ in range(3)]
-    lines = [read_line(racer) for racer in racers]
+    processes = [start_process() for _ in range(3)]
+    lines = [read_line(process) for process in processes]
     assert sorted(lines)[-1] == "claimed 1", lines
-    assert sum(words.startswith("BusyError 3") for words in lines) == 2, lines
+    assert sum(line.startswith("BusyError 3") for line in lines) == 2, lines
 
 
 def test_forked_loader_does_not_hold_the_lock_of_its_parent() -> None:
@@ -252,16 +252,16 @@ time.sleep(60)
 def test_only_a_lock_on_the_same_machine_is_proof(tmp_path: Path) -> None:
     lock = ProcessLock("ab" * 16)
 
-    def of(boot_id: str, path: str) -> Claim:
+    def make_claim(boot_id: str, path: str) -> Claim:
         return Claim(number=1, nonce="", time="", attempt=1, boot=boot_id, lock=path)
 
     try:
-        assert is_held(of(read_boot_id(), lock.path)) is True
-        assert is_held(of("another life", lock.path)) is None
-        assert is_held(of("", lock.path)) is None
-        assert is_held(of(read_boot_id(), lock.path.replace("ab", "ac"))) is None
+        assert is_held(make_claim(read_boot_id(), lock.path)) is True
+        assert is_held(make_claim("another-boot-id", lock.path)) is None
+        assert is_held(make_claim("", lock.path)) is None
+        assert is_held(make_claim(read_boot_id(), lock.path.replace("ab", "ac"))) is None
         (tmp_path / "trainyard-ab.lock").touch()
-        assert is_held(of(read_boot_id(), str(tmp_path / "trainyard-ab.lock"))) is None
+        assert is_held(make_claim(read_boot_id(), str(tmp_path / "trainyard-ab.lock"))) is None
     finally:
         lock.release(remove=True)
 
@@ -270,11 +270,11 @@ def test_heartbeat_reports_training_progress(run: Run) -> None:
     attempt = acquire_lease(run, driver="d", metadata={})
     attempt.update_heartbeat(7, 0.25)
 
-    def beat() -> HeartbeatSample | None:
+    def read_sample() -> HeartbeatSample | None:
         return read_heartbeat(run.storage, 1)[1]
 
-    wait_for(lambda: (heartbeat := beat()) is not None and heartbeat.step == 7, 60, "a heartbeat")
-    heartbeat = beat()
+    wait_for(lambda: (heartbeat := read_sample()) is not None and heartbeat.step == 7, 60, "a heartbeat")
+    heartbeat = read_sample()
     assert heartbeat is not None
     assert heartbeat.loss == 0.25
     attempt.update_heartbeat(8, float("nan"))
@@ -301,10 +301,10 @@ def test_temporary_files_of_dead_attempts_are_removed(run: Run) -> None:
 def test_entry_with_a_lost_reply_is_adopted(run: Run) -> None:
     attempt = acquire_lease(run, driver="d", metadata={})
     late = Exit(**attempt.next_entry_fields(), status="failed", step=3)
-    assert run.journal.append(late), "as if the reply had been lost, and storage away ever since"
+    assert run.journal.append(late), "as if the reply had been lost and storage unavailable since"
     attempt.append(Exit(**attempt.next_entry_fields(), status="interrupted", step=4))
     assert read_entries(run.journal)[2].before == decisions.fold(read_entries(run.journal)[:2]), (
-        "what the next one carries"
+        "the state carried by the next entry"
     )
     assert attempt.state == decisions.fold(read_entries(run.journal))
     other = acquire_lease(run, driver="d", metadata={}, known_dead_attempt=1)
@@ -314,15 +314,15 @@ def test_entry_with_a_lost_reply_is_adopted(run: Run) -> None:
     other.close()
 
 
-@pytest.mark.parametrize("moment", range(3))
-def test_killed_at_any_moment_the_next_attempt_matches_reference(
-    run: Run, start_process: StartProcess, moment: int
+@pytest.mark.parametrize("delay", range(3))
+def test_next_attempt_completes_the_log_after_a_kill_at_any_time(
+    run: Run, start_process: StartProcess, delay: int
 ) -> None:
     holder = start_process("train")
     assert read_line(holder) == "claimed 1"
-    for _ in range(9 * moment):
+    for _ in range(9 * delay):
         read_line(holder)
-    time.sleep(0.007 * moment)
+    time.sleep(0.007 * delay)
     holder.kill()
     holder.wait()
     train_attempt(acquire_lease(run, driver="me", metadata={}))
@@ -340,29 +340,29 @@ def test_killed_at_any_moment_the_next_attempt_matches_reference(
 
 
 def test_run_of_the_previous_version_is_resumed(run: Run, start_process: StartProcess) -> None:
-    """Its entries carry nothing of those before them: they are read once, and what is added carries it all."""
+    """Its entries carry no state: they are all read, and new entries carry the state after them."""
     holder = start_process("train")
     assert read_line(holder) == "claimed 1"
-    while read_line(holder) != "handed over 150":
+    while read_line(holder) != "submitted 150":
         pass
     holder.kill()
     holder.wait()
     folder = run.storage.local_path
     assert folder is not None
-    view = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").write_text(json.dumps({name: value for name, value in view.items() if name != "journal"}))
+    summary = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({name: value for name, value in summary.items() if name != "journal"}))
     for path in sorted((folder / "journal").iterdir()):
         tree = verify_digest(json.loads(path.read_text()))
         assert tree.pop("before") is not None
         path.write_text(to_json(with_digest(tree)))
-    old = len(list((folder / "journal").iterdir()))
-    shown = read_run_status(run)
-    assert (shown.status, shown.attempts) == ("running", 1)
-    assert shown.step >= 100
+    num_old = len(list((folder / "journal").iterdir()))
+    status = read_run_status(run)
+    assert (status.status, status.attempts) == ("running", 1)
+    assert status.step >= 100
     train_attempt(acquire_lease(run, driver="me", metadata={"host": "here"}))
     entries = read_entries(run.journal)
-    assert [entry.before is None for entry in entries] == [number < old for number in range(len(entries))]
-    for entry in entries[old:]:
+    assert [entry.before is None for entry in entries] == [number < num_old for number in range(len(entries))]
+    for entry in entries[num_old:]:
         assert entry.before == decisions.fold(entries[: entry.number - 1])
     assert ds.dataset(folder / "metrics" / "steps").to_table()["step"].to_pylist() == list(range(1, 1001))
     assert find_damage(Run(Storage.open(run.root_url), run.name)) == []
@@ -370,23 +370,23 @@ def test_run_of_the_previous_version_is_resumed(run: Run, start_process: StartPr
 
 @pytest.fixture
 def lossy_s3_url(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The same store, through a server that does a conditional write and drops the connection instead of replying, the
-    first time that it gets one for a name: the HTTP library then sends it again by itself."""
+    """The same store through a server that executes the first conditional write of each name, then drops the connection
+    instead of replying, so that the HTTP library repeats the request."""
     import s3fs
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     assert server._server is not None
-    answer, lock, seen = server._server.app, threading.Lock(), set[str]()
+    app, lock, paths = server._server.app, threading.Lock(), set[str]()
 
     def lose_replies(environ: dict[str, Any], start_response: Any) -> Any:
         if not environ.get("HTTP_IF_NONE_MATCH"):
-            return answer(environ, start_response)
-        with lock:  # moto's own look and write are two
-            body = list(answer(environ, start_response))
-            is_first = environ["PATH_INFO"] not in seen
-            seen.add(environ["PATH_INFO"])
+            return app(environ, start_response)
+        with lock:  # moto's check and write are not atomic
+            body = list(app(environ, start_response))
+            is_first = environ["PATH_INFO"] not in paths
+            paths.add(environ["PATH_INFO"])
         if is_first:
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
         return body
@@ -399,8 +399,8 @@ def lossy_s3_url(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     yield s3_url
     s3fs.S3FileSystem.clear_instance_cache()
     server.stop()
-    assert any("/.probe-" in path for path in seen)
-    assert any(path.endswith("job.yaml") for path in seen)
+    assert any("/.probe-" in path for path in paths)
+    assert any(path.endswith("job.yaml") for path in paths)
 
 
 def test_one_of_six_claims_wins_despite_lost_replies(lossy_s3_url: str) -> None:
@@ -412,20 +412,20 @@ def test_one_of_six_claims_wins_despite_lost_replies(lossy_s3_url: str) -> None:
         barrier.wait()
         try:
             run.exists()
-            births.append(run.create("name: run\n", {"total_steps": 1000, "cell_steps": 100}))
-            held.append(acquire_lease(run, driver=driver, metadata={}))
-            lines.append(f"claimed {held[-1].number}")
+            created.append(run.create("name: run\n", {"total_steps": 1000, "cell_steps": SEGMENT_STEPS}))
+            attempts.append(acquire_lease(run, driver=driver, metadata={}))
+            lines.append(f"claimed {attempts[-1].number}")
         except BaseException as error:
             lines.append(type(error).__name__)
 
-    births: list[bool] = []
-    held: list[Attempt] = []
+    created: list[bool] = []
+    attempts: list[Attempt] = []
     threads = [threading.Thread(target=start, args=(str(number),)) for number in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for attempt in held:
+    for attempt in attempts:
         attempt.close()
-    assert sorted(births) == [False] * 5 + [True]
+    assert sorted(created) == [False] * 5 + [True]
     assert sorted(lines) == ["BusyError"] * 5 + ["claimed 1"]

@@ -1,4 +1,4 @@
-"""Live rows: there before any cell, thrown away after the end, and nothing that happens to them matters to the run."""
+"""Live rows: they exist before any segment, are removed at the end, and their failures do not affect the run."""
 
 from __future__ import annotations
 
@@ -10,17 +10,23 @@ import pyarrow.dataset as ds
 import pytest
 
 from pipeline.errors import StorageError
-from pipeline.runs.async_writer import AsyncRunWriter
-from pipeline.runs.lease.attempt import Attempt, acquire_lease
 from pipeline.runs.metric_log import live
 from pipeline.runs.metric_log.segments import MetricSchema, PendingRows, SegmentLayout
 from pipeline.runs.run import Run
 from pipeline.storage import Storage
 from pipeline.storage.local import LocalBackend
 from tests.process_kill.run_assertions import wait_for
-from tests.runs.parts import create_run, make_block, make_evaluation, make_snapshot
+from tests.runs.factories import (
+    SEGMENT_STEPS,
+    create_run,
+    make_block,
+    make_evaluation,
+    make_snapshot,
+    start_attempt,
+    stop_attempt,
+)
 
-SEGMENT_LAYOUT = SegmentLayout(100, 100)
+SEGMENT_LAYOUT = SegmentLayout(SEGMENT_STEPS, SEGMENT_STEPS)
 
 
 @pytest.fixture(autouse=True)
@@ -33,55 +39,45 @@ def run(tmp_path: Path) -> Run:
     return create_run(str(tmp_path))
 
 
-def start_attempt(run: Run) -> tuple[Attempt, AsyncRunWriter]:
-    attempt = acquire_lease(run, driver="d", metadata={})
-    return attempt, AsyncRunWriter(attempt, keep=2)
-
-
-def stop_attempt(attempt: Attempt, recorder: AsyncRunWriter) -> None:
-    recorder.close()
-    attempt.close()
-
-
-def read_shown(run: Run) -> tuple[int, list[int], list[int]]:
-    """Attempt, and steps of both tables."""
+def read_live_steps(run: Run) -> tuple[int, list[int], list[int]]:
+    """Return the attempt of the live rows, and the steps of both tables."""
     rows = live.read_live_tables(run, MetricSchema())
     return (rows.attempt, rows.steps["step"].to_pylist(), rows.evaluations["step"].to_pylist()) if rows else (0, [], [])
 
 
 def test_live_rows_precede_the_first_commit_and_are_dropped_with_segments(run: Run) -> None:
-    attempt, recorder = start_attempt(run)
-    recorder.log_evaluation(make_evaluation(0))
-    recorder.log_steps(make_block(1, 60))
-    wait_for(lambda: read_shown(run) == (1, list(range(1, 61)), [0]), 60, "live rows")
+    attempt, writer = start_attempt(run)
+    writer.log_evaluation(make_evaluation(0))
+    writer.log_steps(make_block(1, 60))
+    wait_for(lambda: read_live_steps(run) == (1, list(range(1, 61)), [0]), 60, "live rows")
     assert run.storage.list("metrics") == []
-    recorder.log_steps(make_block(61, 130))
-    recorder.log_evaluation(make_evaluation(130))
-    recorder.commit(make_snapshot(130))
-    wait_for(lambda: read_shown(run) == (1, list(range(101, 131)), [130]), 60, "fewer live rows")
+    writer.log_steps(make_block(61, 130))
+    writer.log_evaluation(make_evaluation(130))
+    writer.commit(make_snapshot(130))
+    wait_for(lambda: read_live_steps(run) == (1, list(range(101, 131)), [130]), 60, "fewer live rows")
     tables = [ds.dataset(Path(run.url) / folder).to_table() for folder in ("live/steps", "metrics/steps")]
     assert tables[0].schema == tables[1].schema
-    recorder.log_steps(make_block(131, 150))
-    recorder.commit(make_snapshot(150, end=True))
-    recorder.finish()
-    stop_attempt(attempt, recorder)
+    writer.log_steps(make_block(131, 150))
+    writer.commit(make_snapshot(150, is_final=True))
+    writer.finish()
+    stop_attempt(attempt, writer)
     assert ds.dataset(Path(run.url) / "metrics/steps").to_table()["step"].to_pylist() == list(range(1, 151))
     assert not (Path(run.url) / "live").exists()
 
 
 def test_next_attempt_restores_rows_up_to_its_checkpoint(run: Run) -> None:
-    attempt, recorder = start_attempt(run)
-    recorder.log_steps(make_block(1, 130))
-    recorder.commit(make_snapshot(130))
-    recorder.log_steps(make_block(131, 180))
-    wait_for(lambda: read_shown(run)[1] == list(range(101, 181)), 60, "live rows")
-    stop_attempt(attempt, recorder)  # as after SIGKILL: no word in the journal
-    attempt, recorder = start_attempt(run)
-    wait_for(lambda: read_shown(run) == (2, list(range(101, 131)), []), 60, "those of the base")
-    recorder.log_steps(make_block(131, 140))
-    wait_for(lambda: read_shown(run) == (2, list(range(101, 141)), []), 60, "new ones")
-    wait_for(lambda: run.storage.list("live/steps") == ["0002.parquet"], 60, "the first attempt's to go")
-    stop_attempt(attempt, recorder)
+    attempt, writer = start_attempt(run)
+    writer.log_steps(make_block(1, 130))
+    writer.commit(make_snapshot(130))
+    writer.log_steps(make_block(131, 180))
+    wait_for(lambda: read_live_steps(run)[1] == list(range(101, 181)), 60, "live rows")
+    stop_attempt(attempt, writer)  # as after SIGKILL: no entry in the journal
+    attempt, writer = start_attempt(run)
+    wait_for(lambda: read_live_steps(run) == (2, list(range(101, 131)), []), 60, "the rows of the checkpoint")
+    writer.log_steps(make_block(131, 140))
+    wait_for(lambda: read_live_steps(run) == (2, list(range(101, 141)), []), 60, "new rows")
+    wait_for(lambda: run.storage.list("live/steps") == ["0002.parquet"], 60, "removal of the first attempt's rows")
+    stop_attempt(attempt, writer)
 
 
 def test_late_write_of_an_earlier_attempt_changes_nothing(run: Run) -> None:
@@ -95,32 +91,32 @@ def test_late_write_of_an_earlier_attempt_changes_nothing(run: Run) -> None:
     newer.write()
     older.log_steps(make_block(1, 99))
     older.write()
-    assert read_shown(run) == (2, list(range(1, 11)), []), "one that has not begun writes nothing"
+    assert read_live_steps(run) == (2, list(range(1, 11)), []), "a writer writes nothing before `resume`"
     older.resume(PendingRows("run", 1, SEGMENT_LAYOUT, MetricSchema()))
     older.log_steps(make_block(1, 99))
     older.write()
-    assert read_shown(run) == (2, list(range(1, 11)), [])
+    assert read_live_steps(run) == (2, list(range(1, 11)), [])
 
 
 def test_last_rows_before_a_failure_are_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRAINYARD_HEARTBEAT_S", "3600")
-    attempt, recorder = start_attempt(run)
-    bad = make_block(1, 20)
-    bad["loss"][19] = math.nan
-    recorder.log_steps(bad)
-    recorder.write_exit("failed", RuntimeError("x"), 20)
-    stop_attempt(attempt, recorder)
+    attempt, writer = start_attempt(run)
+    block = make_block(1, 20)
+    block["loss"][19] = math.nan
+    writer.log_steps(block)
+    writer.write_exit("failed", RuntimeError("x"), 20)
+    stop_attempt(attempt, writer)
     rows = live.read_live_tables(run, MetricSchema())
     assert rows is not None
     assert math.isnan(rows.steps["loss"][19].as_py())
-    attempt, recorder = start_attempt(run)
-    recorder.write_exit("failed", RuntimeError("said for the dead, who knew more"), 20)
-    stop_attempt(attempt, recorder)
-    assert read_shown(run)[:2] == (1, list(range(1, 21)))
+    attempt, writer = start_attempt(run)
+    writer.write_exit("failed", RuntimeError("written for the previous attempt"), 20)
+    stop_attempt(attempt, writer)
+    assert read_live_steps(run)[:2] == (1, list(range(1, 21)))
 
 
 class LiveWriteFailingBackend(LocalBackend):
-    """Files, but no room for live rows."""
+    """Local storage that refuses live rows."""
 
     def __init__(self) -> None:
         self.refused = 0
@@ -134,13 +130,13 @@ class LiveWriteFailingBackend(LocalBackend):
 
 def test_failed_live_write_does_not_affect_the_run(run: Run, tmp_path: Path) -> None:
     backend = LiveWriteFailingBackend()
-    attempt, recorder = start_attempt(Run(Storage(backend, str(tmp_path), str(tmp_path)), "run"))
-    recorder.log_steps(make_block(1, 50))
+    attempt, writer = start_attempt(Run(Storage(backend, str(tmp_path), str(tmp_path)), "run"))
+    writer.log_steps(make_block(1, 50))
     wait_for(lambda: backend.refused > 0, 60, "a write")
-    recorder.raise_if_failed()
-    recorder.commit(make_snapshot(50, end=True))
-    recorder.finish()
-    stop_attempt(attempt, recorder)
+    writer.raise_if_failed()
+    writer.commit(make_snapshot(50, is_final=True))
+    writer.finish()
+    stop_attempt(attempt, writer)
     assert run.has_result()
 
 
@@ -158,16 +154,18 @@ def test_unreadable_live_files_are_ignored(run: Run, content: bytes | None) -> N
 def test_many_rows_are_downsampled_consistently(run: Run) -> None:
     writer = live.LiveWriter(run, 1, SegmentLayout(10**6, 10**6), MetricSchema())
     writer.resume(PendingRows("run", 1, SEGMENT_LAYOUT, MetricSchema()))
-    seen: list[set[int]] = []
+    written: list[set[int]] = []
     for last in (400, 20_000, 90_000):
-        writer.log_steps(make_block(max(seen[-1], default=0) + 1 if seen else 1, last))
+        writer.log_steps(make_block(max(written[-1], default=0) + 1 if written else 1, last))
         for step in range(last - 300, last + 1):
             writer.log_evaluation(make_evaluation(step))
         writer.write()
-        _, steps, evaluations = read_shown(run)
+        _, steps, evaluations = read_live_steps(run)
         assert steps[-1] == evaluations[-1] == last
         assert len(evaluations) <= live.MAX_LIVE_ROWS
         assert live.MAX_LIVE_ROWS / 3 < len(steps) <= live.MAX_LIVE_ROWS + 1
-        assert len({after - before for before, after in pairwise(steps[:-1])}) == 1, "at even distances"
-        seen.append(set(steps))
-    assert all(after - {max(after)} <= before | set(range(max(before) + 1, 10**6)) for before, after in pairwise(seen))
+        assert len({after - before for before, after in pairwise(steps[:-1])}) == 1, "equally spaced"
+        written.append(set(steps))
+    assert all(
+        after - {max(after)} <= before | set(range(max(before) + 1, 10**6)) for before, after in pairwise(written)
+    )

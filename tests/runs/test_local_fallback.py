@@ -1,4 +1,4 @@
-"""Storage that is lost in mid-run: what is saved on this machine, and how the next attempt takes it up."""
+"""Storage that is lost during a run: what is saved on this machine, and how the next attempt resumes from it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from pipeline.errors import StorageError, StorageLostError
-from pipeline.runs import async_writer as recorder_module
-from pipeline.runs import local_fallback
+from pipeline.runs import async_writer, local_fallback
 from pipeline.runs.async_writer import AsyncRunWriter, finish_ended_run
 from pipeline.runs.checkpoints.checkpoint import find_checkpoint
 from pipeline.runs.journal.entries import Claim, Commit
@@ -20,13 +19,21 @@ from pipeline.runs.lease.attempt import Attempt, acquire_lease
 from pipeline.runs.run import Run
 from pipeline.storage import Storage
 from pipeline.storage.local import LocalBackend
-from tests.runs.parts import create_run, make_block, make_evaluation, make_snapshot, read_entries
+from tests.runs.factories import (
+    create_run,
+    make_block,
+    make_evaluation,
+    make_snapshot,
+    read_entries,
+    start_attempt,
+    stop_attempt,
+)
 
 KEEP_CHECKPOINTS = 2
 
 
 class InterruptibleBackend(LocalBackend):
-    """Files whose requests fail while `cut` says so of their path."""
+    """Local storage whose requests fail if `cut` returns True for their path."""
 
     cut: Callable[[str], bool] = staticmethod(lambda path: False)
 
@@ -40,11 +47,11 @@ class InterruptibleBackend(LocalBackend):
 
     def _raise_if_cut(self, path: str) -> None:
         if self.cut(path):
-            raise TimeoutError("the road is cut")
+            raise TimeoutError("the connection is cut")
 
 
 class LostReplyBackend(InterruptibleBackend):
-    """One whose replies are lost, after the work was done."""
+    """Storage that executes a request and loses the reply."""
 
     def create(self, path: str, data: bytes, temporary: str) -> None:
         LocalBackend.create(self, path, data, temporary)
@@ -57,54 +64,49 @@ class LostReplyBackend(InterruptibleBackend):
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The spool of this test."""
+    """The spool folder of this test."""
     monkeypatch.setenv("TRAINYARD_SPOOL", str(tmp_path / "spool"))
     monkeypatch.setenv("TRAINYARD_STORAGE_LIMIT_S", "0.2")
     return tmp_path / "spool"
 
 
-def open_interruptible_run(road: InterruptibleBackend, tmp_path: Path) -> Run:
-    top = tmp_path / "runs"
-    if not (top / "run").exists():
-        create_run(str(top))
-    return Run(Storage(road, str(top), str(top)), "run")
+def open_interruptible_run(backend: InterruptibleBackend, tmp_path: Path) -> Run:
+    root = tmp_path / "runs"
+    if not (root / "run").exists():
+        create_run(str(root))
+    return Run(Storage(backend, str(root), str(root)), "run")
 
 
-def start_attempt(run: Run, dead: int | None = None) -> tuple[Attempt, AsyncRunWriter]:
-    attempt = acquire_lease(run, driver="d", metadata={}, known_dead_attempt=dead)
-    recorder = AsyncRunWriter(attempt, keep=KEEP_CHECKPOINTS)
-    recorder.finish()
-    return attempt, recorder
-
-
-def stop_attempt(attempt: Attempt, recorder: AsyncRunWriter) -> None:
-    recorder.close()
-    attempt.close()
+def resume_attempt(run: Run, known_dead_attempt: int | None = None) -> tuple[Attempt, AsyncRunWriter]:
+    """Start an attempt and wait until its writer has resumed."""
+    attempt, writer = start_attempt(run, keep=KEEP_CHECKPOINTS, known_dead_attempt=known_dead_attempt)
+    writer.finish()
+    return attempt, writer
 
 
 def lose_storage(
-    run: Run, road: InterruptibleBackend, *, end: bool = False, cut: Callable[[str], bool] = lambda path: True
+    run: Run, backend: InterruptibleBackend, *, end: bool = False, cut: Callable[[str], bool] = lambda path: True
 ) -> str:
-    """An attempt that commits step 120, loses its storage at 150 and notices at 170; returns the message."""
-    attempt, recorder = start_attempt(run)
-    recorder.log_steps(make_block(1, 120))
-    recorder.log_evaluation(make_evaluation(110))
-    recorder.commit(make_snapshot(120, best=110, best_weights=make_snapshot(110).weights))
-    recorder.finish()
-    road.cut = cut
-    recorder.log_steps(make_block(121, 150))
-    recorder.log_evaluation(make_evaluation(140))
-    recorder.commit(make_snapshot(150, best=140, best_weights=make_snapshot(140).weights))
-    recorder.log_steps(make_block(151, 160))
-    recorder._wait_until_idle()
-    recorder.raise_if_failed()
-    assert recorder.must_save_now(), "the present has to be saved"
-    recorder.log_steps(make_block(161, 170))
+    """Run an attempt that commits step 120, loses its storage at 150 and detects it at 170; return the message."""
+    attempt, writer = resume_attempt(run)
+    writer.log_steps(make_block(1, 120))
+    writer.log_evaluation(make_evaluation(110))
+    writer.commit(make_snapshot(120, best=110, best_weights=make_snapshot(110).weights))
+    writer.finish()
+    backend.cut = cut
+    writer.log_steps(make_block(121, 150))
+    writer.log_evaluation(make_evaluation(140))
+    writer.commit(make_snapshot(150, best=140, best_weights=make_snapshot(140).weights))
+    writer.log_steps(make_block(151, 160))
+    writer._wait_until_idle()
+    writer.raise_if_failed()
+    assert writer.must_save_now(), "the current state must be saved"
+    writer.log_steps(make_block(161, 170))
     with pytest.raises(StorageLostError) as caught:
-        recorder.commit(make_snapshot(170, best=140, end=end))
-    recorder.write_exit("failed", caught.value, 170)
-    stop_attempt(attempt, recorder)
-    road.cut = lambda path: False
+        writer.commit(make_snapshot(170, best=140, is_final=end))
+    writer.write_exit("failed", caught.value, 170)
+    stop_attempt(attempt, writer)
+    backend.cut = lambda path: False
     return str(caught.value)
 
 
@@ -119,41 +121,41 @@ def committed_steps(run: Run) -> list[tuple[int, int]]:
 
 
 def test_local_save_is_reported_and_committed_by_the_next_attempt(tmp_path: Path, folder: Path) -> None:
-    road = InterruptibleBackend()
-    run = open_interruptible_run(road, tmp_path)
-    message = lose_storage(run, road)
+    backend = InterruptibleBackend()
+    run = open_interruptible_run(backend, tmp_path)
+    message = lose_storage(run, backend)
     (local_folder,) = folder.glob("*/run")
     assert f"step 170 is saved in {local_folder}" in message
     assert local_folder.stat().st_mode & 0o077 == 0, "only the user may read it"
-    assert committed_steps(run) == [(1, 120)], "none of it is acknowledged"
+    assert committed_steps(run) == [(1, 120)], "nothing else is committed"
 
     local_run = Run(Storage.open(str(local_folder.parent)), local_folder.name)
     assert torch.equal(find_checkpoint(local_run, "last").load_weights()["0.weight"], torch.full((3, 4), 170.0))
     assert torch.equal(find_checkpoint(local_run, "best").load_weights()["0.weight"], torch.full((3, 4), 140.0))
     assert local_run.read_job_yaml() == run.read_job_yaml()
 
-    attempt, recorder = start_attempt(run, dead=1)
+    attempt, writer = resume_attempt(run, 1)
     assert attempt.resume_checkpoint is not None
     assert attempt.resume_checkpoint.step == 120
     assert attempt.local_checkpoint is not None
     assert attempt.local_checkpoint.position == {"step": 170}
-    assert "going on from step 170" in attempt.local_checkpoint_message
+    assert "resuming from step 170" in attempt.local_checkpoint_message
     assert committed_steps(run) == [(1, 120), (2, 170)]
     assert not local_folder.exists()
     best = find_checkpoint(run, "best")
     assert best.step == 140
     assert torch.equal(best.load_weights()["0.weight"], torch.full((3, 4), 140.0))
-    recorder.log_steps(make_block(171, 250))
-    recorder.commit(make_snapshot(250, best=140, end=True))
-    recorder.finish()
-    stop_attempt(attempt, recorder)
+    writer.log_steps(make_block(171, 250))
+    writer.commit(make_snapshot(250, best=140, is_final=True))
+    writer.finish()
+    stop_attempt(attempt, writer)
     assert logged_steps(run) == list(range(1, 251))
 
 
 def test_local_save_of_the_end_finishes_the_run(tmp_path: Path, folder: Path) -> None:
-    road = InterruptibleBackend()
-    run = open_interruptible_run(road, tmp_path)
-    lose_storage(run, road, end=True)
+    backend = InterruptibleBackend()
+    run = open_interruptible_run(backend, tmp_path)
+    lose_storage(run, backend, end=True)
     attempt = acquire_lease(run, driver="d", metadata={}, known_dead_attempt=1)
     assert attempt.local_checkpoint is not None
     assert attempt.local_checkpoint.is_final
@@ -167,102 +169,102 @@ def test_local_save_of_the_end_finishes_the_run(tmp_path: Path, folder: Path) ->
 
 
 def test_commit_with_a_lost_reply_may_have_arrived(tmp_path: Path, folder: Path) -> None:
-    """The saved step 170 was built on 120; the journal says 150, of the same attempt: the same chain."""
-    road = LostReplyBackend()
-    run = open_interruptible_run(road, tmp_path)
-    lose_storage(run, road, cut=lambda path: "journal" in path)
+    """Step 170 was saved when only 120 was known to be committed; 150 in the journal is of the same attempt."""
+    backend = LostReplyBackend()
+    run = open_interruptible_run(backend, tmp_path)
+    lose_storage(run, backend, cut=lambda path: "journal" in path)
     assert committed_steps(run) == [(1, 120), (1, 150)]
-    attempt, recorder = start_attempt(run, dead=1)
+    attempt, writer = resume_attempt(run, 1)
     assert attempt.resume_checkpoint is not None
     assert attempt.resume_checkpoint.step == 150
     assert committed_steps(run)[2:] == [(2, 170)]
-    recorder.log_steps(make_block(171, 200))
-    recorder.commit(make_snapshot(200, best=140, end=True))
-    recorder.finish()
-    stop_attempt(attempt, recorder)
+    writer.log_steps(make_block(171, 200))
+    writer.commit(make_snapshot(200, best=140, is_final=True))
+    writer.finish()
+    stop_attempt(attempt, writer)
     assert logged_steps(run) == list(range(1, 201))
 
 
 def test_attempt_that_took_over_is_not_disturbed(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    road = InterruptibleBackend()
-    run = open_interruptible_run(road, tmp_path)
-    lose_storage(run, road)
-    with monkeypatch.context() as elsewhere:
-        elsewhere.setenv("TRAINYARD_SPOOL", str(tmp_path / "of-another-machine"))
-        attempt, recorder = start_attempt(run, dead=1)
+    backend = InterruptibleBackend()
+    run = open_interruptible_run(backend, tmp_path)
+    lose_storage(run, backend)
+    with monkeypatch.context() as other_machine:
+        other_machine.setenv("TRAINYARD_SPOOL", str(tmp_path / "other-machine"))
+        attempt, writer = resume_attempt(run, 1)
         assert attempt.local_checkpoint is None
-        recorder.log_steps(make_block(121, 130))
-        recorder.commit(make_snapshot(130))
-        recorder.finish()
-        stop_attempt(attempt, recorder)
-    attempt, recorder = start_attempt(run, dead=2)
+        writer.log_steps(make_block(121, 130))
+        writer.commit(make_snapshot(130))
+        writer.finish()
+        stop_attempt(attempt, writer)
+    attempt, writer = resume_attempt(run, 2)
     assert attempt.local_checkpoint is None
-    assert "went on from elsewhere" in attempt.local_checkpoint_message
+    assert "resumed from another checkpoint" in attempt.local_checkpoint_message
     assert attempt.resume_checkpoint is not None
     assert attempt.resume_checkpoint.step == 130
-    stop_attempt(attempt, recorder)
-    assert list(folder.glob("*/run/checkpoints/*170*")), "it is left alone"
+    stop_attempt(attempt, writer)
+    assert list(folder.glob("*/run/checkpoints/*170*")), "it is not deleted"
 
 
-@pytest.mark.parametrize("harm", ["cut", "lose", "other run"])
-def test_damaged_or_foreign_local_save_is_ignored(tmp_path: Path, folder: Path, harm: str) -> None:
-    road = InterruptibleBackend()
-    run = open_interruptible_run(road, tmp_path)
-    lose_storage(run, road)
+@pytest.mark.parametrize("damage", ["truncated", "missing", "other run"])
+def test_damaged_or_foreign_local_save_is_ignored(tmp_path: Path, folder: Path, damage: str) -> None:
+    backend = InterruptibleBackend()
+    run = open_interruptible_run(backend, tmp_path)
+    lose_storage(run, backend)
     (weights,) = folder.glob("*/run/checkpoints/*170*/model.safetensors")
-    if harm == "cut":
+    if damage == "truncated":
         weights.write_bytes(weights.read_bytes()[:-1])
-    elif harm == "lose":
+    elif damage == "missing":
         weights.unlink()
     else:
         shutil.rmtree(tmp_path / "runs")
-        run = open_interruptible_run(road, tmp_path)
-    attempt, recorder = start_attempt(run, dead=None if harm == "other run" else 1)
+        run = open_interruptible_run(backend, tmp_path)
+    attempt, writer = resume_attempt(run, None if damage == "other run" else 1)
     assert attempt.local_checkpoint is None
     assert "is not used" in attempt.local_checkpoint_message
-    stop_attempt(attempt, recorder)
+    stop_attempt(attempt, writer)
 
 
 def test_committed_local_save_is_deleted(tmp_path: Path, folder: Path) -> None:
-    """A kill between the commit of what was saved here and its removal."""
-    road = InterruptibleBackend()
-    run = open_interruptible_run(road, tmp_path)
-    lose_storage(run, road)
+    """The process is killed between the commit of the local save and its removal."""
+    backend = InterruptibleBackend()
+    run = open_interruptible_run(backend, tmp_path)
+    lose_storage(run, backend)
     (local_folder,) = folder.glob("*/run")
     shutil.copytree(local_folder, tmp_path / "copy")
-    attempt, recorder = start_attempt(run, dead=1)
-    stop_attempt(attempt, recorder)
+    attempt, writer = resume_attempt(run, 1)
+    stop_attempt(attempt, writer)
     shutil.copytree(tmp_path / "copy", local_folder)
-    attempt, recorder = start_attempt(run, dead=2)
+    attempt, writer = resume_attempt(run, 2)
     assert (attempt.local_checkpoint, attempt.local_checkpoint_message) == (None, "")
-    stop_attempt(attempt, recorder)
+    stop_attempt(attempt, writer)
     assert not local_folder.exists()
 
 
 def test_storage_lost_again_while_committing_a_local_save(tmp_path: Path, folder: Path) -> None:
-    road = InterruptibleBackend()
-    run = open_interruptible_run(road, tmp_path)
-    lose_storage(run, road)
+    backend = InterruptibleBackend()
+    run = open_interruptible_run(backend, tmp_path)
+    lose_storage(run, backend)
     attempt = acquire_lease(run, driver="d", metadata={}, known_dead_attempt=1)
-    road.cut = lambda path: "checkpoints" in path
-    recorder = AsyncRunWriter(attempt, keep=KEEP_CHECKPOINTS)
-    recorder.log_steps(make_block(171, 180))
+    backend.cut = lambda path: "checkpoints" in path
+    writer = AsyncRunWriter(attempt, keep=KEEP_CHECKPOINTS)
+    writer.log_steps(make_block(171, 180))
     with pytest.raises(StorageLostError, match="step 180 is saved in"):
-        recorder.commit(make_snapshot(180, best=140))
-    recorder.write_exit("failed", None, 180)
-    stop_attempt(attempt, recorder)
-    road.cut = lambda path: False
-    attempt, recorder = start_attempt(run, dead=2)
+        writer.commit(make_snapshot(180, best=140))
+    writer.write_exit("failed", None, 180)
+    stop_attempt(attempt, writer)
+    backend.cut = lambda path: False
+    attempt, writer = resume_attempt(run, 2)
     assert committed_steps(run) == [(1, 120), (3, 180)]
     assert find_checkpoint(run, "best").step == 140
-    stop_attempt(attempt, recorder)
+    stop_attempt(attempt, writer)
 
 
-def test_full_local_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("no folder")
+def test_unusable_local_folder_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("TRAINYARD_SPOOL", str(tmp_path / "file"))
-    road = InterruptibleBackend()
-    assert "could not be saved on this machine" in lose_storage(open_interruptible_run(road, tmp_path), road)
+    backend = InterruptibleBackend()
+    assert "could not be saved on this machine" in lose_storage(open_interruptible_run(backend, tmp_path), backend)
 
 
 def test_revoked_permission_loses_nothing(tmp_path: Path) -> None:
@@ -270,40 +272,40 @@ def test_revoked_permission_loses_nothing(tmp_path: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
     run = open_interruptible_run(InterruptibleBackend(), tmp_path)
-    attempt, recorder = start_attempt(run)
+    attempt, writer = resume_attempt(run)
     backend = run.storage.backend
     assert isinstance(backend, InterruptibleBackend)
-    recorder.log_steps(make_block(1, 50))
+    writer.log_steps(make_block(1, 50))
     backend.cut = refuse
-    recorder.commit(make_snapshot(50))
+    writer.commit(make_snapshot(50))
     with pytest.raises(StorageError, match=r"no permission .*step 50 is saved in"):
-        recorder.finish()
-    recorder.close()
+        writer.finish()
+    writer.close()
     attempt.close()
 
 
 def test_training_does_not_wait_for_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows and one snapshot wait, up to a bound; then all are committed."""
+    """Rows and one snapshot are buffered, up to a limit; then all are committed."""
     monkeypatch.setenv("TRAINYARD_STORAGE_LIMIT_S", "60")
-    monkeypatch.setattr(recorder_module, "MAX_BUFFERED_ROWS", 100)
-    monkeypatch.setattr(recorder_module, "MAX_BUFFERED_ROWS_DURING_COMMIT", 300)
-    road = InterruptibleBackend()
-    run = open_interruptible_run(road, tmp_path)
-    attempt, recorder = start_attempt(run)
-    road.cut = lambda path: True
-    recorder.log_steps(make_block(1, 10))
-    recorder.commit(make_snapshot(10))
-    assert not recorder.can_save_now()
-    recorder.log_steps(make_block(11, 200))
-    assert not recorder.must_save_now(), "it would wait"
-    recorder.log_steps(make_block(201, 320))
-    assert recorder.must_save_now(), "memory has an end"
-    road.cut = lambda path: False
-    recorder.finish()
-    assert recorder.must_save_now()
-    recorder.commit(make_snapshot(320, end=True))
-    recorder.finish()
-    stop_attempt(attempt, recorder)
+    monkeypatch.setattr(async_writer, "MAX_BUFFERED_ROWS", 100)
+    monkeypatch.setattr(async_writer, "MAX_BUFFERED_ROWS_DURING_COMMIT", 300)
+    backend = InterruptibleBackend()
+    run = open_interruptible_run(backend, tmp_path)
+    attempt, writer = resume_attempt(run)
+    backend.cut = lambda path: True
+    writer.log_steps(make_block(1, 10))
+    writer.commit(make_snapshot(10))
+    assert not writer.can_save_now()
+    writer.log_steps(make_block(11, 200))
+    assert not writer.must_save_now(), "training would wait for the commit in progress"
+    writer.log_steps(make_block(201, 320))
+    assert writer.must_save_now(), "the buffer is limited"
+    backend.cut = lambda path: False
+    writer.finish()
+    assert writer.must_save_now()
+    writer.commit(make_snapshot(320, is_final=True))
+    writer.finish()
+    stop_attempt(attempt, writer)
     assert logged_steps(run) == list(range(1, 321))
 
 
@@ -317,9 +319,9 @@ def test_spool_folder_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch
 
 
 def test_journal_does_not_depend_on_the_local_save(tmp_path: Path, folder: Path) -> None:
-    road = InterruptibleBackend()
-    run = open_interruptible_run(road, tmp_path)
-    lose_storage(run, road)
+    backend = InterruptibleBackend()
+    run = open_interruptible_run(backend, tmp_path)
+    lose_storage(run, backend)
     kinds = [type(entry) for entry in read_entries(run.journal)]
     assert kinds == [Claim, Commit]
     assert all("170" not in name for name in run.storage.list("checkpoints"))

@@ -1,4 +1,4 @@
-"""A run of twenty thousand commits costs what a short one does: to resume, to show, to list, to load."""
+"""The cost to resume, show, list and load a run with 20,000 journal entries is that of a short one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.runs.run import Run
 from pipeline.runs.status import read_run_status
 from pipeline.storage import Storage
 from pipeline.storage.remote import RemoteBackend
-from tests.runs.parts import create_run, make_block, make_snapshot
+from tests.runs.factories import create_run, make_block, make_snapshot
 
 NUM_ENTRIES = 20_000
 MAX_REQUESTS = 60
@@ -26,7 +26,7 @@ MAX_REQUESTS = 60
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    """A run of so many entries: a claim, a commit and a leave as they are, and between them what nobody reads."""
+    """A run of `NUM_ENTRIES` entries: a valid claim, commit and exit, and unreadable entries between them."""
     root = f"memory://{uuid.uuid4().hex}/runs"
     run = create_run(root)
     attempt = acquire_lease(run, driver="d", metadata={"host": "node-7", "way": "eager"})
@@ -34,46 +34,46 @@ def url() -> Iterator[str]:
     for number in range(2, NUM_ENTRIES - 1):
         run.storage.backend.fs.pipe_file(f"{run.storage._root}/journal/{number:08d}.json", b"not to be read")
     attempt.state = replace(attempt.state, number=NUM_ENTRIES - 2)
-    recorder = AsyncRunWriter(attempt, keep=2)
-    recorder.log_steps(make_block(1, 20))
-    recorder.commit(make_snapshot(20, best=20))
-    recorder.write_exit("interrupted", None, 20)
-    recorder.close()
+    writer = AsyncRunWriter(attempt, keep=2)
+    writer.log_steps(make_block(1, 20))
+    writer.commit(make_snapshot(20, best=20))
+    writer.write_exit("interrupted", None, 20)
+    writer.close()
     attempt.close()
     yield root
-    files = run.storage.backend.fs.store  # its own removal of a folder looks through all of them for each
+    files = run.storage.backend.fs.store  # the removal of a folder by fsspec is quadratic
     for path in [path for path in files if path.startswith(run.storage._root)]:
         del files[path]
 
 
 @pytest.fixture
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is asked of storage from here on."""
-    asked: list[str] = []
+    """The requests to storage from here on."""
+    requests: list[str] = []
 
-    def counted(name: str) -> Callable[..., Any]:
+    def record_calls(name: str) -> Callable[..., Any]:
         method = getattr(RemoteBackend, name)
 
-        def ask(self: RemoteBackend, path: str, *words: Any) -> Any:
-            asked.append(f"{name} {path}")
-            return method(self, path, *words)
+        def call(self: RemoteBackend, path: str, *args: Any) -> Any:
+            requests.append(f"{name} {path}")
+            return method(self, path, *args)
 
-        return ask
+        return call
 
     for name in ("read", "replace", "create", "list", "exists", "delete", "delete_folder"):
-        monkeypatch.setattr(RemoteBackend, name, counted(name))
-    return asked
+        monkeypatch.setattr(RemoteBackend, name, record_calls(name))
+    return requests
 
 
 @pytest.fixture(params=["with run.json", "without"])
 def run(request: pytest.FixtureRequest, url: str) -> Iterator[Run]:
-    """It as another process sees it, with and without what says where the journal ends."""
+    """The run as opened by another process, with and without the hint in `run.json`."""
     storage = Storage.open(url).subfolder("run")
-    view = storage.read("run.json")
+    summary = storage.read("run.json")
     if request.param == "without":
         storage.delete("run.json")
     yield Run(Storage.open(url), "run")
-    storage.replace("run.json", view)
+    storage.replace("run.json", summary)
 
 
 def test_show_long_journal(run: Run, requests: list[str]) -> None:
@@ -96,19 +96,19 @@ def test_find_checkpoint_in_long_journal(run: Run, requests: list[str]) -> None:
 
 
 def test_resume_long_journal(url: str, requests: list[str]) -> None:
-    """And tells the next what the one before it did."""
+    """The attempt has the metadata of the one before it."""
     run = Run(Storage.open(url), "run")
     attempt = acquire_lease(run, driver="e", metadata={"host": "node-8"})
     assert attempt.resume_checkpoint is not None
     assert (attempt.resume_checkpoint.step, attempt.highest_step, attempt.state.way) == (20, 20, "eager")
     assert attempt.previous_metadata["host"] == "node-7"
-    recorder = AsyncRunWriter(attempt, keep=2)
-    recorder.write_exit("interrupted", None, 20)
-    recorder.close()
+    writer = AsyncRunWriter(attempt, keep=2)
+    writer.write_exit("interrupted", None, 20)
+    writer.close()
     attempt.close()
-    assert len([one for one in requests if "heartbeats" not in one]) <= MAX_REQUESTS
+    assert len([request for request in requests if "heartbeats" not in request]) <= MAX_REQUESTS
     assert run.journal.read_state().number == NUM_ENTRIES + 2
-    assert [(line["host"], line["committed"], line["outcome"]) for line in run.read_summary()["history"]] == [
+    assert [(item["host"], item["committed"], item["outcome"]) for item in run.read_summary()["history"]] == [
         ("node-7", 20, "interrupted"),
         ("node-8", None, "interrupted"),
     ]

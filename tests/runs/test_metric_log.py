@@ -1,4 +1,4 @@
-"""The metric log as any reader finds it."""
+"""The metric log: its segments, and reading it with several libraries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeline.config import METRICS
 from pipeline.config.files import build_job
 from pipeline.errors import StorageError
 from pipeline.runs.metric_log.segments import MetricSchema, PendingRows, SegmentLayout, encode_table
-from tests.runs.parts import make_block, make_evaluation
+from tests.runs.factories import SEGMENT_STEPS, make_block, make_evaluation
 
 EXTRA_COLUMNS = MetricSchema(
     steps={"grad_norm": "float64", "clipped": "bool"}, evaluations={"f1": "float64", "note": "string"}
@@ -30,19 +30,19 @@ EXTRA_COLUMNS = MetricSchema(
 
 
 def query_duckdb(query: str) -> list[Any]:
-    """What DuckDB answers."""
-    answer = duckdb.sql(query)
-    assert answer is not None
-    return answer.fetchall()
+    """Return the rows of a DuckDB query."""
+    result = duckdb.sql(query)
+    assert result is not None
+    return result.fetchall()
 
 
 def make_pending_rows(columns: MetricSchema = EXTRA_COLUMNS) -> PendingRows:
-    return PendingRows("mnist-1", 2, SegmentLayout(100, 100), columns)
+    return PendingRows("mnist-1", 2, SegmentLayout(SEGMENT_STEPS, SEGMENT_STEPS), columns)
 
 
 @pytest.fixture
 def log(tmp_path: Path) -> Path:
-    """Two cells and an incomplete one, as they lie in storage."""
+    """Two complete segments and an incomplete one, as stored."""
     rows = make_pending_rows()
     rows.add(
         [make_block(1, 120, grad_norm=1.5, clipped=True), make_block(121, 250, grad_norm=0.5, clipped=False)],
@@ -53,10 +53,10 @@ def log(tmp_path: Path) -> Path:
             make_evaluation(200, split="train"),
         ],
     )
-    for cell in rows.iter_segments(250, is_final=True):
-        for folder, table in (("steps", cell.steps), ("evals", cell.evaluations)):
+    for segment in rows.iter_segments(250, is_final=True):
+        for folder, table in (("steps", segment.steps), ("evals", segment.evaluations)):
             (tmp_path / folder).mkdir(exist_ok=True)
-            (tmp_path / folder / cell.file_name).write_bytes(encode_table(table))
+            (tmp_path / folder / segment.file_name).write_bytes(encode_table(table))
     return tmp_path
 
 
@@ -129,16 +129,16 @@ def test_log_has_columns_of_task_and_custom_metrics(kind: str) -> None:
     rows.add(
         [make_block(1, 2)], [make_evaluation(2, cost=math.nan, loss=math.nan, **{METRICS[job.task.kind][-1]: math.inf})]
     )
-    assert rows.evaluations["cost"].to_pylist() == [None], "what does not exist"
+    assert rows.evaluations["cost"].to_pylist() == [None], "an undefined metric"
     assert rows.evaluations[METRICS[job.task.kind][-1]].to_pylist() == [math.inf]
-    assert rows.find_nonfinite_row() is not None, "but a loss that is NaN is a finding"
+    assert rows.find_nonfinite_row() is not None, "a NaN loss is kept"
 
 
 def test_nonfinite_loss_is_stored_unchanged() -> None:
     rows = make_pending_rows(MetricSchema())
-    bad = make_block(1, 3)
-    bad["loss"] = np.array([1.0, math.nan, math.inf])
-    rows.add([bad], [])
+    block = make_block(1, 3)
+    block["loss"] = np.array([1.0, math.nan, math.inf])
+    rows.add([block], [])
     nonfinite_row = rows.find_nonfinite_row()
     assert nonfinite_row is not None
     assert nonfinite_row["step"] == 2
@@ -147,9 +147,9 @@ def test_nonfinite_loss_is_stored_unchanged() -> None:
 
 @pytest.mark.parametrize("bad", [{"speed": 1.0}, {"run": 1}, {"attempt": 3}])
 def test_columns_are_fixed_at_creation(bad: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="fixed at the run's birth"):
+    with pytest.raises(ValueError, match="fixed when the run was created"):
         make_pending_rows().add([make_block(1, 2, **bad)], [])
-    with pytest.raises(ValueError, match="fixed at the run's birth"):
+    with pytest.raises(ValueError, match="fixed when the run was created"):
         make_pending_rows().add([], [make_evaluation(1, **bad)])
 
 
@@ -158,11 +158,9 @@ def test_a_column_has_one_type_in_both_tables() -> None:
         MetricSchema(steps={"x": "int64"}, evaluations={"x": "float64"})
     assert MetricSchema.from_metadata({"columns": EXTRA_COLUMNS.to_json()}) == EXTRA_COLUMNS
     assert MetricSchema.from_metadata({}) == MetricSchema()
-    born, now = (
-        MetricSchema(evaluations={"rmse": "float64"}),
-        MetricSchema(evaluations={"rmse": "float64", "rmse_a": "float64"}),
-    )
-    assert (now.columns_missing_from(born), born.columns_missing_from(now)) == (["rmse_a"], [])
+    one = MetricSchema(evaluations={"rmse": "float64"})
+    both = MetricSchema(evaluations={"rmse": "float64", "rmse_a": "float64"})
+    assert (both.columns_missing_from(one), one.columns_missing_from(both)) == (["rmse_a"], [])
 
 
 @pytest.mark.parametrize(
@@ -186,65 +184,66 @@ def test_commit_needs_each_row_once(blocks: list[tuple[int, int]], evaluations: 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    saves=st.sets(st.integers(1, 60), min_size=1),
-    cells=st.tuples(st.integers(1, 25), st.integers(1, 25)).map(sorted).map(lambda sizes: SegmentLayout(*sizes)),
+    commit_steps=st.sets(st.integers(1, 60), min_size=1),
+    layout=st.tuples(st.integers(1, 25), st.integers(1, 25)).map(sorted).map(lambda sizes: SegmentLayout(*sizes)),
     resumes=st.sets(st.integers(1, 60)),
     evaluated=st.sets(st.integers(0, 60)),
 )
 def test_segments_depend_only_on_the_steps(
-    saves: set[int], cells: SegmentLayout, resumes: set[int], evaluated: set[int]
+    commit_steps: set[int], layout: SegmentLayout, resumes: set[int], evaluated: set[int]
 ) -> None:
-    """However commits fall, and wherever an attempt goes on from a checkpoint's rows."""
+    """They are the same for any commits, and for any resumes from the rows of a checkpoint."""
     published: dict[int, tuple[list[int], list[int]]] = {}
-    rows = PendingRows("run", 1, cells, MetricSchema())
-    before, last = 0, max(saves)
-    for step in sorted(saves):
+    rows = PendingRows("run", 1, layout, MetricSchema())
+    before, last = 0, max(commit_steps)
+    for step in sorted(commit_steps):
         expected = sorted(at for at in evaluated if before < at <= step or (at == 0 and before == 0))
         rows.add([make_block(before + 1, step)], [make_evaluation(at) for at in expected])
         rows.check_contiguous(step)
         data, first = rows.to_parquet(), rows.first_segment
-        for one in rows.iter_segments(step, is_final=step == last):
-            published[one.index] = (one.steps["step"].to_pylist(), one.evaluations["step"].to_pylist())
+        for segment in rows.iter_segments(step, is_final=step == last):
+            published[segment.index] = (segment.steps["step"].to_pylist(), segment.evaluations["step"].to_pylist())
         if step in resumes:
-            rows = PendingRows("run", 2, cells, MetricSchema())
+            rows = PendingRows("run", 2, layout, MetricSchema())
             rows.load(data, first)
-            again = {
-                one.index: one.steps["step"].to_pylist() for one in rows.iter_segments(step, is_final=step == last)
+            after_resume = {
+                segment.index: segment.steps["step"].to_pylist()
+                for segment in rows.iter_segments(step, is_final=step == last)
             }
-            assert again == {index: published[index][0] for index in again}
+            assert after_resume == {index: published[index][0] for index in after_resume}
         rows.drop_published(step)
         before = step
-    assert sorted(published) == list(range(cells.segment_of(last) + 1))
+    assert sorted(published) == list(range(layout.segment_of(last) + 1))
     for index, (steps, evaluations) in published.items():
-        assert steps == list(range(cells.first_step(index), min(cells.last_step(index), last) + 1))
-        assert evaluations == [at for at in sorted(evaluated) if at <= last and cells.segment_of(at) == index]
+        assert steps == list(range(layout.first_step(index), min(layout.last_step(index), last) + 1))
+        assert evaluations == [at for at in sorted(evaluated) if at <= last and layout.segment_of(at) == index]
 
 
 @given(first=st.integers(1, 60), more=st.integers(0, 500))
 def test_segments_are_consecutive_and_double_up_to_full_size(first: int, more: int) -> None:
-    cells = SegmentLayout(first, first + more)
+    layout = SegmentLayout(first, first + more)
     end = 0
     for index in range(40):
         size = first if index == 0 else min(end, first + more)
-        assert (cells.first_step(index), cells.last_step(index)) == (end + 1, end + size)
+        assert (layout.first_step(index), layout.last_step(index)) == (end + 1, end + size)
         end += size
-        assert {cells.segment_of(step) for step in range(end - size + 1, end + 1)} == {index}
-        assert (cells.count_complete(end - 1), cells.count_complete(end)) == (index, index + 1)
-    assert cells.segment_of(0) == cells.count_complete(0) == 0
+        assert {layout.segment_of(step) for step in range(end - size + 1, end + 1)} == {index}
+        assert (layout.count_complete(end - 1), layout.count_complete(end)) == (index, index + 1)
+    assert layout.segment_of(0) == layout.count_complete(0) == 0
 
 
 def test_run_of_an_earlier_version_has_fixed_size_segments() -> None:
-    cells = SegmentLayout.from_metadata({"cell_steps": 7})
-    assert [cells.last_step(index) for index in range(5)] == [7, 14, 21, 28, 35]
+    layout = SegmentLayout.from_metadata({"cell_steps": 7})
+    assert [layout.last_step(index) for index in range(5)] == [7, 14, 21, 28, 35]
     assert SegmentLayout.from_metadata({"cell_steps": 7, "first_cell_steps": 2}) == SegmentLayout(2, 7)
     with pytest.raises(StorageError, match="8 to 7"):
         SegmentLayout.from_metadata({"cell_steps": 7, "first_cell_steps": 8})
 
 
 def test_rows_keep_their_attempt() -> None:
-    first = PendingRows("run", 1, SegmentLayout(100, 100), EXTRA_COLUMNS)
+    first = PendingRows("run", 1, SegmentLayout(SEGMENT_STEPS, SEGMENT_STEPS), EXTRA_COLUMNS)
     first.add([make_block(1, 50)], [make_evaluation(50, note="a")])
-    second = PendingRows("run", 2, SegmentLayout(100, 100), EXTRA_COLUMNS)
+    second = PendingRows("run", 2, SegmentLayout(SEGMENT_STEPS, SEGMENT_STEPS), EXTRA_COLUMNS)
     second.load(first.to_parquet(), 0)
     second.add([make_block(51, 60)], [make_evaluation(60)])
     assert second.steps["attempt"].to_pylist() == [1] * 50 + [2] * 10

@@ -1,4 +1,4 @@
-"""Whatever happens, the record keeps its promises: faults at every request, then a search through combinations."""
+"""The invariants of a run hold under faults: at every single request, and in randomized combinations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The birth of a run, and the folder that holds all of them."""
+"""The creation of a run, its files, and the folder of all runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.runs.lease.attempt import append_claim
 from pipeline.runs.run import Run, log_test_access, open_run, parse_run_ref
 from pipeline.runs.status import write_summary
 from pipeline.storage import Storage
-from tests.runs.parts import create_run
+from tests.runs.factories import create_run
 
 METADATA = {"identity": "ab12", "total_steps": 10, "max_steps": None, "nested": {"columns": ["x"]}}
 
@@ -30,19 +30,19 @@ def test_run_is_created_once(tmp_path: Path) -> None:
         run.read_metadata()
     assert run.create("name: mnist\n", METADATA)
     assert not run.create("name: other\n", {})
-    again = Run(Storage.open(str(tmp_path)), "mnist-1")
-    assert again.exists()
-    assert again.read_metadata() == METADATA
-    assert again.read_job_yaml().endswith("}\nname: mnist\n")
-    assert (tmp_path / "mnist-1" / "job.yaml").read_text() == again.read_job_yaml()
-    assert again.url == str(tmp_path / "mnist-1")
+    reopened = Run(Storage.open(str(tmp_path)), "mnist-1")
+    assert reopened.exists()
+    assert reopened.read_metadata() == METADATA
+    assert reopened.read_job_yaml().endswith("}\nname: mnist\n")
+    assert (tmp_path / "mnist-1" / "job.yaml").read_text() == reopened.read_job_yaml()
+    assert reopened.url == str(tmp_path / "mnist-1")
 
 
 def test_edited_job_file_is_rejected(tmp_path: Path) -> None:
     run = create_run(str(tmp_path))
     path = tmp_path / "run" / "job.yaml"
-    born_text = path.read_text()
-    for text in ("name: run\n", "# trainyard: {}\nname: run\n", "# trainyard: {", born_text + "seed: 2\n"):
+    original = path.read_text()
+    for text in ("name: run\n", "# trainyard: {}\nname: run\n", "# trainyard: {", original + "seed: 2\n"):
         path.write_text(text)
         with pytest.raises(StorageError, match="not as Trainyard stored it"):
             Run(Storage.open(str(tmp_path)), run.name).read_metadata()
@@ -57,14 +57,14 @@ def test_invalid_run_names(tmp_path: Path, name: str) -> None:
 def list_names(url: str) -> list[str]:
     _, listed_runs, unreadable = runs(url)
     assert not unreadable
-    return [one.status.run for one in listed_runs]
+    return [listed.status.run for listed in listed_runs]
 
 
 def test_runs_are_listed_by_creation_time(tmp_path: Path) -> None:
     assert list_names(str(tmp_path / "none")) == []
     for name in ("b", "a"):
         create_run(str(tmp_path), name)
-    for other in ("models/mnist", "ticks", "unborn/journal", ".hidden"):
+    for other in ("models/mnist", "ticks", "never-created/journal", ".hidden"):
         (tmp_path / other).mkdir(parents=True)
     (tmp_path / "models" / "job.yaml").write_text("")
     (tmp_path / "note.txt").write_text("")
@@ -88,21 +88,21 @@ def test_runs_on_s3_are_read_concurrently_in_few_requests(s3_url: str, monkeypat
         for _ in range(3):
             attempt.append(Exit(**attempt.next_entry_fields(), status="failed", step=0))
         write_summary(run, attempt.state, "failed")
-    call, under_way, asked = s3fs.S3FileSystem._call_s3, 0, list[int]()
+    call, num_active, counts = s3fs.S3FileSystem._call_s3, 0, list[int]()
 
-    async def counted(self: Any, *words: Any, **options: Any) -> Any:
-        nonlocal under_way
-        under_way += 1
-        asked.append(under_way)
+    async def count(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal num_active
+        num_active += 1
+        counts.append(num_active)
         try:
-            return await call(self, *words, **options)
+            return await call(self, *args, **kwargs)
         finally:
-            under_way -= 1
+            num_active -= 1
 
-    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", counted)
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", count)
     assert list_names(s3_url) == [f"run-{number}" for number in range(8)]
-    assert len(asked) <= 1 + 8 * 4, "a listing; job.yaml, run.json, the newest entry, none after it"
-    assert max(asked) > 1
+    assert len(counts) <= 1 + 8 * 4, "a listing; job.yaml, run.json, the newest entry, none after it"
+    assert max(counts) > 1
 
 
 def test_splits_are_a_parquet_file(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_code_is_stored_beside_the_job(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "expected"),
+    ("reference", "expected"),
     [
         ("mnist-1", ("mnist-1", "best")),
         ("mnist-1@last", ("mnist-1", "last")),
@@ -131,22 +131,22 @@ def test_code_is_stored_beside_the_job(tmp_path: Path) -> None:
         ("../runs/mnist-1/", ("../runs/mnist-1", "best")),
     ],
 )
-def test_run_reference_includes_a_checkpoint(spec: str, expected: tuple[str, str]) -> None:
-    assert parse_run_ref(spec) == expected
+def test_run_reference_includes_a_checkpoint(reference: str, expected: tuple[str, str]) -> None:
+    assert parse_run_ref(reference) == expected
 
 
 def test_run_is_opened_by_name_or_url(tmp_path: Path) -> None:
-    create_run(str(tmp_path / "here"), "mnist-1")
-    create_run(str(tmp_path / "there"), "mnist-1")
-    assert open_run("mnist-1", str(tmp_path / "here")).url == str(tmp_path / "here" / "mnist-1")
-    assert open_run(f"{tmp_path}/there/mnist-1/", "unused").url == str(tmp_path / "there" / "mnist-1")
+    create_run(str(tmp_path / "a"), "mnist-1")
+    create_run(str(tmp_path / "b"), "mnist-1")
+    assert open_run("mnist-1", str(tmp_path / "a")).url == str(tmp_path / "a" / "mnist-1")
+    assert open_run(f"{tmp_path}/b/mnist-1/", "unused").url == str(tmp_path / "b" / "mnist-1")
     with pytest.raises(InputError, match="no such run"):
-        open_run("mnist-2", str(tmp_path / "here"))
+        open_run("mnist-2", str(tmp_path / "a"))
     with pytest.raises(InputError):
-        open_run("mnist-1@best", str(tmp_path / "here"))
+        open_run("mnist-1@best", str(tmp_path / "a"))
 
 
-def test_test_split_reads_are_counted(tmp_path: Path) -> None:
+def test_reads_of_the_test_split_are_numbered(tmp_path: Path) -> None:
     run = create_run(str(tmp_path))
     assert [log_test_access(run, {"checkpoint": "a"}) for _ in range(3)] == [1, 2, 3]
     assert run.storage.list("reads") == ["00000001.json", "00000002.json", "00000003.json"]

@@ -1,4 +1,4 @@
-"""How a run stands, told from storage alone."""
+"""The status of a run, derived from storage alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.runs.async_writer import AsyncRunWriter
 from pipeline.runs.lease.attempt import acquire_lease
 from pipeline.runs.run import Run
 from pipeline.runs.status import STARTUP_GRACE_S, read_run_status
-from tests.runs.parts import create_run, make_block, make_snapshot
+from tests.runs.factories import SEGMENT_STEPS, create_run, make_block, make_snapshot
 
 STATUS_KEYS = {"run", "url", "status", "step", "epoch", "attempts", "best", "metrics", "error"}
 
@@ -24,7 +24,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def test_created_and_never_claimed(run: Run) -> None:
-    assert read_run_status(run).status == "running", "somebody is about to claim it"
+    assert read_run_status(run).status == "running", "it is about to be claimed"
     status = read_run_status(run, time.time() + STARTUP_GRACE_S + 5)
     assert (status.status, status.step, status.attempts, status.started) == ("interrupted", 0, 0, None)
 
@@ -48,14 +48,14 @@ def test_claim_without_a_heartbeat(run: Run) -> None:
 @pytest.mark.parametrize("status", ["interrupted", "failed"])
 def test_exit_entry_gives_the_reason(run: Run, status: str) -> None:
     attempt = acquire_lease(run, driver="d", metadata={})
-    recorder = AsyncRunWriter(attempt, keep=2)
-    error = WorkerLostError("worker 1 died") if status == "failed" else None
-    recorder.write_exit(status, error, 0)  # type: ignore[arg-type]
-    recorder.close()
+    writer = AsyncRunWriter(attempt, keep=2)
+    error = WorkerLostError("worker 1 failed") if status == "failed" else None
+    writer.write_exit(status, error, 0)  # type: ignore[arg-type]
+    writer.close()
     attempt.close()
-    status_found = read_run_status(run)
-    assert status_found.status == status
-    assert status_found.error == ({"type": "WorkerLostError", "message": "worker 1 died"} if error else None)
+    run_status = read_run_status(run)
+    assert run_status.status == status
+    assert run_status.error == ({"type": "WorkerLostError", "message": "worker 1 failed"} if error else None)
     acquire_lease(run, driver="d", metadata={}).close()
     assert read_run_status(run).status == "running"
     assert read_run_status(run).error is None
@@ -64,20 +64,20 @@ def test_exit_entry_gives_the_reason(run: Run, status: str) -> None:
 
 def test_show_and_run_json_have_the_same_keys(run: Run) -> None:
     attempt = acquire_lease(run, driver="d", metadata={"host": "h", "torch": "2.15"})
-    recorder = AsyncRunWriter(attempt, keep=2)
-    recorder.log_steps(make_block(1, 20))
-    recorder.commit(make_snapshot(20, best=20))
-    recorder.finish()
+    writer = AsyncRunWriter(attempt, keep=2)
+    writer.log_steps(make_block(1, 20))
+    writer.commit(make_snapshot(20, best=20))
+    writer.finish()
     shown = read_run_status(run).to_json()
-    view = run.read_summary()
+    summary = run.read_summary()
     assert shown.keys() >= STATUS_KEYS
-    assert view.keys() >= STATUS_KEYS
-    assert {key: shown[key] for key in STATUS_KEYS} == {key: view[key] for key in STATUS_KEYS}
+    assert summary.keys() >= STATUS_KEYS
+    assert {key: shown[key] for key in STATUS_KEYS} == {key: summary[key] for key in STATUS_KEYS}
     assert json.loads(json.dumps(shown)) == shown
     assert shown["best"]["metric"] == "val/loss"
     assert shown["metrics"] == {"val/loss": 0.5}
     assert shown["total_steps"] == 1000
-    assert view["history"] == [
+    assert summary["history"] == [
         {
             "attempt": 1,
             "claimed": shown["started"],
@@ -87,8 +87,8 @@ def test_show_and_run_json_have_the_same_keys(run: Run) -> None:
             "torch": "2.15",
         }
     ]
-    assert view["birth"]["cell_steps"] == 100
-    recorder.close()
+    assert summary["birth"]["cell_steps"] == SEGMENT_STEPS
+    writer.close()
     attempt.close()
 
 

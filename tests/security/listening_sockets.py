@@ -1,4 +1,4 @@
-"""Which addresses a process and its children listen on, as Linux tells it."""
+"""The addresses that a process and its children listen on, from Linux's /proc."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LISTEN_STATE = "0A"
 
 
 def process_tree(pid: int) -> list[int]:
-    """A process and all that came from it."""
+    """Return a process and all its descendants."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -26,7 +26,7 @@ def process_tree(pid: int) -> list[int]:
 
 
 def listening_addresses(pid: int) -> set[str]:
-    """Addresses of the TCP sockets that a process listens on."""
+    """Return the addresses of the TCP sockets that a process listens on."""
     socket_inodes = set()
     for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
         try:
@@ -36,9 +36,9 @@ def listening_addresses(pid: int) -> set[str]:
     addresses = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            words = line.split()
-            if words[3] == LISTEN_STATE and words[9] in socket_inodes:
-                addresses.add(_address(words[1].partition(":")[0]))
+            fields = line.split()
+            if fields[3] == LISTEN_STATE and fields[9] in socket_inodes:
+                addresses.add(_address(fields[1].partition(":")[0]))
     return addresses
 
 
@@ -51,7 +51,7 @@ def _address(text: str) -> str:
 
 
 def list_command_lines(pid: int) -> list[str]:
-    """Those of a process and all that came from it."""
+    """Return the command lines of a process and all its descendants."""
     lines = []
     for process in process_tree(pid):
         try:

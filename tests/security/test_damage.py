@@ -1,5 +1,5 @@
-"""Damage at rest: any file of a run, spoiled in any way. A resume ends as if nothing had happened, or says what is
-wrong; what cannot be had back is named by `show --verify`."""
+"""Damage to any file of a stored run. A resume gives the result of an undamaged run or reports what is wrong, and
+`show --verify` names what cannot be restored."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def files_of(run: Path) -> list[str]:
 
 
 def damage(data: bytes, how: str, where: float, bit: int) -> bytes | None:
-    """The content after it; None: the file is gone."""
+    """Return the damaged content, or None for a deleted file."""
     offset = min(int(where * len(data)), max(0, len(data) - 1))
     if how == "delete":
         return None
@@ -50,9 +50,11 @@ damage_kinds = st.tuples(
 numbers = itertools.count()
 
 
-def check_damaged(made: ExampleRuns, folder: Path, which: str, choice: float, how: tuple[str, float, int]) -> str:
-    """Spoil one file of a copy and go on. Returns what came of it."""
-    source = made.interrupted if which == "interrupted" else made.finished
+def check_damaged(
+    example_runs: ExampleRuns, folder: Path, which: str, choice: float, how: tuple[str, float, int]
+) -> str:
+    """Damage one file of a copied run, resume it, and return what happened."""
+    source = example_runs.interrupted if which == "interrupted" else example_runs.finished
     storage = folder / str(next(numbers))
     run = Path(shutil.copytree(source, storage / source.name))
     names = files_of(run)
@@ -65,31 +67,31 @@ def check_damaged(made: ExampleRuns, folder: Path, which: str, choice: float, ho
     description = f"{which}, {name}, {how}"
     try:
         try:
-            train(made.job, storage=str(storage))
+            train(example_runs.job, storage=str(storage))
         except InputError as error:
-            refused: InputError | None = error
+            refusal: InputError | None = error
         else:
-            refused = None
-        if refused is not None:
-            assert refused.where, description
-            assert "Traceback" not in str(refused), description
+            refusal = None
+        if refusal is not None:
+            assert refusal.where, description
+            assert "Traceback" not in str(refusal), description
             return "refused"
         damaged_files = show(source.name, str(storage), verify=True).damaged
-        expected = final_state(made.finished)
+        expected = final_state(example_runs.finished)
         try:
-            ended: dict[str, Any] = final_state(run)
-        except Exception:  # whatever outsiders' libraries make of a file that is broken
-            ended = {}
-        if ended != expected and name.startswith("checkpoints/"):  # of a run that is over: found out by who reads it
+            state: dict[str, Any] = final_state(run)
+        except Exception:  # pyarrow and safetensors may raise anything for a damaged file
+            state = {}
+        if state != expected and name.startswith("checkpoints/"):  # of a finished run: detected when it is read
             with pytest.raises(DamagedError):
                 Checkpoint(open_run(str(run), ""), name.split("/")[1]).verify()
-            return "found out"
-        if ended != expected:
+            return "detected"
+        if state != expected:
             assert any(name in line for line in damaged_files), f"{description}: silent"
-            differ = {key for key in expected if ended and expected[key] != ended[key]}
+            differ = {key for key in expected if state and expected[key] != state[key]}
             assert differ <= {"steps", "evals"}, f"{description}: {differ}"
             return "named"
-        return "as if untouched"
+        return "restored"
     finally:
         shutil.rmtree(storage)
 

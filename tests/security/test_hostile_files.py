@@ -1,5 +1,5 @@
-"""Storage that somebody else wrote: each public command ends with one message or passes it by; nothing of it runs,
-and small files stay small in memory. Every digest is right: whoever can write there can make those too.
+"""Storage with hostile content: every command ignores it or ends with one message, none of it is executed, and small
+files stay small in memory. All digests are valid, since an attacker with write access can compute them too.
 """
 
 from __future__ import annotations
@@ -46,28 +46,28 @@ CopyRun = Callable[[str], Path]
 ChangeTree = Callable[[dict[str, Any]], Any]
 
 MEMORY_BYTES = 1 << 30
-"""Bytes that a command may take beyond what this process has: no bomb fits in."""
+"""Memory that a command may use beyond that of this process: too little for any decompression bomb."""
 TIME_LIMIT_S = 60
 
 
 @pytest.fixture
 def canary(tmp_path: Path) -> Iterator[Path]:
-    """Must not be there in the end."""
+    """A path that must not exist after the test: hostile content creates it."""
     path = tmp_path / "canary"
     yield path
-    assert not path.exists(), "something in storage was run"
+    assert not path.exists(), "stored content was executed"
 
 
 @contextmanager
 def limited_resources() -> Iterator[None]:
-    """Little memory and little time, or a MemoryError, or a TimeoutError."""
+    """Limit memory and time; raise MemoryError or TimeoutError beyond them."""
 
-    def late(*_: Any) -> None:
+    def raise_timeout(*_: Any) -> None:
         raise TimeoutError
 
     before = resource.getrlimit(resource.RLIMIT_AS)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    handler = signal.signal(signal.SIGALRM, late)
+    handler = signal.signal(signal.SIGALRM, raise_timeout)
     signal.alarm(TIME_LIMIT_S)
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY_BYTES, before[1]))
     try:
@@ -78,30 +78,30 @@ def limited_resources() -> Iterator[None]:
         signal.signal(signal.SIGALRM, handler)
 
 
-def read_commands(run: Path, made: ExampleRuns) -> dict[str, list[str]]:
-    """The commands that read a run."""
+def read_commands(run: Path, example_runs: ExampleRuns) -> dict[str, list[str]]:
+    """Return the commands that read a run."""
     return {
         "show": ["show", run.name],
         "evaluate": ["evaluate", run.name],
         "predict": ["predict", run.name, "--input", "x.parquet", "--output", "y.parquet"],
-        "resume": ["train", str(made.job), "--storage", "runs"],
-        "init_from": ["train", str(made.job), "--storage", "other", "--set", f"model.init_from={run}"],
+        "resume": ["train", str(example_runs.job), "--storage", "runs"],
+        "init_from": ["train", str(example_runs.job), "--storage", "other", "--set", f"model.init_from={run}"],
     }
 
 
-def check_commands(trainyard: RunCommand, made: ExampleRuns, run: Path, *names: str) -> dict[str, str]:
-    """Every command (or those named) ends as a command does; the messages of those that refuse."""
+def check_commands(trainyard: RunCommand, example_runs: ExampleRuns, run: Path, *names: str) -> dict[str, str]:
+    """Check that each command (or those named) succeeds or ends with one message; return the messages by command."""
     error_messages = {}
-    for name, words in read_commands(run, made).items():
+    for name, arguments in read_commands(run, example_runs).items():
         if names and name not in names:
             continue
         with limited_resources():
-            ended = trainyard(*words)
-        assert ended.code in (0, 2), f"{name}: {ended.code}: {ended.err}"
-        assert "Traceback" not in ended.err, f"{name}: {ended.err}"
-        assert ended.err.count("error:") == (ended.code == 2), f"{name}: {ended.err}"
-        if ended.code == 2:
-            error_messages[name] = ended.err
+            result = trainyard(*arguments)
+        assert result.exit_code in (0, 2), f"{name}: {result.exit_code}: {result.stderr}"
+        assert "Traceback" not in result.stderr, f"{name}: {result.stderr}"
+        assert result.stderr.count("error:") == (result.exit_code == 2), f"{name}: {result.stderr}"
+        if result.exit_code == 2:
+            error_messages[name] = result.stderr
     return error_messages
 
 
@@ -120,21 +120,21 @@ def pickled(value: Any) -> bytes:
 
 
 def broken(name: str) -> dict[str, bytes]:
-    """What is no safetensors file, or describes tensors that it cannot hold. Its header names a tensor `name`."""
-    whole = save({name: torch.zeros(4)})
+    """Return invalid safetensors files, some with a header whose tensor `name` does not fit the file."""
+    valid = save({name: torch.zeros(4)})
     return {
         "empty": b"",
         "header": struct.pack("<Q", 2**62) + b"{}",
         "header cut": struct.pack("<Q", 10**8) + b"{" * 1000,
-        "cut": whole[:-1],
-        "longer": whole + b"x",
+        "cut": valid[:-1],
+        "longer": valid + b"x",
         "shape": safetensors_bytes({name: {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}, bytes(4)),
         "size": safetensors_bytes(
             {name: {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}, bytes(4)
         ),
         "type": safetensors_bytes({name: {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
         "overlapping": safetensors_bytes(
-            {one: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for one in (name, "another")}, bytes(4)
+            {key: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for key in (name, "another")}, bytes(4)
         ),
         "list": safetensors_bytes([]),
         "deep": b"[" * 100_000,
@@ -157,30 +157,34 @@ STATES = {
 
 
 @pytest.mark.parametrize("kind", quick_and_slow(HOSTILE_WEIGHTS, "header", "shape", "a tensor of it"))
-def test_weight_files(trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, kind: str) -> None:
+def test_hostile_weight_files_are_rejected(
+    trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, kind: str
+) -> None:
     run = copy_run("interrupted")
     replace_file(run, "model.safetensors", HOSTILE_WEIGHTS[kind])
-    said = check_commands(trainyard, example_runs, run)
-    assert said.keys() == {"evaluate", "predict", "resume", "init_from"}
+    messages = check_commands(trainyard, example_runs, run)
+    assert messages.keys() == {"evaluate", "predict", "resume", "init_from"}
 
 
 @pytest.mark.parametrize("kind", quick_and_slow(STATES, "header", "size", "zip", "other shape"))
-def test_state_files(trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, kind: str) -> None:
+def test_hostile_state_files_are_rejected(
+    trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, kind: str
+) -> None:
     run = copy_run("interrupted")
     replace_file(run, "state.safetensors", STATES[kind])
-    said = check_commands(trainyard, example_runs, run, "show", "resume")
-    assert said.keys() == {"resume"}
+    messages = check_commands(trainyard, example_runs, run, "show", "resume")
+    assert messages.keys() == {"resume"}
     if kind in broken(""):
-        assert "state.safetensors is not what Trainyard writes" in said["resume"]
+        assert "state.safetensors is not a valid tensor file" in messages["resume"]
     else:
-        assert "of another optimizer" in said["resume"]
+        assert "of another optimizer" in messages["resume"]
 
 
 # ------------------------------------------------------------------------------------------------------- pickles
 
 
 class Canary:
-    """A file that exists once anything hostile has run."""
+    """An object whose unpickling creates a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -192,43 +196,43 @@ class Canary:
 @pytest.mark.parametrize("kind", ["pickle", "zip"])
 def test_no_pickle_is_read(
     trainyard: RunCommand,
-    made: ExampleRuns,
-    spoil: CopyRun,
+    example_runs: ExampleRuns,
+    copy_run: CopyRun,
     canary: Path,
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
 ) -> None:
-    """Neither in place of the state, nor as what an earlier version wrote, nor beside the files of the manifest."""
+    """Neither in place of the state, nor as the state of an earlier version, nor beside the files of the manifest."""
     content = {"pickle": pickle.dumps(Canary(canary), 2), "zip": pickled({"optimizer.momentum": Canary(canary)})}[kind]
 
     def refuse(*_: Any, **__: Any) -> Any:
-        raise AssertionError("a pickle is read")
+        raise AssertionError("a pickle was read")
 
     monkeypatch.setattr(torch, "load", refuse)
-    run = spoil("interrupted")
+    run = copy_run("interrupted")
     replace_file(run, "state.safetensors", content)
-    assert "state.safetensors is not what" in check_commands(trainyard, made, run, "show", "resume")["resume"]
+    assert "state.safetensors is not what" in check_commands(trainyard, example_runs, run, "show", "resume")["resume"]
     shutil.rmtree(run)
-    run = spoil("interrupted")
+    run = copy_run("interrupted")
     for folder in checkpoints(run):
         if (folder / "state.safetensors").exists():
             put_state(folder, content)
-    said = check_commands(trainyard, made, run)
-    assert said.keys() == {"predict", "resume"}, "no table is there to predict from"
-    assert "begun by an earlier version" in said["resume"]
+    messages = check_commands(trainyard, example_runs, run)
+    assert messages.keys() == {"predict", "resume"}, "predict has no table"
+    assert "started by an earlier version" in messages["resume"]
     shutil.rmtree(run)
-    run = spoil("interrupted")
+    run = copy_run("interrupted")
     for folder in checkpoints(run):
         (folder / "state.pt").write_bytes(content)
-    assert check_commands(trainyard, made, run).keys() == {"predict"}
+    assert check_commands(trainyard, example_runs, run).keys() == {"predict"}
 
 
 # ------------------------------------------------------------------------------------------------------- Parquet
 
 
-def encode_parquet(table: pa.Table, **how: Any) -> bytes:
+def encode_parquet(table: pa.Table) -> bytes:
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, **how)
+    pq.write_table(table, buffer)
     return buffer.getvalue()
 
 
@@ -238,9 +242,9 @@ def read_rows_schema() -> pa.Schema:
 
 
 def encode_many_rows() -> bytes:
-    """Twelve million empty rows in some kilobytes."""
+    """Return twelve million empty rows in a few kilobytes."""
     schema, buffer = read_rows_schema(), io.BytesIO()
-    group = pa.table([pa.nulls(4_000_000, one.type) for one in schema], schema=schema)
+    group = pa.table([pa.nulls(4_000_000, field.type) for field in schema], schema=schema)
     with pq.ParquetWriter(buffer, schema, compression="zstd") as writer:
         for _ in range(3):
             writer.write_table(group)
@@ -253,9 +257,11 @@ def encode_many_rows() -> bytes:
         ["empty", "no Parquet", "other columns", "many rows", "other types", "metadata", "cut"], "many rows", "cut"
     ),
 )
-def test_row_files(trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, kind: str) -> None:
+def test_hostile_row_files_are_rejected(
+    trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, kind: str
+) -> None:
     run = copy_run("interrupted")
-    own = next(
+    valid = next(
         folder / "rows.parquet" for folder in checkpoints(run) if (folder / "rows.parquet").exists()
     ).read_bytes()
     makers: dict[str, Callable[[], bytes]] = {
@@ -264,24 +270,26 @@ def test_row_files(trainyard: RunCommand, example_runs: ExampleRuns, copy_run: C
         "other columns": lambda: encode_parquet(pa.table({"step": [1]})),
         "many rows": encode_many_rows,
         "other types": lambda: encode_parquet(
-            pa.table({one.name: pa.array(["x"]) for one in pq.read_schema(io.BytesIO(own))})
+            pa.table({field.name: pa.array(["x"]) for field in pq.read_schema(io.BytesIO(valid))})
         ),
         "metadata": lambda: encode_parquet(pa.table({"a": [1]}).replace_schema_metadata({"x": "y" * 10_000_000})),
-        "cut": lambda: own[: len(own) // 2],
+        "cut": lambda: valid[: len(valid) // 2],
     }
     replace_file(run, "rows.parquet", makers[kind]())
-    said = check_commands(trainyard, example_runs, run, "show", "resume")
-    assert said.keys() == {"resume"}
+    messages = check_commands(trainyard, example_runs, run, "show", "resume")
+    assert messages.keys() == {"resume"}
 
 
 @pytest.mark.parametrize("kind", quick_and_slow(["empty", "many rows", "cut"], "cut"))
-def test_segment_files(trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, kind: str) -> None:
+def test_hostile_segment_files_are_named(
+    trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, kind: str
+) -> None:
     run = copy_run("finished")
-    cell = run / "metrics" / "steps" / "000001.parquet"
-    cell.write_bytes({"empty": b"", "many rows": encode_many_rows(), "cut": cell.read_bytes()[:-20]}[kind])
+    segment = run / "metrics" / "steps" / "000001.parquet"
+    segment.write_bytes({"empty": b"", "many rows": encode_many_rows(), "cut": segment.read_bytes()[:-20]}[kind])
     assert check_commands(trainyard, example_runs, run).keys() == {"predict"}
     shown = trainyard("show", run.name, "--verify")
-    assert "damaged   metrics/steps/000001.parquet" in shown.out
+    assert "damaged   metrics/steps/000001.parquet" in shown.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------- JSON
@@ -315,7 +323,9 @@ DOCUMENT_FILES = ["journal", "heartbeat", "manifest", "run.json", "result.json"]
         "empty as result.json",
     ),
 )
-def test_invalid_documents(trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, case: str) -> None:
+def test_invalid_documents_are_ignored_or_rejected(
+    trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, case: str
+) -> None:
     bomb, _, where = case.partition(" as ")
     run = copy_run("interrupted" if where == "heartbeat" else "finished")
     text = HOSTILE_DOCUMENTS[bomb]
@@ -327,16 +337,16 @@ def test_invalid_documents(trainyard: RunCommand, example_runs: ExampleRuns, cop
         "result.json": run / "result.json",
     }[where]
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    said = check_commands(
+    messages = check_commands(
         trainyard, example_runs, run, "show", *(["evaluate", "resume"] if where in ("journal", "manifest") else [])
     )
     if where == "journal":
-        assert all(path.name in text for text in said.values())
-        assert said.keys() >= {"show", "resume"}
+        assert all(path.name in text for text in messages.values())
+        assert messages.keys() >= {"show", "resume"}
     else:
-        assert "show" not in said
+        assert "show" not in messages
     listed = trainyard("runs")
-    assert (listed.code, run.name in listed.out) == (0, True)
+    assert (listed.exit_code, run.name in listed.stdout) == (0, True)
 
 
 HOSTILE_COMMITS: dict[str, ChangeTree] = {
@@ -362,7 +372,7 @@ HOSTILE_COMMITS: dict[str, ChangeTree] = {
 
 
 CARRIED_COMMITS = [f"{kind}, carried" for kind in HOSTILE_COMMITS if "kind" not in kind]
-"""The same in a commit that a later entry carries, where no kind stands."""
+"""The same in a commit that a later entry contains, which has no `kind`."""
 
 
 @pytest.mark.parametrize(
@@ -378,7 +388,9 @@ CARRIED_COMMITS = [f"{kind}, carried" for kind in HOSTILE_COMMITS if "kind" not 
         "a word for a number, carried",
     ),
 )
-def test_hostile_commits(trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, case: str) -> None:
+def test_hostile_commits_are_rejected(
+    trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, case: str
+) -> None:
     kind = case.removesuffix(", carried")
     run = copy_run("interrupted")
     path, _ = newest_commit(run)
@@ -390,9 +402,9 @@ def test_hostile_commits(trainyard: RunCommand, example_runs: ExampleRuns, copy_
     else:
         path = leave
         edit_with_digest(path, lambda tree: HOSTILE_COMMITS[kind](tree["before"]["commit"]))
-    said = check_commands(trainyard, example_runs, run)
-    assert said.keys() == {"show", "evaluate", "predict", "resume", "init_from"}
-    assert all(path.name in text for text in said.values())
+    messages = check_commands(trainyard, example_runs, run)
+    assert messages.keys() == {"show", "evaluate", "predict", "resume", "init_from"}
+    assert all(path.name in text for text in messages.values())
 
 
 HOSTILE_CLAIMS: dict[str, ChangeTree] = {
@@ -405,14 +417,16 @@ HOSTILE_CLAIMS: dict[str, ChangeTree] = {
 
 
 @pytest.mark.parametrize("kind", quick_and_slow(HOSTILE_CLAIMS, "interval", "code"))
-def test_hostile_claims(trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, kind: str) -> None:
-    """As the newest entry, and as what a later one carries of it; the claim itself is then read for words only."""
+def test_hostile_claims_are_ignored_or_rejected(
+    trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, kind: str
+) -> None:
+    """As the newest entry, and as contained in a later one; the claim itself is then read for display only."""
     run = copy_run("interrupted")
     first = run / "journal" / "00000001.json"
     edit_with_digest(first, HOSTILE_CLAIMS[kind])
     assert check_commands(trainyard, example_runs, run, "show") == {}
     leave = sorted((run / "journal").glob("*"))[-1]
-    if kind != "code":  # which nothing carries
+    if kind != "code":  # no later entry contains it
         edit_with_digest(leave, lambda tree: HOSTILE_CLAIMS[kind](tree["before"]["claim"]))
         assert check_commands(trainyard, example_runs, run, "show", "resume").keys() == {"show", "resume"}
     for path in sorted((run / "journal").glob("*"))[1:]:
@@ -438,12 +452,14 @@ HOSTILE_MANIFESTS: dict[str, ChangeTree] = {
 
 
 @pytest.mark.parametrize("kind", quick_and_slow(HOSTILE_MANIFESTS, "traversal", "no state", "position", "cell"))
-def test_hostile_manifests(trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, kind: str) -> None:
+def test_hostile_manifests_are_ignored_or_rejected(
+    trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, kind: str
+) -> None:
     run = copy_run("interrupted")
     for folder in (run / "checkpoints").iterdir():
         edit_with_digest(folder / "manifest.json", HOSTILE_MANIFESTS[kind])
-    said = check_commands(trainyard, example_runs, run)
-    assert "show" not in said
+    messages = check_commands(trainyard, example_runs, run)
+    assert "show" not in messages
 
 
 def test_huge_entry_number_does_not_cause_a_long_scan(
@@ -455,11 +471,11 @@ def test_huge_entry_number_does_not_cause_a_long_scan(
     (run / "reads").mkdir()
     (run / "reads" / ("\u00b2" * 8 + ".json")).write_text("")
     assert check_commands(trainyard, example_runs, run, "show", "resume") == {}
-    assert trainyard("evaluate", run.name, "--split", "test").code == 0
-    assert "finished" in trainyard("show", run.name).out
+    assert trainyard("evaluate", run.name, "--split", "test").exit_code == 0
+    assert "finished" in trainyard("show", run.name).stdout
     (run / "journal" / "99999999.json").write_text("{}")
     assert check_commands(trainyard, example_runs, run, "show", "resume") == {}
-    assert "is missing, though later ones are there" in trainyard("show", run.name).out
+    assert "is missing, but later entries exist" in trainyard("show", run.name).stdout
 
 
 def test_stored_text_cannot_inject_terminal_sequences(
@@ -471,8 +487,8 @@ def test_stored_text_cannot_inject_terminal_sequences(
         leave, lambda tree: tree.update(status="failed", error={"type": "x", "message": "\x1b]0;pwned\x07\u202efine"})
     )
     shown = trainyard("show", run.name)
-    assert "pwned" in shown.out
-    assert not set("\x1b\x07\u202e") & set(shown.out)
+    assert "pwned" in shown.stdout
+    assert not set("\x1b\x07\u202e") & set(shown.stdout)
 
 
 # -------------------------------------------------------------------------------------------------------- job.yaml
@@ -506,7 +522,7 @@ HOSTILE_JOBS: dict[str, str | bytes] = {
 @pytest.mark.parametrize(
     "kind", quick_and_slow(HOSTILE_JOBS, "python", "laughs in args", "wide", "no UTF-8", "a huge number")
 )
-def test_stored_jobs(
+def test_hostile_stored_jobs_are_rejected(
     trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, canary: Path, kind: str
 ) -> None:
     run = copy_run("finished")
@@ -518,8 +534,8 @@ def test_stored_jobs(
         replace_job(
             run, text.replace("{canary}", str(canary)).replace("{{", "{").replace("}}", "}"), {"identity": "another"}
         )
-    said = check_commands(trainyard, example_runs, run)
-    assert said.keys() >= {"evaluate", "predict", "resume"}
+    messages = check_commands(trainyard, example_runs, run)
+    assert messages.keys() >= {"evaluate", "predict", "resume"}
 
 
 IMPORTING_JOBS: dict[str, ChangeTree] = {
@@ -538,23 +554,23 @@ def test_modules_named_by_a_stored_job_are_not_imported(
 ) -> None:
     run = copy_run("finished")
     code = f"import os\nos.mkdir({str(canary)!r})\ndef run(**args): pass\ndef gauge(*args): pass\n"
-    (run.parent.parent / "hostile.py").write_text(code)  # even where it can be found
+    (run.parent.parent / "hostile.py").write_text(code)  # even if it can be imported
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("hostile.py", code)
     (run / "code.zip").write_bytes(buffer.getvalue())
     rewrite_job(run, IMPORTING_JOBS[kind])
-    said = check_commands(trainyard, example_runs, run)
-    assert "--trust" in said["evaluate"]
+    messages = check_commands(trainyard, example_runs, run)
+    assert "--trust" in messages["evaluate"]
     assert "hostile" not in sys.modules
     if kind in ("model", "Popen"):
-        assert "--trust" in said["predict"]
+        assert "--trust" in messages["predict"]
 
 
 def test_stored_code_folder_is_not_imported_from(
     trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun
 ) -> None:
-    """Else any module that a library looks for in vain could be put there."""
+    """Otherwise it could provide any module that a library tries to import."""
     run = copy_run("finished")
     rewrite_job(run, lambda tree: tree.update(code=str(run)))
     before = list(sys.path)
@@ -580,8 +596,8 @@ def test_stored_job_reads_data_only_by_plain_file_systems(
 ) -> None:
     run = copy_run("finished")
     rewrite_job(run, lambda tree: tree["data"].update(source="parquet", url=url, label="y"))
-    said = check_commands(trainyard, example_runs, run, "evaluate")
-    assert "--trust" in said["evaluate"]
+    messages = check_commands(trainyard, example_runs, run, "evaluate")
+    assert "--trust" in messages["evaluate"]
 
 
 @pytest.mark.parametrize(
@@ -635,7 +651,9 @@ HOSTILE_PREPROCESSING: dict[str, ChangeTree] = {
 
 
 @pytest.mark.parametrize("kind", quick_and_slow(HOSTILE_PREPROCESSING, "huge", "means", "codes"))
-def test_preprocessing(trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, kind: str) -> None:
+def test_hostile_preprocessing_is_ignored_or_rejected(
+    trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, kind: str
+) -> None:
     run = copy_run("finished")
     tree = json.loads(next(folder / "preprocess.json" for folder in checkpoints(run)).read_text())
     HOSTILE_PREPROCESSING[kind](tree)
@@ -646,7 +664,7 @@ def test_preprocessing(trainyard: RunCommand, example_runs: ExampleRuns, copy_ru
 
 
 def test_undamaged_run_is_read(trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun) -> None:
-    """The other tests mean something: without damage these commands work (but for predict, which has no table)."""
+    """The other tests are meaningful: on an undamaged run these commands succeed (except predict, without a table)."""
     run = copy_run("interrupted")
     assert check_commands(trainyard, example_runs, run).keys() == {"predict"}
     assert load(str(run)).predict(np.zeros((3, 2))).shape == (3,)

@@ -1,4 +1,4 @@
-"""A cluster that `train` starts on this machine listens on loopback alone, and outlives the terminal that is closed."""
+"""A cluster that `train` starts on this machine listens on loopback only, and survives a closed terminal."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from pipeline.config import ScalingConfig
 from tests.security.listening_sockets import listening_addresses, process_tree
 
 with ray_connection(None, ScalingConfig(workers=1), lambda event: None, verbose=False) as ray:
-    found = {pid: sorted(listening_addresses(pid)) for pid in process_tree(os.getpid())}
-    heard = []
-    signal.signal(signal.SIGHUP, lambda number, frame: heard.append(number))
-    os.killpg(0, signal.SIGHUP)  # as a terminal that is closed
+    listening = {pid: sorted(listening_addresses(pid)) for pid in process_tree(os.getpid())}
+    received = []
+    signal.signal(signal.SIGHUP, lambda number, frame: received.append(number))
+    os.killpg(0, signal.SIGHUP)  # as when a terminal is closed
     square = ray.remote(num_cpus=1, max_retries=0)(lambda x: x * x)
-    print(json.dumps({"listening": found, "heard": heard, "square": ray.get(square.remote(7), timeout=120)}))
+    print(json.dumps({"listening": listening, "received": received, "square": ray.get(square.remote(7), timeout=120)}))
 """
 
 
 @pytest.fixture(scope="module")
 def cluster_facts() -> Any:
-    """What such a cluster's driver, in a session of its own, says of it."""
+    """The output of a driver that starts such a cluster, in its own session."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     ran = subprocess.run(
         [sys.executable, "-c", DRIVER_SCRIPT],
@@ -46,9 +46,9 @@ def cluster_facts() -> Any:
 
 def test_local_cluster_servers_listen_on_loopback(cluster_facts: Any) -> None:
     by_pid = {pid: addresses for pid, addresses in cluster_facts["listening"].items() if addresses}
-    assert len(by_pid) > 3, "these are not the processes of a cluster"
+    assert len(by_pid) > 3, "too few processes for a cluster"
     assert {address for addresses in by_pid.values() for address in addresses} == {"127.0.0.1"}
 
 
 def test_closed_terminal_does_not_end_cluster_processes(cluster_facts: Any) -> None:
-    assert (len(cluster_facts["heard"]), cluster_facts["square"]) == (1, 49)
+    assert (len(cluster_facts["received"]), cluster_facts["square"]) == (1, 49)

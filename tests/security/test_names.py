@@ -1,4 +1,4 @@
-"""No name leads out of storage: not one that a person gives, nor one that stands in a document, nor a link."""
+"""No name leads out of storage: neither one that a user gives, nor one in a stored document, nor a link."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def test_path_stays_in_its_folder_or_is_rejected(tmp_path: Path, path: str) -> N
     with suppress(InputError):
         Storage.open(str(inside)).replace(path, b"x")
     assert not outside.exists()
-    assert {one.name for one in tmp_path.iterdir()} <= {"in"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"in"}
 
 
 @settings(deadline=None)
 @given(hostile_names, st.sampled_from(["checkpoint", "kept", "best"]))
-def test_names_in_a_journal(name: str, where: str) -> None:
+def test_names_in_a_commit_are_valid_or_rejected(name: str, where: str) -> None:
     best = {"metric": "val/loss", "step": 1, "value": 1.0, "checkpoint": name if where == "best" else "step-1"}
     tree = {
         "kind": "commit",
@@ -88,23 +88,23 @@ def test_names_in_a_journal(name: str, where: str) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(hostile_names)
-def test_hostile_lock_paths_in_a_claim(tmp_path: Path, path: str) -> None:
-    """A claim names the lock file of its process; another file of that machine is neither opened nor deleted."""
+def test_hostile_lock_path_in_a_claim_is_ignored(tmp_path: Path, path: str) -> None:
+    """A claim names the lock file of its process. No other file is opened or deleted."""
     from pipeline.runs.lease.process_lock import read_boot_id
 
-    own_lock = tmp_path / "own"
-    own_lock.write_text("mine")
-    for lock in (path, str(own_lock), f"{tmp_path}/{path}", f"{tmp_path}/trainyard-ab.lock/../own"):
+    other_file = tmp_path / "other"
+    other_file.write_text("mine")
+    for lock in (path, str(other_file), f"{tmp_path}/{path}", f"{tmp_path}/trainyard-ab.lock/../other"):
         claim = Claim(
             number=1, nonce="a", time="2026-11-21T08:00:00+00:00", attempt=1, boot=read_boot_id(), lock=lock, facts={}
         )
         assert is_held(claim) is None
         delete_stale_lock(claim)
-    assert own_lock.read_text() == "mine"
+    assert other_file.read_text() == "mine"
 
 
 def test_lock_that_is_a_pipe_does_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.runs.lease import process_lock as lock
+    from pipeline.runs.lease import process_lock
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     os.mkfifo(tmp_path / "trainyard-ab.lock")
@@ -113,18 +113,20 @@ def test_lock_that_is_a_pipe_does_not_hang(tmp_path: Path, monkeypatch: pytest.M
         nonce="a",
         time="",
         attempt=1,
-        boot=lock.read_boot_id(),
+        boot=process_lock.read_boot_id(),
         lock=f"{tmp_path}/trainyard-ab.lock",
         facts={},
     )
     assert is_held(claim) is not True
 
 
-def test_names_on_the_command_line(trainyard: RunCommand, example_runs: ExampleRuns, tmp_path: Path) -> None:
+def test_hostile_names_on_the_command_line_are_rejected(
+    trainyard: RunCommand, example_runs: ExampleRuns, tmp_path: Path
+) -> None:
     for name in ("../x", "/x", "a/b", "%2e%2e", "x\u202e", "models", ".x", "a..b", "x" * 200):
-        ended = trainyard("train", str(example_runs.job), "--storage", "runs", "--name", name)
-        assert (ended.code, ended.err.count("error:")) == (2, 1), name
-        assert "--name" in ended.err
+        result = trainyard("train", str(example_runs.job), "--storage", "runs", "--name", name)
+        assert (result.exit_code, result.stderr.count("error:")) == (2, 1), name
+        assert "--name" in result.stderr
     assert not (tmp_path / "runs").exists()
     with pytest.raises(InputError):
         open_run("..", str(tmp_path))
@@ -139,7 +141,7 @@ def test_names_on_the_command_line(trainyard: RunCommand, example_runs: ExampleR
 def test_symlinks_in_storage_are_not_followed(
     trainyard: RunCommand, example_runs: ExampleRuns, copy_run: CopyRun, tmp_path: Path, link: str
 ) -> None:
-    """Such as `.tmp`, in which a resume deletes all that it finds."""
+    """Such as `.tmp`, all of whose files a resume deletes."""
     run = copy_run("interrupted")
     home = tmp_path / "home"
     home.mkdir()
@@ -149,12 +151,12 @@ def test_symlinks_in_storage_are_not_followed(
     if path.exists():
         path.rename(tmp_path / "moved")
     path.symlink_to(target)
-    ended = trainyard("train", str(example_runs.job), "--storage", "runs")
-    assert ended.code == 2, ended.err
-    assert "symbolic link" in ended.err
-    assert sorted(one.name for one in home.iterdir()) == ["manifest.json", "thesis.txt"]
+    result = trainyard("train", str(example_runs.job), "--storage", "runs")
+    assert result.exit_code == 2, result.stderr
+    assert "symbolic link" in result.stderr
+    assert sorted(path.name for path in home.iterdir()) == ["manifest.json", "thesis.txt"]
     assert (home / "thesis.txt").read_text() == "mine"
-    assert trainyard("runs").code == 0
+    assert trainyard("runs").exit_code == 0
 
 
 def test_symlinked_checkpoint_target_is_not_deleted(
@@ -165,8 +167,8 @@ def test_symlinked_checkpoint_target_is_not_deleted(
     home.mkdir()
     (home / "manifest.json").write_text("mine")
     (run / "checkpoints" / "step-000000001-a0001").symlink_to(home)
-    ended = trainyard("train", str(example_runs.job), "--storage", "runs")
-    assert "symbolic link" in ended.err
+    result = trainyard("train", str(example_runs.job), "--storage", "runs")
+    assert "symbolic link" in result.stderr
     assert (home / "manifest.json").read_text() == "mine"
 
 
@@ -174,7 +176,7 @@ def test_pipe_in_storage_does_not_hang(trainyard: RunCommand, copy_run: CopyRun)
     run = copy_run("finished")
     (run / "run.json").unlink()
     os.mkfifo(run / "run.json")
-    assert "not a regular file" in trainyard("show", run.name).err
+    assert "not a regular file" in trainyard("show", run.name).stderr
 
 
 def test_storage_root_may_be_a_symlink(example_runs: ExampleRuns, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Planted secrets are found in nothing that is written or printed."""
+"""Secrets are neither written nor printed. The tests plant secrets and search for them."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ import os
 import numpy as np
 
 def rows(token):
-    assert token == os.environ["HF_TOKEN"], "it is looked up where it is used"
+    assert token == os.environ["HF_TOKEN"], "env: is resolved where it is used"
     if os.environ.get("FAIL") == "source":
-        password, signature = "urlplanted" + "password", "urlplanted" + "signature"  # the code itself is stored
+        password, signature = "urlplanted" + "password", "urlplanted" + "signature"  # the code is stored too
         raise RuntimeError(f"no answer for {token} from s3://key:{password}@host/x?sig={signature}")
-    draw = np.random.default_rng(0)
-    return draw.normal(size=(200, 2)).astype(np.float32), draw.integers(0, 2, 200)
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(200, 2)).astype(np.float32), rng.integers(0, 2, 200)
 
 def gauge(outputs, targets):
     if os.environ.get("FAIL") == "metric":
@@ -73,16 +73,16 @@ def _planted_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def secrets_in(text: str | bytes) -> list[str]:
-    """The planted secrets in a text, as they are, in a URL or in JSON."""
-    words = text.decode(errors="replace") if isinstance(text, bytes) else text
+    """Return the planted secrets that a text contains, plain, quoted for URLs or escaped for JSON."""
+    decoded = text.decode(errors="replace") if isinstance(text, bytes) else text
     forms = {form for value in SECRETS.values() for form in (value, quote(value, safe=""), json.dumps(value)[1:-1])}
     forms |= {"plantedplanted", *URL_SECRETS}
-    return sorted(form for form in forms if form in words)
+    return sorted(form for form in forms if form in decoded)
 
 
-def check_no_secrets(folder: Path, *but: str) -> None:
-    """No file below a folder holds any."""
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in but]
+def check_no_secrets(folder: Path, *excluded: str) -> None:
+    """Check that no file below a folder contains a secret."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in excluded]
     assert files
     for path in files:
         assert not secrets_in(path.read_bytes()), path
@@ -94,15 +94,15 @@ def test_run_does_not_write_secrets(trainyard: RunCommand, tmp_path: Path) -> No
     (tmp_path / "planted_code.py").write_text(USER_MODULE)
     job = write_job(tmp_path, **USER_CODE_JOB)
     trained = trainyard("train", job, "--json", "--verbose")
-    assert trained.code == 0, trained.err
+    assert trained.exit_code == 0, trained.stderr
     shown, evaluated = (
         trainyard("show", trained.json["run"], "--json"),
         trainyard("evaluate", trained.json["run"], "--trust"),
     )
     assert "env:HF_TOKEN" in (Path(trained.json["url"]) / "job.yaml").read_text()
-    for ended in (trained, shown, evaluated):
-        assert ended.code == 0, ended.err
-        assert not secrets_in(ended.out + ended.err)
+    for result in (trained, shown, evaluated):
+        assert result.exit_code == 0, result.stderr
+        assert not secrets_in(result.stdout + result.stderr)
     check_no_secrets(tmp_path, "planted_code.py")
 
 
@@ -119,22 +119,22 @@ def test_user_code_errors_are_redacted(
     where, flag = case.split()
     monkeypatch.setenv("FAIL", where)
     sys.modules.pop("planted_code", None)
-    ended = trainyard("train", write_job(tmp_path, **USER_CODE_JOB), flag)
-    assert ended.code in (1, 2), ended.err
-    assert "***" in ended.err
-    assert not secrets_in(ended.out + ended.err)
+    result = trainyard("train", write_job(tmp_path, **USER_CODE_JOB), flag)
+    assert result.exit_code in (1, 2), result.stderr
+    assert "***" in result.stderr
+    assert not secrets_in(result.stdout + result.stderr)
     check_no_secrets(tmp_path, "planted_code.py")
     runs = trainyard("runs", "--json")
-    assert not secrets_in(runs.out + runs.err)
+    assert not secrets_in(runs.stdout + runs.stderr)
 
 
 @pytest.fixture
 def table_url(tmp_path: Path) -> Iterator[str]:
-    """A table behind a URL with a password and a signature."""
+    """The URL, with a password and a signature, of a table on a local server."""
     folder = tmp_path / "served"
     folder.mkdir()
-    draw = np.random.default_rng(0)
-    pq.write_table(pa.table({"x": draw.normal(size=100), "y": draw.integers(0, 2, 100)}), folder / "t.parquet")
+    rng = np.random.default_rng(0)
+    pq.write_table(pa.table({"x": rng.normal(size=100), "y": rng.integers(0, 2, 100)}), folder / "t.parquet")
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -147,23 +147,23 @@ def table_url(tmp_path: Path) -> Iterator[str]:
     server.server_close()
 
 
-def test_data_behind_a_secret_url(
+def test_data_url_with_a_secret_is_read_and_not_written(
     trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table_url: str
 ) -> None:
     data = {"source": "parquet", "url": "env:DATA_PLACE", "label": "y", "splits": {"val": 0.2}}
     job = write_job(tmp_path, data=data, task={"kind": "binary"})
-    ended = trainyard("train", job)
-    assert (ended.code, "DATA_PLACE" in ended.err) == (2, True), "it is not there yet"
+    result = trainyard("train", job)
+    assert (result.exit_code, "DATA_PLACE" in result.stderr) == (2, True), "the variable is not set yet"
     monkeypatch.setenv("DATA_PLACE", table_url)
     trained = trainyard("train", job, "--json")
-    assert trained.code == 0, trained.err
+    assert trained.exit_code == 0, trained.stderr
     evaluated = trainyard("evaluate", trained.json["run"])
-    assert evaluated.code == 0, evaluated.err
+    assert evaluated.exit_code == 0, evaluated.stderr
     monkeypatch.setenv("DATA_PLACE", table_url.replace("t.parquet", "none.parquet"))
     missing = trainyard("evaluate", trained.json["run"], "--verbose")
-    assert missing.code == 2
+    assert missing.exit_code == 2
     for completed in (trained, evaluated, missing):
-        assert not secrets_in(completed.out + completed.err)
+        assert not secrets_in(completed.stdout + completed.stderr)
     check_no_secrets(tmp_path)
 
 
@@ -202,32 +202,32 @@ def test_job_with_a_secret_is_rejected_before_writing(
     monkeypatch.setenv("PLACE", f"s3://key:{URL_SECRETS[0]}@bucket/runs")
     monkeypatch.setenv("AZURE_STORAGE_KEY", URL_SECRETS[0])
     job = write_job(tmp_path, **change)
-    for words in (["train", job, "--json"], ["check", job]):
-        ended = trainyard(*words)
-        assert (ended.code, ended.err.count("error:")) == (2, 1), ended.err
-        assert "env:" in ended.err
-        assert not secrets_in(ended.out + ended.err)
+    for arguments in (["train", job, "--json"], ["check", job]):
+        result = trainyard(*arguments)
+        assert (result.exit_code, result.stderr.count("error:")) == (2, 1), result.stderr
+        assert "env:" in result.stderr
+        assert not secrets_in(result.stdout + result.stderr)
     assert {path.name for path in tmp_path.iterdir()} == {"small.yaml"}
 
 
 def test_overrides_and_python_jobs_with_secrets_are_rejected(trainyard: RunCommand, tmp_path: Path) -> None:
     url = f"s3://key:{URL_SECRETS[0]}@bucket/x"
-    ended = trainyard("train", write_job(tmp_path), "--set", f"storage={url}")
-    assert ended.code == 2
-    assert not secrets_in(ended.out + ended.err)
-    for word in (
+    result = trainyard("train", write_job(tmp_path), "--set", f"storage={url}")
+    assert result.exit_code == 2
+    assert not secrets_in(result.stdout + result.stderr)
+    for override in (
         f"model.args.token=[{URL_SECRETS[0]}",
         f"model={{kind: 'm:N', args: {{user_pass: {URL_SECRETS[0]}}}}}",
     ):
-        ended = trainyard("train", write_job(tmp_path), "--set", word)
-        assert (ended.code, secrets_in(ended.err)) == (2, []), ended.err
+        result = trainyard("train", write_job(tmp_path), "--set", override)
+        assert (result.exit_code, secrets_in(result.stderr)) == (2, []), result.stderr
     (tmp_path / "below.yaml").write_text(
         f"data: {{source: parquet, label: y, url: 'https://{URL_SECRETS[0]}@h/t.parquet'}}"
     )
     (tmp_path / "above.yaml").write_text("base: below.yaml\nname: above")
-    ended = trainyard("check", "above.yaml", "--json")
-    assert (ended.code, secrets_in(ended.out + ended.err)) == (2, [])
-    assert "data.url: holds a secret" in ended.json["error"]["message"]
+    result = trainyard("check", "above.yaml", "--json")
+    assert (result.exit_code, secrets_in(result.stdout + result.stderr)) == (2, [])
+    assert "data.url: holds a secret" in result.json["error"]["message"]
     with pytest.raises(JobError, match="storage: holds a secret") as caught:
         train(build_job({"name": "x", "storage": url}, "test"))
     assert not secrets_in(str(caught.value))
@@ -240,13 +240,13 @@ def test_storage_url_password_is_used_and_never_shown(
 
     monkeypatch.setenv("RUNS", f"memory://me:{URL_SECRETS[0]}@host/runs")
     trained = trainyard("train", write_job(tmp_path, storage="env:RUNS"), "--json")
-    assert trained.code == 0, trained.err
+    assert trained.exit_code == 0, trained.stderr
     assert trained.json["url"].startswith("memory://me:***@host/runs/small-")
     monkeypatch.setenv("TRAINYARD_STORAGE", "env:RUNS")
     shown = trainyard("show", trained.json["run"])
-    assert shown.code == 0, shown.err
+    assert shown.exit_code == 0, shown.stderr
     for completed in (trained, shown):
-        assert not secrets_in(completed.out + completed.err)
+        assert not secrets_in(completed.stdout + completed.stderr)
     store = fsspec.filesystem("memory").store
     files = {name: file.getvalue() for name, file in store.items() if "me:" in name}
     assert len(files) > 10
@@ -261,16 +261,16 @@ def test_storage_url_password_is_used_and_never_shown(
     st.text(max_size=9),
     st.sampled_from([str, lambda text: quote(text, safe=""), lambda text: json.dumps(text)[1:-1]]),
 )
-def test_redaction(secret: str, around: str, form: object) -> None:
+def test_secret_values_are_redacted_in_each_form(secret: str, surrounding: str, form: object) -> None:
     assert callable(form)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MY_API_KEY", secret)
-        shown = redact(f"{around} {form(secret)} {around}")
-        assert form(secret) not in shown.replace("***", "") or form(secret) in around + " " + around
+        shown = redact(f"{surrounding} {form(secret)} {surrounding}")
+        assert form(secret) not in shown.replace("***", "") or form(secret) in surrounding + " " + surrounding
 
 
 RANDOM_SECRET = "9f86d081884c7d659a2feaa0c55ad015"
-"""As a service would draw a key."""
+"""Formatted like the generated key of a service."""
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ RANDOM_SECRET = "9f86d081884c7d659a2feaa0c55ad015"
         "secret=env:NAME",
     ],
 )
-def test_text_without_a_secret(text: str) -> None:
+def test_ordinary_text_has_no_secret(text: str) -> None:
     assert not has_secret(text)
 
 
@@ -345,7 +345,7 @@ def test_text_with_a_secret_is_neither_stored_nor_shown(text: str, secret: str) 
 
 @pytest.mark.parametrize("piece", ["a", "a-", "A1b2", "x=1&", "?a", "password", "sk-", "eyJ"])
 def test_redaction_time_is_linear(piece: str) -> None:
-    """What takes the square of its length would take minutes here."""
+    """An algorithm with quadratic time would take minutes."""
     assert not has_secret(piece * (100_000 // len(piece)))
     assert redact(piece * (100_000 // len(piece)))
 
@@ -365,20 +365,20 @@ HARMLESS_NAMES = """
 
 
 def test_secret_names_and_lookalikes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redaction, "_registered_names", set())  # what other tests said to be secret
+    monkeypatch.setattr(redaction, "_registered_names", set())  # without the names that other tests registered
     assert [name for name in SECRET_NAMES.split() if not is_secret_name(name)] == []
     assert [name for name in HARMLESS_NAMES.split() if is_secret_name(name)] == []
 
 
 def field_names(kind: type[BaseModel]) -> set[str]:
-    """Names of all fields of the job file."""
-    names, waiting, seen = set[str](), [kind], set[type[BaseModel]]()
-    while waiting:
-        model_type = waiting.pop()
+    """Return the names of all fields of the job file."""
+    names, pending, seen = set[str](), [kind], set[type[BaseModel]]()
+    while pending:
+        model_type = pending.pop()
         seen.add(model_type)
         for name, field in model_type.model_fields.items():
             names.add(field.alias or name)
-            waiting += [inner for inner in _find_models(field.annotation) if inner not in seen]
+            pending += [inner for inner in _find_models(field.annotation) if inner not in seen]
     return names
 
 
@@ -411,9 +411,9 @@ def test_secret_named_variable_is_not_substituted_and_the_fix_is_named(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("where", ["", "metric"])
-def test_ray_workers_logs_and_command_lines(tmp_path: Path, where: str) -> None:
+def test_ray_workers_logs_and_command_lines_have_no_secrets(tmp_path: Path, where: str) -> None:
     (tmp_path / "planted_code.py").write_text(USER_MODULE)
-    ray_files = Path(tempfile.mkdtemp(prefix="ty", dir="/tmp"))  # sockets lie there: their paths must be short
+    ray_files = Path(tempfile.mkdtemp(prefix="ty", dir="/tmp"))  # it holds sockets, whose paths must be short
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "RAY_TMPDIR": str(ray_files), "FAIL": where}
     seen: set[str] = set()
     try:

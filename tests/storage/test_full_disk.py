@@ -18,7 +18,7 @@ from pipeline.runs.journal.entries import Commit
 from pipeline.runs.lease.attempt import acquire_lease
 from pipeline.runs.run import Run
 from pipeline.storage import Storage
-from tests.runs.parts import create_run, make_block, make_snapshot, read_entries
+from tests.runs.factories import create_run, make_block, make_snapshot, read_entries
 
 DISK_BYTES = 1_000_000
 

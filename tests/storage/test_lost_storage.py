@@ -76,7 +76,7 @@ def test_training_resumes_from_a_local_checkpoint_after_an_outage(
     events: list[Event] = []
     assert train("job.yaml", storage=url, on_event=events.append).status == "finished"
     assert [event.step for event in events if isinstance(event, TrainingStarted)] == [saved]
-    assert any(f"going on from step {saved}" in str(event) for event in events)
+    assert any(f"resuming from step {saved}" in str(event) for event in events)
     assert not local_folder.exists()
     run = find_run(folder / "runs")
     check_checkpoints(run)

@@ -1,4 +1,4 @@
-"""The process that follows a run while it is driven: it ends with its driver, and is never more than a warning."""
+"""The process that sends a run's metrics beside its driver: it ends with the driver, and its failure is a warning."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ import time
 from pipeline.trackers.sidecar import TrackerSidecar
 from pipeline.runs.run import open_run
 
-with TrackerSidecar(open_run(sys.argv[1], ""), ["tensorboard"], print) as followers:
-    followers.start()
-    print(followers._process.pid, flush=True)
+with TrackerSidecar(open_run(sys.argv[1], ""), ["tensorboard"], print) as sidecar:
+    sidecar.start()
+    print(sidecar._process.pid, flush=True)
     time.sleep(600)
 """
 
 
 def test_no_trackers_start_no_process(tmp_path: Path) -> None:
     trained = TrainedRun(str(tmp_path))
-    with TrackerSidecar(trained.run, [], print) as followers:
-        followers.start()
-        assert followers._process is None
+    with TrackerSidecar(trained.run, [], print) as sidecar:
+        sidecar.start()
+        assert sidecar._process is None
     trained.close()
 
 
 def test_failed_tracker_is_one_warning(tmp_path: Path) -> None:
-    trained, seen = TrainedRun(str(tmp_path)), list[Event]()
-    with TrackerSidecar(trained.run, ["tensorboard"], seen.append) as followers:
-        followers.start()
-        assert followers._process is not None
-        followers._process.kill()
+    trained, events = TrainedRun(str(tmp_path)), list[Event]()
+    with TrackerSidecar(trained.run, ["tensorboard"], events.append) as sidecar:
+        sidecar.start()
+        assert sidecar._process is not None
+        sidecar._process.kill()
     trained.close()
-    (warning,) = seen
+    (warning,) = events
     assert isinstance(warning, WarningMessage)
     assert "tensorboard: ended with exit code -9" in warning.text
     assert "`trainyard follow run`" in warning.text
 
 
-def test_tracker_exits_after_a_killed_driver(tmp_path: Path) -> None:
+def test_sidecar_exits_after_its_driver_is_killed(tmp_path: Path) -> None:
     trained = TrainedRun(str(tmp_path)).commit_at(50)
     driver = subprocess.Popen([sys.executable, "-c", DRIVER_SCRIPT, trained.run.url], stdout=subprocess.PIPE, text=True)
     assert driver.stdout is not None
@@ -55,7 +55,7 @@ def test_tracker_exits_after_a_killed_driver(tmp_path: Path) -> None:
     assert is_alive(pid)
     driver.send_signal(signal.SIGKILL)
     driver.communicate()
-    wait_for(lambda: not is_alive(pid), 60, "the follower's end")
+    wait_for(lambda: not is_alive(pid), 60, "the end of the sidecar process")
     trained.close()
 
 

@@ -1,4 +1,4 @@
-"""TensorBoard's own reader sees each value of the metric log once, on any storage, during the run and after it."""
+"""TensorBoard's reader finds each value of the metric log once, on any storage, during the run and after it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from pipeline.trackers.metric_reader import MetricRow
 from pipeline.trackers.tensorboard import TensorBoardTracker, encode_events
 from tests.trackers.tracked_runs import TrainedRun
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # tensorboard's own
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of tensorboard
 
 
 def read_scalars(run: Storage, split: str, copy: Path) -> dict[str, list[Any]]:
-    """Steps and values of each tag, by TensorBoard's own accumulator."""
+    """Read steps and values of each tag with TensorBoard's accumulator."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = copy / split
     folder.mkdir(parents=True, exist_ok=True)
     for name in run.list(f"tensorboard/{split}"):
         (folder / name).write_bytes(run.read(f"tensorboard/{split}/{name}"))
-    shown = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    shown.Reload()
-    return {tag: [(one.step, one.value) for one in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]}
+    reader = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    reader.Reload()
+    return {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -39,8 +39,8 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def test_each_value_is_written_once_during_and_after_the_run(url: str, tmp_path: Path) -> None:
     trained = TrainedRun(url).commit_at(250)
-    written = follow("run", to=["tensorboard"], storage=url, once=True)
-    assert (written.status, written.segments) == ("running", {"tensorboard": 2})
+    result = follow("run", to=["tensorboard"], storage=url, once=True)
+    assert (result.status, result.segments) == ("running", {"tensorboard": 2})
     steps = read_scalars(trained.run.storage, "steps", tmp_path / "1")
     assert steps["loss"] == [(step, pytest.approx(1 / step)) for step in range(1, 201)]
     assert steps["accuracy"] == [(step, 0.5) for step in range(1, 201)]
@@ -66,7 +66,7 @@ def test_each_value_is_written_once_during_and_after_the_run(url: str, tmp_path:
         assert trained.run.storage.read(f"tensorboard/steps/{name}") == data
 
 
-def test_truncated_segment_is_rewritten_with_the_same_bytes(tmp_path: Path) -> None:
+def test_missing_event_files_are_rewritten_with_the_same_bytes(tmp_path: Path) -> None:
     trained = TrainedRun(str(tmp_path)).commit_at(250, end=True)
     storage = trained.run.storage
     follow(trained.run.url, to=["tensorboard"])
@@ -81,7 +81,7 @@ def test_truncated_segment_is_rewritten_with_the_same_bytes(tmp_path: Path) -> N
 
 
 class TensorBoardReader:
-    """TensorBoard's two ways to read a folder in Python, which read on whenever they are asked."""
+    """TensorBoard's two readers of a folder in Python, which read incrementally at each reload."""
 
     def __init__(self, folder: Path) -> None:
         from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
@@ -92,14 +92,14 @@ class TensorBoardReader:
         self._tensors = PluginMultiplexer(tensor_size_guidance={"scalars": 0, "tensors": 0})
 
     def steps(self) -> dict[str, list[int]]:
-        """Steps of the loss, by TensorBoard's run."""
+        """Return the steps of the loss by TensorBoard run."""
         for runs in (self._scalars, self._tensors):
             runs.AddRunsFromDirectory(str(self._folder))
             runs.Reload()
-        found = {run: [one.step for one in self._scalars.Scalars(run, "loss")] for run in self._scalars.Runs()}
-        tensors = {run: [one.step for one in self._tensors.Tensors(run, "loss")] for run in self._tensors.Runs()}
-        assert found == tensors
-        return found
+        scalars = {run: [event.step for event in self._scalars.Scalars(run, "loss")] for run in self._scalars.Runs()}
+        tensors = {run: [event.step for event in self._tensors.Tensors(run, "loss")] for run in self._tensors.Runs()}
+        assert scalars == tensors
+        return scalars
 
 
 def test_live_rows_are_separate_runs_until_their_segment_exists(
@@ -109,31 +109,31 @@ def test_live_rows_are_separate_runs_until_their_segment_exists(
     monkeypatch.setattr(tensorboard, "LIVE_INTERVAL_DIVISOR", 1e9)
     trained = TrainedRun(str(tmp_path)).train_to(40)
     log = MetricLogReader(trained.run)
-    watching, follower = TensorBoardReader(tmp_path / "run/tensorboard"), TensorBoardTracker(log)
-    assert follower.catch_up(log, log.read_view("running")) == 0
-    assert watching.steps() == {"live-000000/steps": list(range(1, 41)), "live-000000/val": [0, 40]}
+    reader, tracker = TensorBoardReader(tmp_path / "run/tensorboard"), TensorBoardTracker(log)
+    assert tracker.catch_up(log, log.read_view("running")) == 0
+    assert reader.steps() == {"live-000000/steps": list(range(1, 41)), "live-000000/val": [0, 40]}
     trained.train_to(70)
-    follower.catch_up(log, log.read_view("running"))
-    follower.catch_up(log, log.read_view("running"))
-    assert watching.steps() == {"live-000000/steps": list(range(1, 71)), "live-000000/val": [0, 40, 70]}
+    tracker.catch_up(log, log.read_view("running"))
+    tracker.catch_up(log, log.read_view("running"))
+    assert reader.steps() == {"live-000000/steps": list(range(1, 71)), "live-000000/val": [0, 40, 70]}
     trained.commit_at(150).train_to(180)
-    assert follower.catch_up(log, log.read_view("running")) == 1
+    assert tracker.catch_up(log, log.read_view("running")) == 1
     exact = {"steps": list(range(1, 101)), "val": [0, 40, 70]}
-    assert watching.steps() == {
+    assert reader.steps() == {
         **exact,
         "live-000001/steps": list(range(101, 181)),
         "live-000001/val": [150, 180],
     }
     again = trained.resume()
-    follower.catch_up(log, log.read_view("running"))
-    assert watching.steps() == {**exact, "live-000001/steps": list(range(101, 151)), "live-000001/val": [150]}
+    tracker.catch_up(log, log.read_view("running"))
+    assert reader.steps() == {**exact, "live-000001/steps": list(range(101, 151)), "live-000001/val": [150]}
     again.train_to(160)
-    follower = TensorBoardTracker(log)  # as after a kill of the follower
-    follower.catch_up(log, log.read_view("running"))
-    assert watching.steps() == {**exact, "live-000001/steps": list(range(101, 161)), "live-000001/val": [150, 160]}
+    tracker = TensorBoardTracker(log)  # as after a kill of the tracker
+    tracker.catch_up(log, log.read_view("running"))
+    assert reader.steps() == {**exact, "live-000001/steps": list(range(101, 161)), "live-000001/val": [150, 160]}
     again.commit_at(180, end=True)
-    assert follower.catch_up(log, log.read_view("finished")) == 1
-    assert watching.steps() == {"steps": list(range(1, 181)), "val": [0, 40, 70, 150, 160, 180]}
+    assert tracker.catch_up(log, log.read_view("finished")) == 1
+    assert reader.steps() == {"steps": list(range(1, 181)), "val": [0, 40, 70, 150, 160, 180]}
 
 
 def test_many_live_rows_are_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,15 +142,17 @@ def test_many_live_rows_are_few_files(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("pipeline.trackers.tensorboard.monotonic", lambda: clock[0])
     trained = TrainedRun(str(tmp_path)).train_to(1)
     log = MetricLogReader(trained.run)
-    follower = TensorBoardTracker(log)
+    tracker = TensorBoardTracker(log)
     for step in range(2, 40):
-        follower.catch_up(log, log.read_view("running"))
+        tracker.catch_up(log, log.read_view("running"))
         clock[0] += 1000.0 if step == 20 else 5.0
         trained.train_to(step)
     files = trained.run.storage.list("tensorboard/live-000000/steps")
     assert 20 <= len(files) < 35
-    follower.catch_up(log, log.read_view("interrupted"))
-    assert len(trained.run.storage.list("tensorboard/live-000000/steps")) == len(files) + 1, "the last rows at once"
+    tracker.catch_up(log, log.read_view("interrupted"))
+    assert len(trained.run.storage.list("tensorboard/live-000000/steps")) == len(files) + 1, (
+        "the last rows are written at once"
+    )
     trained.close()
 
 
@@ -164,8 +166,10 @@ def test_event_file_round_trip(tmp_path_factory: pytest.TempPathFactory, values:
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
     path = tmp_path_factory.mktemp("events") / "events.out.tfevents.000000"
-    path.write_bytes(encode_events(MetricRow("steps", step, 1.5e9 + step, one) for step, one in enumerate(values, 1)))
-    version, *found = LegacyEventFileLoader(str(path)).Load()
+    path.write_bytes(encode_events(MetricRow("steps", step, 1.5e9 + step, row) for step, row in enumerate(values, 1)))
+    version, *events = LegacyEventFileLoader(str(path)).Load()
     assert version.file_version == "brain.Event:2"
-    assert [(one.step, one.wall_time) for one in found] == [(step, 1.5e9 + step) for step in range(1, len(values) + 1)]
-    assert [{value.tag: value.simple_value for value in one.summary.value} for one in found] == values
+    assert [(event.step, event.wall_time) for event in events] == [
+        (step, 1.5e9 + step) for step in range(1, len(values) + 1)
+    ]
+    assert [{value.tag: value.simple_value for value in event.summary.value} for event in events] == values

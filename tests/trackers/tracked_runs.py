@@ -1,4 +1,4 @@
-"""Runs for followers to tell of, written by the real recorder, and a real MLflow server."""
+"""Runs for the tests of trackers, written by the real run writer, and a real MLflow server."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pipeline.runs.metric_log import live
 from pipeline.runs.metric_log.schema import MetricSchema
 from pipeline.runs.run import Run
 from tests.process_kill.run_assertions import wait_for
-from tests.runs.parts import create_run, make_block, make_evaluation, make_snapshot
+from tests.runs.factories import create_run, make_block, make_evaluation, make_snapshot
 
 
 class TrainedRun:
-    """A run of which so many steps are committed, in cells of 100."""
+    """A run that is written step by step, in segments of 100 steps."""
 
     def __init__(self, url: str) -> None:
         self.run: Run = create_run(url)
@@ -32,10 +32,10 @@ class TrainedRun:
         self._recorder.log_evaluation(make_evaluation(0, loss=0.7))
 
     def commit_at(self, step: int, *, end: bool = False) -> TrainedRun:
-        """Train on, evaluate, commit, and wait until that is durable."""
+        """Log steps up to `step` and an evaluation, commit, and wait until the commit is durable."""
         self._recorder.log_steps(make_block(self.step + 1, step))
         self._recorder.log_evaluation(make_evaluation(step, loss=1 / step))
-        self._recorder.commit(make_snapshot(step, best=step, end=end))
+        self._recorder.commit(make_snapshot(step, best=step, is_final=end))
         self._recorder.finish()
         self.step = step
         if end:
@@ -43,7 +43,7 @@ class TrainedRun:
         return self
 
     def train_to(self, step: int) -> TrainedRun:
-        """Train on without a commit, until the live rows show it. (`often` makes that soon.)"""
+        """Log steps up to `step` and an evaluation without a commit, and wait until they are live rows."""
         self._recorder.log_steps(make_block(self.step + 1, step))
         self._recorder.log_evaluation(make_evaluation(step, loss=1 / step))
         self.step = step
@@ -51,7 +51,7 @@ class TrainedRun:
         return self
 
     def resume(self) -> TrainedRun:
-        """Another attempt, after this one was killed."""
+        """Start another attempt, as after a kill of this one."""
         self.close()
         again = TrainedRun.__new__(TrainedRun)
         again.run = self.run
@@ -62,17 +62,17 @@ class TrainedRun:
         return again
 
     def wait_for_live_rows(self) -> None:
-        """Until the live rows show what this attempt did last."""
+        """Wait until the live rows include the last step of this attempt."""
 
-        def shown() -> bool:
+        def has_last_step() -> bool:
             rows = live.read_live_tables(self.run, MetricSchema())
             last = rows.steps["step"][-1].as_py() if rows is not None and len(rows.steps) else 0
             return rows is not None and (rows.attempt, last) == (self._attempt.number, self.step)
 
-        wait_for(shown, 60, "live rows")
+        wait_for(has_last_step, 60, "live rows")
 
     def close(self) -> None:
-        """Let go of the run."""
+        """Stop writing the run."""
         self._recorder.close()
         self._attempt.close()
 
@@ -85,7 +85,7 @@ def find_free_port() -> int:
 
 @contextmanager
 def start_mlflow_server(folder: Path, port: int) -> Iterator[str]:
-    """MLflow's own server on loopback, with an SQLite file in `folder`; its URL."""
+    """Run MLflow's server on the loopback interface, with an SQLite file in `folder`; yields its URL."""
     url = f"http://127.0.0.1:{port}"
     options = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--default-artifact-root", str(folder)]
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -107,5 +107,5 @@ def start_mlflow_server(folder: Path, port: int) -> Iterator[str]:
                 time.sleep(0.1)
         yield url
     finally:
-        os.killpg(server.pid, 9)  # its workers too: it started a session of its own
+        os.killpg(server.pid, 9)  # its workers too: they are in its session
         server.wait()

@@ -1,4 +1,4 @@
-"""Losses and metrics as users write them, good ones and bad ones."""
+"""Custom losses and metrics, valid and invalid."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ def sum_of_outputs(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
 
 
 def no_gradient(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Finite, with a gradient that is always NaN."""
+    """Return finite losses whose gradient is always NaN."""
     return 1 + torch.sqrt((outputs - outputs.detach()).square()).sum(1)
 
 
 def steep(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Too steep for fp16 at the initial loss scale, and for some scales below it."""
+    """Return losses whose gradient overflows fp16 at the initial loss scale and at some lower ones."""
     return 300 * torch.nn.functional.cross_entropy(outputs, targets, reduction="none")
 
 
 CALLS: list[tuple[np.ndarray, np.ndarray]] = []
+"""Arguments of the calls of `remembers`."""
 
 
 def remembers(outputs: np.ndarray, targets: np.ndarray) -> np.floating[Any]:
@@ -44,11 +45,11 @@ def gives_many(outputs: np.ndarray, targets: np.ndarray) -> Any:
 
 
 def draws(outputs: np.ndarray, targets: np.ndarray) -> float:
-    """Another number at every call."""
+    """Return a random number, another one at every call."""
     return float(np.random.default_rng().random())
 
 
 def order(outputs: np.ndarray, targets: np.ndarray) -> float:
-    """A number that tells every order of the rows from every other."""
+    """Return a number that depends on the order of the samples."""
     rows = np.arange(len(targets))
     return float(sum((rows * values.reshape(len(rows), -1).T).sum() for values in (outputs, targets)))

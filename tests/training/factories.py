@@ -1,4 +1,4 @@
-"""Small trainees and batches to test with, and the same model for a plain reference."""
+"""Small engines and batches for tests, and the same model as a reference."""
 
 from __future__ import annotations
 
@@ -32,36 +32,40 @@ def make_model(job: JobConfig, shape: tuple[int, ...] = SHAPE) -> nn.Module:
 def make_engine(
     job: JobConfig,
     *,
-    way: str | None = None,
+    gradient_backend: str | None = None,
     world_size: int = 1,
     model: nn.Module | None = None,
     counts: list[int] | None = None,
     shape: tuple[int, ...] = SHAPE,
+    device: torch.device = CPU,
 ) -> TrainEngine:
-    dtype = Precision.from_name(job.train.precision, CPU).dtype
+    dtype = Precision.from_name(job.train.precision, device).dtype
     return TrainEngine(
         job,
         model if model is not None else make_model(job, shape),
         build_task(job, NUM_CLASSES, 3, class_counts=counts or ()),
         lambda raw: raw.to(dtype),
-        CPU,
-        gradient_backend=way or select_gradient_backend(job, CPU),
+        device,
+        gradient_backend=gradient_backend or select_gradient_backend(job, device),
         world_size=world_size,
         rng_seed_fn=lambda step: 1000 + step,
     )
 
 
-def make_batch(job: JobConfig, rows: int, *, seed: int = 5, shape: tuple[int, ...] = SHAPE) -> tuple[Tensor, Tensor]:
+def make_batch(
+    job: JobConfig, size: int, *, seed: int = 5, shape: tuple[int, ...] = SHAPE, device: torch.device = CPU
+) -> tuple[Tensor, Tensor]:
+    """Return random inputs (size, *shape) and targets of the task; the same values on every device."""
     generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(rows, *shape, generator=generator)
+    inputs = torch.randn(size, *shape, generator=generator)
     if job.task.kind == "regression":
-        return inputs, torch.randn(rows, 3, generator=generator)
-    classes = 2 if job.task.kind == "binary" else NUM_CLASSES
-    targets = torch.randint(classes, (rows,), generator=generator)
-    return inputs, targets.float() if job.task.kind == "binary" else targets
+        targets = torch.randn(size, 3, generator=generator)
+    else:
+        targets = torch.randint(2 if job.task.kind == "binary" else NUM_CLASSES, (size,), generator=generator)
+    return inputs.to(device), (targets.float() if job.task.kind == "binary" else targets).to(device)
 
 
-def mean_gradient(trainee: TrainEngine, inputs: Tensor, targets: Tensor, step: int = 1) -> Tensor:
-    """The gradient half of a step, divided by the weight: (P,)."""
-    trainee.forward_backward(step, inputs, targets)
-    return trainee.flat.grad / trainee.flat.weight_sum
+def mean_gradient(engine: TrainEngine, inputs: Tensor, targets: Tensor, step: int = 1) -> Tensor:
+    """Return the gradient of the mean loss of a batch, (P,) on the CPU."""
+    engine.forward_backward(step, inputs, targets)
+    return (engine.flat.grad / engine.flat.weight_sum).cpu()

@@ -1,4 +1,4 @@
-"""Every way to run a step gives the gradient and the sums of plain autograd."""
+"""Every gradient backend gives the gradient and the sums of plain autograd. On the CPU and on CUDA."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from pipeline.config import JobConfig
 from pipeline.training.gradient_fns import select_gradient_backend
 from tests.training.factories import CPU, make_batch, make_engine, make_job, make_model, mean_gradient
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation")  # on CUDA
+
 
 def torch_gradient(job: JobConfig, inputs: Tensor, targets: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """The mean loss's gradient (P,) and the mean loss, by torch alone."""
+    """Compute the gradient (P,) of the mean loss, and the mean loss, by plain torch on the CPU."""
     model = make_model(job).to(dtype)
     outputs = model(inputs.to(dtype))
     if job.task.kind == "multiclass":
@@ -35,63 +37,68 @@ def torch_gradient(job: JobConfig, inputs: Tensor, targets: Tensor, dtype: torch
 @pytest.mark.parametrize("hidden", [[], [1], [7], [9, 5], [6, 6, 6, 6]], ids=str)
 @pytest.mark.parametrize("kind", ["multiclass", "binary"])
 def test_manual_mlp_backward_matches_autograd(
-    kind: str, hidden: list[int], precision: str, dtype: torch.dtype | None, tolerance: float
+    kind: str, hidden: list[int], precision: str, dtype: torch.dtype | None, tolerance: float, device: torch.device
 ) -> None:
     job = make_job(model={"hidden": hidden}, task=kind, train={"precision": precision})
-    assert select_gradient_backend(job, CPU) == "written"
+    assert select_gradient_backend(job, device) == "written"
     inputs, targets = make_batch(job, 13)
     expected, loss = torch_gradient(job, inputs, targets, dtype or torch.float32)
-    trainee = make_engine(job)
-    for _ in range(2):  # a second step finds nothing of the first
-        torch.testing.assert_close(mean_gradient(trainee, inputs, targets), expected, rtol=tolerance, atol=tolerance)
-    assert float(trainee.flat.loss_sum / trainee.flat.weight_sum) == pytest.approx(loss, rel=tolerance)
-    assert float(trainee.flat.weight_sum) == float(trainee.flat.num_samples) == 13
-    outputs = trainee.predict_logits(inputs)
-    guesses = outputs.argmax(1) if kind == "multiclass" else outputs[:, 0] > 0
-    assert int(trainee.flat.num_correct) == int((guesses == targets).sum())
+    engine = make_engine(job, device=device)
+    inputs, targets = inputs.to(device), targets.to(device)
+    for _ in range(2):  # the second step must not add to the first
+        torch.testing.assert_close(mean_gradient(engine, inputs, targets), expected, rtol=tolerance, atol=tolerance)
+    assert float(engine.flat.loss_sum / engine.flat.weight_sum) == pytest.approx(loss, rel=tolerance)
+    assert float(engine.flat.weight_sum) == float(engine.flat.num_samples) == 13
+    outputs = engine.predict_logits(inputs)
+    predictions = outputs.argmax(1) if kind == "multiclass" else outputs[:, 0] > 0
+    assert int(engine.flat.num_correct) == int((predictions == targets).sum())
 
 
 @given(
-    rows=st.integers(1, 23),
+    size=st.integers(1, 23),
     micro=st.none() | st.integers(1, 30),
-    way=st.sampled_from(["written", "eager"]),
+    gradient_backend=st.sampled_from(["written", "eager"]),
     kind=st.sampled_from(["multiclass", "binary", "regression"]),
 )
 @settings(deadline=None, max_examples=60)
-def test_micro_batches_add_up_to_the_batch(rows: int, micro: int | None, way: str, kind: str) -> None:
+def test_micro_batches_add_up_to_the_batch(
+    size: int, micro: int | None, gradient_backend: str, kind: str, device: torch.device
+) -> None:
     if kind == "regression":
-        way = "eager"
+        gradient_backend = "eager"
     job = make_job(task=kind, train={"precision": "fp64", "micro_batch": micro})
-    inputs, targets = make_batch(job, rows)
+    inputs, targets = make_batch(job, size)
     expected, loss = torch_gradient(job, inputs, targets, torch.float64)
-    trainee = make_engine(job, way=way)
-    torch.testing.assert_close(mean_gradient(trainee, inputs, targets), expected, rtol=1e-11, atol=1e-13)
-    assert float(trainee.flat.loss_sum / trainee.flat.weight_sum) == pytest.approx(loss, rel=1e-12)
-    assert float(trainee.flat.num_samples) == rows
+    engine = make_engine(job, gradient_backend=gradient_backend, device=device)
+    inputs, targets = inputs.to(device), targets.to(device)
+    torch.testing.assert_close(mean_gradient(engine, inputs, targets), expected, rtol=1e-11, atol=1e-13)
+    assert float(engine.flat.loss_sum / engine.flat.weight_sum) == pytest.approx(loss, rel=1e-12)
+    assert float(engine.flat.num_samples) == size
 
 
-@pytest.mark.parametrize("way", ["written", "eager"])
-def test_empty_rank_slice_adds_nothing(way: str) -> None:
+@pytest.mark.parametrize("gradient_backend", ["written", "eager"])
+def test_empty_rank_slice_adds_nothing(gradient_backend: str, device: torch.device) -> None:
     job = make_job()
-    trainee = make_engine(job, way=way, world_size=2)
-    inputs, targets = make_batch(job, 3)
-    trainee.forward_backward(1, inputs, targets)
-    assert trainee.flat.all_reduce_buffer.any()
-    trainee.forward_backward(2, inputs[:0], targets[:0])
-    assert not trainee.flat.all_reduce_buffer.any()
+    engine = make_engine(job, gradient_backend=gradient_backend, world_size=2, device=device)
+    inputs, targets = make_batch(job, 3, device=device)
+    engine.forward_backward(1, inputs, targets)
+    assert engine.flat.all_reduce_buffer.any()
+    engine.forward_backward(2, inputs[:0], targets[:0])
+    assert not engine.flat.all_reduce_buffer.any()
 
 
-def test_changing_batch_sizes() -> None:
+def test_changing_batch_sizes(device: torch.device) -> None:
     job = make_job(train={"precision": "fp64"})
-    trainee = make_engine(job)
-    for rows in (8, 3, 8, 1, 2, 5, 6, 8, 3):
-        inputs, targets = make_batch(job, rows, seed=rows)
+    engine = make_engine(job, device=device)
+    for size in (8, 3, 8, 1, 2, 5, 6, 8, 3):
+        inputs, targets = make_batch(job, size, seed=size)
         expected, _ = torch_gradient(job, inputs, targets, torch.float64)
-        torch.testing.assert_close(mean_gradient(trainee, inputs, targets), expected, rtol=1e-11, atol=1e-13)
+        gradient = mean_gradient(engine, inputs.to(device), targets.to(device))
+        torch.testing.assert_close(gradient, expected, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize(
-    ("tree", "way"),
+    ("tree", "gradient_backend"),
     [
         ({}, "written"),
         ({"model": {"hidden": "doubling", "layers": 2}}, "written"),
@@ -107,15 +114,15 @@ def test_changing_batch_sizes() -> None:
         ({"train": {"compile": "off"}}, "written"),
     ],
 )
-def test_gradient_backend_depends_on_the_job(tree: dict[str, Any], way: str) -> None:
-    assert select_gradient_backend(make_job(**tree), CPU) == way
+def test_gradient_backend_depends_on_the_job(tree: dict[str, Any], gradient_backend: str) -> None:
+    assert select_gradient_backend(make_job(**tree), CPU) == gradient_backend
 
 
-def test_compiled_gradient_matches_autograd() -> None:
+def test_compiled_gradient_matches_autograd_on_cpu() -> None:
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("torch.compile needs a C++ compiler, and there is none")
     job = make_job(train={"precision": "fp64", "compile": "on"}, model={"hidden": [3]})
-    trainee = make_engine(job)
+    engine = make_engine(job)
     inputs, targets = make_batch(job, 4)
     expected, _ = torch_gradient(job, inputs, targets, torch.float64)
-    torch.testing.assert_close(mean_gradient(trainee, inputs, targets), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(mean_gradient(engine, inputs, targets), expected, rtol=1e-10, atol=1e-12)

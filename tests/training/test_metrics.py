@@ -19,7 +19,7 @@ from pipeline.config.files import build_job
 from pipeline.config.metrics import make_target_names
 from pipeline.context import SingleProcessContext
 from pipeline.errors import JobError, WorkError
-from pipeline.training import metric_accumulator as tally_module
+from pipeline.training import metric_accumulator
 from pipeline.training.metric_accumulator import (
     MAX_GATHERED_VALUES,
     MetricAccumulator,
@@ -33,12 +33,12 @@ from tests.training.factories import make_job
 CPU = torch.device("cpu")
 CUSTOM_METRICS = "tests.training.custom_metrics"
 FLOAT32_TOLERANCE = 1e-6
-"""Losses of single rows are computed in the arithmetic of training, here float32."""
+"""Per-sample losses are computed in the dtype of training, here float32."""
 
 
 class FakeContext(SingleProcessContext):
     def all_reduce(self, vector: torch.Tensor) -> None:
-        raise AssertionError("a world of one has nothing to sum")
+        raise AssertionError("a single rank does not all-reduce")
 
 
 def make_task(kind: str, classes: int = 3, *, metrics: tuple[str, ...] = (), task: Any = None, **options: Any) -> Task:
@@ -47,11 +47,11 @@ def make_task(kind: str, classes: int = 3, *, metrics: tuple[str, ...] = (), tas
 
 
 def evaluate_outputs(task: Task, outputs: np.ndarray, targets: np.ndarray, size: int = 7) -> dict[str, float]:
-    tally = MetricAccumulator(task, CPU)
+    accumulator = MetricAccumulator(task, CPU)
     for first in range(0, len(targets), size):
-        block = slice(first, first + size)
-        tally.update(torch.from_numpy(outputs[block]), torch.from_numpy(targets[block]))
-    return tally.compute(FakeContext())
+        batch = slice(first, first + size)
+        accumulator.update(torch.from_numpy(outputs[batch]), torch.from_numpy(targets[batch]))
+    return accumulator.compute(FakeContext())
 
 
 def approximately(value: float, at_least: float = 1e-9) -> Any:
@@ -60,7 +60,7 @@ def approximately(value: float, at_least: float = 1e-9) -> Any:
 
 @st.composite
 def outputs_and_labels(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
-    """Outputs (N, C) float32, often tied, and labels (N,), of which some classes may have none."""
+    """Draw outputs (N, C) float32, often with ties, labels (N,), in which some classes may not occur, and C."""
     rows, classes, seed = draw(st.integers(1, 40)), draw(st.integers(2, 5)), draw(st.integers(0, 2**32 - 1))
     generator = np.random.default_rng(seed)
     outputs = generator.normal(0, 2, (rows, classes))
@@ -75,45 +75,47 @@ def outputs_and_labels(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
 def test_multiclass_metrics_match_scikit_learn(case: tuple[np.ndarray, np.ndarray, int]) -> None:
     outputs, labels, classes = case
     counts = list(range(classes))
-    found = evaluate_outputs(make_task("multiclass", classes, class_counts=counts), outputs, labels)
-    assert list(found) == [*METRICS["multiclass"], "samples"]
+    metrics = evaluate_outputs(make_task("multiclass", classes, class_counts=counts), outputs, labels)
+    assert list(metrics) == [*METRICS["multiclass"], "samples"]
     exponentials = np.exp(outputs.astype(np.float64) - outputs.max(1, keepdims=True))
-    chances, picks = exponentials / exponentials.sum(1, keepdims=True), outputs.argmax(1)
+    probabilities, predictions = exponentials / exponentials.sum(1, keepdims=True), outputs.argmax(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert found["accuracy"] == approximately(sk.accuracy_score(labels, picks))
-        assert found["correct"] == (labels == picks).sum()
-        assert found["balanced_accuracy"] == approximately(sk.balanced_accuracy_score(labels, picks))
-        assert found["f1"] == approximately(sk.f1_score(labels, picks, average="macro"))
-        assert found["log_loss"] == approximately(
-            sk.log_loss(labels, chances, labels=range(classes)), FLOAT32_TOLERANCE
+        assert metrics["accuracy"] == approximately(sk.accuracy_score(labels, predictions))
+        assert metrics["correct"] == (labels == predictions).sum()
+        assert metrics["balanced_accuracy"] == approximately(sk.balanced_accuracy_score(labels, predictions))
+        assert metrics["f1"] == approximately(sk.f1_score(labels, predictions, average="macro"))
+        assert metrics["log_loss"] == approximately(
+            sk.log_loss(labels, probabilities, labels=range(classes)), FLOAT32_TOLERANCE
         )
         occurring = np.unique(labels)
-        each = [sk.roc_auc_score(labels == one, chances[:, one]) for one in occurring] if len(occurring) > 1 else []
-        assert found["auc"] == approximately(float(np.mean(each)) if each else math.nan)
+        aucs = [sk.roc_auc_score(labels == k, probabilities[:, k]) for k in occurring] if len(occurring) > 1 else []
+        assert metrics["auc"] == approximately(float(np.mean(aucs)) if aucs else math.nan)
         if classes > 2 and len(occurring) == classes:
-            assert found["auc"] == approximately(sk.roc_auc_score(labels, chances, multi_class="ovr"))
-    assert found["loss"] == found["log_loss"]
-    assert found["baseline_accuracy"] == approximately(float((labels == classes - 1).mean()))
-    assert found["samples"] == len(labels)
+            assert metrics["auc"] == approximately(sk.roc_auc_score(labels, probabilities, multi_class="ovr"))
+    assert metrics["loss"] == metrics["log_loss"]
+    assert metrics["baseline_accuracy"] == approximately(float((labels == classes - 1).mean()))
+    assert metrics["samples"] == len(labels)
 
 
 @given(outputs_and_labels())
 @settings(deadline=None, max_examples=80)
 def test_binary_metrics_match_scikit_learn(case: tuple[np.ndarray, np.ndarray, int]) -> None:
     outputs, labels = case[0][:, :1], (case[1] > 0).astype(np.float32)
-    found = evaluate_outputs(make_task("binary", class_counts=[7, 7]), outputs, labels)
-    assert list(found) == [*METRICS["binary"], "samples"]
-    chances, picks = 1 / (1 + np.exp(-outputs[:, 0].astype(np.float64))), outputs[:, 0] > 0
+    metrics = evaluate_outputs(make_task("binary", class_counts=[7, 7]), outputs, labels)
+    assert list(metrics) == [*METRICS["binary"], "samples"]
+    probabilities, predictions = 1 / (1 + np.exp(-outputs[:, 0].astype(np.float64))), outputs[:, 0] > 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert found["accuracy"] == approximately(sk.accuracy_score(labels, picks))
-        assert found["balanced_accuracy"] == approximately(sk.balanced_accuracy_score(labels, picks))
-        assert found["f1"] == approximately(sk.f1_score(labels, picks))
-        assert found["log_loss"] == approximately(sk.log_loss(labels, chances, labels=[0, 1]), FLOAT32_TOLERANCE)
+        assert metrics["accuracy"] == approximately(sk.accuracy_score(labels, predictions))
+        assert metrics["balanced_accuracy"] == approximately(sk.balanced_accuracy_score(labels, predictions))
+        assert metrics["f1"] == approximately(sk.f1_score(labels, predictions))
+        assert metrics["log_loss"] == approximately(
+            sk.log_loss(labels, probabilities, labels=[0, 1]), FLOAT32_TOLERANCE
+        )
         one_class = len(np.unique(labels)) == 1
-        assert found["auc"] == approximately(math.nan if one_class else sk.roc_auc_score(labels, chances))
-    assert found["baseline_accuracy"] == approximately(float((labels == 0).mean())), (
+        assert metrics["auc"] == approximately(math.nan if one_class else sk.roc_auc_score(labels, probabilities))
+    assert metrics["baseline_accuracy"] == approximately(float((labels == 0).mean())), (
         "the lower of equally frequent classes"
     )
 
@@ -129,45 +131,48 @@ def test_binary_metrics_match_scikit_learn(case: tuple[np.ndarray, np.ndarray, i
 def test_regression_metrics_match_scikit_learn_in_user_units(
     rows: int, columns: int, seed: int, unit_of: tuple[float, float], scaled: bool
 ) -> None:
-    """Of targets whose differences float64 holds to far more digits than are compared."""
+    """The differences of the targets have far more digits in float64 than are compared."""
     mean, std = unit_of
     generator = np.random.default_rng(seed)
-    learned, goals = generator.normal(0.2, 1, (rows, columns)), generator.normal(0.4, 1, (rows, columns))
-    values, truth = mean + std * learned, mean + std * goals
-    unit = TargetScale((mean,) * columns, (std,) * columns)
-    means = (truth + std).mean(0)  # of other rows than these
-    spreads = std * np.arange(1, columns + 1)  # of the training rows, which are others too
+    outputs, targets = generator.normal(0.2, 1, (rows, columns)), generator.normal(0.4, 1, (rows, columns))
+    values, truth = mean + std * outputs, mean + std * targets
+    target_scale = TargetScale((mean,) * columns, (std,) * columns)
+    train_mean = (truth + std).mean(0)  # the training rows are different ones
+    train_std = std * np.arange(1, columns + 1)
     if scaled:
-        options = {"means": ((means - mean) / std).tolist(), "spreads": (spreads / std).tolist()}
-        found = evaluate_outputs(make_task("regression", columns, unit=unit, **options), learned, goals)
+        options = {"target_mean": ((train_mean - mean) / std).tolist(), "target_std": (train_std / std).tolist()}
+        task = make_task("regression", columns, target_scale=target_scale, **options)
+        metrics = evaluate_outputs(task, outputs, targets)
     else:
-        task = make_task("regression", columns, means=means.tolist(), spreads=spreads.tolist())
-        found = evaluate_outputs(task, values, truth)
-    always = np.broadcast_to(means, truth.shape)
+        task = make_task("regression", columns, target_mean=train_mean.tolist(), target_std=train_std.tolist())
+        metrics = evaluate_outputs(task, values, truth)
+    constant = np.broadcast_to(train_mean, truth.shape)
     measures: dict[str, Any] = {
         "rmse": (sk.root_mean_squared_error, values),
         "mae": (sk.mean_absolute_error, values),
         "r2": (sk.r2_score, values),
-        "baseline_rmse": (sk.root_mean_squared_error, always),
-        "baseline_mae": (sk.mean_absolute_error, always),
+        "baseline_rmse": (sk.root_mean_squared_error, constant),
+        "baseline_mae": (sk.mean_absolute_error, constant),
     }
     if columns == 1:
-        assert list(found) == [*METRICS["regression"], "samples"]
-        for name, (measure, answers) in measures.items():
-            assert found[name] == approximately(measure(truth, answers))
+        assert list(metrics) == [*METRICS["regression"], "samples"]
+        for name, (measure, predictions) in measures.items():
+            assert metrics[name] == approximately(measure(truth, predictions))
     else:
-        single = [f"{name}_{place}" for name in measures for place in range(columns)]
-        assert list(found) == [*METRICS["regression"], *single, "samples"]
-        for name, (measure, answers) in measures.items():
-            each = [measure(truth[:, place], answers[:, place]) for place in range(columns)]
-            assert all(found[f"{name}_{place}"] == approximately(each[place]) for place in range(columns))
-            unit_free = np.array(each) if name == "r2" else np.array(each) / spreads
-            assert found[name] == approximately(float(unit_free.mean()))
-    assert found["loss"] == approximately(float(((learned - goals) ** 2).mean() * (1 if scaled else std**2)))
+        per_target = [f"{name}_{column}" for name in measures for column in range(columns)]
+        assert list(metrics) == [*METRICS["regression"], *per_target, "samples"]
+        for name, (measure, predictions) in measures.items():
+            values_by_column = [measure(truth[:, column], predictions[:, column]) for column in range(columns)]
+            assert all(
+                metrics[f"{name}_{column}"] == approximately(values_by_column[column]) for column in range(columns)
+            )
+            unit_free = np.array(values_by_column) if name == "r2" else np.array(values_by_column) / train_std
+            assert metrics[name] == approximately(float(unit_free.mean()))
+    assert metrics["loss"] == approximately(float(((outputs - targets) ** 2).mean() * (1 if scaled else std**2)))
 
 
 def test_targets_are_weighted_equally_whatever_their_units() -> None:
-    """Degrees and hectopascals: each in its own; together in standard deviations of the training rows."""
+    """Degrees and hectopascals: per target in its unit; together in standard deviations of the training rows."""
     job = build_job(
         {
             "name": "t",
@@ -179,9 +184,9 @@ def test_targets_are_weighted_equally_whatever_their_units() -> None:
     task = build_task(
         job, 0, 2, target_mean=[0.0, 0.0], target_std=[1.0, 1.0], target_scale=TargetScale((10.0, 1000.0), (8.0, 400.0))
     )
-    found = evaluate_outputs(task, np.array([[0.5, 0.0], [0.5, 0.0]]), np.zeros((2, 2)))
-    assert (found["rmse_temp_C"], found["rmse_air_hPa"]) == (4.0, 0.0)
-    assert (found["rmse"], found["mae"]) == (0.25, 0.25)
+    metrics = evaluate_outputs(task, np.array([[0.5, 0.0], [0.5, 0.0]]), np.zeros((2, 2)))
+    assert (metrics["rmse_temp_C"], metrics["rmse_air_hPa"]) == (4.0, 0.0)
+    assert (metrics["rmse"], metrics["mae"]) == (0.25, 0.25)
     huge = dataclasses.replace(task, target_scale=TargetScale((10.0, 1000.0), (8.0, 4e9)))
     assert evaluate_outputs(huge, np.array([[0.5, 0.0]]), np.zeros((1, 2)))["rmse"] == 0.25
 
@@ -193,7 +198,7 @@ def test_target_names_are_metric_columns() -> None:
 
 
 def test_undefined_metrics_are_nan() -> None:
-    regression = make_task("regression", 1, means=[0.0])
+    regression = make_task("regression", 1, target_mean=[0.0])
     constant = evaluate_outputs(regression, np.arange(3.0)[:, None], np.full((3, 1), 0.1))
     single = evaluate_outputs(regression, np.zeros((1, 1)), np.ones((1, 1)))
     assert math.isnan(constant["r2"])
@@ -207,11 +212,11 @@ def test_undefined_metrics_are_nan() -> None:
 
 @pytest.mark.parametrize("kind", METRICS)
 def test_empty_data_has_no_metrics(kind: str) -> None:
-    task = make_task(kind, 1 if kind == "regression" else 3, class_counts=[1, 1, 1], means=[0.0])
-    found = MetricAccumulator(task, CPU).compute(FakeContext())
-    assert list(found) == [*METRICS[kind], "samples"]
+    task = make_task(kind, 1 if kind == "regression" else 3, class_counts=[1, 1, 1], target_mean=[0.0])
+    metrics = MetricAccumulator(task, CPU).compute(FakeContext())
+    assert list(metrics) == [*METRICS[kind], "samples"]
     counted = {"samples": 0, "correct": 0}
-    assert all(value == counted[name] if name in counted else math.isnan(value) for name, value in found.items())
+    assert all(value == counted[name] if name in counted else math.isnan(value) for name, value in metrics.items())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -225,9 +230,9 @@ def test_nonfinite_outputs_have_no_auc(kind: str, bad: float) -> None:
 
 def test_collapsed_model_is_visible_next_to_its_baseline() -> None:
     labels = np.array([0.0] * 88 + [1.0] * 12)
-    found = evaluate_outputs(make_task("binary", class_counts=[880, 120]), np.full((100, 1), -5.0), labels)
-    assert (found["accuracy"], found["baseline_accuracy"]) == (0.88, 0.88)
-    assert (found["balanced_accuracy"], found["f1"], found["auc"]) == (0.5, 0.0, 0.5)
+    metrics = evaluate_outputs(make_task("binary", class_counts=[880, 120]), np.full((100, 1), -5.0), labels)
+    assert (metrics["accuracy"], metrics["baseline_accuracy"]) == (0.88, 0.88)
+    assert (metrics["balanced_accuracy"], metrics["f1"], metrics["auc"]) == (0.5, 0.0, 0.5)
 
 
 def test_log_loss_ignores_class_weights_and_custom_loss() -> None:
@@ -243,28 +248,28 @@ def test_log_loss_ignores_class_weights_and_custom_loss() -> None:
     assert evaluate_outputs(with_custom_loss, outputs, labels)["loss"] == 2.0
 
 
-# ---------------------------------------------------------------------------------- metrics of the user's own
+# -------------------------------------------------------------------------------------------- custom metrics
 
 
 @pytest.mark.parametrize("size", [2, 5])
-def test_custom_metric_sees_the_whole_split_in_order_and_user_units(size: int) -> None:
+def test_custom_metric_receives_the_whole_split_in_order_and_user_units(size: int) -> None:
     name = f"{CUSTOM_METRICS}:remembers"
-    seen = import_user_function(name, where="here", error=JobError).__globals__["SEEN"]
-    seen.clear()
+    calls = import_user_function(name, where="here", error=JobError).__globals__["CALLS"]
+    calls.clear()
     logits = np.array([[0.0, 1.0, -1.0]] * 3 + [[800.0, 0.0, -800.0]] * 2, dtype=np.float32)
-    found = evaluate_outputs(make_task("multiclass", metrics=(name,)), logits, np.array([2, 1, 0, 2, 1]), size)
-    assert list(found)[-2:] == ["remembers", "samples"]
-    assert found["remembers"] == 5.0
+    metrics = evaluate_outputs(make_task("multiclass", metrics=(name,)), logits, np.array([2, 1, 0, 2, 1]), size)
+    assert list(metrics)[-2:] == ["remembers", "samples"]
+    assert metrics["remembers"] == 5.0
     evaluate_outputs(make_task("binary", metrics=(name,)), logits[:, :1], np.array([1.0, 0.0, 1.0, 0.0, 1.0]), size)
-    unit = TargetScale((10.0,), (2.0,))
-    evaluate_outputs(make_task("regression", 1, metrics=(name,), unit=unit), logits[:, 1:2], logits[:, :1], size)
-    both = TargetScale((10.0, 0.0), (2.0, 1.0))
-    evaluate_outputs(make_task("regression", 2, metrics=(name,), unit=both), logits[:, 1:], logits[:, :2], size)
-    (chances, labels), (positive, ones), (values, truth), (pairs, _) = seen
-    assert chances.dtype == positive.dtype == values.dtype == np.float64
+    single = make_task("regression", 1, metrics=(name,), target_scale=TargetScale((10.0,), (2.0,)))
+    evaluate_outputs(single, logits[:, 1:2], logits[:, :1], size)
+    double = make_task("regression", 2, metrics=(name,), target_scale=TargetScale((10.0, 0.0), (2.0, 1.0)))
+    evaluate_outputs(double, logits[:, 1:], logits[:, :2], size)
+    (probabilities, labels), (positive, ones), (values, truth), (pairs, _) = calls
+    assert probabilities.dtype == positive.dtype == values.dtype == np.float64
     assert labels.tolist() == [2, 1, 0, 2, 1]
-    np.testing.assert_allclose(chances[0], torch.tensor([0.0, 1.0, -1.0]).softmax(0), rtol=1e-6)
-    assert chances[4].tolist() == [1.0, 0.0, 0.0]
+    np.testing.assert_allclose(probabilities[0], torch.tensor([0.0, 1.0, -1.0]).softmax(0), rtol=1e-6)
+    assert probabilities[4].tolist() == [1.0, 0.0, 0.0]
     assert positive.tolist() == [0.5] * 3 + [1.0] * 2
     assert ones.tolist() == [1, 0, 1, 0, 1]
     assert values.tolist() == [12.0] * 3 + [10.0] * 2
@@ -275,7 +280,7 @@ def test_custom_metric_sees_the_whole_split_in_order_and_user_units(size: int) -
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("raises", r"no cost of 2 rows, at .*own_measures\.py"),
+        ("raises", r"no cost of 2 rows, at .*custom_metrics\.py"),
         ("changes", "read-only"),
         ("gives_many", "TypeError"),
     ],
@@ -292,37 +297,37 @@ def test_missing_custom_metric() -> None:
     assert caught.value.where == f"metrics: {CUSTOM_METRICS}:nothing"
 
 
-# ------------------------------------------------------------------------------------------------- bounds
+# -------------------------------------------------------------------------------------- too large to gather
 
 
 @pytest.mark.parametrize("limit", [12, 13])
-@pytest.mark.parametrize("folded", [1, 4, 100])
-def test_split_too_large_to_gather_omits_metrics_that_need_all_rows(
-    monkeypatch: pytest.MonkeyPatch, limit: int, folded: int
+@pytest.mark.parametrize("flush_outputs", [1, 4, 100])
+def test_split_too_large_to_gather_omits_metrics_that_need_all_samples(
+    monkeypatch: pytest.MonkeyPatch, limit: int, flush_outputs: int
 ) -> None:
-    monkeypatch.setattr(tally_module, "MAX_GATHERED_VALUES", limit)
-    monkeypatch.setattr(tally_module, "FLUSH_OUTPUTS", folded)
+    monkeypatch.setattr(metric_accumulator, "MAX_GATHERED_VALUES", limit)
+    monkeypatch.setattr(metric_accumulator, "FLUSH_OUTPUTS", flush_outputs)
     task = make_task("binary", class_counts=[1, 1], metrics=(f"{CUSTOM_METRICS}:remembers",))
     for rows in (6, 7):
         outputs, targets = np.linspace(-1, 1, rows)[:, None], np.arange(rows) % 2.0
-        found = evaluate_outputs(task, outputs, targets, 2)
-        assert math.isnan(found["auc"]) == math.isnan(found["remembers"]) == (2 * rows > limit)
-        assert found["accuracy"] == approximately(sk.accuracy_score(targets, outputs[:, 0] > 0))
-        assert found["log_loss"] == approximately(sk.log_loss(targets, 1 / (1 + np.exp(-outputs[:, 0]))))
+        metrics = evaluate_outputs(task, outputs, targets, 2)
+        assert math.isnan(metrics["auc"]) == math.isnan(metrics["remembers"]) == (2 * rows > limit)
+        assert metrics["accuracy"] == approximately(sk.accuracy_score(targets, outputs[:, 0] > 0))
+        assert metrics["log_loss"] == approximately(sk.log_loss(targets, 1 / (1 + np.exp(-outputs[:, 0]))))
 
 
 def test_too_large_split_is_reported_before_training() -> None:
     job = make_job(metrics=[f"{CUSTOM_METRICS}:remembers"], best={"metric": "val/auc"})
-    most = MAX_GATHERED_VALUES // 11
-    assert describe_oversized_splits(job, 10, {"val": most}) == {}
-    check_best_metric_gathered(job, 10, {"val": most, "train": most + 1})
-    ((split, text),) = describe_oversized_splits(job, 10, {"val": 9, "train": most + 1}).items()
+    limit = MAX_GATHERED_VALUES // 11
+    assert describe_oversized_splits(job, 10, {"val": limit}) == {}
+    check_best_metric_gathered(job, 10, {"val": limit, "train": limit + 1})
+    ((split, text),) = describe_oversized_splits(job, 10, {"val": 9, "train": limit + 1}).items()
     assert split == "train"
-    assert f"train has {most + 1:,} rows, too many for auc and remembers" in text
-    with pytest.raises(JobError, match="auc needs all rows at once") as caught:
-        check_best_metric_gathered(job, 10, {"val": most + 1})
+    assert f"train has {limit + 1:,} samples, too many for auc and remembers" in text
+    with pytest.raises(JobError, match="auc needs all samples at once") as caught:
+        check_best_metric_gathered(job, 10, {"val": limit + 1})
     assert caught.value.where == "best.metric: val/auc"
-    check_best_metric_gathered(make_job(best={"metric": "val/f1"}), 10, {"val": most + 1})
+    check_best_metric_gathered(make_job(best={"metric": "val/f1"}), 10, {"val": limit + 1})
     assert describe_oversized_splits(make_job(task="regression"), 10, {"val": 10**9}) == {}
     assert describe_oversized_splits(
         make_job(task="regression", metrics=[f"{CUSTOM_METRICS}:remembers"]), 10, {"val": 10**9}

@@ -1,4 +1,4 @@
-"""Promise 2: the same curve on any number of workers, with real processes and a plain torch loop beside them."""
+"""The same loss curve on any number of workers: real processes against a plain torch loop."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ Outcomes = dict[tuple[str, int], list[Any]]
 
 @pytest.fixture(scope="module")
 def outcomes() -> Outcomes:
-    """What each rank of worlds of two and three processes has to tell, by name and world size."""
+    """Run all cases with two and three processes, and return the result of each rank, by case and world size."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     spawn = multiprocessing.get_context("spawn")
     results = spawn.Queue()
     processes = [
-        spawn.Process(target=distributed_helpers.work, args=(rank, address, results), daemon=True) for rank in range(3)
+        spawn.Process(target=distributed_helpers.run_rank, args=(rank, address, results), daemon=True)
+        for rank in range(3)
     ]
     for process in processes:
         process.start()
@@ -53,9 +54,9 @@ def outcomes() -> Outcomes:
 
 
 def train_with_torch(job: JobConfig) -> tuple[list[float], dict[str, Tensor]]:
-    """The loss of each step and the final weights, by torch alone, in one process, on the same batches."""
+    """Train by plain torch in one process on the same batches; return the loss of each step and the final weights."""
     inputs, targets = make_data(job)
-    plan, kind = TrainingSchedule(job, len(inputs)), job.task.kind
+    schedule, kind = TrainingSchedule(job, len(inputs)), job.task.kind
     model = build_model(
         job, (distributed_helpers.FEATURES,), {"multiclass": 3, "binary": 1, "regression": 2}[kind], 7
     ).double()
@@ -69,34 +70,38 @@ def train_with_torch(job: JobConfig) -> tuple[list[float], dict[str, Tensor]]:
         weight = torch.tensor([sum(counts) / (len(counts) * count) for count in counts], dtype=torch.float64)
     elif job.task.class_weights is not None:
         weight = torch.tensor([job.task.class_weights.get(label, 1.0) for label in range(3)], dtype=torch.float64)
-    rule = job.train.optimizer
+    config = job.train.optimizer
 
-    def fresh() -> torch.optim.Optimizer:
-        if rule.kind == "adam":
+    def make_optimizer() -> torch.optim.Optimizer:
+        if config.kind == "adam":
             return torch.optim.Adam(model.parameters(), lr=1.0)
         return torch.optim.SGD(
-            model.parameters(), 1.0, rule.momentum, weight_decay=rule.weight_decay, nesterov=rule.nesterov
+            model.parameters(), 1.0, config.momentum, weight_decay=config.weight_decay, nesterov=config.nesterov
         )
 
-    optimizer, losses = fresh(), []
-    for step in range(1, plan.last_step + 1):
-        if plan.should_reset_optimizer(step):
-            optimizer = fresh()
-        rows = distributed_helpers.global_rows(plan, step)
-        outputs, goals = model(inputs[rows].double()), targets[rows]
+    optimizer, losses = make_optimizer(), []
+    for step in range(1, schedule.last_step + 1):
+        if schedule.should_reset_optimizer(step):
+            optimizer = make_optimizer()
+        indices = distributed_helpers.global_indices(schedule, step)
+        outputs, batch_targets = model(inputs[indices].double()), targets[indices]
         if kind == "multiclass":
-            loss = nn.functional.cross_entropy(outputs, goals, weight)
+            loss = nn.functional.cross_entropy(outputs, batch_targets, weight)
         elif kind == "binary":
-            each = torch.ones(len(rows), dtype=torch.float64) if weight is None else weight[goals.long()]
-            loss = nn.functional.binary_cross_entropy_with_logits(outputs[:, 0], goals.double(), each, reduction="sum")
-            loss = loss / each.sum()
+            sample_weights = (
+                torch.ones(len(indices), dtype=torch.float64) if weight is None else weight[batch_targets.long()]
+            )
+            loss = nn.functional.binary_cross_entropy_with_logits(
+                outputs[:, 0], batch_targets.double(), sample_weights, reduction="sum"
+            )
+            loss = loss / sample_weights.sum()
         else:
-            loss = nn.functional.mse_loss(outputs, goals.double())
+            loss = nn.functional.mse_loss(outputs, batch_targets.double())
         optimizer.zero_grad()
         loss.backward()
         if job.train.clip_norm is not None:
             nn.utils.clip_grad_norm_(model.parameters(), job.train.clip_norm)
-        optimizer.param_groups[0]["lr"] = plan.lr_at(step)
+        optimizer.param_groups[0]["lr"] = schedule.lr_at(step)
         optimizer.step()
         losses.append(loss.item())
     return losses, model.state_dict()
@@ -106,29 +111,30 @@ def train_with_torch(job: JobConfig) -> tuple[list[float], dict[str, Tensor]]:
 def test_fp64_curves_match_plain_torch_for_any_world_size(name: str, outcomes: Outcomes) -> None:
     job = make_job(**CONFIGURATIONS[name])
     losses, weights = train_with_torch(job)
-    everyone = [distributed_helpers.outcome(job, FakeContext()), *outcomes[name, 2], *outcomes[name, 3]]
-    for rank_outcome in everyone:
+    results = [distributed_helpers.run_outcome(job, FakeContext()), *outcomes[name, 2], *outcomes[name, 3]]
+    for rank_outcome in results:
         assert rank_outcome["loss"] == pytest.approx(losses, rel=1e-9)
         assert rank_outcome["samples"] == [
-            len(distributed_helpers.global_rows(TrainingSchedule(job, 23), step)) for step in range(1, len(losses) + 1)
+            len(distributed_helpers.global_indices(TrainingSchedule(job, 23), step))
+            for step in range(1, len(losses) + 1)
         ]
-        assert rank_outcome["correct"] == pytest.approx(everyone[0]["correct"], nan_ok=True)
+        assert rank_outcome["correct"] == pytest.approx(results[0]["correct"], nan_ok=True)
         assert list(rank_outcome["weights"]) == list(weights)
         for tensor, reference in zip(rank_outcome["weights"].values(), weights.values(), strict=True):
             torch.testing.assert_close(torch.tensor(tensor, dtype=torch.float64), reference, rtol=1e-9, atol=1e-12)
-        assert rank_outcome["evaluations"] == pytest.approx(everyone[0]["evaluations"], rel=1e-9, nan_ok=True)
+        assert rank_outcome["evaluations"] == pytest.approx(results[0]["evaluations"], rel=1e-9, nan_ok=True)
     for world_size in (2, 3):
         ranks = outcomes[name, world_size]
-        assert all(rank["loss"] == ranks[0]["loss"] for rank in ranks), "to the bit"
-        assert all(rank["weights"] == ranks[0]["weights"] for rank in ranks), "to the bit"
+        assert all(rank["loss"] == ranks[0]["loss"] for rank in ranks), "bit-identical"
+        assert all(rank["weights"] == ranks[0]["weights"] for rank in ranks), "bit-identical"
         for rank in ranks:
             np.testing.assert_array_equal(list(rank["evaluations"].values()), list(ranks[0]["evaluations"].values()))
 
 
 def test_fp32_first_gradients_match(outcomes: Outcomes) -> None:
-    alone = torch.tensor(distributed_helpers.first_gradient(make_job(**distributed_helpers.FLOAT32), FakeContext()))
+    single = torch.tensor(distributed_helpers.first_gradient(make_job(**distributed_helpers.FLOAT32), FakeContext()))
     for gradient in (*outcomes["fp32", 2], *outcomes["fp32", 3]):
-        assert float((torch.tensor(gradient) - alone).norm() / alone.norm()) < 1e-5
+        assert float((torch.tensor(gradient) - single).norm() / single.norm()) < 1e-5
 
 
 def test_ranks_with_batch_norm_have_identical_buffers(outcomes: Outcomes) -> None:
@@ -146,5 +152,9 @@ def test_all_ranks_stop_at_the_same_step_on_a_signal(outcomes: Outcomes) -> None
 
 
 def test_all_ranks_report_a_nonfinite_loss_at_its_step(outcomes: Outcomes) -> None:
-    everyone = [distributed_helpers.diverged(FakeContext()), *outcomes["diverged", 2], *outcomes["diverged", 3]]
-    assert set(everyone) == {"the loss is nan at step 3, with learning rate 0.3"}
+    results = [
+        distributed_helpers.nonfinite_message(FakeContext()),
+        *outcomes["diverged", 2],
+        *outcomes["diverged", 3],
+    ]
+    assert set(results) == {"the loss is nan at step 3, with learning rate 0.3"}

@@ -1,4 +1,4 @@
-"""The user's own code: found behind all else, never under our name, and stored so that a run can be rebuilt."""
+"""The user's code: which files are collected, how they are imported, and how they are stored with a run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MODEL_MODULE = "from torch import nn\n\ndef net():\n    return nn.Flatten()\n"
 
 @pytest.fixture(autouse=True)
 def import_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """An import path, and modules, of each test's own."""
+    """Isolate the import path and the imported modules of each test."""
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     (tmp_path / "elsewhere").mkdir()
@@ -73,19 +73,19 @@ def test_code_folder_precedes_cwd_and_standard_library(tmp_path: Path) -> None:
     job = make_job("oc_shared:who", code=str(tmp_path / "code"), metrics=["oc_here:who"])
     code = user_code.collect_user_code(job)
     assert list(code.files) == ["oc_here.py", "oc_shared.py"]
-    before = [*sys.path], {*sys.modules}
+    path_before, modules_before = [*sys.path], {*sys.modules}
     with code.activated():
-        found = [
+        results = [
             user_code.call_user_function(f"{name}:who", {}, where="x", error=DataError)
             for name in ("oc_shared", "oc_here")
         ]
-    assert found == ["code", "working directory"]
-    assert sys.path == before[0]
-    assert all(name.startswith("trainyard_code_") for name in {*sys.modules} - before[1])
+    assert results == ["code", "working directory"]
+    assert sys.path == path_before
+    assert all(name.startswith("trainyard_code_") for name in {*sys.modules} - modules_before)
 
 
 @pytest.mark.parametrize(
-    ("module", "asked", "words"),
+    ("module", "name", "message"),
     [
         ("", "oc_gone:net", "no module 'oc_gone'"),
         ("import oc_not_there\n", "oc_mod:net", "ModuleNotFoundError: No module named 'oc_not_there', at "),
@@ -95,11 +95,11 @@ def test_code_folder_precedes_cwd_and_standard_library(tmp_path: Path) -> None:
         ("net = 3\n", "oc_mod:net", "no function or class 'net'"),
     ],
 )
-def test_uncallable_references_are_explained(module: str, asked: str, words: str, tmp_path: Path) -> None:
+def test_uncallable_references_are_explained(module: str, name: str, message: str, tmp_path: Path) -> None:
     write_module(tmp_path / "elsewhere", "oc_mod.py", text=module)
     with pytest.raises(DataError) as caught:
-        user_code.call_user_function(asked, {}, where="data.source", error=DataError)
-    assert words in caught.value.what
+        user_code.call_user_function(name, {}, where="data.source", error=DataError)
+    assert message in caught.value.what
     assert caught.value.where == "data.source"
     assert caught.value.fix
 
@@ -114,11 +114,11 @@ def test_user_module_named_pipeline_is_rejected(file: str, tmp_path: Path) -> No
         user_code.collect_user_code(make_job("pipeline.nets:Net"))
 
 
-def test_folder_that_contains_this_package_is_rejected() -> None:
+def test_folder_that_contains_this_package_is_accepted() -> None:
     user_code.collect_user_code(make_job(code=str(Path(user_code.__file__).parents[2])))
 
 
-def test_imported_modules_are_stored_for_each_import_form(tmp_path: Path) -> None:
+def test_imported_modules_are_collected_for_each_import_form(tmp_path: Path) -> None:
     net = """
 import os, oc_plain, json
 from oc_pkg import sub
@@ -134,24 +134,33 @@ try:
 except ImportError:
     pass
 """
-    kept = ["oc_plain", "oc_typed", "oc_late", "oc_named", "oc_second", "oc_pkg/sub", "oc_pkg/cousin", "oc_pkg/starred"]
-    kept += ["oc_pkg/deep/__init__", "oc_pkg/deep/leaf", "oc_spaces/inner"]
+    names = [
+        "oc_plain",
+        "oc_typed",
+        "oc_late",
+        "oc_named",
+        "oc_second",
+        "oc_pkg/sub",
+        "oc_pkg/cousin",
+        "oc_pkg/starred",
+    ]
+    names += ["oc_pkg/deep/__init__", "oc_pkg/deep/leaf", "oc_spaces/inner"]
     folder = write_module(
-        tmp_path / "code", *(f"{name}.py" for name in kept), "oc_unused.py", "oc_pkg/unused.py", text=""
+        tmp_path / "code", *(f"{name}.py" for name in names), "oc_unused.py", "oc_pkg/unused.py", text=""
     )
     write_module(folder, "oc_net.py", text=net)
     write_module(folder, "oc_pkg/__init__.py", text="__all__ = ['starred']\n")
     write_module(folder, "oc_pkg/sub.py", text="from . import cousin\nfrom ..outside import nothing\n")
     write_module(folder, "oc_plain.py", text="import oc_second, numpy, yaml\n")
-    write_module(folder, "oc_second.py", text="import oc_net\n")  # a circle
+    write_module(folder, "oc_second.py", text="import oc_net\n")  # a circular import
     code = user_code.collect_user_code(make_job("oc_net:net", code=str(folder)))
-    assert list(code.files) == sorted(["oc_net.py", "oc_pkg/__init__.py", *(f"{name}.py" for name in kept)])
+    assert list(code.files) == sorted(["oc_net.py", "oc_pkg/__init__.py", *(f"{name}.py" for name in names)])
     assert code.files["oc_net.py"] == net.encode()
     assert user_code.collect_user_code(make_job(code=str(folder))).files == {}
 
 
 @pytest.mark.parametrize(
-    "how",
+    "expression",
     [
         "importlib.import_module('oc_' + name)",
         "importlib.import_module(f'.{name}', __package__)",
@@ -159,9 +168,9 @@ except ImportError:
         "spec_from_file_location(name, path)",
     ],
 )
-def test_computed_imports_store_the_whole_folder(how: str, tmp_path: Path) -> None:
-    kept = ["oc_a.py", "pkg/__init__.py", "pkg/deep/nets.py"]
-    left = [
+def test_computed_imports_collect_the_whole_folder(expression: str, tmp_path: Path) -> None:
+    included = ["oc_a.py", "pkg/__init__.py", "pkg/deep/nets.py"]
+    excluded = [
         ".git/hook.py",
         "pkg/__pycache__/a.py",
         "venv/lib/x.py",
@@ -169,10 +178,10 @@ def test_computed_imports_store_the_whole_folder(how: str, tmp_path: Path) -> No
         "data.csv",
         ".hidden/z.py",
     ]
-    folder = write_module(tmp_path / "code", *kept, *left, "venv/pyvenv.cfg")
-    write_module(folder, "oc_net.py", text=f"import importlib\ndef net(name):\n    return {how}\n")
+    folder = write_module(tmp_path / "code", *included, *excluded, "venv/pyvenv.cfg")
+    write_module(folder, "oc_net.py", text=f"import importlib\ndef net(name):\n    return {expression}\n")
     assert list(user_code.collect_user_code(make_job("oc_net:net", code=str(folder))).files) == sorted(
-        [*kept, "oc_net.py"]
+        [*included, "oc_net.py"]
     )
 
 
@@ -182,19 +191,19 @@ def test_collecting_neither_imports_torch_nor_runs_code(tmp_path: Path) -> None:
     script = (
         "import sys; from pipeline.config.files import build_job; from pipeline.user_code import collect_user_code\n"
         f"job = build_job({{'name': 't', 'code': {str(folder)!r}, 'model': {{'kind': 'oc_net:net'}}}}, 'here')\n"
-        "print(sorted(collect(job).digests), 'torch' in sys.modules)"
+        "print(sorted(collect_user_code(job).digests), 'torch' in sys.modules)"
     )
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "['oc_net.py', 'oc_part.py'] False"
+    completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert completed.stdout.strip() == "['oc_net.py', 'oc_part.py'] False"
 
 
 def test_named_modules_are_found_on_the_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    elsewhere = write_module(
+    path_folder = write_module(
         tmp_path / "path", "oc_pkg/__init__.py", "oc_pkg/sub/nets.py", "oc_beside.py", "oc_x.py", text=""
     )
-    write_module(elsewhere, "oc_pkg/sub/nets.py", text="import oc_beside\n")
+    write_module(path_folder, "oc_pkg/sub/nets.py", text="import oc_beside\n")
     write_module(tmp_path / "elsewhere", "oc_single.py", "oc_other.py", text="")
-    monkeypatch.syspath_prepend(elsewhere)
+    monkeypatch.syspath_prepend(path_folder)
     source = {"source": {"call": "oc_single:data"}}
     job = make_job("oc_pkg.sub.nets:Net", data=source, metrics=["yaml.nodes:Node", "math:hypot"])
     code = user_code.collect_user_code(job)
@@ -243,7 +252,7 @@ def test_code_of_the_main_program_is_rejected() -> None:
         user_code.collect_user_code(make_job("__main__:Net"))
 
 
-def test_changed_files_are_named(tmp_path: Path) -> None:
+def test_changed_files_are_listed(tmp_path: Path) -> None:
     folder = write_module(tmp_path / "code", "same.py", "edited.py", "gone.py")
     write_module(folder, "oc_net.py", text="try:\n    import same, edited, gone, new\nexcept ImportError:\n    pass\n")
     job = make_job("oc_net:net", code=str(folder))
@@ -277,21 +286,21 @@ class Box:
 
 
 def collect_code(folder: Path, who: str) -> user_code.UserCode:
-    write_module(folder, "oc_ways.py", text=IMPORTING_MODULE)
+    write_module(folder, "oc_imports.py", text=IMPORTING_MODULE)
     write_module(folder, "oc_helper.py", "oc_pack/late.py", text=f"WHO = {who!r}\n")
     write_module(folder, "oc_pack/__init__.py", text="")
     write_module(folder, "oc_pack/part.py", text="from .late import WHO\n")
-    return user_code.collect_user_code(make_job("oc_ways:who", code=str(folder)))
+    return user_code.collect_user_code(make_job("oc_imports:who", code=str(folder)))
 
 
 def call_user_code(code: user_code.UserCode) -> tuple[list[str], str, Any]:
     with code.activated():
-        function = user_code.import_user_function("oc_ways:who", where="x", error=DataError)
-    answers, name, kind = function()  # what it imports only now comes from there too
-    return answers, name, kind
+        function = user_code.import_user_function("oc_imports:who", where="x", error=DataError)
+    values, name, local_type = function()  # its imports at call time resolve to the same code
+    return values, name, local_type
 
 
-def test_edits_are_loaded_and_each_code_has_its_own_modules(tmp_path: Path) -> None:
+def test_edits_are_loaded_and_modules_of_each_code_are_separate(tmp_path: Path) -> None:
     folder = tmp_path / "code"
     first = collect_code(folder, "first")
     assert call_user_code(first)[0] == ["first"] * 7
@@ -303,27 +312,27 @@ def test_edits_are_loaded_and_each_code_has_its_own_modules(tmp_path: Path) -> N
     assert call_user_code(stored)[0] == ["first"] * 7
     assert user_code.load_stored_code(archive) is stored
     assert len({call_user_code(code)[1] for code in (first, second, stored)}) == 3
-    elsewhere = collect_code(tmp_path / "elsewhere", "first")  # the same files, beside other data
+    elsewhere = collect_code(tmp_path / "elsewhere", "first")  # the same files in another folder
     assert call_user_code(elsewhere)[1] != call_user_code(first)[1]
-    assert "oc_ways" not in sys.modules
+    assert "oc_imports" not in sys.modules
 
 
 def test_objects_unpickle_without_the_original_files(tmp_path: Path) -> None:
     folder = tmp_path / "code"
     code = collect_code(folder, "first")
     with code.activated():
-        box = user_code.call_user_function("oc_ways:Box", {"value": 5}, where="x", error=DataError)
+        box = user_code.call_user_function("oc_imports:Box", {"value": 5}, where="x", error=DataError)
     (tmp_path / "box.pkl").write_bytes(pickle.dumps((code, box)))
     script = (
         "import pickle, sys; code, box = pickle.load(open(sys.argv[1], 'rb'))\n"
         "print(box.value, sys.modules[type(box).__module__].who()[0], sys.modules[type(box).__module__].__file__)"
     )
-    for place in (str(folder / "oc_ways.py"), "trainyard-code-"):
-        ran = subprocess.run(
+    for location in (str(folder / "oc_imports.py"), "trainyard-code-"):
+        completed = subprocess.run(
             [sys.executable, "-c", script, str(tmp_path / "box.pkl")], capture_output=True, text=True, check=True
         )
-        assert ran.stdout.startswith(f"5 {['first'] * 7}")
-        assert place in ran.stdout
+        assert completed.stdout.startswith(f"5 {['first'] * 7}")
+        assert location in completed.stdout
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -338,12 +347,12 @@ def test_dynamic_imports_are_recorded_and_unloaded(tmp_path: Path) -> None:
         with code.activated():
             assert code.find_unstored_files() == {}
             assert user_code.call_user_function("oc_net:net", {"name": "oc_string"}, where="x", error=DataError) == who
-            noted = code.find_unstored_files()
-            assert noted.keys() == {"oc_string.py"}
-            assert code.find_edited_files(noted) == []
+            unstored = code.find_unstored_files()
+            assert unstored.keys() == {"oc_string.py"}
+            assert code.find_edited_files(unstored) == []
         assert "oc_string" not in sys.modules
     write_module(folder, "oc_string.py", text="WHO = 3\n")
-    assert code.find_edited_files(noted) == ["oc_string.py"]
+    assert code.find_edited_files(unstored) == ["oc_string.py"]
 
 
 names = st.lists(st.from_regex(r"[a-z_]{1,8}", fullmatch=True), min_size=1, max_size=3).map(

@@ -1,11 +1,11 @@
-"""A model: an nn.Module. `input_shape` and `outputs` are filled in where the signature asks for them."""
+"""A model: an nn.Module. `input_shape` and `outputs` are passed if the signature has them."""
 
 import torch
 from torch import nn
 
 
 class Fourier(nn.Module):
-    """Waves of the inputs, then two layers: (B, ...) to (B, outputs)."""
+    """Sine features of the inputs, then two layers: (B, ...) to (B, outputs)."""
 
     def __init__(self, input_shape: tuple[int, ...], outputs: int, width: int = 32) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def load(rows: int, turns: float = 1.5) -> dict:
-    """Two spirals in the plane: inputs (N, 2) float32, targets (N,) 0 or 1."""
+    """Return two spirals in the plane: inputs (N, 2) float32, targets (N,) 0 or 1."""
     rng = np.random.default_rng(0)
     label = np.arange(rows) % 2
     radius = np.sqrt(rng.uniform(0.02, 1, rows))

@@ -1,4 +1,5 @@
-"""The Ray Jobs API: the client of a cluster, what is sent to it, what is asked of it before, and following a job.
+"""Jobs through Ray's Jobs API: the client, what is sent with a job, the preflight checks, and a job's status.
 
-Two modules run on the cluster: `probe`, before anything of the user's is sent, and `letter`, in the job's entry point.
+Two modules also run on the cluster: `probe`, before anything of the user's is sent, and `payload`, in the job's entry
+point.
 """

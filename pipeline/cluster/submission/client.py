@@ -1,4 +1,4 @@
-"""The client of a cluster's Jobs API: Ray's own, with a limit on every wait and with errors for people."""
+"""A client of a cluster's Jobs API: Ray's own, with timeouts and with error messages for users."""
 
 from __future__ import annotations
 
@@ -21,39 +21,44 @@ from pipeline.cluster.ray_internals import (
     silence_jobs_client,
 )
 from pipeline.errors import ClusterError, InputError
-from pipeline.storage.retry import redact
+from pipeline.redaction import redact
 
 T = TypeVar("T")
 
 CONNECT_TIMEOUT_S, RESPONSE_TIMEOUT_S = 5.0, 60.0
-"""Limits for a connection to the head, and for its answer."""
+"""Timeouts for a connection to the head, and for its answer."""
 ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+"""Environment variables with the address of a cluster; the first one that is set counts."""
 ADDRESS_EXAMPLE = "--address http://HEAD:8265, the address of the cluster's dashboard"
 
 
 @dataclass(frozen=True)
 class ClusterNode:
-    """A node that is alive, as the head shows it."""
+    """A node that is alive, as reported by the head."""
 
     id: str
     is_head: bool
     python_executable: str
-    """The interpreter of its workers, with its folder; empty where the head does not know it yet."""
+    """The path of its workers' interpreter; empty if the head does not have it yet."""
 
 
 class ClusterClient:
-    """A cluster whose Jobs API answers. `url` is its address, `ray_version` what it runs.
+    """A client of one cluster. Every method raises ClusterError if the cluster does not answer any more.
 
-    Every method raises ClusterError where the cluster does not answer any more.
+    Parameters
+    ----------
+    client: Ray's `JobSubmissionClient`.
+    url: the address of the cluster's dashboard.
     """
 
     def __init__(self, client: Any, url: str) -> None:
         self._client = client
         self.url = url
         self.ray_version: str = server_ray_version(client)
+        """Of the cluster."""
 
     def list_nodes(self) -> list[ClusterNode]:
-        """The nodes that are alive."""
+        """Return the nodes that are alive."""
         tree = self._request("GET", NODES_PATH).json()
         return [
             ClusterNode(node["raylet"]["nodeId"], bool(node["raylet"].get("isHeadNode")), node_interpreter(node))
@@ -62,7 +67,7 @@ class ClusterClient:
         ]
 
     def upload_payload(self, payload: bytes) -> str:
-        """Put a letter into the head's memory; the name to take it out by."""
+        """Store a payload in the head's memory, and return the name to fetch it by."""
         name = new_package_name()
         self._request("PUT", package_path(name), data=payload)
         return name
@@ -70,7 +75,7 @@ class ClusterClient:
     def submit_job(
         self, job_id: str, entrypoint: str, *, runtime_env: Mapping[str, Any], metadata: Mapping[str, str]
     ) -> bool:
-        """Start a job; False where there is one of that id."""
+        """Start a job. Returns False if a job of that id exists."""
         try:
             self._call(
                 lambda: self._client.submit_job(
@@ -81,31 +86,31 @@ class ClusterClient:
                 )
             )
         except ClusterError:
-            if self.get_job_info(job_id) is not None:  # perhaps of another who submits the same at this moment
+            if self.get_job_info(job_id) is not None:  # perhaps another client submitted the same at this moment
                 return False
             raise
         return True
 
     def list_jobs(self) -> list[Any]:
-        """Ray's `JobDetails` of every submitted job, oldest first."""
+        """Return Ray's `JobDetails` of every submitted job, oldest first."""
         jobs = [info for info in self._call(self._client.list_jobs) or [] if info.submission_id]
         return sorted(jobs, key=lambda info: info.start_time or 0)
 
     def get_job_info(self, job_id: str) -> Any | None:
-        """Ray's `JobDetails` of a job, or None where there is no such job."""
+        """Return Ray's `JobDetails` of a job, or None if there is no such job."""
         return self._call(lambda: self._client.get_job_info(job_id), missing_status="404")
 
     def get_job_logs(self, job_id: str) -> str:
-        """All that a job has written so far."""
+        """Return the whole log of a job up to now."""
         return str(self._call(lambda: self._client.get_job_logs(job_id)) or "")
 
     def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
-        """What a job has written, from its beginning, and what it writes until it ends; raises whatever breaks it."""
+        """Iterate over a job's log from its beginning until the job ends. Raises any error of the connection."""
         chunks: AsyncIterator[str] = self._client.tail_job_logs(job_id)
         return chunks
 
     def stop_job(self, job_id: str) -> bool:
-        """Ask a job to stop; False where it has ended."""
+        """Ask a job to stop. Returns False if it has ended."""
         return bool(self._call(lambda: self._client.stop_job(job_id)))
 
     def _request(self, method: str, path: str, **body: Any) -> Any:
@@ -119,26 +124,27 @@ class ClusterClient:
         return reply
 
     def _call(self, action: Callable[[], T], missing_status: str = "") -> T | None:
-        """The answer; None where the server's complaint holds `missing`."""
+        """Return the result of a request; None if the server answers with the status `missing_status`."""
         with _translate_errors(self.url, missing_status):
             return action()
         return None
 
 
 def connect(address: str | None, token_file: str | None = None, *, verbose: bool = False) -> ClusterClient:
-    """A cluster whose Jobs API answers, and takes our token where it asks for one.
+    """Connect to a cluster's Jobs API, with the user's token if the cluster requires one.
 
     Parameters
     ----------
     address: URL of the dashboard; else RAY_API_SERVER_ADDRESS, else RAY_ADDRESS.
+    token_file: see `find_token`.
 
     Raises
     ------
-    InputError: no address, or one of another kind; no token, or a wrong one; nobody answers.
+    InputError: no address, or not that of a dashboard; no token, or a wrong one; no cluster answers.
     """
     url = address or next((os.environ[name] for name in ADDRESS_VARIABLES if os.environ.get(name)), None)
     if url is None:
-        raise InputError("no cluster is named", where="--address", fix=f"{ADDRESS_EXAMPLE}; or RAY_API_SERVER_ADDRESS")
+        raise InputError("no cluster is given", where="--address", fix=f"{ADDRESS_EXAMPLE}; or RAY_API_SERVER_ADDRESS")
     if url.startswith("ray://"):
         raise InputError(
             f"{url} is an address of the Ray Client, not of the Jobs API", where="--address", fix=ADDRESS_EXAMPLE
@@ -151,12 +157,12 @@ def connect(address: str | None, token_file: str | None = None, *, verbose: bool
     make = make_client_class((CONNECT_TIMEOUT_S, RESPONSE_TIMEOUT_S))
     with _translate_errors(url), _without_address_variables():
         try:
-            return ClusterClient(make(url), url)  # where it asks for no token it gets none
+            return ClusterClient(make(url), url)  # the token is sent only if the cluster requires one
         except AuthenticationError:
             token = find_token(token_file)
         if token is None:
             raise ClusterError(
-                "the cluster asks for a token, and there is none", where=url, fix=f"give it by {TOKEN_SOURCES}"
+                "the cluster requires a token, and none is set", where=url, fix=f"set it by {TOKEN_SOURCES}"
             )
         try:
             return ClusterClient(make(url, headers={"Authorization": f"Bearer {token.value}"}), url)
@@ -164,13 +170,13 @@ def connect(address: str | None, token_file: str | None = None, *, verbose: bool
             raise ClusterError(
                 f"the cluster refuses the token of {token.source}",
                 where=url,
-                fix=f"give the right one by {TOKEN_SOURCES}",
+                fix=f"set the right one by {TOKEN_SOURCES}",
             ) from None
 
 
 @contextmanager
 def _without_address_variables() -> Iterator[None]:
-    """Ray's client takes these variables before the address that it is given; ours takes the flag first."""
+    """While entered, `ADDRESS_VARIABLES` are unset: Ray's client prefers them to the address that it is given."""
     before = {name: os.environ.pop(name, None) for name in ADDRESS_VARIABLES}
     try:
         yield
@@ -187,23 +193,23 @@ def _translate_errors(url: str, missing_status: str = "") -> Iterator[None]:
         yield
     except AuthenticationError:
         raise ClusterError(
-            "the cluster takes our token no longer", where=url, fix=f"give it by {TOKEN_SOURCES}"
+            "the cluster does not accept the token any more", where=url, fix=f"set it by {TOKEN_SOURCES}"
         ) from None
     except (requests.exceptions.ConnectionError, requests.exceptions.Timeout, ConnectionError, TimeoutError):
         raise ClusterError(
-            "no Ray cluster answers there", where=url, fix=f"check the address: {ADDRESS_EXAMPLE}"
+            "no Ray cluster answers at this address", where=url, fix=f"check the address: {ADDRESS_EXAMPLE}"
         ) from None
     except (requests.exceptions.RequestException, RuntimeError, ValueError, KeyError) as error:
         if missing_status and f"status code {missing_status}" in str(error):
             return
         raise ClusterError(
-            f"what answers there is no Jobs API, or refuses ({_error_line(error)})",
+            f"what answers is not a Jobs API, or refuses the request ({_error_line(error)})",
             where=url,
             fix=f"check the address: {ADDRESS_EXAMPLE}",
         ) from None
 
 
 def _error_line(error: Exception) -> str:
-    """The line that says it: the last of a traceback that the server sends, else the first."""
+    """Return the line with the error: the last line of a traceback that the server sent, else the first line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return redact(lines[-1] if "Traceback" in lines[0] else lines[0])[:300]

@@ -1,4 +1,4 @@
-"""Following a job: what it writes, as it writes it, through connections that break, to its end."""
+"""The status of a submitted job, and following its log to the end through connections that break."""
 
 from __future__ import annotations
 
@@ -16,26 +16,22 @@ from pipeline.cluster.submission.log_records import find_last_record, human_line
 from pipeline.errors import ClusterError, WorkError
 
 CONNECTION_LOST_TIMEOUT_S = 120.0
-"""How long a cluster may stay silent while a job is followed."""
+"""Seconds without an answer from the cluster until following a job is given up."""
 IDLE_CHECK_S = 5.0
-"""A connection that brings nothing for so long is checked."""
+"""Seconds without new output until the connection is checked."""
 RECONNECT_INTERVAL_S = 1.0
-"""Between two attempts to reach a cluster."""
+"""Seconds between two attempts to connect."""
 
 LOST_ERROR_TYPES = ("JOB_SUPERVISOR_ACTOR_DIED", "JOB_SUPERVISOR_ACTOR_UNKNOWN_FAILURE")
-"""What Ray calls the loss of the process that starts an entry point, and ends with it."""
+"""Ray's names for the loss of the process that started an entry point, and with it of the entry point."""
 
 TERMINAL_EXIT_CODES = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": 143}
-"""Exit codes of jobs whose entry point could not tell its own."""
+"""Exit codes of jobs, by Ray's status, if the entry point did not report its own."""
 
 
 @dataclass(frozen=True)
 class JobStatus:
-    """What is known of a job: Ray's details, and what its entry point said.
-
-    run, url: empty until the entry point has told them.
-    outcome: its last word, or None: it goes on, or was killed.
-    """
+    """The status of a job: Ray's details, and what its entry point wrote to the log."""
 
     id: str
     ray_status: str
@@ -45,31 +41,33 @@ class JobStatus:
     ended: float | None
     driver_exit_code: int | None
     error_type: str = ""
-    """Ray's name for what went wrong, where that was not the entry point."""
+    """Ray's name of an error outside the entry point."""
     run: str = ""
+    """The name of the run; empty until the entry point has reported it. So is `url`."""
     url: str = ""
     outcome: dict[str, Any] | None = None
+    """The entry point's last record; None if the job is still running, or was killed."""
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more will come. Ray knows it some seconds after the entry point has said so."""
+        """Whether the job has ended. Ray reports that some seconds after the entry point's last record."""
         return self.outcome is not None or self.ray_status in TERMINAL_EXIT_CODES
 
     @property
     def failure(self) -> str:
-        """What ended the job from outside, before it could say how it ended: a new start goes on with its run. Empty
-        where nothing did, or where it was asked to stop."""
+        """What ended the job from outside, before it could report an outcome: another submission resumes its run. Empty
+        if nothing did, or if the job was asked to stop."""
         if self.outcome is not None or self.ray_status != "FAILED":
             return ""
         code = self.driver_exit_code
         if code is not None:
             return f"its entry point was killed by signal {-code}" if code < 0 else ""
         reason = match_reason(self.message) or "no reason was given"
-        return f"the process that Ray ran it from was lost ({reason})" if self.error_type in LOST_ERROR_TYPES else ""
+        return f"Ray's process that started it was lost ({reason})" if self.error_type in LOST_ERROR_TYPES else ""
 
     @property
     def exit_code(self) -> int | None:
-        """As `trainyard train` has them; None while the job goes on."""
+        """The exit code, as of `trainyard train`; None while the job is running."""
         if self.outcome is not None:
             return int(self.outcome["exit_code"])
         if not self.is_over:
@@ -79,14 +77,14 @@ class JobStatus:
 
     @property
     def status(self) -> str:
-        """In the words that runs have: pending, running, interrupted, failed, finished."""
+        """As the status of runs: pending, running, interrupted, failed or finished."""
         if not self.is_over:
             return self.ray_status.lower()
         code = self.exit_code
         return "finished" if code == 0 else "interrupted" if code in (130, 143) else "failed"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for `--json`."""
+        """Return plain values, for `--json`."""
         result = (self.outcome or {}).get("result") or {}
         return {
             **result,
@@ -105,7 +103,7 @@ def _format_timestamp(seconds: float | None) -> str | None:
 
 
 def status_from(info: Any, log: str) -> JobStatus:
-    """What Ray's details and the log of a job say together."""
+    """Combine Ray's details of a job and its log."""
     run = find_last_record(log, "run") or {}
     return JobStatus(
         id=info.submission_id,
@@ -122,18 +120,18 @@ def status_from(info: Any, log: str) -> JobStatus:
 
 
 def get_status(cluster: ClusterClient, job_id: str) -> JobStatus:
-    """A job as it stands now.
+    """Return the current status of a job.
 
     Raises
     ------
-    WorkError: the cluster does not know the job.
+    WorkError: the cluster has no such job.
     """
     info = cluster.get_job_info(job_id)
     if info is None:
         raise WorkError(
-            f"the cluster knows no job {job_id}",
+            f"the cluster has no job {job_id}",
             where=cluster.url,
-            fix="a cluster that was started anew has forgotten its jobs: the same submit again goes on with the run",
+            fix="a restarted cluster has lost its jobs: the same submit command resumes the run",
         )
     has_begun = str(info.status.value) != "PENDING"
     return status_from(info, cluster.get_job_logs(job_id) if has_begun else "")
@@ -142,33 +140,33 @@ def get_status(cluster: ClusterClient, job_id: str) -> JobStatus:
 def tail_until_done(
     cluster: ClusterClient, job_id: str, on_line: Callable[[str], None], on_progress: Callable[[str], None]
 ) -> JobStatus:
-    """Show what a job writes until it ends.
+    """Follow a job's log until the job ends.
 
     Parameters
     ----------
-    show: takes a line of its log.
-    say: takes a line on the connection.
+    on_line: called with each line of the log.
+    on_progress: called with messages on the connection.
 
     Returns
     -------
-    How it ended.
+    The job's final status.
 
     Raises
     ------
-    WorkError: the cluster was silent for LOST_S, or does not know the job any more.
-    KeyboardInterrupt: as pressed; the job goes on.
+    WorkError: the cluster did not answer for CONNECTION_LOST_TIMEOUT_S, or does not have the job any more.
+    KeyboardInterrupt: Ctrl-C was pressed; the job goes on.
     """
     cursor = _LogCursor(on_line)
     silent_since: float | None = None
     while True:
         shown_before, reason = cursor.num_shown, ""
-        with suppress(Exception):  # whatever breaks a connection: what the cluster says next is what counts
+        with suppress(Exception):  # the connection may break in many ways; get_status decides what follows
             asyncio.run(_stream_log(cluster, job_id, cursor))
         try:
-            now = get_status(cluster, job_id)
-            if now.is_over:
+            status = get_status(cluster, job_id)
+            if status.is_over:
                 cursor.finish(cluster.get_job_logs(job_id))
-                return now
+                return status
             silent_since = None
         except ClusterError as error:
             reason = error.what
@@ -182,18 +180,20 @@ def tail_until_done(
                 raise WorkError(
                     f"no answer from the cluster for {CONNECTION_LOST_TIMEOUT_S:.0f} s",
                     where=f"{job_id} on {cluster.url}",
-                    fix="the job goes on if the cluster does; the same submit again attaches to it, or resumes its run",
+                    fix="the job goes on if the cluster does; the same submit command attaches to it or resumes it",
                 )
         time.sleep(RECONNECT_INTERVAL_S)
 
 
 async def _stream_log(cluster: ClusterClient, job_id: str, cursor: _LogCursor) -> None:
-    """Show the log until it ends, or until the cluster does not answer beside it."""
+    """Read the log until it ends, or until the cluster does not answer other requests."""
     chunks = aiter(cluster.tail_job_logs(job_id))
     cursor.rewind()
     while True:
         chunk = asyncio.ensure_future(anext(chunks, None))
-        while not (await asyncio.wait([chunk], timeout=IDLE_CHECK_S))[0]:  # a host that was cut off closes nothing
+        while not (await asyncio.wait([chunk], timeout=IDLE_CHECK_S))[
+            0
+        ]:  # a host that was disconnected does not close the connection
             try:
                 info = await asyncio.to_thread(cluster.get_job_info, job_id)
             except ClusterError:
@@ -207,11 +207,11 @@ async def _stream_log(cluster: ClusterClient, job_id: str, cursor: _LogCursor) -
 
 
 class _LogCursor:
-    """What a job has written. Every new connection brings it from the start; it is shown once."""
+    """The position in a job's log. Every connection sends the log from its start; each line is shown once."""
 
     def __init__(self, on_line: Callable[[str], None]) -> None:
         self.num_shown = 0
-        """Characters that were shown, up to the last whole line."""
+        """How many characters were shown, up to the last complete line."""
         self._on_line = on_line
         self._text = ""
 
@@ -219,7 +219,7 @@ class _LogCursor:
         self._text = ""
 
     def feed(self, text: str) -> bool:
-        """Take what comes next, and show the whole lines of it that are new; whether the last word is among them."""
+        """Add text and show the new complete lines. Returns whether the entry point's last record is among them."""
         self._text = strip_ray_actor_death(self._text + text)
         end = self._text.rfind("\n") + 1
         new = self._text[self.num_shown : end]
@@ -229,6 +229,6 @@ class _LogCursor:
         return find_last_record(new, "end") is not None
 
     def finish(self, log: str) -> None:
-        """Take all of it, at the end."""
+        """Show what is left of the complete log, at the end."""
         self.rewind()
         self.feed(log if log.endswith("\n") or not log else f"{log}\n")

@@ -1,8 +1,7 @@
-"""Lines of a job's log that are meant for programs: what the entry point and the probe say to the client.
+"""The log of a process on a cluster: records for the client among the lines for users, and no secrets.
 
-A record is JSON behind the separator that RFC 7464 has for it, on a line of its own.
-
-Standard output and error that write no secret: what a process on a cluster says ends in Ray's logs.
+The entry point and the probe write records: JSON after the record separator of RFC 7464, on a line of its own. Ray
+stores standard output and error in its logs, so secrets are redacted in them.
 """
 
 from __future__ import annotations
@@ -23,12 +22,13 @@ _RAY_ACTOR_DEATH = re.compile(
 
 
 def format_record(kind: str, values: Mapping[str, Any]) -> str:
-    """One line for `print`, without secrets: one that is a word of JSON, such as true, is blotted out in texts only."""
+    """Return the line of a record, with secrets redacted. A secret that is a JSON literal, such as true, is redacted in
+    strings only."""
     return RECORD_SEPARATOR + json.dumps({"kind": kind, **redact_tree(values)})
 
 
 def iter_records(log: str) -> Iterator[dict[str, Any]]:
-    """The records in a log, in order. A line that only looks like one is left out."""
+    """Iterate over the records in a log, in order. Invalid ones are left out."""
     for line in log.split("\n"):
         record = parse_record(line)
         if record is not None:
@@ -36,7 +36,7 @@ def iter_records(log: str) -> Iterator[dict[str, Any]]:
 
 
 def parse_record(line: str) -> dict[str, Any] | None:
-    """The record that a line is, or None."""
+    """Return the record on a line, or None."""
     if not line.startswith(RECORD_SEPARATOR):
         return None
     try:
@@ -47,15 +47,15 @@ def parse_record(line: str) -> dict[str, Any] | None:
 
 
 def find_last_record(log: str, kind: str) -> dict[str, Any] | None:
-    """The last record of a kind."""
+    """Return the last record of a kind, or None."""
     matching = [record for record in iter_records(log) if record["kind"] == kind]
     return matching[-1] if matching else None
 
 
 def human_lines(log: str) -> Iterator[str]:
-    """The log without records, and without what Ray writes before the entry point begins.
+    """Iterate over the lines of a log without records, and without Ray's own lines before the entry point's.
 
-    (`splitlines` would take the separator for the end of a line.)
+    (`splitlines` would split a line at the record separator.)
     """
     log = strip_ray_actor_death(log)
     for line in log.removesuffix("\n").split("\n") if log else ():
@@ -64,7 +64,7 @@ def human_lines(log: str) -> Iterator[str]:
 
 
 def strip_ray_actor_death(log: str) -> str:
-    """The log up to what Ray adds where it loses the process that started the job: a paragraph on dead actors."""
+    """Return the log without the paragraph that Ray appends if it loses the process that started the job."""
     match = _RAY_ACTOR_DEATH.search(log)
     return log[: match.start()] if match else log
 
@@ -74,19 +74,20 @@ def _is_ray_line(line: str) -> bool:
 
 
 def redact_stdout_and_stderr() -> None:
-    """From now on, whatever a library or the user's code prints of a secret is blotted out, and a log that cannot be
-    written ends nothing."""
+    """Redact secrets in whatever this process prints from now on. An error in writing the log does not end the
+    process."""
     sys.stdout, sys.stderr = RedactingStream(SafeStream(sys.stdout)), RedactingStream(SafeStream(sys.stderr))
 
 
 class RedactingStream:
+    """A stream that redacts secrets in what is written to it."""
+
     def __init__(self, stream: SafeStream) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(
-            text if text.startswith(RECORD_SEPARATOR) else redact(text)
-        )  # a record has none to begin with
+        is_record = text.startswith(RECORD_SEPARATOR)  # format_record has redacted it
+        self._stream.write(text if is_record else redact(text))
         return len(text)
 
     def __getattr__(self, name: str) -> Any:

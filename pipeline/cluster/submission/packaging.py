@@ -1,4 +1,4 @@
-"""What is sent to a cluster: the package and the job's own code. Nothing else."""
+"""The files that are sent to a cluster: this package and the job's own code, nothing else."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from tempfile import TemporaryDirectory
 from pipeline.user_code.dependencies import PACKAGE_FOLDER
 
 ENTRYPOINT_MODULE = "pipeline.cli.entrypoint"
-"""What a cluster runs for `trainyard submit`, with `python -m`; a part of the package, so that it is sent with it."""
+"""The module that a cluster runs for `trainyard submit`, with `python -m`."""
 CODE_FOLDER = "trainyard_code"
-"""Where the job's own code lies in what is sent; the resolved job names it so."""
+"""The folder of the job's own code; `code` of the resolved job."""
 
 
 @dataclass(frozen=True)
 class StagedPackage:
-    """Folders of this machine that hold what is sent."""
+    """Temporary folders of this machine with the files that are sent."""
 
     package: Path
-    """The package alone. The same for every job, so that a cluster gets it once."""
+    """This package alone. It is the same for every job, so a cluster gets it once."""
     folder: Path
-    """What a job's processes start in: the job's own code; empty where it has none."""
+    """The working directory of the job's processes, with the job's own code; empty if it has none."""
 
     def runtime_env(self) -> dict[str, object]:
-        """For Ray, which sends each folder once for all jobs that have the same."""
+        """Return Ray's `runtime_env`. Ray uploads each folder once for all jobs with the same content."""
         return {"py_modules": [str(self.package)], "working_dir": str(self.folder)}
 
     def list_files(self) -> dict[str, int]:
-        """Every file that is sent, and its size in bytes."""
+        """Return the size in bytes of every file that is sent, by path."""
         return {
-            f"{above}{file.relative_to(folder).as_posix()}": file.stat().st_size
-            for folder, above in ((self.package, f"{self.package.name}/"), (self.folder, ""))
+            f"{prefix}{file.relative_to(folder).as_posix()}": file.stat().st_size
+            for folder, prefix in ((self.package, f"{self.package.name}/"), (self.folder, ""))
             for file in sorted(folder.rglob("*"))
             if file.is_file()
         }
 
     def describe(self) -> str:
-        """`656 kB: the package, the job, 2 files of its code`"""
+        """Describe the files as `656 kB: the package, the job, 2 files of its code`."""
         files = self.list_files()
         num_code_files = sum(path.startswith(f"{CODE_FOLDER}/") for path in files)
         code = f", {num_code_files} file{'s' * (num_code_files != 1)} of its code" if num_code_files else ""
@@ -48,15 +48,15 @@ class StagedPackage:
 
 @contextmanager
 def stage_package(code: Mapping[str, bytes]) -> Iterator[StagedPackage]:
-    """A cargo in temporary folders.
+    """Make a `StagedPackage`, which is deleted afterwards.
 
-    Of the package its Python files alone are taken, from wherever it was imported: a checkout, or an installed wheel.
+    It has only the Python files of this package, from where it was imported: a checkout, or an installed wheel.
 
     Parameters
     ----------
-    code: the Python files of the job's own, by their paths below an import path.
+    code: the Python files of the job's own code, by their paths relative to an import path.
     """
-    with TemporaryDirectory(prefix="trainyard-cargo-") as temporary:
+    with TemporaryDirectory(prefix="trainyard-package-") as temporary:
         package, folder = Path(temporary, PACKAGE_FOLDER.name), Path(temporary, "job")
         for file in sorted(PACKAGE_FOLDER.rglob("*.py")):
             _write_file(package / file.relative_to(PACKAGE_FOLDER), file.read_bytes())

@@ -1,12 +1,10 @@
-"""What a submission is called on a cluster, so that the same one again is known for the same.
+"""What is sent with a job: the resolved job, its options and environment variables, as a `SubmissionPayload`.
 
-The variables that are handed to a job: `--env KEY` and `--env-file FILE`.
+Ray shows a job's `env_vars` in the job's information and writes them to two logs, and a file would stay on every node.
+So the payload is stored in the memory of the cluster's head, where Ray keeps uploaded packages, under a name that
+cannot be guessed. The entry point reads and deletes it.
 
-The letter that comes with a job: the resolved job and the environment, for the entry point's eyes alone.
-
-Ray shows a job's `env_vars` in the job's information and writes them into two logs; a file would stay on every node.
-So a letter goes into the memory of the cluster's head, where Ray keeps the packages that it is sent, under a name that
-nobody can guess; the entry point takes it out.
+The module also makes the key of a submission, by which the same one is recognized, and reads `--env` and `--env-file`.
 """
 
 from __future__ import annotations
@@ -20,44 +18,85 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from dotenv.parser import parse_stream  # what `dotenv_values` reads with; it alone has the numbers of the lines
+from dotenv.parser import parse_stream  # the parser of `dotenv_values`, with line numbers
 
 from pipeline.cluster.ray_internals import fetch_package, is_package_name
 from pipeline.config import FileDataConfig, JobConfig, compute_identity, digest_tree
 from pipeline.errors import InputError, WorkError
 
+PAYLOAD_FORMAT = 1
+ENV_NAME_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True)
+class SubmissionPayload:
+    """The arguments of `train` on the cluster, as plain values."""
+
+    job: str = ""
+    """The text of the resolved job file."""
+    storage: str = ""
+    name: str | None = None
+    max_steps: int | None = None
+    verbose: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Variables to set first."""
+    allow_code_change: bool = False
+    probe: Mapping[str, Any] | None = None
+    """The questions of a probe, see `pipeline.cluster.submission.probe`."""
+
+    def to_bytes(self) -> bytes:
+        """Serialize the payload. (Ray's server quotes the first fifteen bytes if it cannot store them.)"""
+        return json.dumps({"trainyard letter": PAYLOAD_FORMAT, **asdict(self)}).encode()
+
+
+def fetch_payload(name: str) -> SubmissionPayload:
+    """On the cluster: read a payload and delete it.
+
+    Raises
+    ------
+    WorkError: there is no such payload (any more), or another version of Trainyard sent it.
+    """
+    if not is_package_name(name):
+        raise WorkError(
+            f"{name!r} is not the name of a payload", where="the entry point", fix="`trainyard submit` makes them"
+        )
+    content = fetch_package(name)
+    if content is None:
+        raise WorkError("the payload of the job is not on the cluster any more", where=name, fix="submit the job again")
+    tree = json.loads(content)
+    if tree.pop("trainyard letter", None) != PAYLOAD_FORMAT:
+        raise WorkError("another version of Trainyard sent the job", where=name, fix="submit the job again")
+    return SubmissionPayload(**tree)
+
 
 def submission_key(
     job: JobConfig, *, storage: str, name: str | None, max_steps: int | None, code: Mapping[str, str]
 ) -> str:
-    """`<job name>-<8 digits>` of what determines the run, as far as it is known without the data itself."""
+    """Return `<job name>-<8 hex digits>`, a digest of what determines the run except for the content of the data."""
     tree = compute_identity(job, fingerprint="", max_steps=max_steps, code_digests=code)
     tree |= {"storage": storage, "name": name, "url": job.data.url if isinstance(job.data, FileDataConfig) else None}
     return f"{job.name}-{digest_tree(tree)[:8]}"
 
 
 def find_numbered_ids(key: str, ids: Iterable[str]) -> dict[int, str]:
-    """Those of some job ids that are submissions of this key, by their number from 1."""
+    """Return the ids among `ids` that are submissions of this key, by their number from 1."""
     pattern = re.compile(rf"{re.escape(key)}-([1-9]\d*)")
     return {int(match[1]): job_id for job_id in ids if (match := pattern.fullmatch(job_id))}
 
 
-ENV_NAME_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-
-
 def collect_env_vars(names: Iterable[str], files: Iterable[str]) -> dict[str, str]:
-    """Values by name; a name that is given alone wins over one in a file.
+    """Return the environment variables for a job, by name. A name in `names` overrides one in a file.
 
     Parameters
     ----------
     names: variables of this process' environment.
-    files: with a KEY=VALUE on each line, as python-dotenv reads them: `export` before a name, quotes around a value (in
-        double quotes with escapes such as \\n), comments from `#` on, at the end of a value without quotes too. `$NAME`
-        and `${NAME}` are not replaced: a value is sent as it was written.
+    files: paths of files with a KEY=VALUE on each line, in the format of python-dotenv: `export` before a name, quotes
+        around a value (in double quotes with escapes such as \\n), comments from `#` on, also after a value without
+        quotes. `$NAME` and `${NAME}` are not replaced: a value is sent as written.
 
     Raises
     ------
-    InputError: no such variable or file, or a line of another form. No value is ever quoted.
+    InputError: no such variable or file, or an invalid line. The message contains no values.
     """
     env_vars: dict[str, str] = {}
     for file in files:
@@ -65,7 +104,7 @@ def collect_env_vars(names: Iterable[str], files: Iterable[str]) -> dict[str, st
     for name in names:
         if "=" in name:
             raise InputError(
-                f"--env takes a name, and its value from your environment, not {name.partition('=')[0]}=...",
+                f"--env takes a name only, and the value from your environment, not {name.partition('=')[0]}=...",
                 where="--env",
                 fix=f"export {name.partition('=')[0]}=..., then --env {name.partition('=')[0]}; or use --env-file",
             )
@@ -79,8 +118,10 @@ def _read_env_file(file: str) -> dict[str, str]:
     try:
         text = Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise InputError(f"cannot be read: {reason}", where=f"--env-file {file}", fix="name a file") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not a text file"
+        raise InputError(
+            f"cannot be read: {reason}", where=f"--env-file {file}", fix="give the path of a file"
+        ) from None
     env_vars = {}
     for binding in parse_stream(StringIO(text)):
         if binding.key is None and not binding.error:  # a comment, or blank lines at the end
@@ -89,49 +130,8 @@ def _read_env_file(file: str) -> dict[str, str]:
             statement = binding.original.string
             blank = statement[: len(statement) - len(statement.lstrip())]
             number = binding.original.line + blank.count("\n")
-            raise InputError("a line that is no KEY=VALUE", where=f"--env-file {file}, line {number}", fix="repair it")
+            raise InputError(
+                "not of the form KEY=VALUE", where=f"--env-file {file}, line {number}", fix="correct the line"
+            )
         env_vars[binding.key or ""] = binding.value
     return env_vars
-
-
-PAYLOAD_FORMAT = 1
-
-
-@dataclass(frozen=True)
-class SubmissionPayload:
-    """What `train` is called with on the cluster.
-
-    Everything is plain: `job` is the resolved job file's text; `environment` holds variables to set first.
-    """
-
-    job: str = ""
-    storage: str = ""
-    name: str | None = None
-    max_steps: int | None = None
-    verbose: bool = False
-    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
-    allow_code_change: bool = False
-    probe: Mapping[str, Any] | None = None
-    """For the probe: what it is asked, see `probe`."""
-
-    def to_bytes(self) -> bytes:
-        """The bytes to send. (Ray's server quotes the first fifteen where it cannot keep them.)"""
-        return json.dumps({"trainyard letter": PAYLOAD_FORMAT, **asdict(self)}).encode()
-
-
-def fetch_payload(name: str) -> SubmissionPayload:
-    """On the cluster: read a letter and destroy it.
-
-    Raises
-    ------
-    WorkError: it is not there (any more).
-    """
-    if not is_package_name(name):
-        raise WorkError(f"{name!r} is no letter", where="the entry point", fix="`trainyard submit` writes them")
-    content = fetch_package(name)
-    if content is None:
-        raise WorkError("what was sent with the job is not there any more", where=name, fix="submit it again")
-    tree = json.loads(content)
-    if tree.pop("trainyard letter", None) != PAYLOAD_FORMAT:
-        raise WorkError("the job was sent by another version of Trainyard", where=name, fix="submit it again")
-    return SubmissionPayload(**tree)

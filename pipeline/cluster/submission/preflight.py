@@ -1,4 +1,4 @@
-"""What must hold before anything of the user's is sent to a cluster; each failure is one message."""
+"""Checks of a cluster before anything of the user's is sent to it. Each failure is one message."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from pipeline.errors import ClusterError, InputError
 from pipeline.runs.lease.process_lock import read_boot_id
 
 HEAD_READY_TIMEOUT_S = 30.0
-"""How long a cluster that has just been started may need to know its own head."""
+"""Timeout for a cluster that was just started to list its own head."""
 PROBE_TIMEOUT_S = 300.0
-"""How long the probe may take: a process must start on every node, and storage may be slow."""
+"""Timeout of the probe: a process must start on every node, and storage may be slow."""
 POLL_S = 0.2
 
 
 @dataclass(frozen=True)
 class PreflightResult:
-    """All is well: what a submission needs to know of the cluster."""
+    """What a submission needs from the preflight checks, which all passed."""
 
     storage: str
-    """As the cluster is to read it."""
+    """The storage URL for the cluster."""
     python_executable: str
     """The cluster's interpreter."""
     description: str
-    """The cluster, in a line for people."""
+    """The cluster in one line, for a message."""
 
 
 def run_preflight(
@@ -52,22 +52,22 @@ def run_preflight(
     environment: Mapping[str, str],
     on_progress: Callable[[str], None],
 ) -> PreflightResult:
-    """Look at a cluster, from here and from inside.
+    """Check a cluster from here, and by a probe that runs on it.
 
     Parameters
     ----------
-    storage: as the user wrote it.
-    environment: what storage needs there.
-    say: takes what is being done, where it takes long.
+    storage: the storage URL or path as the user wrote it.
+    environment: variables that the storage needs on the cluster.
+    on_progress: called with messages on checks that take long.
 
     Raises
     ------
-    InputError: versions that do not go together, too few resources, or storage that the cluster does not see.
+    InputError: incompatible versions, too few resources, or storage that the cluster cannot read.
     """
     _check_ray_version(cluster)
     nodes, python = _wait_for_head(cluster)
     url = resolve_cluster_storage(storage, cluster.url, len(nodes))
-    on_progress("looking at the cluster from inside")
+    on_progress("running a probe on the cluster")
     payload = SubmissionPayload(
         storage=url,
         environment=environment,
@@ -77,16 +77,14 @@ def run_preflight(
         },
     )
     versions, cluster_info = _run_probe(cluster, python, payload, scale.retries, on_progress)
-    count = cluster_info["nodes"]
-    resolve_cluster_storage(
-        storage, cluster.url, max(count, 2) if cluster_info["grows"] else count
-    )  # the dashboard's list may be old
-    text = (
-        f"{cluster.url}: {count} node{'s' * (count != 1)}, {format_resources(cluster_info['has'])}; Ray "
-        f"{cluster.ray_version},"
-        f" Python {versions['python']}"
+    num_nodes = cluster_info["nodes"]
+    # Once more, as the dashboard's list of nodes may be outdated.
+    resolve_cluster_storage(storage, cluster.url, max(num_nodes, 2) if cluster_info["grows"] else num_nodes)
+    description = (
+        f"{cluster.url}: {num_nodes} node{'s' * (num_nodes != 1)}, {format_resources(cluster_info['has'])}; "
+        f"Ray {cluster.ray_version}, Python {versions['python']}"
     )
-    return PreflightResult(url, python, text)
+    return PreflightResult(url, python, description)
 
 
 def _check_ray_version(cluster: ClusterClient) -> None:
@@ -94,14 +92,14 @@ def _check_ray_version(cluster: ClusterClient) -> None:
 
     if _major_minor(ray.__version__) != _major_minor(cluster.ray_version):
         raise ClusterError(
-            f"the cluster runs Ray {cluster.ray_version}, and here is Ray {ray.__version__}",
+            f"the cluster runs Ray {cluster.ray_version}, and this environment has Ray {ray.__version__}",
             where=cluster.url,
             fix=f"pip install 'ray[default,train]=={cluster.ray_version}' here, or upgrade the cluster",
         )
 
 
 def _wait_for_head(cluster: ClusterClient) -> tuple[list[ClusterNode], str]:
-    """The nodes, once the head among them has told which interpreter it uses."""
+    """Return the nodes and the head's interpreter, as soon as the cluster lists it."""
     began = time.monotonic()
     while True:
         nodes = cluster.list_nodes()
@@ -110,7 +108,7 @@ def _wait_for_head(cluster: ClusterClient) -> tuple[list[ClusterNode], str]:
                 return nodes, node.python_executable
         if time.monotonic() - began > HEAD_READY_TIMEOUT_S:
             raise ClusterError(
-                f"the head did not tell of itself within {HEAD_READY_TIMEOUT_S:.0f} s",
+                f"the cluster did not list its head within {HEAD_READY_TIMEOUT_S:.0f} s",
                 where=cluster.url,
                 fix="start the cluster with ray[default], and see dashboard_agent.log on the head",
             )
@@ -120,7 +118,8 @@ def _wait_for_head(cluster: ClusterClient) -> tuple[list[ClusterNode], str]:
 def _run_probe(
     cluster: ClusterClient, python: str, payload: SubmissionPayload, retries: int, on_progress: Callable[[str], None]
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """What the probe found: versions, and the cluster. One that was lost is sent again."""
+    """Run the probe and return its records `versions` and `cluster`. A probe that is lost is started again, up to
+    `retries` times."""
     job_id = f"trainyard-probe-{secrets.token_hex(4)}"
     with stage_package({}) as package:
         payload_name = cluster.upload_payload(payload.to_bytes())
@@ -136,12 +135,12 @@ def _run_probe(
     if versions is None or cluster_info is None:
         failure = status_from(info, log).failure
         if failure and retries:
-            on_progress(f"a first small job was lost: {failure}; trying again")
+            on_progress(f"the probe was lost: {failure}; trying again")
             return _run_probe(cluster, python, payload, retries - 1, on_progress)
         output_lines = [line for line in human_lines(log) if line.strip()] or [info.message or str(info.status)]
         output_lines = [failure] if failure else [line.partition("\n")[0] for line in output_lines]
         raise ClusterError(
-            f"a first small job failed there: {output_lines[-1].strip()[:300]}",
+            f"the probe failed on the cluster: {output_lines[-1].strip()[:300]}",
             where=cluster.url,
             fix=f"is Trainyard's environment on every node? The interpreter is {python}",
         )
@@ -157,7 +156,7 @@ def _wait_for_job(cluster: ClusterClient, job_id: str) -> Any:
         if info is None or time.monotonic() - began > PROBE_TIMEOUT_S:
             cluster.stop_job(job_id)
             raise ClusterError(
-                f"a first small job did not end within {PROBE_TIMEOUT_S:.0f} s",
+                f"the probe did not end within {PROBE_TIMEOUT_S:.0f} s",
                 where=cluster.url,
                 fix=f"see its state: trainyard status {job_id} --address {cluster.url}",
             )
@@ -167,15 +166,15 @@ def _wait_for_job(cluster: ClusterClient, job_id: str) -> Any:
 def _check_versions(cluster: ClusterClient, versions: Mapping[str, Any]) -> None:
     if _major_minor(versions["python"]) != _major_minor(platform.python_version()):
         raise ClusterError(
-            f"the cluster runs Python {versions['python']}, and here is Python {platform.python_version()}",
+            f"the cluster runs Python {versions['python']}, and this is Python {platform.python_version()}",
             where=cluster.url,
             fix="submit from an environment with the cluster's Python",
         )
     missing = [
-        f"{need} ({'not there' if installed_version is None else installed_version})"
-        for need in list_requirements()
-        if (installed_version := versions["installed"].get(canonicalize_name(need.name))) is None
-        or not need.specifier.contains(installed_version, prereleases=True)
+        f"{requirement} ({'not installed' if installed_version is None else installed_version})"
+        for requirement in list_requirements()
+        if (installed_version := versions["installed"].get(canonicalize_name(requirement.name))) is None
+        or not requirement.specifier.contains(installed_version, prereleases=True)
     ]
     if missing:
         raise ClusterError(
@@ -186,7 +185,7 @@ def _check_versions(cluster: ClusterClient, versions: Mapping[str, Any]) -> None
 
 
 def list_requirements() -> list[Requirement]:
-    """What Trainyard itself needs to be installed, extras aside; nothing where it is not installed itself."""
+    """Return Trainyard's requirements without extras; none if it is not installed as a distribution."""
     try:
         declared = metadata.requires("trainyard") or []
     except metadata.PackageNotFoundError:

@@ -1,7 +1,7 @@
-"""A look at a cluster from inside, before anything of the user's is sent: versions, libraries, room, storage.
+"""A check that runs on a cluster before anything of the user's is sent: versions, libraries, resources and storage.
 
-Runs there as `python -m pipeline.cluster.submission.probe PAYLOAD`, and answers with records in its log: `versions`
-first, and by nothing that an old Python could not import; then `cluster`, or `refused`.
+It runs as `python -m pipeline.cluster.submission.probe PAYLOAD` and writes records to its log: first `versions`, with
+nothing that an old Python cannot import, then `cluster` or `refused`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import warnings
 
 
 def main() -> None:
-    """Answer the questions of the letter that the command line names."""
+    """Run the probe with the payload that the command line names."""
     from importlib import metadata
 
     from pipeline.cluster.submission.log_records import format_record, redact_stdout_and_stderr
@@ -34,15 +34,14 @@ def main() -> None:
 
 
 def _inspect_cluster(payload_name: str) -> dict[str, object]:
-    """What the cluster has; tries the storage out.
+    """Return the cluster's resources, after a check of the storage.
 
     Raises
     ------
-    InputError: storage that cannot be used from here, or workers that will never fit.
+    InputError: storage that cannot be used from the cluster, or workers that can never fit.
     """
     import logging
 
-    from pipeline.cluster.connection import get_draining_nodes
     from pipeline.cluster.resources import WorkerPlacement, cluster_resources, sum_resources
     from pipeline.cluster.storage_check import check_storage
     from pipeline.cluster.submission.payload import fetch_payload
@@ -53,18 +52,18 @@ def _inspect_cluster(payload_name: str) -> dict[str, object]:
 
     payload = fetch_payload(payload_name)
     credentials.set_credentials(payload.environment)
-    question = payload.probe or {}
-    if question["boot_id"] is not None and question["boot_id"] != read_boot_id():
+    probe = payload.probe or {}
+    if probe["boot_id"] is not None and probe["boot_id"] != read_boot_id():
         raise make_other_machine_error(payload.storage)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import ray
     ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-    scale = ScalingConfig.model_validate(question["scale"])
+    scale = ScalingConfig.model_validate(probe["scale"])
     if scale.workers != IN_PLACE_WORKERS:
-        WorkerPlacement(lambda: cluster_resources(ray, get_draining_nodes=get_draining_nodes), scale).check_feasible()
+        WorkerPlacement(lambda: cluster_resources(ray), scale).check_feasible()
     check_storage(ray, payload.storage, include_driver=True)
-    resources = cluster_resources(ray, get_draining_nodes=get_draining_nodes)
+    resources = cluster_resources(ray)
     ray.shutdown()
     return {
         "nodes": len(resources.total),

@@ -1,4 +1,4 @@
-"""Which storage a cluster and its submitter can both mean."""
+"""Storage URLs that mean the same storage on a cluster and on the machine that submits."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ MOUNTED = "file:///FOLDER for a folder that is mounted on every node"
 
 
 def resolve_cluster_storage(url: str, address: str, num_nodes: int) -> str:
-    """The storage URL as the cluster is to read it.
+    """Return the storage URL for the cluster.
 
     Parameters
     ----------
     url: as the user wrote it: a path, or any URL.
-    address: the cluster's.
-    nodes: how many it has.
+    address: of the cluster.
+    num_nodes: how many nodes the cluster has.
 
     Raises
     ------
-    InputError: a path of one machine where several take part, or of a machine that is not this one.
+    InputError: a path and a cluster of several nodes, or a relative path and a cluster on another machine.
     """
     if url.startswith("memory://"):
-        raise InputError("it lives in one process", where=f"storage: {url}", fix=f"use {OBJECT_STORE_EXAMPLE}")
+        raise InputError("is in the memory of one process", where=f"storage: {url}", fix=f"use {OBJECT_STORE_EXAMPLE}")
     if "://" in url:
         return url
     if num_nodes > 1:
@@ -39,7 +39,7 @@ def resolve_cluster_storage(url: str, address: str, num_nodes: int) -> str:
         return os.path.abspath(path)
     if not os.path.isabs(path):
         raise InputError(
-            "a path that starts where you are, and the cluster is on another machine",
+            "a relative path, and the cluster is on another machine",
             where=f"storage: {url}",
             fix=f"use {OBJECT_STORE_EXAMPLE}, or an absolute path on the cluster's node",
         )
@@ -47,20 +47,20 @@ def resolve_cluster_storage(url: str, address: str, num_nodes: int) -> str:
 
 
 def is_folder_of_this_machine(url: str, address: str) -> bool:
-    """Whether a storage URL means a folder of this very machine: then the cluster must be on it."""
+    """Return whether a storage URL is a folder of this machine, on which the cluster then must run too."""
     return "://" not in url and is_loopback(address)
 
 
 def make_other_machine_error(path: str) -> InputError:
-    """For a cluster that is reached through loopback and is elsewhere, as behind a forwarded port."""
+    """Return the error for a cluster at a loopback address that is on another machine, behind a forwarded port."""
     return InputError(
         "a path of this machine, and the cluster is on another one, behind a forwarded port",
         where=f"storage: {path}",
-        fix=f"use {OBJECT_STORE_EXAMPLE}, or file:///FOLDER for a folder of the cluster's",
+        fix=f"use {OBJECT_STORE_EXAMPLE}, or file:///FOLDER for a folder on the cluster",
     )
 
 
 def is_loopback(address: str) -> bool:
-    """Whether a URL leads to this machine itself."""
+    """Return whether the host of a URL is this machine."""
     host = urlsplit(address if "://" in address else f"//{address}").hostname or ""
     return host == "localhost" or host.startswith("127.") or host == "::1"

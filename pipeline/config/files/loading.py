@@ -1,4 +1,4 @@
-"""Job files as plain trees: bases, the environment, and overrides laid on top."""
+"""Job files as plain trees: bases, environment variables and overrides are merged into one tree."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ SHORT_FORMS = {"seed": "all", "task": "kind"}
 
 URL_PATH, CODE_PATH, WEIGHTS_PATH, RUN_PATH = ("data", "url"), ("code",), ("model", "weights"), ("model", "init_from")
 LOCAL_PATHS = (URL_PATH, CODE_PATH, WEIGHTS_PATH, RUN_PATH, ("data", "root"), ("data", "cache", "folder"))
-"""Fields that may hold a path of this machine. (`storage` stays relative to the working directory.)"""
+"""Fields that may hold a local path. (`storage` stays relative to the working directory.)"""
 
 DEFAULT_VARIANTS = ("mlp", "multiclass", "sgd", "random")
-"""What `kind` and `by` are where they are not given."""
+"""Values of `kind` and `by` where they are not given."""
 
 
 def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a job file and its bases. seen: the files that are based on this one."""
     try:
         path = path.expanduser().resolve() if seen else path
         text = path.read_text(encoding="utf-8")
@@ -38,7 +39,7 @@ def read_tree(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def merge_bases(tree: dict[str, Any], path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The content of a job file at `path`, with the environment filled in and its bases below it."""
+    """Return the content of a job file at `path`, with environment variables substituted and merged into its bases."""
     tree = with_absolute_paths(path.parent, _substitute_env(tree, str(path)))
     base = tree.pop("base", None)
     if base is None:
@@ -47,7 +48,7 @@ def merge_bases(tree: dict[str, Any], path: Path, seen: tuple[Path, ...] = ()) -
         raise JobError(f"base: must be the path of a job file, not {base!r}", where=str(path))
     resolved_path = path.resolve()
     if resolved_path in seen:
-        raise JobError(f"base: {base} leads in a circle", where=str(path))
+        raise JobError(f"base: {base} is circular: the file is based on itself", where=str(path))
     base_tree = read_tree(path.parent / base, (*seen, resolved_path))
     for key in SHORT_FORMS:
         if isinstance(tree.get(key), dict):
@@ -56,8 +57,8 @@ def merge_bases(tree: dict[str, Any], path: Path, seen: tuple[Path, ...] = ()) -
 
 
 def with_absolute_paths(folder: Path, tree: Any, key: tuple[Any, ...] = ()) -> Any:
-    """Plain values, those of a job or of what lies at `key` in it, with relative paths written out from a folder: that
-    of the file they stand in, or the working directory for those that are typed."""
+    """Return the values of a job, or of the part at `key` in it, with relative paths made absolute from `folder`: that
+    of the file that holds them, or the working directory for overrides."""
     if isinstance(tree, Mapping):
         return {name: with_absolute_paths(folder, value, (*key, name)) for name, value in tree.items()}
     return _absolute_path(folder, tree, key) if isinstance(tree, str) and key in LOCAL_PATHS else tree
@@ -67,19 +68,20 @@ def _absolute_path(folder: Path, value: str, key: tuple[Any, ...]) -> str:
     if not value or is_env_reference(value) or "://" in value or re.match(r"\w+:/", value):
         return value
     if key in (URL_PATH, CODE_PATH):
-        value = os.path.expanduser(value)  # the others stay what they are on each machine of a cluster
+        value = os.path.expanduser(value)  # `~` in the others is resolved on each machine of a cluster
     is_name = "/" not in value and (key == RUN_PATH or (key == WEIGHTS_PATH and not os.path.isfile(folder / value)))
     return value if is_name or value.startswith("~") else os.path.abspath(folder / value)
 
 
 def require_mapping(tree: Any, where: str) -> dict[str, Any]:
+    """Return the tree; raise JobError if it is not a mapping."""
     if not isinstance(tree, dict):
         raise JobError("a job file is a mapping of keys to values", where=where)
     return tree
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base` by key; a list, or a mapping of another `kind` or `by`, is replaced whole."""
+    """Merge `over` into `base` by key; a list, or a mapping with another `kind` or `by`, is replaced as a whole."""
     merged: dict[str, Any] = dict(base)
     for key, value in over.items():
         below = merged.get(key)
@@ -100,7 +102,7 @@ def _is_other_variant(below: Mapping[str, Any], over: Mapping[str, Any]) -> bool
 
 
 def _expand_short_form(tree: dict[str, Any], key: str) -> None:
-    """Write a short form out, so that more can be laid on it."""
+    """Expand a short form in place, so that other keys can be merged into it."""
     value = tree.get(key)
     if key in SHORT_FORMS and value is not None and not isinstance(value, (dict, list)):
         tree[key] = {SHORT_FORMS[key]: value}
@@ -121,7 +123,7 @@ def _substitute_env(value: Any, where: str) -> Any:
             raise JobError(
                 f"${{{match[1]}}} would write a secret into the run's job.yaml",
                 where=where,
-                fix=f"write env:{match[1]} instead (in a URL or in args): it is looked up where it is used",
+                fix=f"write env:{match[1]} instead (in a URL or in args): it is resolved only where it is used",
             )
         return os.environ[match[1]]
 
@@ -131,14 +133,17 @@ def _substitute_env(value: Any, where: str) -> Any:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Apply `KEY=VALUE` overrides to a tree, in place and in order."""
     for override in overrides:
         key, equals, text = override.partition("=")
         where = f"--set {override}"
         if not equals or not key.strip():
-            raise JobError("an override is KEY=VALUE", where=where, fix="for example --set train.batch_size=256")
+            raise JobError(
+                "an override has the form KEY=VALUE", where=where, fix="for example --set train.batch_size=256"
+            )
         path = key.strip().split(".")
         if path[0] == "base":
-            raise JobError("base stands in the job file alone", where=where, fix="write a job file with this base")
+            raise JobError("base cannot be overridden", where=where, fix="write a job file with this base")
         _set_at_path(tree, path, with_absolute_paths(Path.cwd(), parse_yaml(text, where), tuple(path)), where)
     return tree
 
@@ -156,8 +161,8 @@ def _set_at_path(tree: dict[str, Any], path: list[str], value: Any, where: str) 
             slot = int(key)
         below = holder[slot] if isinstance(holder, list) else holder.get(slot)
         if depth == len(path) - 1:
-            both = isinstance(below, dict) and isinstance(value, dict) and not _is_other_variant(below, value)
-            holder[slot] = _merge(below, value) if both else value
+            is_merged = isinstance(below, dict) and isinstance(value, dict) and not _is_other_variant(below, value)
+            holder[slot] = _merge(below, value) if is_merged else value
         elif not isinstance(below, (dict, list)):
             default = _default_at_path(tree, path[: depth + 1])
             holder[slot] = default if isinstance(default, list) else {}
@@ -165,7 +170,7 @@ def _set_at_path(tree: dict[str, Any], path: list[str], value: Any, where: str) 
 
 
 def _default_at_path(tree: Mapping[str, Any], path: list[str]) -> Any:
-    """What stands at a path that the file leaves out, so that an entry of a default list can be overridden."""
+    """Return the default at a path that the file does not set, so that an entry of a default list can be overridden."""
     try:
         value: Any = JobConfig.model_validate({"name": "any", **tree}).to_dict()
     except ValidationError:

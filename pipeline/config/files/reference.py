@@ -1,4 +1,4 @@
-"""The reference of the job file as Markdown, made from the types, defaults and docstrings of its fields.
+"""The reference of the job file as Markdown, generated from the types, defaults and docstrings of its fields.
 
 `python -m pipeline.config.files.reference > docs/job-file.md` writes the page; a test compares the two.
 """
@@ -16,7 +16,7 @@ from pipeline.config.files.loading import SHORT_FORMS
 COMMAND = "python -m pipeline.config.files.reference > docs/job-file.md"
 
 Schema = Mapping[str, Any]
-"""A node of the JSON schema that pydantic makes of `Job`."""
+"""A node of the JSON schema of `JobConfig`."""
 
 TAGS = ("source", "kind", "by")
 """Keys whose value selects the class of a mapping."""
@@ -26,10 +26,10 @@ TITLES: dict[str, str] = {
     TorchvisionModelConfig.__name__: "kind: torchvision:NAME",
     CustomModelConfig.__name__: "kind: module:Class",
 }
-"""Titles of the classes that no fixed value of the key in `TAGS` selects."""
+"""Titles of the classes that are not selected by a fixed value of a key in `TAGS`."""
 
 INTRODUCTION = f"""\
-<!-- Made from the fields of `pipeline/job/` by `{COMMAND}`. Edit the fields, not this page. -->
+<!-- Generated from the fields of `pipeline/config/` by `{COMMAND}`. Edit the fields, not this page. -->
 
 # The job file
 
@@ -45,64 +45,66 @@ train: {{batch_size: 256, phases: [{{epochs: 10, lr: 0.2}}]}}
 ```
 
 **Strict.** An unknown key is an error that names the nearest known key. So is a value of another type or out of range:
-`"5"` is text and no number. All errors of a file are reported at once, before anything is read or trained. YAML is that
-of version 1.2: `true` and `false` are the only booleans (`yes`, `no`, `on` and `off` are text), `1e-3` is a number, and
+`"5"` is text and not a number. All errors of a file are reported at once, before any data is read. YAML is that of
+version 1.2: `true` and `false` are the only booleans (`yes`, `no`, `on` and `off` are text), `1e-3` is a number, and
 a key may occur once.
 
-**Keys of one variant.** `data` has other keys for each `source`, `model` for each `kind` and `data.splits` for each
+**Keys of one variant.** The keys of `data` depend on `source`, those of `model` on `kind`, those of `data.splits` on
 `by`. In `data`, a key of another source is an error unless it has its default.
 
 **`base: FILE`** starts from another job file, which may have a base too. Mappings are merged key by key. A list
 replaces the whole list of the base, and so does a mapping with another `kind` or `by`.
 
-**`${{NAME}}`** in a value becomes what the environment variable NAME holds when the file is read. Where it is the whole
-value, it is read as YAML, so that it can be a number. An absent variable is an error.
+**`${{NAME}}`** in a value is replaced by the environment variable NAME when the file is read. If it is the whole value,
+the variable is parsed as YAML, so that it can be a number. A variable that is not set is an error.
 
-**`env:NAME`** names a secret. It is stored as it is written and looked up only where it is used: in `storage`,
-`data.url`, `model.init_from`, and the `args` of your own code. A secret written out, or filled in by `${{NAME}}`, is
-refused before anything is written.
+**`env:NAME`** names a secret. It is stored as `env:NAME` and resolved only where it is used: in `storage`,
+`data.url`, `model.init_from`, and the `args` of your own code. A literal secret, or one from `${{NAME}}`, is refused
+before anything is written.
 
 **`--set KEY=VALUE`** on the command line overrides one key: `--set train.batch_size=256`,
 `--set train.phases.0.lr=0.1`, `--set model.hidden=[64,32]`. KEY is a path of keys, and of positions in lists from 0;
 VALUE is YAML. A mapping is merged as for `base`.
 
 **Relative paths** in a job file (`base`, `code`, `data.url`, `data.root`, `data.cache.folder`, `model.weights`, and
-`model.init_from` with a slash in it) start from the folder of the file that they are written in, also in a base. Those
-in `--set`, and those given from Python, start from the working directory, and so does `storage` always.
+`model.init_from` with a slash in it) are relative to the folder of the file that holds them, also in a base. Those in
+`--set`, and those given from Python, are relative to the working directory, and so is `storage` always.
 
-**Runs.** The whole job is stored with each run as `job.yaml`. A job with other values is another run, except for the
-keys that change only where and how fast it runs: `scale`, `storage`, `checkpoint`, `follow`, and of `data` the keys
-`root`, `url`, `loader` and `cache`. The content of the data and of your own code counts, wherever it is.
+**Runs.** The whole job is stored with each run as `job.yaml`. A job with other values is a new run, except for the keys
+that change only where and how fast it runs: `scale`, `storage`, `checkpoint`, `follow`, and of `data` the keys
+`root`, `url`, `loader` and `cache`. The content of the data and of your own code counts, not where it is.
 
-In the tables below, a key without a default says *required*, and `null` as a default means that nothing is set. A share
-is a fraction of 1.
+In the tables below, a key without a default is marked *required*, and the default `null` means that the key is not set.
+A share is a fraction of 1.
 """
 
 
 def reference() -> str:
-    """The page as Markdown."""
+    """Return the page as Markdown."""
     schema = JobConfig.model_json_schema()
     return "\n\n".join([INTRODUCTION.rstrip(), *_Page(schema["$defs"]).sections(schema)]) + "\n"
 
 
 class _Page:
-    """Sections of the page.
+    """The sections of the page.
 
-    definitions: the schema's classes by their names.
+    Parameters
+    ----------
+    definitions: the classes of the schema, by name.
     """
 
     def __init__(self, definitions: Mapping[str, Schema]) -> None:
         self._definitions = definitions
 
     def sections(self, job: Schema) -> Iterator[str]:
-        """One section for the whole job, then one for each key that holds a mapping, in the order of the file."""
+        """Yield one section for the whole job, then one for each key that holds a mapping, in the order of the file."""
         yield "## The whole job"
         yield self._table("", job["properties"], job)
         for key, field in job["properties"].items():
             yield from self._sections_of(key, field, 2)
 
     def _sections_of(self, path: str, field: Schema, level: int) -> Iterator[str]:
-        """The sections of the mappings that a field holds, if it holds any."""
+        """Yield the sections of the mappings that a field holds, if any."""
         names = list(dict.fromkeys(_references(field)))
         if not names:
             return
@@ -113,14 +115,14 @@ class _Page:
             return
         for name in names:
             kind = self._definitions[name]
-            each = " Each entry of the list is such a mapping." if _is_list(field) else ""
-            yield f"{heading}\n\n{_text(kind)}{each}"
+            suffix = " Each entry of the list is such a mapping." if _is_list(field) else ""
+            yield f"{heading}\n\n{_text(kind)}{suffix}"
             yield self._table(path, kind["properties"], kind)
             for key, inner in kind["properties"].items():
                 yield from self._sections_of(f"{path}.{key}", inner, min(level + 1, 4))
 
     def _variants(self, path: str, names: list[str], level: int) -> Iterator[str]:
-        """A section for each class of a union; what all of them have comes last, once."""
+        """Yield a section for each class of a union; their common keys come last, once."""
         kinds = {name: self._definitions[name] for name in names}
         first, *others = kinds.values()
         common = {
@@ -129,10 +131,10 @@ class _Page:
             if key not in TAGS and all(kind["properties"].get(key) == field for kind in others)
         }
         for name, kind in kinds.items():
-            own = {key: field for key, field in kind["properties"].items() if key not in common}
+            specific = {key: field for key, field in kind["properties"].items() if key not in common}
             yield f"{'#' * level} `{path}` with `{_title(name, kind)}`\n\n{_text(kind)}"
-            yield self._table(path, own, kind)
-            for key, field in own.items():
+            yield self._table(path, specific, kind)
+            for key, field in specific.items():
                 yield from self._sections_of(f"{path}.{key}", field, min(level + 1, 4))
         if common:
             tag = next(key for key in first["properties"] if key in TAGS)
@@ -151,9 +153,9 @@ class _Page:
         return "\n".join(rows)
 
     def _type(self, field: Schema, path: str) -> str:
-        """What values a field takes, in words."""
-        found = list(dict.fromkeys(self._alternatives(field, path)))
-        return f"{', '.join(found[:-1])} or {found[-1]}" if len(found) > 1 else found[0]
+        """Return the description of the values that a field takes."""
+        types = list(dict.fromkeys(self._alternatives(field, path)))
+        return f"{', '.join(types[:-1])} or {types[-1]}" if len(types) > 1 else types[0]
 
     def _alternatives(self, field: Schema, path: str) -> Iterator[str]:
         names = _references(field)
@@ -193,7 +195,7 @@ class _Page:
                 yield "text"
 
     def _default(self, field: Schema) -> str:
-        """The default as YAML, without keys that have their own default in it."""
+        """Return the default as YAML, without keys that have their own default in it."""
         short = self._short(field["default"], _references(field))
         return "its defaults" if short == {} and _references(field) else f"`{_yaml(short)}`"
 
@@ -203,12 +205,12 @@ class _Page:
         if not isinstance(value, dict) or not names:
             return value
         properties = self._definitions[names[0]]["properties"]  # a default is of the first class of its union
-        own = {key: inner for key, inner in value.items() if inner != properties[key].get("default")}
-        return {**{key: value[key] for key in TAGS if key in value and len(names) > 1}, **own}
+        changed = {key: inner for key, inner in value.items() if inner != properties[key].get("default")}
+        return {**{key: value[key] for key in TAGS if key in value and len(names) > 1}, **changed}
 
 
 def _references(field: Schema) -> list[str]:
-    """Names of the classes of the mappings that a field holds, itself or in a list."""
+    """Return the names of the classes of the mappings that a field holds, itself or in a list."""
     if "$ref" in field:
         return [str(field["$ref"]).rpartition("/")[2]]
     parts = [*field.get("anyOf", ()), *field.get("oneOf", ()), *([field["items"]] if "items" in field else [])]
@@ -237,12 +239,12 @@ def _plural(words: str) -> str:
 
 
 def _text(node: Schema) -> str:
-    """The documentation of a field or class on one line."""
+    """Return the documentation of a field or class on one line."""
     return " ".join(str(node.get("description", "")).split())
 
 
 def _yaml(value: Any) -> str:
-    """A plain value as YAML on one line."""
+    """Return a plain value as YAML on one line."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_yaml(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""YAML 1.2 with the safe types alone, in and out."""
+"""YAML 1.2 with safe types only, for reading and writing."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ _SCALARS = {
 }
 """The core schema of YAML 1.2 (section 10.3.2): only true and false are booleans, 1e-3 is a number, 010 is ten."""
 
-
 MAX_CHARACTERS, MAX_VALUES, MAX_DIGITS = 1_000_000, 100_000, 100
-"""Of a job file: a few lines of aliases can stand for more values than there is memory."""
+"""Limits of a job file: a few lines of aliases can expand to more values than fit into memory."""
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Safe YAML 1.2: plain values only, no dates, bytes or sets."""
+    """Load safe YAML 1.2: plain values only, no dates, bytes or sets."""
 
 
 class YamlDumper(yaml.SafeDumper):
-    """Quotes what YAML 1.1 or 1.2 would take for anything but text."""
+    """Quote text that YAML 1.1 or 1.2 would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Write equal values out each time."""
+        """Write equal values in full each time."""
         return True
 
 
@@ -60,9 +59,9 @@ def _construct_unique_mapping(loader: _YamlLoader, node: yaml.MappingNode) -> di
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, (str, int, float, bool)):
-            raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, "a key must be text or a number", key_node.start_mark)
         if key in mapping:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} occurs twice", key_node.start_mark)
         mapping[key] = loader.construct_object(value_node, deep=True)
     return mapping
 
@@ -72,14 +71,14 @@ _YamlLoader.add_constructor("tag:yaml.org,2002:map", _construct_unique_mapping)
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Plain values from YAML text.
+    """Return the plain values of a YAML text.
 
     Raises
     ------
     JobError: not YAML, with line and column.
     """
     if len(text) > MAX_CHARACTERS:
-        raise JobError(f"not a job file: {len(text):,} characters", where=where, fix="give the file of a job")
+        raise JobError(f"not a job file: {len(text):,} characters", where=where, fix="give the path of a job file")
     try:
         tree = yaml.load(text, Loader=_YamlLoader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
@@ -87,16 +86,16 @@ def parse_yaml(text: str, where: str) -> Any:
         location = f"{where}, line {mark.line + 1}, column {mark.column + 1}" if mark else where
         problem = getattr(error, "problem", None) or str(error)
         raise JobError(f"not valid YAML: {problem}", where=location) from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; deeply nested lists
         raise JobError(f"not valid YAML: {error}", where=where) from None
     if not _has_few_values(tree):
-        fix = "write fewer; what an alias stands for counts each time"
+        fix = "write fewer; the values of an alias count each time it is used"
         raise JobError(f"more than {MAX_VALUES:,} values", where=where, fix=fix)
     return tree
 
 
 def _has_few_values(tree: Any) -> bool:
-    """Whether it holds no more than so many values, with all that aliases repeat."""
+    """Return whether a tree has at most `MAX_VALUES` values, those of aliases counted each time."""
     pending, count = [tree], 0
     while pending:
         value = pending.pop()

@@ -1,7 +1,8 @@
-"""Random changes of training images: drawn for the whole global batch on the host, applied on the device.
+"""Augmentation of training images: parameters are sampled for the whole global batch on the host, and applied on the
+device.
 
-Windows (crop and flip), then turns, then colours, then mixup. What is drawn is a function of (seed, step, position in
-the global batch) alone, so the ranks' shares of a changed batch, one after another, are the changed batch.
+The order is crop and flip, rotation, color jitter, mixup. The parameters depend only on (seed, step, position in the
+global batch), so the ranks' shares of an augmented batch, in the order of ranks, are the augmented batch.
 """
 
 from __future__ import annotations
@@ -35,28 +36,28 @@ IMAGE_NDIMS = (2, 3)
 """Axes of a sample that is an image: (H, W) or (C, H, W)."""
 
 COLOR_CHANNELS = (1, 3)
-"""Channels of an image whose colours can be changed: grey, or red, green and blue."""
+"""Channels of an image that color jitter supports: gray, or red, green and blue."""
 
 
 def is_enabled(config: AugmentConfig) -> bool:
-    """Whether a job asks for any of it."""
+    """Return whether a job asks for any augmentation."""
     return (
         config.crop > 0 or config.flip or config.rotate > 0 or config.jitter != ColorJitterConfig() or config.mixup > 0
     )
 
 
 def check_images(config: AugmentConfig, sample_shape: tuple[int, ...]) -> None:
-    """Raise DataError for samples that are no images, or not of the colours that jitter needs."""
+    """Raise DataError if samples are not images, or do not have the channels that color jitter needs."""
     if len(sample_shape) not in IMAGE_NDIMS:
         raise DataError(
-            f"augmentation is for images, but a sample here has the shape {sample_shape}",
+            f"augmentation is for images, but a sample has the shape {sample_shape}",
             where="data.augment",
             fix="leave it out",
         )
     channels = sample_shape[0] if len(sample_shape) == 3 else 1
     if config.jitter != ColorJitterConfig() and channels not in COLOR_CHANNELS:
         raise DataError(
-            f"colours are changed in images of 1 or 3 channels, but here are {channels}",
+            f"color jitter needs images of 1 or 3 channels, but these have {channels}",
             where="data.augment.jitter",
             fix="leave it out",
         )

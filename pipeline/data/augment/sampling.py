@@ -1,4 +1,4 @@
-"""What is drawn for a global batch, on the host: functions of (seed, step, position in the batch) alone."""
+"""Sampling of augmentation parameters for a global batch, on the host: they depend only on (seed, step, position)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pipeline.config import AugmentConfig, ColorJitterConfig
 from pipeline.data.rng import make_generator, random_permutation, random_uint64
 
 HALF_STEP = 2.0**-54
-"""Half the distance of uniform draws of 53 bits: added, it keeps them off 0, which has no logarithm."""
+"""Half the distance between uniform draws of 53 bits: added to them, it excludes 0, which has no logarithm."""
 
 
 @dataclass(frozen=True, eq=False)
 class AugmentParams:
-    """The draws of some samples, one row each. What a job does not ask for is not drawn, and None.
+    """Augmentation parameters, one row per sample. What a job does not ask for is None.
 
-    windows: int64 (b, 3): top and left in the padded image, 0 to 2 crop, and 1 where it is mirrored.
-    turns: float32 (b, 2): cosine and sine of the angle.
-    factors: float32 (b, 3): of brightness, contrast and saturation.
+    crops: int64 (b, 3): top and left in the padded image, 0 to 2 * crop, and 1 if the image is flipped.
+    rotations: float32 (b, 2): cosine and sine of the angle.
+    color_factors: float32 (b, 3): of brightness, contrast and saturation.
     """
 
     crops: Tensor | None = None
@@ -29,11 +29,11 @@ class AugmentParams:
     color_factors: Tensor | None = None
 
     def select(self, positions: np.ndarray) -> AugmentParams:
-        """The draws at some positions, int64 (n,)."""
+        """Return the parameters at some positions, int64 (n,)."""
         return AugmentParams(*(None if values is None else values[positions] for values in self._values()))
 
     def to(self, device: torch.device) -> AugmentParams:
-        """On a device; the host does not wait for the copy."""
+        """Copy to a device; the host does not wait for the copy."""
         return AugmentParams(
             *(None if values is None else copy_to_device_async(values, device) for values in self._values())
         )
@@ -43,12 +43,12 @@ class AugmentParams:
 
 
 def copy_to_device_async(values: Tensor, device: torch.device) -> Tensor:
-    """A small tensor on a device, without the host waiting for it."""
+    """Copy a small tensor to a device; the host does not wait for the copy."""
     return (values.pin_memory() if device.type == "cuda" else values).to(device, non_blocking=True)
 
 
 def sample_params(config: AugmentConfig, seed: int, step: int, num_rows: int) -> AugmentParams:
-    """The changes of one global batch of so many rows, but for mixup."""
+    """Sample the parameters, except those of mixup, for a global batch of `num_rows` samples."""
     return AugmentParams(
         crops=_sample_crops(config, seed, step, num_rows) if config.crop or config.flip else None,
         rotations=_sample_rotations(config.rotate, seed, step, num_rows) if config.rotate else None,
@@ -62,7 +62,7 @@ def _sample_crops(config: AugmentConfig, seed: int, step: int, num_rows: int) ->
     raw = random_uint64(make_generator(seed, "augment", step), num_rows)
     num_offsets = np.uint64(2 * config.crop + 1)
     crops = np.empty((num_rows, 3), dtype=np.int64)
-    # Each takes bits of its own; k * windows >> 24 spreads 24 random bits k over the windows.
+    # Each column uses separate bits; k * num_offsets >> 24 maps 24 random bits k to the offsets.
     crops[:, 0] = (raw >> np.uint64(40)) * num_offsets >> np.uint64(24)
     crops[:, 1] = (raw >> np.uint64(16) & np.uint64(0xFFFFFF)) * num_offsets >> np.uint64(24)
     crops[:, 2] = raw & np.uint64(1) if config.flip else 0
@@ -81,18 +81,19 @@ def _sample_color_factors(jitter: ColorJitterConfig, seed: int, step: int, num_r
 
 
 def sample_mixup_permutation(seed: int, step: int, num_rows: int) -> np.ndarray:
-    """With whom each sample of a global batch is mixed: a random order of its positions, int64 (rows,)."""
+    """Sample the partner that each sample of a global batch is mixed with: a permutation, int64 (num_rows,)."""
     return random_permutation(make_generator(seed, "augment partners", step), num_rows)
 
 
 def sample_mixup_lambda(alpha: float, seed: int, step: int, num_rows: int) -> np.ndarray:
-    """The share that each sample keeps of itself: Beta(alpha, alpha), float64 (rows,), from four uniforms each.
+    """Sample the weight of each sample in its mixture: Beta(alpha, alpha), float64 (num_rows,).
 
-    Without rejection, so that a position's draw is a function of that position's words. With G, H ~ Gamma(a + 1) and
-    uniform U, V: G U^(1/a) and H V^(1/a) are Gamma(a) (Marsaglia and Tsang 2000), and the first's part of their sum is
-    Beta(a, a). That needs only the ratio of G and H, which a draw (1 + x) / 2 of Beta(a + 1, a + 1) gives:
-    x = cos(2 pi W) sqrt(1 - Z^(2 / (2 a + 1))), Ulrich's polar method (Devroye 1986, chapter IX). In logits, since a
-    small alpha leaves the range of floats.
+    Each is computed from four uniform numbers, without rejection, so that a position's draw depends only on that
+    position's random words. With G, H ~ Gamma(a + 1) and uniform U, V, both G U^(1/a) and H V^(1/a) are Gamma(a)
+    (Marsaglia and Tsang 2000), and the first divided by their sum is Beta(a, a). That needs only the ratio of G and H,
+    which follows from a draw (1 + x) / 2 of Beta(a + 1, a + 1): x = cos(2 pi W) sqrt(1 - Z^(2 / (2 a + 1))), Ulrich's
+    polar method (Devroye 1986, chapter IX). Computed in logits, since for a small alpha the values exceed the range of
+    floats.
     """
     u, v, w, z = _sample_uniform(seed, "augment shares", step, num_rows, 4).T
     x = np.cos(2 * np.pi * w) * np.sqrt(1 - z ** (2 / (2 * alpha + 1)))
@@ -102,6 +103,6 @@ def sample_mixup_lambda(alpha: float, seed: int, step: int, num_rows: int) -> np
 
 
 def _sample_uniform(seed: int, stream: str, step: int, num_rows: int, num_columns: int) -> np.ndarray:
-    """Uniform over (0, 1], float64 (rows, columns)."""
+    """Sample uniformly from (0, 1], float64 (num_rows, num_columns)."""
     raw = random_uint64(make_generator(seed, stream, step), num_rows * num_columns).reshape(num_rows, num_columns)
     return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53 + HALF_STEP

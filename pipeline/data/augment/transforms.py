@@ -1,4 +1,4 @@
-"""Crops, flips, turns and colours of whole batches on the device, as drawn."""
+"""Crops, flips, rotations and color jitter of whole batches on the device, with given parameters."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from pipeline.data.augment.sampling import AugmentParams
 from pipeline.data.transforms.arrays import UINT8_MAX
 
 LUMA = (0.2989, 0.587, 0.114)
-"""Shares of red, green and blue in grey, as torchvision has them."""
+"""Weights of red, green and blue in gray, the same as torchvision's."""
 
 GRAY_STEPS = 2.0**24
-"""Grey values are summed as whole multiples of 1 / STEPS."""
+"""Gray values are summed as integer multiples of 1 / GRAY_STEPS."""
 
 
 def apply_augment(config: AugmentConfig, images: Tensor, params: AugmentParams) -> Tensor:
-    """Images (b, H, W) or (b, C, H, W) of raw values, changed as drawn: windows, then turns, then colours.
+    """Augment images (b, H, W) or (b, C, H, W) of raw values: crop and flip, then rotation, then color jitter.
 
-    Bytes stay bytes where only windows are drawn, else come out as float32 in [0, 255]. What lies outside an image is
-    0, in raw units. No loop over samples, and none depends on the others of its batch, to the last bit.
+    uint8 images stay uint8 if they are only cropped or flipped, else become float32 in [0, 255]. Pixels outside an
+    image are 0, in raw units. There is no loop over samples, and no sample depends on the rest of its batch, to the
+    last bit.
     """
     max_value = UINT8_MAX if images.dtype == torch.uint8 else None
     if params.crops is not None:
@@ -34,12 +35,12 @@ def apply_augment(config: AugmentConfig, images: Tensor, params: AugmentParams) 
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Bytes as float32; floats as they are."""
+    """Return uint8 images as float32; floating-point images unchanged."""
     return images if images.is_floating_point() else images.float()
 
 
 def _crop_and_flip(images: Tensor, crops: Tensor, crop: int) -> Tensor:
-    """Windows of the padded images, some mirrored, by one gather."""
+    """Crop the padded images and flip some of them, with one gather."""
     height, width = images.shape[-2:]
     padded = F.pad(images, (crop,) * 4) if crop else images
     top, left, is_flipped = crops.unbind(1)
@@ -54,14 +55,14 @@ def _crop_and_flip(images: Tensor, crops: Tensor, crop: int) -> Tensor:
 
 
 def _rotate(images: Tensor, rotations: Tensor) -> Tensor:
-    """Images turned around their middle, counter-clockwise for a positive sine; between pixels bilinear."""
+    """Rotate images around their center, counter-clockwise for a positive sine, with bilinear interpolation."""
     images = to_float(images)
     height, width = images.shape[-2:]
     cosine, sine = rotations.to(images.dtype)[:, :, None, None].unbind(1)
     across, down = (
         torch.arange(size, device=images.device, dtype=images.dtype) - (size - 1) / 2 for size in (width, height)
     )
-    # Where each pixel comes from, in the units of grid_sample: from edge to edge of an image is -1 to 1.
+    # The source of each pixel in the coordinates of grid_sample, which go from -1 to 1 between the edges of an image.
     from_across = (cosine * across[None, None] - sine * down[None, :, None]) * (2 / width)
     from_down = (sine * across[None, None] + cosine * down[None, :, None]) * (2 / height)
     grid = torch.stack([from_across, from_down], -1)
@@ -71,9 +72,10 @@ def _rotate(images: Tensor, rotations: Tensor) -> Tensor:
 
 
 def _jitter_color(images: Tensor, factors: Tensor, jitter: ColorJitterConfig, max_value: float | None) -> Tensor:
-    """Brightness, contrast and saturation by torchvision's definitions; clamped to [0, highest] after each, if given.
+    """Change brightness, contrast and saturation as torchvision does; clamp to [0, max_value] after each, if given.
 
-    Contrast 0 is the mean of the grey image, saturation 0 the grey image itself. Saturation leaves grey images alone.
+    With contrast 0 the result is the mean of the gray image, with saturation 0 the gray image. Saturation does not
+    change gray images.
     """
     images = to_float(images)
     with_channels = images if images.ndim == 4 else images[:, None]
@@ -90,7 +92,7 @@ def _jitter_color(images: Tensor, factors: Tensor, jitter: ColorJitterConfig, ma
 
 
 def _to_grayscale(images: Tensor) -> Tensor:
-    """(b, C, H, W) to (b, 1, H, W)."""
+    """Convert (b, C, H, W) to (b, 1, H, W)."""
     if images.shape[1] == 1:
         return images
     red, green, blue = images.unbind(1)
@@ -98,11 +100,11 @@ def _to_grayscale(images: Tensor) -> Tensor:
 
 
 def _image_mean(images: Tensor) -> Tensor:
-    """Over each image: (b, 1, 1, 1). In whole numbers: a sum of floats would depend on the size of the batch."""
+    """Return the mean of each image: (b, 1, 1, 1). Integers are summed: a float sum would depend on the batch size."""
     total = (images * GRAY_STEPS).to(torch.int64).sum((1, 2, 3), keepdim=True)
     return total.to(images.dtype) / (GRAY_STEPS * images[0].numel() if len(images) else 1.0)
 
 
 def _clamp(images: Tensor, max_value: float | None) -> Tensor:
-    """In place: what comes here was just made."""
+    """Clamp in place: callers pass new tensors."""
     return images if max_value is None else images.clamp_(0.0, max_value)

@@ -18,7 +18,7 @@ from pipeline.user_code import call_user_function
 from pipeline.watchdog import watchdog_suspended
 
 if TYPE_CHECKING:
-    from pipeline.data.tabular.schema import FloatType  # it imports Arrow
+    from pipeline.data.tabular.arrow_types import FloatType  # it imports Arrow
 
 RETURNS = (
     "return (inputs, targets), ((inputs, targets), (test_inputs, test_targets)), or a dict with train, test, classes"

@@ -1,5 +1,4 @@
-"""Tables: what columns hold, and how rows become numbers, in training and in prediction.
+"""Tables: kinds of columns, and how rows become numbers, in training and in prediction.
 
-`contents` names what an Arrow type holds; `schema` lays a matrix out; `encode` fills it; `findings`
-counts what is wrong.
+`schema` describes Arrow columns and the layout of the matrix that they are encoded to; `encoder` fills the matrix.
 """

@@ -1,4 +1,4 @@
-"""Tables as matrices: Arrow columns in, rows of numbers out, laid out by a schema; in training and in prediction."""
+"""Encoding of tables: Arrow columns to the rows of a matrix that a schema lays out, in training and in prediction."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.data.rounding import NumberKind, max_rounding_error
-from pipeline.data.tabular.schema import (
+from pipeline.data.tabular.arrow_types import (
     NUMERIC_KINDS,
     ArrowKind,
-    Column,
     FloatType,
     InvalidValues,
-    Schema,
     arrow_kind,
     bytes_to_array,
     dictionary_encode,
@@ -27,14 +25,15 @@ from pipeline.data.tabular.schema import (
     unwrap_storage,
     value_type,
 )
+from pipeline.data.tabular.schema import Column, Schema
 from pipeline.errors import DataError
 
 NUMERIC_PATTERN = re.compile(r"-?[0-9]+|true|false")
-"""Levels that a column of numbers or booleans can hold, see `as_texts`."""
+"""Categories that a column of numbers or booleans can have, see `dictionary_encode`."""
 
 
 class TableEncoder:
-    """Writes batches of a table as rows of a matrix."""
+    """Writes batches of a table to the rows of a matrix."""
 
     def __init__(self, schema: Schema) -> None:
         self._schema = schema
@@ -46,15 +45,17 @@ class TableEncoder:
     def write(
         self, batch: pa.RecordBatch, out: np.ndarray, findings: InvalidValues, rounding: np.ndarray | None = None
     ) -> None:
-        """Fill `out`, float32 or float64 (n, width), from a batch of n rows; extra columns are of no account.
+        """Fill `out`, float32 or float64 (n, width), from a batch of n rows; extra columns are ignored.
 
         Parameters
         ----------
-        rounding: float64 (width,), raised to the largest error that conversion to `out`'s type makes in each place.
+        findings: where invalid values are counted.
+        rounding: float64 (width,), raised to the largest error that conversion to the type of `out` causes in each
+            column of the matrix.
 
         Raises
         ------
-        DataError: a column that is absent or of another kind.
+        DataError: a column is missing or of another kind.
         """
         for column, offset in zip(self._schema.columns, self._schema.offsets, strict=True):
             array = _get_column(batch, column, findings.where)
@@ -68,7 +69,7 @@ class TableEncoder:
                 values = to_float_array(array, dtype)[:, None]
             else:
                 values = _lists_to_array(array, column, dtype, findings)
-            with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is noted
+            with np.errstate(over="ignore"):  # what exceeds float32 becomes infinite, and is counted below
                 out[:, offset:end] = values
             if rounding is not None and is_measured:
                 errors = max_rounding_error(values, out[:, offset:end], kind=_number_kind(array.type))
@@ -76,39 +77,40 @@ class TableEncoder:
             findings.add(
                 column.name,
                 "infinite values",
-                "replace them, with nulls for instance; numbers beyond 3e38 need train.precision: fp64",
+                "replace them, for example with nulls; numbers beyond 3e38 need train.precision: fp64",
                 np.isinf(out[:, offset:end]).any(1),
             )
 
     def _category_codes(self, array: pa.Array, column: Column, findings: InvalidValues) -> np.ndarray:
         kind = arrow_kind(array.type)
-        texts, rows = dictionary_encode(array, column.name, findings)
-        if kind.kind in NUMERIC_KINDS and column.categories and column.name not in self._numeric and (rows >= 0).any():
+        texts, text_codes = dictionary_encode(array, column.name, findings)
+        is_numeric = kind.kind in NUMERIC_KINDS
+        if is_numeric and column.categories and column.name not in self._numeric and (text_codes >= 0).any():
             raise DataError(
                 f"the column {column.name!r} holds {kind}, but held text in training, such as "
-                f"{column.categories[0]!r}: no "
-                "number can be any of its values",
+                f"{column.categories[0]!r}: no number is one of its categories",
                 where=findings.where,
-                fix="give the texts that these numbers stand for",
+                fix="use the texts that these numbers stand for",
             )
         known = pc.index_in(texts, value_set=self._categories[column.name]).fill_null(len(column.categories))
-        positions: np.ndarray = np.append(known.to_numpy(zero_copy_only=False).astype(np.float64), np.nan)[rows]
-        return positions
+        codes: np.ndarray = np.append(known.to_numpy(zero_copy_only=False).astype(np.float64), np.nan)[text_codes]
+        return codes
 
 
 def encode_to_matrix(table: pa.Table | pa.RecordBatch, schema: Schema, *, dtype: FloatType, where: str) -> np.ndarray:
-    """A table as a matrix (n, width): NaN where a value is missing, `len(levels)` for an unknown level.
+    """Return a table as a matrix (n, width): NaN where a value is missing, `len(categories)` for an unknown category.
 
-    Whole numbers, booleans and decimals do where numbers are wanted; numbers do where texts are, by what they look like
-    as text, unless no level looks like a number. The order of the columns and further columns are of no account.
+    A numeric column accepts integers, booleans and decimals. A categorical column accepts numbers, converted to text,
+    unless none of its categories looks like a number. The order of the columns does not matter, and further columns are
+    ignored.
 
     Parameters
     ----------
-    where: what to call the table in messages.
+    where: the table's name in messages.
 
     Raises
     ------
-    DataError: a column that is absent or of another kind, an infinite value, a list of another length.
+    DataError: a column is missing or of another kind, a value is infinite, or a list has another length.
     """
     encoder, findings = TableEncoder(schema), InvalidValues(where)
     out = np.empty((table.num_rows, schema.width), dtype)
@@ -120,8 +122,8 @@ def encode_to_matrix(table: pa.Table | pa.RecordBatch, schema: Schema, *, dtype:
 
 
 def to_arrow_table(data: Any) -> pa.Table:
-    """A table of pandas, polars, Arrow or whatever else speaks Arrow's C stream, a dict of columns or a list
-    of dicts, one a row, as Arrow table.
+    """Convert to an Arrow table: a table of pandas, polars, Arrow or any library with Arrow's C stream interface, a
+    dict of columns, or a list of dicts, one per row.
 
     Columns of a dict may be NumPy arrays (n,) or (n, width), or sequences.
 
@@ -141,12 +143,14 @@ def to_arrow_table(data: Any) -> pa.Table:
     except (pa.ArrowException, ValueError, TypeError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"cannot be read as a table: {first_line}", where="table", fix="one type a column, all of one length"
+            f"cannot be read as a table: {first_line}",
+            where="table",
+            fix="use one type per column, and columns of equal length",
         ) from error
     raise DataError(
-        f"a {type(data).__name__} is no table",
+        f"a {type(data).__name__} is not a table",
         where="table",
-        fix="use a pandas or polars DataFrame, an Arrow table, a dict of columns or a list of dicts, one a row",
+        fix="use a pandas or polars DataFrame, an Arrow table, a dict of columns or a list of dicts, one per row",
     )
 
 
@@ -157,7 +161,7 @@ def _to_arrow_array(values: Any) -> pa.Array:
 
 
 def suggest_columns(name: str, names: Iterable[str]) -> str:
-    """What to look at when a column is not there."""
+    """Return a hint for a missing column: similar names, or the names that exist."""
     known = list(names)
     close = difflib.get_close_matches(name, known, n=3)
     if close:
@@ -166,11 +170,11 @@ def suggest_columns(name: str, names: Iterable[str]) -> str:
 
 
 def check_columns(schema: Schema, column_kinds: Mapping[str, ArrowKind], num_rows: int, where: str) -> None:
-    """Whether a table whose columns hold this can be encoded, as far as their types tell.
+    """Check by the kinds of its columns that a table can be encoded.
 
     Raises
     ------
-    DataError: a column that is absent or of another kind.
+    DataError: a column is missing or of another kind.
     """
     for column in schema.columns:
         if column.name not in column_kinds:
@@ -201,18 +205,18 @@ def _check_kind(column: Column, arrow_kind: ArrowKind, where: str) -> None:
     if not is_valid:
         expected = "text" if column.kind == "category" else f"{column.width} numbers" if column.width > 1 else "numbers"
         raise DataError(
-            f"the column {column.name!r} holds {arrow_kind}; wanted: {expected}", where=where, fix="cast it"
+            f"the column {column.name!r} holds {arrow_kind}; expected: {expected}", where=where, fix="cast it"
         )
 
 
-def _number_kind(kind: pa.DataType) -> NumberKind:
-    if is_exact(kind, np.float64):
+def _number_kind(arrow_type: pa.DataType) -> NumberKind:
+    if is_exact(arrow_type, np.float64):
         return "floats"
-    return "integers" if pa.types.is_integer(value_type(kind)) else "decimals"
+    return "integers" if pa.types.is_integer(value_type(arrow_type)) else "decimals"
 
 
 def _lists_to_array(array: pa.Array, column: Column, dtype: np.dtype[Any], findings: InvalidValues) -> np.ndarray:
-    """Fixed-size or equally long lists, or bytes, as floats (n, width), NaN where null."""
+    """Return fixed-size or equally long lists, or bytes, as floats (n, width), NaN where null."""
     array = unwrap_storage(array)
     out = np.full((len(array), column.width), np.nan, dtype)
     if pa.types.is_null(array.type):

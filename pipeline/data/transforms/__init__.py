@@ -1,8 +1,8 @@
-"""From raw samples to what a model takes: fitted on the training rows alone, stored with every checkpoint.
+"""Transforms of raw samples to model inputs: fitted on the training rows only, stored with every checkpoint.
 
-`samples` prepares arrays and images, `columns` the rows of tables; both have the same methods. `fitting` fits the
-latter to what `passes` saw of the training rows; `leaks` looks for what is probably not meant; `report` counts what new
-data holds that the training rows did not.
+`arrays` transforms arrays and images, `tabular` rows of tables; both have the same methods. `column_statistics`
+computes what `tabular` is fitted to; `leakage` warns about columns that are probably not intended; `column_report`
+counts values in new data that the training rows did not have.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def fit_input_transform(job: JobConfig, dataset: Dataset, indices: np.ndarray) -
 
     Parameters
     ----------
-    rows: positions of the training split in `source.train`, int64 (n,): what is fitted depends on no other row.
+    indices: the training split in `dataset.train`, int64 (n,): what is fitted depends on no other row.
 
     Raises
     ------
-    DataError: a normalisation that does not fit the samples; with `missing: fail`, a missing value anywhere.
+    DataError: the normalization does not fit the samples; with `missing: fail`, any row has a missing value.
     """
     if dataset.schema is None:
         return fit_array_transform(job, dataset.train, indices, dataset.column_names)
@@ -52,11 +52,11 @@ def fit_input_transform(job: JobConfig, dataset: Dataset, indices: np.ndarray) -
 
 
 def input_transform_from_json(values: Mapping[str, Any]) -> InputTransform:
-    """What `to_json` of either kind gave.
+    """Restore a transform from the values that `to_json` of either class returned.
 
     Raises
     ------
-    DataError: written by another version, or damaged.
+    DataError: the values were written by another version, or are damaged.
     """
     is_table = isinstance(values, Mapping) and values.get("kind") == "table"
     return TabularTransform.from_json(values) if is_table else ArrayTransform.from_json(values)

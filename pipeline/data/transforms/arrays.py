@@ -1,4 +1,4 @@
-"""Preprocessing of arrays and images."""
+"""Transforms of arrays and images."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pipeline.data.tabular.schema import Column, Schema
 from pipeline.errors import DataError
 
 UINT8_MAX = 255.0
-"""What uint8 images are divided by, so that they lie in [0, 1]."""
+"""The divisor that brings uint8 images to [0, 1]."""
 
 WHERE = "data.normalize"
 
 MAX_SAMPLE_VALUES = 2**28
-"""Of a sample, as stored: more would be damage."""
+"""Values per sample; a stored transform with more is damaged."""
 
 ScalingKind = Literal["none", "unit", "scaled"]
 TransformFn = Callable[[Tensor], Tensor]
@@ -32,15 +32,15 @@ TransformFn = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ArrayTransform:
-    """How raw samples are prepared: plain values, the same for training, evaluation and prediction.
+    """How raw samples are transformed: plain values, the same for training, evaluation and prediction.
 
-    kind: none: as they are. unit: uint8 / 255. scaled: (x - mean) / std.
+    kind: none: unchanged. unit: uint8 / 255. scaled: (x - mean) / std.
     dtype: NumPy's name of the raw samples' type; uint8 samples are divided by 255 before they are scaled.
-    sample_shape: of a raw sample: (H, W), (C, H, W), (F,), or further.
+    sample_shape: of a raw sample: (H, W), (C, H, W), (F,), or more axes.
     mean, std: one number, or one for each channel (images) or column; empty unless scaled.
-    names: of the columns of samples (F,) that were rows of a data frame; else empty.
-    low, high: of named columns of floating numbers, the smallest and the largest value in training. They prepare
-        nothing: new data is compared with them.
+    names: of the columns of samples (F,) that are rows of a data frame; else empty.
+    low, high: the smallest and the largest value in training of named floating-point columns. They are not used by the
+        transform: new data is compared with them.
     """
 
     kind: ScalingKind
@@ -54,22 +54,22 @@ class ArrayTransform:
 
     @property
     def null_fractions(self) -> tuple[float, ...]:
-        """None: arrays have a value everywhere."""
+        """Empty: arrays have no missing values."""
         return ()
 
     @property
     def named_columns(self) -> Schema:
-        """The columns of a sample, where they have names."""
+        """The columns of a sample, if they have names."""
         return Schema(tuple(Column(name, "number") for name in self.names))
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """Shape of a prepared sample: as the raw one, images of two axes with a channel before them."""
+        """Shape of a transformed sample: that of a raw one; images of two axes get a channel axis in front."""
         return (1, *self.sample_shape) if len(self.sample_shape) == 2 else self.sample_shape
 
     @property
     def code_sizes(self) -> tuple[int, ...]:
-        """None: only tables have columns of codes."""
+        """Empty: only tables have columns of codes."""
         return ()
 
     @property
@@ -83,24 +83,24 @@ class ArrayTransform:
         return self.output_shape[0]
 
     def check_missing_values(self, raw: np.ndarray, schema: Schema | None = None) -> None:
-        """Every array can be prepared."""
+        """Do nothing: arrays have no missing values."""
 
     def make_transform_fn(
         self, device: torch.device, dtype: torch.dtype, input_schema: Schema | None = None
     ) -> TransformFn:
-        """A function from raw samples (B, *sample_shape) on `device` to prepared ones (B, *output_shape) of `dtype`.
+        """Return a function from raw samples (B, *sample_shape) on `device` to (B, *output_shape) of `dtype`.
 
-        The result never shares memory with its argument.
+        Its result never shares memory with its argument.
         """
         assert input_schema is None, "arrays have no schema"
-        grey = len(self.sample_shape) == 2
+        is_gray = len(self.sample_shape) == 2
         scale = self._make_scaling_fn(device, dtype)
 
-        def prepare(raw: Tensor) -> Tensor:
-            prepared = scale(raw)
-            return prepared.unsqueeze(1) if grey else prepared
+        def transform(raw: Tensor) -> Tensor:
+            scaled = scale(raw)
+            return scaled.unsqueeze(1) if is_gray else scaled
 
-        return prepare
+        return transform
 
     def _make_scaling_fn(self, device: torch.device, dtype: torch.dtype) -> TransformFn:
         if self.kind == "none":
@@ -112,16 +112,16 @@ class ArrayTransform:
         if len(self.sample_shape) > 2:
             mean, std = (values.view(-1, *[1] * (len(self.sample_shape) - 1)) for values in (mean, std))
         if self.dtype == "uint8":
-            # One operation: 0 to 255 lose nothing by being scaled before the mean is taken off.
+            # One operation: for 0 to 255, scaling before the mean is subtracted costs no digits.
             factor, offset = ((values.to(device, dtype)) for values in (1 / (UINT8_MAX * std), -mean / std))
             return lambda raw: torch.addcmul(offset, raw.to(dtype), factor)
-        # Columns far from zero keep their digits only if the mean goes first, and float64 only until it has gone.
+        # Columns far from zero keep their digits only if the mean is subtracted first; then float64 is not needed.
         work = torch.float64 if self.dtype == "float64" else dtype
         mean, factor = mean.to(device, work), (1 / std).to(device, work)
         return lambda raw: (raw.to(work) - mean).mul_(factor).to(dtype)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; `preprocess_from_json` gives the same object back."""
+        """Return plain values; `input_transform_from_json` restores the same object from them."""
         return {
             "version": VERSION,
             "kind": self.kind,
@@ -134,11 +134,11 @@ class ArrayTransform:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ArrayTransform:
-        """What `to_json` gave.
+        """Restore an object from the values that `to_json` returned.
 
         Raises
         ------
-        DataError: written by another version, or damaged.
+        DataError: the values were written by another version, or are damaged.
         """
         with check_stored_values(values):
             kind, dtype = str(values["kind"]), str(values["dtype"])
@@ -162,17 +162,17 @@ class ArrayTransform:
 def fit_array_transform(
     job: JobConfig, dataset_part: DatasetPart, indices: np.ndarray, column_names: tuple[str, ...] = ()
 ) -> ArrayTransform:
-    """Fit what `data.normalize` asks for; auto is unit for bytes and standard for other numbers.
+    """Fit what `data.normalize` asks for; auto is unit for uint8 and standard for other numbers.
 
     Parameters
     ----------
-    arrays: the training part of the source.
-    rows: positions of the training split in it, int64 (n,): no other row is looked at.
-    names: of the columns, where they have any.
+    dataset_part: the training part of the dataset.
+    indices: the training split in it, int64 (n,): no other row is read.
+    column_names: empty if the columns have no names.
 
     Raises
     ------
-    DataError: a normalisation that does not fit the samples.
+    DataError: the normalization does not fit the samples.
     """
     normalize, inputs = job.data.normalize, dataset_part.inputs
     if normalize == "auto":
@@ -184,7 +184,7 @@ def fit_array_transform(
     if normalize == "unit":
         if inputs.dtype != np.uint8:
             raise DataError(
-                f"unit is for images of bytes, but the inputs are {inputs.dtype}",
+                f"unit is for uint8 images, but the inputs are {inputs.dtype}",
                 where=WHERE,
                 fix="use standard, scalar or none",
             )
@@ -194,7 +194,7 @@ def fit_array_transform(
             raise DataError(
                 f"imagenet is for images of 3 channels, but a sample has the shape {plain.sample_shape}",
                 where=WHERE,
-                fix="use data.mode: rgb, or another normalisation",
+                fix="use data.mode: rgb, or another normalization",
             )
         normalize = IMAGENET
     if isinstance(normalize, NormalizeConfig):
@@ -208,11 +208,11 @@ def fit_array_transform(
 
 
 def fixed_mean_and_std(config: NormalizeConfig, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Fixed means and deviations, float64 (1,) or (channels,) each.
+    """Return the job's fixed means and standard deviations, float64 (1,) or (channels,) each.
 
     Raises
     ------
-    DataError: another number of them, or numbers that cannot be used.
+    DataError: their number does not fit, or they cannot be used.
     """
     mean, std = (np.atleast_1d(np.asarray(value, dtype=np.float64)) for value in (config.mean, config.std))
     for name, values in (("mean", mean), ("std", std)):
@@ -220,12 +220,12 @@ def fixed_mean_and_std(config: NormalizeConfig, channels: int) -> tuple[np.ndarr
             raise DataError(
                 f"{len(values)} numbers for {channels} channels or columns",
                 where=f"{WHERE}.{name}",
-                fix=f"give 1 or {channels}",
+                fix=f"use 1 or {channels}",
             )
         if not np.isfinite(values).all() or (name == "std" and (values <= 0).any()):
             raise DataError(
                 f"{values.tolist()} holds a number that cannot be used",
                 where=f"{WHERE}.{name}",
-                fix="finite numbers, and deviations above 0",
+                fix="use finite numbers, and standard deviations above 0",
             )
     return mean, std

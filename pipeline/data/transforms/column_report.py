@@ -1,4 +1,5 @@
-"""What new data holds that the training rows did not, by column: unseen levels, missing values, far-away numbers."""
+"""Report by column of values in new data that training rows did not have: unseen categories, missing values, numbers
+outside the training range."""
 
 from __future__ import annotations
 
@@ -16,18 +17,22 @@ from pipeline.data.transforms.column_statistics import numeric_columns_of
 from pipeline.data.transforms.tabular import TabularTransform
 
 WARNING_FRACTION = 0.1
-"""Share of the rows above which a warning is given; of missing values, above the share that training rows had."""
+"""Fraction of the rows above which a warning is given; for missing values, in excess of the fraction in training."""
 
 MAX_LISTED = 5
-"""Columns that are warned of one by one, and that are listed."""
+"""Maximum number of separate warnings, and of listed columns."""
 
 OriginalValueFn = Callable[[str, int], Any]
-"""The value of a column in a row of the new data, as it was handed over."""
+"""Returns the original value of a column in a row of the new data."""
 
 
 @dataclass
 class _ColumnCounts:
-    """Of one column. example: the first value that is unseen, or far outside the range."""
+    """Counts of one column.
+
+    num_unseen: values that are unseen, or far outside the range. num_filled: rows without a value.
+    example: the first such unseen value.
+    """
 
     num_rows: int = 0
     num_unseen: int = 0
@@ -36,19 +41,20 @@ class _ColumnCounts:
 
 
 class DataReport:
-    """Counts, by column, of values in new data that no training row had. Empty for images and other arrays.
+    """Counts, by column, of values in new data that no training row had. Empty for images and other arrays without
+    column names.
 
     unseen: values of a categorical column that no training row has.
-    filled: rows without a value; of lists, without all values.
-    outside: numbers that lie farther outside the training range, smallest to largest value, than this range is wide: a
-        rule under which no training row ever counts. Where all training rows had one value, any other counts.
+    filled: rows without a value; for lists, with any value missing.
+    outside: numbers farther outside the training range, smallest to largest value, than the width of this range. By
+        this rule no training row counts. If all training rows had one value, any other value counts.
     """
 
-    def __init__(self, preprocess: TabularTransform | ArrayTransform) -> None:
-        self._preprocess = preprocess
-        self._schema = preprocess.named_columns
+    def __init__(self, input_transform: TabularTransform | ArrayTransform) -> None:
+        self._transform = input_transform
+        self._schema = input_transform.named_columns
         self._counts = {column.name: _ColumnCounts() for column in self._schema.columns}
-        low, high = (np.array(ends, np.float64) for ends in (preprocess.low, preprocess.high))
+        low, high = (np.array(ends, np.float64) for ends in (input_transform.low, input_transform.high))
         self._has_ranges = len(low) == len(numeric_columns_of(self._schema))
         self._low, self._high = low - (high - low), high + (high - low)
 
@@ -59,13 +65,15 @@ class DataReport:
         schema: Schema | None = None,
         original_value: OriginalValueFn | None = None,
     ) -> None:
-        """Count some rows, a block at a time.
+        """Count values in some rows, a block at a time.
 
         Parameters
         ----------
-        raw: the matrix (N, schema.width) before it is prepared. rows: positions of those that count, int64 (n,).
-        schema: its layout, where it is not that of training: the same columns in another order, with other levels.
-        original: gives an unseen value where `schema` does not hold it.
+        raw: the matrix (N, schema.width) before it is transformed.
+        indices: of the rows to count, int64 (n,); all by default.
+        schema: the layout of `raw`, if it differs from that of training: the same columns in another order, with other
+            categories.
+        original_value: returns an unseen value that is not a category of `schema`.
         """
         if not self._counts:
             return
@@ -81,30 +89,31 @@ class DataReport:
             for column, offset in zip(self._schema.columns, self._schema.offsets, strict=True)
             if column.kind == "category"
         }
-        numbers, offsets = numeric_columns_of(self._schema), self._schema.offsets
-        chosen, first = np.arange(len(raw)) if indices is None else indices, 0
-        for block in iter_blocks(raw, chosen):
+        numeric_columns, offsets = numeric_columns_of(self._schema), self._schema.offsets
+        indices, first = np.arange(len(raw)) if indices is None else indices, 0
+        for block in iter_blocks(raw, indices):
             values = block if is_ordered else block[:, order]
-            missing, foreign = np.isnan(values), np.zeros(values.shape, bool)
+            missing, unseen = np.isnan(values), np.zeros(values.shape, bool)
             if self._has_ranges:
-                foreign[:, numbers] = (values[:, numbers] < self._low) | (values[:, numbers] > self._high)
+                numbers = values[:, numeric_columns]
+                unseen[:, numeric_columns] = (numbers < self._low) | (numbers > self._high)
             for offset, is_unknown in unknown.items():
-                positions = np.where(missing[:, offset], 0, values[:, offset]).astype(np.int64)
-                foreign[:, offset] = is_unknown[positions] & ~missing[:, offset]
-            by_column = [foreign, missing]
+                codes = np.where(missing[:, offset], 0, values[:, offset]).astype(np.int64)
+                unseen[:, offset] = is_unknown[codes] & ~missing[:, offset]
+            by_column = [unseen, missing]
             if schema.width > len(offsets):
-                by_column = [np.logical_or.reduceat(marked, offsets, axis=1) for marked in by_column]
-            totals = zip(self._schema.columns, *(marked.sum(0).tolist() for marked in by_column), strict=True)
+                by_column = [np.logical_or.reduceat(mask, offsets, axis=1) for mask in by_column]
+            totals = zip(self._schema.columns, *(mask.sum(0).tolist() for mask in by_column), strict=True)
             for number, (column, unseen_count, missing_count) in enumerate(totals):
                 counts = self._counts[column.name]
                 if unseen_count and not counts.num_unseen:
                     row = int(np.argmax(by_column[0][:, number]))
-                    offset = offsets[number] + int(np.argmax(foreign[row, offsets[number] :]))
+                    offset = offsets[number] + int(np.argmax(unseen[row, offsets[number] :]))
                     counts.example = _format_example(
                         column,
                         input_categories[column.name],
                         float(values[row, offset]),
-                        int(chosen[first + row]),
+                        int(indices[first + row]),
                         original_value,
                     )
                 counts.num_rows += len(block)
@@ -113,8 +122,8 @@ class DataReport:
             first += len(block)
 
     def to_json(self) -> dict[str, dict[str, float | int | None]]:
-        """By column: rows, and the shares of them that are unseen, filled and outside. None where it is not known, in
-        a checkpoint of an earlier version."""
+        """Return, by column, the number of rows, and the fractions of them that are unseen, filled and outside. None if
+        not available, in a checkpoint of an earlier version."""
         return {
             column.name: {
                 "rows": self._counts[column.name].num_rows,
@@ -126,16 +135,16 @@ class DataReport:
         }
 
     def format_warnings(self) -> list[str]:
-        """What is large, the largest shares first."""
+        """Return warnings about large fractions, the largest first."""
         warnings_by_fraction: list[tuple[float, str]] = []
         for number, column in enumerate(self._schema.columns):
-            if (share := self._unseen_fraction(column, "category")) > WARNING_FRACTION:
-                warnings_by_fraction.append((share, self._describe_unseen(column, share)))
-            if (share := self._unseen_fraction(column, "number")) > WARNING_FRACTION:
-                warnings_by_fraction.append((share, self._describe_outside(number, column, share)))
-            known = self._preprocess.null_fractions[number] if self._preprocess.null_fractions else 0.0
-            if (share := self._filled_fraction(column)) > known + WARNING_FRACTION:
-                warnings_by_fraction.append((share, self._describe_filled(number, column, share)))
+            if (fraction := self._unseen_fraction(column, "category")) > WARNING_FRACTION:
+                warnings_by_fraction.append((fraction, self._describe_unseen(column, fraction)))
+            if (fraction := self._unseen_fraction(column, "number")) > WARNING_FRACTION:
+                warnings_by_fraction.append((fraction, self._describe_outside(number, column, fraction)))
+            training_fraction = self._transform.null_fractions[number] if self._transform.null_fractions else 0.0
+            if (fraction := self._filled_fraction(column)) > training_fraction + WARNING_FRACTION:
+                warnings_by_fraction.append((fraction, self._describe_filled(number, column, fraction)))
         warnings_by_fraction.sort(key=lambda pair: -pair[0])
         messages = [text for _, text in warnings_by_fraction[:MAX_LISTED]]
         if len(warnings_by_fraction) > MAX_LISTED:
@@ -146,18 +155,18 @@ class DataReport:
         return messages
 
     def format_lines(self) -> list[str]:
-        """A line for each of the columns with the largest shares, whatever they are."""
-        shares = []
+        """Return a line for each of the columns with the largest fractions, however small."""
+        lines_by_fraction = []
         for column in self._schema.columns:
             kinds = {
                 "never seen in training": self._unseen_fraction(column, "category"),
                 "far outside the training range": self._unseen_fraction(column, "number"),
                 "without a value": self._filled_fraction(column),
             }
-            words = [f"{_format_percent(share)} {kind}" for kind, share in kinds.items() if share]
-            shares.append((max(kinds.values()), f"column {column.name!r}: {', '.join(words)}"))
-        shares.sort(key=lambda pair: -pair[0])
-        messages = [text for share, text in shares if share]
+            parts = [f"{_format_percent(fraction)} {kind}" for kind, fraction in kinds.items() if fraction]
+            lines_by_fraction.append((max(kinds.values()), f"column {column.name!r}: {', '.join(parts)}"))
+        lines_by_fraction.sort(key=lambda pair: -pair[0])
+        messages = [text for fraction, text in lines_by_fraction if fraction]
         more = [f"and {len(messages) - MAX_LISTED:,} more columns: see --json"] if len(messages) > MAX_LISTED else []
         return messages[:MAX_LISTED] + more
 
@@ -169,66 +178,66 @@ class DataReport:
         counts = self._counts[column.name]
         return counts.num_filled / max(counts.num_rows, 1)
 
-    def _describe_unseen(self, column: Column, share: float) -> str:
+    def _describe_unseen(self, column: Column, fraction: float) -> str:
         counts = self._counts[column.name]
         near = difflib.get_close_matches(counts.example, column.categories[:1000], n=1) or column.categories[:1]
-        had = f" (training had {near[0]!r})" if near else ""
+        training_example = f" (training had {near[0]!r})" if near else ""
         return (
-            f"column {column.name!r}: {_format_percent(share)} of {counts.num_rows:,} values were never seen in "
-            "training, such as "
-            f"{counts.example!r}{had}; each counts as none of the {len(column.categories):,} known ones"
+            f"column {column.name!r}: {_format_percent(fraction)} of {counts.num_rows:,} values were never seen in "
+            f"training, such as {counts.example!r}{training_example}; each is encoded as none of the "
+            f"{len(column.categories):,} known categories"
         )
 
-    def _describe_outside(self, number: int, column: Column, share: float) -> str:
-        counts, place = self._counts[column.name], self._numeric_offset(number)
-        ends = slice(place, place + column.width)
-        low, high = min(self._preprocess.low[ends]), max(self._preprocess.high[ends])
+    def _describe_outside(self, number: int, column: Column, fraction: float) -> str:
+        counts, offset = self._counts[column.name], self._numeric_offset(number)
+        ends = slice(offset, offset + column.width)
+        low, high = min(self._transform.low[ends]), max(self._transform.high[ends])
         return (
-            f"column {column.name!r}: {_format_percent(share)} of {counts.num_rows:,} values lie far outside the "
-            "training range, "
-            f"{low:g} to {high:g}, such as {counts.example}; they are used as they are"
+            f"column {column.name!r}: {_format_percent(fraction)} of {counts.num_rows:,} values are far outside the "
+            f"training range, {low:g} to {high:g}, such as {counts.example}; they are used unchanged"
         )
 
-    def _describe_filled(self, number: int, column: Column, share: float) -> str:
-        counts, preprocess = self._counts[column.name], self._preprocess
+    def _describe_filled(self, number: int, column: Column, fraction: float) -> str:
+        counts, transform = self._counts[column.name], self._transform
         before = (
-            f", in training {_format_percent(preprocess.null_fractions[number])}" if preprocess.null_fractions else ""
+            f", in training {_format_percent(transform.null_fractions[number])}" if transform.null_fractions else ""
         )
-        assert isinstance(preprocess, TabularTransform), "arrays have no missing values"
+        assert isinstance(transform, TabularTransform), "arrays have no missing values"
         if column.kind == "number":
-            fill = preprocess.fill[self._numeric_offset(number)]
-            becomes = f"filled with {fill:g}" if column.width == 1 else "filled in place by place"
+            fill = transform.fill[self._numeric_offset(number)]
+            treatment = f"filled with {fill:g}" if column.width == 1 else "filled element by element"
         else:
-            code = preprocess.missing_codes[[one.name for one in preprocess.categorical_columns].index(column.name)]
-            becomes = "counted as none of the known values"
+            names = [categorical_column.name for categorical_column in transform.categorical_columns]
+            code = transform.missing_codes[names.index(column.name)]
+            treatment = "encoded as none of the known categories"
             if code > len(column.categories):
-                becomes = "counted as a value of its own, as in training"
+                treatment = "encoded as a separate category, as in training"
             elif code:
-                becomes = f"counted as {column.categories[code - 1]!r}"
-        rows = f"{_format_percent(share)} of {counts.num_rows:,} rows"
-        return f"column {column.name!r}: {rows} have no value{before}; {becomes}"
+                treatment = f"encoded as {column.categories[code - 1]!r}"
+        rows = f"{_format_percent(fraction)} of {counts.num_rows:,} rows"
+        return f"column {column.name!r}: {rows} have no value{before}; {treatment}"
 
     def _numeric_offset(self, number: int) -> int:
-        """Where a column's numbers begin among all numbers."""
+        """Return the index of a column's first number among all numbers."""
         return sum(column.width for column in self._schema.columns[:number] if column.kind == "number")
 
 
 def _format_example(
-    column: Column, levels: tuple[str, ...], value: float, row: int, original: OriginalValueFn | None
+    column: Column, categories: tuple[str, ...], value: float, row: int, original_value: OriginalValueFn | None
 ) -> str:
     if column.kind == "number":
         return f"{value:g}"
-    if value < len(levels):
-        return levels[int(value)]
-    return str(original(column.name, row)) if original is not None else "another"
+    if value < len(categories):
+        return categories[int(value)]
+    return str(original_value(column.name, row)) if original_value is not None else "another"
 
 
-def _unknown_categories(levels: tuple[str, ...], trained: tuple[str, ...]) -> list[bool]:
-    known = set(trained)
-    return [level not in known for level in levels]
+def _unknown_categories(categories: tuple[str, ...], training_categories: tuple[str, ...]) -> list[bool]:
+    known = set(training_categories)
+    return [category not in known for category in categories]
 
 
-def _format_percent(share: float) -> str:
-    if share in (0.0, 1.0):
-        return "all" if share else "none"
-    return f"{share:.1%}" if 0.001 <= share < 0.9995 else "under 0.1%" if share < 0.001 else "over 99.9%"
+def _format_percent(fraction: float) -> str:
+    if fraction in (0.0, 1.0):
+        return "all" if fraction else "none"
+    return f"{fraction:.1%}" if 0.001 <= fraction < 0.9995 else "under 0.1%" if fraction < 0.001 else "over 99.9%"

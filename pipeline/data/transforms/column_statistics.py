@@ -1,6 +1,6 @@
-"""What is known of a table's training rows, found in a few passes, a block of rows at a time.
+"""Statistics of a table's training rows, computed in a few passes, a block of rows at a time.
 
-Exact, and in bounded memory whatever the number of rows: a block, and 16 KB of counters a column for the medians.
+They are exact, and memory is bounded for any number of rows: a block, and for medians 16 KB of counters per column.
 """
 
 from __future__ import annotations
@@ -13,32 +13,34 @@ from pipeline.data.statistics import iter_blocks
 from pipeline.data.tabular.schema import Schema
 
 DIGIT_BITS = 11
-"""Bits of a value that one pass settles on the way to its median: three passes for float32, six for float64."""
+"""Bits of a median that one pass determines: three passes for float32, six for float64."""
 
 
 def numeric_columns_of(schema: Schema) -> np.ndarray:
-    """Where a matrix of this schema has numbers, int64 (n,), ascending."""
+    """Return the columns of a matrix of this schema that hold numbers, int64 (n,), ascending."""
     pairs = zip(schema.columns, schema.offsets, strict=True)
-    places = [np.arange(first, first + column.width) for column, first in pairs if column.kind == "number"]
-    return np.concatenate(places) if places else np.empty(0, np.int64)
+    ranges = [np.arange(first, first + column.width) for column, first in pairs if column.kind == "number"]
+    return np.concatenate(ranges) if ranges else np.empty(0, np.int64)
 
 
 def categorical_columns_of(schema: Schema) -> np.ndarray:
-    """Where a matrix of this schema has positions of levels, int64 (k,), ascending."""
+    """Return the columns of a matrix of this schema that hold category codes, int64 (k,), ascending."""
     pairs = zip(schema.columns, schema.offsets, strict=True)
     return np.array([first for column, first in pairs if column.kind == "category"], dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)
 class ColumnStatistics:
-    """The training rows in numbers.
+    """Statistics of the training rows.
 
-    present: rows that have a value, for each place of a number, int64 (n,).
-    mean, variance: of those, float64 (n,); exactly 0 variance where all are equal. median: the mean of the middle two
-        where they are even in number; only if asked for. All three are NaN or 0 where no row has a value.
-    low, high: the smallest and the largest of those values, float64 (n,); NaN where no row has one.
-    levels: for each categorical column, which of its levels occur, bool (L,).
-    misses: for each categorical column, how many rows have no value, int64 (k,).
+    num_present: rows that have a value, for each numeric column of the matrix, int64 (n,).
+    mean, variance: of these values, float64 (n,); the variance is exactly 0 if all are equal. NaN or 0 if no row has a
+        value.
+    median: float64 (n,), the mean of the middle two for an even number of values, NaN or 0 if no row has one; None
+        unless requested.
+    low, high: the smallest and the largest of these values, float64 (n,); NaN if no row has one.
+    present_categories: for each categorical column, which of its categories occur, bool (L,).
+    num_missing: for each categorical column, how many rows have no value, int64 (k,).
     """
 
     num_present: np.ndarray
@@ -54,39 +56,39 @@ class ColumnStatistics:
 def compute_statistics(
     inputs: np.ndarray, indices: np.ndarray, schema: Schema, *, with_medians: bool
 ) -> ColumnStatistics:
-    """Look at some rows of a table.
+    """Compute statistics over some rows of a table.
 
     Parameters
     ----------
     inputs: the matrix (N, schema.width), float32 or float64.
-    rows: positions of the rows that count, int64 (n,), n >= 1.
-    medians: whether to find them too: it takes one or four passes more than the others' two.
+    indices: of the rows to include, int64 (n,), n >= 1.
+    with_medians: whether to compute medians: one pass more than the two of the other statistics, or four more.
     """
-    numbers, categories = numeric_columns_of(schema), categorical_columns_of(schema)
-    moments, levels = _Moments(len(numbers)), _CategoryCounter(schema)
-    middle = _Medians(len(numbers), inputs.dtype) if with_medians and len(numbers) else None
-    for pass_index in range(max(2, middle.num_passes if middle else 0)):
+    numeric_columns, categorical_columns = numeric_columns_of(schema), categorical_columns_of(schema)
+    moments, categories = _Moments(len(numeric_columns)), _CategoryCounter(schema)
+    medians = _Medians(len(numeric_columns), inputs.dtype) if with_medians and len(numeric_columns) else None
+    for pass_index in range(max(2, medians.num_passes if medians else 0)):
         for block in iter_blocks(inputs, indices):
-            values = block if len(numbers) == schema.width else block[:, numbers]
+            values = block if len(numeric_columns) == schema.width else block[:, numeric_columns]
             if pass_index < 2:
                 moments.update(pass_index, values)
             if pass_index == 0:
-                levels.update(block[:, categories])
-            if middle is not None:
-                middle.update(pass_index, values)
+                categories.update(block[:, categorical_columns])
+            if medians is not None:
+                medians.update(pass_index, values)
         if pass_index < 2:
             moments.finish_pass(pass_index)
-        if middle is not None:
-            middle.finish_pass(pass_index, moments.num_present)
+        if medians is not None:
+            medians.finish_pass(pass_index, moments.num_present)
     return ColumnStatistics(
         moments.num_present,
         moments.mean,
         moments.variance,
-        None if middle is None else middle.compute(),
+        None if medians is None else medians.compute(),
         moments.low,
         moments.high,
-        levels.present_categories,
-        levels.num_missing,
+        categories.present_categories,
+        categories.num_missing,
     )
 
 
@@ -100,13 +102,13 @@ class _CategoryCounter:
     def update(self, codes: np.ndarray) -> None:
         missing = np.isnan(codes)
         self.num_missing += missing.sum(0)
-        for place, occur in enumerate(self.present_categories):
-            occur[codes[~missing[:, place], place].astype(np.int64)] = True
+        for index, is_present in enumerate(self.present_categories):
+            is_present[codes[~missing[:, index], index].astype(np.int64)] = True
 
 
 class _Moments:
-    """Sums in the first pass are of differences from a column's first value, so that nothing is lost to a large common
-    part; in the second, squares of differences from the mean."""
+    """The first pass sums differences from a column's first value, so that a large common part costs no digits; the
+    second pass sums squared differences from the mean."""
 
     def __init__(self, columns: int) -> None:
         self._pilot = np.full(columns, np.nan)
@@ -142,11 +144,12 @@ class _Moments:
 
 @dataclass
 class _Medians:
-    """Exact medians by selection on the bits of the values (a radix select).
+    """Exact medians by a radix select on the bits of the values.
 
-    Read as whole numbers with the sign flipped, floating numbers keep their order. Each pass counts how often each
-    next `DIGIT_BITS` bits occur among the values that begin as the wanted one does, and so settles these bits of it.
-    The lower and the upper of the middle two are sought together. Missing values sort behind all others.
+    Floating-point numbers keep their order when their bits are read as integers with the sign flipped. Each pass counts
+    how often each value of the next `DIGIT_BITS` bits occurs among the values that share the median's bits so far, and
+    so determines these bits of the median. The lower and the upper of the middle two values are searched together.
+    Missing values sort after all others.
     """
 
     columns: int
@@ -165,12 +168,12 @@ class _Medians:
         keys = self._sort_keys(values)
         above, below = self._bits_around(pass_index)
         digits = (keys << self._word.type(above)) >> self._word.type(above + below)
-        places = digits.astype(np.int64)
-        places += np.arange(self.columns, dtype=np.int64) << DIGIT_BITS
+        bins = digits.astype(np.int64)
+        bins += np.arange(self.columns, dtype=np.int64) << DIGIT_BITS
         for side in range(1 if (self._prefix[0] == self._prefix[1]).all() else 2):
-            begins_so = keys >> self._word.type(self._bits - above) == self._prefix[side] if pass_index else None
-            found = places.reshape(-1) if begins_so is None else places[begins_so]
-            self._counts[side] += np.bincount(found, minlength=self._counts[side].size).reshape(self.columns, -1)
+            has_prefix = keys >> self._word.type(self._bits - above) == self._prefix[side] if pass_index else None
+            matching = bins.reshape(-1) if has_prefix is None else bins[has_prefix]
+            self._counts[side] += np.bincount(matching, minlength=self._counts[side].size).reshape(self.columns, -1)
 
     def finish_pass(self, pass_index: int, present: np.ndarray) -> None:
         if pass_index == 0:
@@ -188,21 +191,21 @@ class _Medians:
         self._counts[:] = 0
 
     def compute(self) -> np.ndarray:
-        """The medians, float64 (columns,); NaN where there is no value."""
+        """Return the medians, float64 (columns,); NaN where there is no value."""
         sign = self._word.type(1 << (self._bits - 1))
         words = np.where(self._prefix & sign, self._prefix ^ sign, ~self._prefix)
         lower, upper = words.view(self.dtype).astype(np.float64)
-        # Halved first, for a sum could be too large.
+        # Halved first, since the sum could overflow.
         middle: np.ndarray = np.where(lower == upper, lower, 0.5 * lower + 0.5 * upper)
         return middle
 
     def _bits_around(self, number: int) -> tuple[int, int]:
-        """Bits above and below those of a pass."""
+        """Return the number of bits above and below those of a pass."""
         above = number * DIGIT_BITS
         return above, max(self._bits - above - DIGIT_BITS, 0)
 
     def _sort_keys(self, values: np.ndarray) -> np.ndarray:
-        """Whole numbers in the order of the values, (b, columns)."""
+        """Return integers that sort like the values, (b, columns)."""
         words = np.ascontiguousarray(values).view(self._word)
         sign = self._word.type(1 << (self._bits - 1))
         keys: np.ndarray = np.where(words & sign, ~words, words | sign)

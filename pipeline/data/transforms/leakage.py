@@ -1,4 +1,4 @@
-"""Columns of a table that are probably not meant: those that tell nothing, and those that tell too much."""
+"""Warnings about columns of a table: constant ones, and ones that leak the target."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from pipeline.data.transforms.column_statistics import numeric_columns_of
 
 MAX_SCANNED_ROWS = 100_000
 MAX_SCANNED_VALUES = 1 << 20
-"""Of the training rows, so many are looked at for leaks, or fewer where they are wide."""
+"""At most this many training rows are checked for leaks, and at most this many values."""
 
 NUM_STRETCHES = 100
-"""In so many stretches of rows, evenly spread: a table may be sorted by its label. (Single rows would each be a page to
-read where the table lies on disk.)"""
+"""The checked rows are taken from this many ranges, evenly spread, since a table may be sorted by its label. (Single
+rows would each cost reading a page from disk.)"""
 
 MIN_ROWS = 20
-"""With less, a column can tell the label by accident."""
+"""With fewer rows, a column can predict the label by chance."""
 
 NUM_SCREENING_ROWS = 1_000
-"""A column that is far from telling the label of these, evenly spread, is not looked at further."""
+"""A column that is far from predicting the label of this many rows, evenly spread, is not checked further."""
 
 LEAKAGE_ACCURACY = 0.999
-"""Share of the labels that a rule on one column must get right to be a leak."""
+"""Accuracy from which on a rule on one column counts as a leak."""
 
 MAX_MAJORITY_FRACTION = 0.99
-"""... and the share of the most frequent label below which this means something."""
+"""If the most frequent label has more than this fraction of the rows, such an accuracy means nothing."""
 
 LEAKAGE_CORRELATION = 0.9999
-"""Correlation of a column with a number to be learned from which on it is a leak."""
+"""Correlation of a column with a numeric target from which on it counts as a leak."""
 
 
 def leakage_warnings(job: JobConfig, dataset: Dataset, indices: np.ndarray) -> list[str]:
-    """Columns of a table that are constant or empty in training, or that alone give the label away.
+    """Return warnings about columns of a table that are constant or empty in training, or that leak the target.
 
-    A column gives a label away where this rule gets 99.9 % of the labels right, and the most frequent label is below
-    99 %: each level (or value) stands for its most frequent label, levels of a single row counting as wrong; or, for
-    numbers, each class is a range of values. It gives a number away where their correlation is beyond 0.9999.
+    A column leaks a label if one of two rules predicts 99.9 % of the labels, and the most frequent label is below 99 %:
+    each category (or value) predicts its most frequent label, where categories of a single row count as wrong; or, for
+    numbers, each class is a range of values. A column leaks a numeric target if their correlation is above 0.9999.
 
     Parameters
     ----------
-    rows: positions of the training split in `source.train`, int64 (n,): no other row is looked at.
+    indices: the training split in `dataset.train`, int64 (n,): no other row is read.
     """
     if dataset.schema is None:
         return []
@@ -53,7 +53,7 @@ def leakage_warnings(job: JobConfig, dataset: Dataset, indices: np.ndarray) -> l
     )
     inputs, targets = part.inputs[sampled_indices], part.targets[sampled_indices]
     messages = [
-        f"column {name!r} has {what} in all training rows: it tells nothing"
+        f"column {name!r} has {what} in all training rows: it carries no information"
         for name, what in _constant_columns(part, dataset.schema, indices, inputs)
     ]
     find_leaks = _correlated_columns if job.task.kind == "regression" else _predictive_columns
@@ -65,26 +65,27 @@ def leakage_warnings(job: JobConfig, dataset: Dataset, indices: np.ndarray) -> l
     for column, first in zip(dataset.schema.columns, dataset.schema.offsets, strict=True):
         if not leaking_columns.isdisjoint(range(first, first + column.width)):
             messages.append(
-                f"column {column.name!r} alone gives the label away: leave it out of data.features unless it is known "
-                "before the label is"
+                f"column {column.name!r} alone predicts the label (target leakage): leave it out of data.features "
+                "unless it is known before the label is"
             )
     return messages
 
 
 def _sample_stretches(indices: np.ndarray, count: int) -> np.ndarray:
-    """About `count` rows, at most, in stretches that are evenly spread over all of them."""
+    """Return at most `count` rows, in ranges that are evenly spread over all of them."""
     if len(indices) <= count:
         return indices
     length = count // NUM_STRETCHES
     starts = np.linspace(0, len(indices) - length, NUM_STRETCHES).astype(np.int64)
-    spread: np.ndarray = indices[(starts[:, None] + np.arange(length)).reshape(-1)]
-    return spread
+    sampled: np.ndarray = indices[(starts[:, None] + np.arange(length)).reshape(-1)]
+    return sampled
 
 
 def _constant_columns(
     part: DatasetPart, schema: Schema, indices: np.ndarray, sample: np.ndarray
 ) -> list[tuple[str, str]]:
-    """Columns without two values, and what they have. Only what is so in a few rows is looked for in all."""
+    """Return columns without two different values, and what they have. Only columns that are constant in the sample are
+    checked in all rows."""
     first = sample[0]
     is_constant = ((sample == first) | (np.isnan(sample) & np.isnan(first))).all(0)
     for block in iter_blocks(part.inputs, indices if len(sample) < len(indices) else indices[:0]):
@@ -92,17 +93,18 @@ def _constant_columns(
             break
         is_constant &= ((block == first) | (np.isnan(block) & np.isnan(first))).all(0)
     constant_columns: list[tuple[str, str]] = []
-    for column, place in zip(schema.columns, schema.offsets, strict=True):
-        if is_constant[place : place + column.width].all():
-            missing = np.isnan(first[place : place + column.width]).all()
+    for column, offset in zip(schema.columns, schema.offsets, strict=True):
+        if is_constant[offset : offset + column.width].all():
+            missing = np.isnan(first[offset : offset + column.width]).all()
             constant_columns.append((column.name, "no value" if missing else "the same value"))
     return constant_columns
 
 
 def _correlated_columns(inputs: np.ndarray, targets: np.ndarray, numeric_columns: set[int]) -> set[int]:
-    """Places of numbers whose correlation with a target is beyond `CORRELATES`, over the rows that have a value."""
-    places = np.array(sorted(numeric_columns), dtype=np.int64)
-    values = inputs[:, places].astype(np.float64)
+    """Return the numeric matrix columns whose correlation with a target is above `LEAKAGE_CORRELATION`, over the rows
+    that have a value."""
+    columns = np.array(sorted(numeric_columns), dtype=np.int64)
+    values = inputs[:, columns].astype(np.float64)
     present = ~np.isnan(values)
     counts = np.maximum(present.sum(0), 1)[:, None]
     values -= np.where(present, values, 0.0).sum(0) / counts[:, 0]
@@ -110,33 +112,36 @@ def _correlated_columns(inputs: np.ndarray, targets: np.ndarray, numeric_columns
     centered_targets = targets.reshape(len(targets), -1).astype(np.float64)
     centered_targets -= centered_targets.mean(0)
     weights = present.astype(np.float64)
-    spread = np.square(values).sum(0)[:, None]
-    goal_spread = weights.T @ np.square(centered_targets) - np.square(weights.T @ centered_targets) / counts
+    column_spread = np.square(values).sum(0)[:, None]
+    target_spread = weights.T @ np.square(centered_targets) - np.square(weights.T @ centered_targets) / counts
     product = np.square(values.T @ centered_targets)
-    is_correlated = (product > LEAKAGE_CORRELATION**2 * spread * goal_spread) & (counts >= MIN_ROWS)
-    return set(places[is_correlated.any(1)].tolist())
+    is_correlated = (product > LEAKAGE_CORRELATION**2 * column_spread * target_spread) & (counts >= MIN_ROWS)
+    return set(columns[is_correlated.any(1)].tolist())
 
 
 def _predictive_columns(inputs: np.ndarray, targets: np.ndarray, numeric_columns: set[int]) -> set[int]:
-    """Places of columns that tell the label."""
+    """Return the matrix columns that predict the label."""
     _, labels, counts = np.unique(targets, return_inverse=True, return_counts=True)
     labels = labels.reshape(-1)
     if counts.max() > MAX_MAJORITY_FRACTION * len(labels):
         return set()
-    spread = np.linspace(0, len(labels) - 1, min(NUM_SCREENING_ROWS, len(labels))).astype(np.int64)
-    screened, screened_labels = np.ascontiguousarray(inputs[spread].T), labels[spread]
+    sample = np.linspace(0, len(labels) - 1, min(NUM_SCREENING_ROWS, len(labels))).astype(np.int64)
+    screened, screened_labels = np.ascontiguousarray(inputs[sample].T), labels[sample]
     predictive: set[int] = set()
-    for place in range(inputs.shape[1]):
-        is_number = place in numeric_columns
-        if _rule_error(screened[place], screened_labels, is_number, 0) > 10 * (1 - LEAKAGE_ACCURACY) * len(spread):
+    for column in range(inputs.shape[1]):
+        is_number = column in numeric_columns
+        if _rule_error(screened[column], screened_labels, is_number, 0) > 10 * (1 - LEAKAGE_ACCURACY) * len(sample):
             continue
-        if _rule_error(inputs[:, place], labels, is_number, 1) <= (1 - LEAKAGE_ACCURACY) * len(labels):
-            predictive.add(place)
+        if _rule_error(inputs[:, column], labels, is_number, 1) <= (1 - LEAKAGE_ACCURACY) * len(labels):
+            predictive.add(column)
     return predictive
 
 
-def _rule_error(values: np.ndarray, labels: np.ndarray, is_number: bool, min_count: int) -> float:
-    """How many labels the better of the two rules gets wrong. lonely: 1 where a level of a single row counts as one."""
+def _rule_error(values: np.ndarray, labels: np.ndarray, is_number: bool, singleton_penalty: int) -> float:
+    """Return how many labels the better of the two rules predicts wrong.
+
+    singleton_penalty: 1 if a category of a single row counts as wrong, else 0; a number of a single row always does.
+    """
     values = np.where(np.isnan(values), -np.inf, values)
     order = np.lexsort((labels, values))
     values, labels = values[order], labels[order]
@@ -146,12 +151,12 @@ def _rule_error(values: np.ndarray, labels: np.ndarray, is_number: bool, min_cou
     firsts = np.flatnonzero(new_value[begins])
     most = np.maximum.reduceat(sizes, firsts)
     wrong = len(values) - int(most.sum())
-    as_levels = wrong + int((np.add.reduceat(sizes, firsts) == 1).sum()) * (min_count or is_number)
+    by_category = wrong + int((np.add.reduceat(sizes, firsts) == 1).sum()) * (singleton_penalty or is_number)
     if not is_number:
-        return as_levels
-    # Of equally frequent labels any may stand for a value.
+        return by_category
+    # Of equally frequent labels, any may be the prediction for a value.
     owner = np.repeat(np.arange(len(firsts)), np.diff(np.append(firsts, len(sizes))))
     top = np.flatnonzero(sizes == most[owner])
     chosen = labels[begins[top[np.concatenate([[True], np.diff(owner[top]) > 0])]]]
     ranges = 1 + int((chosen[1:] != chosen[:-1]).sum())
-    return min(as_levels, wrong + max(0, ranges - len(np.unique(labels))) / 2)
+    return min(by_category, wrong + max(0, ranges - len(np.unique(labels))) / 2)

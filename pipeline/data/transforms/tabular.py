@@ -1,7 +1,4 @@
-"""Preprocessing of the rows of tables: missing values, scales and levels.
-
-Fits the preprocessing of a table: what stands in for missing values, scales, and which levels there are.
-"""
+"""Transforms of the rows of tables: imputation of missing values, scaling, and encoding of categories."""
 
 from __future__ import annotations
 
@@ -30,38 +27,40 @@ from pipeline.errors import DataError
 
 MISSING_VALUE_HINTS: dict[ColumnKind, str] = {
     "number": "median, mean or a number",
-    "category": "own_level or the level it counts as",
+    "category": "own_level or the category to use",
 }
 
-
 REQUIRED_STATISTICS = ("fill", "mean", "std")
-"""What is stored of each number of a column."""
+"""Stored for each number of a column."""
+
 STORED_STATISTICS = (*REQUIRED_STATISTICS, "low", "high")
-"""... and with these, which checkpoints of earlier versions lack."""
+"""The same, with those that checkpoints of earlier versions lack."""
 
 
 @dataclass(frozen=True)
 class TabularTransform:
-    """How rows of a table are prepared: plain values, the same for training, evaluation and prediction.
+    """How rows of a table are transformed: plain values, the same for training, evaluation and prediction.
 
-    A prepared row has first its numbers, filled and scaled; then each categorical column of at most `one_hot_up_to`
-    codes, one place a code, 1 where the row has it; then each larger one as its code, a whole number.
+    A transformed row contains first its numbers, filled and scaled; then each categorical column of at most
+    `one_hot_up_to` codes, one-hot encoded; then each categorical column with more codes as its code, an integer.
 
-    The codes of a categorical column are 1 for its first level, 2 for the next, and so on: the levels of the training
-    rows, and behind them one for being missing, where a training row is and `data.missing` gives it a level of its own.
-    Code 0 stands for all that no training row has. It is neutral: one-hot it is all zeros, and among the codes it is
-    a place of its own that no training row touches.
+    The codes of a categorical column are 1 for its first category, 2 for the next, and so on: the categories of the
+    training rows, and after them one for missing values, if a training row has one and `data.missing` makes them a
+    separate category. Code 0 stands for every value that no training row has. It is neutral: one-hot it is all zeros;
+    as a code it is an index that no training row uses.
 
-    schema: the columns of a raw row, with the levels of the training rows alone.
-    fill, mean, std: for each number, in the order of the schema: what stands in for a missing one; (x - mean) / std.
-    missing: for each categorical column, the code of a missing value.
-    refused: kinds of column in which missing values are refused.
-    dtype: NumPy's name of the raw rows' type, which new rows are brought to as well: float64 where float32 would lose
-        digits that matter. Numbers are shifted and scaled in it before they become the arithmetic's. Empty where an
-        earlier version fitted: the arithmetic's.
-    low, high: for each number, its smallest and its largest value in training; where it had none, what fills it.
-    nulls: for each column, the share of training rows without a value.
-        These three prepare nothing: new data is compared with them. They are empty in checkpoints that lack them.
+    schema: the columns of a raw row, with the categories of the training rows only.
+    fill, mean, std: for each number, in the order of the schema: the replacement for a missing value; (x - mean) / std.
+    missing_codes: for each categorical column, the code of a missing value.
+    one_hot_up_to: the largest number of codes that is one-hot encoded.
+    kinds_without_missing: kinds of columns in which missing values are an error.
+    dtype: NumPy's name of the raw rows' type, to which new rows are converted too: float64 if float32 would lose digits
+        that matter. Numbers are shifted and scaled in it, then converted to the type of the computation. Empty if an
+        earlier version fitted: the type of the computation.
+    low, high: for each number, its smallest and its largest value in training; if it had none, its fill value.
+    null_fractions: for each column, the fraction of training rows without a value.
+        These three are not used by the transform: new data is compared with them. They are empty in checkpoints of
+        earlier versions.
     """
 
     schema: Schema
@@ -88,26 +87,26 @@ class TabularTransform:
 
     @property
     def code_sizes(self) -> tuple[int, ...]:
-        """For each of the last places of a prepared row that hold codes, how many there are: 0 to size - 1."""
+        """For each of the last elements of a transformed row, which hold codes: the number of codes, 0 to size - 1."""
         return tuple(codes + 1 for codes in self._max_codes() if codes > self.one_hot_up_to)
 
     @property
     def output_shape(self) -> tuple[int, ...]:
-        """Shape of a prepared row."""
+        """Shape of a transformed row."""
         one_hot = sum(codes for codes in self._max_codes() if codes <= self.one_hot_up_to)
         return (len(self.fill) + one_hot + len(self.code_sizes),)
 
     def check_missing_values(self, raw: np.ndarray, schema: Schema | None = None) -> None:
-        """Refuse missing values where `data.missing` says fail.
+        """Check that columns have no missing values where `data.missing` is fail.
 
         Parameters
         ----------
-        raw: rows (N, schema.width). schema: their layout, where it is not this one's: the same columns in another
-            order, with any levels.
+        raw: rows (N, schema.width).
+        schema: their layout, if it differs from `self.schema`: the same columns in another order, with any categories.
 
         Raises
         ------
-        DataError: names the column, how many rows, and the first of them.
+        DataError: names the column, the number of rows, and the first of them.
         """
         if not self.kinds_without_missing:
             return
@@ -120,30 +119,31 @@ class TabularTransform:
             row += len(block)
         schema = schema or self.schema
         for column, offset in zip(schema.columns, schema.offsets, strict=True):
-            if column.kind in self.kinds_without_missing and (places := counts[offset : offset + column.width]).any():
-                begins = first_rows[offset : offset + column.width]
+            column_counts = counts[offset : offset + column.width]
+            if column.kind in self.kinds_without_missing and column_counts.any():
+                column_first_rows = first_rows[offset : offset + column.width]
                 raise DataError(
-                    f"{places.max():,} of {len(raw):,} rows have no value in column {column.name!r}, the first is row "
-                    f"{begins[begins >= 0].min()}",
+                    f"{column_counts.max():,} of {len(raw):,} rows have no value in column {column.name!r}, the first "
+                    f"is row {column_first_rows[column_first_rows >= 0].min()}",
                     where=f"data.missing.{'numeric' if column.kind == 'number' else 'categorical'}",
-                    fix=f"fill them, leave the column out of data.features, or say {MISSING_VALUE_HINTS[column.kind]}",
+                    fix=f"fill them, leave the column out of data.features, or set {MISSING_VALUE_HINTS[column.kind]}",
                 )
 
     def make_transform_fn(
         self, device: torch.device, dtype: torch.dtype, input_schema: Schema | None = None
     ) -> TransformFn:
-        """A function from raw rows (B, schema.width) on `device` to prepared ones (B, *output_shape) of `dtype`.
+        """Return a function from raw rows (B, schema.width) on `device` to (B, *output_shape) of `dtype`.
 
-        The result never shares memory with its argument.
+        Its result never shares memory with its argument.
 
         Parameters
         ----------
-        raw: the schema by which the rows were encoded, where it is not this one: the same columns in any order, with
-            other levels. A position of as many as there are levels stands for any other level.
+        input_schema: the schema that the rows are encoded with, if it differs from `self.schema`: the same columns in
+            any order, with other categories. A code equal to the number of categories stands for any other category.
         """
         layouts = [
-            [replace(column, categories=()) for column in one.columns]
-            for one in (input_schema or self.schema, self.schema)
+            [replace(column, categories=()) for column in schema.columns]
+            for schema in (input_schema or self.schema, self.schema)
         ]
         if input_schema is not None and layouts[0] != layouts[1]:
             return self._make_reordering_fn(device, dtype, input_schema)
@@ -155,58 +155,62 @@ class TabularTransform:
         values = values.to(dtype)
         count, width = len(self.fill), self.output_shape[0]
 
-        def prepare(rows: Tensor) -> Tensor:
-            positions = rows.index_select(1, offsets)
-            entries = torch.where(positions.isnan(), -1, positions).long() + starts
-            prepared = rows.new_zeros((len(rows), width), dtype=dtype)
+        def transform(rows: Tensor) -> Tensor:
+            codes = rows.index_select(1, offsets)
+            entries = torch.where(codes.isnan(), -1, codes).long() + starts
+            transformed = rows.new_zeros((len(rows), width), dtype=dtype)
             if count:
-                prepared[:, :count] = numeric_fn(rows)
-            return prepared.scatter_(1, targets[entries], values[entries])
+                transformed[:, :count] = numeric_fn(rows)
+            return transformed.scatter_(1, targets[entries], values[entries])
 
-        return prepare
+        return transform
 
     def _make_reordering_fn(self, device: torch.device, dtype: torch.dtype, input_schema: Schema) -> TransformFn:
-        """As `to`, from rows whose columns come in another order."""
+        """As `make_transform_fn`, for rows whose columns are in another order."""
         columns_by_name = {
             column.name: (column, offset)
             for column, offset in zip(input_schema.columns, input_schema.offsets, strict=True)
         }
         ordered = [columns_by_name[column.name] for column in self.schema.columns]
-        same = all(own.width == column.width for own, (column, _) in zip(self.schema.columns, ordered, strict=True))
+        same = all(
+            column.width == input_column.width
+            for column, (input_column, _) in zip(self.schema.columns, ordered, strict=True)
+        )
         assert same, "other columns"
-        positions = [offset + place for column, offset in ordered for place in range(column.width)]
-        prepare = self.make_transform_fn(device, dtype, Schema(tuple(column for column, _ in ordered)))
+        positions = [offset + index for column, offset in ordered for index in range(column.width)]
+        transform = self.make_transform_fn(device, dtype, Schema(tuple(column for column, _ in ordered)))
         order = torch.tensor(positions, device=device)
-        return lambda rows: prepare(rows.index_select(1, order))
+        return lambda rows: transform(rows.index_select(1, order))
 
     def _max_codes(self) -> list[int]:
-        """For each categorical column, its highest code."""
+        """Return the highest code of each categorical column."""
         return [
-            max(len(one.categories), code)
-            for one, code in zip(self.categorical_columns, self.missing_codes, strict=True)
+            max(len(column.categories), code)
+            for column, code in zip(self.categorical_columns, self.missing_codes, strict=True)
         ]
 
     def _make_numeric_fn(self, device: torch.device, dtype: torch.dtype) -> TransformFn:
         fill, mean, std = (torch.tensor(values, dtype=torch.float64) for values in (self.fill, self.mean, self.std))
         work = torch.float64 if self.dtype == "float64" else dtype
-        # Columns far from zero keep their digits only if the mean goes first; what it loses in `work` is made good.
+        # Columns far from zero keep their digits only if the mean is subtracted first. `offset` corrects the rounding
+        # of the mean to `work`.
         shift = mean.to(work)
         offset, factor, filled = ((shift.double() - mean) / std, 1 / std, (fill - mean) / std)
         shift, offset, factor, filled = (values.to(device, work) for values in (shift, offset, factor, filled))
         numeric_columns = torch.from_numpy(numeric_columns_of(self.schema)).to(device)
         has_numbers_only = len(numeric_columns) == self.schema.width
 
-        def prepare(rows: Tensor) -> Tensor:
+        def transform(rows: Tensor) -> Tensor:
             values = (rows if has_numbers_only else rows.index_select(1, numeric_columns)).to(work)
             scaled = torch.addcmul(offset, values - shift, factor)
             return torch.where(scaled.isnan(), filled, scaled).to(dtype)
 
-        return prepare
+        return transform
 
     def _build_lookup(self, input_schema: Schema) -> tuple[Tensor, Tensor, Tensor]:
-        """What a position among the levels of `raw` becomes: where each column's entries begin, int64 (k,); and for
-        each entry the place in the prepared row and the value there. Before a column's first entry is that for a
-        missing value, behind its last that for any other level."""
+        """Return the table that encodes the category codes of `input_schema`: the index of each column's first entry,
+        int64 (k,); and for each entry the index in the transformed row and the value to write there. The entry before a
+        column's first is for a missing value, the one after its last for any other category."""
         codes = self._max_codes()
         is_one_hot = np.array([highest <= self.one_hot_up_to for highest in codes])
         widths = np.where(is_one_hot, codes, 1)
@@ -216,11 +220,12 @@ class TabularTransform:
         input_columns = [column for column in input_schema.columns if column.kind == "category"]
         targets: list[np.ndarray] = []
         values: list[np.ndarray] = []
-        for number, (column, given) in enumerate(zip(self.categorical_columns, input_columns, strict=True)):
-            known = {level: code for code, level in enumerate(column.categories, start=1)}
-            entries = np.array([self.missing_codes[number], *(known.get(level, 0) for level in given.categories), 0])
-            targets.append(begins[number] + (np.maximum(entries - 1, 0) if is_one_hot[number] else 0 * entries))
-            values.append(entries > 0 if is_one_hot[number] else entries)
+        for index, (column, input_column) in enumerate(zip(self.categorical_columns, input_columns, strict=True)):
+            code_of = {category: code for code, category in enumerate(column.categories, start=1)}
+            input_codes = (code_of.get(category, 0) for category in input_column.categories)
+            entries = np.array([self.missing_codes[index], *input_codes, 0])
+            targets.append(begins[index] + (np.maximum(entries - 1, 0) if is_one_hot[index] else 0 * entries))
+            values.append(entries > 0 if is_one_hot[index] else entries)
         starts = [0, *accumulate(len(entries) for entries in targets)][:-1]
         return (
             torch.tensor(starts) + 1,
@@ -229,7 +234,7 @@ class TabularTransform:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; `preprocess_from_json` gives the same object back."""
+        """Return plain values; `input_transform_from_json` restores the same object from them."""
         parts = {name: iter(getattr(self, name)) for name in (STORED_STATISTICS if self.low else REQUIRED_STATISTICS)}
         missing, nulls = iter(self.missing_codes), iter(self.null_fractions)
         columns: list[dict[str, Any]] = []
@@ -253,11 +258,11 @@ class TabularTransform:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TabularTransform:
-        """What `to_json` gave.
+        """Restore an object from the values that `to_json` returned.
 
         Raises
         ------
-        DataError: written by another version, or damaged.
+        DataError: the values were written by another version, or are damaged.
         """
         with check_stored_values(values):
             columns: list[Column] = []
@@ -303,16 +308,17 @@ def fit_tabular_transform(
 ) -> TabularTransform:
     """Fit what `data.missing` and `data.normalize` ask for; auto is standard.
 
-    Deviations are those of the filled columns; constant ones have 1. A column without any value is filled with 0.
+    Standard deviations are those of the filled columns, and 1 for constant ones. A column without any value is filled
+    with 0.
 
     Parameters
     ----------
-    arrays: the training part of the source, of this schema.
-    rows: positions of the training split in it, int64 (n,): what is fitted depends on no other row.
+    dataset_part: the training part of the dataset, of this schema.
+    indices: the training split in it, int64 (n,): what is fitted depends on no other row.
 
     Raises
     ------
-    DataError: a normalisation that does not fit a table; with `missing: fail`, a missing value anywhere.
+    DataError: the normalization does not fit a table; with `missing: fail`, any row has a missing value.
     """
     assert isinstance(job.data, ParquetDataConfig), "only tables have a schema"
     missing = job.data.missing
@@ -325,8 +331,8 @@ def fit_tabular_transform(
         if column.kind == "number":
             columns.append(column)
             continue
-        occur, misses = statistics.present_categories[len(codes)], bool(statistics.num_missing[len(codes)])
-        categories, code = _fit_categories(column, occur, misses, missing.categorical)
+        is_present, has_missing = statistics.present_categories[len(codes)], bool(statistics.num_missing[len(codes)])
+        categories, code = _fit_categories(column, is_present, has_missing, missing.categorical)
         columns.append(Column(column.name, "category", categories=categories))
         codes.append(code)
     imputation: dict[ColumnKind, object] = {"number": missing.numeric, "category": missing.categorical}
@@ -337,7 +343,7 @@ def fit_tabular_transform(
         tuple(std.tolist()),
         tuple(codes),
         job.data.one_hot_up_to,
-        tuple(kind for kind, stand_in in imputation.items() if stand_in == "fail"),
+        tuple(kind for kind, strategy in imputation.items() if strategy == "fail"),
         dataset_part.inputs.dtype.name,
         low=tuple(np.where(statistics.num_present > 0, statistics.low, fill).tolist()),
         high=tuple(np.where(statistics.num_present > 0, statistics.high, fill).tolist()),
@@ -355,47 +361,53 @@ def _fill_values(config: ImputationConfig, statistics: ColumnStatistics) -> np.n
 
 
 def _compute_null_fractions(schema: Schema, statistics: ColumnStatistics, num_rows: int) -> tuple[float, ...]:
-    """For each column, the share of rows without a value; of a list, at the place where most are without."""
-    absent, misses, shares, offset = num_rows - statistics.num_present, iter(statistics.num_missing.tolist()), [], 0
+    """Return the fraction of rows without a value for each column; for lists, of the element that is missing most."""
+    missing_numbers, missing_categories = num_rows - statistics.num_present, iter(statistics.num_missing.tolist())
+    fractions, offset = [], 0
     for column in schema.columns:
         if column.kind == "category":
-            shares.append(next(misses) / num_rows)
+            fractions.append(next(missing_categories) / num_rows)
         else:
-            shares.append(int(absent[offset : offset + column.width].max()) / num_rows)
+            fractions.append(int(missing_numbers[offset : offset + column.width].max()) / num_rows)
             offset += column.width
-    return tuple(shares)
+    return tuple(fractions)
 
 
 def _compute_mean_and_std(
     normalize: str | NormalizeConfig, statistics: ColumnStatistics, fill: np.ndarray, num_rows: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Means and deviations of the filled columns, float64 (n,) each."""
+    """Return means and standard deviations of the filled columns, float64 (n,) each."""
     if normalize in ("unit", "imagenet"):
         raise DataError(
             f"{normalize} is for images, but the data is a table", where=WHERE, fix="use standard, scalar or none"
         )
-    columns = len(fill)
+    num_columns = len(fill)
     if isinstance(normalize, NormalizeConfig):
-        mean, std = fixed_mean_and_std(normalize, columns)
-        return np.broadcast_to(mean, columns), np.broadcast_to(std, columns)
+        mean, std = fixed_mean_and_std(normalize, num_columns)
+        return np.broadcast_to(mean, num_columns), np.broadcast_to(std, num_columns)
     if normalize == "none":
-        return np.zeros(columns), np.ones(columns)
-    share = 1 - statistics.num_present / num_rows
+        return np.zeros(num_columns), np.ones(num_columns)
+    missing = 1 - statistics.num_present / num_rows
     gap = np.where(statistics.num_present > 0, fill - statistics.mean, 0.0)
-    mean = np.where(statistics.num_present > 0, statistics.mean + share * gap, fill)
-    variance = (1 - share) * statistics.variance + share * (1 - share) * np.square(gap)
-    if normalize == "scalar" and columns:
+    mean = np.where(statistics.num_present > 0, statistics.mean + missing * gap, fill)
+    variance = (1 - missing) * statistics.variance + missing * (1 - missing) * np.square(gap)
+    if normalize == "scalar" and num_columns:
         joint_mean = mean.mean()
-        variance = np.broadcast_to((variance + np.square(mean - joint_mean)).mean(), columns)
-        mean = np.broadcast_to(joint_mean, columns)
+        variance = np.broadcast_to((variance + np.square(mean - joint_mean)).mean(), num_columns)
+        mean = np.broadcast_to(joint_mean, num_columns)
     return mean, np.where(variance == 0, 1.0, np.sqrt(variance))
 
 
-def _fit_categories(column: Column, occur: np.ndarray, misses: bool, fallback: str) -> tuple[tuple[str, ...], int]:
-    """The levels of the training rows in the source's order, and the code of a missing value."""
-    categories = [level for level, found in zip(column.categories, occur, strict=True) if found]
-    if fallback in ("own_level", "fail"):
-        return tuple(categories), len(categories) + 1 if misses and fallback == "own_level" else 0
-    if misses and fallback not in categories:
-        categories.append(fallback)
-    return tuple(categories), categories.index(fallback) + 1 if fallback in categories else 0
+def _fit_categories(
+    column: Column, is_present: np.ndarray, has_missing: bool, strategy: str
+) -> tuple[tuple[str, ...], int]:
+    """Return the categories of the training rows in the source's order, and the code of a missing value.
+
+    strategy: the value of `data.missing.categorical`.
+    """
+    categories = [category for category, present in zip(column.categories, is_present, strict=True) if present]
+    if strategy in ("own_level", "fail"):
+        return tuple(categories), len(categories) + 1 if has_missing and strategy == "own_level" else 0
+    if has_missing and strategy not in categories:
+        categories.append(strategy)
+    return tuple(categories), categories.index(strategy) + 1 if strategy in categories else 0

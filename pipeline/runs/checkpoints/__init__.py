@@ -1,1 +1,1 @@
-"""Checkpoints: what they hold, their files and manifests, and how they are read safely."""
+"""Checkpoints: their content, their files and manifests, and safe loading."""

@@ -1,4 +1,4 @@
-"""Checkpoints as they are read: nothing in one counts but what its manifest vouches for."""
+"""Reading checkpoints: every file is verified against the manifest."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ class DamagedError(StorageError):
 
 
 class Checkpoint:
-    """A checkpoint in storage. Every file is checked against the manifest whenever it is read.
+    """A checkpoint in storage. Every file is verified against the manifest whenever it is read.
 
     Parameters
     ----------
-    run: where it lies.
+    run: the run that contains it.
     name: of its directory, such as "step-000004800-a0001".
 
     Raises
     ------
-    DamagedError: there is no sound manifest.
+    DamagedError: there is no valid manifest.
     """
 
     def __init__(self, run: Run, name: str) -> None:
         self.name = name
         self.run_url = run.url
-        """Where the run lies that holds it, printable."""
+        """URL of the run that contains it, printable."""
         self._storage = run.storage.subfolder(f"{CHECKPOINTS_FOLDER}/{name}")
         self._manifest = self._read_manifest()
 
@@ -56,12 +56,12 @@ class Checkpoint:
 
     @property
     def url(self) -> str:
-        """Where it lies, printable."""
+        """URL of the checkpoint, printable."""
         return self._storage.url
 
     @property
     def step(self) -> int:
-        """The step whose weights it holds."""
+        """The step whose weights it contains."""
         return self._manifest.step
 
     @property
@@ -76,7 +76,7 @@ class Checkpoint:
 
     @property
     def position(self) -> dict[str, Any]:
-        """Plain values that the worker gave at the commit."""
+        """Plain values that the worker provided at the commit."""
         return dict(self._manifest.position)
 
     @property
@@ -86,7 +86,7 @@ class Checkpoint:
 
     @property
     def best(self) -> BestCheckpoint | None:
-        """The best evaluation so far and where its weights are; None before the first."""
+        """The best evaluation so far and the checkpoint with its weights; None before the first evaluation."""
         return self._manifest.best
 
     @property
@@ -96,34 +96,34 @@ class Checkpoint:
 
     @property
     def first_segment(self) -> int:
-        """The first cell of the metric log that its rows cover."""
+        """The first segment of the metric log that its rows cover."""
         return self._manifest.first_cell
 
     @property
     def has_pickled_state(self) -> bool:
-        """Whether an earlier version wrote it, with a `state.pt` that this version cannot resume from."""
+        """Whether it was written by an earlier version, with a `state.pt` that this version cannot resume from."""
         return PICKLED_STATE in self._manifest.files and STATE_FILE not in self._manifest.files
 
     @property
     def files(self) -> list[str]:
-        """Names of its files, the manifest left out."""
+        """Names of its files, without the manifest."""
         return list(self._manifest.files)
 
     def load_weights(self) -> dict[str, Tensor]:
-        """The model's tensors by name, on the CPU.
+        """Return the model's tensors by name, on the CPU.
 
         Raises
         ------
-        DamagedError: not what Trainyard writes.
+        DamagedError: the file is missing, altered or not valid.
         """
         return self._tensors(WEIGHTS_FILE)
 
     def load_state(self) -> dict[str, Tensor]:
-        """What else training needs to go on: tensors by name, on the CPU.
+        """Return the remaining training state, such as that of the optimizer: tensors by name, on the CPU.
 
         Raises
         ------
-        DamagedError: not what Trainyard writes.
+        DamagedError: the file is missing, altered or not valid.
         """
         return self._tensors(STATE_FILE)
 
@@ -133,24 +133,24 @@ class Checkpoint:
         try:
             return decode_tensors(self.read(name))
         except ValueError as error:
-            raise self._damaged_error(f"{name} is not what Trainyard writes ({error})") from None
+            raise self._damaged_error(f"{name} is not a valid tensor file ({error})") from None
 
     def load_preprocess(self) -> dict[str, Any]:
-        """What turns raw data into the model's input, as plain values."""
+        """Return the preprocessing from raw data to the model's inputs, as plain values."""
         try:
             tree = from_json(self.read(PREPROCESS_FILE))
         except ValueError as error:
             raise self._damaged_error(f"{PREPROCESS_FILE} is not JSON ({error})") from None
         if not isinstance(tree, dict):
-            raise self._damaged_error(f"{PREPROCESS_FILE} is no mapping of names to values")
+            raise self._damaged_error(f"{PREPROCESS_FILE} is not a mapping of names to values")
         return tree
 
     def read_rows(self) -> bytes:
-        """`rows.parquet`, for the metric log."""
+        """Return `rows.parquet`, for the metric log."""
         return self.read(ROWS_FILE)
 
     def verify(self) -> None:
-        """Read every file and compare sizes and SHA-256.
+        """Read every file and check its size and SHA-256.
 
         Raises
         ------
@@ -160,7 +160,7 @@ class Checkpoint:
             self.read(name)
 
     def read(self, name: str) -> bytes:
-        """A file's content, as it was when the checkpoint was made.
+        """Return the content of a file, verified against the manifest.
 
         Raises
         ------
@@ -168,7 +168,7 @@ class Checkpoint:
         """
         expected = self._manifest.files.get(name)
         if expected is None:
-            raise self._damaged_error(f"it holds no {name}")
+            raise self._damaged_error(f"it contains no {name}")
         try:
             data = self._storage.read(name)
         except FileNotFoundError:
@@ -192,13 +192,14 @@ class Checkpoint:
 
 
 ResumeCheckpoint = Checkpoint
-"""What an attempt goes on from."""
+"""A checkpoint that an attempt resumes from."""
 
 
 def find_first_valid(run: Run, retained: tuple[CheckpointPair, ...]) -> tuple[Checkpoint | None, list[str]]:
-    """The first pair whose checkpoint and best are both sound, and the names of those that are not.
+    """Return the checkpoint of the first pair in which both the checkpoint and its best are valid, and the names of the
+    invalid ones.
 
-    The best counts, for a run that lost it could not end as one that was never touched.
+    The best is required because without it the result would differ from that of an undisturbed run.
     """
     verified: dict[str, Checkpoint | None] = {}
     for pair in retained:
@@ -212,8 +213,8 @@ def find_first_valid(run: Run, retained: tuple[CheckpointPair, ...]) -> tuple[Ch
 
 
 def has_pickled_state(run: Run, kept: tuple[CheckpointPair, ...]) -> bool:
-    """Whether the newest checkpoint that has a sound manifest was written by an earlier version. One run holds no
-    checkpoints of both, since none of the earlier is resumed."""
+    """Whether the newest checkpoint that has a valid manifest was written by an earlier version. A run never has
+    checkpoints of both formats, because those of earlier versions are not resumed."""
     for name, _ in kept:
         with suppress(DamagedError):
             return Checkpoint(run, name).has_pickled_state
@@ -234,13 +235,13 @@ def _load_if_valid(run: Run, name: str) -> Checkpoint | None:
 
 
 def find_checkpoint(run: Run, which: str) -> Checkpoint:
-    """A committed checkpoint by "best", "last" or the number of a step.
+    """Find a committed checkpoint by "best", "last" or the number of a step.
 
     Raises
     ------
-    StorageError: there is no such checkpoint (or not any more), or it is damaged.
+    StorageError: there is no such checkpoint (any more), or it is damaged.
     """
-    for _ in range(3):  # one that vanishes was deleted by a newer commit: look again
+    for _ in range(3):  # a checkpoint that vanishes was deleted after a newer commit: retry
         name = _resolve_name(run, which)
         try:
             return Checkpoint(run, name)
@@ -254,7 +255,7 @@ def find_checkpoint(run: Run, which: str) -> Checkpoint:
 def _resolve_name(run: Run, which: str) -> str:
     commit = run.journal.read_state().commit
     if commit is None:
-        raise StorageError("it has no checkpoint yet", where=run.url, fix="wait for the first commit")
+        raise StorageError("the run has no checkpoint yet", where=run.url, fix="wait for the first commit")
     if which == "last":
         return commit.checkpoint
     if which == "best":
@@ -265,7 +266,7 @@ def _resolve_name(run: Run, which: str) -> str:
     steps = {parsed[0]: name for name, parsed in parsed_names.items() if parsed is not None}
     if not which.isdigit() or int(which) not in steps:
         raise StorageError(
-            f"it has no checkpoint {which!r}",
+            f"the run has no checkpoint {which!r}",
             where=run.url,
             fix=f"use best, last or one of the steps {', '.join(map(str, sorted(steps)))}",
         )

@@ -1,7 +1,4 @@
-"""`manifest.json`: what a checkpoint is, and which bytes belong to it.
-
-Checkpoints as they are written: files, then the manifest that makes them whole.
-"""
+"""The format of a checkpoint: its files, and `manifest.json`, which is written last and makes it complete."""
 
 from __future__ import annotations
 
@@ -21,9 +18,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+CHECKPOINTS_FOLDER = "checkpoints"
+MANIFEST_FILE = "manifest.json"
+WEIGHTS_FILE = "model.safetensors"
+STATE_FILE = "state.safetensors"
+PICKLED_STATE = "state.pt"
+"""The pickle that earlier versions wrote instead of `state.safetensors`. It is never read."""
+ROWS_FILE = "rows.parquet"
+PREPROCESS_FILE = "preprocess.json"
+MANIFEST_FORMAT = 1
+
+
 @dataclass(frozen=True)
 class ManifestFile:
-    """What a file of a checkpoint must be, byte for byte."""
+    """Expected size and digest of a file."""
 
     size: int
     sha256: str
@@ -31,7 +39,7 @@ class ManifestFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of `manifest.json`; see `Checkpoint` for the meaning of each."""
+    """The content of `manifest.json`; see `Checkpoint` for the meaning of the fields."""
 
     step: int
     epoch: int
@@ -44,50 +52,17 @@ class Manifest:
     patience: int | None = None
 
 
-def parse_manifest(data: bytes) -> Manifest:
-    """A manifest from its file.
-
-    Raises
-    ------
-    ValueError: altered since it was written, or not what a version of Trainyard known here would write.
-    """
-    try:
-        tree = verify_digest(from_json(data))
-        if tree.get("format") != MANIFEST_FORMAT:
-            raise ValueError(f"its format {tree.get('format')!r} is not known to this version")
-        tree["metrics"], tree["best"] = to_floats(tree["metrics"]), parse_best(tree["best"])
-        manifest = validate_as(Manifest, tree)
-    except (KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{type(error).__name__}: {error}") from None
-    if min(manifest.step, manifest.epoch, manifest.first_cell) < 0:
-        raise ValueError("a number below 0")
-    for name in manifest.files:
-        validate_name(name)
-    return manifest
-
-
-CHECKPOINTS_FOLDER = "checkpoints"
-MANIFEST_FILE = "manifest.json"
-WEIGHTS_FILE = "model.safetensors"
-STATE_FILE = "state.safetensors"
-PICKLED_STATE = "state.pt"
-"""What earlier versions wrote instead of `state.safetensors`: a pickle, which is never read."""
-ROWS_FILE = "rows.parquet"
-PREPROCESS_FILE = "preprocess.json"
-MANIFEST_FORMAT = 1
-
-
 def write_checkpoint(storage: Storage, name: str, files: Mapping[str, bytes], metadata: Mapping[str, Any]) -> None:
-    """Write a checkpoint: its files, then the manifest that makes it whole.
+    """Write a checkpoint: its files, then the manifest that makes it complete.
 
     Parameters
     ----------
     storage: the run's folder.
-    facts: step, epoch, end, position, metrics, best and first_cell, as plain values.
+    metadata: step, epoch, end, position, metrics, best and first_cell, as plain values.
 
     Raises
     ------
-    StorageFullError: there is no room for it; nothing of it is left.
+    StorageFullError: there is not enough space; the files already written are deleted.
     """
     folder = storage.subfolder(f"{CHECKPOINTS_FOLDER}/{name}")
     file_entries = {
@@ -98,28 +73,52 @@ def write_checkpoint(storage: Storage, name: str, files: Mapping[str, bytes], me
         for file, data in files.items():
             folder.replace(file, data, sync=True)
         folder.replace(MANIFEST_FILE, to_json(tree, indent=1).encode(), sync=True)
-    except StorageFullError:  # what is there of it is no checkpoint, and others need the room
+    except StorageFullError:  # the partial files are useless and take up space
         with suppress(TrainyardError):
             delete_checkpoint(storage, name)
         raise
 
 
 def delete_checkpoint(storage: Storage, name: str) -> None:
-    """Delete a checkpoint, manifest first: what a kill leaves of it is no checkpoint."""
+    """Delete a checkpoint, manifest first: if the process is killed, what remains is not a checkpoint."""
     storage.delete(f"{CHECKPOINTS_FOLDER}/{name}/{MANIFEST_FILE}")
     storage.delete_folder(f"{CHECKPOINTS_FOLDER}/{name}")
 
 
+def parse_manifest(data: bytes) -> Manifest:
+    """Parse and validate a manifest.
+
+    Raises
+    ------
+    ValueError: it was altered, or is not in the format of this version.
+    """
+    try:
+        tree = verify_digest(from_json(data))
+        if tree.get("format") != MANIFEST_FORMAT:
+            raise ValueError(f"its format {tree.get('format')!r} is not supported by this version")
+        tree["metrics"], tree["best"] = to_floats(tree["metrics"]), parse_best(tree["best"])
+        manifest = validate_as(Manifest, tree)
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    if min(manifest.step, manifest.epoch, manifest.first_cell) < 0:
+        raise ValueError("a negative number")
+    for name in manifest.files:
+        validate_name(name)
+    return manifest
+
+
 def encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
-    """A safetensors file, which keeps dtype, shape and bits of each tensor: the same tensors give the same bytes."""
+    """Return a safetensors file, which preserves dtype, shape and bits of each tensor. Deterministic."""
     from safetensors.torch import save
 
-    seen: set[int] = set()
-    stored: dict[str, Tensor] = {}
+    pointers: set[int] = set()
+    cpu_tensors: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
-        if own.untyped_storage().data_ptr() in seen:  # tied or cut from one piece: the format wants its own memory
-            own = own.clone()
-        seen.add(own.untyped_storage().data_ptr())
-        stored[name] = own
-    return save(stored)
+        cpu_tensor = tensor.detach().cpu().contiguous()
+        if (
+            cpu_tensor.untyped_storage().data_ptr() in pointers
+        ):  # tied weights or views: the format forbids shared memory
+            cpu_tensor = cpu_tensor.clone()
+        pointers.add(cpu_tensor.untyped_storage().data_ptr())
+        cpu_tensors[name] = cpu_tensor
+    return save(cpu_tensors)

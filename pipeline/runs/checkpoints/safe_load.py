@@ -1,4 +1,4 @@
-"""Reads tensors from files that anybody may have written: no code is run, and memory is bounded by the file's size."""
+"""Load tensors from untrusted files: no code is run, and memory is bounded by the size of the file."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ if TYPE_CHECKING:
 
 
 def decode_tensors(data: bytes) -> dict[str, Tensor]:
-    """The tensors of a `model.safetensors` or `state.safetensors` by name, on the CPU.
+    """Decode a `model.safetensors` or `state.safetensors` to tensors by name, on the CPU.
 
     Raises
     ------
-    ValueError: not a safetensors file, or one that describes tensors that torch cannot make.
+    ValueError: not a safetensors file, or one with tensors that torch cannot create.
     """
     from safetensors.torch import load
 
     try:
         return load(data)
-    except Exception as error:  # the format's own error, and what torch makes of impossible types and shapes
+    except Exception as error:  # SafetensorError, and what torch raises for invalid types and shapes
         first_line = str(error).partition("\n")[0][:200]
         raise ValueError(f"{type(error).__name__}: {first_line}") from None

@@ -1,7 +1,4 @@
-"""What training hands over for a checkpoint.
-
-What a checkpoint holds, before it is written.
-"""
+"""The snapshot that training provides for a checkpoint, and the files made from it."""
 
 from __future__ import annotations
 
@@ -11,44 +8,45 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.runs.checkpoints import format as checkpoint_format
 from pipeline.runs.journal.entries import BestCheckpoint
-from pipeline.runs.metric_log.segments import PendingRows
 from pipeline.runs.serialization import to_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pipeline.runs.metric_log.segments import PendingRows
+
 
 @dataclass
 class Snapshot:
-    """All that a checkpoint holds besides rows. Tensors are copies on the CPU that the writer may keep."""
+    """The content of a checkpoint without the metric rows. Tensors are copies on the CPU that the writer may keep."""
 
     step: int
     epoch: int
     weights: dict[str, Tensor]
     state: dict[str, Tensor]
-    """What else training resumes from, such as the optimizer's momentum."""
+    """The remaining training state, such as the optimizer's momentum."""
     position: dict[str, Any]
-    """Plain values for the worker that goes on from here."""
+    """Plain values for the worker that resumes from here."""
     metrics: dict[str, float]
     """Of the latest evaluation of each split, such as "val/loss"."""
     best: BestCheckpoint | None = None
-    """The best evaluation so far; its `checkpoint` is for the writer to fill in."""
+    """The best evaluation so far; its `checkpoint` is set by the writer."""
     best_weights: dict[str, Tensor] | None = None
-    """Given where the best is neither of this step nor known from an earlier commit."""
+    """Set if the best is neither at this step nor in an earlier commit."""
     preprocess: dict[str, Any] | None = None
     is_final: bool = False
-    """Training is over: at this step, for every later attempt too."""
+    """Whether training ends at this step, also for every later attempt."""
     evaluations_since_best: int | None = None
     """Evaluations since the best one."""
 
     @property
     def skipped_updates(self) -> int | None:
-        """For fp16: updates skipped since the start of the run, because their gradient was not finite."""
+        """For fp16: updates skipped since the start of the run because their gradient was not finite."""
         count = self.state.get("scale.skipped")
         return None if count is None else int(count)
 
     def find_nonfinite_tensor(self) -> str | None:
-        """Name of the first tensor of weights that holds NaN or infinity."""
+        """Return the name of the first weight tensor that contains NaN or infinity."""
         import torch
 
         for name, tensor in (*self.weights.items(), *(self.best_weights or {}).items()):
@@ -58,7 +56,7 @@ class Snapshot:
 
 
 class CheckpointFiles(NamedTuple):
-    """What `saving.write_checkpoint` takes."""
+    """The arguments of `format.write_checkpoint`."""
 
     name: str
     files: Mapping[str, bytes]
@@ -66,12 +64,12 @@ class CheckpointFiles(NamedTuple):
 
 
 class CheckpointFilesBuilder:
-    """Makes the drafts of one attempt.
+    """Build the checkpoint files of one attempt.
 
     Parameters
     ----------
-    run, attempt: whose checkpoints they are.
-    rows: those that no complete cell in storage holds yet, as they are at the moment of each draft.
+    run, attempt: names of the run and number of the attempt, for the manifest.
+    rows: the rows that are not yet in a complete segment in storage, read at each `build`.
     """
 
     def __init__(self, run: str, attempt: int, rows: PendingRows) -> None:
@@ -80,7 +78,7 @@ class CheckpointFilesBuilder:
         self._rows = rows
 
     def build(self, snapshot: Snapshot, best: BestCheckpoint | None, name: str) -> CheckpointFiles:
-        """The checkpoint that a resume goes on from."""
+        """Build a checkpoint that a resume can start from."""
         files = {
             checkpoint_format.WEIGHTS_FILE: checkpoint_format.encode_tensors(snapshot.weights),
             checkpoint_format.STATE_FILE: checkpoint_format.encode_tensors(snapshot.state),
@@ -92,7 +90,7 @@ class CheckpointFilesBuilder:
         )
 
     def build_best(self, snapshot: Snapshot, best: BestCheckpoint) -> CheckpointFiles:
-        """That of the best so far, which was handed over with a later snapshot."""
+        """Build the checkpoint of the best so far, whose weights were provided with a later snapshot."""
         assert snapshot.best_weights is not None
         files = {
             checkpoint_format.WEIGHTS_FILE: checkpoint_format.encode_tensors(snapshot.best_weights),
@@ -120,7 +118,7 @@ class CheckpointFilesBuilder:
 
 
 def adopt_best_weights(failed: Snapshot, snapshot: Snapshot) -> Snapshot:
-    """A snapshot with the weights of its best, where those were handed over with a commit that failed."""
+    """Add the weights of the best to a snapshot if they were provided with a commit that failed."""
     best, failed_best = snapshot.best, failed.best
     if best is None or failed_best is None or best.step != failed_best.step or snapshot.best_weights is not None:
         return snapshot
@@ -128,5 +126,5 @@ def adopt_best_weights(failed: Snapshot, snapshot: Snapshot) -> Snapshot:
 
 
 def encode_json_file(value: Any) -> bytes:
-    """Plain values as a file."""
+    """Return plain values as the content of a JSON file."""
     return (to_json(value if value is not None else {}, indent=1) + "\n").encode()

@@ -1,1 +1,1 @@
-"""A run's journal: exclusively created entries that are the truth about the run, and the decisions made from them."""
+"""The journal of a run: exclusively created entries that define its state, and the decisions derived from them."""

@@ -1,4 +1,4 @@
-"""Every decision about a run, as a function of what its journal's entries amount to: no storage, no clock."""
+"""Decisions about a run as pure functions of the state of its journal: no storage, no clock."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ EMPTY_STATE = JournalState()
 
 
 def apply_entry(state: JournalState, entry: JournalEntry) -> JournalState:
-    """The state after an entry, from the state before it."""
+    """Return the state after an entry, given the state before it."""
     state = replace(state, number=entry.number, updated=entry.time, leave=None)
     if isinstance(entry, Claim):
-        where = {name: entry.facts[name] for name in LOCATION_KEYS if name in entry.facts}
+        location = {name: entry.facts[name] for name in LOCATION_KEYS if name in entry.facts}
         state = replace(
             state,
-            claim=replace(entry, facts=where, before=None),
+            claim=replace(entry, facts=location, before=None),
             attempts=(*state.attempts, AttemptSummary(claim=entry.number))[-RECENT_ATTEMPTS:],
         )
         if entry.number == 1:
@@ -54,15 +54,15 @@ def apply_entry(state: JournalState, entry: JournalEntry) -> JournalState:
 
 
 def fold(entries: Iterable[JournalEntry], state: JournalState = EMPTY_STATE) -> JournalState:
-    """The state after entries, one by one, from the state before them."""
+    """Apply entries one by one to the state before them."""
     for entry in entries:
         state = apply_entry(state, entry)
     return state
 
 
 def _update_last_attempt(state: JournalState, **changes: Any) -> JournalState:
-    """With what an entry tells of the attempt whose turn it is."""
-    if not state.attempts:  # a journal that begins with no claim is none of ours
+    """Update the summary of the current attempt."""
+    if not state.attempts:  # a journal that does not begin with a claim was not written by Trainyard
         return state
     return replace(state, attempts=(*state.attempts[:-1], replace(state.attempts[-1], **changes)))
 
@@ -70,26 +70,27 @@ def _update_last_attempt(state: JournalState, **changes: Any) -> JournalState:
 def retained_after(
     previous: Sequence[CheckpointPair], new_pair: CheckpointPair, keep: int
 ) -> tuple[CheckpointPair, ...]:
-    """What a commit keeps: its own pair, then what remains of those before it, `keep` in all."""
+    """Return the pairs that a commit retains: the new pair, then the previous ones, `keep` in total."""
     return (new_pair, *previous)[:keep]
 
 
 def retained_from(retained: Sequence[CheckpointPair], resume_name: str) -> tuple[CheckpointPair, ...]:
-    """What remains of a commit's `kept` for an attempt based on one of them: that one and those after it."""
+    """Return the pairs of a commit's `kept` that remain for an attempt that resumes from one of them: that one and the
+    older ones."""
     names = [checkpoint for checkpoint, _ in retained]
     return tuple(retained[names.index(resume_name) :])
 
 
 def checkpoints_to_keep(kept: Iterable[CheckpointPair], state: JournalState) -> frozenset[str]:
-    """Directories that must stay: both of every pair in a commit's `kept` and in that of any end."""
+    """Return the checkpoints to keep: both of every pair in a commit's `kept` and in that of any final commit."""
     return frozenset([*(name for pair in kept for name in pair if name is not None), *state.kept_by_ends])
 
 
 def checkpoints_to_delete(names: Iterable[str], *, attempt: int, step: int, protected: Collection[str]) -> list[str]:
-    """Directories of checkpoints that an attempt deletes after a commit at `step`.
+    """Return the checkpoints that an attempt deletes after a commit at `step`.
 
-    Those of lower attempts and its own up to this step, but for the spared. Never one of a higher attempt: this
-    one may be a zombie.
+    These are the checkpoints of lower attempts, and its own up to this step, without the protected ones. Never one of a
+    higher attempt, because this attempt may be a zombie.
     """
     deletable = []
     for name in names:
@@ -103,11 +104,11 @@ def checkpoints_to_delete(names: Iterable[str], *, attempt: int, step: int, prot
 
 
 def format_checkpoint_name(step: int, attempt: int) -> str:
-    """Directory of a checkpoint; no two attempts write the same."""
+    """Return the directory name of a checkpoint. No two attempts use the same name."""
     return f"step-{step:09d}-a{attempt:04d}"
 
 
 def parse_checkpoint_name(name: str) -> tuple[int, int] | None:
-    """(step, attempt) of a checkpoint's directory; None for any other name."""
+    """Return (step, attempt) of a checkpoint's directory name; None for any other name."""
     match = re.fullmatch(r"step-(\d{9,})-a(\d{4,})", name)
     return (int(match[1]), int(match[2])) if match else None

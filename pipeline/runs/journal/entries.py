@@ -1,4 +1,4 @@
-"""What stands in a journal: claims, commits and leaves, as plain values; and what entries up to one amount to."""
+"""The entries of a journal (claims, commits and exits) as plain values, and the state that they add up to."""
 
 from __future__ import annotations
 
@@ -17,32 +17,34 @@ from pipeline.runs.serialization import check_timestamp, to_json, verify_digest,
 Parsed = TypeVar("Parsed")
 
 CheckpointPair = tuple[str, str | None]
-"""Names of a checkpoint and of the best one until then, where there is a best."""
+"""Names of a checkpoint and of the best one up to it, if there is a best."""
 
 LOCATION_KEYS = ("host", "pid", "world_size", "device")
-"""Facts of a claim that say where an attempt runs; every later entry repeats them."""
+"""Metadata of a claim that locates an attempt; every later entry repeats it."""
 RECENT_ATTEMPTS = 10
-"""Attempts that have a line in every later entry and in `run.json`: the last ones."""
+"""Number of latest attempts that are summarized in every entry and in `run.json`."""
+MAX_INTERVAL_S = 86400.0
+"""Maximum number of seconds between two heartbeats; watching one takes three intervals."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BestCheckpoint:
-    """The best evaluation so far, and the directory that holds its weights."""
+    """The best evaluation so far, and the checkpoint that contains its weights."""
 
     metric: str
     step: int
     value: float
     checkpoint: str = ""
-    """Name of the directory; empty until a commit has given it one."""
+    """Name of the checkpoint; empty until a commit sets it."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """All of that evaluation, such as "val/loss"."""
+    """All metrics of that evaluation, such as "val/loss"."""
     mode: Literal["min", "max"] = "min"
     before_training: float | None = None
-    """The metric's value at step 0, which is no candidate; None where it was not finite, or in an earlier version."""
+    """The metric at step 0, which is not a candidate; None if it was not finite, or in earlier versions."""
 
     @property
     def no_improvement_message(self) -> str:
-        """That no evaluation is better than that of the model before training, in words; else empty."""
+        """A message that no evaluation is better than that of the model before training; else empty."""
         before = self.before_training
         if before is None or (self.value < before if self.mode == "min" else self.value > before):
             return ""
@@ -51,22 +53,22 @@ class BestCheckpoint:
 
 @dataclass(frozen=True, kw_only=True)
 class JournalEntry:
-    """What all entries have."""
+    """The common fields of all entries."""
 
     kind: ClassVar[str]
     number: int
-    """Place in the journal, from 1."""
+    """Position in the journal, from 1."""
     nonce: str
-    """That of the attempt which wrote the entry."""
+    """Nonce of the attempt that wrote the entry."""
     time: str
-    """UTC, ISO 8601; for people."""
+    """UTC, ISO 8601; information for users only."""
     attempt: int
-    """Number of the attempt: the count of claims up to its own."""
+    """Number of the attempt: the count of claims up to and including its own."""
     before: JournalState | None = None
-    """What all entries before this one amount to. None in entries of earlier versions: those before must be read."""
+    """The state after all entries before this one. None in entries of earlier versions: all entries must be read."""
 
     def to_json(self) -> str:
-        """The entry's file."""
+        """Return the content of the entry's file."""
         tree = {"kind": self.kind, **asdict(self)}
         before = tree.pop("before")
         if before is not None:
@@ -79,40 +81,40 @@ class JournalEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim(JournalEntry):
-    """An attempt takes the run over."""
+    """An attempt takes over the run."""
 
     kind: ClassVar[str] = "claim"
     driver: str = ""
-    """Nonce of the process that drives this and perhaps later attempts."""
+    """Nonce of the process that drives this attempt and possibly later ones."""
     boot: str = ""
-    """Identifies one life of one machine; empty where that is not known."""
+    """Boot ID of the machine; empty if unknown."""
     lock: str = ""
-    """File on that machine whose lock the attempt holds for as long as its process lives."""
+    """File on that machine whose lock the attempt holds as long as its process runs."""
     interval_s: float = 10.0
-    """Between two heartbeats."""
+    """Seconds between two heartbeats."""
     facts: dict[str, Any] = field(default_factory=dict)
     """Host, pid, world size, versions, ..."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Commit(JournalEntry):
-    """A checkpoint is complete and counts."""
+    """A checkpoint is complete and part of the run."""
 
     kind: ClassVar[str] = "commit"
     checkpoint: str
     step: int
     epoch: int
     end: bool
-    """Training is over at this step, for every later attempt too."""
+    """Whether training ends at this step, also for every later attempt."""
     kept: tuple[CheckpointPair, ...]
-    """What stays, itself first."""
+    """The retained pairs, that of this commit first."""
     best: BestCheckpoint | None = None
     metrics: dict[str, float] = field(default_factory=dict)
-    """Of the latest evaluation, such as "val/loss"."""
+    """Metrics of the latest evaluation, such as "val/loss"."""
     patience: int | None = None
     """Evaluations since the best one."""
     skipped_updates: int | None = None
-    """For fp16: updates skipped since the start of the run, because their gradient was not finite."""
+    """For fp16: updates skipped since the start of the run because their gradient was not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,61 +124,61 @@ class Exit(JournalEntry):
     kind: ClassVar[str] = "leave"
     status: Literal["interrupted", "failed"]
     step: int
-    """The last step that it did."""
+    """The last completed step."""
     error: dict[str, Any] | None = None
     """{"type": ..., "message": ...}"""
     row: dict[str, Any] | None = None
-    """The row whose loss was not finite, where that is why."""
+    """The row whose loss was not finite, if that is the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptSummary:
-    """How far an attempt came."""
+    """The outcome of an attempt."""
 
     claim: int
     """Number of its claim in the journal."""
     committed: int | None = None
     """The last step that it committed."""
     outcome: Literal["interrupted", "failed", "end"] | None = None
-    """None: it has not said that it is over."""
+    """None: it has not written that it is over."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JournalState:
-    """What the entries up to one of them amount to: all that any decision about the run needs of them.
+    """The state after some number of entries: everything that decisions about the run need from them.
 
-    `decisions.apply` gives the state after an entry from the state before it; without entries it is the empty one.
+    `decisions.apply_entry` returns the state after an entry, given the state before it; the initial state is empty.
     """
 
     number: int = 0
-    """Of the last of these entries; 0 without any."""
+    """Number of the last entry; 0 without any."""
     started: str = ""
     """Time of the first claim."""
     updated: str = ""
     """Time of the last entry."""
     way: str = ""
-    """How the first attempt runs a step, which binds all others."""
+    """The execution backend of the first attempt, which all later attempts must use."""
     claim: Claim | None = None
-    """The last one: that of the attempt whose turn it is. Of its facts only those of `WHERE`."""
+    """The last claim, which is that of the current attempt. Of its metadata only `LOCATION_KEYS`."""
     commit: Commit | None = None
-    """The newest one: a resume goes on from it, if its checkpoint is sound."""
+    """The newest commit, from which a resume starts if its checkpoint is valid."""
     leave: Exit | None = None
-    """The last entry, where that is a leave."""
+    """The last entry, if it is an exit."""
     highest_step: int = 0
     """The highest step ever committed; no early stop may come before it."""
     published_step: int = 0
-    """The step up to which all complete cells were published for certain: they follow a commit, and whoever wrote them
-    went on to another commit after that."""
+    """The step up to which all complete segments were certainly published: they follow a commit after which the same
+    attempt made another commit."""
     ended_at: int | None = None
-    """The step that binds every attempt as the last one, once there was an end."""
+    """The step at which every attempt must end, once there was a final commit."""
     kept_by_ends: tuple[str, ...] = ()
-    """Both checkpoints of every pair that an end keeps."""
+    """Both checkpoints of every pair that a final commit retains."""
     attempts: tuple[AttemptSummary, ...] = ()
     """The last `RECENT_ATTEMPTS`, oldest first."""
 
     @property
     def is_over(self) -> bool:
-        """Whether the last attempt has said itself that it does no more, by an end or a leave. True without any."""
+        """Whether the last attempt has written that it is over, by a final commit or an exit. True without attempts."""
         return not self.attempts or self.attempts[-1].outcome is not None
 
 
@@ -184,28 +186,24 @@ _ENTRY_TYPES_IN_STATE: dict[str, type[JournalEntry]] = {"claim": Claim, "commit"
 _ENTRY_TYPES: dict[str, type[JournalEntry]] = {kind.kind: kind for kind in (Claim, Commit, Exit)}
 
 
-MAX_INTERVAL_S = 86400.0
-"""Between two heartbeats, at the most; whoever watches one waits for three."""
-
-
 def parse_entry(tree: Any, number: int) -> JournalEntry:
-    """An entry from the plain values of its file.
+    """Parse and validate an entry from the plain values of its file.
 
     Raises
     ------
-    ValueError, TypeError, KeyError: altered since it was written, or not what a version of Trainyard would write: a
-        value of another type, no time, a checkpoint whose name leads elsewhere.
+    ValueError, TypeError, KeyError: it was altered, or is not what a version of Trainyard would write: a value of
+        another type, an invalid time, a checkpoint name that is a path.
     """
     values = verify_digest(tree)
     if values.get("number") != number:
-        raise ValueError("its number is not that of its name")
+        raise ValueError("its number is not that of its file name")
     entry = _parse_without_state(_ENTRY_TYPES[values["kind"]], values)
     before = values.get("before")
     return entry if before is None else replace(entry, before=_parse_state(before, number - 1))
 
 
 def _parse_without_state(entry_type: type[JournalEntry], tree: Any) -> JournalEntry:
-    """An entry without what stands before it."""
+    """Parse an entry without the state before it."""
     values = _select_fields(entry_type, tree, exclude={"before"})
     if entry_type is Commit:
         values["best"] = parse_best(values["best"])
@@ -213,11 +211,11 @@ def _parse_without_state(entry_type: type[JournalEntry], tree: Any) -> JournalEn
     entry = validate_as(entry_type, values)
     check_timestamp(entry.time)
     if min(entry.attempt, getattr(entry, "step", 0), getattr(entry, "epoch", 0)) < 0:
-        raise ValueError("a number below 0")
+        raise ValueError("a negative number")
     if isinstance(entry, Claim) and not 0 < entry.interval_s <= MAX_INTERVAL_S:
-        raise ValueError(f"{entry.interval_s} s is no interval between heartbeats")
+        raise ValueError(f"{entry.interval_s} s is not a valid heartbeat interval")
     if isinstance(entry, Claim) and not isinstance(entry.facts.get("code", {}), dict):
-        raise ValueError("facts.code is no mapping of files to digests")
+        raise ValueError("facts.code is not a mapping of files to digests")
     if isinstance(entry, Commit):
         for name in {entry.checkpoint, *(member for pair in entry.kept for member in pair if member is not None)}:
             validate_name(name)
@@ -227,7 +225,7 @@ def _parse_without_state(entry_type: type[JournalEntry], tree: Any) -> JournalEn
 
 
 def _parse_state(tree: Any, number: int) -> JournalState:
-    """What the entries up to a number amount to, from its plain values."""
+    """Parse and validate the state after the entries up to a number."""
     state = validate_as(JournalState, _select_fields(JournalState, tree, exclude=_ENTRY_TYPES_IN_STATE))
     entries: dict[str, Any] = {
         name: _parse_without_state(kind, tree[name])
@@ -236,18 +234,18 @@ def _parse_state(tree: Any, number: int) -> JournalState:
     }
     state = replace(state, **entries, attempts=state.attempts[-RECENT_ATTEMPTS:])
     if state.number != number:
-        raise ValueError(f"what stands before it ends at entry {state.number}")
-    claims = [one.claim for one in state.attempts]
+        raise ValueError(f"the state before it ends at entry {state.number}")
+    claims = [summary.claim for summary in state.attempts]
     if not number:
         if entries or claims:
-            raise ValueError("something stands before the first entry")
+            raise ValueError("the state before the first entry is not empty")
         return state
     if state.claim is None or claims[-1:] != [state.claim.number]:
-        raise ValueError("the claim before it is missing")
-    if not all(1 <= one <= number for one in [*claims, *(entry.number for entry in entries.values())]):
-        raise ValueError("what stands before it names later entries")
+        raise ValueError("the state before it lacks the last claim")
+    if not all(1 <= value <= number for value in [*claims, *(entry.number for entry in entries.values())]):
+        raise ValueError("the state before it refers to later entries")
     if min(state.highest_step, state.published_step, state.ended_at or 0) < 0:
-        raise ValueError("a number below 0")
+        raise ValueError("a negative number")
     check_timestamp(state.started)
     check_timestamp(state.updated)
     for name in state.kept_by_ends:
@@ -256,15 +254,15 @@ def _parse_state(tree: Any, number: int) -> JournalState:
 
 
 def _select_fields(dataclass_type: type, tree: Any, exclude: Collection[str]) -> dict[str, Any]:
-    """The values of a dataclass' fields: later versions may add some."""
+    """Return the values of a dataclass' fields; later versions may have more."""
     if not isinstance(tree, dict):
-        raise ValueError("no mapping of names to values")
-    names = {one.name for one in fields(dataclass_type)} - set(exclude)
+        raise ValueError("not a mapping of names to values")
+    names = {dataclass_field.name for dataclass_field in fields(dataclass_type)} - set(exclude)
     return {key: value for key, value in tree.items() if key in names}
 
 
 def validate_as(dataclass_type: type[Parsed], values: Mapping[str, Any]) -> Parsed:
-    """A dataclass from plain values of exactly its fields' types; ValueError for others."""
+    """Build a dataclass from plain values of exactly its fields' types; ValueError for others."""
     text = json.dumps(
         {**values, **{name: asdict(value) for name, value in values.items() if isinstance(value, BestCheckpoint)}}
     )
@@ -282,7 +280,7 @@ def _type_adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def parse_best(tree: Any) -> BestCheckpoint | None:
-    """A best so far from its plain values."""
+    """Parse a best evaluation from its plain values."""
     if tree is None:
         return None
     before = tree.get("before_training")
@@ -298,5 +296,5 @@ def parse_best(tree: Any) -> BestCheckpoint | None:
 
 
 def to_floats(tree: Any) -> dict[str, float]:
-    """Metrics from their plain values, where one that is not finite is a word."""
+    """Parse metrics from their plain values, in which a nonfinite one is a string."""
     return {str(key): float(value) for key, value in tree.items()}

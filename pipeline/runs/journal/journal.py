@@ -1,19 +1,19 @@
-"""The journal of a run, which is its truth: entries that are created exclusively and never change.
+"""The journal of a run: entries that are created exclusively and never change. It defines the state of the run.
 
-Every entry carries what all entries before it amount to (`JournalState`), so that the newest alone tells how the run
-stands, however long it is. What it carries is exact:
+Every entry carries the state after all entries before it (`JournalState`), so the newest entry alone gives the state of
+the run, regardless of its length. The carried state is exact:
 
-- An entry is only ever created under a number, exclusively, when the entry before that number is there; none is changed
-  or deleted. So the numbers that are there are 1 to some n, and what a number holds is the same for every reader.
+- An entry is created exclusively under a number, and only if the entry before that number exists; none is changed or
+  deleted. So the existing numbers are 1 to some n, and the entry of a number is the same for every reader.
 - A claim under number k + 1 carries the state after entry k, which its writer has read: the state that entry k carries,
   and entry k applied to it. By induction that is the state after the entries 1 to k.
-- Any other entry is created under the number after its writer's own last one, so no entry of another lies between them:
-  what it carries is the state that the writer's last entry carries, and that entry applied to it. Where the number is
-  taken by another writer, nothing is written; where an own entry turns out to be there, it is applied before the next.
+- Any other entry is created under the number after its writer's last one, so there is no entry of another writer
+  between them: it carries the state in the writer's last entry, with that entry applied to it. If another writer has
+  taken the number, nothing is written; if the entry there is the writer's own, it is applied before the next one.
 
-The newest entry is found by trying numbers. Since no number is missing below the newest, one that is there is a lower
-bound and one that is absent an upper one: doubling steps upward, then halving, takes 2 log2(n) requests, and two where
-the search begins at the newest (a number that `run.json` hints at, or that was the newest before).
+The newest entry is found by probing numbers. Since no number below the newest is missing, an existing number is a lower
+bound and an absent one an upper bound: doubling steps upward, then bisection, takes 2 log2(n) requests, and two if the
+search begins at the newest (the hint in `run.json`, or the newest entry of the last search).
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ JOURNAL_FOLDER = "journal"
 
 
 class Journal:
-    """The entries of one run. What was read once is kept, for it never changes.
+    """The entries of one run. Entries are cached, because they never change.
 
     Parameters
     ----------
     storage: the run's folder.
-    hint: gives the number of an entry that may be the newest, or 0. Asked once; a wrong one costs requests only.
+    hint: returns the number of an entry that may be the newest, or 0. Called once; a wrong hint only costs requests.
 
     Raises
     ------
-    StorageError: in any method but `claims`, for an entry that no version of Trainyard known here wrote, or that was
-        deleted.
+    StorageError: in any method but `read_claims`, for an entry that is not in a format known to this version, or that
+        was deleted.
     """
 
     def __init__(self, storage: Storage, hint: Callable[[], int] = lambda: 0) -> None:
@@ -53,18 +53,18 @@ class Journal:
         self._entries: list[JournalEntry] = []
 
     def with_storage(self, storage: Storage) -> Journal:
-        """The same journal through another `Storage` of the same folder."""
+        """Return the same journal with another `Storage` of the same folder."""
         journal = copy(self)
         journal._storage = storage
         journal._claims, journal._entries = dict(self._claims), list(self._entries)
         return journal
 
     def read_state(self) -> JournalState:
-        """What all entries amount to, up to the first absent number."""
+        """Return the state after all entries, up to the first absent number."""
         newest = self._find_newest()
         if newest is None:
             return self._state
-        if newest.before is None and newest.number > 1:  # as earlier versions wrote them
+        if newest.before is None and newest.number > 1:  # written by an earlier version
             first = self._state.number
             self._state = decisions.fold(self._read_up_to(newest.number)[first:], self._state)
         else:
@@ -72,19 +72,19 @@ class Journal:
         return self._state
 
     def read_entry(self, number: int) -> JournalEntry:
-        """An entry that is known to be there."""
+        """Return an entry that is known to exist."""
         data = self._read_bytes(number)
         if data is None:
             raise self._missing_error(number)
         return self._parse(number, data)
 
     def read_claims(self, numbers: Iterable[int]) -> list[Claim | None]:
-        """The claims under these numbers, with all their facts; None for one that cannot be read any more."""
+        """Return the claims under these numbers with all their metadata; None for one that cannot be read any more."""
 
         def read(number: int) -> JournalEntry | None:
             try:
                 return self.read_entry(number)
-            except StorageError:  # no decision rests on it
+            except StorageError:  # no decision depends on it
                 return None
 
         requested = list(numbers)
@@ -95,7 +95,7 @@ class Journal:
         return [self._claims.get(number) for number in requested]
 
     def append(self, entry: JournalEntry) -> bool:
-        """Create the entry under its number; False if another's took it."""
+        """Create the entry under its number; return False if another entry has the number."""
         if not self._storage.create(_entry_path(entry.number), entry.to_json().encode()):
             return False
         if entry.number == self._state.number + 1:
@@ -105,7 +105,7 @@ class Journal:
         return True
 
     def raise_if_gap(self) -> None:
-        """Look once past the end, before something is created there: an entry that was deleted is no end.
+        """Check one number past the end before an entry is created there: a deleted entry is not the end.
 
         Raises
         ------
@@ -116,25 +116,25 @@ class Journal:
             raise self._missing_error(number)
 
     def find_missing_number(self) -> int | None:
-        """The lowest number that a listing lacks though it holds a higher one: of an entry that was deleted."""
+        """Return the lowest number that a listing lacks although it contains a higher one: that of a deleted entry."""
         names = self._storage.list(JOURNAL_FOLDER)
         listed = {int(name[:8]) for name in names if re.fullmatch(r"[0-9]{8}\.json", name)}
         missing = next(number for number in range(1, len(listed) + 2) if number not in listed)
         return missing if max(listed, default=0) > missing else None
 
     def find_latest_attempt(self, driver: str) -> int | None:
-        """Number of the last attempt, if this driver started it."""
+        """Return the number of the last attempt if this driver started it."""
         claim = self.read_state().claim
         return claim.attempt if claim is not None and claim.driver == driver else None
 
     def read_highest_step(self) -> int:
-        """The highest step committed so far; 0 without a commit."""
+        """Return the highest step committed so far; 0 without a commit."""
         return self.read_state().highest_step
 
     def _find_newest(self) -> JournalEntry | None:
-        """The newest entry, if it is a later one than that of the state known so far.
+        """Return the newest entry if it is later than the last known state.
 
-        At some moment of the search it was the newest: the number after it was absent when it was tried.
+        It was the newest at some moment of the search: the number after it was absent when it was probed.
         """
         lower_bound, data, upper_bound = self._state.number, None, None
         if not lower_bound and (hint := self._hint()):
@@ -166,14 +166,14 @@ class Journal:
             return parse_entry(from_json(data), number)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise StorageError(
-                f"not a journal entry that this version reads ({str(error).partition(chr(10))[0][:200]})",
+                f"not a journal entry that this version can read ({str(error).partition(chr(10))[0][:200]})",
                 where=f"{self._storage.url}/{_entry_path(number)}",
                 fix="restore the file, or use another --name",
             ) from None
 
     def _missing_error(self, number: int) -> StorageError:
         return StorageError(
-            "this journal entry is missing, though later ones are there",
+            "this journal entry is missing, but later entries exist",
             where=f"{self._storage.url}/{_entry_path(number)}",
             fix="restore the file, or use another --name",
         )

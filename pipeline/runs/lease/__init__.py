@@ -1,1 +1,1 @@
-"""Which process may write a run: claims of attempts, locks, heartbeats, and the verdict that a writer has failed."""
+"""Exclusive write access to a run: claims of attempts, locks, heartbeats, and detection of failed writers."""

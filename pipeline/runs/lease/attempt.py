@@ -1,4 +1,4 @@
-"""Attempts: taking a run over, and proving that nobody else writes it."""
+"""Attempts: taking over a run, after making sure that no other process writes it."""
 
 from __future__ import annotations
 
@@ -28,37 +28,37 @@ from pipeline.runs.serialization import utc_now
 
 @dataclass
 class Attempt:
-    """One life of a run, from its claim on. Only rank 0 has one."""
+    """One attempt to train a run, from its claim on. Only rank 0 has one."""
 
     run: Run
     number: int
     nonce: str
     state: JournalState
-    """What the journal amounts to, up to this attempt's own last entry."""
+    """The state of the journal after this attempt's last entry."""
     resume_checkpoint: ResumeCheckpoint | None = None
-    """The checkpoint to go on from; None: begin at step 0."""
+    """The checkpoint to resume from; None: start at step 0."""
     retained: tuple[CheckpointPair, ...] = ()
-    """What the commit before the next one kept and this attempt still counts on, newest first."""
+    """The pairs retained by the previous commit that this attempt still retains, newest first."""
     damaged_checkpoints: list[str] = field(default_factory=list)
-    """Checkpoints that the journal names but that are not sound, for a message to the user."""
+    """Checkpoints in the journal that are not valid, for a message to the user."""
     local_checkpoint: Checkpoint | None = None
-    """What an earlier attempt on this machine saved when storage was lost: to go on from in place of the base, and to
-    commit first."""
+    """A checkpoint that an earlier attempt saved on this machine when storage was lost: the attempt resumes from it
+    instead, and commits it first."""
     local_checkpoint_message: str = ""
-    """What to tell the user of it."""
+    """A message to the user about the local checkpoint."""
     previous_metadata: Mapping[str, Any] = field(default_factory=dict)
-    """What the attempt before this one said of its surroundings; empty for the first."""
+    """The metadata of the previous attempt's claim; empty for the first attempt."""
     heartbeat: Heartbeat | None = None
     lock: lock.ProcessLock | None = None
 
     @property
     def end_step(self) -> int | None:
-        """The step of an end that binds this attempt."""
+        """The step of a final commit, at which this attempt must end too."""
         return self.state.ended_at
 
     @property
     def highest_step(self) -> int:
-        """The journal's highest committed step; no early stop below it."""
+        """The journal's highest committed step; there is no early stop below it."""
         return self.state.highest_step
 
     def append(self, entry: JournalEntry) -> None:
@@ -66,25 +66,25 @@ class Attempt:
 
         Raises
         ------
-        SupersededError: another attempt took the number; from here on this one writes nothing.
+        SupersededError: another attempt took the number; this one must not write any more.
         """
         while not self.run.journal.append(entry):
             taken = self.run.journal.read_entry(entry.number)
             if taken.nonce != self.nonce:
                 raise self._superseded_error()
-            # An earlier entry of this attempt, given up when storage was away, did arrive.
+            # An earlier entry of this attempt, abandoned when storage was unavailable, was stored after all.
             self.state = decisions.apply_entry(self.state, taken)
             entry = replace(entry, number=entry.number + 1, before=self.state)
         self.state = decisions.apply_entry(self.state, entry)
 
     @contextmanager
     def reading_resume_checkpoint(self) -> Iterator[None]:
-        """While entered, the base is read. One that vanishes may have been deleted by a later attempt.
+        """Context for reading the checkpoint to resume from, which a later attempt may delete.
 
         Raises
         ------
-        SupersededError: so it is.
-        DamagedError: it is damaged.
+        SupersededError: a later attempt has taken over.
+        DamagedError: the checkpoint is damaged.
         """
         try:
             yield
@@ -96,23 +96,23 @@ class Attempt:
 
     def _superseded_error(self) -> SupersededError:
         return SupersededError(
-            f"attempt {self.number} was taken for dead, and a later one has taken over",
+            f"attempt {self.number} was presumed dead, and a later attempt has taken over",
             where=self.run.url,
-            fix="nothing is lost; `trainyard show` says how the run stands",
+            fix="nothing is lost; `trainyard show` prints the status of the run",
         )
 
     def next_entry_fields(self) -> dict[str, Any]:
-        """What this attempt's next entry has in common with all others."""
+        """Return the common fields of this attempt's next entry."""
         common = {"nonce": self.nonce, "time": utc_now(), "attempt": self.number}
         return {"number": self.state.number + 1, "before": self.state, **common}
 
     def update_heartbeat(self, step: int, loss: float | None) -> None:
-        """What the next heartbeat says. Costs nothing."""
+        """Set the content of the next heartbeat. Does not block."""
         if self.heartbeat is not None:
             self.heartbeat.update(step, loss)
 
     def close(self) -> None:
-        """Stop the heartbeat and let go of the lock."""
+        """Stop the heartbeat and release the lock."""
         if self.heartbeat is not None:
             self.heartbeat.stop()
         if self.lock is not None:
@@ -127,26 +127,26 @@ def acquire_lease(
     known_dead_attempt: int | None = None,
     on_watch: Callable[[str], None] | None = None,
 ) -> Attempt:
-    """Take a run over: at once if nobody writes it for certain, else after watching its heartbeat in vain.
+    """Take over a run: at once if certainly no process writes it, else after watching an unchanged heartbeat.
 
     Parameters
     ----------
-    driver: nonce of the driving process.
-    facts: host, pid, world size, versions, ...; stored with the claim.
-    dead: number of an attempt of this driver's that it has proven dead itself.
-    on_watch: takes one line where it comes to watching.
+    driver: nonce of the driver process.
+    metadata: host, pid, world size, versions, ...; stored with the claim.
+    known_dead_attempt: number of an attempt of this driver that the driver has proven dead.
+    on_watch: receives one line if the heartbeat has to be watched.
 
     Raises
     ------
-    BusyError: another process writes the run, or was quicker.
+    BusyError: another process writes the run, or claimed it first.
     InputError: an earlier version wrote its checkpoints (see `refuse_pickled_state`).
     """
     nonce = secrets.token_hex(16)
     interval_s = get_interval_s()
     try:
-        own_lock = lock.ProcessLock(nonce)  # held before the claim can be seen, so that a free one is proof
+        held_lock = lock.ProcessLock(nonce)  # held before the claim is visible, so that a free lock is proof
     except OSError:
-        own_lock = None  # without a temporary folder others have to watch instead
+        held_lock = None  # without a temporary folder, other processes have to watch the heartbeat
     attempt: Attempt | None = None
     try:
         template = Claim(
@@ -155,13 +155,13 @@ def acquire_lease(
             time="",
             attempt=0,
             driver=driver,
-            boot=lock.read_boot_id() if own_lock is not None else "",
-            lock=own_lock.path if own_lock is not None else "",
+            boot=lock.read_boot_id() if held_lock is not None else "",
+            lock=held_lock.path if held_lock is not None else "",
             interval_s=interval_s,
             facts=dict(metadata),
         )
         attempt = append_claim(run, template, known_dead_attempt, on_watch)
-        attempt.lock = own_lock
+        attempt.lock = held_lock
         attempt.heartbeat = Heartbeat(run.storage, attempt.number, interval_s)
         attempt.heartbeat.start()
         select_resume_checkpoint(attempt)
@@ -174,9 +174,9 @@ def acquire_lease(
     except BaseException as error:
         if attempt is not None:
             attempt.close()
-        elif own_lock is not None:
-            # Only who was refused for certain has no claim that needs the proof.
-            own_lock.release(remove=isinstance(error, BusyError) or type(error) is InputError)
+        elif held_lock is not None:
+            # Only after these errors is it certain that no claim was stored that needs the lock as proof.
+            held_lock.release(remove=isinstance(error, BusyError) or type(error) is InputError)
         raise
     return attempt
 
@@ -184,11 +184,11 @@ def acquire_lease(
 def append_claim(
     run: Run, template: Claim, known_dead_attempt: int | None = None, on_watch: Callable[[str], None] | None = None
 ) -> Attempt:
-    """Append a claim like `template` to the journal, once that is allowed. The attempt has no base yet.
+    """Append a claim like `template` to the journal as soon as that is allowed. No checkpoint is selected yet.
 
     Raises
     ------
-    BusyError: another process writes the run, or was quicker.
+    BusyError: another process writes the run, or claimed it first.
     InputError: an earlier version wrote its checkpoints (see `refuse_pickled_state`).
     """
     while True:
@@ -200,7 +200,7 @@ def append_claim(
             and not is_proven_stopped(last_claim, template.driver, known_dead_attempt)
         ):
             watch_heartbeat(run, last_claim, template.interval_s, on_watch or (lambda _line: None))
-        refuse_pickled_state(run, state)  # of a later commit the append below fails, and this is asked again
+        refuse_pickled_state(run, state)  # if a commit comes later, the append below fails and this is checked again
         attempt = (last_claim.attempt if last_claim is not None else 0) + 1
         run.journal.raise_if_gap()
         new_claim = replace(template, number=state.number + 1, time=utc_now(), attempt=attempt, before=state)
@@ -211,13 +211,13 @@ def append_claim(
         winner = run.journal.read_entry(new_claim.number)
         if isinstance(winner, Claim):
             raise make_busy_error(run, winner, "has just taken over this run")
-        # A commit or leave of the older attempt took the number. It lives, or did until now: look again.
+        # A commit or exit of the older attempt took the number. It was alive until now: check again.
 
 
 def select_resume_checkpoint(attempt: Attempt) -> None:
-    """Choose what to go on from: the first sound one of what the newest commit keeps.
+    """Select the checkpoint to resume from: the first valid one of those that the newest commit retains.
 
-    Only ever after the claim: from then on no older attempt can commit, so no later one is overlooked.
+    Must be called after the claim: from then on no older attempt can commit, so no newer checkpoint is missed.
     """
     commit = attempt.state.commit
     if commit is None:
@@ -233,39 +233,41 @@ def select_resume_checkpoint(attempt: Attempt) -> None:
 def refuse_pickled_state(run: Run, state: JournalState | None = None) -> None:
     """Refuse to resume from a checkpoint of an earlier version, whose optimizer state is a pickle. Nothing is written.
 
-    A finished run needs no state: what is missing of its results is still completed.
+    A finished run needs no optimizer state: missing results are still completed.
 
     Parameters
     ----------
-    state: what the run's journal amounts to; read if not given.
+    state: the state of the run's journal; read if not given.
 
     Raises
     ------
-    InputError: training would go on from such a checkpoint.
+    InputError: training would resume from such a checkpoint.
     """
     state = state if state is not None else run.journal.read_state()
     kept = state.commit.kept if state.commit is not None else ()
     if not (has_pickled_state(run, kept) or local_fallback.has_pickled_state(run)):
         return
-    base, _ = find_first_valid(run, kept)
-    found = base if base is not None else local_fallback.find_local_checkpoint(run, None, state).checkpoint
-    if found is None or not found.has_pickled_state or (base is not None and base.is_final):
+    committed, _ = find_first_valid(run, kept)
+    checkpoint = (
+        committed if committed is not None else local_fallback.find_local_checkpoint(run, None, state).checkpoint
+    )
+    if checkpoint is None or not checkpoint.has_pickled_state or (committed is not None and committed.is_final):
         return
-    weights_of = run.name if base is not None else found.run_url
+    source_run = run.name if committed is not None else checkpoint.run_url
     raise InputError(
-        "this run was begun by an earlier version of Trainyard, and this version cannot resume its checkpoints "
-        f"(step {found.step} stores its optimizer state as state.pt)",
-        where=found.url,
-        fix="finish it with the version that began it, or start a new run from its weights with model.init_from: "
-        f"{weights_of}@last",
+        "this run was started by an earlier version of Trainyard, and this version cannot resume its checkpoints "
+        f"(step {checkpoint.step} stores its optimizer state as state.pt)",
+        where=checkpoint.url,
+        fix="finish it with the version that started it, or start a new run from its weights with model.init_from: "
+        f"{source_run}@last",
     )
 
 
 def probe_lease(run: Run, driver: str = "") -> Literal["free", "finished", "busy", "unproven"]:
     """Whether a claim would succeed, without writing or waiting.
 
-    free: yes. finished: the newest commit is the end (what follows from it may be missing). busy: a process of this
-    machine holds the run, and its heart beats. unproven: only watching will tell.
+    free: yes. finished: the newest commit is final (files that follow from it may be missing). busy: a process of this
+    machine holds the run, and its heartbeat is fresh. unproven: only watching the heartbeat can decide.
     """
     if not run.exists():
         return "free"

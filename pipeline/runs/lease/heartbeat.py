@@ -15,12 +15,12 @@ from pipeline.watchdog import blocking_on
 
 INTERVAL_S = 10.0
 STALE_AFTER_INTERVALS = 3
-"""An attempt whose heartbeat did not change for so many intervals may be taken for dead."""
+"""Number of intervals without a change of the heartbeat after which an attempt is presumed dead."""
 
 
 @dataclass(frozen=True)
 class HeartbeatSample:
-    """One heartbeat as read."""
+    """The content of a heartbeat."""
 
     time: str
     step: int
@@ -29,12 +29,12 @@ class HeartbeatSample:
 
 
 class Heartbeat:
-    """Writes `heartbeats/<attempt>.json` until stopped; the first one right away.
+    """Write `heartbeats/<attempt>.json` periodically until stopped; the first time immediately.
 
     Parameters
     ----------
     storage: the run's folder.
-    attempt: number of the attempt, which alone writes this file.
+    attempt: number of the attempt; no other attempt writes this file.
     """
 
     def __init__(self, storage: Storage, attempt: int, interval_s: float) -> None:
@@ -47,16 +47,16 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="trainyard-heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Begin to write."""
+        """Start writing."""
         self._thread.start()
 
     def update(self, step: int, loss: float | None) -> None:
-        """What the next beat says. Costs nothing."""
+        """Set the content of the next heartbeat. Does not block."""
         self._values = (step, loss)
 
     @blocking_on("storage")
     def stop(self) -> None:
-        """Write no more."""
+        """Stop writing."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -75,12 +75,12 @@ class Heartbeat:
         try:
             self._storage.replace(self._path, to_json(tree).encode())
         except TrainyardError:
-            # A missed beat is not the end: the recorder meets the same storage, and says what is wrong with it.
+            # A missed heartbeat does no harm: the writer uses the same storage and reports its errors.
             return
 
 
 def read_heartbeat(storage: Storage, attempt: int) -> tuple[bytes, HeartbeatSample | None]:
-    """The heartbeat file of an attempt as bytes, whose change is the sign of life, and what it says."""
+    """Return the heartbeat file of an attempt as bytes, whose change proves that it is alive, and its content."""
     try:
         data = storage.read(heartbeat_path(attempt))
     except FileNotFoundError:
@@ -97,16 +97,16 @@ def read_heartbeat(storage: Storage, attempt: int) -> tuple[bytes, HeartbeatSamp
 
 
 def heartbeat_path(attempt: int) -> str:
-    """The heartbeat's path in the run."""
+    """Return the path of a heartbeat in the run."""
     return f"heartbeats/{attempt:04d}.json"
 
 
 def get_interval_s() -> float:
-    """Seconds between two beats: 10, or what TRAINYARD_HEARTBEAT_S says.
+    """Return the seconds between two heartbeats: TRAINYARD_HEARTBEAT_S, default 10.
 
     Raises
     ------
-    InputError: the environment variable is no positive number.
+    InputError: the environment variable is not a positive number.
     """
     text = os.environ.get("TRAINYARD_HEARTBEAT_S")
     if not text:
@@ -116,5 +116,7 @@ def get_interval_s() -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds <= MAX_INTERVAL_S:
-        raise InputError(f"{text!r} is no number of seconds", where="TRAINYARD_HEARTBEAT_S", fix="unset it, or use 10")
+        raise InputError(
+            f"{text!r} is not a number of seconds", where="TRAINYARD_HEARTBEAT_S", fix="unset it, or use 10"
+        )
     return seconds

@@ -1,4 +1,4 @@
-"""Is the attempt that holds a run alive? Proof where there is one, else the heartbeat."""
+"""Determine whether the attempt that holds a run is alive: by proof if there is one, else by its heartbeat."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from pipeline.runs.run import Run
 from pipeline.runs.serialization import seconds_since
 
 READS_PER_INTERVAL = 5
-"""How often a watched heartbeat is read."""
+"""Reads of a watched heartbeat per interval."""
 
 
 def is_proven_stopped(last_claim: Claim, driver: str, known_dead_attempt: int | None) -> bool:
-    """Whether the last attempt does no more: its process is gone, or its own driver says so."""
+    """Whether the last attempt has certainly stopped: its process is gone, or its driver has ended it."""
     return (known_dead_attempt == last_claim.attempt and last_claim.driver == driver) or process_lock.is_held(
         last_claim
     ) is False
 
 
-def watch_heartbeat(run: Run, last_claim: Claim, own_interval_s: float, on_watch: Callable[[str], None]) -> None:
-    """Watch a heartbeat for three intervals of this machine's own clock.
+def watch_heartbeat(run: Run, last_claim: Claim, claimant_interval_s: float, on_watch: Callable[[str], None]) -> None:
+    """Watch a heartbeat for three intervals of this machine's clock.
 
     Raises
     ------
-    BusyError: it changes, or a process of this machine holds the run and its heart beats.
+    BusyError: it changes, or a process of this machine holds the run and its heartbeat is fresh.
     """
     if process_lock.is_held(last_claim) and is_heartbeat_fresh(run, last_claim):
         raise make_busy_error(run, last_claim, "is writing this run")
     first_data, _ = read_heartbeat(run.storage, last_claim.attempt)
-    interval_s = max(own_interval_s, last_claim.interval_s)
+    interval_s = max(claimant_interval_s, last_claim.interval_s)
     limit_s = STALE_AFTER_INTERVALS * interval_s
     on_watch(
         f"attempt {last_claim.attempt} {_describe_process(last_claim)} may still be writing: watching its heartbeat "
@@ -49,12 +49,12 @@ def watch_heartbeat(run: Run, last_claim: Claim, own_interval_s: float, on_watch
 
 
 def raise_if_alive(run: Run, driver: str) -> None:
-    """Look for a change of a young heartbeat, for a little more than its interval: sooner than a claim would, which
-    has to be certain of the opposite.
+    """Watch a fresh heartbeat for a change during 1.5 intervals. This is faster than a claim, which must be certain
+    that there is no change.
 
     Raises
     ------
-    BusyError: there is one.
+    BusyError: the heartbeat changes.
     """
     state = run.journal.read_state()
     last_claim = state.claim
@@ -68,14 +68,14 @@ def raise_if_alive(run: Run, driver: str) -> None:
 
 
 def is_heartbeat_fresh(run: Run, last_claim: Claim) -> bool:
-    """Whether the heartbeat of a process of this machine is young, by the clock that both share."""
+    """Whether the heartbeat of a process of this machine is fresh, by their common clock."""
     heartbeat = read_heartbeat(run.storage, last_claim.attempt)[1]
     timestamp = heartbeat.time if heartbeat is not None else last_claim.time
     return abs(seconds_since(timestamp)) < STALE_AFTER_INTERVALS * last_claim.interval_s
 
 
 def make_busy_error(run: Run, claim: Claim, activity: str) -> BusyError:
-    """The error that says who has the run."""
+    """Build the error that describes which process writes the run."""
     heartbeat = read_heartbeat(run.storage, claim.attempt)[1]
     age = (
         f"; its last heartbeat is {max(0.0, seconds_since(heartbeat.time)):.0f} s old, at step {heartbeat.step}"

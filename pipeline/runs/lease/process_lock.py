@@ -1,4 +1,4 @@
-"""A lock that dies with its process, by which another process of this machine can prove that death."""
+"""A lock that is released when its process ends, so that other processes of this machine can prove that it has."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from pathlib import Path
 from pipeline.runs.journal.entries import Claim
 
 _HELD_DESCRIPTORS: dict[str, int] = {}
-"""Open files of the locks that this process holds, by path. A second opening and closing here would lose one."""
+"""Open files of the locks that this process holds, by path. Closing another descriptor of the file would release it."""
 
 
 class ProcessLock:
     """A lock file in this machine's temporary folder, held until the process ends or `release`.
 
-    POSIX record locks belong to a process: unlike those of `flock`, they do not live on in loader processes that were
-    forked from it.
+    POSIX record locks belong to a process: unlike `flock` locks, they are not inherited by forked loader processes.
     """
 
     def __init__(self, nonce: str) -> None:
@@ -29,7 +28,7 @@ class ProcessLock:
         _HELD_DESCRIPTORS[self.path] = descriptor
 
     def release(self, *, remove: bool) -> None:
-        """Let go. The file stays as proof unless `remove`, which is for an attempt that has said it is over."""
+        """Release the lock. The file is kept as proof unless `remove`, for an attempt whose end is in the journal."""
         descriptor = _HELD_DESCRIPTORS.pop(self.path, None)
         if descriptor is None:
             return
@@ -40,7 +39,7 @@ class ProcessLock:
 
 
 def read_boot_id() -> str:
-    """Identifies this life of this machine; empty where that cannot be known."""
+    """Return the boot ID of this machine; empty if unknown."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -48,9 +47,9 @@ def read_boot_id() -> str:
 
 
 def is_held(claim: Claim) -> bool | None:
-    """Whether the process of a claim lives: True or False where that can be proven from here, else None.
+    """Whether the process of a claim is running: True or False if this machine can prove it, else None.
 
-    The proof of death: it ran in this life of this machine, its very lock file is still here, and its lock is free.
+    It has certainly ended if its boot ID is that of this machine, its lock file still exists, and the lock is free.
     """
     if not claim.boot or claim.boot != read_boot_id() or not _is_lock_path(claim):
         return None
@@ -58,11 +57,11 @@ def is_held(claim: Claim) -> bool | None:
         return True
     try:
         descriptor = os.open(claim.lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:  # another container's folder, swept away, or another user's: no proof
+    except OSError:  # in another container's folder, deleted, or of another user: no proof
         return None
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who look do not see each other
-    except (BlockingIOError, PermissionError):  # what a held lock gives, by platform
+        fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: concurrent checks do not block each other
+    except (BlockingIOError, PermissionError):  # the errors for a held lock, depending on the platform
         return True
     except OSError:
         return None
@@ -72,13 +71,13 @@ def is_held(claim: Claim) -> bool | None:
 
 
 def delete_stale_lock(claim: Claim) -> None:
-    """Remove the lock file of an attempt that is proven dead and was followed by another."""
+    """Remove the lock file of an attempt that is proven dead and was superseded."""
     if is_held(claim) is False:
         with suppress(OSError):
             os.unlink(claim.lock)
 
 
 def _is_lock_path(claim: Claim) -> bool:
-    """Whether the path is one that `ProcessLock` gives here: it comes from storage and must not name other files."""
+    """Whether `ProcessLock` on this machine would use the path: it comes from storage and must not name other files."""
     folder, name = os.path.split(claim.lock)
     return bool(re.fullmatch(r"trainyard-[0-9a-f]+\.lock", name)) and folder == tempfile.gettempdir()

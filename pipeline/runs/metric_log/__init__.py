@@ -1,1 +1,1 @@
-"""The metric log: Parquet segments with one row a step and one an evaluation, and the live rows beside them."""
+"""The metric log: Parquet segments with one row per step and one per evaluation, and the live rows."""

@@ -1,8 +1,8 @@
-"""Rows that no cell of the metric log holds yet, for whoever watches a run. Never part of the log.
+"""Rows that are not yet in a segment of the metric log, for displays of a running run. Never part of the log.
 
 `live/steps/0001.parquet` and `live/evals/0001.parquet` have the log's columns and are replaced every few seconds. Each
-attempt has files of its own, so a late write of one that was taken for dead changes nothing of the next one's; the
-highest number counts. What a resume does again it takes back: such a row may come a second time.
+attempt has separate files, so a late write of an attempt that was presumed dead does not change those of the next one;
+the one with the highest number is current. Steps that a resume repeats are dropped first and appear again.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ LIVE_FOLDER = "live"
 LIVE_STEPS_FOLDER = f"{LIVE_FOLDER}/steps"
 LIVE_EVALUATIONS_FOLDER = f"{LIVE_FOLDER}/evals"
 MAX_LIVE_ROWS = 500
-"""So many rows a file at the most. Of more steps than that, every second is left out, or three of four, ...; of more
-evaluations the first."""
+"""Maximum number of rows per file. Of more steps only every second is kept, or every fourth, ...; of more evaluations
+the last."""
 LIVE_STORAGE_LIMIT_S = 5.0
-"""How long storage may stay away; then this write is left out."""
+"""Seconds that storage may be unavailable before a write is skipped."""
 
 
 class LiveWriter:
-    """Writes the live rows of one attempt.
+    """Write the live rows of one attempt.
 
-    `steps` and `evaluation` are for the training thread and cost nothing; all else is for one other thread. Nothing
-    that happens to these files matters to the run.
+    `log_steps` and `log_evaluation` are for the training thread and do not block; all other methods are for one other
+    thread. Failures of these files do not affect the run.
 
     Parameters
     ----------
-    layout, columns: of the run, as fixed at its birth.
+    layout, metric_schema: of the run, as fixed when it was created.
     """
 
     def __init__(self, run: Run, attempt: int, layout: SegmentLayout, metric_schema: MetricSchema) -> None:
@@ -56,34 +56,36 @@ class LiveWriter:
 
     @property
     def has_new_rows(self) -> bool:
-        """Whether rows came since the last write."""
+        """Whether rows were logged since the last write."""
         return bool(self._blocks or self._evaluations)
 
     def log_steps(self, block: StepBlock) -> None:
-        """A block of consecutive steps."""
+        """Log a block of consecutive steps."""
         self._blocks.append(block)
 
     def log_evaluation(self, row: EvaluationRow) -> None:
-        """One evaluation of one split."""
+        """Log one evaluation of one split."""
         self._evaluations.append(row)
 
     def resume(self, rows: PendingRows) -> None:
-        """Begin with the rows from which the attempt goes on: those of its base that no cell holds."""
+        """Start with the rows from which the attempt resumes: those of its checkpoint that are not in a segment."""
         self._rows.steps, self._rows.evaluations = rows.steps, rows.evaluations
         self._first_step = rows.first_step
         self._has_resumed = True
 
     def drop_published(self, rows: PendingRows) -> None:
-        """Forget the rows that lie in cells now. Only ever after those were written: whoever reads this first and the
-        cells after it misses none.
+        """Drop the rows that are in segments now. Must be called after the segments were written, so that a reader of
+        first the live rows and then the segments misses none.
 
-        rows: those of the writer, after a commit and all that followed from it.
+        Parameters
+        ----------
+        rows: those of the writer, after a commit and everything that follows from it.
         """
         self._first_step = rows.first_step
 
     def write(self) -> None:
-        """Replace the files, where there is something new and `begin` was called. Faults of storage are passed over:
-        the next write holds all that this one would have."""
+        """Replace the files if there are new rows and `resume` was called. Storage errors are ignored: the next write
+        contains the same rows."""
         self._rows.add(_drain(self._blocks), _drain(self._evaluations))
         self._rows.steps = _downsample(self._rows.steps, self._first_step)
         self._rows.evaluations = _keep_newest(self._rows.evaluations, self._first_step)
@@ -92,7 +94,7 @@ class LiveWriter:
                 self._replace()
 
     def close(self) -> None:
-        """Remove all live rows, and write no more: training is over."""
+        """Remove all live rows and stop writing: training is over."""
         self._has_resumed = False
         remove_live_tables(self._run)
 
@@ -110,7 +112,7 @@ class LiveWriter:
 
 
 class LiveTables(NamedTuple):
-    """The live rows of one attempt, as read."""
+    """The live rows of one attempt."""
 
     attempt: int
     steps: pa.Table
@@ -118,10 +120,10 @@ class LiveTables(NamedTuple):
 
 
 def read_live_tables(run: Run, metric_schema: MetricSchema) -> LiveTables | None:
-    """The live rows of the newest attempt that has any; None where there are none, or none that can be used.
+    """Return the live rows of the newest attempt that has any; None if there are none, or they are unusable.
 
-    Who wants what the log does not have yet reads these first, then lists the cells, and takes the rows after the last
-    cell's last step. They mean nothing once the run is finished.
+    To extend the log, read these first, then list the segments, and take the rows after the last step of the last
+    segment. They are meaningless after the run is finished.
     """
     attempt = max(_attempt_numbers(run.storage.list(LIVE_STEPS_FOLDER)), default=0)
     if not attempt:
@@ -135,14 +137,14 @@ def read_live_tables(run: Run, metric_schema: MetricSchema) -> LiveTables | None
         path = f"{folder}/{_file_name(attempt)}"
         try:
             tables.append(decode_table(run.storage.read(path), schema, MAX_LIVE_ROWS + 1, path))
-        except (FileNotFoundError, StorageError):  # a run that just ended; or damage, which the next write repairs
+        except (FileNotFoundError, StorageError):  # the run has just ended; or damage, which the next write repairs
             return None
     evaluations, steps = tables
     return LiveTables(attempt, steps, evaluations)
 
 
 def remove_live_tables(run: Run) -> None:
-    """Remove all live rows of a run that is over: each lies in a cell. Faults of storage are passed over."""
+    """Remove all live rows of a finished run, which are all in segments. Storage errors are ignored."""
     with suppress(TrainyardError):
         run.storage.with_timeout(LIVE_STORAGE_LIMIT_S).delete_folder(LIVE_FOLDER)
 
@@ -156,13 +158,13 @@ def _attempt_numbers(names: Iterable[str]) -> list[int]:
 
 
 def _drain(queue: deque[T]) -> list[T]:
-    """All that waits now; another thread may append meanwhile."""
+    """Remove and return all current items; another thread may append meanwhile."""
     return [queue.popleft() for _ in range(len(queue))]
 
 
 def _downsample(steps: pa.Table, first: int) -> pa.Table:
-    """Of the rows from step `first` on: those whose step is a multiple of a power of two, so that a later choice is a
-    part of an earlier one; and the last."""
+    """Select from the rows from step `first` on those whose step is a multiple of a power of two, so that a later
+    selection is a subset of an earlier one; and the last row."""
     step_numbers = steps["step"].to_numpy()
     stride = 1
     while len(step_numbers) and (step_numbers[-1] - first) // stride >= MAX_LIVE_ROWS:
@@ -173,7 +175,7 @@ def _downsample(steps: pa.Table, first: int) -> pa.Table:
 
 
 def _keep_newest(evaluations: pa.Table, first: int) -> pa.Table:
-    """The last rows of those from step `first` on; step 0 belongs to step 1."""
+    """Return the last rows of those from step `first` on; step 0 belongs to step 1."""
     step_numbers = evaluations["step"].to_numpy()
     rows = evaluations.filter(pa.array(step_numbers >= (first if first > 1 else 0)))
     return rows.slice(max(0, len(rows) - MAX_LIVE_ROWS)).combine_chunks()

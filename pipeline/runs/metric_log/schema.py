@@ -1,4 +1,4 @@
-"""Columns of the metric log, and how its tables become files."""
+"""The columns of the metric log, and the encoding of its tables as Parquet files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.errors import StorageError
 
 PARQUET_MAGIC = b"PAR1"
 MAX_UNPACKED_BYTES, MAX_UNPACKED_BYTES_PER_ROW = 10_000_000, 4096
-"""What a file may take unpacked: so much, and so much a row. (A row of ours takes a hundred.)"""
+"""Maximum unpacked size of a file: a constant plus a size per row. (A typical row takes 100 bytes.)"""
 
 ColumnType = Literal["float64", "int64", "string", "bool"]
 _ARROW_TYPES = {"float64": pa.float64(), "int64": pa.int64(), "string": pa.string(), "bool": pa.bool_()}
@@ -44,7 +44,7 @@ _EVALUATION_COLUMNS = [
 
 @dataclass(frozen=True)
 class MetricSchema:
-    """What is logged besides the columns that every run has, as name to type; fixed at a run's birth."""
+    """Additional columns of a run, as name to type; fixed when the run is created."""
 
     steps: Mapping[str, ColumnType] = field(default_factory=dict)
     evaluations: Mapping[str, ColumnType] = field(default_factory=dict)
@@ -56,11 +56,11 @@ class MetricSchema:
 
     @classmethod
     def from_job(cls, job: JobConfig, num_targets: int | None = None) -> MetricSchema:
-        """What the job's task and its user measure besides loss and accuracy, and for fp16 how the loss is scaled.
+        """Return the columns for the metrics of the job's task and of its user, and for fp16 those of the loss scale.
 
         Parameters
         ----------
-        targets: of a regression, how many numbers it learns; those of `data.label` by default.
+        num_targets: number of targets of a regression; default: those of `data.label`.
         """
         standard_names = {name for name, _ in _EVALUATION_COLUMNS}
         names = [name for name in job.metric_columns(num_targets) if name not in standard_names]
@@ -69,11 +69,11 @@ class MetricSchema:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> MetricSchema:
-        """Those that a run's birth recorded as `columns`; none without it.
+        """Return the columns recorded as `columns` when the run was created; none if there is no record.
 
         Raises
         ------
-        StorageError: not what `to_json` gave.
+        StorageError: the record is not valid.
         """
         tree = metadata.get("columns") or {}
         steps, evaluations = tree.get("steps", {}), tree.get("evaluations", {})
@@ -81,35 +81,35 @@ class MetricSchema:
         if not all(
             isinstance(section, dict) and set(map(str, section.values())) <= _ARROW_TYPES.keys() for section in sections
         ):
-            raise StorageError("columns of a type that no run has", where="job.yaml", fix="restore it")
+            raise StorageError("it contains columns of an unknown type", where="job.yaml", fix="restore it")
         return cls(steps, evaluations)
 
     def columns_missing_from(self, other: MetricSchema) -> list[str]:
-        """Columns of evaluations that a run does not have which was born with others."""
+        """Return the evaluation columns that a run with another schema lacks."""
         return [name for name in self.evaluations if name not in other.evaluations]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for a birth's `columns`."""
+        """Return plain values for the `columns` record of a run."""
         return {"steps": dict(self.steps), "evaluations": dict(self.evaluations)}
 
     def step_schema(self) -> pa.Schema:
-        """Columns of `metrics/steps`."""
+        """Return the schema of `metrics/steps`."""
         return pa.schema([*_STEP_COLUMNS, *((name, _ARROW_TYPES[kind]) for name, kind in self.steps.items())])
 
     def evaluation_schema(self) -> pa.Schema:
-        """Columns of `metrics/evals`."""
+        """Return the schema of `metrics/evals`."""
         return pa.schema(
             [*_EVALUATION_COLUMNS, *((name, _ARROW_TYPES[kind]) for name, kind in self.evaluations.items())]
         )
 
 
 def encode_table(table: pa.Table) -> bytes:
-    """A Parquet file, small and readable by all: 2 to 5 bytes a row. The same table gives the same bytes."""
-    dictionary = [one.name for one in table.schema if pa.types.is_string(one.type)]
+    """Return a Parquet file that any reader supports, at 2 to 5 bytes per row. Deterministic."""
+    dictionary = [column.name for column in table.schema if pa.types.is_string(column.type)]
     encodings = {
-        one.name: "BYTE_STREAM_SPLIT" if pa.types.is_floating(one.type) else "DELTA_BINARY_PACKED"
-        for one in table.schema
-        if one.name not in dictionary and not pa.types.is_boolean(one.type)
+        column.name: "BYTE_STREAM_SPLIT" if pa.types.is_floating(column.type) else "DELTA_BINARY_PACKED"
+        for column in table.schema
+        if column.name not in dictionary and not pa.types.is_boolean(column.type)
     }
     buffer = io.BytesIO()
     pq.write_table(
@@ -126,7 +126,7 @@ def encode_table(table: pa.Table) -> bytes:
 
 
 def decode_table(data: bytes, schema: pa.Schema, max_rows: int, where: str) -> pa.Table:
-    """The table of a file that `encode` wrote. What the file says of itself is checked before anything is unpacked.
+    """Decode a file that `encode_table` wrote. Its metadata is checked before anything is unpacked.
 
     Parameters
     ----------
@@ -134,25 +134,22 @@ def decode_table(data: bytes, schema: pa.Schema, max_rows: int, where: str) -> p
 
     Raises
     ------
-    StorageError: no such file, damaged, of other columns or of more rows.
+    StorageError: not a Parquet file, damaged, with other columns or with more rows.
     """
     try:
-        if data[:4] != PARQUET_MAGIC:  # pyarrow looks at the end alone
-            raise ValueError("it does not begin as a Parquet file")
+        if data[:4] != PARQUET_MAGIC:  # pyarrow only checks the end
+            raise ValueError("it does not start like a Parquet file")
         file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
         file_schema = file.schema_arrow
-        if {one.name: one.type for one in file_schema} != {one.name: one.type for one in schema} or len(
-            file_schema
-        ) != len(schema):
-            raise ValueError("its columns are others")
+        columns, expected = ({column.name: column.type for column in part} for part in (file_schema, schema))
+        if columns != expected or len(file_schema) != len(schema):
+            raise ValueError("its columns are not those of the run")
         if not 0 <= file.metadata.num_rows <= max_rows:
             raise ValueError(f"{file.metadata.num_rows:,} rows")
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
-        if (
-            sum(group.total_byte_size for group in groups)
-            > MAX_UNPACKED_BYTES + MAX_UNPACKED_BYTES_PER_ROW * file.metadata.num_rows
-        ):
-            raise ValueError("rows that are too large")
+        unpacked_bytes = sum(group.total_byte_size for group in groups)
+        if unpacked_bytes > MAX_UNPACKED_BYTES + MAX_UNPACKED_BYTES_PER_ROW * file.metadata.num_rows:
+            raise ValueError("its rows are too large")
         table: pa.Table = file.read()
         table.validate(full=True)
     except (pa.ArrowException, ValueError, OSError, OverflowError) as error:

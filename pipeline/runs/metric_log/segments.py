@@ -1,4 +1,4 @@
-"""The metric log: rows as Parquet tables, cut into cells, which are stretches of steps that a run's birth fixed."""
+"""The metric log: rows as Parquet tables, in segments, which are ranges of steps fixed when the run is created."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from pipeline.runs.metric_log.schema import MetricSchema, decode_table, encode_t
 __all__ = ["Segment", "SegmentLayout", "MetricSchema", "EvaluationRow", "PendingRows", "StepBlock", "encode_table"]
 
 MAX_CHECKPOINT_ROWS = 10_000_000
-"""Rows that a checkpoint can hold; commits are made long before."""
+"""Maximum number of rows in a checkpoint; commits are made long before."""
 
 _TABLE_COLUMN = "table"
-"""The column of rows.parquet that tells rows of steps from rows of evaluations."""
+"""The column of rows.parquet that distinguishes rows of steps and of evaluations."""
 
 StepBlock = Mapping[str, np.ndarray[Any, Any]]
-"""Consecutive steps: one array a column, `time` in seconds since 1970. A missing column, or NaN in one of whole
-numbers, is null."""
+"""Consecutive steps: one array per column, `time` in seconds since 1970. A missing column, or NaN in an integer column,
+becomes null."""
 EvaluationRow = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class SegmentLayout:
-    """Which steps share a file of the metric log.
+    """The ranges of steps that share a file of the metric log.
 
-    The first cell has `first` steps; each further one has as many as all before it together, and never more than
-    `most`. So a run's first rows lie in a cell soon, and a long run still has few cells. Where `first` is `most`, all
-    cells have the same size, as those of earlier versions.
+    The first segment has `first_segment_steps` steps; each further one has as many as all before it together, but at
+    most `max_segment_steps`. So the first rows of a run are soon in a segment, and a long run has few segments. If
+    both are equal, all segments have the same size, as in earlier versions.
 
     Raises
     ------
-    ValueError: not 1 <= first <= most.
+    ValueError: not 1 <= first_segment_steps <= max_segment_steps.
     """
 
     first_segment_steps: int
@@ -44,16 +44,16 @@ class SegmentLayout:
 
     def __post_init__(self) -> None:
         if not 1 <= self.first_segment_steps <= self.max_segment_steps:
-            raise ValueError(f"cells of {self.first_segment_steps} to {self.max_segment_steps} steps")
+            raise ValueError(f"segments of {self.first_segment_steps} to {self.max_segment_steps} steps")
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, Any]) -> SegmentLayout:
-        """The one that a run's birth recorded as `first_cell_steps` (absent in runs of earlier versions) and
-        `cell_steps`.
+        """Return the layout recorded when the run was created, as `cell_steps` and `first_cell_steps` (absent in runs
+        of earlier versions).
 
         Raises
         ------
-        StorageError: it recorded none that can be.
+        StorageError: the record is not valid.
         """
         max_steps = metadata["cell_steps"]
         try:
@@ -63,22 +63,22 @@ class SegmentLayout:
 
     @property
     def _last_growing_segment(self) -> int:
-        """The last cell that is as long as all before it together."""
+        """The last segment that is as long as all before it together."""
         return (self.max_segment_steps // self.first_segment_steps).bit_length()
 
     def last_step(self, segment: int) -> int:
-        """The last step of a cell."""
+        """Return the last step of a segment."""
         last_growing = self._last_growing_segment
         return (self.first_segment_steps << min(segment, last_growing)) + max(
             0, segment - last_growing
         ) * self.max_segment_steps
 
     def first_step(self, segment: int) -> int:
-        """The first step of a cell, from 1 (step 0, which only has evaluations, belongs to cell 0)."""
+        """Return the first step of a segment, from 1 (step 0, which only has evaluations, belongs to segment 0)."""
         return self.last_step(segment - 1) + 1 if segment else 1
 
     def segment_of(self, step: int) -> int:
-        """The cell of a step."""
+        """Return the segment of a step."""
         last_growing = self._last_growing_segment
         steps_beyond = step - (self.first_segment_steps << last_growing)
         if steps_beyond > 0:
@@ -86,13 +86,13 @@ class SegmentLayout:
         return (-(-max(step, 1) // self.first_segment_steps) - 1).bit_length()
 
     def count_complete(self, step: int) -> int:
-        """How many cells have all their steps once training is at `step`."""
+        """Return how many segments are complete when training is at `step`."""
         return self.segment_of(step + 1)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The rows of one stretch of steps, and whether more of them will come."""
+    """The rows of one segment."""
 
     index: int
     steps: pa.Table
@@ -100,17 +100,17 @@ class Segment:
 
     @property
     def file_name(self) -> str:
-        """Name of its file in both folders."""
+        """Name of the segment's file in both folders."""
         return f"{self.index:06d}.parquet"
 
 
 class PendingRows:
-    """Rows that no complete cell in storage holds yet, from the first step of a cell on.
+    """Rows that are not yet in a complete segment in storage, from the first step of a segment on.
 
     Parameters
     ----------
-    run, attempt: values of those columns, for the rows that are added.
-    layout: of the run's cells, fixed at its birth.
+    run, attempt: values of those columns for the rows that are added.
+    layout: of the run's segments, fixed when it was created.
     """
 
     def __init__(self, run: str, attempt: int, layout: SegmentLayout, metric_schema: MetricSchema) -> None:
@@ -124,15 +124,16 @@ class PendingRows:
         self.evaluations = self._evaluation_schema.empty_table()
 
     def load(self, data: bytes, first_segment: int, step: int | None = None) -> None:
-        """Begin with the rows of a checkpoint, in place of none.
+        """Load the rows of a checkpoint, replacing all current ones.
 
         Parameters
         ----------
-        step: the checkpoint's, at which the rows must end.
+        data: `rows.parquet` of the checkpoint.
+        step: that of the checkpoint, at which the rows must end.
 
         Raises
         ------
-        StorageError: they are not what `pack` gives for this run.
+        StorageError: the rows are not valid for this run.
         """
         table = decode_table(data, self._combined_schema(), MAX_CHECKPOINT_ROWS, "rows.parquet of the checkpoint")
         is_step = table[_TABLE_COLUMN].to_numpy() == "steps"
@@ -155,11 +156,11 @@ class PendingRows:
 
     @property
     def first_step(self) -> int:
-        """The first step that is not in a complete cell in storage."""
+        """The first step that is not in a complete segment in storage."""
         return self._layout.first_step(self.first_segment)
 
     def add(self, blocks: Sequence[StepBlock], evaluations: Sequence[EvaluationRow]) -> None:
-        """Take further rows.
+        """Append rows.
 
         Raises
         ------
@@ -171,11 +172,11 @@ class PendingRows:
             self.evaluations = pa.concat_tables([self.evaluations, self._build_evaluation_table(evaluations)])
 
     def _combined_schema(self) -> pa.Schema:
-        both = pa.unify_schemas([self._step_schema, self._evaluation_schema])
-        return both.append(pa.field(_TABLE_COLUMN, pa.string()))
+        combined = pa.unify_schemas([self._step_schema, self._evaluation_schema])
+        return combined.append(pa.field(_TABLE_COLUMN, pa.string()))
 
     def check_contiguous(self, step: int) -> None:
-        """Every step up to `step` must be there once, in order, and no evaluation of another.
+        """Check that every step up to `step` is present once, in order, with no evaluation of another step.
 
         Raises
         ------
@@ -194,18 +195,18 @@ class PendingRows:
             raise ValueError(f"evaluations must come in order, from step {first} to {step}")
 
     def to_parquet(self) -> bytes:
-        """`rows.parquet`: both tables in one, told apart by the column `table`."""
-        both = pa.concat_tables(
+        """Return `rows.parquet`: both tables in one, distinguished by the column `table`."""
+        combined = pa.concat_tables(
             [
                 self.steps.append_column(_TABLE_COLUMN, pa.repeat("steps", len(self.steps))),
                 self.evaluations.append_column(_TABLE_COLUMN, pa.repeat("evals", len(self.evaluations))),
             ],
             promote_options="default",
         )
-        return encode_table(both)
+        return encode_table(combined)
 
     def iter_segments(self, step: int, *, is_final: bool) -> Iterator[Segment]:
-        """Cells that a commit at `step` completes, ascending; at the end the incomplete last one too."""
+        """Yield the segments that a commit at `step` completes, ascending; at the end also the incomplete last one."""
         layout, offset = self._layout, self.first_step
         count = layout.segment_of(step) + 1 if is_final else layout.count_complete(step)
         evaluation_steps = self.evaluations["step"].to_numpy()
@@ -219,28 +220,28 @@ class PendingRows:
             )
 
     def drop_published(self, step: int) -> None:
-        """Forget the complete cells up to `step`: they are in storage."""
-        first_cell = max(self.first_segment, self._layout.count_complete(step))
-        first = self._layout.first_step(first_cell)
+        """Drop the complete segments up to `step`: they are in storage."""
+        first_segment = max(self.first_segment, self._layout.count_complete(step))
+        first = self._layout.first_step(first_segment)
         offset = first - self.first_step
         evaluation_steps = self.evaluations["step"].to_numpy()
-        begin = int(np.searchsorted(evaluation_steps, first)) if first_cell else 0
-        # Copies, for a slice would hold on to all the rows that it was cut from.
+        begin = int(np.searchsorted(evaluation_steps, first)) if first_segment else 0
+        # Copies, because a slice would keep all original rows in memory.
         self.steps = _copy_table(self.steps.slice(offset))
         self.evaluations = _copy_table(self.evaluations.slice(begin))
-        self.first_segment = first_cell
+        self.first_segment = first_segment
 
     def find_nonfinite_row(self) -> dict[str, Any] | None:
-        """The first row whose loss is NaN or infinite."""
+        """Return the first row whose loss is NaN or infinite."""
         for table in (self.steps, self.evaluations):
-            bad = np.flatnonzero(~np.isfinite(table["loss"].fill_null(0.0).to_numpy()))
-            if len(bad):
-                row: dict[str, Any] = table.slice(int(bad[0]), 1).to_pylist()[0]
+            nonfinite = np.flatnonzero(~np.isfinite(table["loss"].fill_null(0.0).to_numpy()))
+            if len(nonfinite):
+                row: dict[str, Any] = table.slice(int(nonfinite[0]), 1).to_pylist()[0]
                 return {**row, "time": row["time"].isoformat() if row["time"] is not None else None}
         return None
 
     def last_learning_rate(self) -> float | None:
-        """That of the last step."""
+        """Return the learning rate of the last step."""
         return float(self.steps["lr"][-1].as_py()) if len(self.steps) else None
 
     def _build_step_table(self, blocks: Sequence[StepBlock]) -> pa.Table:
@@ -283,7 +284,7 @@ class PendingRows:
                 floats = [np.nan if value is None else float(value) for value in values]
                 columns.append(_to_arrow(np.array(floats), schema_field.type))
             else:
-                # A metric that does not exist is NaN, which readers would average; a loss that is NaN is a finding.
+                # An undefined metric is NaN and stored as null, so that readers do not average it; a NaN loss is kept.
                 columns.append(pa.array(values, schema_field.type, from_pandas=name != "loss"))
         return pa.table(columns, schema=self._evaluation_schema)
 
@@ -302,7 +303,7 @@ def _to_arrow(values: np.ndarray[Any, Any], data_type: pa.DataType) -> pa.Array:
 def _check_column_names(row: Mapping[str, Any], reserved: set[str], schema: pa.Schema) -> None:
     unknown = row.keys() - set(schema.names) | row.keys() & reserved
     if unknown:
-        raise ValueError(f"no such columns were fixed at the run's birth: {', '.join(sorted(unknown))}")
+        raise ValueError(f"not among the columns fixed when the run was created: {', '.join(sorted(unknown))}")
 
 
 def _copy_table(table: pa.Table) -> pa.Table:

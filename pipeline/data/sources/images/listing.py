@@ -26,7 +26,7 @@ from pipeline.data.sources.file_digests import (
 )
 from pipeline.data.sources.images.decode import is_image_path
 from pipeline.data.sources.parquet.decode import parse_times, read_label_values, read_split_values
-from pipeline.data.tabular.schema import InvalidValues, arrow_kind, dictionary_encode, unwrap_storage
+from pipeline.data.tabular.arrow_types import InvalidValues, arrow_kind, dictionary_encode, unwrap_storage
 from pipeline.errors import DataError
 from pipeline.storage.read_files import IGNORED_IMAGE_PREFIXES, MISSING, FileInfo, FileReader, map_in_threads
 

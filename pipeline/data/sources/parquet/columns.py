@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 
 from pipeline.config import JobConfig, ParquetDataConfig, TimeSplitsConfig
 from pipeline.data.sources.parquet.reader import ParquetFiles
+from pipeline.data.tabular.arrow_types import NUMERIC_KINDS, ArrowKind, common_kind
 from pipeline.data.tabular.encoder import suggest_columns
-from pipeline.data.tabular.schema import NUMERIC_KINDS, ArrowKind, ColumnKind, common_kind
+from pipeline.data.tabular.schema import ColumnKind
 from pipeline.errors import DataError
 
 PANDAS_INDEX = "__index_level_*__"

@@ -18,12 +18,9 @@ from pipeline.data.dataset import SplitColumn
 from pipeline.data.sources.file_digests import ProgressFn
 from pipeline.data.sources.parquet.columns import ParquetSelection
 from pipeline.data.sources.parquet.reader import ParquetFiles
-from pipeline.data.tabular.encoder import TableEncoder
-from pipeline.data.tabular.schema import (
-    Column,
+from pipeline.data.tabular.arrow_types import (
     FloatType,
     InvalidValues,
-    Schema,
     arrow_kind,
     bytes_to_array,
     dictionary_encode,
@@ -31,6 +28,8 @@ from pipeline.data.tabular.schema import (
     to_float_array,
     unwrap_storage,
 )
+from pipeline.data.tabular.encoder import TableEncoder
+from pipeline.data.tabular.schema import Column, Schema
 from pipeline.errors import DataError
 
 BATCH_BYTES = 1 << 21

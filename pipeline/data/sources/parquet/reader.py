@@ -20,7 +20,7 @@ from pipeline.data.cache import scratch_folder, track_folder_growth
 from pipeline.data.sources import file_digests
 from pipeline.data.sources.file_digests import DataFile, FileDigests, FileStamp, ProgressFn
 from pipeline.data.sources.parquet.partitions import ListedFile, find_parquet
-from pipeline.data.tabular.schema import ArrowKind, arrow_kind
+from pipeline.data.tabular.arrow_types import ArrowKind, arrow_kind
 from pipeline.errors import DataError
 from pipeline.redaction import redact
 from pipeline.storage.read_files import as_data_errors
