@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pipeline.errors import NotFiniteError, TrainyardError
 from pipeline.format_metrics import format_divergence_advice
+from pipeline.redaction import redact
 from pipeline.runs import local_fallback
 from pipeline.runs.checkpoints import format as checkpoint_format
 from pipeline.runs.checkpoints.snapshot import CheckpointFilesBuilder, Snapshot, adopt_best_weights, encode_json_file
@@ -26,7 +27,6 @@ from pipeline.runs.metric_log.segments import (
 )
 from pipeline.runs.run import RESULT_FILE, Run
 from pipeline.runs.status import write_summary
-from pipeline.storage.retry import redact
 
 __all__ = ["EVALUATIONS_FOLDER", "STEPS_FOLDER", "Snapshot", "RunWriter"]
 

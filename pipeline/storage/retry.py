@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from pipeline.errors import StorageError, StorageLostError
-from pipeline.redaction import redact as redact
+from pipeline.redaction import redact
 
 T = TypeVar("T")
 

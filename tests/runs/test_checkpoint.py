@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from pipeline.errors import StorageError
 from pipeline.runs.async_writer import AsyncRunWriter
 from pipeline.runs.checkpoints.checkpoint import Checkpoint, DamagedError, find_checkpoint, find_first_valid
-from pipeline.runs.checkpoints.format import delete_checkpoint, encode_tensors, write_checkpoint
-from pipeline.runs.checkpoints.safe_load import decode_tensors
+from pipeline.runs.checkpoints.format import decode_tensors, delete_checkpoint, encode_tensors, write_checkpoint
 from pipeline.runs.journal.entries import BestCheckpoint
 from pipeline.runs.lease.attempt import Attempt, acquire_lease
 from pipeline.runs.run import Run

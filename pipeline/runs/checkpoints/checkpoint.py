@@ -16,6 +16,7 @@ from pipeline.runs.checkpoints.format import (
     STATE_FILE,
     WEIGHTS_FILE,
     Manifest,
+    decode_tensors,
     parse_manifest,
 )
 from pipeline.runs.journal import decisions
@@ -128,8 +129,6 @@ class Checkpoint:
         return self._tensors(STATE_FILE)
 
     def _tensors(self, name: str) -> dict[str, Tensor]:
-        from pipeline.runs.checkpoints.safe_load import decode_tensors
-
         try:
             return decode_tensors(self.read(name))
         except ValueError as error:

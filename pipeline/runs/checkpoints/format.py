@@ -115,10 +115,25 @@ def encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
     cpu_tensors: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         cpu_tensor = tensor.detach().cpu().contiguous()
-        if (
-            cpu_tensor.untyped_storage().data_ptr() in pointers
-        ):  # tied weights or views: the format forbids shared memory
-            cpu_tensor = cpu_tensor.clone()
+        if cpu_tensor.untyped_storage().data_ptr() in pointers:
+            cpu_tensor = cpu_tensor.clone()  # tied weights or views: the format forbids shared memory
         pointers.add(cpu_tensor.untyped_storage().data_ptr())
         cpu_tensors[name] = cpu_tensor
     return save(cpu_tensors)
+
+
+def decode_tensors(data: bytes) -> dict[str, Tensor]:
+    """Decode a `model.safetensors` or `state.safetensors` to tensors by name, on the CPU. The file may come from anybody:
+    no code is run, and memory is bounded by its size.
+
+    Raises
+    ------
+    ValueError: not a safetensors file, or one with tensors that torch cannot create.
+    """
+    from safetensors.torch import load
+
+    try:
+        return load(data)
+    except Exception as error:  # SafetensorError, and what torch raises for invalid types and shapes
+        first_line = str(error).partition("\n")[0][:200]
+        raise ValueError(f"{type(error).__name__}: {first_line}") from None
