@@ -27,7 +27,7 @@ data:
   # one_hot_up_to: 16            # categories; a column with more gets an embedding in the mlp
   # Images, one folder per class:
   # source: image_folder
-  # url: pictures/
+  # url: images/
   # resize: [64, 64]             # crop: 56; mode: rgb or grey; on_error: fail or skip
   normalize: auto              # unit: uint8 images to [0, 1]; scalar; standard: per channel or column; imagenet; none; {{mean: , std: }}
   splits: {{by: random, val: 0.2}}   # fractions or counts; stratify: true; or {{by: range, train: [0, 1024], val: [1024, 2048]}}

@@ -53,9 +53,8 @@ def find_damage(run: Run, *, read_all_files: bool = False) -> list[str]:
         problems = [*_check_segments(run, state, published, read_all_files), *damaged, *problems]
     if not problems or run.journal.read_state().number == state.number:
         return problems
-    return find_damage(
-        run, read_all_files=read_all_files
-    )  # the run progressed meanwhile: files may have been deleted as intended
+    # The run progressed meanwhile: files may have been deleted as intended.
+    return find_damage(run, read_all_files=read_all_files)
 
 
 def _check_journal(run: Run) -> Iterator[str]:

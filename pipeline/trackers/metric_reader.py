@@ -78,9 +78,10 @@ class MetricLogReader:
         """Return the metric log as of now, for a run with this status."""
         metadata = self.run.read_metadata()
         layout = SegmentLayout.from_metadata(metadata)
-        live_tables = (
-            live.read_live_tables(self.run, MetricSchema.from_metadata(metadata)) if status != "finished" else None
-        )  # before the segments, so that no row is in neither
+        # Before the segments, so that no row is in neither.
+        live_tables = None
+        if status != "finished":
+            live_tables = live.read_live_tables(self.run, MetricSchema.from_metadata(metadata))
         segments = self._list_segments()
         segment = segments[-1] + 1 if segments else 0
         first = layout.first_step(segment) if segment else 0

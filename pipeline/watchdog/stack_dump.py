@@ -158,9 +158,8 @@ def _get_user_folder() -> Path | None:
     folder = Path(tempfile.gettempdir()) / f"trainyard-stacks-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
-        is_ours = (
-            not folder.is_symlink() and folder.stat().st_uid == os.getuid()
-        )  # another user may have created it first
+        # Another user may have created it first.
+        is_ours = not folder.is_symlink() and folder.stat().st_uid == os.getuid()
     except OSError:
         return None
     return folder if is_ours else None

@@ -191,9 +191,8 @@ async def _stream_log(cluster: ClusterClient, job_id: str, cursor: _LogCursor) -
     cursor.rewind()
     while True:
         chunk = asyncio.ensure_future(anext(chunks, None))
-        while not (await asyncio.wait([chunk], timeout=IDLE_CHECK_S))[
-            0
-        ]:  # a host that was disconnected does not close the connection
+        # A host that was disconnected does not close the connection.
+        while not (await asyncio.wait([chunk], timeout=IDLE_CHECK_S))[0]:
             try:
                 info = await asyncio.to_thread(cluster.get_job_info, job_id)
             except ClusterError:

@@ -123,7 +123,7 @@ def encode_tensors(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def decode_tensors(data: bytes) -> dict[str, Tensor]:
-    """Decode a `model.safetensors` or `state.safetensors` to tensors by name, on the CPU. The file may come from anybody:
+    """Decode `model.safetensors` or `state.safetensors` to tensors by name, on the CPU. The file may be from anybody:
     no code is run, and memory is bounded by its size.
 
     Raises
