@@ -204,7 +204,7 @@ def test_suspicious_settings_are_warnings(trainyard: RunCommand, tmp_path: Path)
     assert "warning: best.patience has no effect" in checked.stdout
     few = trainyard("train", write_job(tmp_path, train={"batch_size": 1001, "phases": [{"epochs": 1, "lr": 0.1}]}))
     assert few.exit_code == 0
-    assert "warning: train.batch_size is 1,001, but only 800 rows" in few.stderr
+    assert "warning: train.batch_size is 1,001, but the training split has only 800 rows" in few.stderr
 
 
 def test_batch_norm_on_a_single_sample_is_rejected_before_training(trainyard: RunCommand, tmp_path: Path) -> None:
@@ -212,5 +212,5 @@ def test_batch_norm_on_a_single_sample_is_rejected_before_training(trainyard: Ru
     job = write_job(tmp_path, model=model, train={"batch_size": 17, "phases": [{"epochs": 1, "lr": 0.1}]})
     ended = trainyard("train", job)
     assert ended.exit_code == 2
-    assert "a batch of 1 rows leaves one to worker 0" in ended.stderr
+    assert "a batch of 1 samples leaves one to worker 0" in ended.stderr
     assert not (tmp_path / "runs").exists()

@@ -126,7 +126,7 @@ def test_failing_custom_metric_stops_before_training(trainyard: RunCommand, tmp_
 def test_unusable_custom_loss_leaves_no_run(trainyard: RunCommand, tmp_path: Path, user_module: str) -> None:
     ended = trainyard("train", write_job(tmp_path, task={"kind": "binary", "loss": f"{user_module}:total"}))
     assert ended.exit_code == 2
-    assert f"task.loss: {user_module}:total: gives ()" in ended.stderr
+    assert f"task.loss: {user_module}:total: returns ()" in ended.stderr
     assert not (tmp_path / "runs").exists()
 
 

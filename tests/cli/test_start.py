@@ -158,7 +158,7 @@ def test_no_matching_weights_is_an_error_even_if_not_strict() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     tensors = {"0.weight": torch.ones(3, 3), "other": torch.ones(1)}
     for strict in (True, False):
-        with pytest.raises(JobError, match=r"no tensor of elsewhere fits.*0\.weight \(3, 3\), here \(7, 2\)"):
+        with pytest.raises(JobError, match=r"no tensor of elsewhere fits.*0\.weight \(3, 3\), in this model \(7, 2\)"):
             load_matching_weights(model, InitialWeights(tensors, "", "elsewhere", "model.init_from"), strict=strict)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

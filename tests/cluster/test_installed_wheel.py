@@ -36,8 +36,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(REPOSITORY / "pipeline", folder / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(REPOSITORY / name, folder / name)
-    init = folder / "pipeline" / "__init__.py"
-    init.write_text(init.read_text().replace(f'"{__version__}"', f'"{MARKED_VERSION}"'))
+    version = folder / "pipeline" / "version.py"
+    version.write_text(version.read_text().replace(f'"{__version__}"', f'"{MARKED_VERSION}"'))
     pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder / "dist"), str(folder))
     (path,) = (folder / "dist").glob("*.whl")
     return path

@@ -319,7 +319,7 @@ def test_broken_image_ends_training(
         make_train_loader(on_demand, np.arange(60), processes=processes) as loader,
         pytest.raises(
             WorkError,
-            match=r"^data\.url: .*: the picture bee/7\.png is broken: no picture that Pillow knows",
+            match=r"^data\.url: .*: the image bee/7\.png is broken: not an image format of Pillow",
         ),
     ):
         for _ in loader:
