@@ -134,6 +134,9 @@ Event = (
     | CheckpointCommitted
 )
 
+ProgressFn = Callable[[str], None]
+"""Receives short progress messages, such as "decoding 1,200 of 50,000 images"."""
+
 EventHandler = Callable[[Event], None]
 """A function of one event. It may be called from threads other than the training thread."""
 

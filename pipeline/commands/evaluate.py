@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import (
+    SPLIT_NAMES,
     FileDataConfig,
     JobConfig,
     ParquetDataConfig,
@@ -24,27 +25,20 @@ from pipeline.data.fitted_transforms import FittedTransforms
 from pipeline.data.transforms import DataReport
 from pipeline.device import restore_torch_settings
 from pipeline.errors import InputError
+from pipeline.events import ProgressFn
 from pipeline.format_metrics import baseline_warning, format_metric_table
 from pipeline.inference.load import load_trusted_code
 from pipeline.redaction import redact
 from pipeline.runs.checkpoints.checkpoint import find_checkpoint
 from pipeline.runs.locate import absolute_url, find_run
 from pipeline.runs.run import Run, log_test_access
-from pipeline.setup import (
-    ProgressFn,
-    build_eval_loader,
-    build_training,
-    check_state_dict,
-    prepare_all_rows,
-    prepare_data,
-)
+from pipeline.setup import build_eval_loader, build_training, check_state_dict, prepare_all_rows, prepare_data
 from pipeline.storage.filesystems import PROTOCOL_EXTRAS
 from pipeline.training import loop
 from pipeline.user_code import UserCode, list_user_references
 
 PLAIN_PROTOCOLS = ("file", "local", "memory", "http", "https", "hf", "sftp", "ssh")
 """Protocols, beside those of object stores, from which a stored job may read data without being trusted."""
-SPLIT_NAMES = ("train", "val", "test")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
-from pipeline.config import SOURCES, UserFunctionDataConfig
+from pipeline.config import SOURCE_CONFIGS, UserFunctionDataConfig
 from pipeline.config.files import parse_yaml
 from pipeline.errors import JobError, StorageError
 from pipeline.runs.locate import find_run, resolve_storage_url
@@ -144,7 +144,7 @@ def _parse_fields(job_yaml: str) -> dict[str, str]:
         if path.partition(".")[0] not in IGNORED_FIELDS
     }
     # Jobs of earlier versions have the keys of all sources, and would differ from all others in them.
-    keys = SOURCES.get(fields.get("data.source", "").strip(), UserFunctionDataConfig).model_fields
+    keys = SOURCE_CONFIGS.get(fields.get("data.source", "").strip(), UserFunctionDataConfig).model_fields
     return {
         path: field_text
         for path, field_text in fields.items()

@@ -6,7 +6,7 @@
 from pipeline.config.base import RESERVED_NAMES, ConfigNode, validate_name
 from pipeline.config.data import (
     IMAGENET,
-    SOURCES,
+    SOURCE_CONFIGS,
     AugmentConfig,
     BaseDataConfig,
     CacheConfig,
@@ -38,6 +38,7 @@ from pipeline.config.model import (
 )
 from pipeline.config.scaling import IN_PLACE_WORKERS, ScalingConfig, WorkerRange
 from pipeline.config.splits import (
+    SPLIT_NAMES,
     STORED,
     ColumnSplitsConfig,
     GroupSplitsConfig,
@@ -56,6 +57,7 @@ from pipeline.config.training import (
 )
 
 __all__ = [
+    "SPLIT_NAMES",
     "Activation",
     "AugmentConfig",
     "BaseDataConfig",
@@ -94,7 +96,7 @@ __all__ = [
     "RESERVED_NAMES",
     "RandomSplitsConfig",
     "RangeSplitsConfig",
-    "SOURCES",
+    "SOURCE_CONFIGS",
     "STORED",
     "SEED_STREAMS",
     "ScalingConfig",

@@ -143,9 +143,9 @@ class BaseDataConfig(ConfigNode):
     @field_validator("source", mode="before")
     @classmethod
     def _name_all_sources(cls, value: Any) -> Any:
-        if isinstance(value, dict | UserFunctionConfig) or (isinstance(value, str) and value in SOURCES):
+        if isinstance(value, dict | UserFunctionConfig) or (isinstance(value, str) and value in SOURCE_CONFIGS):
             return value
-        *names, last = [repr(name) for name in SOURCES]
+        *names, last = [repr(name) for name in SOURCE_CONFIGS]
         raise PydanticCustomError("literal_error", "unknown source", {"expected": f"{', '.join(names)} or {last}"})
 
     @field_validator("splits", mode="before")
@@ -263,7 +263,7 @@ class ImageFolderDataConfig(FileDataConfig):
         return value
 
 
-SOURCES: dict[str, type[BaseDataConfig]] = {
+SOURCE_CONFIGS: dict[str, type[BaseDataConfig]] = {
     **dict.fromkeys(("mnist", "fashion_mnist", "cifar10", "cifar100"), NamedDataConfig),
     "disc": DiscDataConfig,
     "parquet": ParquetDataConfig,
@@ -275,7 +275,9 @@ SOURCES: dict[str, type[BaseDataConfig]] = {
 def sources_with(key: str) -> list[str]:
     """Return the sources that have the key; an empty list for a key of all sources or of none."""
     return (
-        [] if key in COMMON_KEYS | {"source"} else [name for name, kind in SOURCES.items() if key in kind.model_fields]
+        []
+        if key in COMMON_KEYS | {"source"}
+        else [name for name, kind in SOURCE_CONFIGS.items() if key in kind.model_fields]
     )
 
 
@@ -284,7 +286,7 @@ def _is_unset(key: str, value: Any) -> bool:
     source, or in one whose source is overridden. (No other source reads `root`, so any value of it is ignored.)"""
     if key == "root":
         return True
-    for kind in SOURCES.values():
+    for kind in SOURCE_CONFIGS.values():
         field = kind.model_fields.get(key)
         default = None if field is None or field.is_required() else field.get_default()
         if field is not None and (value == default or (isinstance(default, ConfigNode) and _equals(default, value))):
@@ -304,7 +306,7 @@ def _data_tag(value: Any) -> str:
     source = value.get("source", "mnist") if isinstance(value, dict) else getattr(value, "source", "mnist")
     if isinstance(source, dict | UserFunctionConfig):
         return "UserFunctionDataConfig"
-    return SOURCES.get(source, NamedDataConfig).__name__ if isinstance(source, str) else "NamedDataConfig"
+    return SOURCE_CONFIGS.get(source, NamedDataConfig).__name__ if isinstance(source, str) else "NamedDataConfig"
 
 
 DataConfig = Annotated[

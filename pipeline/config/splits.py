@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, model_validator
 from pipeline.config.base import ConfigNode, IndexRange
 
 SPLIT_NAMES = ("train", "val", "test")
+"""Splits, in the order in which they are returned and stored."""
 
 STORED = "stored"
 """Key of the validation context of a job that is read back from a run: there, 1.0 is a count of 1."""

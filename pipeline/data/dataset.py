@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 PartName = Literal["train", "test"]
 
-SPLIT_NAMES = ("train", "val", "test")
-"""Splits, in the order in which they are returned and stored."""
-
 
 @dataclass(frozen=True, eq=False)
 class DatasetPart:

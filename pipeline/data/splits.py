@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 
 from pipeline.config import (
+    SPLIT_NAMES,
     ColumnSplitsConfig,
     GroupSplitsConfig,
     JobConfig,
@@ -18,7 +19,7 @@ from pipeline.config import (
     RangeSplitsConfig,
     TimeSplitsConfig,
 )
-from pipeline.data.dataset import SPLIT_NAMES, Dataset, SplitColumn, SplitIndices
+from pipeline.data.dataset import Dataset, SplitColumn, SplitIndices
 from pipeline.data.labels import sample_repr, stratification_labels
 from pipeline.data.rng import make_generator, random_permutation, random_uint64
 from pipeline.errors import DataError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,6 +16,7 @@ from pipeline.data.splits import make_splits, sample_stratified, split_warnings
 from pipeline.data.targets import label_warnings
 from pipeline.data.transforms import leakage_warnings
 from pipeline.errors import JobError, StorageError
+from pipeline.events import ProgressFn
 from pipeline.runs.checkpoints.checkpoint import find_checkpoint
 from pipeline.runs.run import Run
 from pipeline.setup.initial_weights import InitialWeights
@@ -105,10 +105,6 @@ def load_stored_transforms(run: Run) -> FittedTransforms | None:
         return FittedTransforms.from_json(find_checkpoint(run, "last").load_preprocess())
     except StorageError:  # none yet, or damaged: fitting the same rows again gives the same
         return None
-
-
-ProgressFn = Callable[[str], None]
-"""Receives short progress messages, such as "decoding 1,200 of 50,000 images"."""
 
 
 def prepare_data(

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config import SOURCES, JobConfig, UserFunctionDataConfig, compute_identity, digest_tree, sources_with
+from pipeline.config import (
+    SOURCE_CONFIGS,
+    JobConfig,
+    UserFunctionDataConfig,
+    compute_identity,
+    digest_tree,
+    sources_with,
+)
 from pipeline.config.data import COMMON_KEYS
 from pipeline.config.files import build_job, dump_job, load_job, override_job, parse_job
 from pipeline.config.job import IDENTITY_OF_OTHER_SOURCES
@@ -119,7 +126,7 @@ def test_a_job_stored_with_the_keys_of_all_sources_is_the_same_job(tree: dict[st
     assert again == job
     assert override_job(again, ["train.batch_size=7"]).data == job.data
     data = again.to_dict()["data"]
-    config_class = UserFunctionDataConfig if isinstance(data["source"], dict) else SOURCES[data["source"]]
+    config_class = UserFunctionDataConfig if isinstance(data["source"], dict) else SOURCE_CONFIGS[data["source"]]
     assert set(data) == set(config_class.model_fields), "only the keys of its source"
     assert parse_job(dump_job(again), "there") == job
 
@@ -178,12 +185,12 @@ def test_all_set_keys_of_the_previous_source_are_named() -> None:
 
 def test_the_frozen_defaults_are_those_of_the_fields() -> None:
     for key, value in IDENTITY_OF_OTHER_SOURCES.items():
-        owners = [SOURCES[source].model_fields[key] for source in sources_with(key)]
+        owners = [SOURCE_CONFIGS[source].model_fields[key] for source in sources_with(key)]
         defaults = [field.get_default() for field in owners if not field.is_required()]
         assert [getattr(default, "model_dump", lambda default=default: default)() for default in defaults] == [
             value
         ] * len(defaults)
-    keys = {key for source in SOURCES_OF_ALL_KEYS for key in SOURCES[source].model_fields}
+    keys = {key for source in SOURCES_OF_ALL_KEYS for key in SOURCE_CONFIGS[source].model_fields}
     assert set(ALL_KEYS) == keys - COMMON_KEYS - {"source"}
 
 

@@ -7,8 +7,7 @@ from importlib import import_module
 
 import pytest
 
-from pipeline.config.data import SOURCES as SOURCE_CONFIGS
-from pipeline.config.data import FileDataConfig
+from pipeline.config.data import SOURCE_CONFIGS, FileDataConfig
 from pipeline.data.sources import SOURCES, USER_FUNCTION
 
 

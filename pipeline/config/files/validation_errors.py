@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import SOURCES, JobConfig, sources_with
+from pipeline.config import SOURCE_CONFIGS, JobConfig, sources_with
 from pipeline.config.base import closest_match, format_suggestion
 
 _SHAPE_ERRORS = ("model_type", "dict_type", "model_attributes_type")
@@ -95,7 +95,7 @@ def _format_problems(path: tuple[Any, ...], problems: list[Mapping[str, Any]]) -
             )
             return f"{key}: unknown key{hint}; known here: {', '.join(known)}"
         if problem["type"] == "missing" and path in _REQUIRED:
-            source = next(name for name, kind in SOURCES.items() if kind.__name__ == problem["loc"][1])
+            source = next(name for name, kind in SOURCE_CONFIGS.items() if kind.__name__ == problem["loc"][1])
             return f"data: source: {source} needs {path[-1]}, {_REQUIRED[path]}"
         if problem["type"] == "missing":
             return f"{key}: missing"
@@ -140,7 +140,7 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
 
 def _keys_of_all_sources(problem: Mapping[str, Any]) -> list[str]:
     is_of_data = problem["loc"][0] == "data" and len(problem["loc"]) == 3
-    return [key for kind in SOURCES.values() for key in kind.model_fields] if is_of_data else []
+    return [key for kind in SOURCE_CONFIGS.values() for key in kind.model_fields] if is_of_data else []
 
 
 def _union_tags(kind: type[BaseModel]) -> tuple[Any, ...]:

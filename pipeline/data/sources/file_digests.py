@@ -34,6 +34,7 @@ from pipeline.config import CacheConfig
 from pipeline.cpus import available_cpus
 from pipeline.data.cache import exclusive_lock
 from pipeline.errors import DataError
+from pipeline.events import ProgressFn
 from pipeline.watchdog import note_progress
 
 MAX_FULL_HASH_BYTES = 1 << 30
@@ -66,8 +67,6 @@ PROGRESS_INTERVAL_S = 1.0
 
 FileStamp = bytes
 """A digest of device, inode, size, modification time and change time of a file."""
-
-ProgressFn = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ import numpy as np
 
 from pipeline.config import ImageFolderDataConfig, JobConfig
 from pipeline.data.dataset import Dataset, DatasetPart, SplitColumn
-from pipeline.data.sources.file_digests import ProgressFn
 from pipeline.data.sources.images.dataset import decode_all
 from pipeline.data.sources.images.listing import ImageDigests, ImageListing, check_images_exist, list_images
+from pipeline.events import ProgressFn
 
 __all__ = ["fingerprint_image_folder", "open_image_folder"]
 

@@ -15,7 +15,7 @@ import PIL
 
 from pipeline.config import ImageFolderDataConfig
 from pipeline.data.cache import get_or_build, has_room_for
-from pipeline.data.sources.file_digests import ProgressFn, changed_file_error, select_num_read_threads
+from pipeline.data.sources.file_digests import changed_file_error, select_num_read_threads
 from pipeline.data.sources.images.decode import (
     ImageFormat,
     ImageTooSmallError,
@@ -25,6 +25,7 @@ from pipeline.data.sources.images.decode import (
 )
 from pipeline.data.sources.images.listing import ImageDigests, ImageListing, ThrottledProgress, missing_file_error
 from pipeline.errors import DataError, WorkError
+from pipeline.events import ProgressFn
 from pipeline.storage.read_files import map_in_threads
 from pipeline.watchdog import note_progress
 

@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 
 from pipeline.data.cache import CacheEntry
 from pipeline.data.dataset import SplitColumn
-from pipeline.data.sources.file_digests import ProgressFn
 from pipeline.data.sources.parquet.columns import ParquetSelection
 from pipeline.data.sources.parquet.reader import ParquetFiles
 from pipeline.data.tabular.arrow_types import (
@@ -31,6 +30,7 @@ from pipeline.data.tabular.arrow_types import (
 from pipeline.data.tabular.encoder import TableEncoder
 from pipeline.data.tabular.schema import Column, Schema
 from pipeline.errors import DataError
+from pipeline.events import ProgressFn
 
 BATCH_BYTES = 1 << 21
 MAX_BATCH_ROWS = 1 << 16

@@ -18,10 +18,11 @@ import pyarrow.parquet as pq
 from pipeline.config import CacheConfig
 from pipeline.data.cache import scratch_folder, track_folder_growth
 from pipeline.data.sources import file_digests
-from pipeline.data.sources.file_digests import DataFile, FileDigests, FileStamp, ProgressFn
+from pipeline.data.sources.file_digests import DataFile, FileDigests, FileStamp
 from pipeline.data.sources.parquet.partitions import ListedFile, find_parquet
 from pipeline.data.tabular.arrow_types import ArrowKind, arrow_kind
 from pipeline.errors import DataError
+from pipeline.events import ProgressFn
 from pipeline.redaction import redact
 from pipeline.storage.read_files import as_data_errors
 from pipeline.storage.retry import summarize_error
