@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -145,7 +146,7 @@ def test_incompatible_versions_are_rejected() -> None:
     cluster: Any = SimpleNamespace(ray_version="2.9.3", url="http://head:8265")
     with pytest.raises(ClusterError, match=r"the cluster runs Ray 2\.9\.3, and this environment has Ray"):
         preflight._check_ray_version(cluster)
-    installed = {requirement.name.lower(): "9999.0" for requirement in preflight.list_requirements()}
+    installed = {requirement.name.lower(): version(requirement.name) for requirement in preflight.list_requirements()}
     with pytest.raises(ClusterError, match=r"Python 3\.8\.10"):
         preflight._check_versions(cluster, {"python": "3.8.10", "installed": installed})
     python = platform.python_version()
