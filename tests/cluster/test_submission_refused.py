@@ -14,6 +14,7 @@ import pytest
 
 from pipeline.cluster.submission import preflight
 from pipeline.cluster.submission.client import ClusterClient, connect
+from pipeline.cluster.submission.job_status import LogCursor
 from pipeline.cluster.submission.log_records import (
     find_last_record,
     format_record,
@@ -251,6 +252,22 @@ def test_log_records_are_separate_from_human_output() -> None:
     assert list(human_lines(log)) == ["hello", "bye"]
     assert find_last_record(log, "run") == {"kind": "run", "run": "a"}
     assert find_last_record(log, "end") is None
+
+
+def test_paragraph_on_a_lost_process_is_hidden_however_the_log_is_cut() -> None:
+    paragraph = (
+        "Unexpected error occurred: The actor died unexpectedly before finishing this task.\n"
+        "\tclass_name: JobSupervisor\nThe actor is dead because its worker process has died. End of file. Some common "
+        "causes include: (1) the process was killed by the OOM killer due to high memory usage.\n"
+    )
+    log = f"hello\nbye\n{paragraph}"
+    for cut in range(len(log)):
+        lines: list[str] = []
+        cursor = LogCursor(lines.append)
+        cursor.feed(log[:cut])
+        cursor.feed(log[cut:])
+        cursor.finish(log)
+        assert lines == ["hello", "bye"], f"cut after {cut} characters"
 
 
 def test_secret_that_is_a_json_word_keeps_records_valid(

@@ -156,7 +156,7 @@ def tail_until_done(
     WorkError: the cluster did not answer for CONNECTION_LOST_TIMEOUT_S, or does not have the job any more.
     KeyboardInterrupt: Ctrl-C was pressed; the job goes on.
     """
-    cursor = _LogCursor(on_line)
+    cursor = LogCursor(on_line)
     silent_since: float | None = None
     while True:
         shown_before, reason = cursor.num_shown, ""
@@ -185,7 +185,7 @@ def tail_until_done(
         time.sleep(RECONNECT_INTERVAL_S)
 
 
-async def _stream_log(cluster: ClusterClient, job_id: str, cursor: _LogCursor) -> None:
+async def _stream_log(cluster: ClusterClient, job_id: str, cursor: LogCursor) -> None:
     """Read the log until it ends, or until the cluster does not answer other requests."""
     chunks = aiter(cluster.tail_job_logs(job_id))
     cursor.rewind()
@@ -205,7 +205,7 @@ async def _stream_log(cluster: ClusterClient, job_id: str, cursor: _LogCursor) -
             return
 
 
-class _LogCursor:
+class LogCursor:
     """The position in a job's log. Every connection sends the log from its start; each line is shown once."""
 
     def __init__(self, on_line: Callable[[str], None]) -> None:
@@ -219,9 +219,10 @@ class _LogCursor:
 
     def feed(self, text: str) -> bool:
         """Add text and show the new complete lines. Returns whether the entry point's last record is among them."""
-        self._text = strip_ray_actor_death(self._text + text)
-        end = self._text.rfind("\n") + 1
-        new = self._text[self.num_shown : end]
+        self._text += text  # whole, since Ray's paragraph may come in several pieces
+        visible = strip_ray_actor_death(self._text)
+        end = visible.rfind("\n") + 1
+        new = visible[self.num_shown : end]
         self.num_shown = max(self.num_shown, end)
         for line in human_lines(new):
             self._on_line(line)
