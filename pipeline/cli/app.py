@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="trainyard",
-    help="Train small and medium neural networks from one job file: on this machine, on Ray workers, or on a schedule.",
+    help="Train small and medium neural networks from one job file: on this machine or on Ray workers.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -73,7 +73,7 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Train small and medium neural networks from one job file: on this machine, on Ray workers, or on a schedule."""
+    """Train small and medium neural networks from one job file: on this machine or on Ray workers."""
 
 
 def main() -> NoReturn:
