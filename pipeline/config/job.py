@@ -197,6 +197,18 @@ and a run is found again by the digest. Never change or extend this: keys of lat
 """
 
 
+IDENTITY_OPTIONAL_KEYS: dict[str, dict[str, Any]] = {
+    "data": {},
+    "data.splits": {},
+    "model": {},
+    "task": {},
+    "train": {},
+    "train.optimizer": {},
+}
+"""Keys that later versions added, by the node that has them, with the value that means what earlier versions did. At
+that value a key is left out of the identity, so that runs of earlier versions are found again."""
+
+
 def compute_identity(
     job: JobConfig,
     *,
@@ -217,6 +229,7 @@ def compute_identity(
         none, as in earlier versions.
     """
     tree = {key: value for key, value in job.to_dict().items() if key not in NON_IDENTITY_KEYS}
+    _leave_out_optional_keys(tree)
     tree["data"] = {key: value for key, value in tree["data"].items() if key not in NON_IDENTITY_DATA_KEYS}
     tree["data"] = {**IDENTITY_OF_OTHER_SOURCES, **tree["data"]}
     if initial_weights_digest is not None:  # the digest identifies the weights; the path of their file does not count
@@ -225,6 +238,17 @@ def compute_identity(
         tree["evaluate"] = {**tree["evaluate"], "sample": "stratified"}
     tree |= {"max_steps": max_steps, "fingerprint": fingerprint, "start": initial_weights_digest}
     return {**tree, "code": dict(code_digests)} if code_digests else tree
+
+
+def _leave_out_optional_keys(tree: dict[str, Any]) -> None:
+    """Remove the keys of `IDENTITY_OPTIONAL_KEYS` that have the value given there."""
+    for path, values in IDENTITY_OPTIONAL_KEYS.items():
+        node: Any = tree
+        for name in path.split("."):
+            node = node.get(name) if isinstance(node, dict) else None
+        for key, value in values.items() if isinstance(node, dict) else ():
+            if key in node and node[key] == value:
+                del node[key]
 
 
 def digest_tree(tree: dict[str, Any]) -> str:
