@@ -15,7 +15,6 @@ from pipeline.config.files import load_job
 from pipeline.config.files.yaml_io import YamlDumper
 from pipeline.config.recipes import TABLE_RECIPE
 from pipeline.data.sources.parquet.profile import profile_table
-from pipeline.data.tabular.encoder import suggest_columns
 from pipeline.data.tabular.profile import ColumnProfile
 from pipeline.errors import DataError, InputError, JobError
 from pipeline.events import ProgressFn
@@ -131,10 +130,7 @@ def draft_job(name: str, url: str, labels: Sequence[str], *, on_progress: Progre
                 where=f"--label {label}",
                 fix="rename the column",
             )
-    profile = profile_table(url, on_progress)
-    for label in labels:
-        if label not in profile:
-            raise DataError(f"there is no column {label!r}", where=redact(url), fix=suggest_columns(label, profile))
+    profile = profile_table(url, labels, on_progress)
     task, reason = choose_task([profile[label] for label in labels], url)
     notes = split_notes([column for name, column in profile.items() if name not in labels])
     num_rows, num_columns = next(iter(profile.values())).num_rows, len(profile) - len(set(labels))
@@ -144,6 +140,7 @@ def draft_job(name: str, url: str, labels: Sequence[str], *, on_progress: Progre
     lines = [
         f"{redact(url)}: {num_rows:,} rows, {num_columns:,} columns beside the label",
         f"task: {_flow(task)}: {reason}",
+        "features: auto: all other columns that can help; those that are left out are named below",
         f"splits: a random fifth of the rows for validation{', of each class' if 'stratify' in splits else ''}",
         *notes,
         f"model and training: the recipe for {TABLE_RECIPE.kind}; `trainyard check` prints it",
@@ -271,6 +268,7 @@ def _format_job(
         "  source: parquet",
         f"  url: {_flow(url)}",
         f"  label: {_flow(label)}",
+        '  features: auto   # or names and patterns, or ["*"] for all; `exclude: [...]` beside it leaves columns out',
         f"  splits: {_flow(dict(splits))}   # test: 0.2 would hold out rows for `trainyard evaluate --split test`",
         *(f"  # {note}" for note in notes),
         f"task: {_flow(dict(task))}   # {reason}",

@@ -198,7 +198,7 @@ and a run is found again by the digest. Never change or extend this: keys of lat
 
 
 IDENTITY_OPTIONAL_KEYS: dict[str, dict[str, Any]] = {
-    "data": {},
+    "data": {"exclude": []},
     "data.splits": {},
     "model": {},
     "task": {},

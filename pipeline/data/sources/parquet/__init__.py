@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.config import JobConfig, ParquetDataConfig
 from pipeline.data.cache import get_or_build
 from pipeline.data.dataset import Dataset, DatasetPart
+from pipeline.data.sources.parquet.auto_features import select_auto_features, with_features
 from pipeline.data.sources.parquet.columns import ParquetSelection, select_columns
 from pipeline.data.sources.parquet.decode import (
     DecodedTable,
@@ -66,6 +67,7 @@ def open_parquet(job: JobConfig, on_progress: Callable[[str], None], *, float64:
                 fix="check data.url, and the program that wrote the files",
             )
         fingerprint = files.compute_fingerprint(on_progress)
+        job, left_out = select_auto_features(files, job, fingerprint, on_progress)
         selection = select_columns(files, job)
         shape, kind = input_array_layout(selection, files.num_rows, dtype)
         _check_shape(selection)
@@ -84,7 +86,11 @@ def open_parquet(job: JobConfig, on_progress: Callable[[str], None], *, float64:
                 data.cache, _cache_key(fingerprint, selection, dtype), build, size_bytes=size + other_bytes
             )
             decoded = DecodedTable.load(entry)
-        dataset = _to_dataset(selection, decoded, fingerprint, files)
+        dataset = replace(
+            _to_dataset(selection, decoded, fingerprint, files),
+            left_out=left_out,
+            reopen_with_features=lambda names: open_parquet(with_features(job, names), on_progress, float64=float64),
+        )
     if float64 or dataset.rounding_errors is None:
         return dataset
     return replace(dataset, reopen_in_float64=lambda: open_parquet(job, on_progress, float64=True))
