@@ -195,9 +195,8 @@ def test_columns_that_are_left_out_are_said_and_not_needed_again(trainyard: RunC
     ):
         assert text in ended.stderr
     run = ended.json["run"]
-    new = write_table(
-        tmp_path / "new.parquet", {name: values for name, values in customers(50, 1).items() if name != "churned"}
-    )
+    unlabeled = {name: values for name, values in customers(50, 1).items() if name != "churned"}
+    new = write_table(tmp_path / "new.parquet", unlabeled)
     predicted = trainyard("predict", run, "--input", new, "--output", str(tmp_path / "out.parquet"))
     assert (predicted.exit_code, "wrote 50 rows" in predicted.stdout) == (0, True), predicted.stderr
     other = write_table(tmp_path / "other.parquet", customers(60, 2))

@@ -68,18 +68,16 @@ def make_unhelpful_columns(y: np.ndarray) -> dict[str, tuple[Any, str]]:
 def test_each_unhelpful_column_is_left_out_with_its_reason(tmp_path: Path, in_memory_mb: float) -> None:
     columns = make_columns()
     unhelpful = make_unhelpful_columns(columns["y"])
-    url = write_parquet(
-        tmp_path / "t.parquet", {**columns, **{name: values for name, (values, _) in unhelpful.items()}}
-    )
+    values_by_name = {name: values for name, (values, _) in unhelpful.items()}
+    url = write_parquet(tmp_path / "t.parquet", {**columns, **values_by_name})
     cache = {"folder": str(tmp_path / "cache"), "in_memory_mb": in_memory_mb}
     job = make_job(url, cache=cache)
     for _ in range(2):  # the second time from the cache
         prepared = prepare_data(job)
         assert feature_names(prepared) == ["x", "whole", "city", "pair"]
-        assert {
-            name: text in prepared.dataset.left_out[name] for name, (_, text) in unhelpful.items()
-        } == dict.fromkeys(unhelpful, True)
-        for name in unhelpful:
+        assert set(prepared.dataset.left_out) == set(unhelpful)
+        for name, (_, text) in unhelpful.items():
+            assert text in prepared.dataset.left_out[name]
             assert any(warning.startswith(f"column {name!r} is left out: it") for warning in prepared.warnings)
         assert any("to keep a left-out column" in warning for warning in prepared.warnings)
     stored = FittedTransforms.from_json(prepared.fitted.to_json())
@@ -125,6 +123,16 @@ def test_a_number_that_separates_the_classes_stays_in_a_small_table(
     assert any("'score' alone predicts" in text or "'score' is left out" in text for text in prepared.warnings)
 
 
+def test_a_column_that_differs_between_files_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    whole, text = np.arange(ROWS), np.array(["z"] * ROWS)
+    for number, (name, values) in enumerate((("a", whole), ("a", text), ("b", whole))):
+        write_parquet(tmp_path / f"t/{number}.parquet", {**make_columns(), name: values})
+    prepared = prepare_data(make_job(tmp_path / "t"))
+    assert feature_names(prepared) == ["x", "whole", "city", "pair"]
+    assert set(prepared.dataset.left_out) == {"a", "b"}
+
+
 def test_a_leak_of_a_regression_is_left_out(tmp_path: Path) -> None:
     columns = make_columns()
     columns["y"] = np.random.default_rng(3).normal(size=ROWS)
@@ -143,7 +151,7 @@ def test_at_least_one_column_stays(tmp_path: Path, only: str) -> None:
 
 def test_text_that_is_almost_unique_is_no_feature_alone(tmp_path: Path) -> None:
     columns = {"name": [f"n{i}" for i in range(ROWS)], "y": np.arange(ROWS) % 2}
-    with pytest.raises(DataError, match="leaves out every column .*almost unique") as caught:
+    with pytest.raises(DataError, match=r"leaves out every column .*almost unique") as caught:
         prepare_data(make_job(write_parquet(tmp_path / "t.parquet", columns)))
     assert 'features: ["*"]' in caught.value.fix
 
