@@ -111,6 +111,7 @@ def _to_dataset(selection: ParquetSelection, decoded: DecodedTable, fingerprint:
         fingerprint=fingerprint,
         schema=build_schema(selection, decoded.categories),
         label_names=label_names[0] if label_names else (),
+        has_boolean_labels=any(kind.kind == "truth" for _, kind in selection.labels),
         split_columns=build_split_column(selection, decoded, files.url),
         warnings=files.warnings,
         rounding_errors=_rounding_by_channel(selection, decoded.rounding),
