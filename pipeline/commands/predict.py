@@ -90,8 +90,8 @@ def predict(
     several labels, one `prediction_LABEL` for each); `probability_CLASS` for each class; and for an ensemble
     `uncertainty`, the members' disagreement (see `Predictor.predict_with_uncertainty`; with several labels
     `uncertainty_LABEL`). A key with the name of one of these columns gets the prefix `key_`. A key has one type for all
-    files: the wider one if theirs differ, text for categories. The output is written completely or not at all. Memory holds one batch of the input, and the compressed
-    output.
+    files: the wider one if theirs differ, text for categories. The output is written completely or not at all. Memory
+    holds one batch of the input, and the compressed output.
 
     Files, their columns and types, and the output's location are checked before the first prediction.
 
