@@ -82,6 +82,10 @@ class OptimizerConfig(ConfigNode):
     """Nesterov momentum; sgd only, and needs momentum."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Weight decay: an L2 penalty in sgd and adam, decoupled from the gradient in adamw."""
+    decay: Literal["all", "weights"] = "all"
+    """Which parameters decay, also in groups. all: every one. weights: the weight matrices of linear layers,
+    convolutions and embeddings of categories; not biases, normalizations, the scales of an ensemble's members, or the
+    frequencies and phases of embedded numbers."""
     betas: Annotated[tuple[Fraction, Fraction], Strict(False)] = (0.9, 0.999)
     """Decay rates of the running means of the gradient and of its square; adam and adamw only."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
