@@ -24,8 +24,8 @@ HEADER_BYTES, COLUMN_BYTES = 1 << 20, 1 << 13
 """Number of bytes reserved for the headers of the file, and of each column, in the size of an entry."""
 
 MISSING_FIX = (
-    "the table of this run was passed in Python; its copy is in the cache of the machine that called train(), unless it "
-    "was deleted there: call train() again with the same table, or train on a file that all machines can read"
+    "the table of this run was passed in Python; its copy is in the cache of the machine that called train(), unless "
+    "it was deleted there: call train() again with the same table, or train on a file that all machines can read"
 )
 """What to do if a file of this cache is not there."""
 
