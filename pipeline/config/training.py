@@ -134,8 +134,9 @@ class PhaseConfig(ConfigNode):
 class TrainConfig(ConfigNode):
     """The training loop."""
 
-    batch_size: Positive | Literal["all"] = 100
-    """Rows per step, the global batch of all workers together; all: the whole training split."""
+    batch_size: Positive | Literal["all", "auto"] = 100
+    """Rows per step, the global batch of all workers together. all: the whole training split. auto: 32 below 2,800
+    training rows, 64 below 4,500, 128 below 6,400, else 256 (TabM's rule, arXiv 2410.24210)."""
     micro_batch: Positive | None = None
     """Accumulate gradients over micro-batches of this many rows on each worker, to save memory; null: all rows at
     once."""

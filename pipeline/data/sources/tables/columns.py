@@ -154,6 +154,17 @@ class _FileColumns:
         return merged
 
 
+def merge_column_kinds(files: ParquetFiles) -> dict[str, ArrowKind]:
+    """Return the kinds of all columns over all files.
+
+    Raises
+    ------
+    DataError: a column that is not in every file, or of different types.
+    """
+    columns = _FileColumns(files)
+    return {name: columns.merged_kind(name) for name in columns.names}
+
+
 def _match_patterns(patterns: Iterable[str], names: list[str], where: str) -> set[str]:
     """Return the names that patterns match. A pattern that equals a name matches only that name."""
     matched: set[str] = set()
