@@ -144,10 +144,11 @@ def to_categories(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return both with text as pandas' categories: those of the training rows (the `most` frequent ones); others are
     missing."""
+    train, test = train.copy(), test.copy()
     for name in text_columns(train):
         levels = sorted(train[name].value_counts().index[:most])
-        train[name] = pd.Categorical(train[name], categories=levels)
-        test[name] = pd.Categorical(test[name], categories=levels)
+        for rows in (train, test):
+            rows[name] = pd.Categorical(rows[name].where(rows[name].isin(levels)), categories=levels)
     return train, test
 
 
