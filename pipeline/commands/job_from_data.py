@@ -14,7 +14,7 @@ from pipeline.config import RESERVED_NAMES, FileDataConfig
 from pipeline.config.files import load_job
 from pipeline.config.files.yaml_io import YamlDumper
 from pipeline.config.recipes import TABLE_RECIPE
-from pipeline.data.sources.parquet.profile import profile_table
+from pipeline.data.sources.tables.profile import profile_table
 from pipeline.data.tabular.profile import ColumnProfile
 from pipeline.errors import DataError, InputError, JobError
 from pipeline.events import ProgressFn

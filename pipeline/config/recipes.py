@@ -45,8 +45,15 @@ class Recipe:
 
 TABLE_RECIPE = Recipe(
     kind="tables",
-    model={"kind": "mlp", "hidden": [256, 128], "activation": "relu", "dropout": 0.1},
-    optimizer={"kind": "adamw", "weight_decay": 0.01},
+    model={
+        "kind": "mlp",
+        "hidden": [256, 128],
+        "activation": "relu",
+        "dropout": 0.1,
+        "ensemble": 8,
+        "numeric_embedding": "periodic",
+    },
+    optimizer={"kind": "adamw", "weight_decay": 0.01, "decay": "weights"},
     phases=({"epochs": 80, "lr": 0.002, "schedule": "cosine"},),
     batch_size="auto",
     patience=PATIENCE_EPOCHS,

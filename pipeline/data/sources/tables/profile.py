@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import pyarrow as pa
 
 from pipeline.config import CacheConfig
-from pipeline.data.sources.parquet.columns import merge_column_kinds
-from pipeline.data.sources.parquet.decode import BATCH_BYTES, MAX_BATCH_ROWS, MAX_COLUMNS_PER_PASS
-from pipeline.data.sources.parquet.reader import ParquetFiles
+from pipeline.data.sources.tables.columns import merge_column_kinds
+from pipeline.data.sources.tables.decode import BATCH_BYTES, MAX_BATCH_ROWS, MAX_COLUMNS_PER_PASS
+from pipeline.data.sources.tables.reader import ParquetFiles
 from pipeline.data.tabular.arrow_types import ArrowKind
 from pipeline.data.tabular.encoder import suggest_columns
 from pipeline.data.tabular.profile import ColumnProfile, profile_columns

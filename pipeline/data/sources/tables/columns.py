@@ -10,7 +10,7 @@ from typing import Literal
 import pyarrow.compute as pc
 
 from pipeline.config import JobConfig, ParquetDataConfig, TimeSplitsConfig
-from pipeline.data.sources.parquet.reader import ParquetFiles
+from pipeline.data.sources.tables.reader import ParquetFiles
 from pipeline.data.tabular.arrow_types import NUMERIC_KINDS, ArrowKind, common_kind
 from pipeline.data.tabular.encoder import suggest_columns
 from pipeline.data.tabular.schema import ColumnKind

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from pipeline.config import JobConfig, ParquetDataConfig
 from pipeline.data.cache import get_or_build
-from pipeline.data.sources.parquet.columns import merge_column_kinds, select_feature_names
-from pipeline.data.sources.parquet.profile import profile_files
-from pipeline.data.sources.parquet.reader import ParquetFiles
+from pipeline.data.sources.tables.columns import merge_column_kinds, select_feature_names
+from pipeline.data.sources.tables.profile import profile_files
+from pipeline.data.sources.tables.reader import ParquetFiles
 from pipeline.data.tabular.arrow_types import ArrowKind
 from pipeline.data.tabular.profile import MAX_DISTINCT_TEXTS, ColumnProfile
 from pipeline.errors import DataError
