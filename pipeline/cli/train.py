@@ -108,11 +108,20 @@ def check(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Validate a job file. Also checks that its data exists, and prints the resolved job with every default."""
+    """Validate a job file. Prints it with every default, and how each column of a table is read."""
     output_mode.update(json=as_json, verbose=verbose)
+    from pipeline.cli.terminal import ProgressDisplay
     from pipeline.commands.check import check as run_command
 
-    result = run_command(job, overrides or [], storage=storage, batch=batch, overfit=overfit)
+    with ProgressDisplay(quiet=False) as progress:
+        result = run_command(
+            job,
+            overrides or [],
+            storage=storage,
+            batch=batch,
+            overfit=overfit,
+            on_progress=progress_callback(progress),
+        )
     print_result(result.to_json(), result.format_lines(), as_json)
 
 
