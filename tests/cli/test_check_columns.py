@@ -76,7 +76,7 @@ def test_each_column_is_shown_with_its_use(trainyard: RunCommand, tmp_path: Path
         "pair": f"2 numbers, each {scale}",
     }
     assert table["gaps"][:2] == ["double", str(gaps.sum())]
-    assert table["day"][:3] == ["timestamp[s]", "0", "2024-01-01 to 2024-01-10"]
+    assert table["day"][:3] == ["date32[day]", "0", "2024-01-01 to 2024-01-10"]
     yes = int((columns["churned"] == "yes").sum())
     parts = {f"'yes' {yes}", f"'no' {ROWS - yes}"}
     assert set(table["churned"][-1].removeprefix("label: ").split(", ")) == parts
