@@ -200,8 +200,8 @@ and a run is found again by the digest. Never change or extend this: keys of lat
 IDENTITY_OPTIONAL_KEYS: dict[str, dict[str, Any]] = {
     "data": {},
     "data.splits": {},
-    "model": {},
-    "task": {},
+    "model": {"numeric_embedding": "none"},
+    "task": {"label_smoothing": 0.0},
     "train": {},
     "train.optimizer": {},
 }

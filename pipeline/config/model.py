@@ -43,6 +43,10 @@ class MlpConfig(InitConfig):
     embedding_width: Positive | Literal["auto"] = "auto"
     """Width of the embedding of a categorical column that is not one-hot; auto: min(50, 1.6 x categories^0.56)
     (fastai's rule)."""
+    numeric_embedding: Literal["none", "periodic", "piecewise"] = "none"
+    """How numbers enter the first layer. none: as they are. periodic: with learned cosines of them (arXiv 2407.04491).
+    piecewise: by up to 32 bins between quantiles of the training rows (arXiv 2203.05556), instead of
+    `data.normalize`."""
 
     @model_validator(mode="after")
     def _check_layers(self) -> Self:

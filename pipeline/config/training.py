@@ -30,6 +30,9 @@ class TaskConfig(ConfigNode):
     class_weights: Literal["balanced"] | dict[Label, Annotated[float, Field(gt=0)]] | None = None
     """Weight of each class in the loss, by its label, such as {0: 1, 1: 5}; balanced: inversely proportional to its
     number of rows in the training split; null: all equal."""
+    label_smoothing: Fraction = 0.0
+    """multiclass and binary: the share of each training label that is spread evenly over all classes (arXiv
+    1512.00567). For the training loss only: the loss of evaluations is without it, so that runs can be compared."""
     loss: str | None = None
     """A loss other than the default of the kind. regression: mse, mae or huber. Any kind: `module:function` of your
     own, which takes outputs and targets of a batch of B rows and returns B losses."""
@@ -52,6 +55,8 @@ class TaskConfig(ConfigNode):
             raise ValueError("positive goes with kind: binary")
         if self.class_weights is not None and self.kind == "regression":
             raise ValueError("class_weights goes with multiclass and binary")
+        if self.label_smoothing and (self.kind == "regression" or self.loss is not None):
+            raise ValueError("label_smoothing goes with multiclass and binary, and not with a loss of your own")
         if self.loss in REGRESSION_LOSSES and self.kind != "regression":
             raise ValueError(f"loss: {self.loss} goes with kind: regression")
         return self

@@ -312,7 +312,7 @@ def test_invalid_override_is_an_error(tmp_path: Path, override: str, part: str) 
         ("name: a\nmodel: 3", ["model: must be a mapping of keys to values, not 3"]),
         ("name: a\nmodel: {hiden: [3]}", ["model.hiden: unknown key (did you mean 'hidden'?); known here: activation, "
                                           "batch_norm, dropout, embedding_width, freeze, hidden, init_from, "
-                                          "kind, layers, strict"]),
+                                          "kind, layers, numeric_embedding, strict"]),
         ("name: a\nmodel: {hidden: [0]}", ["model.hidden.0: must be greater than 0, not 0"]),
         ("name: a\nmodel: {kind: cnn, conv: [{chanels: 3}]}", ["model.conv.0.chanels: unknown key (did you mean"]),
         ("name: a\nmodel: {hidden: doubling}", ["model: layers goes with hidden: doubling"]),
