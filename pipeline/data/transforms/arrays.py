@@ -74,11 +74,6 @@ class ArrayTransform:
         return None if self.kind == "none" or self.kind == "unit" or self.kind == "scaled" else self.kind
 
     @property
-    def num_numbers(self) -> int:
-        """How many of the first elements of a transformed sample are numbers in columns; 0 for images."""
-        return self.output_shape[0] if len(self.sample_shape) == 1 else 0
-
-    @property
     def null_fractions(self) -> tuple[float, ...]:
         """Empty: arrays have no missing values."""
         return ()
@@ -100,6 +95,11 @@ class ArrayTransform:
     def code_sizes(self) -> tuple[int, ...]:
         """Empty: only tables have columns of codes."""
         return ()
+
+    @property
+    def num_numbers(self) -> int:
+        """How many of the first elements of a transformed sample (F,) are numbers: all."""
+        return math.prod(self.output_shape)
 
     @property
     def schema(self) -> Schema | None:
