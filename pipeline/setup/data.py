@@ -58,6 +58,11 @@ class PreparedData:
             for split in self.evaluation_splits
         }
 
+    @property
+    def metric_columns(self) -> list[str]:
+        """The columns of the metrics of every evaluation."""
+        return self.job.metric_columns(self.fitted.num_outputs, self.fitted.target_transform.classes)
+
     def evaluation_indices(self, split: str) -> np.ndarray:
         """Return the rows of a split that an evaluation uses: all, or a sample of `evaluate.limit`.
 
@@ -164,7 +169,7 @@ def prepare_data(
     for split in prepared.evaluation_splits:
         if split not in splits:
             raise JobError(f"there is no {split} split to evaluate", where="evaluate.splits", fix="see data.splits")
-    if job.best.metric.partition("/")[2] not in (available_metrics := job.metric_columns(fitted.num_outputs)):
+    if job.best.metric.partition("/")[2] not in (available_metrics := prepared.metric_columns):
         raise JobError(
             f"{job.best.metric} is not measured",
             where="best.metric",

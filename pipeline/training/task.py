@@ -90,7 +90,7 @@ class Task:
     target_scale: regression with scaled targets: maps them back to the user's unit.
     custom_metrics: the user's metrics.
     target_std: standard deviation of the training split's transformed targets, like `target_mean`.
-    target_names: suffixes of the metrics of single targets; empty if there are none.
+    part_names: suffixes of the metrics of single targets or classes; empty if there are none.
     """
 
     kind: str
@@ -102,7 +102,7 @@ class Task:
     target_scale: TargetScale | None = None
     custom_metrics: tuple[CustomMetric, ...] = ()
     target_std: tuple[float, ...] = ()
-    target_names: tuple[str, ...] = ()
+    part_names: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:
@@ -169,6 +169,7 @@ def build_task(
     target_std: Sequence[float] = (),
     target_scale: TargetScale | None = None,
     label_index: Callable[[int | str], int] | None = None,
+    class_names: Sequence[str] = (),
 ) -> Task:
     """Build the task of a job.
 
@@ -181,6 +182,7 @@ def build_task(
     target_mean, target_std: of the training split's transformed targets, column by column, if known.
     target_scale: of scaled targets.
     label_index: maps a label in `class_weights` to the index of its class; without it only indices are accepted.
+    class_names: of the classes, if single ones have metrics.
 
     Raises
     ------
@@ -196,7 +198,7 @@ def build_task(
         target_scale=target_scale,
         custom_metrics=tuple(map(CustomMetric.from_name, job.metrics)),
         target_std=tuple(target_std),
-        target_names=job.target_names(num_targets),
+        part_names=job.part_names(num_targets, class_names),
     )
     if config.class_weights is None:
         return task
