@@ -10,6 +10,9 @@ NUMBER_WIDTH = 10
 HEADLINES = ("loss", "accuracy", "rmse", "r2")
 """The metrics of a short line."""
 
+CLASS_METRICS = ("recall", "precision")
+"""The metrics of single classes: `recall_cat`."""
+
 BASELINES = {
     "accuracy": ("baseline_accuracy", "majority class"),
     "rmse": ("baseline_rmse", "always the mean"),
@@ -38,12 +41,12 @@ def headline_fields(metrics: Mapping[str, float], best_metric: str = "") -> list
 
 
 def format_metric_table(metrics: Mapping[str, float], split: str) -> list[str]:
-    """Format one line for each metric of a split: `accuracy           0.8800 (majority class: 0.8800)`; and one for each
-    class of a multiclass task, with its recall and precision."""
+    """Format one line for each metric of a split: `accuracy           0.8800 (majority class: 0.8800)`; and one for
+    each class of a multiclass task, with its recall and precision."""
     values = select_split(metrics, split)
     classes = [name.removeprefix("recall_") for name in values if name.startswith("recall_")]
     classes = [name for name in classes if f"precision_{name}" in values]
-    of_classes = {f"{metric}_{name}" for metric in ("recall", "precision") for name in classes}
+    of_classes = {f"{metric}_{name}" for metric in CLASS_METRICS for name in classes}
     hidden = {"correct", "samples", *of_classes}
     shown = [name for name in values if name not in hidden and not name.startswith("baseline_")]
     width = max(map(len, shown), default=0)
@@ -56,11 +59,9 @@ def format_metric_table(metrics: Mapping[str, float], split: str) -> list[str]:
         beside = f" ({'; '.join(notes)})" if notes else ""
         lines.append(f"{name.ljust(width)}  {format_number(values[name])}{beside}")
     width = max(map(len, ["class", *classes]))
-    table = [
-        (name, *(format_number(values[f"{metric}_{name}"]) for metric in ("recall", "precision"))) for name in classes
-    ]
-    header = [("class", "recall", "precision")] if classes else []
-    return lines + [f"{name.ljust(width)}  {recall:>6}  {precision:>9}" for name, recall, precision in header + table]
+    rows = [("class", "recall", "precision")] if classes else []
+    rows += [(name, *(format_number(values[f"{metric}_{name}"]) for metric in CLASS_METRICS)) for name in classes]
+    return lines + [f"{name.ljust(width)}  {recall:>6}  {precision:>9}" for name, recall, precision in rows]
 
 
 def _baseline_column(name: str) -> tuple[str, str]:
