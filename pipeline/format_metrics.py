@@ -10,9 +10,6 @@ NUMBER_WIDTH = 10
 HEADLINES = ("loss", "accuracy", "rmse", "r2")
 """The metrics of a short line."""
 
-CLASS_METRICS = ("recall", "precision")
-"""The metrics of single classes: `recall_cat`."""
-
 BASELINES = {
     "accuracy": ("baseline_accuracy", "majority class"),
     "rmse": ("baseline_rmse", "always the mean"),
@@ -46,7 +43,7 @@ def format_metric_table(metrics: Mapping[str, float], split: str) -> list[str]:
     values = select_split(metrics, split)
     classes = [name.removeprefix("recall_") for name in values if name.startswith("recall_")]
     classes = [name for name in classes if f"precision_{name}" in values]
-    of_classes = {f"{metric}_{name}" for metric in CLASS_METRICS for name in classes}
+    of_classes = {f"{metric}_{name}" for metric in ("recall", "precision") for name in classes}
     hidden = {"correct", "samples", *of_classes}
     shown = [name for name in values if name not in hidden and not name.startswith("baseline_")]
     width = max(map(len, shown), default=0)
@@ -60,7 +57,9 @@ def format_metric_table(metrics: Mapping[str, float], split: str) -> list[str]:
         lines.append(f"{name.ljust(width)}  {format_number(values[name])}{beside}")
     width = max(map(len, ["class", *classes]))
     rows = [("class", "recall", "precision")] if classes else []
-    rows += [(name, *(format_number(values[f"{metric}_{name}"]) for metric in CLASS_METRICS)) for name in classes]
+    rows += [
+        (name, format_number(values[f"recall_{name}"]), format_number(values[f"precision_{name}"])) for name in classes
+    ]
     return lines + [f"{name.ljust(width)}  {recall:>6}  {precision:>9}" for name, recall, precision in rows]
 
 
@@ -76,7 +75,8 @@ def _baseline_column(name: str) -> tuple[str, str]:
 def baseline_warning(metrics: Mapping[str, float], split: str) -> str:
     """Return a warning if a model is no better than its baseline, else an empty string."""
     values = select_split(metrics, split)
-    if "baseline_accuracy" in values and values["accuracy"] <= values["baseline_accuracy"]:
+    has_threshold = "threshold" in values  # chosen for another aim than accuracy
+    if "baseline_accuracy" in values and values["accuracy"] <= values["baseline_accuracy"] and not has_threshold:
         return f"on {split} no better than always answering the majority class"
     if "baseline_rmse" in values and values.get("rmse", math.inf) >= values["baseline_rmse"]:
         return f"on {split} no better than always answering the mean of the training targets"

@@ -53,6 +53,8 @@ from pipeline.config.training import (
     ParamGroupConfig,
     PhaseConfig,
     TaskConfig,
+    ThresholdConfig,
+    ThresholdRule,
     TrainConfig,
 )
 
@@ -104,6 +106,8 @@ __all__ = [
     "SplitsConfig",
     "TARGET_METRICS",
     "TaskConfig",
+    "ThresholdConfig",
+    "ThresholdRule",
     "TimeSplitsConfig",
     "TorchvisionModelConfig",
     "TrainConfig",

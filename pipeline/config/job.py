@@ -160,7 +160,8 @@ class JobConfig(ConfigNode):
     def metric_columns(self, num_targets: int | None = None, class_names: Sequence[str] = ()) -> list[str]:
         """Return the columns of the metrics of every evaluation. Parameters as for `part_names`."""
         parts = make_part_columns(self.task.kind, self.part_names(num_targets, class_names))
-        return list(dict.fromkeys([*METRICS[self.task.kind], *parts, *map(metric_column, self.metrics)]))
+        threshold = ["threshold"] if self.task.threshold_rule is not None else []
+        return list(dict.fromkeys([*METRICS[self.task.kind], *threshold, *parts, *map(metric_column, self.metrics)]))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the whole tree as plain YAML types, defaults included."""
@@ -201,7 +202,7 @@ IDENTITY_OPTIONAL_KEYS: dict[str, dict[str, Any]] = {
     "data": {},
     "data.splits": {},
     "model": {},
-    "task": {},
+    "task": {"threshold": 0.5},
     "train": {},
     "train.optimizer": {},
 }

@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.config import TARGET_METRICS
 from pipeline.training.task import Task
+from pipeline.training.threshold import choose_threshold
 
 Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
@@ -55,6 +56,9 @@ class ClassificationMetrics:
 
     binary: recall and precision of class 1, and specificity, the recall of class 0. multiclass: recall and precision of
     each class, such as recall_cat. The precision of a class that was never predicted is 0, as for f1.
+
+    threshold: that which the task's rule chooses on this split, see `threshold.choose_threshold`; only if it has one.
+    Metrics of predictions are those at the task's threshold, 0.5 in training.
     """
 
     def __init__(self, task: Task) -> None:
@@ -62,12 +66,13 @@ class ClassificationMetrics:
         self._classes = task.num_classes
         self._majority = task.majority_class
         self._names = task.part_names
+        self._threshold, self._threshold_rule = task.threshold, task.threshold_rule
         self._weights = None if task.class_weights is None else task.class_weights.double().cpu().numpy()
 
     def compute_sums(self, outputs: Array, targets: Array, losses: Array, log_losses: Array) -> Array:
         count = self._classes
         labels = targets.astype(np.intp)
-        predictions = (outputs[:, 0] > 0).astype(np.intp) if self._binary else outputs.argmax(1)
+        predictions = self._predict(outputs)
         result = np.empty(4 + 3 * count)
         if self._weights is None:
             result[:2] = losses.sum(), len(losses)
@@ -79,6 +84,14 @@ class ClassificationMetrics:
         result[4 + count : 4 + 2 * count] = np.bincount(predictions, minlength=count)
         result[4 + 2 * count :] = np.bincount(labels[labels == predictions], minlength=count)
         return result
+
+    def _predict(self, outputs: Array) -> np.ndarray:
+        """Return the predicted classes, integers (n,)."""
+        if not self._binary:
+            classes: np.ndarray = outputs.argmax(1)
+            return classes
+        is_positive = outputs[:, 0] > 0 if self._threshold == 0.5 else _sigmoid(outputs[:, 0]) > self._threshold
+        return is_positive.astype(np.intp)
 
     def from_sums(self, sums: Array) -> dict[str, float]:
         loss, weight, samples, log_loss = sums[:4].tolist()
@@ -107,6 +120,8 @@ class ClassificationMetrics:
         else:
             metrics |= {f"recall_{name}": recall for name, recall in zip(self._names, recalls, strict=False)}
             metrics |= {f"precision_{name}": value for name, value in zip(self._names, precisions, strict=False)}
+        if self._threshold_rule is not None:
+            metrics["threshold"] = math.nan
         return {**metrics, "samples": int(samples)}
 
     def from_samples(self, outputs: Array, targets: Array) -> dict[str, float]:
@@ -120,7 +135,10 @@ class ClassificationMetrics:
             else [(column, labels == label) for label, column in enumerate(_softmax(outputs).T)]
         )
         aucs, average_precisions = np.array([compute_ranking_metrics(*pair) for pair in ranked]).T
-        return {"auc": _mean_of_defined(aucs), "average_precision": _mean_of_defined(average_precisions)}
+        metrics = {"auc": _mean_of_defined(aucs), "average_precision": _mean_of_defined(average_precisions)}
+        if self._threshold_rule is not None:
+            metrics["threshold"] = choose_threshold(_sigmoid(outputs[:, 0]), labels == 1, self._threshold_rule)
+        return metrics
 
     def to_user_units(self, outputs: Array, targets: Array) -> tuple[np.ndarray, np.ndarray]:
         return _sigmoid(outputs[:, 0]) if self._binary else _softmax(outputs), targets[:, 0].astype(np.int64)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import JobConfig, metric_column
+from pipeline.config import JobConfig, ThresholdRule, metric_column
 from pipeline.errors import JobError, WorkError
 from pipeline.training.losses import CustomLoss, LossFn, build_loss
 from pipeline.user_code import import_user_function, wrap_user_error
@@ -91,6 +91,8 @@ class Task:
     custom_metrics: the user's metrics.
     target_std: standard deviation of the training split's transformed targets, like `target_mean`.
     part_names: suffixes of the metrics of single targets or classes; empty if there are none.
+    threshold: binary: the probability above which a sample is predicted positive, in metrics.
+    threshold_rule: binary: chooses a threshold on a split; None if there is nothing to choose.
     """
 
     kind: str
@@ -103,6 +105,8 @@ class Task:
     custom_metrics: tuple[CustomMetric, ...] = ()
     target_std: tuple[float, ...] = ()
     part_names: tuple[str, ...] = ()
+    threshold: float = 0.5
+    threshold_rule: ThresholdRule | None = None
 
     @property
     def num_classes(self) -> int:
@@ -199,6 +203,7 @@ def build_task(
         custom_metrics=tuple(map(CustomMetric.from_name, job.metrics)),
         target_std=tuple(target_std),
         part_names=job.part_names(num_targets, class_names),
+        threshold_rule=config.threshold_rule,
     )
     if config.class_weights is None:
         return task
