@@ -23,6 +23,7 @@ from pipeline.data.sources.tables.files import TableFiles
 from pipeline.data.tabular.encoder import suggest_columns
 from pipeline.data.transforms import DataReport
 from pipeline.errors import DataError, InputError, StorageError, TrainyardError
+from pipeline.format_metrics import format_number
 from pipeline.inference.inputs import decode_input_image, find_input_columns
 from pipeline.inference.load import load
 from pipeline.inference.predictor import Predictor
@@ -57,6 +58,8 @@ class PredictResult:
     step: int
     rows: int
     output: str
+    threshold: float
+    """Of a binary task, the probability above which the second class is predicted; else 0.5."""
     report: DataReport
     """How the input's columns differ from the training data."""
     skipped: tuple[str, ...] = ()
@@ -70,6 +73,8 @@ class PredictResult:
 
     def format_lines(self) -> list[str]:
         lines = [f"wrote {self.rows:,} rows predicted by {self.run} at step {self.step} to {self.output}"]
+        if self.threshold != 0.5:
+            lines.append(f"  threshold {format_number(self.threshold)} (task.threshold)")
         return lines + [f"  {line}" for line in self.report.format_lines()]
 
 
@@ -146,7 +151,9 @@ def predict(
     for text in report.format_warnings():
         warn(text)
     skipped = tuple(source.skipped)
-    return PredictResult(predictor.run, predictor.step, count, output, report, skipped, tuple(warnings))
+    return PredictResult(
+        predictor.run, predictor.step, count, output, predictor.threshold, report, skipped, tuple(warnings)
+    )
 
 
 def _open_input(

@@ -58,6 +58,8 @@ from pipeline.config.training import (
     ParamGroupConfig,
     PhaseConfig,
     TaskConfig,
+    ThresholdConfig,
+    ThresholdRule,
     TrainConfig,
 )
 
@@ -114,6 +116,8 @@ __all__ = [
     "SplitsConfig",
     "TARGET_METRICS",
     "TaskConfig",
+    "ThresholdConfig",
+    "ThresholdRule",
     "TimeSplitsConfig",
     "TorchvisionModelConfig",
     "TrainConfig",
