@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import JobConfig, ParquetDataConfig
 from pipeline.config.files import resolve_job
 from pipeline.errors import InputError, TrainyardError
-from pipeline.events import EventHandler, Message
+from pipeline.events import EventHandler, Message, ignore_event
 
 if TYPE_CHECKING:  # it imports Arrow, which a job that is finished may not need
     from pipeline.data.tabular.in_memory import InMemoryTable
@@ -55,8 +55,9 @@ def open_table_job(
     *,
     label: str | Sequence[str] | None = None,
     task: str | Mapping[str, Any] | None = None,
+    base: Mapping[str, Any] | str | Path | None = None,
     overrides: Iterable[str] = (),
-    on_event: EventHandler,
+    on_event: EventHandler = ignore_event,
 ) -> Iterator[JobConfig]:
     """Provide the job that trains on a table in memory: `source: parquet` with a file of the cache, which is kept there
     at least until the context ends. Errors inside name the table instead of that file.
@@ -65,6 +66,7 @@ def open_table_job(
     ----------
     data, target, label: see `pipeline.data.tabular.in_memory.to_labeled_table`.
     task: as in a job file.
+    base: a job file, or its content as a mapping, from which all is taken but the source, the label and the task.
     overrides: `KEY=VALUE`.
 
     Raises
@@ -75,7 +77,7 @@ def open_table_job(
     from pipeline.data.tabular.in_memory import WHERE, to_labeled_table
 
     table = to_labeled_table(data, target, label)
-    job = resolve_job(_to_job_tree(table, task), overrides)
+    job = resolve_job(_to_job_tree(table, task, base), overrides)
     if not isinstance(job.data, ParquetDataConfig):
         raise InputError(
             f"is {job.data.source}, but the data is a table in memory", where="data.source", fix="do not set it"
@@ -94,13 +96,21 @@ def open_table_job(
         del entry  # until here it protects the file from deletion
 
 
-def _to_job_tree(table: InMemoryTable, task: str | Mapping[str, Any] | None) -> dict[str, Any]:
+def _to_job_tree(
+    table: InMemoryTable, task: str | Mapping[str, Any] | None, base: Mapping[str, Any] | str | Path | None
+) -> dict[str, Any]:
     """Return the job as in a file, without what overrides set, and with a URL that `open_table_job` replaces."""
     labels = list(table.labels)
-    data = {"source": "parquet", "url": "table", "label": labels if len(labels) > 1 else labels[0]}
+    tree: dict[str, Any] = {"name": JOB_NAME, **base} if isinstance(base, Mapping) else {"name": JOB_NAME}
+    if isinstance(base, str | Path):
+        tree["base"] = str(base)
+    data = tree.get("data", {})
+    if not isinstance(data, Mapping):
+        raise InputError(f"must be a mapping, not {data!r}", where="data")
+    label = labels if len(labels) > 1 else labels[0]
+    tree["data"] = {**data, "source": "parquet", "url": "table", "label": label}
     if table.categorical:
-        data["categorical"] = list(table.categorical)
-    tree: dict[str, Any] = {"name": JOB_NAME, "data": data}
+        tree["data"]["categorical"] = [*data.get("categorical", []), *table.categorical]
     if task is not None or len(labels) > 1:
         tree["task"] = "regression" if task is None else dict(task) if isinstance(task, Mapping) else task
     return tree

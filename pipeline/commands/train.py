@@ -93,7 +93,7 @@ def train(
             where="--allow-code-change",
             fix="add --name RUN, or remove this option",
         )
-    overrides = _to_override_strings(set) if isinstance(set, Mapping) else list(set)
+    overrides = to_override_strings(set) if isinstance(set, Mapping) else list(set)
     opened = (
         nullcontext(resolve_job(job, overrides))
         if is_job(job, target, label=label, task=task)
@@ -266,7 +266,7 @@ def _find_initial_weights(job: JobConfig, storage_url: str) -> InitialWeights | 
     return find_initial_weights(job, storage_url)
 
 
-def _to_override_strings(overrides: Mapping[str, Any]) -> list[str]:
+def to_override_strings(overrides: Mapping[str, Any]) -> list[str]:
     """Convert overrides to `KEY=VALUE` strings, with values in JSON: it is YAML, and distinguishes text, numbers and
     null."""
     return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
