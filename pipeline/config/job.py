@@ -145,6 +145,11 @@ class JobConfig(ConfigNode):
             )
         return self
 
+    @property
+    def members(self) -> int:
+        """Number of networks of the model's ensemble; 1 for a single network. Each takes batches of its own."""
+        return self.model.ensemble if isinstance(self.model, MlpConfig) else 1
+
     def target_names(self, num_targets: int | None = None) -> tuple[str, ...]:
         """Return the suffixes of the metric columns of single targets, see `metrics.make_target_names`; only for a
         regression.
@@ -200,10 +205,10 @@ and a run is found again by the digest. Never change or extend this: keys of lat
 IDENTITY_OPTIONAL_KEYS: dict[str, dict[str, Any]] = {
     "data": {},
     "data.splits": {},
-    "model": {},
+    "model": {"ensemble": 1, "numeric_embedding": "none"},
     "task": {},
     "train": {},
-    "train.optimizer": {},
+    "train.optimizer": {"decay": "all"},
 }
 """Keys that later versions added, by the node that has them, with the value that means what earlier versions did. At
 that value a key is left out of the identity, so that runs of earlier versions are found again."""

@@ -12,7 +12,7 @@ from pipeline.config.base import ConfigNode, Fraction, Positive, validate_import
 
 def _parse_integer_label(label: Any) -> Any:
     is_number = isinstance(label, str) and re.fullmatch("0|-?[1-9][0-9]*", label)  # 007 is text
-    return int(label) if is_number else label
+    return int(label) if is_number or isinstance(label, bool) else label
 
 
 Label = Annotated[int | str, BeforeValidator(_parse_integer_label)]
@@ -25,8 +25,8 @@ class TaskConfig(ConfigNode):
     kind: Literal["multiclass", "binary", "regression"] = "multiclass"
     """multiclass: softmax cross-entropy. binary: one logit and binary cross-entropy. regression: mean squared error."""
     positive: list[int | bool | str] | None = None
-    """binary: the labels of the positive class, such as [0, 1, 2] or [yes]. By default the larger one of two numbers: 1
-    of 0 and 1, and of -1 and 1."""
+    """binary: the labels of the positive class, such as [0, 1, 2] or [yes]. By default, of two labels the later one in
+    sorted order: 1 of 0 and 1, 2 of 1 and 2, true of false and true, yes of no and yes."""
     class_weights: Literal["balanced"] | dict[Label, Annotated[float, Field(gt=0)]] | None = None
     """Weight of each class in the loss, by its label, such as {0: 1, 1: 5}; balanced: inversely proportional to its
     number of rows in the training split; null: all equal."""
@@ -82,6 +82,10 @@ class OptimizerConfig(ConfigNode):
     """Nesterov momentum; sgd only, and needs momentum."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Weight decay: an L2 penalty in sgd and adam, decoupled from the gradient in adamw."""
+    decay: Literal["all", "weights"] = "all"
+    """Which parameters decay, also in groups. all: every one. weights: the weight matrices of linear layers,
+    convolutions and embeddings of categories; not biases, normalizations, the scales of an ensemble's members, or the
+    frequencies and phases of embedded numbers."""
     betas: Annotated[tuple[Fraction, Fraction], Strict(False)] = (0.9, 0.999)
     """Decay rates of the running means of the gradient and of its square; adam and adamw only."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -130,8 +134,9 @@ class PhaseConfig(ConfigNode):
 class TrainConfig(ConfigNode):
     """The training loop."""
 
-    batch_size: Positive | Literal["all"] = 100
-    """Rows per step, the global batch of all workers together; all: the whole training split."""
+    batch_size: Positive | Literal["all", "auto"] = 100
+    """Rows per step, the global batch of all workers together. all: the whole training split. auto: 32 below 2,800
+    training rows, 64 below 4,500, 128 below 6,400, else 256 (TabM's rule, arXiv 2410.24210)."""
     micro_batch: Positive | None = None
     """Accumulate gradients over micro-batches of this many rows on each worker, to save memory; null: all rows at
     once."""

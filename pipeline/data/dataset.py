@@ -60,6 +60,7 @@ class Dataset:
     schema: the layout of the inputs, if they are rows of a table.
     label_names: the distinct labels, sorted, if labels are text: targets are positions in it. Which of them are classes
         is fitted on the training split, see `targets`.
+    has_boolean_labels: whether the targets 0 and 1 are booleans in the source.
     split_columns: by name, the columns that the job splits by.
     warnings: messages about data that was skipped, such as invalid images.
     column_names: of the columns of inputs (N, F), if they came from a data frame.
@@ -75,6 +76,7 @@ class Dataset:
     fingerprint: str
     schema: Schema | None = None
     label_names: tuple[str, ...] = ()
+    has_boolean_labels: bool = False
     split_columns: Mapping[str, SplitColumn] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     column_names: tuple[str, ...] = ()

@@ -7,7 +7,8 @@ decide which classes there are.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ class TargetTransform:
         are not scaled.
     label_values: the label of each class, if labels are numbers; empty if they are text, or if a class stands for
         several labels.
+    is_boolean: whether these labels, 0 and 1, are booleans in the data.
     """
 
     kind: str
@@ -49,6 +51,7 @@ class TargetTransform:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     label_values: tuple[int, ...] = ()
+    is_boolean: bool = False
 
     def transform(
         self,
@@ -157,10 +160,11 @@ class TargetTransform:
         return scaled
 
     def decode_labels(self, class_indices: np.ndarray) -> np.ndarray:
-        """Return the names of classes (N,), given their indices int64 (N,); int64 labels if the classes have no other
-        names."""
-        has_names = self.classes != tuple(map(str, self.label_values))
-        labels: np.ndarray = np.array(self.classes) if has_names else np.array(self.label_values, dtype=np.int64)
+        """Return the labels of classes (N,), given their indices int64 (N,): text, or int64 or bool where these are
+        the labels and the classes have no other names."""
+        labels = np.array(self.classes)
+        if self.classes == _label_names(self.label_values, self.is_boolean):
+            labels = np.array(self.label_values, dtype=np.bool_ if self.is_boolean else np.int64)
         decoded: np.ndarray = labels[class_indices]
         return decoded
 
@@ -176,6 +180,7 @@ class TargetTransform:
             "classes": list(self.classes),
             "text": self.is_text,
             "values": list(self.label_values),
+            "boolean": self.is_boolean,
             "positive": None if self.positive is None else list(self.positive),
             "mean": list(self.mean),
             "std": list(self.std),
@@ -203,7 +208,8 @@ class TargetTransform:
                 labels = () if text or positive is not None else tuple(range(len(classes)))
             if labels and (text or len(set(labels)) != len(classes)):
                 raise ValueError(f"{len(labels)} labels for {len(classes)} classes")
-            return cls(kind, classes, text, None if positive is None else tuple(positive), mean, std, labels)
+            boolean = bool(values.get("boolean", False))
+            return cls(kind, classes, text, None if positive is None else tuple(positive), mean, std, labels, boolean)
 
 
 def fit_target_transform(job: JobConfig, dataset: Dataset, splits: Mapping[str, SplitIndices]) -> TargetTransform:
@@ -229,7 +235,8 @@ def fit_target_transform(job: JobConfig, dataset: Dataset, splits: Mapping[str, 
     positive = None if task.positive is None else tuple(task.positive)
     text = bool(dataset.label_names)
     classes, values = (classes_from_text if text else classes_from_numbers)(dataset, task, splits, where)
-    fitted = TargetTransform(task.kind, classes, text, positive, label_values=values)
+    is_boolean = dataset.has_boolean_labels and bool(values)
+    fitted = TargetTransform(task.kind, classes, text, positive, label_values=values, is_boolean=is_boolean)
     transformed = fitted.transform(raw, dataset.label_names, indices=train_indices, where=where)[train_indices]
     if (transformed == transformed[0]).all():
         raise DataError(
@@ -242,13 +249,19 @@ def fit_target_transform(job: JobConfig, dataset: Dataset, splits: Mapping[str, 
 
 def label_warnings(labels: TargetTransform) -> list[str]:
     """Return warnings about choices that were made because the job does not make them."""
-    if labels.kind != "binary" or labels.positive is not None or labels.label_values in ((), (0, 1)):
+    is_zero_and_one = labels.label_values == (0, 1) and not labels.is_boolean
+    if labels.kind != "binary" or labels.positive is not None or is_zero_and_one:
         return []
     negative, positive = labels.classes
     return [
-        f"of the labels {negative} and {positive}, {positive} counts as positive; "
-        f"for the opposite, use task: {{kind: binary, positive: [{negative}]}}"
+        f"of the labels {negative} and {positive}, {positive} counts as positive; for the opposite, use task: "
+        f"{{kind: binary, positive: [{json.dumps(negative, ensure_ascii=False) if labels.is_text else negative}]}}"
     ]
+
+
+def _label_names(values: Sequence[int], is_boolean: bool) -> tuple[str, ...]:
+    """Return the names of labels that are numbers or booleans."""
+    return tuple(str(bool(value)).lower() if is_boolean else str(value) for value in values)
 
 
 def count_classes(targets: np.ndarray, num_classes: int) -> list[int]:
@@ -294,20 +307,16 @@ class FittedClasses(NamedTuple):
 def classes_from_text(
     dataset: Dataset, task: TaskConfig, splits: Mapping[str, SplitIndices], where: str
 ) -> FittedClasses:
-    """Return the classes of text labels: those that occur in training, sorted.
+    """Return the classes of text labels: those that occur in training, sorted. Of two, the second is the positive
+    class, unless `task.positive` is given.
 
     Raises
     ------
-    DataError: another split has a label that no training row has; or a binary task does not declare which are positive.
+    DataError: another split has a label that no training row has; there are far too many labels, or more than two for a
+        binary task; no row is in `task.positive`.
     """
     names, labels = dataset.label_names, dataset.train.targets
-    if task.kind == "binary":
-        if task.positive is None:
-            raise DataError(
-                f"the labels are {sample_repr(names)}: which of them count as 1?",
-                where="task.positive",
-                fix=f"write task: {{kind: binary, positive: [{names[-1]}]}}",
-            )
+    if task.positive is not None:
         positive_names = {str(label) for label in task.positive}
         _raise_if_absent(positive_names.isdisjoint(names), task, names)
         is_occurring = np.bincount(labels[splits["train"].indices], minlength=len(names)) > 0
@@ -347,7 +356,7 @@ def classes_from_numbers(
             )
         return FittedClasses(dataset.classes, tuple(range(len(dataset.classes))))
     values = _training_labels(dataset, task, splits, where)
-    return FittedClasses(tuple(map(str, values)), tuple(values))
+    return FittedClasses(_label_names(values, dataset.has_boolean_labels), tuple(values))
 
 
 def _binary_classes(
@@ -362,8 +371,8 @@ def _binary_classes(
     if len(pair[0]) != 1 or len(pair[1]) != 1:
         return FittedClasses(MERGED_CLASS_NAMES)
     values = (pair[0][0], pair[1][0])
-    declared = dataset.classes
-    names = [declared[value] if 0 <= value < len(declared) else str(value) for value in values]
+    declared, plain = dataset.classes, _label_names(values, dataset.has_boolean_labels)
+    names = [declared[value] if 0 <= value < len(declared) else name for value, name in zip(values, plain, strict=True)]
     return FittedClasses((names[0], names[1]), values)
 
 
@@ -385,10 +394,12 @@ def _training_labels(dataset: Dataset, task: TaskConfig, splits: Mapping[str, Sp
         return repr(names[label]) if names else str(label)
 
     if task.kind == "binary" and len(training_labels) > 2:
+        shown = [names[label] for label in training_labels] if names else training_labels
+        example = json.dumps(shown[-1], ensure_ascii=False) if names else shown[-1]
         raise DataError(
-            f"{len(training_labels):,} different labels ({sample_repr(training_labels)}), but binary needs two",
+            f"{len(training_labels):,} different labels ({sample_repr(shown)}), but binary needs two",
             where=where,
-            fix=f"list which of them count as 1, for example task: {{kind: binary, positive: [{training_labels[-1]}]}};"
+            fix=f"list which of them count as 1, for example task: {{kind: binary, positive: [{example}]}};"
             " or use task: multiclass",
         )
     if len(training_labels) > max(FEW_CLASSES, num_rows // 2):

@@ -73,6 +73,11 @@ class ArrayTransform:
         return ()
 
     @property
+    def num_numbers(self) -> int:
+        """How many of the first elements of a transformed sample (F,) are numbers: all."""
+        return math.prod(self.sample_shape)
+
+    @property
     def schema(self) -> Schema | None:
         """None: only tables have one."""
         return None

@@ -91,6 +91,11 @@ class TabularTransform:
         return tuple(codes + 1 for codes in self._max_codes() if codes > self.one_hot_up_to)
 
     @property
+    def num_numbers(self) -> int:
+        """How many of the first elements of a transformed row are numbers."""
+        return len(self.fill)
+
+    @property
     def output_shape(self) -> tuple[int, ...]:
         """Shape of a transformed row."""
         one_hot = sum(codes for codes in self._max_codes() if codes <= self.one_hot_up_to)

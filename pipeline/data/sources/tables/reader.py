@@ -19,7 +19,7 @@ from pipeline.config import CacheConfig
 from pipeline.data.cache import scratch_folder, track_folder_growth
 from pipeline.data.sources import file_digests
 from pipeline.data.sources.file_digests import DataFile, FileDigests, FileStamp
-from pipeline.data.sources.parquet.partitions import ListedFile, find_parquet
+from pipeline.data.sources.tables.partitions import ListedFile, find_parquet
 from pipeline.data.stored_tables import find_stored_digest
 from pipeline.data.tabular.arrow_types import ArrowKind, arrow_kind
 from pipeline.errors import DataError
