@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import signal
 import tempfile
+import uuid
 from abc import ABCMeta, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,6 +27,7 @@ from pipeline.errors import InputError, Interrupted
 from pipeline.inference.load import load
 from pipeline.inference.predictor import Predictor
 from pipeline.runs.status import RunStatus
+from pipeline.storage import Storage
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
@@ -125,18 +127,18 @@ class _TrainyardEstimator(BaseEstimator, metaclass=ABCMeta):  # type: ignore[mis
         table = to_input_table(inputs)
         self._column_names = table.column_names
         is_validation = self._draw_validation_rows(labels, task["kind"])
+        splits: dict[str, Any] = {"data.splits": {"by": "random", "val": 0}, "best": {"metric": "train/loss"}}
+        if is_validation.any():
+            # By a column rather than at random: a random split depends on names and types of columns, too.
+            column = unused_name(SPLIT_COLUMN, table.column_names)
+            table = table.append_column(column, pa.array(np.where(is_validation, "val", "train")))
+            splits = {"data.splits": {"by": "column", "column": column}}
         with ExitStack() as stack:
-            storage, overrides = self.storage, self._to_overrides()
-            if is_validation.any():
-                # By a column rather than at random: a random split depends on names and types of columns, too.
-                split_column = unused_name(SPLIT_COLUMN, table.column_names)
-                table = table.append_column(split_column, pa.array(np.where(is_validation, "val", "train")))
-                overrides = {"data.splits": {"by": "column", "column": split_column}, **overrides}
-            else:
-                overrides = {"data.splits": {"by": "random", "val": 0}, "best": {"metric": "train/loss"}, **overrides}
+            storage, overrides = self.storage, {**splits, **self._to_overrides()}
             if storage is None:
+                storage = stack.enter_context(_temporary_storage())
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="trainyard-fit-"))
-                storage, overrides = folder, {"data.cache.folder": f"{folder}/cache", **overrides}
+                overrides = {"data.cache.folder": folder, **overrides}
             try:
                 with open_table_job(
                     table, labels, task=task, base=self.job, overrides=to_override_strings(overrides)
@@ -307,7 +309,8 @@ class TrainyardClassifier(ClassifierMixin, _TrainyardEstimator):  # type: ignore
         if isinstance(self.class_weight, Mapping):
             weights = {label: float(weight) for label, weight in self.class_weight.items()}
             task["class_weights"] = {
-                label: weights[given] for label, given in zip(labels.tolist(), self.classes_.tolist(), strict=True)
+                label: weights[given]
+                for label, given in zip(labels.tolist(), self.classes_.tolist(), strict=True)
                 if given in weights
             }
         elif self.class_weight is not None:
@@ -334,3 +337,13 @@ class TrainyardRegressor(RegressorMixin, _TrainyardEstimator):  # type: ignore[m
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True
         return tags
+
+
+@contextmanager
+def _temporary_storage() -> Iterator[str]:
+    """Provide the URL of a storage in memory, which is deleted at the end: it has no disk to wait for."""
+    name = f"trainyard-fit-{uuid.uuid4().hex}"
+    try:
+        yield f"memory://{name}"
+    finally:
+        Storage.open("memory://").delete_folder(name)

@@ -68,8 +68,10 @@ def train(
     target: with data, its labels (N,), or (N, T) for a regression: an array, a list or a column of a data frame.
     label: with data, the name of its label column, or for a regression a list of them; with `target`, the name that the
         labels get.
-    task: with data, what to predict, as in a job file: "binary", "regression", ...
-    set: overrides, as a mapping or as strings `KEY=VALUE`. With data, everything but `data` and `task` is given so.
+    task: with data, what to predict, as in a job file: "binary", "regression", ... By default it follows from the
+        labels, and an event says what was chosen and why.
+    set: overrides, as a mapping or as strings `KEY=VALUE`. With data, all that a job file could say is given so; the
+        default is the recipe for tables.
     name: name of the run; default: the job's name and the digest of its identity.
     storage: URL of the runs; default: TRAINYARD_STORAGE, else the job's.
     address: the Ray cluster to use instead of a local one; only with workers.
