@@ -20,6 +20,7 @@ from pipeline.config import CacheConfig, ImageFolderDataConfig, TableDataConfig
 from pipeline.data.sources.file_digests import select_num_read_threads
 from pipeline.data.sources.images.decode import InvalidImageError, is_image_path, silence_pillow_warnings
 from pipeline.data.sources.tables.files import TableFiles
+from pipeline.data.sources.tables.parquet import ParquetFiles
 from pipeline.data.tabular.encoder import suggest_columns
 from pipeline.data.transforms import DataReport
 from pipeline.errors import DataError, InputError, StorageError, TrainyardError
@@ -162,7 +163,7 @@ def _open_input(
     """Open and check the input. stack: closes it."""
     data = predictor.job.data
     if isinstance(data, TableDataConfig):
-        files = TableFiles(url, CacheConfig())
+        files = ParquetFiles(url, CacheConfig())
         _check_output_outside_input(url, files.paths, output)
         return _TableInput(predictor, data, stack.enter_context(files), on_warning)
     if isinstance(data, ImageFolderDataConfig):

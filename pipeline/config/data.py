@@ -219,9 +219,13 @@ class TableDataConfig(FileDataConfig):
     """A file, a glob or a partitioned folder: any fsspec URL, or a path."""
     label: str | Annotated[list[str], Field(min_length=1)]
     """The column to predict; for a regression with several targets, a list of columns of numbers."""
-    features: Annotated[list[str], Field(min_length=1)] = ["*"]
+    features: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = ["*"]
     """Input columns: names, or patterns such as num_*. The default is all columns but label, keys and the splits'
-    column."""
+    column. auto: all of these but columns that would not help, each of which is named in a warning: text that is almost
+    unique (more than 90 % of the values differ), values that are not numbers or text, columns with one value in all
+    training rows, row numbers, and columns that alone predict the label (target leakage)."""
+    exclude: list[str] = []
+    """Names or patterns of columns that are not inputs; of a column that `features` names too, it is an error."""
     keys: list[str] = []
     """Columns that identify a row. They are not inputs of the model; predictions include them."""
     categorical: list[str] = []

@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.config import JobConfig, TableDataConfig
 from pipeline.data.cache import get_or_build
 from pipeline.data.dataset import Dataset, DatasetPart
+from pipeline.data.sources.tables.auto_features import select_auto_features, with_features
 from pipeline.data.sources.tables.columns import TableSelection, select_columns
 from pipeline.data.sources.tables.decode import (
     DecodedTable,
@@ -67,6 +68,7 @@ def open_table(job: JobConfig, on_progress: Callable[[str], None], *, float64: b
                 fix="check data.url, and the program that wrote the files",
             )
         fingerprint = files.compute_fingerprint(on_progress)
+        job, left_out = select_auto_features(files, job, fingerprint, on_progress)
         selection = select_columns(files, job)
         shape, kind = input_array_layout(selection, files.num_rows, dtype)
         _check_shape(selection)
@@ -85,7 +87,11 @@ def open_table(job: JobConfig, on_progress: Callable[[str], None], *, float64: b
                 data.cache, _cache_key(fingerprint, selection, dtype), build, size_bytes=size + other_bytes
             )
             decoded = DecodedTable.load(entry)
-        dataset = _to_dataset(selection, decoded, fingerprint, files)
+        dataset = replace(
+            _to_dataset(selection, decoded, fingerprint, files),
+            left_out=left_out,
+            reopen_with_features=lambda names: open_table(with_features(job, names), on_progress, float64=float64),
+        )
     if float64 or dataset.rounding_errors is None:
         return dataset
     return replace(dataset, reopen_in_float64=lambda: open_table(job, on_progress, float64=True))

@@ -111,6 +111,11 @@ class TableFiles(ABC):
     def num_rows(self) -> int:
         return sum(self.row_counts)
 
+    @property
+    def num_bytes(self) -> int:
+        """The size of all files."""
+        return self._total_bytes
+
     def compute_fingerprint(self, on_progress: ProgressFn = lambda text: None) -> str:
         """Return the SHA-256 in hex over name, size and content of every file, sorted by name.
 
