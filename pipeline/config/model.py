@@ -53,8 +53,8 @@ class MlpConfig(InitConfig):
     batch_size rows for each of them. 1: a single network."""
     numeric_embedding: Literal["none", "periodic", "piecewise"] = "none"
     """What the network gets of each number of a table. none: the number. periodic: also 3 trained values computed from
-    16 cosines of it, as in RealMLP (arXiv 2407.04491). piecewise: its piecewise-linear encoding by the quantiles of the
-    training rows."""
+    16 cosines of it, as in RealMLP (arXiv 2407.04491). piecewise: its piecewise-linear encoding by up to 32
+    bins between quantiles of the training rows (arXiv 2203.05556), whatever `data.normalize` is."""
 
     def embedding_dim(self, num_codes: int) -> int:
         """Return the width of an embedding for a number of codes; `auto` is fastai's `emb_sz_rule`, at most 50, not

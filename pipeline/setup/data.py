@@ -22,7 +22,11 @@ from pipeline.events import ProgressFn
 from pipeline.runs.checkpoints.checkpoint import find_checkpoint
 from pipeline.runs.run import Run
 from pipeline.setup.initial_weights import InitialWeights
-from pipeline.training.metric_accumulator import check_best_metric_gathered, describe_oversized_splits
+from pipeline.training.metric_accumulator import (
+    check_best_metric_gathered,
+    check_threshold_gathered,
+    describe_oversized_splits,
+)
 from pipeline.training.schedule import TrainingSchedule
 from pipeline.user_code import UserCode, collect_user_code
 
@@ -59,6 +63,11 @@ class PreparedData:
             split: len(splits[split]) if limit is None else min(len(splits[split]), limit)
             for split in self.evaluation_splits
         }
+
+    @property
+    def metric_columns(self) -> list[str]:
+        """The columns of the metrics of every evaluation."""
+        return self.job.metric_columns(self.fitted.num_outputs, self.fitted.target_transform.classes)
 
     def evaluation_indices(self, split: str) -> np.ndarray:
         """Return the rows of a split that an evaluation uses: all, or a sample of `evaluate.limit`.
@@ -167,7 +176,7 @@ def prepare_data(
     for split in prepared.evaluation_splits:
         if split not in splits:
             raise JobError(f"there is no {split} split to evaluate", where="evaluate.splits", fix="see data.splits")
-    if job.best.metric.partition("/")[2] not in (available_metrics := job.metric_columns(fitted.num_outputs)):
+    if job.best.metric.partition("/")[2] not in (available_metrics := prepared.metric_columns):
         raise JobError(
             f"{job.best.metric} is not measured",
             where="best.metric",
@@ -179,7 +188,34 @@ def prepare_data(
         raise JobError(
             f"{job.best.metric} is not evaluated", where="best.metric", fix=f"add {best_split} to evaluate.splits"
         )
+    _check_threshold(prepared)
     return prepared
+
+
+def _check_threshold(prepared: PreparedData) -> None:
+    """Check that there is a validation split on which the rule of `task.threshold` can choose.
+
+    Raises
+    ------
+    JobError: it is missing, not evaluated, too large, or of one class.
+    """
+    job = prepared.job
+    if job.task.threshold_rule is None:
+        return
+    where, fix = "task.threshold", "or give the threshold as a number, such as 0.3"
+    what = "the threshold is chosen on the validation split"
+    if "val" not in prepared.splits:
+        raise JobError(f"{what}, and there is none", where=where, fix=f"set data.splits.val, {fix}")
+    if "val" not in prepared.evaluation_splits:
+        raise JobError(f"{what}, which is not evaluated", where=where, fix=f"add val to evaluate.splits, {fix}")
+    check_threshold_gathered(job, prepared.fitted.num_outputs, prepared.num_evaluation_rows)
+    targets = prepared.targets[prepared.splits["val"].part][prepared.evaluation_indices("val")]
+    if len(targets) == 0 or (targets == targets[0]).all():
+        raise JobError(
+            f"{what}, and its {len(targets):,} rows are of one class",
+            where=where,
+            fix=f"draw with data.splits.stratify: true, {fix}",
+        )
 
 
 def _split_and_fit(job: JobConfig, dataset: Dataset) -> tuple[Dataset, dict[str, SplitIndices], FittedTransforms]:

@@ -10,11 +10,11 @@ import hashlib
 import json
 from pathlib import Path
 
-from pipeline.config import JobConfig, ParquetDataConfig
+from pipeline.config import JobConfig, TableDataConfig
 from pipeline.data.cache import get_or_build
 from pipeline.data.sources.tables.columns import merge_column_kinds, select_feature_names
+from pipeline.data.sources.tables.files import TableFiles
 from pipeline.data.sources.tables.profile import profile_files
-from pipeline.data.sources.tables.reader import ParquetFiles
 from pipeline.data.tabular.arrow_types import ArrowKind
 from pipeline.data.tabular.profile import MAX_DISTINCT_TEXTS, ColumnProfile
 from pipeline.errors import DataError
@@ -31,7 +31,7 @@ UNIQUE_FRACTION = 0.9
 
 
 def select_auto_features(
-    files: ParquetFiles, job: JobConfig, fingerprint: str, on_progress: ProgressFn
+    files: TableFiles, job: JobConfig, fingerprint: str, on_progress: ProgressFn
 ) -> tuple[JobConfig, dict[str, str]]:
     """Return the job with its features by name, and the columns that are left out, each with the reason.
 
@@ -43,7 +43,7 @@ def select_auto_features(
     DataError: no column is left, or the columns of the files differ.
     """
     data = job.data
-    assert isinstance(data, ParquetDataConfig), "a job with source: parquet"
+    assert isinstance(data, TableDataConfig), "a job of tables"
     if data.features != "auto":
         return job, {}
     kinds, errors = merge_column_kinds(files)
@@ -91,7 +91,7 @@ def _depends_on_values(kind: ArrowKind) -> bool:
     return kind.kind == "text" or (kind.kind == "vector" and kind.width == 0)
 
 
-def _judge_values(files: ParquetFiles, kinds: dict[str, ArrowKind], on_progress: ProgressFn) -> dict[str, str]:
+def _judge_values(files: TableFiles, kinds: dict[str, ArrowKind], on_progress: ProgressFn) -> dict[str, str]:
     profiles = profile_files(files, kinds, on_progress).values()
     return {profile.name: reason for profile in profiles if (reason := judge_values(profile))}
 

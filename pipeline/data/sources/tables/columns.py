@@ -9,8 +9,8 @@ from typing import Literal
 
 import pyarrow.compute as pc
 
-from pipeline.config import JobConfig, ParquetDataConfig, TimeSplitsConfig
-from pipeline.data.sources.tables.reader import ParquetFiles
+from pipeline.config import JobConfig, TableDataConfig, TimeSplitsConfig
+from pipeline.data.sources.tables.files import TableFiles
 from pipeline.data.tabular.arrow_types import NUMERIC_KINDS, ArrowKind, common_kind
 from pipeline.data.tabular.encoder import suggest_columns
 from pipeline.data.tabular.schema import ColumnKind
@@ -36,7 +36,7 @@ class FeatureColumn:
 
 
 @dataclass(frozen=True)
-class ParquetSelection:
+class TableSelection:
     """The columns of the files that a job uses.
 
     features: the input columns.
@@ -83,7 +83,7 @@ def _tuple_text(items: Iterable[str]) -> str:
     return f"({texts[0]},)" if len(texts) == 1 else f"({', '.join(texts)})"
 
 
-def select_columns(files: ParquetFiles, job: JobConfig) -> ParquetSelection:
+def select_columns(files: TableFiles, job: JobConfig) -> TableSelection:
     """Select the job's columns, and check that every file has them.
 
     Raises
@@ -92,7 +92,7 @@ def select_columns(files: ParquetFiles, job: JobConfig) -> ParquetSelection:
         features; a pattern without a match.
     """
     data, columns = job.data, _FileColumns(files)
-    assert isinstance(data, ParquetDataConfig), "a job with source: parquet"
+    assert isinstance(data, TableDataConfig), "a job of tables"
     split = data.splits_column
     for name, where in [
         *((label, "data.label") for label in data.labels),
@@ -104,7 +104,7 @@ def select_columns(files: ParquetFiles, job: JobConfig) -> ParquetSelection:
     kinds = {name: columns.merged_kind(name) for name in names}
     categorical = _match_patterns(data.categorical, columns.names, "data.categorical")
     shape, raw = _sample_shape(data.shape, kinds)
-    return ParquetSelection(
+    return TableSelection(
         features=tuple(_make_feature(name, kind, name in categorical, files) for name, kind in kinds.items()),
         labels=tuple((name, _check_label(name, columns.merged_kind(name), job, files.url)) for name in data.labels),
         label_as="numbers" if job.task.kind == "regression" else "classes",
@@ -118,7 +118,7 @@ def select_columns(files: ParquetFiles, job: JobConfig) -> ParquetSelection:
 class _FileColumns:
     """The columns of all files, in the order of the first file that has them."""
 
-    def __init__(self, files: ParquetFiles) -> None:
+    def __init__(self, files: TableFiles) -> None:
         self._files = files
         self._kinds_by_file = [files.column_kinds(number) for number in range(len(files.files))]
         self.names = list(dict.fromkeys(name for kinds in self._kinds_by_file for name in kinds))
@@ -154,7 +154,7 @@ class _FileColumns:
         return merged
 
 
-def merge_column_kinds(files: ParquetFiles) -> tuple[dict[str, ArrowKind], dict[str, DataError]]:
+def merge_column_kinds(files: TableFiles) -> tuple[dict[str, ArrowKind], dict[str, DataError]]:
     """Return the kinds of the columns over all files, in order; and of each column that has none, because it is not in
     every file or has different types, the error that says so."""
     columns, kinds, errors = _FileColumns(files), {}, {}
@@ -179,7 +179,7 @@ def _match_patterns(patterns: Iterable[str], names: list[str], where: str) -> se
     return matched
 
 
-def select_feature_names(data: ParquetDataConfig, names: list[str]) -> list[str]:
+def select_feature_names(data: TableDataConfig, names: list[str]) -> list[str]:
     """Return the feature columns, in the order of the files. `features: auto` counts as all."""
     is_auto = data.features == "auto"
     patterns = [] if data.features == "auto" else data.features
@@ -212,7 +212,7 @@ def select_feature_names(data: ParquetDataConfig, names: list[str]) -> list[str]
     return [name for name in names if name in chosen]
 
 
-def _make_feature(name: str, arrow_kind: ArrowKind, is_categorical: bool, files: ParquetFiles) -> FeatureColumn:
+def _make_feature(name: str, arrow_kind: ArrowKind, is_categorical: bool, files: TableFiles) -> FeatureColumn:
     where = f"{files.files[0].where} ({files.row_counts[0]:,} rows)"
     if arrow_kind.kind == "null":  # a category without values, so that any new data fits; there is a warning of it
         return FeatureColumn(name, "category", 1)
@@ -225,7 +225,7 @@ def _make_feature(name: str, arrow_kind: ArrowKind, is_categorical: bool, files:
     return FeatureColumn(name, "number", arrow_kind.width or _find_list_length(name, files))
 
 
-def _find_list_length(name: str, files: ParquetFiles) -> int:
+def _find_list_length(name: str, files: TableFiles) -> int:
     """Return the length of the first list in a column of lists."""
     for number in range(len(files.files)):
         for batch in files.iter_batches(number, [name], 1024):
