@@ -227,6 +227,12 @@ class ParquetDataConfig(FileDataConfig):
     """Columns that identify a row. They are not inputs of the model; predictions include them."""
     categorical: list[str] = []
     """Names or patterns of numeric columns that are categorical. Columns of text always are."""
+    dates: list[str] = []
+    """Names or patterns of columns of text that are dates or times in ISO 8601, such as 2024-05-31 or
+    2024-05-31T12:00:00Z. Columns of dates and times always are."""
+    hashed: dict[str, Annotated[int, Field(ge=2, le=1_000_000)]] = {}
+    """Categorical columns with very many values, by name or pattern, and a number of buckets: each value is put into
+    one of them by a hash, and the bucket is the category. So new values have one too."""
     missing: ImputationConfig = ImputationConfig()
     """Replacements for missing values."""
     one_hot_up_to: Annotated[int, Field(ge=0)] = 16
