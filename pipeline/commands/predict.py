@@ -16,13 +16,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import CacheConfig, ImageFolderDataConfig, ParquetDataConfig
+from pipeline.config import CacheConfig, ImageFolderDataConfig, TableDataConfig
 from pipeline.data.sources.file_digests import select_num_read_threads
 from pipeline.data.sources.images.decode import InvalidImageError, is_image_path, silence_pillow_warnings
-from pipeline.data.sources.tables.reader import ParquetFiles
+from pipeline.data.sources.tables.files import TableFiles
+from pipeline.data.sources.tables.parquet import ParquetFiles
 from pipeline.data.tabular.encoder import suggest_columns
 from pipeline.data.transforms import DataReport
 from pipeline.errors import DataError, InputError, StorageError, TrainyardError
+from pipeline.format_metrics import format_number
 from pipeline.inference.inputs import decode_input_image, find_input_columns
 from pipeline.inference.load import load
 from pipeline.inference.predictor import Predictor
@@ -57,6 +59,8 @@ class PredictResult:
     step: int
     rows: int
     output: str
+    threshold: float
+    """Of a binary task, the probability above which the second class is predicted; else 0.5."""
     report: DataReport
     """How the input's columns differ from the training data."""
     skipped: tuple[str, ...] = ()
@@ -70,6 +74,8 @@ class PredictResult:
 
     def format_lines(self) -> list[str]:
         lines = [f"wrote {self.rows:,} rows predicted by {self.run} at step {self.step} to {self.output}"]
+        if self.threshold != 0.5:
+            lines.append(f"  threshold {format_number(self.threshold)} (task.threshold)")
         return lines + [f"  {line}" for line in self.report.format_lines()]
 
 
@@ -146,7 +152,9 @@ def predict(
     for text in report.format_warnings():
         warn(text)
     skipped = tuple(source.skipped)
-    return PredictResult(predictor.run, predictor.step, count, output, report, skipped, tuple(warnings))
+    return PredictResult(
+        predictor.run, predictor.step, count, output, predictor.threshold, report, skipped, tuple(warnings)
+    )
 
 
 def _open_input(
@@ -154,7 +162,7 @@ def _open_input(
 ) -> _TableInput | _ImageInput:
     """Open and check the input. stack: closes it."""
     data = predictor.job.data
-    if isinstance(data, ParquetDataConfig):
+    if isinstance(data, TableDataConfig):
         files = ParquetFiles(url, CacheConfig())
         _check_output_outside_input(url, files.paths, output)
         return _TableInput(predictor, data, stack.enter_context(files), on_warning)
@@ -171,7 +179,7 @@ class _TableInput:
     """Rows of Parquet files, with their keys. The constructor checks all that the files' footers contain."""
 
     def __init__(
-        self, predictor: Predictor, data: ParquetDataConfig, files: ParquetFiles, on_warning: Callable[[str], None]
+        self, predictor: Predictor, data: TableDataConfig, files: TableFiles, on_warning: Callable[[str], None]
     ) -> None:
         self.skipped: list[str] = []
         self._files = files
@@ -190,7 +198,7 @@ class _TableInput:
             self._files.release(number)
 
 
-def _select_input_columns(predictor: Predictor, files: ParquetFiles) -> list[str]:
+def _select_input_columns(predictor: Predictor, files: TableFiles) -> list[str]:
     """Return the model's input columns, which every file must have."""
     columns: list[str] = []
     for number, file in enumerate(files.files):
@@ -209,7 +217,7 @@ def _select_input_columns(predictor: Predictor, files: ParquetFiles) -> list[str
 
 
 def _unify_key_types(
-    keys: Iterable[str], files: ParquetFiles, on_warning: Callable[[str], None]
+    keys: Iterable[str], files: TableFiles, on_warning: Callable[[str], None]
 ) -> dict[str, pa.DataType]:
     """Return, for each key that the files have, the common type of its values in all files.
 
@@ -255,7 +263,7 @@ def _cast(array: pa.Array, data_type: pa.DataType) -> pa.Array:
     return array if array.type == data_type else array.cast(data_type)
 
 
-def _check_casts(files: ParquetFiles, keys: dict[str, pa.DataType]) -> None:
+def _check_casts(files: TableFiles, keys: dict[str, pa.DataType]) -> None:
     """Read the keys whose type in a file differs from the common one, and check that each value can be converted: not
     every integer is a float.
 

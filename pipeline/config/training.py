@@ -19,6 +19,34 @@ Label = Annotated[int | str, BeforeValidator(_parse_integer_label)]
 """A class by its label or its name. Keys in JSON and in `--set` are text, so that `1` there is the label 1."""
 
 
+class ErrorCostsConfig(ConfigNode):
+    """What one wrong prediction costs; only the ratio of the two matters."""
+
+    false_positive: Annotated[float, Field(gt=0)]
+    """Cost of predicting the positive class for a negative row."""
+    false_negative: Annotated[float, Field(gt=0)]
+    """Cost of predicting the negative class for a positive row."""
+
+
+class ThresholdConfig(ConfigNode):
+    """A rule that chooses the threshold: either cost or recall."""
+
+    cost: ErrorCostsConfig | None = None
+    """The threshold with the lowest total cost, such as {false_positive: 1, false_negative: 5}."""
+    recall: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The highest threshold whose recall is at least this."""
+
+    @model_validator(mode="after")
+    def _check_one_rule(self) -> Self:
+        if (self.cost is None) == (self.recall is None):
+            raise ValueError("give either cost or recall")
+        return self
+
+
+ThresholdRule = Literal["f1"] | ThresholdConfig
+"""How a threshold is chosen."""
+
+
 class TaskConfig(ConfigNode):
     """The task: its targets, its loss and its metrics. `task: binary` is short for `task: {kind: binary}`."""
 
@@ -27,6 +55,12 @@ class TaskConfig(ConfigNode):
     positive: list[int | bool | str] | None = None
     """binary: the labels of the positive class, such as [0, 1, 2] or [yes]. By default, of two labels the later one in
     sorted order: 1 of 0 and 1, 2 of 1 and 2, true of false and true, yes of no and yes."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] | Literal["f1"] | ThresholdConfig = 0.5
+    """binary: the probability above which a row is predicted positive: a number, or a rule by which each evaluation
+    chooses it on the validation split, exactly: f1, the largest F1 score; {cost: {false_positive: 1, false_negative:
+    5}}, the lowest cost; or {recall: 0.9}, the highest threshold that keeps this recall. A checkpoint stores the
+    threshold of its evaluation, and `load`, `predict` and `evaluate` use it; metrics during training are those at 0.5,
+    beside the column threshold."""
     class_weights: Literal["balanced"] | dict[Label, Annotated[float, Field(gt=0)]] | None = None
     """Weight of each class in the loss, by its label, such as {0: 1, 1: 5}; balanced: inversely proportional to its
     number of rows in the training split; null: all equal."""
@@ -53,6 +87,8 @@ class TaskConfig(ConfigNode):
     def _check_kind(self) -> Self:
         if self.positive is not None and self.kind != "binary":
             raise ValueError("positive goes with kind: binary")
+        if self.threshold != 0.5 and self.kind != "binary":
+            raise ValueError("threshold goes with kind: binary")
         if self.class_weights is not None and self.kind == "regression":
             raise ValueError("class_weights goes with multiclass and binary")
         if self.label_smoothing and (self.kind == "regression" or self.loss is not None):
@@ -60,6 +96,11 @@ class TaskConfig(ConfigNode):
         if self.loss in REGRESSION_LOSSES and self.kind != "regression":
             raise ValueError(f"loss: {self.loss} goes with kind: regression")
         return self
+
+    @property
+    def threshold_rule(self) -> ThresholdRule | None:
+        """The rule that chooses the threshold; None if it is a number."""
+        return None if isinstance(self.threshold, float) else self.threshold
 
 
 REGRESSION_LOSSES = ("mse", "mae", "huber")

@@ -175,9 +175,10 @@ def describe_oversized_splits(job: JobConfig, num_outputs: int, num_rows: Mappin
     """
     if not (names := _gathered_metrics(job)):
         return {}
+    listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
     limit = MAX_GATHERED_VALUES // values_per_sample(job.task.kind, num_outputs)
     return {
-        split: f"{split} has {count:,} samples, too many for {' and '.join(names)}, which need all samples at once and "
+        split: f"{split} has {count:,} samples, too many for {listed}, which need all samples at once and "
         f"take at most {limit:,}: null in the log; evaluate.limit limits the samples"
         for split, count in num_rows.items()
         if count > limit
@@ -201,6 +202,24 @@ def check_best_metric_gathered(job: JobConfig, num_outputs: int, num_rows: Mappi
         )
 
 
+def check_threshold_gathered(job: JobConfig, num_outputs: int, num_rows: Mapping[str, int]) -> None:
+    """Check that the validation split is not too large to choose a threshold; parameters as for
+    `describe_oversized_splits`.
+
+    Raises
+    ------
+    JobError: it is.
+    """
+    if job.task.threshold_rule is not None and "val" in describe_oversized_splits(job, num_outputs, num_rows):
+        limit = MAX_GATHERED_VALUES // values_per_sample(job.task.kind, num_outputs)
+        raise JobError(
+            f"a rule chooses the threshold from all rows of val at once, and {num_rows['val']:,} are too many",
+            where="task.threshold",
+            fix=f"set evaluate.limit to {limit} or less, or give the threshold as a number",
+        )
+
+
 def _gathered_metrics(job: JobConfig) -> list[str]:
     """Return the metrics of a job that cannot be summed."""
-    return [*(["auc"] if job.task.kind != "regression" else []), *map(metric_column, job.metrics)]
+    ranked = ["auc", "average_precision"] if job.task.kind != "regression" else []
+    return list(dict.fromkeys([*ranked, *map(metric_column, job.metrics)]))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import JobConfig, metric_column
+from pipeline.config import JobConfig, ThresholdRule, metric_column
 from pipeline.errors import JobError, WorkError
 from pipeline.training.losses import CustomLoss, LossFn, build_loss, build_smoothed_loss
 from pipeline.user_code import import_user_function, wrap_user_error
@@ -90,7 +90,9 @@ class Task:
     target_scale: regression with scaled targets: maps them back to the user's unit.
     custom_metrics: the user's metrics.
     target_std: standard deviation of the training split's transformed targets, like `target_mean`.
-    target_names: suffixes of the metrics of single targets; empty if there are none.
+    part_names: suffixes of the metrics of single targets or classes; empty if there are none.
+    threshold: binary: the probability above which a sample is predicted positive, in metrics.
+    threshold_rule: binary: chooses a threshold on a split; None if there is nothing to choose.
     label_smoothing: see `task.label_smoothing`.
     """
 
@@ -103,7 +105,9 @@ class Task:
     target_scale: TargetScale | None = None
     custom_metrics: tuple[CustomMetric, ...] = ()
     target_std: tuple[float, ...] = ()
-    target_names: tuple[str, ...] = ()
+    part_names: tuple[str, ...] = ()
+    threshold: float = 0.5
+    threshold_rule: ThresholdRule | None = None
     label_smoothing: float = 0.0
 
     @property
@@ -176,6 +180,7 @@ def build_task(
     target_std: Sequence[float] = (),
     target_scale: TargetScale | None = None,
     label_index: Callable[[int | str], int] | None = None,
+    class_names: Sequence[str] = (),
 ) -> Task:
     """Build the task of a job.
 
@@ -188,6 +193,7 @@ def build_task(
     target_mean, target_std: of the training split's transformed targets, column by column, if known.
     target_scale: of scaled targets.
     label_index: maps a label in `class_weights` to the index of its class; without it only indices are accepted.
+    class_names: of the classes, if single ones have metrics.
 
     Raises
     ------
@@ -203,7 +209,8 @@ def build_task(
         target_scale=target_scale,
         custom_metrics=tuple(map(CustomMetric.from_name, job.metrics)),
         target_std=tuple(target_std),
-        target_names=job.target_names(num_targets),
+        part_names=job.part_names(num_targets, class_names),
+        threshold_rule=config.threshold_rule,
         label_smoothing=config.label_smoothing,
     )
     if config.class_weights is None:

@@ -226,4 +226,4 @@ def test_a_run_learns_from_a_weekday(tmp_path: Path, model: dict[str, Any]) -> N
     new = [datetime.date(2022, 8, 6), datetime.date(2022, 8, 8)]  # Saturday, Monday
     assert predictor.predict({"day": new}).tolist() == [True, False]
     predict(run.url, input=str(url), output=str(tmp_path / "out.parquet"))
-    assert evaluate(run.url, data=str(url)).metrics["val/accuracy"] > 0.97
+    assert evaluate(run.url, data=str(url)).metrics["data/accuracy"] > 0.97

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+from pipeline.data.tabular.times import CLOCK_WIDTH
+
 ColumnKind = Literal["number", "category", "time"]
 
 
@@ -24,6 +26,11 @@ class Column:
     width: int = 1
     categories: tuple[str, ...] = ()
     buckets: int = 0
+
+    @property
+    def is_date(self) -> bool:
+        """Whether the column is dates, with or without a time of day."""
+        return self.kind == "time" and self.width != CLOCK_WIDTH
 
     @property
     def is_numeric(self) -> bool:
