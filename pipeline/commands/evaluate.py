@@ -164,6 +164,9 @@ def _with_other_data(job: JobConfig, url: str, fitted: FittedTransforms) -> JobC
         names = [column.name for column in fitted.input_transform.schema.columns]
         update |= {"features": [glob.escape(name) for name in names], "keys": []}
         update |= {"categorical": [name for name in job.data.categorical if fnmatch.filter(names, name)]}
+        update |= {"hashed": {name: size for name, size in job.data.hashed.items() if fnmatch.filter(names, name)}}
+        dates = [column.name for column in fitted.input_transform.schema.columns if column.is_date]
+        update |= {"dates": [glob.escape(name) for name in dates]}
     elif isinstance(job.data, TableDataConfig) and job.data.splits_column is not None:
         update |= {"keys": [*job.data.keys, job.data.splits_column]}  # else it would count as a second feature
     return job.model_copy(update={"data": job.data.model_copy(update=update)})

@@ -222,14 +222,22 @@ class TableDataConfig(FileDataConfig):
     features: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = ["*"]
     """Input columns: names, or patterns such as num_*. The default is all columns but label, keys and the splits'
     column. auto: all of these but columns that would not help, each of which is named in a warning: text that is almost
-    unique (more than 90 % of the values differ), values that are not numbers or text, columns with one value in all
-    training rows, row numbers, and columns that alone predict the label (target leakage)."""
+    unique (more than 90 % of the values differ), values that are not numbers, text or times, columns with one value in
+    all training rows, row numbers, and columns that alone predict the label (target leakage)."""
     exclude: list[str] = []
     """Names or patterns of columns that are not inputs; of a column that `features` names too, it is an error."""
     keys: list[str] = []
     """Columns that identify a row. They are not inputs of the model; predictions include them."""
     categorical: list[str] = []
     """Names or patterns of numeric columns that are categorical. Columns of text always are."""
+    dates: list[str] = []
+    """Names or patterns of columns of text that are dates or times in ISO 8601, such as 2024-05-31 or
+    2024-05-31T12:00:00Z. Columns of dates and times always are, and with features: auto all such text. A date becomes
+    numbers: the days since 1970, and sine and cosine of the day of the year, the day of the week and the time of day;
+    times with a time zone are those in UTC."""
+    hashed: dict[str, Annotated[int, Field(ge=2, le=1_000_000)]] = {}
+    """Categorical columns with very many values, by name or pattern, and a number of buckets: each value is put into
+    one of them by a hash, and the bucket is the category. So new values have one too."""
     missing: ImputationConfig = ImputationConfig()
     """Replacements for missing values."""
     one_hot_up_to: Annotated[int, Field(ge=0)] = 16
