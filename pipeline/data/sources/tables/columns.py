@@ -9,7 +9,7 @@ from typing import Literal
 
 import pyarrow.compute as pc
 
-from pipeline.config import JobConfig, TableDataConfig, TimeSplitsConfig
+from pipeline.config import CsvDataConfig, JobConfig, TableDataConfig, TimeSplitsConfig
 from pipeline.data.sources.tables.files import TableFiles
 from pipeline.data.tabular.arrow_types import NUMERIC_KINDS, ArrowKind, common_kind
 from pipeline.data.tabular.encoder import suggest_columns
@@ -104,6 +104,8 @@ def select_columns(files: TableFiles, job: JobConfig) -> TableSelection:
     kinds = {name: columns.merged_kind(name) for name in names}
     categorical = _match_patterns(data.categorical, columns.names, "data.categorical")
     shape, raw = _sample_shape(data.shape, kinds)
+    for name in data.text_columns if isinstance(data, CsvDataConfig) else ():
+        columns.require(name, "data.text_columns")
     return TableSelection(
         features=tuple(_make_feature(name, kind, name in categorical, files) for name, kind in kinds.items()),
         labels=tuple((name, _check_label(name, columns.merged_kind(name), job, files.url)) for name in data.labels),
