@@ -129,7 +129,8 @@ def _load_first_batch(prepared: PreparedData, built: TrainingSetup) -> tuple[Ten
 def _inspect_batch(prepared: PreparedData, built: TrainingSetup) -> dict[str, Any]:
     engine, schedule = built.engine, prepared.schedule
     inputs, targets = _load_first_batch(prepared, built)
-    outputs = engine.predict_logits(inputs).float()
+    first_inputs, first_targets = inputs[:: engine.members], targets[:: engine.members]  # of the first member
+    outputs = engine.predict_logits(first_inputs).float()
     before = _run_step(built, 1, inputs, targets, schedule.lr_at(1))
     engine.forward_backward(1, inputs, targets)
     after = float(engine.flat.loss_sums[0] / engine.flat.loss_sums[1])
@@ -140,9 +141,9 @@ def _inspect_batch(prepared: PreparedData, built: TrainingSetup) -> dict[str, An
         "rows": {split: len(rows) for split, rows in prepared.splits.items()},
         "steps_per_epoch": schedule.steps_per_epoch,
         "total_steps": schedule.last_step,
-        "inputs": list(inputs.shape),
+        "inputs": list(first_inputs.shape),
         "input_type": str(inputs.dtype).removeprefix("torch."),
-        "targets": list(targets.shape),
+        "targets": list(first_targets.shape),
         "device": str(built.device),
         "outputs": list(outputs.shape),
         "lowest": float(outputs.min()),
@@ -162,6 +163,7 @@ def _overfit_batch(prepared: PreparedData, built: TrainingSetup, where: str) -> 
     WorkError: the loss is not below `OVERFIT_LOSS` after `OVERFIT_STEPS` steps.
     """
     inputs, targets = _load_first_batch(prepared, built)
+    num_rows = len(targets) // built.engine.members
     lr = prepared.job.train.phases[0].lr
     loss, step = float("inf"), 0
     while loss >= OVERFIT_LOSS and step < OVERFIT_STEPS:
@@ -171,12 +173,12 @@ def _overfit_batch(prepared: PreparedData, built: TrainingSetup, where: str) -> 
             break
     if not loss < OVERFIT_LOSS:
         raise WorkError(
-            f"one batch of {len(targets)} samples cannot be overfitted: its loss is {loss:.4f} after {step} steps "
+            f"one batch of {num_rows} samples cannot be overfitted: its loss is {loss:.4f} after {step} steps "
             f"with learning rate {lr:g}",
             where=where,
             fix="try another learning rate (train.phases.0.lr) or a larger model, or look for contradictory labels",
         )
-    return {"rows": len(targets), "steps": step, "loss": loss, "lr": lr}
+    return {"rows": num_rows, "steps": step, "loss": loss, "lr": lr}
 
 
 def _run_step(built: TrainingSetup, step: int, inputs: Tensor, targets: Tensor, lr: float) -> float:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pipeline.config import CacheConfig, ImageFolderDataConfig, ParquetDataConfig
 from pipeline.data.sources.file_digests import select_num_read_threads
 from pipeline.data.sources.images.decode import InvalidImageError, is_image_path, silence_pillow_warnings
-from pipeline.data.sources.parquet.reader import ParquetFiles
+from pipeline.data.sources.tables.reader import ParquetFiles
 from pipeline.data.tabular.encoder import suggest_columns
 from pipeline.data.transforms import DataReport
 from pipeline.errors import DataError, InputError, StorageError, TrainyardError
@@ -92,10 +92,11 @@ def predict(
     """Write one row for each row of a table, or for each image, in their order.
 
     The columns are the job's `keys` that the input has (for images: `path`); `prediction`, a class or a value (with
-    several labels, one `prediction_LABEL` for each); and `probability_CLASS` for each class. A key with the name of one
-    of these columns gets the prefix `key_`. A key has one type for all files: the wider one if theirs differ, text for
-    categories. The output is written completely or not at all. Memory holds one batch of the input, and the compressed
-    output.
+    several labels, one `prediction_LABEL` for each); `probability_CLASS` for each class; and for an ensemble
+    `uncertainty`, the members' disagreement (see `Predictor.predict_with_uncertainty`; with several labels
+    `uncertainty_LABEL`). A key with the name of one of these columns gets the prefix `key_`. A key has one type for all
+    files: the wider one if theirs differ, text for categories. The output is written completely or not at all. Memory
+    holds one batch of the input, and the compressed output.
 
     Files, their columns and types, and the output's location are checked before the first prediction.
 
@@ -131,9 +132,8 @@ def predict(
         path = Path(scratch) / "output.parquet"
         try:
             for key_columns, data in source.iter_batches():
-                table = pa.table(
-                    {**key_columns, **_prediction_columns(predictor, predictor.predict_scores(data, report))}
-                )
+                scores, uncertainty = predictor.predict_scores_and_uncertainty(data, report)
+                table = pa.table({**key_columns, **_prediction_columns(predictor, scores, uncertainty)})
                 writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
                 writer.write_table(table)
                 count += table.num_rows
@@ -185,9 +185,7 @@ class _TableInput:
         self._inputs = _select_input_columns(predictor, files)
         self._keys = _unify_key_types(data.keys, files, on_warning)
         _check_casts(files, self._keys)
-        reserved = set(
-            _prediction_columns(predictor, np.empty((0, len(predictor.classes) or predictor.fitted.num_outputs)))
-        )
+        reserved = set(_prediction_columns(predictor, *predictor.empty_scores()))
         self._names = [_unique_name(key, {*reserved, *self._keys} - {key}, reserved, on_warning) for key in self._keys]
 
     def iter_batches(self) -> Iterator[tuple[ArrowColumns, pa.RecordBatch]]:
@@ -370,7 +368,9 @@ def _find_images(url: str, where: str) -> tuple[FileReader, list[str]]:
     return files, image_names
 
 
-def _prediction_columns(predictor: Predictor, scores: np.ndarray) -> dict[str, np.ndarray]:
+def _prediction_columns(
+    predictor: Predictor, scores: np.ndarray, uncertainty: np.ndarray | None
+) -> dict[str, np.ndarray]:
     """Return the predictions by the names of their columns in the output."""
     predictions = predictor.decode_predictions(scores)
     labels = predictor.job.data.labels
@@ -380,6 +380,10 @@ def _prediction_columns(predictor: Predictor, scores: np.ndarray) -> dict[str, n
         columns = {"prediction": predictions}
     for index, name in enumerate(predictor.classes):
         columns[f"probability_{name}"] = scores[:, index]
+    if uncertainty is not None and uncertainty.shape[1] == 1:
+        columns["uncertainty"] = uncertainty[:, 0]
+    elif uncertainty is not None:
+        columns |= {f"uncertainty_{name}": uncertainty[:, index] for index, name in enumerate(labels)}
     return columns
 
 

@@ -118,10 +118,14 @@ class BaseDataConfig(ConfigNode):
     """The data to train on: the keys that every source has."""
 
     source: str | UserFunctionConfig
-    normalize: Literal["auto", "unit", "scalar", "standard", "imagenet", "none"] | NormalizeConfig = "auto"
+    normalize: (
+        Literal["auto", "unit", "scalar", "standard", "robust", "quantile", "imagenet", "none"] | NormalizeConfig
+    ) = "auto"
     """How inputs are scaled. unit: uint8 images to [0, 1]. scalar: one mean and one standard deviation of all training
-    values. standard: those of each channel or column. imagenet: those that torchvision's pretrained weights expect.
-    none: not at all. {mean: 0.5, std: 0.25}: these numbers. auto: unit for uint8 images, standard for columns."""
+    values. standard: those of each channel or column. robust: columns by their median and interquartile range, then
+    smoothly clipped to within 3 (arXiv 2407.04491). quantile: columns to a normal distribution, by up to 1,000
+    quantiles. imagenet: those that torchvision's pretrained weights expect. none: not at all. {mean: 0.5, std: 0.25}:
+    these numbers. auto: unit for uint8 images, standard for columns."""
     splits: SplitsConfig = RandomSplitsConfig()
     """Which rows are for training, validation and test; by: random, range, group, time or column."""
     shuffle: bool = True

@@ -143,6 +143,11 @@ class JobConfig(ConfigNode):
             )
         return self
 
+    @property
+    def members(self) -> int:
+        """Number of networks of the model's ensemble; 1 for a single network. Each takes batches of its own."""
+        return self.model.ensemble if isinstance(self.model, MlpConfig) else 1
+
     def part_names(self, num_targets: int | None = None, class_names: Sequence[str] = ()) -> tuple[str, ...]:
         """Return the suffixes of the metric columns of single targets or classes, see `metrics.make_part_names`.
 
@@ -201,10 +206,10 @@ and a run is found again by the digest. Never change or extend this: keys of lat
 IDENTITY_OPTIONAL_KEYS: dict[str, dict[str, Any]] = {
     "data": {},
     "data.splits": {},
-    "model": {},
-    "task": {"threshold": 0.5},
+    "model": {"ensemble": 1, "numeric_embedding": "none"},
+    "task": {"label_smoothing": 0.0, "threshold": 0.5},
     "train": {},
-    "train.optimizer": {},
+    "train.optimizer": {"decay": "all"},
 }
 """Keys that later versions added, by the node that has them, with the value that means what earlier versions did. At
 that value a key is left out of the identity, so that runs of earlier versions are found again."""

@@ -43,6 +43,14 @@ class MlpConfig(InitConfig):
     embedding_width: Positive | Literal["auto"] = "auto"
     """Width of the embedding of a categorical column that is not one-hot; auto: min(50, 1.6 x categories^0.56)
     (fastai's rule)."""
+    ensemble: Positive = 1
+    """Number of networks that are trained at once and whose predictions are averaged, as in TabM (arXiv 2410.24210):
+    they share weight matrices, and each has its own scales, biases, output layer and order of the rows. A step takes
+    batch_size rows for each of them. 1: a single network."""
+    numeric_embedding: Literal["none", "periodic", "piecewise"] = "none"
+    """What the network gets of each number of a table. none: the number. periodic: also 3 trained values computed from
+    16 cosines of it, as in RealMLP (arXiv 2407.04491). piecewise: its piecewise-linear encoding by up to 32
+    bins between quantiles of the training rows (arXiv 2203.05556), whatever `data.normalize` is."""
 
     @model_validator(mode="after")
     def _check_layers(self) -> Self:

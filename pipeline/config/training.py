@@ -64,6 +64,9 @@ class TaskConfig(ConfigNode):
     class_weights: Literal["balanced"] | dict[Label, Annotated[float, Field(gt=0)]] | None = None
     """Weight of each class in the loss, by its label, such as {0: 1, 1: 5}; balanced: inversely proportional to its
     number of rows in the training split; null: all equal."""
+    label_smoothing: Fraction = 0.0
+    """multiclass and binary: the share of each training label that is spread evenly over all classes (arXiv
+    1512.00567). For the training loss only: the loss of evaluations is without it, so that runs can be compared."""
     loss: str | None = None
     """A loss other than the default of the kind. regression: mse, mae or huber. Any kind: `module:function` of your
     own, which takes outputs and targets of a batch of B rows and returns B losses."""
@@ -88,6 +91,8 @@ class TaskConfig(ConfigNode):
             raise ValueError("threshold goes with kind: binary")
         if self.class_weights is not None and self.kind == "regression":
             raise ValueError("class_weights goes with multiclass and binary")
+        if self.label_smoothing and (self.kind == "regression" or self.loss is not None):
+            raise ValueError("label_smoothing goes with multiclass and binary, and not with a loss of your own")
         if self.loss in REGRESSION_LOSSES and self.kind != "regression":
             raise ValueError(f"loss: {self.loss} goes with kind: regression")
         return self
@@ -123,6 +128,10 @@ class OptimizerConfig(ConfigNode):
     """Nesterov momentum; sgd only, and needs momentum."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Weight decay: an L2 penalty in sgd and adam, decoupled from the gradient in adamw."""
+    decay: Literal["all", "weights"] = "all"
+    """Which parameters decay, also in groups. all: every one. weights: the weight matrices of linear layers,
+    convolutions and embeddings of categories; not biases, normalizations, the scales of an ensemble's members, or the
+    frequencies and phases of embedded numbers."""
     betas: Annotated[tuple[Fraction, Fraction], Strict(False)] = (0.9, 0.999)
     """Decay rates of the running means of the gradient and of its square; adam and adamw only."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -171,8 +180,9 @@ class PhaseConfig(ConfigNode):
 class TrainConfig(ConfigNode):
     """The training loop."""
 
-    batch_size: Positive | Literal["all"] = 100
-    """Rows per step, the global batch of all workers together; all: the whole training split."""
+    batch_size: Positive | Literal["all", "auto"] = 100
+    """Rows per step, the global batch of all workers together. all: the whole training split. auto: 32 below 2,800
+    training rows, 64 below 4,500, 128 below 6,400, else 256 (TabM's rule, arXiv 2410.24210)."""
     micro_batch: Positive | None = None
     """Accumulate gradients over micro-batches of this many rows on each worker, to save memory; null: all rows at
     once."""

@@ -123,12 +123,14 @@ def find_rounded_columns(job: JobConfig, dataset: Dataset, fitted: FittedTransfo
     Returns none if inputs are not normalized: float64 would be rounded to the type of the computation anyway.
     """
     transform, rounding = fitted.input_transform, dataset.rounding_errors
-    if rounding is None or job.data.normalize == "none":
+    if rounding is None or (job.data.normalize == "none" and transform.encoding is None):
         return []
+    std = np.array(transform.std)
+    std = np.where(std > 0, std, np.inf)  # a scale of 0 is that of a constant, which becomes 0
     if isinstance(transform, ArrayTransform):
-        coarse = is_too_coarse(rounding, np.array(transform.std)) if transform.kind == "scaled" else np.array([])
+        coarse = is_too_coarse(rounding, std) if len(std) else np.array([])
         return [f"number {index}" for index in np.flatnonzero(coarse)]
-    coarse = is_too_coarse(rounding[numeric_columns_of(transform.schema)], np.array(transform.std))
+    coarse = is_too_coarse(rounding[numeric_columns_of(transform.schema)], std)
     names = [column.name for column in transform.schema.columns if column.kind == "number" for _ in range(column.width)]
     return list(dict.fromkeys(name for name, is_coarse in zip(names, coarse, strict=True) if is_coarse))
 

@@ -83,7 +83,7 @@ def check_disjoint(indices_by_split: dict[str, np.ndarray], num_rows: int) -> No
 def split_warnings(job: JobConfig, splits: dict[str, SplitIndices]) -> list[str]:
     """Return warnings about splits that are allowed, but probably not intended."""
     rows, batch_size = len(splits["train"]), job.train.batch_size
-    if batch_size != "all" and rows < batch_size:
+    if isinstance(batch_size, int) and rows < batch_size:
         return [
             f"train.batch_size is {batch_size:,}, but the training split has only {rows:,} rows: every step takes all "
             "of them (batch_size: all has the same effect)"

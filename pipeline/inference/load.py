@@ -43,7 +43,9 @@ def load(model: str, *, storage: str | None = None, device: str = "cpu", trust: 
     weights = saved.load_weights()
     check_state_dict(job, fitted, weights, saved.url)
     with code.activated(), default_settings():
-        net = build_model(job, preprocess.output_shape, fitted.num_outputs, 0, preprocess.code_sizes)
+        net = build_model(
+            *(job, preprocess.output_shape, fitted.num_outputs, 0, preprocess.code_sizes, preprocess.num_numbers)
+        )
         # Before the weights are loaded: fp64 weights keep their precision.
         net.to(target_device, Precision.from_name(job.train.precision, target_device).dtype)
         load_state_dict_strict(net, weights, "".join(custom_modules))

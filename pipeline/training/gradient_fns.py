@@ -31,8 +31,9 @@ def select_gradient_backend(job: JobConfig, device: torch.device, code_sizes: tu
     """
     if job.train.compile == "on":
         return "compiled"
-    plain = isinstance(job.model, MlpConfig) and not job.model.dropout and not job.model.batch_norm
-    plain = plain and not code_sizes and not job.model.freeze
+    model = job.model
+    plain = isinstance(model, MlpConfig) and not model.dropout and not model.batch_norm and not model.freeze
+    plain = plain and not code_sizes and job.members == 1 and getattr(model, "numeric_embedding", "") != "periodic"
     if plain and ManualMlpBackward.supports(job) and device.type in ("cpu", "cuda"):
         return "written"
     return "eager"

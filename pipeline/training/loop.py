@@ -132,7 +132,7 @@ def fit(
     ------
     NotFiniteError: the loss is NaN or infinite, or gradients are so repeatedly in fp16.
     """
-    step_metrics = StepMetricsBuffer(engine.flat.loss_sums, recorder.log_steps, engine.scaler_state)
+    step_metrics = StepMetricsBuffer(engine.flat.loss_sums, recorder.log_steps, engine.scaler_state, engine.members)
     gradient_sync = _GradientSync(engine, context)
     evaluate_splits = partial(_evaluate_splits, engine, schedule, splits, recorder, context)
 

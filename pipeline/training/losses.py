@@ -44,16 +44,34 @@ def build_loss(task: TaskConfig) -> LossFn:
     return partial(_mean_over_columns, F.mse_loss)
 
 
-def cross_entropy(outputs: Tensor, targets: Tensor, reduction: Reduction = "none") -> Tensor:
+def build_smoothed_loss(kind: str, label_smoothing: float) -> LossFn:
+    """Return the loss function of multiclass or binary with `task.label_smoothing`."""
+    return partial(binary_cross_entropy if kind == "binary" else cross_entropy, label_smoothing=label_smoothing)
+
+
+def cross_entropy(
+    outputs: Tensor, targets: Tensor, reduction: Reduction = "none", label_smoothing: float = 0.0
+) -> Tensor:
     """Softmax cross-entropy; targets: classes (B,) int64, or probabilities (B, K) with mixup."""
     if targets.ndim > 1:
         targets = targets.to(outputs.dtype)
-    return F.cross_entropy(outputs, targets, reduction=reduction)
+    return F.cross_entropy(outputs, targets, reduction=reduction, label_smoothing=label_smoothing)
 
 
-def binary_cross_entropy(outputs: Tensor, targets: Tensor, reduction: Reduction = "none") -> Tensor:
+def binary_cross_entropy(
+    outputs: Tensor, targets: Tensor, reduction: Reduction = "none", label_smoothing: float = 0.0
+) -> Tensor:
     """Cross-entropy of one logit; targets: (B,) from 0 to 1."""
-    return F.binary_cross_entropy_with_logits(outputs.squeeze(1), targets.to(outputs.dtype), reduction=reduction)
+    targets = targets.to(outputs.dtype)
+    if label_smoothing:
+        targets = smooth_binary_targets(targets, label_smoothing)
+    return F.binary_cross_entropy_with_logits(outputs.squeeze(1), targets, reduction=reduction)
+
+
+def smooth_binary_targets(targets: Tensor, label_smoothing: float) -> Tensor:
+    """Return targets from 0 to 1 of which a share is spread evenly over both classes: the loss is then that of
+    `F.cross_entropy` with the two logits 0 and z, and this `label_smoothing`."""
+    return targets * (1 - label_smoothing) + label_smoothing / 2
 
 
 def _mean_over_columns(loss: Any, outputs: Tensor, targets: Tensor, reduction: Reduction = "none") -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.config import JobConfig, ThresholdRule, metric_column
 from pipeline.errors import JobError, WorkError
-from pipeline.training.losses import CustomLoss, LossFn, build_loss
+from pipeline.training.losses import CustomLoss, LossFn, build_loss, build_smoothed_loss
 from pipeline.user_code import import_user_function, wrap_user_error
 
 
@@ -83,7 +83,7 @@ class Task:
 
     kind: multiclass, binary or regression.
     num_outputs: number of outputs of the model per sample.
-    loss_fn: the per-sample loss.
+    loss_fn: the per-sample loss; training adds `label_smoothing`.
     class_weights: (classes,), or None.
     majority_class: the most frequent class of the training split, the lowest of equals; None if unknown.
     target_mean: mean of the training split's transformed targets, column by column; empty if unknown.
@@ -93,6 +93,7 @@ class Task:
     part_names: suffixes of the metrics of single targets or classes; empty if there are none.
     threshold: binary: the probability above which a sample is predicted positive, in metrics.
     threshold_rule: binary: chooses a threshold on a split; None if there is nothing to choose.
+    label_smoothing: see `task.label_smoothing`.
     """
 
     kind: str
@@ -107,6 +108,12 @@ class Task:
     part_names: tuple[str, ...] = ()
     threshold: float = 0.5
     threshold_rule: ThresholdRule | None = None
+    label_smoothing: float = 0.0
+
+    @property
+    def train_loss_fn(self) -> LossFn:
+        """The per-sample loss of training."""
+        return build_smoothed_loss(self.kind, self.label_smoothing) if self.label_smoothing else self.loss_fn
 
     @property
     def num_classes(self) -> int:
@@ -151,11 +158,11 @@ class Task:
         targets: (B,) int64 classes or (B, classes) probabilities, (B,) floating from 0 to 1, or (B, T) floating values.
         """
         outputs = upcast_to_fp32(outputs)
-        weights = self.sample_weights(targets)
+        weights, loss_fn = self.sample_weights(targets), self.train_loss_fn
         correct = self.count_correct(outputs.detach(), targets)
         if weights is not None:
-            return LossSums((self.loss_fn(outputs, targets) * weights).sum(), weights.sum(), correct)
-        return LossSums(self.loss_fn(outputs, targets, "sum"), float(len(targets)), correct)
+            return LossSums((loss_fn(outputs, targets) * weights).sum(), weights.sum(), correct)
+        return LossSums(loss_fn(outputs, targets, "sum"), float(len(targets)), correct)
 
 
 def upcast_to_fp32(outputs: Tensor) -> Tensor:
@@ -204,6 +211,7 @@ def build_task(
         target_std=tuple(target_std),
         part_names=job.part_names(num_targets, class_names),
         threshold_rule=config.threshold_rule,
+        label_smoothing=config.label_smoothing,
     )
     if config.class_weights is None:
         return task

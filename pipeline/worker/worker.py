@@ -339,7 +339,8 @@ def _annotate_errors(batches: _BatchTracker, job: JobConfig, context: WorkerCont
         if not devices.is_out_of_memory(error):
             raise
         of_rank = f" of rank {context.rank}" if context.world_size > 1 else ""
-        micro_batch = min(batches.num_samples, job.train.micro_batch or batches.num_samples)
+        num_rows = batches.num_samples // job.members
+        micro_batch = min(num_rows, job.train.micro_batch or num_rows)
         raise OutOfMemoryError(
             f"out of memory on {device}{of_rank}, with micro-batches of {micro_batch} samples"
             f" ({str(error).strip().partition(chr(10))[0][:200] or type(error).__name__})",

@@ -18,7 +18,7 @@ import torch
 from pipeline.config import AugmentConfig, DataLoaderConfig
 from pipeline.data.loader import TrainLoader
 from pipeline.data.sampler import GlobalBatchSampler
-from pipeline.data.sources.parquet import open_parquet
+from pipeline.data.sources.tables import open_parquet
 from tests.data.parquet_jobs import make_parquet_job
 
 WIDTH = 1024

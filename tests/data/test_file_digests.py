@@ -19,7 +19,7 @@ import pytest
 from pipeline.config import JobConfig
 from pipeline.config.files import build_job
 from pipeline.data.sources import Dataset, file_digests, fingerprint_dataset, open_dataset
-from pipeline.data.sources.parquet.reader import ParquetFiles
+from pipeline.data.sources.tables.reader import ParquetFiles
 from pipeline.errors import DataError
 from pipeline.storage.read_files import store_checksum
 from pipeline.watchdog import listening_to_progress
@@ -245,7 +245,7 @@ def test_table_changed_while_decoding_is_rejected(
     tmp_path: Path, is_settled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is detected by its change time; or by its content, if the change time is not old enough to be reliable."""
-    monkeypatch.setattr("pipeline.data.sources.parquet.decode.PROGRESS_INTERVAL_S", 0.0)
+    monkeypatch.setattr("pipeline.data.sources.tables.decode.PROGRESS_INTERVAL_S", 0.0)
     if not is_settled:
         monkeypatch.setattr(file_digests, "MIN_CTIME_AGE_NS", 3600 * 10**9)
         monkeypatch.setattr(file_digests, "_make_stamp", lambda status: b"as before")
@@ -270,7 +270,7 @@ def test_table_changed_while_decoding_is_rejected(
 def test_objects_changed_while_decoding_are_rejected(
     tmp_path: Path, s3_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.data.sources.parquet.decode.PROGRESS_INTERVAL_S", 0.0)
+    monkeypatch.setattr("pipeline.data.sources.tables.decode.PROGRESS_INTERVAL_S", 0.0)
     fs, url, values = fsspec.filesystem("s3"), f"{s3_url}/t.parquet", make_columns()
     fs.pipe_file(url, encode_table(values))
     swap_labels(values)

@@ -353,7 +353,7 @@ def test_column_without_values_gives_a_warning(tmp_path: Path, empty: Any) -> No
 
 
 def test_too_many_categories_are_reported_as_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.data.sources.parquet.decode.MAX_CATEGORIES", 3)
+    monkeypatch.setattr("pipeline.data.sources.tables.decode.MAX_CATEGORIES", 3)
     path = write_parquet(tmp_path / "t.parquet", {"x": list("abcd"), "y": LABEL_VALUES})
     with pytest.raises(DataError, match=r"'x' has more than 3 categories in 4 rows: it looks like a key\n.*data\.keys"):
         open_parquet(path)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import CacheConfig
-from pipeline.data.sources.parquet.reader import ParquetFiles
+from pipeline.data.sources.tables.reader import ParquetFiles
 from pipeline.errors import DataError
 from tests.data.parquet_jobs import open_parquet, write_parquet
 

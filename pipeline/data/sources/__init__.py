@@ -48,9 +48,9 @@ SOURCES: dict[str, SourceFunctions] = {
     **dict.fromkeys(("cifar10", "cifar100"), SourceFunctions("cifar:open_cifar")),
     "disc": SourceFunctions("disc:open_disc"),
     "parquet": SourceFunctions(
-        open="parquet:open_parquet",
-        fingerprint="parquet:fingerprint_parquet",
-        check_url="parquet.reader:check_parquet_files",
+        open="tables:open_parquet",
+        fingerprint="tables:fingerprint_parquet",
+        check_url="tables.reader:check_parquet_files",
     ),
     "image_folder": SourceFunctions(
         open="images:open_image_folder",

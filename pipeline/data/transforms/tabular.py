@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.config import ImputationConfig, JobConfig, NormalizeConfig, ParquetDataConfig
 from pipeline.data.dataset import DatasetPart
-from pipeline.data.serialization import VERSION, check_stored_values, parse_float_name
+from pipeline.data.serialization import ENCODINGS_VERSION, VERSION, check_stored_values, parse_float_name
 from pipeline.data.statistics import iter_blocks
 from pipeline.data.tabular.schema import Column, ColumnKind, Schema
 from pipeline.data.transforms.arrays import WHERE, TransformFn, fixed_mean_and_std
@@ -22,6 +22,18 @@ from pipeline.data.transforms.column_statistics import (
     categorical_columns_of,
     compute_statistics,
     numeric_columns_of,
+)
+from pipeline.data.transforms.number_encodings import (
+    ENCODING_KINDS,
+    QUARTILES,
+    EncodingKind,
+    Knots,
+    check_knots,
+    compute_knots,
+    compute_robust_scale,
+    count_outputs,
+    make_encoding_fn,
+    select_encoding,
 )
 from pipeline.errors import DataError
 
@@ -41,8 +53,9 @@ STORED_STATISTICS = (*REQUIRED_STATISTICS, "low", "high")
 class TabularTransform:
     """How rows of a table are transformed: plain values, the same for training, evaluation and prediction.
 
-    A transformed row contains first its numbers, filled and scaled; then each categorical column of at most
-    `one_hot_up_to` codes, one-hot encoded; then each categorical column with more codes as its code, an integer.
+    A transformed row contains first its numbers, filled and scaled, or encoded otherwise; then each categorical column
+    of at most `one_hot_up_to` codes, one-hot encoded; then each categorical column with more codes as its code, an
+    integer.
 
     The codes of a categorical column are 1 for its first category, 2 for the next, and so on: the categories of the
     training rows, and after them one for missing values, if a training row has one and `data.missing` makes them a
@@ -51,6 +64,8 @@ class TabularTransform:
 
     schema: the columns of a raw row, with the categories of the training rows only.
     fill, mean, std: for each number, in the order of the schema: the replacement for a missing value; (x - mean) / std.
+        With an encoding they are numbers near its values and the scale of their differences; for robust, the median and
+        the scale.
     missing_codes: for each categorical column, the code of a missing value.
     one_hot_up_to: the largest number of codes that is one-hot encoded.
     kinds_without_missing: kinds of columns in which missing values are an error.
@@ -61,6 +76,8 @@ class TabularTransform:
     null_fractions: for each column, the fraction of training rows without a value.
         These three are not used by the transform: new data is compared with them. They are empty in checkpoints of
         earlier versions.
+    encoding: of the numbers, see `number_encodings`; None for (x - mean) / std.
+    knots: for each number, what its encoding was fitted to; empty for None and robust.
     """
 
     schema: Schema
@@ -74,6 +91,13 @@ class TabularTransform:
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
     null_fractions: tuple[float, ...] = ()
+    encoding: EncodingKind | None = None
+    knots: Knots = ()
+
+    @property
+    def num_numbers(self) -> int:
+        """How many of the first elements of a transformed row are numbers; one-hot columns follow, then codes."""
+        return count_outputs(self.encoding, len(self.fill), self.knots)
 
     @property
     def named_columns(self) -> Schema:
@@ -94,7 +118,7 @@ class TabularTransform:
     def output_shape(self) -> tuple[int, ...]:
         """Shape of a transformed row."""
         one_hot = sum(codes for codes in self._max_codes() if codes <= self.one_hot_up_to)
-        return (len(self.fill) + one_hot + len(self.code_sizes),)
+        return (self.num_numbers + one_hot + len(self.code_sizes),)
 
     def check_missing_values(self, raw: np.ndarray, schema: Schema | None = None) -> None:
         """Check that columns have no missing values where `data.missing` is fail.
@@ -153,7 +177,7 @@ class TabularTransform:
         offsets = torch.from_numpy(categorical_columns_of(self.schema)).to(device)
         starts, targets, values = (part.to(device) for part in self._build_lookup(input_schema or self.schema))
         values = values.to(dtype)
-        count, width = len(self.fill), self.output_shape[0]
+        count, width = self.num_numbers, self.output_shape[0]
 
         def transform(rows: Tensor) -> Tensor:
             codes = rows.index_select(1, offsets)
@@ -190,15 +214,18 @@ class TabularTransform:
         ]
 
     def _make_numeric_fn(self, device: torch.device, dtype: torch.dtype) -> TransformFn:
-        fill, mean, std = (torch.tensor(values, dtype=torch.float64) for values in (self.fill, self.mean, self.std))
         work = torch.float64 if self.dtype == "float64" else dtype
+        numeric_columns = torch.from_numpy(numeric_columns_of(self.schema)).to(device)
+        has_numbers_only = len(numeric_columns) == self.schema.width
+        if self.encoding is not None:
+            encode = make_encoding_fn(self.encoding, self.fill, self.mean, self.std, self.knots, device, work)
+            return lambda rows: encode(rows.index_select(1, numeric_columns).to(work)).to(dtype)
+        fill, mean, std = (torch.tensor(values, dtype=torch.float64) for values in (self.fill, self.mean, self.std))
         # Columns far from zero keep their digits only if the mean is subtracted first. `offset` corrects the rounding
         # of the mean to `work`.
         shift = mean.to(work)
         offset, factor, filled = ((shift.double() - mean) / std, 1 / std, (fill - mean) / std)
         shift, offset, factor, filled = (values.to(device, work) for values in (shift, offset, factor, filled))
-        numeric_columns = torch.from_numpy(numeric_columns_of(self.schema)).to(device)
-        has_numbers_only = len(numeric_columns) == self.schema.width
 
         def transform(rows: Tensor) -> Tensor:
             values = (rows if has_numbers_only else rows.index_select(1, numeric_columns)).to(work)
@@ -216,7 +243,7 @@ class TabularTransform:
         widths = np.where(is_one_hot, codes, 1)
         begins = np.empty(len(codes), np.int64)
         order = np.argsort(~is_one_hot, kind="stable")  # one-hot columns first
-        begins[order] = len(self.fill) + np.concatenate([[0], widths[order].cumsum()[:-1]])
+        begins[order] = self.num_numbers + np.concatenate([[0], widths[order].cumsum()[:-1]])
         input_columns = [column for column in input_schema.columns if column.kind == "category"]
         targets: list[np.ndarray] = []
         values: list[np.ndarray] = []
@@ -236,7 +263,7 @@ class TabularTransform:
     def to_json(self) -> dict[str, Any]:
         """Return plain values; `input_transform_from_json` restores the same object from them."""
         parts = {name: iter(getattr(self, name)) for name in (STORED_STATISTICS if self.low else REQUIRED_STATISTICS)}
-        missing, nulls = iter(self.missing_codes), iter(self.null_fractions)
+        missing, nulls, knots = iter(self.missing_codes), iter(self.null_fractions), iter(self.knots)
         columns: list[dict[str, Any]] = []
         for column in self.schema.columns:
             stored: dict[str, Any]
@@ -244,12 +271,15 @@ class TabularTransform:
                 stored = {"levels": list(column.categories), "missing": next(missing)}
             else:
                 stored = {name: list(islice(part, column.width)) for name, part in parts.items()}
+                if self.knots:
+                    stored["knots"] = [list(values) for values in islice(knots, column.width)]
             if self.null_fractions:
                 stored["nulls"] = next(nulls)
             columns.append({"name": column.name, "kind": column.kind, **stored})
         return {
-            "version": VERSION,
+            "version": VERSION if self.encoding is None else ENCODINGS_VERSION,
             "kind": "table",
+            **({} if self.encoding is None else {"encoding": self.encoding}),
             "one_hot_up_to": self.one_hot_up_to,
             "refused": list(self.kinds_without_missing),
             "dtype": self.dtype,
@@ -272,6 +302,10 @@ class TabularTransform:
             }
             missing: list[int] = []
             nulls: list[float] = []
+            knots: list[tuple[float, ...]] = []
+            encoding = values.get("encoding")
+            if encoding not in (None, *ENCODING_KINDS):
+                raise ValueError(f"encoding {encoding!r}")
             for stored in values["columns"]:
                 name = str(stored["name"])
                 if "nulls" in stored_parts:
@@ -286,8 +320,10 @@ class TabularTransform:
                     columns.append(Column(name, "number", widths.pop()))
                     for part, values_of_part in numbers.items():
                         values_of_part += map(float, stored[part])
+                    knots += (tuple(map(float, positions)) for positions in stored.get("knots", ()))
                 else:
                     raise ValueError(f"kind {stored['kind']!r}")
+            check_knots(encoding, len(numbers["fill"]), tuple(knots))
             return cls(
                 Schema(tuple(columns)),
                 tuple(numbers["fill"]),
@@ -300,16 +336,18 @@ class TabularTransform:
                 low=tuple(numbers.get("low", ())),
                 high=tuple(numbers.get("high", ())),
                 null_fractions=tuple(nulls),
+                encoding=encoding,
+                knots=tuple(knots),
             )
 
 
 def fit_tabular_transform(
     job: JobConfig, dataset_part: DatasetPart, schema: Schema, indices: np.ndarray
 ) -> TabularTransform:
-    """Fit what `data.missing` and `data.normalize` ask for; auto is standard.
+    """Fit what `data.missing`, `data.normalize` and `model.numeric_embedding` ask for; auto is standard.
 
-    Standard deviations are those of the filled columns, and 1 for constant ones. A column without any value is filled
-    with 0.
+    Standard deviations are those of the filled columns, and 1 for constant ones. Quantiles are those of the values that
+    are present. A column without any value is filled with 0.
 
     Parameters
     ----------
@@ -321,10 +359,16 @@ def fit_tabular_transform(
     DataError: the normalization does not fit a table; with `missing: fail`, any row has a missing value.
     """
     assert isinstance(job.data, ParquetDataConfig), "only tables have a schema"
-    missing = job.data.missing
-    statistics = compute_statistics(dataset_part.inputs, indices, schema, with_medians=missing.numeric == "median")
+    missing, encoding = job.data.missing, select_encoding(job)
+    probabilities = QUARTILES if encoding == "robust" else (0.5,) if missing.numeric == "median" else ()
+    statistics = compute_statistics(dataset_part.inputs, indices, schema, probabilities=probabilities)
     fill = _fill_values(missing, statistics)
-    mean, std = _compute_mean_and_std(job.data.normalize, statistics, fill, len(indices))
+    normalize = job.data.normalize if encoding is None else "standard"
+    mean, std = _compute_mean_and_std(normalize, statistics, fill, len(indices))
+    if encoding == "robust":
+        first, median, third = (statistics.quantiles[quartile] for quartile in QUARTILES)
+        mean = np.where(statistics.num_present > 0, median, fill)
+        std = compute_robust_scale(first, third, statistics.low, statistics.high)
     columns: list[Column] = []
     codes: list[int] = []
     for column in schema.columns:
@@ -348,6 +392,12 @@ def fit_tabular_transform(
         low=tuple(np.where(statistics.num_present > 0, statistics.low, fill).tolist()),
         high=tuple(np.where(statistics.num_present > 0, statistics.high, fill).tolist()),
         null_fractions=_compute_null_fractions(schema, statistics, len(indices)),
+        encoding=encoding,
+        knots=(
+            compute_knots(encoding, dataset_part.inputs, indices, numeric_columns_of(schema), fill)
+            if encoding is not None
+            else ()
+        ),
     )
     fitted.check_missing_values(dataset_part.inputs)
     return fitted
@@ -356,7 +406,7 @@ def fit_tabular_transform(
 def _fill_values(config: ImputationConfig, statistics: ColumnStatistics) -> np.ndarray:
     if isinstance(config.numeric, float):
         return np.full(len(statistics.num_present), config.numeric)
-    fill = statistics.mean if statistics.median is None else statistics.median
+    fill = statistics.quantiles[0.5] if config.numeric == "median" else statistics.mean
     return np.where(statistics.num_present > 0, fill, 0.0)
 
 

@@ -19,7 +19,7 @@ from pipeline.config import CacheConfig, ImageFolderDataConfig, JobConfig, TimeS
 from pipeline.data.dataset import SplitColumn
 from pipeline.data.sources.file_digests import DataFile, FileDigests, evenly_spaced_ranges, select_num_read_threads
 from pipeline.data.sources.images.decode import is_image_path
-from pipeline.data.sources.parquet.decode import parse_times, read_label_values, read_split_values
+from pipeline.data.sources.tables.decode import parse_times, read_label_values, read_split_values
 from pipeline.data.tabular.arrow_types import InvalidValues, arrow_kind, dictionary_encode, unwrap_storage
 from pipeline.errors import DataError
 from pipeline.events import ProgressFn

@@ -10,7 +10,7 @@ from typing import Literal
 import pyarrow.compute as pc
 
 from pipeline.config import JobConfig, ParquetDataConfig, TimeSplitsConfig
-from pipeline.data.sources.parquet.reader import ParquetFiles
+from pipeline.data.sources.tables.reader import ParquetFiles
 from pipeline.data.tabular.arrow_types import NUMERIC_KINDS, ArrowKind, common_kind
 from pipeline.data.tabular.encoder import suggest_columns
 from pipeline.data.tabular.schema import ColumnKind
@@ -152,6 +152,17 @@ class _FileColumns:
             merged = common
         assert merged is not None, "no files"
         return merged
+
+
+def merge_column_kinds(files: ParquetFiles) -> dict[str, ArrowKind]:
+    """Return the kinds of all columns over all files.
+
+    Raises
+    ------
+    DataError: a column that is not in every file, or of different types.
+    """
+    columns = _FileColumns(files)
+    return {name: columns.merged_kind(name) for name in columns.names}
 
 
 def _match_patterns(patterns: Iterable[str], names: list[str], where: str) -> set[str]:

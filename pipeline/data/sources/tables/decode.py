@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 
 from pipeline.data.cache import CacheEntry
 from pipeline.data.dataset import SplitColumn
-from pipeline.data.sources.parquet.columns import ParquetSelection
-from pipeline.data.sources.parquet.reader import ParquetFiles
+from pipeline.data.sources.tables.columns import ParquetSelection
+from pipeline.data.sources.tables.reader import ParquetFiles
 from pipeline.data.tabular.arrow_types import (
     FloatType,
     InvalidValues,

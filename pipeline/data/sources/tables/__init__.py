@@ -13,8 +13,8 @@ import numpy as np
 from pipeline.config import JobConfig, ParquetDataConfig
 from pipeline.data.cache import get_or_build
 from pipeline.data.dataset import Dataset, DatasetPart
-from pipeline.data.sources.parquet.columns import ParquetSelection, select_columns
-from pipeline.data.sources.parquet.decode import (
+from pipeline.data.sources.tables.columns import ParquetSelection, select_columns
+from pipeline.data.sources.tables.decode import (
     DecodedTable,
     build_schema,
     build_split_column,
@@ -22,7 +22,7 @@ from pipeline.data.sources.parquet.decode import (
     decode_to_cache,
     input_array_layout,
 )
-from pipeline.data.sources.parquet.reader import ParquetFiles
+from pipeline.data.sources.tables.reader import ParquetFiles
 from pipeline.errors import DataError
 
 __all__ = ["open_parquet", "fingerprint_parquet"]
