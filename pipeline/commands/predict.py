@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from pipeline.commands.prediction_files import ENDINGS, PredictionFile, find_ending
 from pipeline.config import CacheConfig, ImageFolderDataConfig, TableDataConfig
+from pipeline.config.quantiles import MEDIAN, quantile_name
 from pipeline.data.sources.file_digests import select_num_read_threads
 from pipeline.data.sources.images.decode import InvalidImageError, is_image_path, silence_pillow_warnings
 from pipeline.data.sources.tables.files import TableFiles
@@ -93,7 +94,8 @@ def predict(
     """Write one row for each row of a table, or for each image, in their order.
 
     The columns are the job's `keys` that the input has (for images: `path`); `prediction`, a class or a value (with
-    several labels, one `prediction_LABEL` for each); `probability_CLASS` for each class; and for an ensemble
+    several labels, one `prediction_LABEL` for each; with `task.quantiles`, `prediction_q10` for the quantile 0.1 and so
+    on, and `prediction`, the median, if it is one of them); `probability_CLASS` for each class; and for an ensemble
     `uncertainty`, the members' disagreement (see `Predictor.predict_with_uncertainty`; with several labels
     `uncertainty_LABEL`). A key with the name of one of these columns gets the prefix `key_`. A key has one type for all
     files: the wider one if theirs differ, text for categories. The output is written completely or not at all. Memory
@@ -377,11 +379,15 @@ def _prediction_columns(
 ) -> dict[str, np.ndarray]:
     """Return the predictions by the names of their columns in the output."""
     predictions = predictor.decode_predictions(scores)
-    labels = predictor.job.data.labels
-    if predictions.ndim == 2:
-        columns = {f"prediction_{name}": predictions[:, index] for index, name in enumerate(labels)}
+    quantiles = predictor.fitted.target_transform.quantiles
+    labels = [quantile_name(quantile) for quantile in quantiles] or predictor.job.data.labels
+    columns = {}
+    if MEDIAN in quantiles:
+        columns["prediction"] = scores[:, quantiles.index(MEDIAN)]
+    if quantiles or predictions.ndim == 2:
+        columns |= {f"prediction_{name}": scores[:, index] for index, name in enumerate(labels)}
     else:
-        columns = {"prediction": predictions}
+        columns["prediction"] = predictions
     for index, name in enumerate(predictor.classes):
         columns[f"probability_{name}"] = scores[:, index]
     if uncertainty is not None and uncertainty.shape[1] == 1:

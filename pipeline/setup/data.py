@@ -67,7 +67,7 @@ class PreparedData:
     @property
     def metric_columns(self) -> list[str]:
         """The columns of the metrics of every evaluation."""
-        return self.job.metric_columns(self.fitted.num_outputs, self.fitted.target_transform.classes)
+        return self.job.metric_columns(len(self.fitted.target_mean), self.fitted.target_transform.classes)
 
     def evaluation_indices(self, split: str) -> np.ndarray:
         """Return the rows of a split that an evaluation uses: all, or a sample of `evaluate.limit`.
