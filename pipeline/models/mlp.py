@@ -19,6 +19,7 @@ from pipeline.models.ensemble import (
     Averaging,
     EnsembleLinear,
     MemberBatchNorm,
+    MemberDropout,
     MemberLinear,
     average_outputs,
     draw_first_scales,
@@ -34,10 +35,6 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "leaky_relu": nn.LeakyReLU,
     "elu": nn.ELU,
 }
-
-
-MAX_EMBEDDING_DIM = 50
-"""Maximum embedding dimension of `embedding_width: auto`."""
 
 
 def build_dense_layers(widths: list[int], outputs: int, config: MlpConfig | CnnConfig) -> list[nn.Module]:
@@ -133,13 +130,12 @@ class EnsembleMlpNet(EmbeddingMlpNet):
         if not self.training:
             outputs = self.forward_members(inputs)
             return average_outputs(outputs, self.averaging)
-        embedded = self.embed(inputs)
-        return self.apply_layers(embedded.unflatten(0, (-1, self.members))).flatten(0, 1)
+        by_member = self.embed(inputs).unflatten(0, (-1, self.members)).transpose(0, 1)
+        return self.apply_layers(by_member).transpose(0, 1).flatten(0, 1)
 
     def forward_members(self, inputs: Tensor) -> Tensor:
         """Return the outputs of every member for every row, (N, K, outputs), in the current mode."""
-        embedded = self.embed(inputs)
-        return self.apply_layers(embedded.unsqueeze(1).expand(-1, self.members, -1))
+        return self.apply_layers(self.embed(inputs).expand(self.members, -1, -1)).transpose(0, 1)
 
 
 def build_mlp(
@@ -174,7 +170,7 @@ def build_mlp(
         return MlpNet(*build_dense_layers([inputs, *compute_hidden_widths(config, inputs)], outputs, config))
     numeric_embedding = PeriodicEmbedding(num_numbers) if num_numbers else None
     # Code 0 is a category that no training row has: its embedding stays 0.
-    embeddings = [nn.Embedding(size, compute_embedding_dim(config, size), padding_idx=0) for size in code_sizes]
+    embeddings = [nn.Embedding(size, config.embedding_dim(size), padding_idx=0) for size in code_sizes]
     input_widths = [EMBEDDING_DIM] * num_numbers + [1] * (inputs - num_numbers - len(code_sizes))
     input_widths += [embedding.embedding_dim for embedding in embeddings]
     inputs = sum(input_widths)
@@ -198,7 +194,7 @@ def build_ensemble_layers(widths: list[int], outputs: int, config: MlpConfig) ->
             layers.append(MemberBatchNorm(config.ensemble, width))
         layers.append(ACTIVATIONS[config.activation]())
         if config.dropout:
-            layers.append(nn.Dropout(config.dropout))
+            layers.append(MemberDropout(config.dropout))
     return [*layers, MemberLinear(config.ensemble, widths[-1], outputs)]
 
 
@@ -208,10 +204,3 @@ def compute_hidden_widths(config: MlpConfig, inputs: int) -> list[int]:
         return list(config.hidden)
     assert config.layers is not None
     return [inputs * 2**depth for depth in range(1, config.layers)]
-
-
-def compute_embedding_dim(config: MlpConfig, num_codes: int) -> int:
-    """Return the embedding dimension for a number of codes; `auto` is fastai's `emb_sz_rule`, at most 50, not 600."""
-    if config.embedding_width != "auto":
-        return config.embedding_width
-    return min(MAX_EMBEDDING_DIM, round(1.6 * math.pow(num_codes, 0.56)))
