@@ -14,8 +14,8 @@ from pipeline.config import (
     SPLIT_NAMES,
     FileDataConfig,
     JobConfig,
-    ParquetDataConfig,
     RandomSplitsConfig,
+    TableDataConfig,
     compute_identity,
     digest_tree,
 )
@@ -160,11 +160,11 @@ def _with_other_data(job: JobConfig, url: str, fitted: FittedTransforms) -> JobC
             f"this run was trained on {job.data.source}, which has no URL", where=f"--data {url}", fix="use --split"
         )
     update: dict[str, Any] = {"url": absolute_url(url), "splits": RandomSplitsConfig()}
-    if isinstance(job.data, ParquetDataConfig) and fitted.input_transform.schema is not None:
+    if isinstance(job.data, TableDataConfig) and fitted.input_transform.schema is not None:
         names = [column.name for column in fitted.input_transform.schema.columns]
         update |= {"features": [glob.escape(name) for name in names], "keys": []}
         update |= {"categorical": [name for name in job.data.categorical if fnmatch.filter(names, name)]}
-    elif isinstance(job.data, ParquetDataConfig) and job.data.splits_column is not None:
+    elif isinstance(job.data, TableDataConfig) and job.data.splits_column is not None:
         update |= {"keys": [*job.data.keys, job.data.splits_column]}  # else it would count as a second feature
     return job.model_copy(update={"data": job.data.model_copy(update=update)})
 

@@ -16,11 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config import CacheConfig, ImageFolderDataConfig, ParquetDataConfig
+from pipeline.config import CacheConfig, ImageFolderDataConfig, TableDataConfig
 from pipeline.config.quantiles import MEDIAN, quantile_name
 from pipeline.data.sources.file_digests import select_num_read_threads
 from pipeline.data.sources.images.decode import InvalidImageError, is_image_path, silence_pillow_warnings
-from pipeline.data.sources.tables.reader import ParquetFiles
+from pipeline.data.sources.tables.files import TableFiles
+from pipeline.data.sources.tables.parquet import ParquetFiles
 from pipeline.data.tabular.encoder import suggest_columns
 from pipeline.data.transforms import DataReport
 from pipeline.errors import DataError, InputError, StorageError, TrainyardError
@@ -163,7 +164,7 @@ def _open_input(
 ) -> _TableInput | _ImageInput:
     """Open and check the input. stack: closes it."""
     data = predictor.job.data
-    if isinstance(data, ParquetDataConfig):
+    if isinstance(data, TableDataConfig):
         files = ParquetFiles(url, CacheConfig())
         _check_output_outside_input(url, files.paths, output)
         return _TableInput(predictor, data, stack.enter_context(files), on_warning)
@@ -180,7 +181,7 @@ class _TableInput:
     """Rows of Parquet files, with their keys. The constructor checks all that the files' footers contain."""
 
     def __init__(
-        self, predictor: Predictor, data: ParquetDataConfig, files: ParquetFiles, on_warning: Callable[[str], None]
+        self, predictor: Predictor, data: TableDataConfig, files: TableFiles, on_warning: Callable[[str], None]
     ) -> None:
         self.skipped: list[str] = []
         self._files = files
@@ -199,7 +200,7 @@ class _TableInput:
             self._files.release(number)
 
 
-def _select_input_columns(predictor: Predictor, files: ParquetFiles) -> list[str]:
+def _select_input_columns(predictor: Predictor, files: TableFiles) -> list[str]:
     """Return the model's input columns, which every file must have."""
     columns: list[str] = []
     for number, file in enumerate(files.files):
@@ -218,7 +219,7 @@ def _select_input_columns(predictor: Predictor, files: ParquetFiles) -> list[str
 
 
 def _unify_key_types(
-    keys: Iterable[str], files: ParquetFiles, on_warning: Callable[[str], None]
+    keys: Iterable[str], files: TableFiles, on_warning: Callable[[str], None]
 ) -> dict[str, pa.DataType]:
     """Return, for each key that the files have, the common type of its values in all files.
 
@@ -264,7 +265,7 @@ def _cast(array: pa.Array, data_type: pa.DataType) -> pa.Array:
     return array if array.type == data_type else array.cast(data_type)
 
 
-def _check_casts(files: ParquetFiles, keys: dict[str, pa.DataType]) -> None:
+def _check_casts(files: TableFiles, keys: dict[str, pa.DataType]) -> None:
     """Read the keys whose type in a file differs from the common one, and check that each value can be converted: not
     every integer is a float.
 

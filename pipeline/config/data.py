@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -211,18 +212,20 @@ class FileDataConfig(BaseDataConfig):
         return [] if self.label is None else [self.label] if isinstance(self.label, str) else self.label
 
 
-class ParquetDataConfig(FileDataConfig):
-    """Tables in Parquet files."""
+class TableDataConfig(FileDataConfig):
+    """Tables in files: the keys of every file format."""
 
-    source: Literal["parquet"]
-    """Parquet files."""
     url: str
     """A file, a glob or a partitioned folder: any fsspec URL, or a path."""
     label: str | Annotated[list[str], Field(min_length=1)]
     """The column to predict; for a regression with several targets, a list of columns of numbers."""
-    features: Annotated[list[str], Field(min_length=1)] = ["*"]
+    features: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = ["*"]
     """Input columns: names, or patterns such as num_*. The default is all columns but label, keys and the splits'
-    column."""
+    column. auto: all of these but columns that would not help, each of which is named in a warning: text that is almost
+    unique (more than 90 % of the values differ), values that are not numbers or text, columns with one value in all
+    training rows, row numbers, and columns that alone predict the label (target leakage)."""
+    exclude: list[str] = []
+    """Names or patterns of columns that are not inputs; of a column that `features` names too, it is an error."""
     keys: list[str] = []
     """Columns that identify a row. They are not inputs of the model; predictions include them."""
     categorical: list[str] = []
@@ -234,6 +237,75 @@ class ParquetDataConfig(FileDataConfig):
     integer code after the other inputs, which `kind: mlp` embeds."""
     shape: Annotated[list[Positive], Field(min_length=1)] | None = None
     """Shape of a sample if the only feature is a column of bytes or lists of fixed size, such as [1, 28, 28]."""
+
+
+class ParquetDataConfig(TableDataConfig):
+    """Tables in Parquet files."""
+
+    source: Literal["parquet"]
+    """Parquet files."""
+
+
+NULL_TEXTS = "?|NA|N/A|n/a|#N/A|#N/A N/A|#NA|<NA>|NaN|nan|-NaN|-nan|NULL|null|None|1.#IND|-1.#IND|1.#QNAN|-1.#QNAN|\\N"
+NULL_VALUES = ["", *NULL_TEXTS.split("|")]
+"""Texts that stand for a missing value in CSV files: those of pandas, ? as in many public tables, and \\N of databases.
+"""
+
+
+class CsvDataConfig(TableDataConfig):
+    """Tables in text files with one line per row, such as CSV and TSV, also compressed with gzip, bz2 or zstd. The
+    first line names the columns."""
+
+    source: Literal["csv"]
+    """Text files, one line per row."""
+    delimiter: str = "auto"
+    """The character between two columns; auto: comma, tab, semicolon or pipe, whichever the first lines have."""
+    decimal: Literal["auto", ".", ","] = "auto"
+    """The decimal separator of numbers; auto: comma if the first lines have such numbers, and comma is not the
+    delimiter."""
+    encoding: str = "utf-8"
+    """The encoding of the text, such as latin-1, cp1252 or utf-16."""
+    null_values: list[str] = NULL_VALUES
+    """Texts that stand for a missing value in any column, quoted or not."""
+
+    @field_validator("delimiter")
+    @classmethod
+    def _validate_delimiter(cls, value: str) -> str:
+        if value != "auto" and (len(value) != 1 or value in '"\r\n' or not value.isascii()):
+            raise ValueError(f"{value!r} is no single character: use auto, or one such as ',', ';', '|' or \"\\t\"")
+        return value
+
+    @field_validator("encoding")
+    @classmethod
+    def _validate_encoding(cls, value: str) -> str:
+        try:
+            codecs.lookup(value)
+        except LookupError:
+            raise ValueError(f"{value!r} is no encoding; known are utf-8, latin-1, cp1252, utf-16, ...") from None
+        return value
+
+
+class ArrowDataConfig(TableDataConfig):
+    """Tables in Arrow IPC files (Feather version 2) or streams."""
+
+    source: Literal["arrow"]
+    """Arrow IPC files, also called Feather, or streams."""
+
+
+class NumpyDataConfig(TableDataConfig):
+    """Tables in NumPy files. In a `.npy` file, the columns of a matrix (N, F) are named "0", "1", ...; a structured
+    array has its fields as columns. In a `.npz` file, each array (N,) is a column of its name, and an array (N, ...) is
+    one column of lists, so that `X` and `y` are the features and the label."""
+
+    source: Literal["numpy"]
+    """NumPy files: .npy or .npz."""
+
+
+class JsonlDataConfig(TableDataConfig):
+    """Tables in text files with one JSON object per line, also compressed with gzip, bz2 or zstd."""
+
+    source: Literal["jsonl"]
+    """Text files, one JSON object per line."""
 
 
 class ImageFolderDataConfig(FileDataConfig):
@@ -271,6 +343,10 @@ SOURCE_CONFIGS: dict[str, type[BaseDataConfig]] = {
     **dict.fromkeys(("mnist", "fashion_mnist", "cifar10", "cifar100"), NamedDataConfig),
     "disc": DiscDataConfig,
     "parquet": ParquetDataConfig,
+    "csv": CsvDataConfig,
+    "arrow": ArrowDataConfig,
+    "numpy": NumpyDataConfig,
+    "jsonl": JsonlDataConfig,
     "image_folder": ImageFolderDataConfig,
 }
 """The configuration class of each named source."""
@@ -317,6 +393,10 @@ DataConfig = Annotated[
     Annotated[NamedDataConfig, Tag("NamedDataConfig")]
     | Annotated[DiscDataConfig, Tag("DiscDataConfig")]
     | Annotated[ParquetDataConfig, Tag("ParquetDataConfig")]
+    | Annotated[CsvDataConfig, Tag("CsvDataConfig")]
+    | Annotated[ArrowDataConfig, Tag("ArrowDataConfig")]
+    | Annotated[NumpyDataConfig, Tag("NumpyDataConfig")]
+    | Annotated[JsonlDataConfig, Tag("JsonlDataConfig")]
     | Annotated[ImageFolderDataConfig, Tag("ImageFolderDataConfig")]
     | Annotated[UserFunctionDataConfig, Tag("UserFunctionDataConfig")],
     Discriminator(_data_tag),

@@ -215,7 +215,7 @@ and a run is found again by the digest. Never change or extend this: keys of lat
 
 
 IDENTITY_OPTIONAL_KEYS: dict[str, dict[str, Any]] = {
-    "data": {},
+    "data": {"exclude": []},
     "data.splits": {},
     "model": {"ensemble": 1, "numeric_embedding": "none"},
     "task": {"label_smoothing": 0.0, "quantiles": None, "threshold": 0.5},

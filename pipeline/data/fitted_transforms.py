@@ -32,6 +32,7 @@ class FittedTransforms:
     class_counts: rows of each class in training; empty for a regression.
     target_mean, target_std: of each column of transformed targets in training; empty unless a regression. An earlier
         version stored no standard deviations.
+    left_out: names of the columns that `data.features: auto` left out, each with the reason.
     """
 
     input_transform: InputTransform
@@ -39,6 +40,7 @@ class FittedTransforms:
     class_counts: tuple[int, ...] = ()
     target_mean: tuple[float, ...] = ()
     target_std: tuple[float, ...] = ()
+    left_out: tuple[tuple[str, str], ...] = ()
 
     @property
     def num_outputs(self) -> int:
@@ -56,6 +58,7 @@ class FittedTransforms:
             "class_counts": list(self.class_counts),
             "means": list(self.target_mean),
             "spreads": list(self.target_std),
+            **({"left_out": dict(self.left_out)} if self.left_out else {}),
         }
 
     @classmethod
@@ -73,6 +76,7 @@ class FittedTransforms:
                 tuple(int(count) for count in values["class_counts"]),
                 tuple(float(mean) for mean in values["means"]),
                 tuple(float(spread) for spread in values.get("spreads", ())),
+                tuple((str(name), str(reason)) for name, reason in values.get("left_out", {}).items()),
             )
 
 
@@ -142,13 +146,15 @@ def fit_transforms(job: JobConfig, dataset: Dataset, splits: Mapping[str, SplitI
     ------
     DataError: samples or targets that do not fit the job.
     """
-    indices = splits["train"].indices
+    indices, left_out = splits["train"].indices, tuple(dataset.left_out.items())
     target_transform = fit_target_transform(job, dataset, splits)
     input_transform = fit_input_transform(job, dataset, indices)
     all_targets = target_transform.transform(dataset.train.targets, dataset.label_names, np.float64, indices=indices)
     targets = all_targets[indices]
     if target_transform.kind == "regression":
         mean, std = targets.mean(0).tolist(), targets.std(0).tolist()
-        return FittedTransforms(input_transform, target_transform, target_mean=tuple(mean), target_std=tuple(std))
+        return FittedTransforms(
+            input_transform, target_transform, target_mean=tuple(mean), target_std=tuple(std), left_out=left_out
+        )
     class_counts = tuple(count_classes(targets, len(target_transform.classes)))
-    return FittedTransforms(input_transform, target_transform, class_counts=class_counts)
+    return FittedTransforms(input_transform, target_transform, class_counts=class_counts, left_out=left_out)

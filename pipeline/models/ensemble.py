@@ -5,7 +5,8 @@ A layer of the ensemble computes, for member k with its own scale vectors r_k an
     y_k = (W (r_k * x_k)) * s_k + b_k
 
 with one matrix W for all members: this equals a linear layer with the weights diag(s_k) W diag(r_k). The output layers
-are separate. Each member has a loss of its own, on batches of its own.
+are separate. Each member has a loss of its own, on batches of its own. The layers take (K, B, width): the B rows of the
+first of K members, then those of the next; one product with W is for all of them.
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ Averaging = Literal["softmax", "sigmoid", "mean"]
 mean of the probabilities of each output; mean: the mean of each output."""
 
 
+DROPOUT_LEVELS = 2**16
+"""Number of dropout's probabilities."""
+
+
 class EnsembleLinear(nn.Module):
-    """A linear layer of all members with one shared weight matrix: (B, K, in) to (B, K, out).
+    """A linear layer of all members with one shared weight matrix: (K, B, in) to (K, B, out).
 
     Weights and biases are initially those of `nn.Linear`, and the biases of all members are equal. The scale vectors
     are ones; TabM draws those before the first layer, which alone makes the members differ.
@@ -43,11 +48,15 @@ class EnsembleLinear(nn.Module):
         self.bias = nn.Parameter((bound * (2 * torch.rand(out_features) - 1)).repeat(members, 1))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return torch.addcmul(self.bias, nn.functional.linear(inputs * self.r, self.weight), self.s)
+        if not self.training:  # many rows for each member: scaled weights are fewer than scaled values
+            weight = self.s.unsqueeze(2) * self.weight * self.r.unsqueeze(1)
+            return torch.baddbmm(self.bias.unsqueeze(1), inputs, weight.transpose(1, 2))
+        products = nn.functional.linear(inputs * self.r.unsqueeze(1), self.weight)
+        return torch.addcmul(self.bias.unsqueeze(1), products, self.s.unsqueeze(1))
 
 
 class MemberLinear(nn.Module):
-    """A separate linear layer for each member: (B, K, in) to (B, K, out). Initially each is an `nn.Linear`.
+    """A separate linear layer for each member: (K, B, in) to (K, B, out). Initially each is an `nn.Linear`.
 
     weight: (K, out, in). bias: (K, out).
     """
@@ -63,18 +72,39 @@ class MemberLinear(nn.Module):
         self.bias = nn.Parameter(bound * (2 * torch.rand(members, out_features) - 1))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        outputs = torch.baddbmm(self.bias.unsqueeze(1), inputs.transpose(0, 1), self.weight.transpose(1, 2))
-        return outputs.transpose(0, 1)
+        return torch.baddbmm(self.bias.unsqueeze(1), inputs, self.weight.transpose(1, 2))
 
 
 class MemberBatchNorm(nn.BatchNorm1d):
-    """Batch normalization with separate statistics, scales and shifts for each member: (B, K, width) to the same."""
+    """Batch normalization with separate statistics, scales and shifts for each member: (K, B, width) to the same."""
 
     def __init__(self, members: int, width: int) -> None:
         super().__init__(members * width)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
-        return super().forward(input.flatten(1)).view_as(input)
+        members, rows, width = input.shape
+        return super().forward(input.transpose(0, 1).flatten(1)).view(rows, members, width).transpose(0, 1)
+
+
+class MemberDropout(nn.Module):
+    """Dropout by 16 random bits for each value, several times as fast as `nn.Dropout` on a CPU.
+
+    probability: that a value becomes 0, rounded to a multiple of 2^-16. The others are divided by one minus it.
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self._threshold = min(round(probability * DROPOUT_LEVELS), DROPOUT_LEVELS - 1)
+        self.scale = DROPOUT_LEVELS / (DROPOUT_LEVELS - self._threshold)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs * self.draw_mask(inputs) * self.scale if self.training else inputs
+
+    def draw_mask(self, like: Tensor) -> Tensor:
+        """Draw the next mask from torch's generator: int16 of the shape of a tensor, 1 for what is kept, else 0."""
+        count = like.numel()
+        bits = torch.empty(-(-count // 4), dtype=torch.int64, device=like.device).random_(-(2**63), None)
+        return bits.view(torch.int16)[:count].view(like.shape).ge_(self._threshold - DROPOUT_LEVELS // 2)
 
 
 def draw_first_scales(kind: Literal["signs", "normal"], widths: list[int], members: int) -> Tensor:

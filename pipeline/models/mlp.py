@@ -19,6 +19,7 @@ from pipeline.models.ensemble import (
     Averaging,
     EnsembleLinear,
     MemberBatchNorm,
+    MemberDropout,
     MemberLinear,
     average_outputs,
     draw_first_scales,
@@ -133,13 +134,12 @@ class EnsembleMlpNet(EmbeddingMlpNet):
         if not self.training:
             outputs = self.forward_members(inputs)
             return average_outputs(outputs, self.averaging)
-        embedded = self.embed(inputs)
-        return self.apply_layers(embedded.unflatten(0, (-1, self.members))).flatten(0, 1)
+        by_member = self.embed(inputs).unflatten(0, (-1, self.members)).transpose(0, 1)
+        return self.apply_layers(by_member).transpose(0, 1).flatten(0, 1)
 
     def forward_members(self, inputs: Tensor) -> Tensor:
         """Return the outputs of every member for every row, (N, K, outputs), in the current mode."""
-        embedded = self.embed(inputs)
-        return self.apply_layers(embedded.unsqueeze(1).expand(-1, self.members, -1))
+        return self.apply_layers(self.embed(inputs).expand(self.members, -1, -1)).transpose(0, 1)
 
 
 def build_mlp(
@@ -198,7 +198,7 @@ def build_ensemble_layers(widths: list[int], outputs: int, config: MlpConfig) ->
             layers.append(MemberBatchNorm(config.ensemble, width))
         layers.append(ACTIVATIONS[config.activation]())
         if config.dropout:
-            layers.append(nn.Dropout(config.dropout))
+            layers.append(MemberDropout(config.dropout))
     return [*layers, MemberLinear(config.ensemble, widths[-1], outputs)]
 
 

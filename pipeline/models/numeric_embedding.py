@@ -22,7 +22,9 @@ class PeriodicEmbedding(nn.Module):
     standard deviation 0.1, p is uniform from -pi to pi, and W and b are uniform from -1/4 to 1/4, as those of a linear
     layer with 16 inputs.
 
-    Numbers (..., n) of a standard deviation near 1, to (..., 4 n), in the dtype of the numbers.
+    Numbers (B, n) of a standard deviation near 1, to (B, 4 n), in the dtype of the numbers.
+
+    frequencies, phases: (n, 16). weight: (n, 3, 16). bias: (n, 3).
     """
 
     undecayed = ("frequencies", "phases", "bias")
@@ -33,12 +35,11 @@ class PeriodicEmbedding(nn.Module):
         bound = NUM_FREQUENCIES**-0.5
         self.frequencies = nn.Parameter(FREQUENCY_STD * torch.randn(num_numbers, NUM_FREQUENCIES))
         self.phases = nn.Parameter(math.pi * (2 * torch.rand(num_numbers, NUM_FREQUENCIES) - 1))
-        self.weight = nn.Parameter(bound * (2 * torch.rand(num_numbers, NUM_FREQUENCIES, EMBEDDING_DIM - 1) - 1))
+        self.weight = nn.Parameter(bound * (2 * torch.rand(num_numbers, EMBEDDING_DIM - 1, NUM_FREQUENCIES) - 1))
         self.bias = nn.Parameter(bound * (2 * torch.rand(num_numbers, EMBEDDING_DIM - 1) - 1))
 
     def forward(self, numbers: Tensor) -> Tensor:
-        angles = torch.addcmul(self.phases, numbers.unsqueeze(-1), 2 * math.pi * self.frequencies)
-        cosines = angles.cos().flatten(0, -3)  # (N, n, 16)
-        values = torch.baddbmm(self.bias.unsqueeze(1), cosines.transpose(0, 1), self.weight)  # (n, N, 3)
-        values = values.transpose(0, 1).reshape(*numbers.shape, EMBEDDING_DIM - 1)
-        return torch.cat([numbers.unsqueeze(-1), values.to(numbers.dtype)], -1).flatten(-2)
+        by_number = numbers.t().unsqueeze(1)  # (n, 1, B): adjacent in memory are the rows, which are many
+        angles = torch.addcmul(self.phases.unsqueeze(2), 2 * math.pi * self.frequencies.unsqueeze(2), by_number)
+        values = torch.baddbmm(self.bias.unsqueeze(2), self.weight, angles.cos())  # (n, 3, B)
+        return torch.cat([by_number, values.to(numbers.dtype)], 1).permute(2, 0, 1).flatten(1)

@@ -9,12 +9,13 @@ import numpy as np
 from pipeline.config import JobConfig
 from pipeline.cpus import available_cpus
 from pipeline.data import augment
+from pipeline.data.auto_features import is_auto, leave_out_columns, left_out_warnings
 from pipeline.data.dataset import SplitIndices, indices_by_part
 from pipeline.data.fitted_transforms import FittedTransforms, check_layout, find_rounded_columns, fit_transforms
 from pipeline.data.sources import Dataset, DatasetPart, open_dataset
 from pipeline.data.splits import make_splits, sample_stratified, split_warnings
 from pipeline.data.targets import label_warnings
-from pipeline.data.transforms import leakage_warnings
+from pipeline.data.transforms import TabularTransform, leakage_warnings
 from pipeline.errors import JobError, StorageError
 from pipeline.events import ProgressFn
 from pipeline.runs.checkpoints.checkpoint import find_checkpoint
@@ -90,6 +91,7 @@ class PreparedData:
         """Warnings about settings that are valid but probably not intended."""
         messages = [*self.dataset.warnings, *split_warnings(self.job, self.splits)]
         if not self.is_fitted_earlier:
+            messages += left_out_warnings(self.dataset)
             messages += leakage_warnings(self.job, self.dataset, self.splits["train"].indices)
             messages += label_warnings(self.fitted.target_transform)
         best, processes, cores = self.job.best, self.job.data.loader.processes, available_cpus()
@@ -145,7 +147,7 @@ def prepare_data(
     code = code if code is not None else collect_user_code(job)
     with code.activated():
         if dataset is None or (fitted is not None and dataset.reopen_in_float64 is not None and _needs_float64(fitted)):
-            dataset = open_dataset(job, on_progress, float64=_needs_float64(fitted))
+            dataset = open_dataset(_with_fitted_features(job, fitted), on_progress, float64=_needs_float64(fitted))
     if fingerprint is not None and dataset.fingerprint != fingerprint:
         raise JobError(
             "the data is not the data of this run",
@@ -218,10 +220,11 @@ def _check_threshold(prepared: PreparedData) -> None:
 def _split_and_fit(job: JobConfig, dataset: Dataset) -> tuple[Dataset, dict[str, SplitIndices], FittedTransforms]:
     """Split the dataset and fit on its training rows: in float32 if that is precise enough, else in float64."""
     splits = make_splits(job, dataset)
+    dataset = leave_out_columns(job, dataset, splits["train"].indices)
     fitted = fit_transforms(job, dataset, splits)
     rounded_columns = find_rounded_columns(job, dataset, fitted)
     if rounded_columns and dataset.reopen_in_float64 is not None:
-        dataset = dataset.reopen_in_float64()
+        dataset = replace(dataset.reopen_in_float64(), left_out=dataset.left_out)
         splits = make_splits(job, dataset)
         fitted = fit_transforms(job, dataset, splits)
         rounded_columns = find_rounded_columns(job, dataset, fitted)
@@ -254,7 +257,7 @@ def prepare_all_rows(
     """
     code = code if code is not None else collect_user_code(job)
     with code.activated():
-        dataset = open_dataset(job, on_progress, float64=_needs_float64(fitted))
+        dataset = open_dataset(_with_fitted_features(job, fitted), on_progress, float64=_needs_float64(fitted))
     check_layout(fitted, dataset)
     fitted.input_transform.check_missing_values(dataset.train.inputs, dataset.schema)
     splits = {split: SplitIndices("train", np.arange(len(dataset.train), dtype=np.int64))}
@@ -267,6 +270,14 @@ def prepare_all_rows(
         schedule=TrainingSchedule(job, len(dataset.train)),
         code=code,
     )
+
+
+def _with_fitted_features(job: JobConfig, fitted: FittedTransforms | None) -> JobConfig:
+    """Return the job with the features by name that were fitted, if it leaves their choice to `features: auto`."""
+    if fitted is None or not is_auto(job) or not isinstance(fitted.input_transform, TabularTransform):
+        return job
+    names = [column.name for column in fitted.input_transform.schema.columns]
+    return job.model_copy(update={"data": job.data.model_copy(update={"features": names, "exclude": []})})
 
 
 def _needs_float64(fitted: FittedTransforms | None) -> bool | None:

@@ -17,7 +17,7 @@ from pipeline.data.dataset import Dataset
 from pipeline.data.transforms.arrays import ArrayTransform, TransformFn, fit_array_transform
 from pipeline.data.transforms.column_report import DataReport
 from pipeline.data.transforms.column_statistics import numeric_columns_of
-from pipeline.data.transforms.leakage import leakage_warnings
+from pipeline.data.transforms.leakage import find_unhelpful_columns, leakage_warnings
 from pipeline.data.transforms.tabular import TabularTransform, fit_tabular_transform
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "InputTransform",
     "ArrayTransform",
     "TabularTransform",
+    "find_unhelpful_columns",
     "fit_input_transform",
     "leakage_warnings",
     "numeric_columns_of",

@@ -9,8 +9,8 @@ from typing import Literal
 
 import pyarrow.compute as pc
 
-from pipeline.config import JobConfig, ParquetDataConfig, TimeSplitsConfig
-from pipeline.data.sources.tables.reader import ParquetFiles
+from pipeline.config import JobConfig, TableDataConfig, TimeSplitsConfig
+from pipeline.data.sources.tables.files import TableFiles
 from pipeline.data.tabular.arrow_types import NUMERIC_KINDS, ArrowKind, common_kind
 from pipeline.data.tabular.encoder import suggest_columns
 from pipeline.data.tabular.schema import ColumnKind
@@ -19,7 +19,7 @@ from pipeline.errors import DataError
 PANDAS_INDEX = "__index_level_*__"
 """Columns in which pandas stores the index of a filtered frame. No pattern matches them."""
 
-CAST = "cast it to numbers or text, or exclude it by listing the other columns under data.features"
+CAST = "cast it to numbers or text, or list it under data.exclude"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class FeatureColumn:
 
 
 @dataclass(frozen=True)
-class ParquetSelection:
+class TableSelection:
     """The columns of the files that a job uses.
 
     features: the input columns.
@@ -83,7 +83,7 @@ def _tuple_text(items: Iterable[str]) -> str:
     return f"({texts[0]},)" if len(texts) == 1 else f"({', '.join(texts)})"
 
 
-def select_columns(files: ParquetFiles, job: JobConfig) -> ParquetSelection:
+def select_columns(files: TableFiles, job: JobConfig) -> TableSelection:
     """Select the job's columns, and check that every file has them.
 
     Raises
@@ -92,7 +92,7 @@ def select_columns(files: ParquetFiles, job: JobConfig) -> ParquetSelection:
         features; a pattern without a match.
     """
     data, columns = job.data, _FileColumns(files)
-    assert isinstance(data, ParquetDataConfig), "a job with source: parquet"
+    assert isinstance(data, TableDataConfig), "a job of tables"
     split = data.splits_column
     for name, where in [
         *((label, "data.label") for label in data.labels),
@@ -100,11 +100,11 @@ def select_columns(files: ParquetFiles, job: JobConfig) -> ParquetSelection:
         *([(split, "data.splits.column")] if split is not None else []),
     ]:
         columns.require(name, where)
-    names = _select_feature_names(data, columns.names, split)
+    names = select_feature_names(data, columns.names)
     kinds = {name: columns.merged_kind(name) for name in names}
     categorical = _match_patterns(data.categorical, columns.names, "data.categorical")
     shape, raw = _sample_shape(data.shape, kinds)
-    return ParquetSelection(
+    return TableSelection(
         features=tuple(_make_feature(name, kind, name in categorical, files) for name, kind in kinds.items()),
         labels=tuple((name, _check_label(name, columns.merged_kind(name), job, files.url)) for name in data.labels),
         label_as="numbers" if job.task.kind == "regression" else "classes",
@@ -118,7 +118,7 @@ def select_columns(files: ParquetFiles, job: JobConfig) -> ParquetSelection:
 class _FileColumns:
     """The columns of all files, in the order of the first file that has them."""
 
-    def __init__(self, files: ParquetFiles) -> None:
+    def __init__(self, files: TableFiles) -> None:
         self._files = files
         self._kinds_by_file = [files.column_kinds(number) for number in range(len(files.files))]
         self.names = list(dict.fromkeys(name for kinds in self._kinds_by_file for name in kinds))
@@ -154,15 +154,16 @@ class _FileColumns:
         return merged
 
 
-def merge_column_kinds(files: ParquetFiles) -> dict[str, ArrowKind]:
-    """Return the kinds of all columns over all files.
-
-    Raises
-    ------
-    DataError: a column that is not in every file, or of different types.
-    """
-    columns = _FileColumns(files)
-    return {name: columns.merged_kind(name) for name in columns.names}
+def merge_column_kinds(files: TableFiles) -> tuple[dict[str, ArrowKind], dict[str, DataError]]:
+    """Return the kinds of the columns over all files, in order; and of each column that has none, because it is not in
+    every file or has different types, the error that says so."""
+    columns, kinds, errors = _FileColumns(files), {}, {}
+    for name in columns.names:
+        try:
+            kinds[name] = columns.merged_kind(name)
+        except DataError as error:
+            errors[name] = error
+    return kinds, errors
 
 
 def _match_patterns(patterns: Iterable[str], names: list[str], where: str) -> set[str]:
@@ -178,29 +179,40 @@ def _match_patterns(patterns: Iterable[str], names: list[str], where: str) -> se
     return matched
 
 
-def _select_feature_names(data: ParquetDataConfig, names: list[str], split: str | None) -> list[str]:
-    """Return the feature columns, in the order of the files."""
-    for name in data.features:
+def select_feature_names(data: TableDataConfig, names: list[str]) -> list[str]:
+    """Return the feature columns, in the order of the files. `features: auto` counts as all."""
+    is_auto = data.features == "auto"
+    patterns = [] if data.features == "auto" else data.features
+    for name in patterns:
         if name in data.labels:
             raise DataError(
                 f"the label {name!r} is among the features",
                 where="data.features",
                 fix="remove it: the model would predict the label from itself",
             )
-        if name in data.keys or name == split:
+        if name in data.keys or name == data.splits_column:
             role, key = ("a key", "data.keys") if name in data.keys else ("the column of the splits", "data.splits")
             raise DataError(
                 f"{name!r} is {role}, and a feature", where="data.features", fix=f"remove it here, or from {key}"
             )
-    reserved = {*data.labels, *data.keys, split}
-    chosen: set[str] = set()
-    for pattern in data.features:
-        free = [name for name in names if name not in reserved]
-        chosen |= _match_patterns([pattern], free, "data.features")
+    reserved = {*data.labels, *data.keys, data.splits_column}
+    free = [name for name in names if name not in reserved]
+    excluded = _match_patterns(data.exclude, free, "data.exclude")
+    if named_twice := next((name for name in patterns if name in excluded), None):
+        raise DataError(
+            f"{named_twice!r} is excluded, and a feature",
+            where="data.features",
+            fix="remove it here, or from data.exclude",
+        )
+    all_names = {name for name in free if not fnmatchcase(name, PANDAS_INDEX)}
+    chosen = (all_names if is_auto else _match_patterns(patterns, free, "data.features")) - excluded
+    if not chosen:
+        where, fix = ("data.exclude", "exclude fewer columns") if excluded else ("data", "add columns to predict from")
+        raise DataError("no column is left to be a feature", where=where, fix=fix)
     return [name for name in names if name in chosen]
 
 
-def _make_feature(name: str, arrow_kind: ArrowKind, is_categorical: bool, files: ParquetFiles) -> FeatureColumn:
+def _make_feature(name: str, arrow_kind: ArrowKind, is_categorical: bool, files: TableFiles) -> FeatureColumn:
     where = f"{files.files[0].where} ({files.row_counts[0]:,} rows)"
     if arrow_kind.kind == "null":  # a category without values, so that any new data fits; there is a warning of it
         return FeatureColumn(name, "category", 1)
@@ -213,7 +225,7 @@ def _make_feature(name: str, arrow_kind: ArrowKind, is_categorical: bool, files:
     return FeatureColumn(name, "number", arrow_kind.width or _find_list_length(name, files))
 
 
-def _find_list_length(name: str, files: ParquetFiles) -> int:
+def _find_list_length(name: str, files: TableFiles) -> int:
     """Return the length of the first list in a column of lists."""
     for number in range(len(files.files)):
         for batch in files.iter_batches(number, [name], 1024):
