@@ -190,10 +190,10 @@ def evaluate(
 @app.command(epilog="Example: trainyard predict churn-1a2b3c4d --input s3://bucket/new/ --output new.parquet")
 def predict(
     model: Annotated[str, typer.Argument(metavar="RUN", help="RUN[@best|@last|@STEP]; best by default.")],
-    input_url: Annotated[
-        str, typer.Option("--input", metavar="URL", help="Parquet files or images: a file, glob or folder.")
+    input_url: Annotated[str, typer.Option("--input", metavar="URL", help="Tables or images: a file, glob or folder.")],
+    output_url: Annotated[
+        str, typer.Option("--output", metavar="URL", help="The file to write: .parquet, .csv, .tsv or .arrow.")
     ],
-    output_url: Annotated[str, typer.Option("--output", metavar="URL", help="The Parquet file to write.")],
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     storage: StorageUrl = None,
     trust: Trust = False,

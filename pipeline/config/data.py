@@ -222,14 +222,22 @@ class TableDataConfig(FileDataConfig):
     features: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = ["*"]
     """Input columns: names, or patterns such as num_*. The default is all columns but label, keys and the splits'
     column. auto: all of these but columns that would not help, each of which is named in a warning: text that is almost
-    unique (more than 90 % of the values differ), values that are not numbers or text, columns with one value in all
-    training rows, row numbers, and columns that alone predict the label (target leakage)."""
+    unique (more than 90 % of the values differ), values that are not numbers, text or times, columns with one value in
+    all training rows, row numbers, and columns that alone predict the label (target leakage)."""
     exclude: list[str] = []
     """Names or patterns of columns that are not inputs; of a column that `features` names too, it is an error."""
     keys: list[str] = []
     """Columns that identify a row. They are not inputs of the model; predictions include them."""
     categorical: list[str] = []
     """Names or patterns of numeric columns that are categorical. Columns of text always are."""
+    dates: list[str] = []
+    """Names or patterns of columns of text that are dates or times in ISO 8601, such as 2024-05-31 or
+    2024-05-31T12:00:00Z. Columns of dates and times always are, and with features: auto all such text. A date becomes
+    numbers: the days since 1970, and sine and cosine of the day of the year, the day of the week and the time of day;
+    times with a time zone are those in UTC."""
+    hashed: dict[str, Annotated[int, Field(ge=2, le=1_000_000)]] = {}
+    """Categorical columns with very many values, by name or pattern, and a number of buckets: each value is put into
+    one of them by a hash, and the bucket is the category. So new values have one too."""
     missing: ImputationConfig = ImputationConfig()
     """Replacements for missing values."""
     one_hot_up_to: Annotated[int, Field(ge=0)] = 16
@@ -239,11 +247,14 @@ class TableDataConfig(FileDataConfig):
     """Shape of a sample if the only feature is a column of bytes or lists of fixed size, such as [1, 28, 28]."""
 
 
-class ParquetDataConfig(TableDataConfig):
-    """Tables in Parquet files."""
+class TypedTableDataConfig(TableDataConfig):
+    """Tables in files whose values have types."""
 
-    source: Literal["parquet"]
-    """Parquet files."""
+    source: Literal["parquet", "arrow", "numpy", "jsonl"]
+    """The format of the files. arrow: Arrow IPC files, also called Feather, or streams. numpy: in a `.npy` file, the
+    columns of a matrix (N, F) are named "0", "1", ..., and a structured array has its fields as columns; in a `.npz`
+    file, each array (N,) is a column of its name, and an array (N, ...) is one column of lists, so that `X` and `y` are
+    the features and the label. jsonl: text with one JSON object per line, also compressed with gzip, bz2 or zstd."""
 
 
 NULL_TEXTS = "?|NA|N/A|n/a|#N/A|#N/A N/A|#NA|<NA>|NaN|nan|-NaN|-nan|NULL|null|None|1.#IND|-1.#IND|1.#QNAN|-1.#QNAN|\\N"
@@ -267,6 +278,9 @@ class CsvDataConfig(TableDataConfig):
     """The encoding of the text, such as latin-1, cp1252 or utf-16."""
     null_values: list[str] = NULL_VALUES
     """Texts that stand for a missing value in any column, quoted or not."""
+    text_columns: list[str] = []
+    """Columns that are text even if all of their values are numbers, booleans or times. Whole numbers with leading
+    zeros, such as 00501, or of more than 64 bits are text anyway."""
 
     @field_validator("delimiter")
     @classmethod
@@ -283,29 +297,6 @@ class CsvDataConfig(TableDataConfig):
         except LookupError:
             raise ValueError(f"{value!r} is no encoding; known are utf-8, latin-1, cp1252, utf-16, ...") from None
         return value
-
-
-class ArrowDataConfig(TableDataConfig):
-    """Tables in Arrow IPC files (Feather version 2) or streams."""
-
-    source: Literal["arrow"]
-    """Arrow IPC files, also called Feather, or streams."""
-
-
-class NumpyDataConfig(TableDataConfig):
-    """Tables in NumPy files. In a `.npy` file, the columns of a matrix (N, F) are named "0", "1", ...; a structured
-    array has its fields as columns. In a `.npz` file, each array (N,) is a column of its name, and an array (N, ...) is
-    one column of lists, so that `X` and `y` are the features and the label."""
-
-    source: Literal["numpy"]
-    """NumPy files: .npy or .npz."""
-
-
-class JsonlDataConfig(TableDataConfig):
-    """Tables in text files with one JSON object per line, also compressed with gzip, bz2 or zstd."""
-
-    source: Literal["jsonl"]
-    """Text files, one JSON object per line."""
 
 
 class ImageFolderDataConfig(FileDataConfig):
@@ -342,11 +333,9 @@ class ImageFolderDataConfig(FileDataConfig):
 SOURCE_CONFIGS: dict[str, type[BaseDataConfig]] = {
     **dict.fromkeys(("mnist", "fashion_mnist", "cifar10", "cifar100"), NamedDataConfig),
     "disc": DiscDataConfig,
-    "parquet": ParquetDataConfig,
+    "parquet": TypedTableDataConfig,
     "csv": CsvDataConfig,
-    "arrow": ArrowDataConfig,
-    "numpy": NumpyDataConfig,
-    "jsonl": JsonlDataConfig,
+    **dict.fromkeys(("arrow", "numpy", "jsonl"), TypedTableDataConfig),
     "image_folder": ImageFolderDataConfig,
 }
 """The configuration class of each named source."""
@@ -392,11 +381,8 @@ def _data_tag(value: Any) -> str:
 DataConfig = Annotated[
     Annotated[NamedDataConfig, Tag("NamedDataConfig")]
     | Annotated[DiscDataConfig, Tag("DiscDataConfig")]
-    | Annotated[ParquetDataConfig, Tag("ParquetDataConfig")]
+    | Annotated[TypedTableDataConfig, Tag("TypedTableDataConfig")]
     | Annotated[CsvDataConfig, Tag("CsvDataConfig")]
-    | Annotated[ArrowDataConfig, Tag("ArrowDataConfig")]
-    | Annotated[NumpyDataConfig, Tag("NumpyDataConfig")]
-    | Annotated[JsonlDataConfig, Tag("JsonlDataConfig")]
     | Annotated[ImageFolderDataConfig, Tag("ImageFolderDataConfig")]
     | Annotated[UserFunctionDataConfig, Tag("UserFunctionDataConfig")],
     Discriminator(_data_tag),

@@ -13,6 +13,7 @@ from pipeline.data.dataset import Dataset, SplitIndices
 from pipeline.data.rounding import is_too_coarse
 from pipeline.data.serialization import VERSION, check_stored_values
 from pipeline.data.tabular.schema import Schema
+from pipeline.data.tabular.times import CLOCK_WIDTH, DATE_WIDTH, TIMESTAMP_WIDTH
 from pipeline.data.targets import TargetTransform, count_classes, fit_target_transform
 from pipeline.data.transforms import (
     ArrayTransform,
@@ -45,9 +46,9 @@ class FittedTransforms:
     @property
     def num_outputs(self) -> int:
         """Number of the model's outputs per sample."""
-        return {"multiclass": len(self.target_transform.classes), "binary": 1}.get(
-            self.target_transform.kind, len(self.target_mean)
-        )
+        transform = self.target_transform
+        num_values = len(transform.quantiles) or len(self.target_mean)
+        return {"multiclass": len(transform.classes), "binary": 1}.get(transform.kind, num_values)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, the content of `preprocess.json`; `from_json` restores the same object from them."""
@@ -112,12 +113,17 @@ def check_layout(fitted: FittedTransforms, dataset: Dataset) -> None:
             )
 
 
+TIME_NAMES = {DATE_WIDTH: "dates", TIMESTAMP_WIDTH: "dates with times of day", CLOCK_WIDTH: "times of day"}
+
+
 def _describe_column(column: tuple[str, int] | None) -> str:
     if column is None:
         return "is missing"
     kind, width = column
     if kind == "category":
         return "holds text or categories"
+    if kind == "time":
+        return f"holds {TIME_NAMES[width]}"
     return f"holds {width} numbers" if width > 1 else "holds numbers"
 
 
@@ -135,7 +141,7 @@ def find_rounded_columns(job: JobConfig, dataset: Dataset, fitted: FittedTransfo
         coarse = is_too_coarse(rounding, std) if len(std) else np.array([])
         return [f"number {index}" for index in np.flatnonzero(coarse)]
     coarse = is_too_coarse(rounding[numeric_columns_of(transform.schema)], std)
-    names = [column.name for column in transform.schema.columns if column.kind == "number" for _ in range(column.width)]
+    names = [column.name for column in transform.schema.columns if column.is_numeric for _ in range(column.width)]
     return list(dict.fromkeys(name for name, is_coarse in zip(names, coarse, strict=True) if is_coarse))
 
 

@@ -12,7 +12,7 @@ VERSION = 3
 
 ENCODINGS_VERSION = 4
 """Version of transforms that versions of this program before 4 would apply wrongly: those that encode numbers other
-than as (x - mean) / std."""
+than as (x - mean) / std, dates and times, or hashed text."""
 
 READABLE = (2, 3, 4)
 """Before 3, the values of numeric labels and the type of table rows were not stored."""

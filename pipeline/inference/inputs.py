@@ -184,7 +184,7 @@ def _read_rows(
     data: Any, preprocess: TabularTransform, dtype: type[np.float32] | type[np.float64], report: DataReport
 ) -> np.ndarray:
     schema, table = preprocess.schema, None
-    if isinstance(data, np.ndarray | torch.Tensor) and not preprocess.categorical_columns:
+    if isinstance(data, np.ndarray | torch.Tensor) and all(column.kind == "number" for column in schema.columns):
         with np.errstate(over="ignore"):  # checked below
             rows = np.asarray(data, dtype)
         if rows.ndim != 2 or rows.shape[1] != schema.width:

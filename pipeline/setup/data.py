@@ -67,7 +67,7 @@ class PreparedData:
     @property
     def metric_columns(self) -> list[str]:
         """The columns of the metrics of every evaluation."""
-        return self.job.metric_columns(self.fitted.num_outputs, self.fitted.target_transform.classes)
+        return self.job.metric_columns(len(self.fitted.target_mean), self.fitted.target_transform.classes)
 
     def evaluation_indices(self, split: str) -> np.ndarray:
         """Return the rows of a split that an evaluation uses: all, or a sample of `evaluate.limit`.
@@ -278,7 +278,9 @@ def _with_fitted_features(job: JobConfig, fitted: FittedTransforms | None) -> Jo
     if fitted is None or not is_auto(job) or not isinstance(fitted.input_transform, TabularTransform):
         return job
     names = [column.name for column in fitted.input_transform.schema.columns]
-    return job.model_copy(update={"data": job.data.model_copy(update={"features": names, "exclude": []})})
+    dates = [column.name for column in fitted.input_transform.schema.columns if column.is_date]
+    update = {"features": names, "exclude": [], "dates": dates}
+    return job.model_copy(update={"data": job.data.model_copy(update=update)})
 
 
 def _needs_float64(fitted: FittedTransforms | None) -> bool | None:

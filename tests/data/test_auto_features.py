@@ -50,7 +50,6 @@ def make_unhelpful_columns(y: np.ndarray) -> dict[str, tuple[Any, str]]:
     return {
         "remark": ([f"remark {i}" for i in range(rows)], "almost unique text (2,000 different values in 2,000 rows)"),
         "mail": ([None if i % 2 else f"{i}@x" for i in range(rows)], "almost unique text (1,000 different values in"),
-        "day": (np.datetime64("2024-01-01") + np.arange(rows) % 7, "holds times"),
         "nested": ([{"a": 1}] * rows, "neither numbers nor text"),
         "ragged": ([[1.0] * (1 + i % 2) for i in range(rows)], "1 to 2 elements"),
         "nothing": (pa.nulls(rows), "no value in any row"),
@@ -191,3 +190,24 @@ def test_a_table_of_a_label_alone_is_rejected(tmp_path: Path) -> None:
     pq.write_table(pa.table({"y": [0, 1] * 20}), tmp_path / "t.parquet")
     with pytest.raises(DataError, match="no column is left to be a feature"):
         prepare_data(make_job(tmp_path / "t.parquet"))
+
+
+@pytest.mark.parametrize("in_memory_mb", [256.0, 0.0])
+def test_dates_are_features_also_as_text_and_hashed_text_is_kept(tmp_path: Path, in_memory_mb: float) -> None:
+    columns = make_columns()
+    rows = len(columns["y"])
+    days = np.datetime64("2010-01-01") + np.random.default_rng(1).permutation(rows)
+    columns |= {"day": days, "text": [str(day) for day in days], "user": [f"user {i}" for i in range(rows)]}
+    url = write_parquet(tmp_path / "t.parquet", columns)
+    cache = {"folder": str(tmp_path / "cache"), "in_memory_mb": in_memory_mb}
+    job = make_job(url, cache=cache, hashed={"us*": 16})
+    prepared = prepare_data(job)
+    assert prepared.dataset.schema is not None
+    kinds = {column.name: column.kind for column in prepared.dataset.schema.columns}
+    assert kinds == {
+        "x": "number", "whole": "number", "city": "category", "pair": "number", "day": "time", "text": "time",
+        "user": "category",
+    }  # fmt: skip
+    assert not prepared.dataset.left_out
+    resumed = prepare_data(job, fitted=prepared.fitted)
+    np.testing.assert_array_equal(resumed.dataset.train.inputs, prepared.dataset.train.inputs)

@@ -19,7 +19,7 @@ from pipeline.data.transforms.quantiles import QuantileSelect
 def numeric_columns_of(schema: Schema) -> np.ndarray:
     """Return the columns of a matrix of this schema that hold numbers, int64 (n,), ascending."""
     pairs = zip(schema.columns, schema.offsets, strict=True)
-    ranges = [np.arange(first, first + column.width) for column, first in pairs if column.kind == "number"]
+    ranges = [np.arange(first, first + column.width) for column, first in pairs if column.is_numeric]
     return np.concatenate(ranges) if ranges else np.empty(0, np.int64)
 
 

@@ -15,7 +15,9 @@ from pipeline.config import ImputationConfig, JobConfig, NormalizeConfig, TableD
 from pipeline.data.dataset import DatasetPart
 from pipeline.data.serialization import ENCODINGS_VERSION, VERSION, check_stored_values, parse_float_name
 from pipeline.data.statistics import iter_blocks
+from pipeline.data.tabular.hashing import bucket_of
 from pipeline.data.tabular.schema import Column, ColumnKind, Schema
+from pipeline.data.tabular.times import TIME_WIDTHS
 from pipeline.data.transforms.arrays import WHERE, TransformFn, fixed_mean_and_std
 from pipeline.data.transforms.column_statistics import (
     ColumnStatistics,
@@ -144,13 +146,14 @@ class TabularTransform:
         schema = schema or self.schema
         for column, offset in zip(schema.columns, schema.offsets, strict=True):
             column_counts = counts[offset : offset + column.width]
-            if column.kind in self.kinds_without_missing and column_counts.any():
+            kind: ColumnKind = "number" if column.is_numeric else "category"
+            if kind in self.kinds_without_missing and column_counts.any():
                 column_first_rows = first_rows[offset : offset + column.width]
                 raise DataError(
                     f"{column_counts.max():,} of {len(raw):,} rows have no value in column {column.name!r}, the first "
                     f"is row {column_first_rows[column_first_rows >= 0].min()}",
-                    where=f"data.missing.{'numeric' if column.kind == 'number' else 'categorical'}",
-                    fix=f"fill them, leave the column out of data.features, or set {MISSING_VALUE_HINTS[column.kind]}",
+                    where=f"data.missing.{'numeric' if column.is_numeric else 'categorical'}",
+                    fix=f"fill them, leave the column out of data.features, or set {MISSING_VALUE_HINTS[kind]}",
                 )
 
     def make_transform_fn(
@@ -269,6 +272,8 @@ class TabularTransform:
             stored: dict[str, Any]
             if column.kind == "category":
                 stored = {"levels": list(column.categories), "missing": next(missing)}
+                if column.buckets:
+                    stored["hashed"] = column.buckets
             else:
                 stored = {name: list(islice(part, column.width)) for name, part in parts.items()}
                 if self.knots:
@@ -276,8 +281,11 @@ class TabularTransform:
             if self.null_fractions:
                 stored["nulls"] = next(nulls)
             columns.append({"name": column.name, "kind": column.kind, **stored})
+        is_new = self.encoding is not None or any(
+            column.buckets or column.kind == "time" for column in self.schema.columns
+        )
         return {
-            "version": VERSION if self.encoding is None else ENCODINGS_VERSION,
+            "version": ENCODINGS_VERSION if is_new else VERSION,
             "kind": "table",
             **({} if self.encoding is None else {"encoding": self.encoding}),
             "one_hot_up_to": self.one_hot_up_to,
@@ -311,13 +319,16 @@ class TabularTransform:
                 if "nulls" in stored_parts:
                     nulls.append(float(stored["nulls"]))
                 if stored["kind"] == "category":
-                    columns.append(Column(name, "category", categories=tuple(map(str, stored["levels"]))))
+                    levels = tuple(map(str, stored["levels"]))
+                    columns.append(Column(name, "category", categories=levels, buckets=int(stored.get("hashed", 0))))
                     missing.append(int(stored["missing"]))
-                elif stored["kind"] == "number":
+                elif stored["kind"] in ("number", "time"):
                     widths = {len(stored[part]) for part in numbers}
                     if len(widths) != 1:
                         raise ValueError(f"column {name!r} has parts of different lengths")
-                    columns.append(Column(name, "number", widths.pop()))
+                    columns.append(Column(name, stored["kind"], widths.pop()))
+                    if stored["kind"] == "time" and columns[-1].width not in TIME_WIDTHS:
+                        raise ValueError(f"column {name!r} has {columns[-1].width} numbers of a time")
                     for part, values_of_part in numbers.items():
                         values_of_part += map(float, stored[part])
                     knots += (tuple(map(float, positions)) for positions in stored.get("knots", ()))
@@ -372,12 +383,12 @@ def fit_tabular_transform(
     columns: list[Column] = []
     codes: list[int] = []
     for column in schema.columns:
-        if column.kind == "number":
+        if column.is_numeric:
             columns.append(column)
             continue
         is_present, has_missing = statistics.present_categories[len(codes)], bool(statistics.num_missing[len(codes)])
         categories, code = _fit_categories(column, is_present, has_missing, missing.categorical)
-        columns.append(Column(column.name, "category", categories=categories))
+        columns.append(replace(column, categories=categories))
         codes.append(code)
     imputation: dict[ColumnKind, object] = {"number": missing.numeric, "category": missing.categorical}
     fitted = TabularTransform(
@@ -458,6 +469,8 @@ def _fit_categories(
     categories = [category for category, present in zip(column.categories, is_present, strict=True) if present]
     if strategy in ("own_level", "fail"):
         return tuple(categories), len(categories) + 1 if has_missing and strategy == "own_level" else 0
+    if column.buckets:
+        strategy = str(bucket_of(strategy, column.buckets))
     if has_missing and strategy not in categories:
         categories.append(strategy)
     return tuple(categories), categories.index(strategy) + 1 if strategy in categories else 0

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import JobConfig, TableDataConfig, TimeSplitsConfig
+from pipeline.config import CsvDataConfig, JobConfig, TableDataConfig, TimeSplitsConfig
 from pipeline.data.sources.tables.files import TableFiles
-from pipeline.data.tabular.arrow_types import NUMERIC_KINDS, ArrowKind, common_kind
+from pipeline.data.tabular.arrow_types import NUMERIC_KINDS, ArrowKind, common_kind, value_type
 from pipeline.data.tabular.encoder import suggest_columns
 from pipeline.data.tabular.schema import ColumnKind
+from pipeline.data.tabular.times import feature_width
 from pipeline.errors import DataError
 
 PANDAS_INDEX = "__index_level_*__"
@@ -24,15 +26,17 @@ CAST = "cast it to numbers or text, or list it under data.exclude"
 
 @dataclass(frozen=True)
 class FeatureColumn:
-    """One feature. width: as in `Schema`."""
+    """One feature. width, buckets: as in `Schema`."""
 
     name: str
     kind: ColumnKind
     width: int
+    buckets: int = 0
 
     @property
     def cache_key(self) -> str:
-        return f"Feature(name={self.name!r}, kind={self.kind!r}, width={self.width!r})"
+        buckets = f", buckets={self.buckets!r}" if self.buckets else ""
+        return f"Feature(name={self.name!r}, kind={self.kind!r}, width={self.width!r}{buckets})"
 
 
 @dataclass(frozen=True)
@@ -103,9 +107,19 @@ def select_columns(files: TableFiles, job: JobConfig) -> TableSelection:
     names = select_feature_names(data, columns.names)
     kinds = {name: columns.merged_kind(name) for name in names}
     categorical = _match_patterns(data.categorical, columns.names, "data.categorical")
+    dates = _match_patterns(data.dates, columns.names, "data.dates")
+    hashed: dict[str, int] = {}
+    for pattern, buckets in data.hashed.items():
+        for name in _match_patterns([pattern], columns.names, "data.hashed"):
+            hashed.setdefault(name, buckets)
     shape, raw = _sample_shape(data.shape, kinds)
+    for name in data.text_columns if isinstance(data, CsvDataConfig) else ():
+        columns.require(name, "data.text_columns")
     return TableSelection(
-        features=tuple(_make_feature(name, kind, name in categorical, files) for name, kind in kinds.items()),
+        features=tuple(
+            _make_feature(name, kind, files, name in categorical, name in dates, hashed.get(name, 0))
+            for name, kind in kinds.items()
+        ),
         labels=tuple((name, _check_label(name, columns.merged_kind(name), job, files.url)) for name in data.labels),
         label_as="numbers" if job.task.kind == "regression" else "classes",
         split=None if split is None else (split, columns.merged_kind(split)),
@@ -212,14 +226,23 @@ def select_feature_names(data: TableDataConfig, names: list[str]) -> list[str]:
     return [name for name in names if name in chosen]
 
 
-def _make_feature(name: str, arrow_kind: ArrowKind, is_categorical: bool, files: TableFiles) -> FeatureColumn:
+def _make_feature(
+    name: str, arrow_kind: ArrowKind, files: TableFiles, is_categorical: bool, is_date: bool, buckets: int
+) -> FeatureColumn:
     where = f"{files.files[0].where} ({files.row_counts[0]:,} rows)"
     if arrow_kind.kind == "null":  # a category without values, so that any new data fits; there is a warning of it
         return FeatureColumn(name, "category", 1)
-    if arrow_kind.kind in ("time", "other"):
+    if arrow_kind.kind == "other":
         raise DataError(f"the column {name!r} has {arrow_kind}", where=where, fix=CAST)
+    if is_date and arrow_kind.kind not in ("time", "text"):
+        raise DataError(f"{name!r} has {arrow_kind}, not dates", where="data.dates", fix="remove it there")
+    if arrow_kind.kind in ("time", "clock") or is_date:
+        types = [value_type(files.column_types(number)[name]) for number in range(len(files.files))]
+        return FeatureColumn(name, "time", max(feature_width(kind) for kind in types if not pa.types.is_null(kind)))
     if arrow_kind.kind == "text" or (is_categorical and arrow_kind.kind in NUMERIC_KINDS):
-        return FeatureColumn(name, "category", 1)
+        return FeatureColumn(name, "category", 1, buckets)
+    if buckets:
+        raise DataError(f"{name!r} has {arrow_kind}, not text", where="data.hashed", fix="remove it there")
     if is_categorical:
         raise DataError(f"{name!r} has {arrow_kind}, not categories", where="data.categorical", fix="remove it there")
     return FeatureColumn(name, "number", arrow_kind.width or _find_list_length(name, files))
