@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import JobConfig, ParquetDataConfig
+from pipeline.config import JobConfig
 from pipeline.config.files import resolve_job
 from pipeline.errors import InputError, TrainyardError
 from pipeline.events import EventHandler, Message, ignore_event
@@ -87,7 +87,7 @@ def open_table_job(
         task, reasons = _choose_task(table)
         notes += reasons
     job = resolve_job(_to_job_tree(table, task, base), overrides)
-    if not isinstance(job.data, ParquetDataConfig):
+    if job.data.source != "parquet":
         raise InputError(
             f"is {job.data.source}, but the data is a table in memory", where="data.source", fix="do not set it"
         )

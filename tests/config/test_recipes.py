@@ -59,6 +59,17 @@ def test_a_section_that_is_given_keeps_the_defaults_of_its_class(
         assert (job[first][second] if second else job[first]) == (plain[first][second] if second else plain[first])
 
 
+@pytest.mark.parametrize("data", [{}, {"source": "cifar10"}, {"source": "image_folder", "url": "/x"}])
+def test_images_get_a_convolutional_network(data: dict[str, Any]) -> None:
+    tree = {"name": "a", **({"data": data} if data else {})}
+    assert list_recipe_sections(tree) == ALL_SECTIONS[:-1]
+    job = resolve_job(tree).to_dict()
+    assert (job["model"]["kind"], job["model"]["batch_norm"], job["train"]["batch_size"]) == ("cnn", True, "auto")
+    assert [phase["schedule"] for phase in job["train"]["phases"]] == ["one_cycle"]
+    mlp = resolve_job(tree, ["model.kind=mlp"]).to_dict()
+    assert mlp["model"]["hidden"] == [32]
+
+
 @pytest.mark.parametrize(
     "data",
     [{"source": "disc"}, {"source": {"call": "m:f"}}, {**TABLE, "shape": [1, 28, 28]}],
@@ -101,6 +112,11 @@ def test_patience_counts_evaluations_of_the_validation_split_after_each_epoch(
         (["best.patience=3"], "best.patience", 3),
         (["model.kind=cnn"], "model.kind", "cnn"),
         (["model={kind: cnn}"], "model.kind", "cnn"),
+        (["model={kind: mlp}"], "model.hidden", [32]),
+        (["train.optimizer={kind: adamw}"], "train.optimizer.weight_decay", 0.0),
+        (["best={metric: val/auc}"], "best.patience", None),
+        (["best.metric=val/auc"], "best.mode", "max"),
+        (["best.metric=val/auc"], "best.patience", 20),
         (["data.source=disc", "data.url=null", "data.label=null"], "train.batch_size", 100),
     ],
 )
