@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 NUMBER_WIDTH = 10
 
-HEADLINES = ("loss", "accuracy", "rmse", "r2")
+HEADLINES = ("loss", "accuracy", "coverage", "rmse", "r2")
 """The metrics of a short line."""
 
 BASELINES = {
@@ -38,9 +38,14 @@ def headline_fields(metrics: Mapping[str, float], best_metric: str = "") -> list
 
 
 def format_metric_table(metrics: Mapping[str, float], split: str) -> list[str]:
-    """Format one line for each metric of a split: `accuracy           0.8800 (majority class: 0.8800)`."""
+    """Format one line for each metric of a split: `accuracy           0.8800 (majority class: 0.8800)`; and one for
+    each class of a multiclass task, with its recall and precision."""
     values = select_split(metrics, split)
-    shown = [name for name in values if name not in ("correct", "samples") and not name.startswith("baseline_")]
+    classes = [name.removeprefix("recall_") for name in values if name.startswith("recall_")]
+    classes = [name for name in classes if f"precision_{name}" in values]
+    of_classes = {f"{metric}_{name}" for metric in ("recall", "precision") for name in classes}
+    hidden = {"correct", "samples", *of_classes}
+    shown = [name for name in values if name not in hidden and not name.startswith("baseline_")]
     width = max(map(len, shown), default=0)
     lines = []
     for name in shown:
@@ -50,7 +55,12 @@ def format_metric_table(metrics: Mapping[str, float], split: str) -> list[str]:
             notes.insert(0, "in standard deviations")
         beside = f" ({'; '.join(notes)})" if notes else ""
         lines.append(f"{name.ljust(width)}  {format_number(values[name])}{beside}")
-    return lines
+    width = max(map(len, ["class", *classes]))
+    rows = [("class", "recall", "precision")] if classes else []
+    rows += [
+        (name, format_number(values[f"recall_{name}"]), format_number(values[f"precision_{name}"])) for name in classes
+    ]
+    return lines + [f"{name.ljust(width)}  {recall:>6}  {precision:>9}" for name, recall, precision in rows]
 
 
 def _baseline_column(name: str) -> tuple[str, str]:
@@ -65,7 +75,8 @@ def _baseline_column(name: str) -> tuple[str, str]:
 def baseline_warning(metrics: Mapping[str, float], split: str) -> str:
     """Return a warning if a model is no better than its baseline, else an empty string."""
     values = select_split(metrics, split)
-    if "baseline_accuracy" in values and values["accuracy"] <= values["baseline_accuracy"]:
+    has_threshold = "threshold" in values  # chosen for another aim than accuracy
+    if "baseline_accuracy" in values and values["accuracy"] <= values["baseline_accuracy"] and not has_threshold:
         return f"on {split} no better than always answering the majority class"
     if "baseline_rmse" in values and values.get("rmse", math.inf) >= values["baseline_rmse"]:
         return f"on {split} no better than always answering the mean of the training targets"

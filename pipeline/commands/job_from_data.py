@@ -10,12 +10,12 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import RESERVED_NAMES, FileDataConfig
+from pipeline.config import RESERVED_NAMES, SOURCE_CONFIGS, FileDataConfig, TableDataConfig
 from pipeline.config.files import load_job
 from pipeline.config.files.yaml_io import YamlDumper
 from pipeline.config.recipes import TABLE_RECIPE
 from pipeline.data.sources.tables.profile import profile_table
-from pipeline.data.tabular.encoder import suggest_columns
+from pipeline.data.sources.tables.sniff import NAMES, sniff_source
 from pipeline.data.tabular.profile import ColumnProfile
 from pipeline.errors import DataError, InputError, JobError
 from pipeline.events import ProgressFn
@@ -131,10 +131,12 @@ def draft_job(name: str, url: str, labels: Sequence[str], *, on_progress: Progre
                 where=f"--label {label}",
                 fix="rename the column",
             )
-    profile = profile_table(url, on_progress)
-    for label in labels:
-        if label not in profile:
-            raise DataError(f"there is no column {label!r}", where=redact(url), fix=suggest_columns(label, profile))
+    source = sniff_source(url)
+    if not issubclass(SOURCE_CONFIGS[source], TableDataConfig):
+        raise InputError(
+            f"is {NAMES[source]}, not a table", where=redact(url), fix="write a job file: `trainyard init NAME`"
+        )
+    profile = profile_table(url, source, labels, on_progress)
     task, reason = choose_task([profile[label] for label in labels], url)
     notes = split_notes([column for name, column in profile.items() if name not in labels])
     num_rows, num_columns = next(iter(profile.values())).num_rows, len(profile) - len(set(labels))
@@ -144,11 +146,12 @@ def draft_job(name: str, url: str, labels: Sequence[str], *, on_progress: Progre
     lines = [
         f"{redact(url)}: {num_rows:,} rows, {num_columns:,} columns beside the label",
         f"task: {_flow(task)}: {reason}",
+        "features: auto: all other columns but those that cannot help, such as almost unique text",
         f"splits: a random fifth of the rows for validation{', of each class' if 'stratify' in splits else ''}",
         *notes,
         f"model and training: the recipe for {TABLE_RECIPE.kind}; `trainyard check` prints it",
     ]
-    return JobDraft(_format_job(name, url, labels, task, reason, splits, notes), tuple(lines))
+    return JobDraft(_format_job(name, source, url, labels, task, reason, splits, notes), tuple(lines))
 
 
 def choose_task(labels: Sequence[ColumnProfile], url: str) -> tuple[dict[str, Any], str]:
@@ -253,6 +256,7 @@ def _is_group(column: ColumnProfile) -> bool:
 
 def _format_job(
     name: str,
+    source: str,
     url: str,
     labels: Sequence[str],
     task: Mapping[str, Any],
@@ -268,9 +272,10 @@ def _format_job(
         "schema: 1",
         f"name: {_flow(name)}",
         "data:",
-        "  source: parquet",
+        f"  source: {source}",
         f"  url: {_flow(url)}",
         f"  label: {_flow(label)}",
+        '  features: auto   # or names and patterns, or ["*"] for all; `exclude: [...]` beside it leaves columns out',
         f"  splits: {_flow(dict(splits))}   # test: 0.2 would hold out rows for `trainyard evaluate --split test`",
         *(f"  # {note}" for note in notes),
         f"task: {_flow(dict(task))}   # {reason}",

@@ -10,10 +10,15 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import JobConfig, ParquetDataConfig
 from pipeline.config.files import resolve_job
 from pipeline.errors import InputError, TrainyardError
-from pipeline.events import EventHandler, Message
+from pipeline.events import EventHandler, Message, ignore_event
 
 if TYPE_CHECKING:  # it imports Arrow, which a job that is finished may not need
     from pipeline.data.tabular.in_memory import InMemoryTable
+
+MAX_BATCH_ROWS = 1 << 16
+"""Rows of a table that are looked at together."""
+
+VALIDATION_FRACTION = 0.2
 
 JOB_NAME = "table"
 """Name of the job unless an override sets another one."""
@@ -55,8 +60,9 @@ def open_table_job(
     *,
     label: str | Sequence[str] | None = None,
     task: str | Mapping[str, Any] | None = None,
+    base: Mapping[str, Any] | str | Path | None = None,
     overrides: Iterable[str] = (),
-    on_event: EventHandler,
+    on_event: EventHandler = ignore_event,
 ) -> Iterator[JobConfig]:
     """Provide the job that trains on a table in memory: `source: parquet` with a file of the cache, which is kept there
     at least until the context ends. Errors inside name the table instead of that file.
@@ -64,7 +70,8 @@ def open_table_job(
     Parameters
     ----------
     data, target, label: see `pipeline.data.tabular.in_memory.to_labeled_table`.
-    task: as in a job file.
+    task: as in a job file; by default that of `job_from_data.choose_task`, unless an override sets it.
+    base: a job file, or its content as a mapping, from which all is taken but the source, the label and the task.
     overrides: `KEY=VALUE`.
 
     Raises
@@ -74,14 +81,18 @@ def open_table_job(
     from pipeline.data.stored_tables import store_table
     from pipeline.data.tabular.in_memory import WHERE, to_labeled_table
 
-    table = to_labeled_table(data, target, label)
-    job = resolve_job(_to_job_tree(table, task), overrides)
+    table, overrides = to_labeled_table(data, target, label), list(overrides)
+    notes = list(table.notes)
+    if task is None and not any(override.partition("=")[0].strip() in ("task", "task.kind") for override in overrides):
+        task, reasons = _choose_task(table)
+        notes += reasons
+    job = resolve_job(_to_job_tree(table, task, base), overrides)
     if not isinstance(job.data, ParquetDataConfig):
         raise InputError(
             f"is {job.data.source}, but the data is a table in memory", where="data.source", fix="do not set it"
         )
     path, entry = store_table(table.table, job.data.cache)
-    for note in table.notes:
+    for note in notes:
         on_event(Message(note))
     try:
         yield job.model_copy(update={"data": job.data.model_copy(update={"url": str(path)})})
@@ -94,13 +105,37 @@ def open_table_job(
         del entry  # until here it protects the file from deletion
 
 
-def _to_job_tree(table: InMemoryTable, task: str | Mapping[str, Any] | None) -> dict[str, Any]:
+def _choose_task(table: InMemoryTable) -> tuple[dict[str, Any], list[str]]:
+    """Return the task for the labels of a table, and what was chosen and why, for the user."""
+    from pipeline.commands.job_from_data import choose_task, split_notes
+    from pipeline.data.tabular.arrow_types import arrow_kind
+    from pipeline.data.tabular.in_memory import WHERE
+    from pipeline.data.tabular.profile import profile_columns
+
+    kinds = {field.name: arrow_kind(field.type) for field in table.table.schema}
+    profile = profile_columns(kinds, table.table.to_batches(MAX_BATCH_ROWS))
+    task, reason = choose_task([profile[name] for name in table.labels], WHERE)
+    inputs = [column for name, column in profile.items() if name not in table.labels]
+    return task, [f"task: {task['kind']}: {reason}", *split_notes(inputs)]
+
+
+def _to_job_tree(
+    table: InMemoryTable, task: str | Mapping[str, Any] | None, base: Mapping[str, Any] | str | Path | None
+) -> dict[str, Any]:
     """Return the job as in a file, without what overrides set, and with a URL that `open_table_job` replaces."""
     labels = list(table.labels)
-    data = {"source": "parquet", "url": "table", "label": labels if len(labels) > 1 else labels[0]}
+    tree: dict[str, Any] = {"name": JOB_NAME, **base} if isinstance(base, Mapping) else {"name": JOB_NAME}
+    if isinstance(base, str | Path):
+        tree["base"] = str(base)
+    data = tree.get("data", {})
+    if not isinstance(data, Mapping):
+        raise InputError(f"must be a mapping, not {data!r}", where="data")
+    label = labels if len(labels) > 1 else labels[0]
+    tree["data"] = {**data, "source": "parquet", "url": "table", "label": label}
     if table.categorical:
-        data["categorical"] = list(table.categorical)
-    tree: dict[str, Any] = {"name": JOB_NAME, "data": data}
-    if task is not None or len(labels) > 1:
-        tree["task"] = "regression" if task is None else dict(task) if isinstance(task, Mapping) else task
+        tree["data"]["categorical"] = [*data.get("categorical", []), *table.categorical]
+    if task is not None:
+        tree["task"] = dict(task) if isinstance(task, Mapping) else {"kind": task}
+        if "splits" not in data and tree["task"].get("kind") in ("binary", "multiclass"):
+            tree["data"]["splits"] = {"by": "random", "val": VALIDATION_FRACTION, "stratify": True}
     return tree

@@ -68,8 +68,10 @@ def train(
     target: with data, its labels (N,), or (N, T) for a regression: an array, a list or a column of a data frame.
     label: with data, the name of its label column, or for a regression a list of them; with `target`, the name that the
         labels get.
-    task: with data, what to predict, as in a job file: "binary", "regression", ...
-    set: overrides, as a mapping or as strings `KEY=VALUE`. With data, everything but `data` and `task` is given so.
+    task: with data, what to predict, as in a job file: "binary", "regression", ... By default it follows from the
+        labels, and an event says what was chosen and why.
+    set: overrides, as a mapping or as strings `KEY=VALUE`. With data, all that a job file could say is given so; the
+        default is the recipe for tables.
     name: name of the run; default: the job's name and the digest of its identity.
     storage: URL of the runs; default: TRAINYARD_STORAGE, else the job's.
     address: the Ray cluster to use instead of a local one; only with workers.
@@ -93,7 +95,7 @@ def train(
             where="--allow-code-change",
             fix="add --name RUN, or remove this option",
         )
-    overrides = _to_override_strings(set) if isinstance(set, Mapping) else list(set)
+    overrides = to_override_strings(set) if isinstance(set, Mapping) else list(set)
     opened = (
         nullcontext(resolve_job(job, overrides))
         if is_job(job, target, label=label, task=task)
@@ -266,7 +268,7 @@ def _find_initial_weights(job: JobConfig, storage_url: str) -> InitialWeights | 
     return find_initial_weights(job, storage_url)
 
 
-def _to_override_strings(overrides: Mapping[str, Any]) -> list[str]:
+def to_override_strings(overrides: Mapping[str, Any]) -> list[str]:
     """Convert overrides to `KEY=VALUE` strings, with values in JSON: it is YAML, and distinguishes text, numbers and
     null."""
     return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]

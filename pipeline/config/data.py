@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -118,10 +119,14 @@ class BaseDataConfig(ConfigNode):
     """The data to train on: the keys that every source has."""
 
     source: str | UserFunctionConfig
-    normalize: Literal["auto", "unit", "scalar", "standard", "imagenet", "none"] | NormalizeConfig = "auto"
+    normalize: (
+        Literal["auto", "unit", "scalar", "standard", "robust", "quantile", "imagenet", "none"] | NormalizeConfig
+    ) = "auto"
     """How inputs are scaled. unit: uint8 images to [0, 1]. scalar: one mean and one standard deviation of all training
-    values. standard: those of each channel or column. imagenet: those that torchvision's pretrained weights expect.
-    none: not at all. {mean: 0.5, std: 0.25}: these numbers. auto: unit for uint8 images, standard for columns."""
+    values. standard: those of each channel or column. robust: columns by their median and interquartile range, then
+    smoothly clipped to within 3 (arXiv 2407.04491). quantile: columns to a normal distribution, by up to 1,000
+    quantiles. imagenet: those that torchvision's pretrained weights expect. none: not at all. {mean: 0.5, std: 0.25}:
+    these numbers. auto: unit for uint8 images, standard for columns."""
     splits: SplitsConfig = RandomSplitsConfig()
     """Which rows are for training, validation and test; by: random, range, group, time or column."""
     shuffle: bool = True
@@ -207,22 +212,32 @@ class FileDataConfig(BaseDataConfig):
         return [] if self.label is None else [self.label] if isinstance(self.label, str) else self.label
 
 
-class ParquetDataConfig(FileDataConfig):
-    """Tables in Parquet files."""
+class TableDataConfig(FileDataConfig):
+    """Tables in files: the keys of every file format."""
 
-    source: Literal["parquet"]
-    """Parquet files."""
     url: str
     """A file, a glob or a partitioned folder: any fsspec URL, or a path."""
     label: str | Annotated[list[str], Field(min_length=1)]
     """The column to predict; for a regression with several targets, a list of columns of numbers."""
-    features: Annotated[list[str], Field(min_length=1)] = ["*"]
+    features: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = ["*"]
     """Input columns: names, or patterns such as num_*. The default is all columns but label, keys and the splits'
-    column."""
+    column. auto: all of these but columns that would not help, each of which is named in a warning: text that is almost
+    unique (more than 90 % of the values differ), values that are not numbers, text or times, columns with one value in
+    all training rows, row numbers, and columns that alone predict the label (target leakage)."""
+    exclude: list[str] = []
+    """Names or patterns of columns that are not inputs; of a column that `features` names too, it is an error."""
     keys: list[str] = []
     """Columns that identify a row. They are not inputs of the model; predictions include them."""
     categorical: list[str] = []
     """Names or patterns of numeric columns that are categorical. Columns of text always are."""
+    dates: list[str] = []
+    """Names or patterns of columns of text that are dates or times in ISO 8601, such as 2024-05-31 or
+    2024-05-31T12:00:00Z. Columns of dates and times always are, and with features: auto all such text. A date becomes
+    numbers: the days since 1970, and sine and cosine of the day of the year, the day of the week and the time of day;
+    times with a time zone are those in UTC."""
+    hashed: dict[str, Annotated[int, Field(ge=2, le=1_000_000)]] = {}
+    """Categorical columns with very many values, by name or pattern, and a number of buckets: each value is put into
+    one of them by a hash, and the bucket is the category. So new values have one too."""
     missing: ImputationConfig = ImputationConfig()
     """Replacements for missing values."""
     one_hot_up_to: Annotated[int, Field(ge=0)] = 16
@@ -230,6 +245,58 @@ class ParquetDataConfig(FileDataConfig):
     integer code after the other inputs, which `kind: mlp` embeds."""
     shape: Annotated[list[Positive], Field(min_length=1)] | None = None
     """Shape of a sample if the only feature is a column of bytes or lists of fixed size, such as [1, 28, 28]."""
+
+
+class TypedTableDataConfig(TableDataConfig):
+    """Tables in files whose values have types."""
+
+    source: Literal["parquet", "arrow", "numpy", "jsonl"]
+    """The format of the files. arrow: Arrow IPC files, also called Feather, or streams. numpy: in a `.npy` file, the
+    columns of a matrix (N, F) are named "0", "1", ..., and a structured array has its fields as columns; in a `.npz`
+    file, each array (N,) is a column of its name, and an array (N, ...) is one column of lists, so that `X` and `y` are
+    the features and the label. jsonl: text with one JSON object per line, also compressed with gzip, bz2 or zstd."""
+
+
+NULL_TEXTS = "?|NA|N/A|n/a|#N/A|#N/A N/A|#NA|<NA>|NaN|nan|-NaN|-nan|NULL|null|None|1.#IND|-1.#IND|1.#QNAN|-1.#QNAN|\\N"
+NULL_VALUES = ["", *NULL_TEXTS.split("|")]
+"""Texts that stand for a missing value in CSV files: those of pandas, ? as in many public tables, and \\N of databases.
+"""
+
+
+class CsvDataConfig(TableDataConfig):
+    """Tables in text files with one line per row, such as CSV and TSV, also compressed with gzip, bz2 or zstd. The
+    first line names the columns."""
+
+    source: Literal["csv"]
+    """Text files, one line per row."""
+    delimiter: str = "auto"
+    """The character between two columns; auto: comma, tab, semicolon or pipe, whichever the first lines have."""
+    decimal: Literal["auto", ".", ","] = "auto"
+    """The decimal separator of numbers; auto: comma if the first lines have such numbers, and comma is not the
+    delimiter."""
+    encoding: str = "utf-8"
+    """The encoding of the text, such as latin-1, cp1252 or utf-16."""
+    null_values: list[str] = NULL_VALUES
+    """Texts that stand for a missing value in any column, quoted or not."""
+    text_columns: list[str] = []
+    """Columns that are text even if all of their values are numbers, booleans or times. Whole numbers with leading
+    zeros, such as 00501, or of more than 64 bits are text anyway."""
+
+    @field_validator("delimiter")
+    @classmethod
+    def _validate_delimiter(cls, value: str) -> str:
+        if value != "auto" and (len(value) != 1 or value in '"\r\n' or not value.isascii()):
+            raise ValueError(f"{value!r} is no single character: use auto, or one such as ',', ';', '|' or \"\\t\"")
+        return value
+
+    @field_validator("encoding")
+    @classmethod
+    def _validate_encoding(cls, value: str) -> str:
+        try:
+            codecs.lookup(value)
+        except LookupError:
+            raise ValueError(f"{value!r} is no encoding; known are utf-8, latin-1, cp1252, utf-16, ...") from None
+        return value
 
 
 class ImageFolderDataConfig(FileDataConfig):
@@ -266,7 +333,9 @@ class ImageFolderDataConfig(FileDataConfig):
 SOURCE_CONFIGS: dict[str, type[BaseDataConfig]] = {
     **dict.fromkeys(("mnist", "fashion_mnist", "cifar10", "cifar100"), NamedDataConfig),
     "disc": DiscDataConfig,
-    "parquet": ParquetDataConfig,
+    "parquet": TypedTableDataConfig,
+    "csv": CsvDataConfig,
+    **dict.fromkeys(("arrow", "numpy", "jsonl"), TypedTableDataConfig),
     "image_folder": ImageFolderDataConfig,
 }
 """The configuration class of each named source."""
@@ -312,7 +381,8 @@ def _data_tag(value: Any) -> str:
 DataConfig = Annotated[
     Annotated[NamedDataConfig, Tag("NamedDataConfig")]
     | Annotated[DiscDataConfig, Tag("DiscDataConfig")]
-    | Annotated[ParquetDataConfig, Tag("ParquetDataConfig")]
+    | Annotated[TypedTableDataConfig, Tag("TypedTableDataConfig")]
+    | Annotated[CsvDataConfig, Tag("CsvDataConfig")]
     | Annotated[ImageFolderDataConfig, Tag("ImageFolderDataConfig")]
     | Annotated[UserFunctionDataConfig, Tag("UserFunctionDataConfig")],
     Discriminator(_data_tag),

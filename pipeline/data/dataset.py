@@ -68,6 +68,8 @@ class Dataset:
         (C,), see `rounding`; None if it caused none.
     reopen_in_float64: opens the same data with float64 inputs; given if inputs are float32 and the data has more
         digits.
+    left_out: with `data.features: auto`, the columns that are not among the inputs, each with the reason.
+    reopen_with_features: opens the same data with some of its columns, by name; given for tables.
     """
 
     train: DatasetPart
@@ -82,6 +84,8 @@ class Dataset:
     column_names: tuple[str, ...] = ()
     rounding_errors: np.ndarray | None = None
     reopen_in_float64: Callable[[], Dataset] | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    reopen_with_features: Callable[[list[str]], Dataset] | None = None
 
     def part(self, name: str) -> DatasetPart:
         """Return the part "train" or "test"."""

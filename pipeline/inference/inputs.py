@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from pipeline.config import ImageFolderDataConfig, JobConfig, ParquetDataConfig
+from pipeline.config import ImageFolderDataConfig, JobConfig, TableDataConfig
 from pipeline.data.sources.images.decode import (
     ImageFormat,
     ImageTooSmallError,
@@ -63,7 +63,7 @@ def to_raw_inputs(data: Any, input_transform: InputTransform, job: JobConfig, re
             if images
             else np.empty((0, *shape), np.uint8)
         )
-    if isinstance(job.data, ParquetDataConfig) and not isinstance(data, np.ndarray | torch.Tensor):
+    if isinstance(job.data, TableDataConfig) and not isinstance(data, np.ndarray | torch.Tensor):
         return _read_sample_column(to_arrow_table(data), input_transform, job.data)
     if input_transform.names and _has_named_columns(data):
         data = _read_named_columns(to_arrow_table(data), input_transform.names)
@@ -124,15 +124,20 @@ def find_input_columns(
     if isinstance(preprocess, TabularTransform):
         check_columns(preprocess.schema, contents, num_rows, where)
         return [column.name for column in preprocess.schema.columns]
-    assert isinstance(job.data, ParquetDataConfig), "a job with source: parquet"
+    assert isinstance(job.data, TableDataConfig), "a job of tables"
     return [_find_sample_column(contents, preprocess, job.data, where)]
 
 
-def _find_sample_column(names: Iterable[str], preprocess: ArrayTransform, data: ParquetDataConfig, where: str) -> str:
+def _find_sample_column(names: Iterable[str], preprocess: ArrayTransform, data: TableDataConfig, where: str) -> str:
     """Return the name of the column of bytes or lists that holds the samples, by the rule used in training."""
     reserved = {*data.labels, *data.keys, data.splits_column}
+    patterns = ["*"] if data.features == "auto" else data.features
     candidates = [
-        name for name in names if name not in reserved and any(fnmatchcase(name, pattern) for pattern in data.features)
+        name
+        for name in names
+        if name not in reserved
+        and any(fnmatchcase(name, pattern) for pattern in patterns)
+        and not any(fnmatchcase(name, pattern) for pattern in data.exclude)
     ]
     if len(candidates) != 1:
         width = math.prod(preprocess.sample_shape)
@@ -148,7 +153,7 @@ def _uses_float64(preprocess: TabularTransform, job: JobConfig) -> bool:
     return preprocess.dtype == "float64" if preprocess.dtype else job.train.precision == "fp64"
 
 
-def _read_sample_column(table: pa.Table, preprocess: ArrayTransform, data: ParquetDataConfig) -> np.ndarray:
+def _read_sample_column(table: pa.Table, preprocess: ArrayTransform, data: TableDataConfig) -> np.ndarray:
     """Return samples that are stored as one column of bytes or lists."""
     shape, width = preprocess.sample_shape, math.prod(preprocess.sample_shape)
     name = _find_sample_column(table.schema.names, preprocess, data, WHERE)
@@ -179,7 +184,7 @@ def _read_rows(
     data: Any, preprocess: TabularTransform, dtype: type[np.float32] | type[np.float64], report: DataReport
 ) -> np.ndarray:
     schema, table = preprocess.schema, None
-    if isinstance(data, np.ndarray | torch.Tensor) and not preprocess.categorical_columns:
+    if isinstance(data, np.ndarray | torch.Tensor) and all(column.kind == "number" for column in schema.columns):
         with np.errstate(over="ignore"):  # checked below
             rows = np.asarray(data, dtype)
         if rows.ndim != 2 or rows.shape[1] != schema.width:

@@ -35,6 +35,7 @@ class Predictor(nn.Module):
     job: the job that trained it.
     run, step: name of the run, and step of the checkpoint.
     code: the user's code from which the model was built; it is pickled with the predictor.
+    threshold: of a binary task, the probability above which `predict` gives the second class; may be changed.
     """
 
     def __init__(
@@ -45,9 +46,12 @@ class Predictor(nn.Module):
         run: str,
         step: int,
         code: UserCode | None = None,
+        *,
+        threshold: float = 0.5,
     ) -> None:
         super().__init__()
         self.code = code
+        self.threshold = threshold
         self.model = model
         self.fitted = fitted
         self.classes = fitted.target_transform.classes
@@ -92,7 +96,8 @@ class Predictor(nn.Module):
         Returns
         -------
         (N,) names of classes, or the labels themselves if they were integers, int64; or values in the unit of the
-        label, float64 (N,) or (N, T). N is 1 for a single image.
+        label, float64 (N,) or (N, T); with `task.quantiles`, one column per quantile, ascending. N is 1 for a single
+        image.
 
         Raises
         ------
@@ -196,7 +201,9 @@ class Predictor(nn.Module):
         """Return the predictions for the `scores` of `predict_scores`."""
         if not self.classes:
             return scores[:, 0] if scores.shape[1] == 1 else scores
-        return self.fitted.target_transform.decode_labels(scores.argmax(1))
+        is_default = self.threshold == 0.5 or self.fitted.target_transform.kind != "binary"
+        classes = scores.argmax(1) if is_default else (scores[:, 1] > self.threshold).astype(np.int64)
+        return self.fitted.target_transform.decode_labels(classes)
 
     @default_settings()
     @torch.inference_mode()

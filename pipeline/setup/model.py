@@ -103,6 +103,7 @@ def _build_training(
         target_std=fitted.target_std,
         target_scale=TargetScale(labels.mean, labels.std) if labels.mean else None,
         label_index=labels.label_index,
+        class_names=labels.classes,
     )
     init_seed = derive_torch_seed(job.seed.for_stream("init"), "init")
     model = build_model(

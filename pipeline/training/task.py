@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import JobConfig, metric_column
+from pipeline.config import JobConfig, ThresholdRule, metric_column
 from pipeline.errors import JobError, WorkError
-from pipeline.training.losses import CustomLoss, LossFn, build_loss
+from pipeline.training.losses import CustomLoss, LossFn, build_loss, build_smoothed_loss
 from pipeline.user_code import import_user_function, wrap_user_error
 
 
@@ -83,14 +83,18 @@ class Task:
 
     kind: multiclass, binary or regression.
     num_outputs: number of outputs of the model per sample.
-    loss_fn: the per-sample loss.
+    loss_fn: the per-sample loss; training adds `label_smoothing`.
     class_weights: (classes,), or None.
     majority_class: the most frequent class of the training split, the lowest of equals; None if unknown.
     target_mean: mean of the training split's transformed targets, column by column; empty if unknown.
     target_scale: regression with scaled targets: maps them back to the user's unit.
     custom_metrics: the user's metrics.
     target_std: standard deviation of the training split's transformed targets, like `target_mean`.
-    target_names: suffixes of the metrics of single targets; empty if there are none.
+    part_names: suffixes of the metrics of single targets or classes; empty if there are none.
+    threshold: binary: the probability above which a sample is predicted positive, in metrics.
+    threshold_rule: binary: chooses a threshold on a split; None if there is nothing to choose.
+    label_smoothing: see `task.label_smoothing`.
+    quantiles: that a regression predicts, one per output; empty if it predicts the mean.
     """
 
     kind: str
@@ -102,7 +106,16 @@ class Task:
     target_scale: TargetScale | None = None
     custom_metrics: tuple[CustomMetric, ...] = ()
     target_std: tuple[float, ...] = ()
-    target_names: tuple[str, ...] = ()
+    part_names: tuple[str, ...] = ()
+    threshold: float = 0.5
+    threshold_rule: ThresholdRule | None = None
+    label_smoothing: float = 0.0
+    quantiles: tuple[float, ...] = ()
+
+    @property
+    def train_loss_fn(self) -> LossFn:
+        """The per-sample loss of training."""
+        return build_smoothed_loss(self.kind, self.label_smoothing) if self.label_smoothing else self.loss_fn
 
     @property
     def num_classes(self) -> int:
@@ -147,11 +160,11 @@ class Task:
         targets: (B,) int64 classes or (B, classes) probabilities, (B,) floating from 0 to 1, or (B, T) floating values.
         """
         outputs = upcast_to_fp32(outputs)
-        weights = self.sample_weights(targets)
+        weights, loss_fn = self.sample_weights(targets), self.train_loss_fn
         correct = self.count_correct(outputs.detach(), targets)
         if weights is not None:
-            return LossSums((self.loss_fn(outputs, targets) * weights).sum(), weights.sum(), correct)
-        return LossSums(self.loss_fn(outputs, targets, "sum"), float(len(targets)), correct)
+            return LossSums((loss_fn(outputs, targets) * weights).sum(), weights.sum(), correct)
+        return LossSums(loss_fn(outputs, targets, "sum"), float(len(targets)), correct)
 
 
 def upcast_to_fp32(outputs: Tensor) -> Tensor:
@@ -169,6 +182,7 @@ def build_task(
     target_std: Sequence[float] = (),
     target_scale: TargetScale | None = None,
     label_index: Callable[[int | str], int] | None = None,
+    class_names: Sequence[str] = (),
 ) -> Task:
     """Build the task of a job.
 
@@ -181,6 +195,7 @@ def build_task(
     target_mean, target_std: of the training split's transformed targets, column by column, if known.
     target_scale: of scaled targets.
     label_index: maps a label in `class_weights` to the index of its class; without it only indices are accepted.
+    class_names: of the classes, if single ones have metrics.
 
     Raises
     ------
@@ -189,14 +204,17 @@ def build_task(
     config = job.task
     task = Task(
         config.kind,
-        {"multiclass": num_classes, "binary": 1, "regression": num_targets}[config.kind],
+        {"multiclass": num_classes, "binary": 1, "regression": len(config.quantiles or ()) or num_targets}[config.kind],
         build_loss(config),
         majority_class=max(range(len(class_counts)), key=lambda label: class_counts[label]) if class_counts else None,
         target_mean=tuple(target_mean),
         target_scale=target_scale,
         custom_metrics=tuple(map(CustomMetric.from_name, job.metrics)),
         target_std=tuple(target_std),
-        target_names=job.target_names(num_targets),
+        part_names=job.part_names(num_targets, class_names),
+        threshold_rule=config.threshold_rule,
+        label_smoothing=config.label_smoothing,
+        quantiles=tuple(config.quantiles or ()),
     )
     if config.class_weights is None:
         return task

@@ -141,7 +141,7 @@ def test_several_labels_of_numbers_are_one_regression(trainyard: RunCommand, tmp
     assert (job.data.labels, job.task.kind) == (["y", "z"], "regression")
 
 
-NAMES = ["a b", "it's", 'say "x"', "Größe: 3", "one\ntwo", "- item", "{x}", "#1", "null", "a\u2028b", "..", "=1"]
+NAMES = ["a b", "it's", 'say "x"', "Größe: 3", "one\ntwo", "- item", "{x}", "#1", "null", "a\u2028b", "..", "=1", "*"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -181,3 +181,27 @@ def test_times_and_identifiers_are_named_as_reasons_for_other_splits(trainyard: 
     tree: dict[str, Any] = yaml.safe_load((tmp_path / "churn.yaml").read_text())
     assert tree["data"]["splits"]["by"] == "random"
     assert json.loads(written.stdout)["path"] == "churn.yaml"
+
+
+def test_columns_that_are_left_out_are_said_and_not_needed_again(trainyard: RunCommand, tmp_path: Path) -> None:
+    columns = {"remark": [f"remark {i}" for i in range(400)], "country": ["de"] * 400, **customers()}
+    url = write_table(tmp_path / "t.parquet", columns)
+    ended = trainyard("train", url, "--label", "churned", "--max-steps", "5", "--json", "--quiet")
+    assert ended.exit_code == 0, ended.stderr
+    for text in (
+        "'remark' is left out: it is almost unique text (400 different values in 400 rows)",
+        "'country' is left out: it has the same value in all training rows",
+        'data.features: ["*"]',
+    ):
+        assert text in ended.stderr
+    run = ended.json["run"]
+    unlabeled = {name: values for name, values in customers(50, 1).items() if name != "churned"}
+    new = write_table(tmp_path / "new.parquet", unlabeled)
+    predicted = trainyard("predict", run, "--input", new, "--output", str(tmp_path / "out.parquet"))
+    assert (predicted.exit_code, "wrote 50 rows" in predicted.stdout) == (0, True), predicted.stderr
+    other = write_table(tmp_path / "other.parquet", customers(60, 2))
+    assert trainyard("evaluate", run, "--data", other, "--json").exit_code == 0
+    assert trainyard("evaluate", run, "--json").exit_code == 0
+    kept = trainyard("train", "churned.yaml", "--set", 'data.features=["*"]', "--max-steps", "5", "--json")
+    assert (kept.exit_code, "is left out" in kept.stderr) == (0, False)
+    assert kept.json["run"] != run

@@ -73,7 +73,7 @@ def test_a_table_trains_as_its_parquet_file_does(frame: pd.DataFrame, settings: 
     data = {"source": "parquet", "url": str(tmp_path / "customers.parquet"), "label": "churned"}
     settings["set"]["data.splits"] = {"by": "column", "column": "split"}
     from_file, from_memory = (
-        train({"name": "file", "data": data}, **settings),
+        train({"name": "file", "data": data, "task": {"kind": "binary", "positive": ["yes"]}}, **settings),
         train(frame, label="churned", **settings),
     )
     assert from_file.metrics == from_memory.metrics
@@ -159,12 +159,47 @@ def test_a_numeric_categorical_of_pandas_is_a_category(frame: pd.DataFrame, sett
 
 
 def test_errors_name_the_table_not_the_file_in_the_cache(settings: dict[str, Any], tmp_path: Path) -> None:
-    frame = pd.DataFrame({"a": [1.0, 2.0, 3.0], "y": [0, None, 1]})
+    frame = pd.DataFrame({"a": [1.0, 2.0, np.inf], "y": [0, 1, 1]})
     with pytest.raises(DataError) as caught:
         train(frame, label="y", **settings)
-    assert "column 'y' has nulls" in str(caught.value)
+    assert "column 'a' has infinite values" in str(caught.value)
     assert str(caught.value).startswith("table:")
     assert str(tmp_path) not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "classes"),
+    [
+        (np.tile(["no", "yes"], ROWS // 2), "binary", ("no", "yes")),
+        (np.tile([1, 2], ROWS // 2), "binary", ("1", "2")),
+        (np.tile(["a", "b", "c"], ROWS // 3), "multiclass", ("a", "b", "c")),
+        (np.arange(ROWS) * 1.5, "regression", ()),
+        (np.arange(ROWS), "regression", ()),
+    ],
+)
+def test_the_task_follows_from_the_labels(
+    labels: np.ndarray, kind: str, classes: tuple[str, ...], settings: dict[str, Any]
+) -> None:
+    events: list[Any] = []
+    inputs = np.random.default_rng(3).normal(size=(ROWS, 2))
+    model = load(train(inputs, labels, on_event=events.append, **settings).url)
+    assert (model.job.task.kind, model.classes) == (kind, classes)
+    assert f"task: {kind}: 'y' has" in messages(events)
+
+
+def test_a_task_that_is_given_is_not_chosen(frame: pd.DataFrame, settings: dict[str, Any]) -> None:
+    events: list[Any] = []
+    run = train(frame, label="churned", task="multiclass", on_event=events.append, **settings)
+    assert load(run.url).job.task.kind == "multiclass"
+    settings["set"]["task"] = {"kind": "multiclass"}
+    assert load(train(frame, label="churned", **settings).url).job.task.kind == "multiclass"
+    assert "task:" not in messages(events)
+
+
+def test_what_is_not_given_is_the_recipe_for_tables(frame: pd.DataFrame, settings: dict[str, Any]) -> None:
+    job = load(train(frame, label="churned", storage=settings["storage"], set={"train.phases.0.epochs": 1}).url).job
+    assert job.train.optimizer.kind == "adamw"
+    assert job.data.splits.stratify  # type: ignore[union-attr]
 
 
 def test_the_index_is_said_to_be_left_out(frame: pd.DataFrame, settings: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ import torch
 from pipeline.config import AugmentConfig, DataLoaderConfig
 from pipeline.data.loader import TrainLoader
 from pipeline.data.sampler import GlobalBatchSampler
-from pipeline.data.sources.tables import open_parquet
+from pipeline.data.sources.tables import open_table
 from tests.data.parquet_jobs import make_parquet_job
 
 WIDTH = 1024
@@ -58,7 +58,7 @@ def main(folder: str, cache: str, limit: int, epochs: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     began = time.monotonic()
     job = make_parquet_job(folder, label="churned", cache={"folder": cache, "in_memory_mb": 16})
-    dataset = open_parquet(job, lambda text: print(text, file=sys.stderr), float64=False)
+    dataset = open_table(job, lambda text: print(text, file=sys.stderr), float64=False)
     opened = time.monotonic()
     rows = np.arange(len(dataset.train), dtype=np.int64)
     batches = GlobalBatchSampler(len(rows), batch_size=256, seed=1, shuffle=True)

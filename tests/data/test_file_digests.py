@@ -19,7 +19,7 @@ import pytest
 from pipeline.config import JobConfig
 from pipeline.config.files import build_job
 from pipeline.data.sources import Dataset, file_digests, fingerprint_dataset, open_dataset
-from pipeline.data.sources.tables.reader import ParquetFiles
+from pipeline.data.sources.tables.parquet import ParquetFiles
 from pipeline.errors import DataError
 from pipeline.storage.read_files import store_checksum
 from pipeline.watchdog import listening_to_progress

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import CacheConfig
-from pipeline.data.sources.tables.reader import ParquetFiles
+from pipeline.data.sources.tables.parquet import ParquetFiles
 from pipeline.data.stored_tables import store_table
 from pipeline.data.tabular.digest import digest_table
 from pipeline.data.tabular.in_memory import to_labeled_table

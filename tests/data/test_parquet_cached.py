@@ -15,7 +15,7 @@ import pytest
 from pipeline.config import CacheConfig
 from pipeline.data.sources import open_dataset
 from pipeline.data.sources.tables.columns import select_columns
-from pipeline.data.sources.tables.reader import ParquetFiles
+from pipeline.data.sources.tables.parquet import ParquetFiles
 from pipeline.errors import DataError
 from tests.data.parquet_jobs import make_parquet_job, open_parquet, write_parquet
 from tests.data.parquet_memory import WIDTH, write_table
@@ -75,7 +75,7 @@ def test_second_start_reads_no_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = write_job_table(tmp_path)
     options: dict[str, Any] = {"cache": {"folder": str(tmp_path / "cache"), "in_memory_mb": 0}, "features": ["x"]}
     first = open_parquet(path, **options)
-    monkeypatch.setattr("pipeline.data.sources.tables.reader.ParquetFiles.iter_batches", None)
+    monkeypatch.setattr("pipeline.data.sources.tables.parquet.ParquetFiles.iter_batches", None)
     np.testing.assert_array_equal(open_parquet(path, **options).train.inputs, first.train.inputs)
     with pytest.raises(TypeError, match="not callable"):
         open_parquet(path, features=["x"])

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import CacheConfig
-from pipeline.data.sources.tables.reader import ParquetFiles
+from pipeline.data.sources.tables.parquet import ParquetFiles
 from pipeline.errors import DataError
 from tests.data.parquet_jobs import open_parquet, write_parquet
 
@@ -147,7 +147,7 @@ BROKEN = {
     "empty": (lambda path: path.write_bytes(b""), "is empty"),
     "csv": (
         lambda path: path.write_text("x,y\n1,0\n"),
-        "is not a Parquet file but CSV, it begins with 'x,y'\n.*read_csv",
+        "is not a Parquet file but CSV, it begins with 'x,y'\n.*use source: csv",
     ),
     "json": (lambda path: path.write_text('{"x": 1}'), "is not a Parquet file but JSON"),
     "zip": (lambda path: path.write_bytes(b"PK\x03\x04" + b"\0" * 40), "is not a Parquet file but a zip archive"),

@@ -139,7 +139,7 @@ data:
   splits: {by: group, column: town, val: 0.2}
   cache: {folder: cache, in_memory_mb: 0}
 model: {kind: mlp, hidden: [8, 4], dropout: 0.1, freeze: [3.bias]}
-task: {kind: binary, positive: [dead], class_weights: balanced}
+task: {kind: binary, positive: [dead], class_weights: balanced, threshold: f1}
 train:
   batch_size: 32
   optimizer: {kind: adamw, groups: [{match: "embeddings.*", lr_factor: 2, weight_decay: 0}]}

@@ -47,11 +47,16 @@ SOURCES: dict[str, SourceFunctions] = {
     **dict.fromkeys(("mnist", "fashion_mnist"), SourceFunctions("mnist:open_mnist")),
     **dict.fromkeys(("cifar10", "cifar100"), SourceFunctions("cifar:open_cifar")),
     "disc": SourceFunctions("disc:open_disc"),
-    "parquet": SourceFunctions(
-        open="tables:open_parquet",
-        fingerprint="tables:fingerprint_parquet",
-        check_url="tables.reader:check_parquet_files",
-    ),
+    **{
+        name: SourceFunctions("tables:open_table", "tables:fingerprint_table", check_url)
+        for name, check_url in {
+            "parquet": "tables.parquet:check_parquet_files",
+            "csv": "tables.formats:check_csv_files",
+            "arrow": "tables.formats:check_arrow_files",
+            "numpy": "tables.formats:check_numpy_files",
+            "jsonl": "tables.formats:check_jsonl_files",
+        }.items()
+    },
     "image_folder": SourceFunctions(
         open="images:open_image_folder",
         fingerprint="images:fingerprint_image_folder",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +95,22 @@ def to_labeled_table(data: Any, target: Any = None, label: str | Sequence[str] |
     return InMemoryTable(table, tuple(labels), tuple(categorical), tuple(notes))
 
 
+def to_input_table(data: Any, names: Sequence[str] | None = None) -> pa.Table:
+    """Convert inputs without labels to a table.
+
+    Parameters
+    ----------
+    data: as in `to_labeled_table`.
+    names: the names that the columns get, by position; by default their own.
+
+    Raises
+    ------
+    DataError: as `to_labeled_table`.
+    """
+    columns, _ = _to_columns(data)
+    return pa.table(list(columns.values()), list(columns) if names is None else list(names))
+
+
 def _to_columns(data: Any) -> tuple[dict[str, pa.ChunkedArray | pa.Array], list[str]]:
     """Return the columns by name, and notes for the user."""
     if _is_scipy_sparse(data):
@@ -169,7 +185,7 @@ def _to_target_columns(
         arrays = [_to_arrow(np.ascontiguousarray(column), "labels") for column in np.atleast_2d(array.T)]
     if labels is None:
         defaults = [TARGET_NAME] if len(arrays) == 1 else [f"{TARGET_NAME}{number}" for number in range(len(arrays))]
-        names = [_unused_name(name, inputs) for name in (given or defaults)]
+        names = [unused_name(name, inputs) for name in (given or defaults)]
     else:
         names = labels
     if len(names) != len(arrays) or len(set(names)) < len(names):
@@ -216,7 +232,8 @@ def _column_name(name: Any, what: str) -> str:
     raise DataError(f"the {what} {name!r} is not text", where=WHERE, fix="rename the column: df.rename(columns=...)")
 
 
-def _unused_name(name: str, inputs: Mapping[str, Any]) -> str:
+def unused_name(name: str, inputs: Container[str]) -> str:
+    """Return a name that no input has: `name`, or with underscores added."""
     while name in inputs:
         name += "_"
     return name

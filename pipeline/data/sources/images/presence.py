@@ -21,7 +21,7 @@ def check_image_folder(url: str) -> None:
     StorageError: a URL that cannot be used.
     """
     if url.endswith(".parquet"):
-        from pipeline.data.sources.tables.reader import check_parquet_files  # it imports Arrow
+        from pipeline.data.sources.tables.parquet import check_parquet_files  # it imports Arrow
 
         check_parquet_files(url)
         return

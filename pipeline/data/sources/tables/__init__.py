@@ -1,4 +1,4 @@
-"""Tables in Parquet files as a source: decoded in memory, or, if they are large, once into a memory-mapped cache."""
+"""Tables in files as a source: decoded in memory, or, if they are large, once into a memory-mapped cache."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import JobConfig, ParquetDataConfig
+from pipeline.config import JobConfig, TableDataConfig
 from pipeline.data.cache import get_or_build
 from pipeline.data.dataset import Dataset, DatasetPart
-from pipeline.data.sources.tables.columns import ParquetSelection, select_columns
+from pipeline.data.sources.tables.auto_features import select_auto_features, with_features
+from pipeline.data.sources.tables.columns import TableSelection, select_columns
 from pipeline.data.sources.tables.decode import (
     DecodedTable,
     build_schema,
@@ -22,10 +23,11 @@ from pipeline.data.sources.tables.decode import (
     decode_to_cache,
     input_array_layout,
 )
-from pipeline.data.sources.tables.reader import ParquetFiles
+from pipeline.data.sources.tables.files import TableFiles
+from pipeline.data.sources.tables.formats import open_table_files
 from pipeline.errors import DataError
 
-__all__ = ["open_parquet", "fingerprint_parquet"]
+__all__ = ["open_table", "fingerprint_table"]
 
 FORMAT = 2
 """Version of the cache entries, to be increased when the code that writes them changes."""
@@ -34,7 +36,7 @@ HEADER_BYTES = 1 << 20
 """Number of bytes reserved for headers in the size of an entry."""
 
 
-def open_parquet(job: JobConfig, on_progress: Callable[[str], None], *, float64: bool) -> Dataset:
+def open_table(job: JobConfig, on_progress: Callable[[str], None], *, float64: bool) -> Dataset:
     """Open the job's columns of all rows of `data.url`: files sorted by name, rows in stored order.
 
     Inputs are a float32 or float64 matrix with the layout `Dataset.schema`. If the only feature is a column of
@@ -56,9 +58,9 @@ def open_parquet(job: JobConfig, on_progress: Callable[[str], None], *, float64:
     DataError: unusable files, columns or values, with file, column, row and count.
     """
     data = job.data
-    assert isinstance(data, ParquetDataConfig), "a job with source: parquet"
+    assert isinstance(data, TableDataConfig), "a job of tables"
     dtype = np.float64 if float64 else np.float32
-    with ParquetFiles(data.url, data.cache) as files:
+    with open_table_files(data) as files:
         if not files.num_rows:
             raise DataError(
                 f"no rows in {len(files.files):,} files",
@@ -66,6 +68,7 @@ def open_parquet(job: JobConfig, on_progress: Callable[[str], None], *, float64:
                 fix="check data.url, and the program that wrote the files",
             )
         fingerprint = files.compute_fingerprint(on_progress)
+        job, left_out = select_auto_features(files, job, fingerprint, on_progress)
         selection = select_columns(files, job)
         shape, kind = input_array_layout(selection, files.num_rows, dtype)
         _check_shape(selection)
@@ -84,25 +87,29 @@ def open_parquet(job: JobConfig, on_progress: Callable[[str], None], *, float64:
                 data.cache, _cache_key(fingerprint, selection, dtype), build, size_bytes=size + other_bytes
             )
             decoded = DecodedTable.load(entry)
-        dataset = _to_dataset(selection, decoded, fingerprint, files)
+        dataset = replace(
+            _to_dataset(selection, decoded, fingerprint, files),
+            left_out=left_out,
+            reopen_with_features=lambda names: open_table(with_features(job, names), on_progress, float64=float64),
+        )
     if float64 or dataset.rounding_errors is None:
         return dataset
-    return replace(dataset, reopen_in_float64=lambda: open_parquet(job, on_progress, float64=True))
+    return replace(dataset, reopen_in_float64=lambda: open_table(job, on_progress, float64=True))
 
 
-def fingerprint_parquet(job: JobConfig, on_progress: Callable[[str], None]) -> str:
-    """Return the fingerprint that `open_parquet` gives, without decoding the data.
+def fingerprint_table(job: JobConfig, on_progress: Callable[[str], None]) -> str:
+    """Return the fingerprint that `open_table` gives, without decoding the data.
 
     Raises
     ------
     DataError: files that cannot be read.
     """
-    assert isinstance(job.data, ParquetDataConfig), "a job with source: parquet"
-    with ParquetFiles(job.data.url, job.data.cache, read_footers=False) as files:
+    assert isinstance(job.data, TableDataConfig), "a job of tables"
+    with open_table_files(job.data, read_layouts=False) as files:
         return files.compute_fingerprint(on_progress)
 
 
-def _to_dataset(selection: ParquetSelection, decoded: DecodedTable, fingerprint: str, files: ParquetFiles) -> Dataset:
+def _to_dataset(selection: TableSelection, decoded: DecodedTable, fingerprint: str, files: TableFiles) -> Dataset:
     label_names = [decoded.categories[name] for name, kind in selection.labels if kind.kind == "text"]
     return Dataset(
         train=DatasetPart(decoded.inputs, decoded.targets),
@@ -118,7 +125,7 @@ def _to_dataset(selection: ParquetSelection, decoded: DecodedTable, fingerprint:
     )
 
 
-def _rounding_by_channel(selection: ParquetSelection, rounding: np.ndarray) -> np.ndarray | None:
+def _rounding_by_channel(selection: TableSelection, rounding: np.ndarray) -> np.ndarray | None:
     """Return the largest error of each column of the inputs, or of each channel if samples have several axes."""
     if not rounding.any():
         return None
@@ -129,7 +136,7 @@ def _rounding_by_channel(selection: ParquetSelection, rounding: np.ndarray) -> n
     return largest
 
 
-def _check_shape(selection: ParquetSelection) -> None:
+def _check_shape(selection: TableSelection) -> None:
     if selection.shape and math.prod(selection.shape) != selection.width:
         raise DataError(
             f"{list(selection.shape)} has {math.prod(selection.shape):,} numbers, but a row of "
@@ -139,6 +146,6 @@ def _check_shape(selection: ParquetSelection) -> None:
         )
 
 
-def _cache_key(fingerprint: str, selection: ParquetSelection, dtype: type[np.generic]) -> str:
+def _cache_key(fingerprint: str, selection: TableSelection, dtype: type[np.generic]) -> str:
     """Return the cache key of the selected columns of the files with this fingerprint."""
     return hashlib.sha256(f"{FORMAT} {fingerprint} {selection.cache_key} {dtype.__name__}".encode()).hexdigest()

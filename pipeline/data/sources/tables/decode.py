@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 
 from pipeline.data.cache import CacheEntry
 from pipeline.data.dataset import SplitColumn
-from pipeline.data.sources.tables.columns import ParquetSelection
-from pipeline.data.sources.tables.reader import ParquetFiles
+from pipeline.data.sources.tables.columns import FeatureColumn, TableSelection
+from pipeline.data.sources.tables.files import TableFiles
 from pipeline.data.tabular.arrow_types import (
     FloatType,
     InvalidValues,
@@ -28,6 +28,7 @@ from pipeline.data.tabular.arrow_types import (
     unwrap_storage,
 )
 from pipeline.data.tabular.encoder import TableEncoder
+from pipeline.data.tabular.hashing import bucket_names
 from pipeline.data.tabular.schema import Column, Schema
 from pipeline.errors import DataError
 from pipeline.events import ProgressFn
@@ -86,7 +87,7 @@ class DecodedTable:
 
 
 def decode_files(
-    files: ParquetFiles, selection: ParquetSelection, inputs: np.ndarray, on_bytes: Callable[[int], None]
+    files: TableFiles, selection: TableSelection, inputs: np.ndarray, on_bytes: Callable[[int], None]
 ) -> DecodedTable:
     """Decode the rows of all files into `inputs`, and return them with the other arrays.
 
@@ -107,7 +108,7 @@ def decode_files(
 
 
 def decode_to_cache(
-    folder: Path, files: ParquetFiles, selection: ParquetSelection, dtype: FloatType, on_progress: ProgressFn
+    folder: Path, files: TableFiles, selection: TableSelection, dtype: FloatType, on_progress: ProgressFn
 ) -> None:
     """Decode the rows of all files into a cache entry."""
     shape, kind = input_array_layout(selection, files.num_rows, dtype)
@@ -120,13 +121,13 @@ def decode_to_cache(
 
 
 def input_array_layout(
-    selection: ParquetSelection, num_rows: int, dtype: FloatType
+    selection: TableSelection, num_rows: int, dtype: FloatType
 ) -> tuple[tuple[int, ...], type[np.generic]]:
     """Return the shape and type of the inputs."""
     return (num_rows, *(selection.shape or (selection.width,))), np.uint8 if selection.raw_bytes else dtype
 
 
-def build_schema(selection: ParquetSelection, categories: Categories) -> Schema | None:
+def build_schema(selection: TableSelection, categories: Categories) -> Schema | None:
     """Return the layout of the inputs; None if a sample is one column with a shape."""
     if selection.shape:
         return None
@@ -136,14 +137,21 @@ def build_schema(selection: ParquetSelection, categories: Categories) -> Schema 
                 feature.name,
                 feature.kind,
                 feature.width,
-                categories[feature.name] if feature.kind == "category" else (),
+                _feature_categories(feature, categories),
+                feature.buckets,
             )
             for feature in selection.features
         )
     )
 
 
-def build_split_column(selection: ParquetSelection, decoded: DecodedTable, url: str) -> dict[str, SplitColumn]:
+def _feature_categories(feature: FeatureColumn, categories: Categories) -> tuple[str, ...]:
+    if feature.buckets:
+        return bucket_names(feature.buckets)
+    return categories[feature.name] if feature.kind == "category" else ()
+
+
+def build_split_column(selection: TableSelection, decoded: DecodedTable, url: str) -> dict[str, SplitColumn]:
     """Return the column that the splits use, by name; empty if they use none."""
     if selection.split is None or decoded.split is None:
         return {}
@@ -157,9 +165,9 @@ def build_split_column(selection: ParquetSelection, decoded: DecodedTable, url: 
     }
 
 
-def _collect_categories(files: ParquetFiles, selection: ParquetSelection) -> Categories:
+def _collect_categories(files: TableFiles, selection: TableSelection) -> Categories:
     """Return the texts of categorical features, labels and the split column, in a pass over these columns alone."""
-    categorical = {feature.name for feature in selection.features if feature.kind == "category"}
+    categorical = {feature.name for feature in selection.features if feature.kind == "category" and not feature.buckets}
     others = [*selection.labels, *([selection.split] if selection.split else [])]
     names = sorted(categorical | {name for name, kind in others if kind.kind == "text"})
     texts: dict[str, set[str]] = {name: set() for name in names}
@@ -175,7 +183,7 @@ def _collect_categories(files: ParquetFiles, selection: ParquetSelection) -> Cat
                         f"the column {name!r} has more than {MAX_CATEGORIES:,} categories in {files.num_rows:,} rows: "
                         "it looks like a key",
                         where=file.where,
-                        fix="list it under data.keys",
+                        fix="list it under data.keys, or give it buckets in data.hashed",
                     )
             invalid.num_rows += batch.num_rows
         invalid.raise_if_any()
@@ -187,8 +195,8 @@ class _ArrayFiller:
 
     def __init__(
         self,
-        files: ParquetFiles,
-        selection: ParquetSelection,
+        files: TableFiles,
+        selection: TableSelection,
         categories: Categories,
         inputs: np.ndarray,
         on_bytes: Callable[[int], None],
@@ -278,7 +286,7 @@ class _ColumnGroup:
         return int(self.columns.stop - self.columns.start)
 
 
-def _flat_schema(selection: ParquetSelection) -> Schema:
+def _flat_schema(selection: TableSelection) -> Schema:
     return Schema(tuple(Column(feature.name, "number", feature.width) for feature in selection.features))
 
 

@@ -1,4 +1,4 @@
-"""List the Parquet files of a URL, with the partition columns in the names of their folders."""
+"""List the files of a URL, with the partition columns in the names of their folders."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ListedFile:
     checksum: str
 
 
-def find_parquet(url: str) -> tuple[FileReader, list[ListedFile]]:
+def find_table_files(url: str) -> tuple[FileReader, list[ListedFile]]:
     """Return the files of a URL, sorted by name: a single file, the matches of a glob, or all files in a folder that
     are not ignored.
 
