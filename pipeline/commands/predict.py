@@ -96,10 +96,10 @@ def predict(
     The columns are the job's `keys` that the input has (for images: `path`); `prediction`, a class or a value (with
     several labels, one `prediction_LABEL` for each; with `task.quantiles`, `prediction_q10` for the quantile 0.1 and so
     on, and `prediction`, the median, if it is one of them); `probability_CLASS` for each class; and for an ensemble
-    `uncertainty`, the members' disagreement (see `Predictor.predict_with_uncertainty`; with several labels
-    `uncertainty_LABEL`). A key with the name of one of these columns gets the prefix `key_`. A key has one type for all
-    files: the wider one if theirs differ, text for categories. The output is written completely or not at all. Memory
-    holds one batch of the input, and the compressed output.
+    `uncertainty`, the members' disagreement (see `Predictor.predict_with_uncertainty`; with several labels or quantiles
+    `uncertainty_LABEL` or `uncertainty_q10`). A key with the name of one of these columns gets the prefix `key_`. A key
+    has one type for all files: the wider one if theirs differ, text for categories. The output is written completely or
+    not at all. Memory holds one batch of the input, and the compressed output.
 
     Files, their columns and types, and the output's location are checked before the first prediction.
 

@@ -73,7 +73,8 @@ def make_job(folder: Path, kind: str, label: Any = None, **model: Any) -> dict[s
 
 def validation_frame(run: RunStatus) -> pd.DataFrame:
     splits = pq.read_table(f"{run.url}/splits.parquet").to_pandas()
-    return make_frame().iloc[splits[splits.split == "val"].row.to_numpy()]
+    frame: pd.DataFrame = make_frame().iloc[splits[splits.split == "val"].row.to_numpy()]
+    return frame
 
 
 @pytest.mark.parametrize("kind", ["binary", "multiclass"])
