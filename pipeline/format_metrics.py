@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 NUMBER_WIDTH = 10
 
-HEADLINES = ("loss", "accuracy", "rmse", "r2")
+HEADLINES = ("loss", "accuracy", "coverage", "rmse", "r2")
 """The metrics of a short line."""
 
 BASELINES = {

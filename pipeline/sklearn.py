@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import tempfile
+import threading
 import uuid
 from abc import ABCMeta, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,16 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+
+try:
+    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+    from sklearn.utils import check_random_state
+    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
+except ImportError as error:
+    raise ImportError(
+        "pipeline.sklearn needs scikit-learn 1.6 or newer: pip install 'trainyard[sklearn]'", name="sklearn"
+    ) from error
 
 from pipeline.commands.table_job import open_table_job
 from pipeline.commands.train import to_override_strings, train
@@ -29,20 +40,13 @@ from pipeline.inference.predictor import Predictor
 from pipeline.runs.status import RunStatus
 from pipeline.storage import Storage
 
-try:
-    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
-    from sklearn.utils import check_random_state
-    from sklearn.utils.multiclass import check_classification_targets
-    from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
-except ImportError as error:
-    raise ImportError(
-        "pipeline.sklearn needs scikit-learn 1.6 or newer: pip install 'trainyard[sklearn]'", name="sklearn"
-    ) from error
-
 __all__ = ["TrainyardClassifier", "TrainyardRegressor"]
 
 SPLIT_COLUMN = "split"
 """The column that says which rows are for validation, unless an input has this name."""
+
+_fit_lock = threading.Lock()
+"""Training uses torch's random generator and settings, which all threads of a process share."""
 
 DEFAULT_SEED, MAX_SEED = 1, 2**31 - 1
 
@@ -122,11 +126,11 @@ class _TrainyardEstimator(BaseEstimator, metaclass=ABCMeta):  # type: ignore[mis
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"validation_fraction={self.validation_fraction!r} must be in [0, 1)")
         inputs, target = self._validate_fit(X, y)
-        self._seed = self._find_seed()
         labels, task = self._encode_target(target)
-        table = to_input_table(inputs)
+        table = _to_table(inputs)
         self._column_names = table.column_names
-        is_validation = self._draw_validation_rows(labels, task["kind"])
+        seed = self._find_seed()
+        is_validation = self._draw_validation_rows(labels, task["kind"], DEFAULT_SEED if seed is None else seed)
         splits: dict[str, Any] = {"data.splits": {"by": "random", "val": 0}, "best": {"metric": "train/loss"}}
         if is_validation.any():
             # By a column rather than at random: a random split depends on names and types of columns, too.
@@ -134,15 +138,18 @@ class _TrainyardEstimator(BaseEstimator, metaclass=ABCMeta):  # type: ignore[mis
             table = table.append_column(column, pa.array(np.where(is_validation, "val", "train")))
             splits = {"data.splits": {"by": "column", "column": column}}
         with ExitStack() as stack:
-            storage, overrides = self.storage, {**splits, **self._to_overrides()}
+            storage, overrides = self.storage, {**splits, **self._to_overrides(seed)}
             if storage is None:
                 storage = stack.enter_context(_temporary_storage())
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="trainyard-fit-"))
                 overrides = {"data.cache.folder": folder, **overrides}
             try:
-                with open_table_job(
-                    table, labels, task=task, base=self.job, overrides=to_override_strings(overrides)
-                ) as job:
+                with (
+                    _fit_lock,
+                    open_table_job(
+                        table, labels, task=task, base=self.job, overrides=to_override_strings(overrides)
+                    ) as job,
+                ):
                     self.run_: RunStatus = train(job, storage=storage)
                     checkpoint = "best" if is_validation.any() else "last"
                     self.model_: Predictor = load(f"{self.run_.url}@{checkpoint}").double()
@@ -156,7 +163,7 @@ class _TrainyardEstimator(BaseEstimator, metaclass=ABCMeta):  # type: ignore[mis
     def _encode_target(self, target: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
         """Return the labels to train on, and the task."""
 
-    def _to_overrides(self) -> dict[str, Any]:
+    def _to_overrides(self, seed: int | None) -> dict[str, Any]:
         """Return the settings of the job that the parameters make."""
         parameters = {
             "model.hidden": None if self.hidden is None else [int(width) for width in self.hidden],
@@ -166,7 +173,7 @@ class _TrainyardEstimator(BaseEstimator, metaclass=ABCMeta):  # type: ignore[mis
             "train.phases.0.lr": self.lr,
             "train.batch_size": self.batch_size,
             "best.patience": self.patience,
-            "seed": self._seed,
+            "seed": seed,
         }
         given = {key: value for key, value in parameters.items() if value is not None}
         return {**given, **(self.set or {})}
@@ -177,15 +184,14 @@ class _TrainyardEstimator(BaseEstimator, metaclass=ABCMeta):  # type: ignore[mis
             return None if state is None else int(state)
         return int(check_random_state(state).randint(MAX_SEED))
 
-    def _draw_validation_rows(self, labels: np.ndarray, kind: str) -> np.ndarray:
+    def _draw_validation_rows(self, labels: np.ndarray, kind: str, seed: int) -> np.ndarray:
         """Return which rows are for validation, bool (n_samples,): a function of seed, number of rows and classes.
 
         Classes have their shares, and each keeps a row for training. No row is drawn if there are too few.
         """
         num_rows = len(labels)
         _, codes = np.unique(labels, return_inverse=True) if kind != "regression" else (None, np.zeros(num_rows, int))
-        rng = make_generator(DEFAULT_SEED if self._seed is None else self._seed, "validation rows")
-        order = random_permutation(rng, num_rows)
+        order = random_permutation(make_generator(seed, "validation rows"), num_rows)
         groups = [order[codes[order] == code] for code in range(int(codes.max()) + 1)]
         takes = allocate_proportionally([len(group) for group in groups], round(self.validation_fraction * num_rows))
         is_validation = np.zeros(num_rows, bool)
@@ -202,8 +208,8 @@ class _TrainyardEstimator(BaseEstimator, metaclass=ABCMeta):  # type: ignore[mis
                 self, X, y, dtype="numeric", ensure_all_finite="allow-nan", ensure_min_samples=2, **options
             )
             return validated
-        validate_data(self, X, skip_check_array=True)
         target: np.ndarray = validate_data(self, y=y, **options)
+        validate_data(self, X, skip_check_array=True)  # records the features, which the call for y removes
         check_consistent_length(X, target)
         if len(target) < 2:
             raise ValueError(f"Found array with n_samples={len(target)} while a minimum of 2 is required.")
@@ -216,8 +222,9 @@ class _TrainyardEstimator(BaseEstimator, metaclass=ABCMeta):  # type: ignore[mis
             validate_data(self, X, reset=False, skip_check_array=True)
         else:
             X = validate_data(self, X, reset=False, dtype="numeric", ensure_all_finite="allow-nan")  # noqa: N806
+        table = _to_table(X, self._column_names)
         try:
-            return self.model_.predict_scores(to_input_table(X, self._column_names))
+            return self.model_.predict_scores(table)
         except InputError as error:
             raise ValueError(str(error)) from error
 
@@ -337,6 +344,14 @@ class TrainyardRegressor(RegressorMixin, _TrainyardEstimator):  # type: ignore[m
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True
         return tags
+
+
+def _to_table(data: Any, names: Sequence[str] | None = None) -> pa.Table:
+    """Convert inputs as `to_input_table`, with ValueError for data that cannot be used."""
+    try:
+        return to_input_table(data, names)
+    except InputError as error:
+        raise ValueError(str(error)) from error
 
 
 @contextmanager

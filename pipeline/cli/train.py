@@ -108,11 +108,20 @@ def check(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Validate a job file. Also checks that its data exists, and prints the resolved job with every default."""
+    """Validate a job file. Prints it with every default, and how each column of a table is read."""
     output_mode.update(json=as_json, verbose=verbose)
+    from pipeline.cli.terminal import ProgressDisplay
     from pipeline.commands.check import check as run_command
 
-    result = run_command(job, overrides or [], storage=storage, batch=batch, overfit=overfit)
+    with ProgressDisplay(quiet=False) as progress:
+        result = run_command(
+            job,
+            overrides or [],
+            storage=storage,
+            batch=batch,
+            overfit=overfit,
+            on_progress=progress_callback(progress),
+        )
     print_result(result.to_json(), result.format_lines(), as_json)
 
 
@@ -181,10 +190,10 @@ def evaluate(
 @app.command(epilog="Example: trainyard predict churn-1a2b3c4d --input s3://bucket/new/ --output new.parquet")
 def predict(
     model: Annotated[str, typer.Argument(metavar="RUN", help="RUN[@best|@last|@STEP]; best by default.")],
-    input_url: Annotated[
-        str, typer.Option("--input", metavar="URL", help="Parquet files or images: a file, glob or folder.")
+    input_url: Annotated[str, typer.Option("--input", metavar="URL", help="Tables or images: a file, glob or folder.")],
+    output_url: Annotated[
+        str, typer.Option("--output", metavar="URL", help="The file to write: .parquet, .csv, .tsv or .arrow.")
     ],
-    output_url: Annotated[str, typer.Option("--output", metavar="URL", help="The Parquet file to write.")],
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     storage: StorageUrl = None,
     trust: Trust = False,

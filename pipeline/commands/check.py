@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import FileDataConfig, JobConfig
-from pipeline.config.files import dump_job, resolve_job
+from pipeline.commands.column_table import ColumnUse, describe_columns, format_column_table
+from pipeline.config import FileDataConfig, JobConfig, ParquetDataConfig
+from pipeline.config.files import dump_job, list_recipe_sections, resolve_job
 from pipeline.errors import WorkError
+from pipeline.events import ProgressFn
 from pipeline.runs.locate import resolve_storage_url
 from pipeline.user_code import collect_user_code
 
@@ -25,9 +27,15 @@ OVERFIT_LOSS = 0.01
 
 @dataclass(frozen=True)
 class CheckResult:
-    """The result of `check`, with `batch` and `overfit` if they were requested."""
+    """The result of `check`, with `batch` and `overfit` if they were requested.
+
+    recipe_sections: the sections that the job file leaves out, which are those of the recipe for its data.
+    columns: how each column of a table is read.
+    """
 
     job: JobConfig
+    recipe_sections: tuple[str, ...] = ()
+    columns: tuple[ColumnUse, ...] = ()
     batch: dict[str, Any] | None = None
     overfit: dict[str, Any] | None = None
     warnings: tuple[str, ...] = ()
@@ -35,6 +43,8 @@ class CheckResult:
     def to_json(self) -> dict[str, Any]:
         return {
             "job": self.job.to_dict(),
+            "recipe": list(self.recipe_sections),
+            "columns": [column.to_json() for column in self.columns],
             "batch": self.batch,
             "overfit": self.overfit,
             "warnings": list(self.warnings),
@@ -43,8 +53,13 @@ class CheckResult:
 
     def format_lines(self) -> list[str]:
         lines = [f"warning: {text}" for text in self.warnings]
+        table = format_column_table(self.columns) if self.columns else []
         if self.batch is None and self.overfit is None:
-            return [*lines, *dump_job(self.job).rstrip().splitlines()]
+            if self.recipe_sections:
+                lines += [f"the recipe for this kind of data: {', '.join(self.recipe_sections)}"]
+            comments = [*lines, *([""] if lines and table else []), *table]
+            return [*dump_job(self.job).rstrip().splitlines(), *(f"# {text}".rstrip() for text in comments)]
+        lines += table
         if self.batch is not None:
             section = self.batch
             lines += ["parameters"]
@@ -77,9 +92,10 @@ def check(
     storage: str | None = None,
     batch: bool = False,
     overfit: bool = False,
+    on_progress: ProgressFn = lambda text: None,
 ) -> CheckResult:
-    """Validate a job, and check that the data at its `data.url` exists and is of the right kind. With `batch` or
-    `overfit`, also load the data and build the model.
+    """Validate a job, and check that the data at its `data.url` exists and is of the right kind; of a table, read all
+    rows and describe each column. With `batch` or `overfit`, also load the data and build the model.
 
     Parameters
     ----------
@@ -88,6 +104,7 @@ def check(
     storage: URL of the runs; default: TRAINYARD_STORAGE, else the job's.
     batch: run the first batch through the model, and report shapes, parameters and the loss before and after one step.
     overfit: train on the first batch alone.
+    on_progress: called with a progress message, at most once a second.
 
     Raises
     ------
@@ -95,14 +112,17 @@ def check(
     WorkError: with `overfit`, the loss did not get near zero.
     """
     where = str(job) if isinstance(job, (str, Path)) else "job"
-    job = resolve_job(job, set)
+    overrides = list(set)
+    sections = tuple(list_recipe_sections(job, overrides))
+    job = resolve_job(job, overrides)
     job = job.model_copy(update={"storage": resolve_storage_url(storage, job.storage)})
     if not (batch or overfit):
         if isinstance(job.data, FileDataConfig):
             from pipeline.data.sources import check_data_exists
 
             check_data_exists(job)
-        return CheckResult(job)
+        columns, warnings = describe_columns(job, on_progress) if isinstance(job.data, ParquetDataConfig) else ([], [])
+        return CheckResult(job, sections, tuple(columns), warnings=tuple(warnings))
     from pipeline.device import restore_torch_settings
     from pipeline.setup import build_training, prepare_data
     from pipeline.setup.initial_weights import find_initial_weights
@@ -112,6 +132,8 @@ def check(
         prepared = prepare_data(job, initial_weights=find_initial_weights(job, job.storage), code=code)
         return CheckResult(
             job,
+            sections,
+            (),
             _inspect_batch(prepared, build_training(prepared)) if batch else None,
             _overfit_batch(prepared, build_training(prepared), where) if overfit else None,
             tuple(prepared.warnings),

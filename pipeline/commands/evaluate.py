@@ -22,6 +22,8 @@ from pipeline.config import (
 from pipeline.config.files import override_job, parse_job
 from pipeline.context import SingleProcessContext
 from pipeline.data.fitted_transforms import FittedTransforms
+from pipeline.data.sources.tables.formats import config_of_url
+from pipeline.data.tabular.encoder import list_text_columns
 from pipeline.data.transforms import DataReport
 from pipeline.device import restore_torch_settings
 from pipeline.errors import InputError
@@ -169,7 +171,15 @@ def _with_other_data(job: JobConfig, url: str, fitted: FittedTransforms) -> JobC
         update |= {"dates": [glob.escape(name) for name in dates]}
     elif isinstance(job.data, TableDataConfig) and job.data.splits_column is not None:
         update |= {"keys": [*job.data.keys, job.data.splits_column]}  # else it would count as a second feature
-    return job.model_copy(update={"data": job.data.model_copy(update=update)})
+    data = job.data
+    if isinstance(data, TableDataConfig):
+        schema = fitted.input_transform.schema
+        texts = [
+            *(list_text_columns(schema) if schema is not None else ()),
+            *(data.labels if fitted.target_transform.is_text else ()),
+        ]
+        data = config_of_url(data, update["url"], texts)
+    return job.model_copy(update={"data": data.model_copy(update=update)})
 
 
 def _check_data_url(job: JobConfig, stored: JobConfig, where: str) -> None:

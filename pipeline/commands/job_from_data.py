@@ -146,7 +146,7 @@ def draft_job(name: str, url: str, labels: Sequence[str], *, on_progress: Progre
     lines = [
         f"{redact(url)}: {num_rows:,} rows, {num_columns:,} columns beside the label",
         f"task: {_flow(task)}: {reason}",
-        "features: auto: all other columns that can help; those that are left out are named below",
+        "features: auto: all other columns but those that cannot help, such as almost unique text",
         f"splits: a random fifth of the rows for validation{', of each class' if 'stratify' in splits else ''}",
         *notes,
         f"model and training: the recipe for {TABLE_RECIPE.kind}; `trainyard check` prints it",

@@ -1,4 +1,4 @@
-"""`predict`: write the predictions of a saved model for a table or for images to a Parquet file."""
+"""`predict`: write the predictions of a saved model for a table or for images to a file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from pipeline.commands.prediction_files import ENDINGS, PredictionFile, find_ending
 from pipeline.config import CacheConfig, ImageFolderDataConfig, TableDataConfig
+from pipeline.config.quantiles import MEDIAN, quantile_name
 from pipeline.data.sources.file_digests import select_num_read_threads
 from pipeline.data.sources.images.decode import InvalidImageError, is_image_path, silence_pillow_warnings
 from pipeline.data.sources.tables.files import TableFiles
-from pipeline.data.sources.tables.parquet import ParquetFiles
-from pipeline.data.tabular.encoder import suggest_columns
+from pipeline.data.sources.tables.formats import config_of_url, open_table_files
+from pipeline.data.tabular.encoder import list_text_columns, suggest_columns
 from pipeline.data.transforms import DataReport
 from pipeline.errors import DataError, InputError, StorageError, TrainyardError
 from pipeline.format_metrics import format_number
@@ -93,7 +94,8 @@ def predict(
     """Write one row for each row of a table, or for each image, in their order.
 
     The columns are the job's `keys` that the input has (for images: `path`); `prediction`, a class or a value (with
-    several labels, one `prediction_LABEL` for each); `probability_CLASS` for each class; and for an ensemble
+    several labels, one `prediction_LABEL` for each; with `task.quantiles`, `prediction_q10` for the quantile 0.1 and so
+    on, and `prediction`, the median, if it is one of them); `probability_CLASS` for each class; and for an ensemble
     `uncertainty`, the members' disagreement (see `Predictor.predict_with_uncertainty`; with several labels
     `uncertainty_LABEL`). A key with the name of one of these columns gets the prefix `key_`. A key has one type for all
     files: the wider one if theirs differ, text for categories. The output is written completely or not at all. Memory
@@ -104,9 +106,10 @@ def predict(
     Parameters
     ----------
     model: RUN[@best|@last|@STEP], see `load`.
-    input: Parquet at any fsspec URL: a file, glob or folder; for a model of images an image, or a glob or folder of
-        them. With the job's `data.on_error: skip`, broken images are skipped, whatever their fraction.
-    output: URL of the Parquet file to write, outside the input.
+    input: tables in any format that is a source, such as Parquet or CSV, at any fsspec URL: a file, glob or folder. The
+        format is told by the content, whatever the model was trained on. For a model of images an image, or a glob or
+        folder of them. With the job's `data.on_error: skip`, broken images are skipped, whatever their fraction.
+    output: URL of the file to write, outside the input: .parquet, .csv, .tsv (also .gz), .arrow or .feather.
     storage: URL of the runs; default: TRAINYARD_STORAGE, else ./runs.
     device: auto, cpu, cuda or mps.
     trust: allow the stored job to import the modules that it names.
@@ -119,30 +122,25 @@ def predict(
         would replace the input.
     """
     predictor = load(model, storage=storage, device=device, trust=trust)
-    folder, name = _split_output_url(output)
+    folder, name, ending = _split_output_url(output)
     warnings: list[str] = []
 
     def warn(text: str) -> None:
         warnings.append(text)
         on_warning(text)
 
-    count, writer, report = 0, None, DataReport(predictor.fitted.input_transform)
+    count, report = 0, DataReport(predictor.fitted.input_transform)
     with ExitStack() as stack, tempfile.TemporaryDirectory(prefix="trainyard-predict-") as scratch:
         source = _open_input(predictor, input, output, warn, stack)
         _check_output_writable(folder, name, output)
-        path = Path(scratch) / "output.parquet"
-        try:
+        path = Path(scratch) / "output"
+        with PredictionFile(path, ending, f"--output {redact(output)}") as written:
             for key_columns, data in source.iter_batches():
                 scores, uncertainty = predictor.predict_scores_and_uncertainty(data, report)
-                table = pa.table({**key_columns, **_prediction_columns(predictor, scores, uncertainty)})
-                writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
-                writer.write_table(table)
-                count += table.num_rows
+                written.write(pa.table({**key_columns, **_prediction_columns(predictor, scores, uncertainty)}))
+                count += len(scores)
                 on_progress(f"{count:,} rows")
-        finally:
-            if writer is not None:
-                writer.close()
-        if writer is None:
+        if written.is_empty:
             raise InputError("has no rows", where=f"--input {input}", fix="check the URL")
         folder.replace(name, path.read_bytes(), sync=True)
     if source.skipped:
@@ -163,7 +161,7 @@ def _open_input(
     """Open and check the input. stack: closes it."""
     data = predictor.job.data
     if isinstance(data, TableDataConfig):
-        files = ParquetFiles(url, CacheConfig())
+        files = _open_tables(predictor, data, url)
         _check_output_outside_input(url, files.paths, output)
         return _TableInput(predictor, data, stack.enter_context(files), on_warning)
     if isinstance(data, ImageFolderDataConfig):
@@ -175,8 +173,15 @@ def _open_input(
     )
 
 
+def _open_tables(predictor: Predictor, data: TableDataConfig, url: str) -> TableFiles:
+    """Return the files of the input, which may have another format than the training data."""
+    schema = predictor.fitted.input_transform.schema
+    other = config_of_url(data, url, list_text_columns(schema) if schema is not None else [])
+    return open_table_files(other.model_copy(update={"cache": CacheConfig()}))
+
+
 class _TableInput:
-    """Rows of Parquet files, with their keys. The constructor checks all that the files' footers contain."""
+    """Rows of table files, with their keys. The constructor checks the columns of all files."""
 
     def __init__(
         self, predictor: Predictor, data: TableDataConfig, files: TableFiles, on_warning: Callable[[str], None]
@@ -374,11 +379,15 @@ def _prediction_columns(
 ) -> dict[str, np.ndarray]:
     """Return the predictions by the names of their columns in the output."""
     predictions = predictor.decode_predictions(scores)
-    labels = predictor.job.data.labels
-    if predictions.ndim == 2:
-        columns = {f"prediction_{name}": predictions[:, index] for index, name in enumerate(labels)}
+    quantiles = predictor.fitted.target_transform.quantiles
+    labels = [quantile_name(quantile) for quantile in quantiles] or predictor.job.data.labels
+    columns = {}
+    if MEDIAN in quantiles:
+        columns["prediction"] = scores[:, quantiles.index(MEDIAN)]
+    if quantiles or predictions.ndim == 2:
+        columns |= {f"prediction_{name}": scores[:, index] for index, name in enumerate(labels)}
     else:
-        columns = {"prediction": predictions}
+        columns["prediction"] = predictions
     for index, name in enumerate(predictor.classes):
         columns[f"probability_{name}"] = scores[:, index]
     if uncertainty is not None and uncertainty.shape[1] == 1:
@@ -388,11 +397,17 @@ def _prediction_columns(
     return columns
 
 
-def _split_output_url(output: str) -> tuple[Storage, str]:
+def _split_output_url(output: str) -> tuple[Storage, str, str]:
+    """Return the folder, the name of the file and its ending."""
     folder, slash, name = output.rpartition("/")
-    if not name.endswith(".parquet"):
-        raise InputError("must end in .parquet", where=f"--output {output}", fix=f"{output.rstrip('/')}/out.parquet")
-    return Storage.open(folder + slash if folder else "." if not slash else "/"), name
+    ending = find_ending(name)
+    if ending is None:
+        raise InputError(
+            f"must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}",
+            where=f"--output {output}",
+            fix=f"{output.rstrip('/')}/out.parquet",
+        )
+    return Storage.open(folder + slash if folder else "." if not slash else "/"), name, ending
 
 
 def _check_output_outside_input(url: str, paths: Iterable[str], output: str) -> None:

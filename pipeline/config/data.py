@@ -247,11 +247,14 @@ class TableDataConfig(FileDataConfig):
     """Shape of a sample if the only feature is a column of bytes or lists of fixed size, such as [1, 28, 28]."""
 
 
-class ParquetDataConfig(TableDataConfig):
-    """Tables in Parquet files."""
+class TypedTableDataConfig(TableDataConfig):
+    """Tables in files whose values have types."""
 
-    source: Literal["parquet"]
-    """Parquet files."""
+    source: Literal["parquet", "arrow", "numpy", "jsonl"]
+    """The format of the files. arrow: Arrow IPC files, also called Feather, or streams. numpy: in a `.npy` file, the
+    columns of a matrix (N, F) are named "0", "1", ..., and a structured array has its fields as columns; in a `.npz`
+    file, each array (N,) is a column of its name, and an array (N, ...) is one column of lists, so that `X` and `y` are
+    the features and the label. jsonl: text with one JSON object per line, also compressed with gzip, bz2 or zstd."""
 
 
 NULL_TEXTS = "?|NA|N/A|n/a|#N/A|#N/A N/A|#NA|<NA>|NaN|nan|-NaN|-nan|NULL|null|None|1.#IND|-1.#IND|1.#QNAN|-1.#QNAN|\\N"
@@ -275,6 +278,9 @@ class CsvDataConfig(TableDataConfig):
     """The encoding of the text, such as latin-1, cp1252 or utf-16."""
     null_values: list[str] = NULL_VALUES
     """Texts that stand for a missing value in any column, quoted or not."""
+    text_columns: list[str] = []
+    """Columns that are text even if all of their values are numbers, booleans or times. Whole numbers with leading
+    zeros, such as 00501, or of more than 64 bits are text anyway."""
 
     @field_validator("delimiter")
     @classmethod
@@ -291,29 +297,6 @@ class CsvDataConfig(TableDataConfig):
         except LookupError:
             raise ValueError(f"{value!r} is no encoding; known are utf-8, latin-1, cp1252, utf-16, ...") from None
         return value
-
-
-class ArrowDataConfig(TableDataConfig):
-    """Tables in Arrow IPC files (Feather version 2) or streams."""
-
-    source: Literal["arrow"]
-    """Arrow IPC files, also called Feather, or streams."""
-
-
-class NumpyDataConfig(TableDataConfig):
-    """Tables in NumPy files. In a `.npy` file, the columns of a matrix (N, F) are named "0", "1", ...; a structured
-    array has its fields as columns. In a `.npz` file, each array (N,) is a column of its name, and an array (N, ...) is
-    one column of lists, so that `X` and `y` are the features and the label."""
-
-    source: Literal["numpy"]
-    """NumPy files: .npy or .npz."""
-
-
-class JsonlDataConfig(TableDataConfig):
-    """Tables in text files with one JSON object per line, also compressed with gzip, bz2 or zstd."""
-
-    source: Literal["jsonl"]
-    """Text files, one JSON object per line."""
 
 
 class ImageFolderDataConfig(FileDataConfig):
@@ -350,11 +333,9 @@ class ImageFolderDataConfig(FileDataConfig):
 SOURCE_CONFIGS: dict[str, type[BaseDataConfig]] = {
     **dict.fromkeys(("mnist", "fashion_mnist", "cifar10", "cifar100"), NamedDataConfig),
     "disc": DiscDataConfig,
-    "parquet": ParquetDataConfig,
+    "parquet": TypedTableDataConfig,
     "csv": CsvDataConfig,
-    "arrow": ArrowDataConfig,
-    "numpy": NumpyDataConfig,
-    "jsonl": JsonlDataConfig,
+    **dict.fromkeys(("arrow", "numpy", "jsonl"), TypedTableDataConfig),
     "image_folder": ImageFolderDataConfig,
 }
 """The configuration class of each named source."""
@@ -400,11 +381,8 @@ def _data_tag(value: Any) -> str:
 DataConfig = Annotated[
     Annotated[NamedDataConfig, Tag("NamedDataConfig")]
     | Annotated[DiscDataConfig, Tag("DiscDataConfig")]
-    | Annotated[ParquetDataConfig, Tag("ParquetDataConfig")]
+    | Annotated[TypedTableDataConfig, Tag("TypedTableDataConfig")]
     | Annotated[CsvDataConfig, Tag("CsvDataConfig")]
-    | Annotated[ArrowDataConfig, Tag("ArrowDataConfig")]
-    | Annotated[NumpyDataConfig, Tag("NumpyDataConfig")]
-    | Annotated[JsonlDataConfig, Tag("JsonlDataConfig")]
     | Annotated[ImageFolderDataConfig, Tag("ImageFolderDataConfig")]
     | Annotated[UserFunctionDataConfig, Tag("UserFunctionDataConfig")],
     Discriminator(_data_tag),

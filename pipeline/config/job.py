@@ -24,6 +24,7 @@ from pipeline.config.metrics import (
     metric_column,
 )
 from pipeline.config.model import MlpConfig, ModelConfig
+from pipeline.config.quantiles import quantile_metrics
 from pipeline.config.scaling import ScalingConfig
 from pipeline.config.training import TaskConfig, TrainConfig
 
@@ -123,6 +124,12 @@ class JobConfig(ConfigNode):
         return values
 
     @model_validator(mode="after")
+    def _check_quantile_label(self) -> Self:
+        if self.task.quantiles is not None and len(self.data.labels) > 1:
+            raise ValueError(f"task.quantiles: takes one label, not {len(self.data.labels)}")
+        return self
+
+    @model_validator(mode="after")
     def _check_best_metric(self) -> Self:
         split, _, column = self.best.metric.partition("/")
         known = self.metric_columns()
@@ -158,15 +165,19 @@ class JobConfig(ConfigNode):
         """
         if self.task.kind == "multiclass":
             return make_part_names(class_names, len(class_names))
-        if self.task.kind == "regression":
+        if self.task.kind == "regression" and self.task.quantiles is None:
             return make_part_names(self.data.labels, len(self.data.labels) if num_targets is None else num_targets)
         return ()
 
     def metric_columns(self, num_targets: int | None = None, class_names: Sequence[str] = ()) -> list[str]:
         """Return the columns of the metrics of every evaluation. Parameters as for `part_names`."""
         parts = make_part_columns(self.task.kind, self.part_names(num_targets, class_names))
-        threshold = ["threshold"] if self.task.threshold_rule is not None else []
-        return list(dict.fromkeys([*METRICS[self.task.kind], *threshold, *parts, *map(metric_column, self.metrics)]))
+        columns, quantiles = [*METRICS[self.task.kind]], self.task.quantiles
+        if quantiles is not None:
+            columns = quantile_metrics(quantiles, [name for name in columns if name != "loss"])
+        if self.task.threshold_rule is not None:
+            columns.append("threshold")
+        return list(dict.fromkeys([*columns, *parts, *map(metric_column, self.metrics)]))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the whole tree as plain YAML types, defaults included."""
@@ -207,7 +218,7 @@ IDENTITY_OPTIONAL_KEYS: dict[str, dict[str, Any]] = {
     "data": {"exclude": [], "dates": [], "hashed": {}},
     "data.splits": {},
     "model": {"ensemble": 1, "numeric_embedding": "none"},
-    "task": {"label_smoothing": 0.0, "threshold": 0.5},
+    "task": {"label_smoothing": 0.0, "quantiles": None, "threshold": 0.5},
     "train": {},
     "train.optimizer": {"decay": "all"},
 }

@@ -30,7 +30,7 @@ HIGHER_IS_BETTER = (
     *("accuracy", "correct", "balanced_accuracy", "f1", "auc", "average_precision"),
     *("recall", "precision", "specificity", "r2"),
 )
-LOWER_IS_BETTER = ("loss", "log_loss", "rmse", "mae")
+LOWER_IS_BETTER = ("loss", "log_loss", "rmse", "mae", "pinball")
 
 RESERVED_COLUMNS = {
     *("loss", "accuracy", "correct", "balanced_accuracy", "f1", "auc", "log_loss", "baseline_accuracy"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, Strict, field_validator, model_validator
@@ -73,6 +74,11 @@ class TaskConfig(ConfigNode):
     huber_delta: Annotated[float, Field(gt=0)] = 1.0
     """With loss: huber, the error at which the loss changes from quadratic to linear; with scale_targets, in standard
     deviations."""
+    quantiles: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1)] | None = None
+    """regression of one label: predict these quantiles, such as [0.1, 0.5, 0.9], instead of the mean, by the pinball
+    loss. Predictions are sorted, so that quantiles never cross. `predict` writes prediction_q10, prediction_q50 and so
+    on, and prediction, the median, if 0.5 is one of them. Metrics tell how many rows are at or below each quantile
+    (coverage_q10), and within the outer two (coverage)."""
     scale_targets: bool = True
     """regression: train on (target - mean) / std, with mean and std of the training rows. Metrics and predictions are
     in the target's unit (with several targets, rmse and mae are in standard deviations, beside those of each target);
@@ -93,6 +99,13 @@ class TaskConfig(ConfigNode):
             raise ValueError("class_weights goes with multiclass and binary")
         if self.label_smoothing and (self.kind == "regression" or self.loss is not None):
             raise ValueError("label_smoothing goes with multiclass and binary, and not with a loss of your own")
+        if self.quantiles is not None:
+            if self.kind != "regression":
+                raise ValueError("quantiles goes with kind: regression")
+            if self.loss is not None:
+                raise ValueError("quantiles has a loss of its own: leave loss out")
+            if any(first >= second for first, second in pairwise(self.quantiles)):
+                raise ValueError(f"quantiles must ascend, unlike {self.quantiles}")
         if self.loss in REGRESSION_LOSSES and self.kind != "regression":
             raise ValueError(f"loss: {self.loss} goes with kind: regression")
         return self

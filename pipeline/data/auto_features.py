@@ -12,8 +12,8 @@ import numpy as np
 
 from pipeline.config import JobConfig
 from pipeline.data.dataset import Dataset
+from pipeline.data.leakage import find_unhelpful_columns
 from pipeline.data.tabular.schema import Schema
-from pipeline.data.transforms import find_unhelpful_columns
 
 MIN_ROW_NUMBERS = 20
 """With fewer rows, a column may hold each whole number once by chance."""

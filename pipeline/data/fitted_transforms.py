@@ -46,9 +46,9 @@ class FittedTransforms:
     @property
     def num_outputs(self) -> int:
         """Number of the model's outputs per sample."""
-        return {"multiclass": len(self.target_transform.classes), "binary": 1}.get(
-            self.target_transform.kind, len(self.target_mean)
-        )
+        transform = self.target_transform
+        num_values = len(transform.quantiles) or len(self.target_mean)
+        return {"multiclass": len(transform.classes), "binary": 1}.get(transform.kind, num_values)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, the content of `preprocess.json`; `from_json` restores the same object from them."""

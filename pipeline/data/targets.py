@@ -42,6 +42,7 @@ class TargetTransform:
     label_values: the label of each class, if labels are numbers; empty if they are text, or if a class stands for
         several labels.
     is_boolean: whether these labels, 0 and 1, are booleans in the data.
+    quantiles: regression: what the outputs are; empty if they are means, one per column.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class TargetTransform:
     std: tuple[float, ...] = ()
     label_values: tuple[int, ...] = ()
     is_boolean: bool = False
+    quantiles: tuple[float, ...] = ()
 
     def transform(
         self,
@@ -169,7 +171,9 @@ class TargetTransform:
         return decoded
 
     def inverse_scale(self, scaled: np.ndarray) -> np.ndarray:
-        """Convert the model's outputs, float64 (N, T), to the unit of the targets."""
+        """Convert the model's outputs, float64 (N, T), to the unit of the targets. Quantiles, (N, Q), are sorted."""
+        if self.quantiles:
+            scaled = np.sort(scaled, 1)
         return scaled * np.array(self.std) + np.array(self.mean) if self.mean else scaled
 
     def to_json(self) -> dict[str, Any]:
@@ -181,6 +185,7 @@ class TargetTransform:
             "text": self.is_text,
             "values": list(self.label_values),
             "boolean": self.is_boolean,
+            "quantiles": list(self.quantiles),
             "positive": None if self.positive is None else list(self.positive),
             "mean": list(self.mean),
             "std": list(self.std),
@@ -209,7 +214,9 @@ class TargetTransform:
             if labels and (text or len(set(labels)) != len(classes)):
                 raise ValueError(f"{len(labels)} labels for {len(classes)} classes")
             boolean = bool(values.get("boolean", False))
-            return cls(kind, classes, text, None if positive is None else tuple(positive), mean, std, labels, boolean)
+            quantiles = tuple(float(quantile) for quantile in values.get("quantiles", ()))
+            positive = None if positive is None else tuple(positive)
+            return cls(kind, classes, text, positive, mean, std, labels, boolean, quantiles)
 
 
 def fit_target_transform(job: JobConfig, dataset: Dataset, splits: Mapping[str, SplitIndices]) -> TargetTransform:
@@ -228,10 +235,18 @@ def fit_target_transform(job: JobConfig, dataset: Dataset, splits: Mapping[str, 
     if task.kind == "regression":
         _raise_if_named(dataset.label_names, where)
         _raise_if_constant(job, raw.reshape(len(raw), -1), train_indices, where)
+        quantiles = tuple(task.quantiles or ())
+        if quantiles and raw.size > len(raw):
+            raise DataError(
+                f"quantiles takes one number per row, but targets have the shape {raw.shape}",
+                where=where,
+                fix="leave task.quantiles out, or predict one column",
+            )
         if not task.scale_targets:
-            return TargetTransform(task.kind)
+            return TargetTransform(task.kind, quantiles=quantiles)
         mean, std = compute_mean_and_std(raw.reshape(len(raw), -1), train_indices, per_channel=True)
-        return TargetTransform(task.kind, mean=tuple(mean.tolist()), std=tuple(np.where(std == 0, 1.0, std).tolist()))
+        std = np.where(std == 0, 1.0, std)
+        return TargetTransform(task.kind, mean=tuple(mean.tolist()), std=tuple(std.tolist()), quantiles=quantiles)
     positive = None if task.positive is None else tuple(task.positive)
     text = bool(dataset.label_names)
     classes, values = (classes_from_text if text else classes_from_numbers)(dataset, task, splits, where)

@@ -96,7 +96,8 @@ class Predictor(nn.Module):
         Returns
         -------
         (N,) names of classes, or the labels themselves if they were integers, int64; or values in the unit of the
-        label, float64 (N,) or (N, T). N is 1 for a single image.
+        label, float64 (N,) or (N, T); with `task.quantiles`, one column per quantile, ascending. N is 1 for a single
+        image.
 
         Raises
         ------

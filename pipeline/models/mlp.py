@@ -37,10 +37,6 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-MAX_EMBEDDING_DIM = 50
-"""Maximum embedding dimension of `embedding_width: auto`."""
-
-
 def build_dense_layers(widths: list[int], outputs: int, config: MlpConfig | CnnConfig) -> list[nn.Module]:
     """Build linear layers from `widths[0]` inputs through the other widths to `outputs`, and the layers between."""
     layers: list[nn.Module] = []
@@ -174,7 +170,7 @@ def build_mlp(
         return MlpNet(*build_dense_layers([inputs, *compute_hidden_widths(config, inputs)], outputs, config))
     numeric_embedding = PeriodicEmbedding(num_numbers) if num_numbers else None
     # Code 0 is a category that no training row has: its embedding stays 0.
-    embeddings = [nn.Embedding(size, compute_embedding_dim(config, size), padding_idx=0) for size in code_sizes]
+    embeddings = [nn.Embedding(size, config.embedding_dim(size), padding_idx=0) for size in code_sizes]
     input_widths = [EMBEDDING_DIM] * num_numbers + [1] * (inputs - num_numbers - len(code_sizes))
     input_widths += [embedding.embedding_dim for embedding in embeddings]
     inputs = sum(input_widths)
@@ -208,10 +204,3 @@ def compute_hidden_widths(config: MlpConfig, inputs: int) -> list[int]:
         return list(config.hidden)
     assert config.layers is not None
     return [inputs * 2**depth for depth in range(1, config.layers)]
-
-
-def compute_embedding_dim(config: MlpConfig, num_codes: int) -> int:
-    """Return the embedding dimension for a number of codes; `auto` is fastai's `emb_sz_rule`, at most 50, not 600."""
-    if config.embedding_width != "auto":
-        return config.embedding_width
-    return min(MAX_EMBEDDING_DIM, round(1.6 * math.pow(num_codes, 0.56)))

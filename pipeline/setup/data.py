@@ -12,10 +12,11 @@ from pipeline.data import augment
 from pipeline.data.auto_features import is_auto, leave_out_columns, left_out_warnings
 from pipeline.data.dataset import SplitIndices, indices_by_part
 from pipeline.data.fitted_transforms import FittedTransforms, check_layout, find_rounded_columns, fit_transforms
+from pipeline.data.leakage import leakage_warnings
 from pipeline.data.sources import Dataset, DatasetPart, open_dataset
 from pipeline.data.splits import make_splits, sample_stratified, split_warnings
 from pipeline.data.targets import label_warnings
-from pipeline.data.transforms import TabularTransform, leakage_warnings
+from pipeline.data.transforms import TabularTransform
 from pipeline.errors import JobError, StorageError
 from pipeline.events import ProgressFn
 from pipeline.runs.checkpoints.checkpoint import find_checkpoint
@@ -66,7 +67,7 @@ class PreparedData:
     @property
     def metric_columns(self) -> list[str]:
         """The columns of the metrics of every evaluation."""
-        return self.job.metric_columns(self.fitted.num_outputs, self.fitted.target_transform.classes)
+        return self.job.metric_columns(len(self.fitted.target_mean), self.fitted.target_transform.classes)
 
     def evaluation_indices(self, split: str) -> np.ndarray:
         """Return the rows of a split that an evaluation uses: all, or a sample of `evaluate.limit`.

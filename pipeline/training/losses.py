@@ -37,6 +37,8 @@ def build_loss(task: TaskConfig) -> LossFn:
         return cross_entropy
     if task.kind == "binary":
         return binary_cross_entropy
+    if task.quantiles is not None:
+        return partial(pinball, quantiles=tuple(task.quantiles))
     if task.loss == "mae":
         return partial(_mean_over_columns, F.l1_loss)
     if task.loss == "huber":
@@ -77,6 +79,17 @@ def smooth_binary_targets(targets: Tensor, label_smoothing: float) -> Tensor:
 def _mean_over_columns(loss: Any, outputs: Tensor, targets: Tensor, reduction: Reduction = "none") -> Tensor:
     """Average an elementwise loss over the columns of a target; targets: (B, K), or (B,) if K is 1."""
     losses: Tensor = loss(outputs, targets.to(outputs.dtype).view_as(outputs), reduction="none").mean(1)
+    return losses.sum() if reduction == "sum" else losses
+
+
+def pinball(outputs: Tensor, targets: Tensor, reduction: Reduction = "none", *, quantiles: tuple[float, ...]) -> Tensor:
+    """Pinball loss (Koenker and Bassett 1978), averaged over the quantiles; outputs (B, quantiles), targets (B, 1).
+
+    For the quantile q it is q times the error where the target is above the output, and 1 - q times where below.
+    """
+    errors = targets.to(outputs.dtype).view(-1, 1) - outputs
+    levels = errors.new_tensor(quantiles)
+    losses = torch.maximum(levels * errors, (levels - 1) * errors).mean(1)
     return losses.sum() if reduction == "sum" else losses
 
 

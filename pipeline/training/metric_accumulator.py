@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import JobConfig, metric_column
+from pipeline.config import JobConfig, TaskConfig, metric_column
 from pipeline.context import WorkerContext
 from pipeline.errors import JobError
 from pipeline.training.losses import binary_cross_entropy, cross_entropy
@@ -104,7 +104,7 @@ class MetricAccumulator:
         self._sums.append(self._task_metrics.compute_sums(outputs, targets, losses, log_losses))
         if self._keeps_samples:
             self._sample_blocks.append(np.concatenate([outputs, targets.reshape(len(targets), -1)], 1))
-            if self._num_samples * values_per_sample(self._task.kind, self._task.num_outputs) > MAX_GATHERED_VALUES:
+            if self._num_samples * values_per_sample(self._task, self._task.num_outputs) > MAX_GATHERED_VALUES:
                 self._keeps_samples, self._sample_blocks = False, []
         self._pending, self._num_pending_outputs = [], 0
 
@@ -123,7 +123,7 @@ class MetricAccumulator:
         counts[context.rank] = self._num_samples
         context.all_reduce(counts)
         ends = [int(end) for end in counts.cumsum(0).tolist()]
-        width = values_per_sample(self._task.kind, self._task.num_outputs)
+        width = values_per_sample(self._task, self._task.num_outputs)
         gathers = bool(self._task.num_classes or self._task.custom_metrics) and ends[-1] * width <= MAX_GATHERED_VALUES
         vector = np.zeros(len(sums) + (ends[-1] * width if gathers else 0))
         vector[: len(sums)] = sums
@@ -160,9 +160,9 @@ def _empty_samples(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     return np.empty((0, task.num_outputs)), empty, empty, empty
 
 
-def values_per_sample(kind: str, outputs: int) -> int:
+def values_per_sample(task: Task | TaskConfig, outputs: int) -> int:
     """Return the number of values of a sample: its outputs and targets."""
-    return outputs + (outputs if kind == "regression" else 1)
+    return outputs + (outputs if task.kind == "regression" and not task.quantiles else 1)
 
 
 def describe_oversized_splits(job: JobConfig, num_outputs: int, num_rows: Mapping[str, int]) -> dict[str, str]:
@@ -176,7 +176,7 @@ def describe_oversized_splits(job: JobConfig, num_outputs: int, num_rows: Mappin
     if not (names := _gathered_metrics(job)):
         return {}
     listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-    limit = MAX_GATHERED_VALUES // values_per_sample(job.task.kind, num_outputs)
+    limit = MAX_GATHERED_VALUES // values_per_sample(job.task, num_outputs)
     return {
         split: f"{split} has {count:,} samples, too many for {listed}, which need all samples at once and "
         f"take at most {limit:,}: null in the log; evaluate.limit limits the samples"
@@ -194,7 +194,7 @@ def check_best_metric_gathered(job: JobConfig, num_outputs: int, num_rows: Mappi
     """
     split, _, column = job.best.metric.partition("/")
     if column in _gathered_metrics(job) and split in describe_oversized_splits(job, num_outputs, num_rows):
-        limit = MAX_GATHERED_VALUES // values_per_sample(job.task.kind, num_outputs)
+        limit = MAX_GATHERED_VALUES // values_per_sample(job.task, num_outputs)
         raise JobError(
             f"{column} needs all samples at once, and {split} has {num_rows[split]:,}, which is too many",
             where=f"best.metric: {job.best.metric}",
@@ -211,7 +211,7 @@ def check_threshold_gathered(job: JobConfig, num_outputs: int, num_rows: Mapping
     JobError: it is.
     """
     if job.task.threshold_rule is not None and "val" in describe_oversized_splits(job, num_outputs, num_rows):
-        limit = MAX_GATHERED_VALUES // values_per_sample(job.task.kind, num_outputs)
+        limit = MAX_GATHERED_VALUES // values_per_sample(job.task, num_outputs)
         raise JobError(
             f"a rule chooses the threshold from all rows of val at once, and {num_rows['val']:,} are too many",
             where="task.threshold",

@@ -40,6 +40,10 @@ class TaskMetrics(Protocol):
 
 def make_task_metrics(task: Task) -> TaskMetrics:
     """Return the metrics of a task."""
+    if task.quantiles:
+        from pipeline.training.quantile_metrics import QuantileMetrics
+
+        return QuantileMetrics(task)
     return ClassificationMetrics(task) if task.num_classes else RegressionMetrics(task)
 
 
@@ -99,21 +103,21 @@ class ClassificationMetrics:
         correct = float(num_correct.sum())
         occurs, occurs_or_predicted = actual > 0, actual + predicted > 0
         if self._binary:
-            f1 = _ratio(2 * float(num_correct[1]), float(actual[1] + predicted[1])) if occurs_or_predicted[1] else 0.0
+            f1 = ratio(2 * float(num_correct[1]), float(actual[1] + predicted[1])) if occurs_or_predicted[1] else 0.0
         else:
             f1 = _mean(2 * num_correct[occurs_or_predicted] / (actual + predicted)[occurs_or_predicted])
         metrics = {
-            "loss": _ratio(loss, weight),
-            "accuracy": _ratio(correct, samples),
+            "loss": ratio(loss, weight),
+            "accuracy": ratio(correct, samples),
             "correct": correct,
             "balanced_accuracy": _mean(num_correct[occurs] / actual[occurs]),
             "f1": f1 if samples else math.nan,
             "auc": math.nan,
             "average_precision": math.nan,
-            "log_loss": _ratio(log_loss, samples),
-            "baseline_accuracy": math.nan if self._majority is None else _ratio(float(actual[self._majority]), samples),
+            "log_loss": ratio(log_loss, samples),
+            "baseline_accuracy": math.nan if self._majority is None else ratio(float(actual[self._majority]), samples),
         }
-        recalls = list(map(_ratio, num_correct.tolist(), actual.tolist()))
+        recalls = list(map(ratio, num_correct.tolist(), actual.tolist()))
         precisions = (num_correct / np.maximum(predicted, 1)).tolist() if samples else [math.nan] * self._classes
         if self._binary:
             metrics |= {"recall": recalls[1], "precision": precisions[1], "specificity": recalls[0]}
@@ -207,7 +211,7 @@ class RegressionMetrics:
         per_target = {**{name: values * self._target_std for name, values in errors.items()}, "r2": r2}
         joint = {**{name: values * self._joint_scale for name, values in errors.items()}, "r2": r2}
         return {
-            "loss": _ratio(loss, samples),
+            "loss": ratio(loss, samples),
             **{name: _mean(joint[name]) for name in TARGET_METRICS},
             **{
                 f"{name}_{target}": float(per_target[name][column])
@@ -277,7 +281,8 @@ def _sigmoid(logits: np.ndarray) -> np.ndarray:
         return 1 / (1 + np.exp(-logits.astype(np.float64)))
 
 
-def _ratio(value: float, denominator: float) -> float:
+def ratio(value: float, denominator: float) -> float:
+    """Return a quotient, or NaN if the denominator is 0."""
     return value / denominator if denominator else math.nan
 
 

@@ -94,6 +94,7 @@ class Task:
     threshold: binary: the probability above which a sample is predicted positive, in metrics.
     threshold_rule: binary: chooses a threshold on a split; None if there is nothing to choose.
     label_smoothing: see `task.label_smoothing`.
+    quantiles: that a regression predicts, one per output; empty if it predicts the mean.
     """
 
     kind: str
@@ -109,6 +110,7 @@ class Task:
     threshold: float = 0.5
     threshold_rule: ThresholdRule | None = None
     label_smoothing: float = 0.0
+    quantiles: tuple[float, ...] = ()
 
     @property
     def train_loss_fn(self) -> LossFn:
@@ -202,7 +204,7 @@ def build_task(
     config = job.task
     task = Task(
         config.kind,
-        {"multiclass": num_classes, "binary": 1, "regression": num_targets}[config.kind],
+        {"multiclass": num_classes, "binary": 1, "regression": len(config.quantiles or ()) or num_targets}[config.kind],
         build_loss(config),
         majority_class=max(range(len(class_counts)), key=lambda label: class_counts[label]) if class_counts else None,
         target_mean=tuple(target_mean),
@@ -212,6 +214,7 @@ def build_task(
         part_names=job.part_names(num_targets, class_names),
         threshold_rule=config.threshold_rule,
         label_smoothing=config.label_smoothing,
+        quantiles=tuple(config.quantiles or ()),
     )
     if config.class_weights is None:
         return task

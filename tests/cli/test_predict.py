@@ -125,7 +125,7 @@ def test_predict_single_column_samples(trainyard: RunCommand, tmp_path: Path, ki
     ("arguments", "messages"),
     [
         (["predict", "RUN", "--input", "none.parquet", "--output", "out.parquet"], ["none.parquet"]),
-        (["predict", "RUN", "--input", "colors.parquet", "--output", "out.csv"], ["--output", ".parquet"]),
+        (["predict", "RUN", "--input", "colors.parquet", "--output", "out.txt"], ["--output", ".parquet, .csv"]),
         (["predict", "RUN@77", "--input", "colors.parquet", "--output", "o.parquet"], ["no checkpoint '77'"]),
         (["predict", "none", "--input", "colors.parquet", "--output", "o.parquet"], ["no such run"]),
         (["predict", "RUN", "--input", "other.parquet", "--output", "o.parquet"], ["no column 'x'"]),

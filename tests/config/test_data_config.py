@@ -176,10 +176,10 @@ def test_all_set_keys_of_the_previous_source_are_named() -> None:
     lines = [line.strip() for line in caught.value.what.splitlines()]
     assert lines == [
         "7 problems",
-        "data: url goes with source: parquet or csv or arrow or numpy or jsonl or image_folder",
-        "data: label goes with source: parquet or csv or arrow or numpy or jsonl or image_folder",
+        "data: url goes with source: parquet, csv, arrow, numpy, jsonl or image_folder",
+        "data: label goes with source: parquet, csv, arrow, numpy, jsonl or image_folder",
         *(
-            f"data: {key} goes with source: parquet or csv or arrow or numpy or jsonl"
+            f"data: {key} goes with source: parquet, csv, arrow, numpy or jsonl"
             for key in ("features", "keys", "categorical", "missing", "one_hot_up_to")
         ),
     ]

@@ -294,7 +294,8 @@ def test_invalid_override_is_an_error(tmp_path: Path, override: str, part: str) 
         ("name: a\ndata: {splits: {by: ranges}}", ["data.splits.by: must be 'random', 'range', 'group', 'time'"]),
         ("name: a\ndata: {splits: {by: 5}}", ["data.splits.by: must be"]),
         ("name: a\ndata: {source: mist}", ["data.source: must be 'mnist', 'fashion_mnist', 'cifar10', 'cifar100', "
-                                           "'disc', 'parquet' or 'image_folder' (did you mean 'mnist'?), not 'mist'"]),
+                                           "'disc', 'parquet', 'csv', 'arrow', 'numpy', 'jsonl' or 'image_folder' "
+                                           "(did you mean 'mnist'?), not 'mist'"]),
         ("name: a\ndata: {source: {call: 'x'}}", ["data.source.call: 'x' is not of the form module:name"]),
         ("name: a\nscale: {workers: -1}", ["scale.workers: must be greater than or equal to 0, not -1"]),
         ("name: a\nscale: {workers: {min: 2, max: 1}}", ["scale.workers: min (2) must not exceed max (1)"]),
@@ -343,7 +344,7 @@ def test_invalid_override_is_an_error(tmp_path: Path, override: str, part: str) 
         ("name: a\nmetrics: ['m:cost', 'n:cost']", ["metrics: m:cost: another column is called 'cost'"]),
         ("name: a\ntask: {loss: mae}", ["task: loss: mae goes with kind: regression"]),
         ("name: a\ntask: {kind: regression, loss: mea}", ["task.loss: 'mea' is not of the form module:name"]),
-        ("name: a\ndata: {url: x}", ["data: url goes with source: parquet or image_folder"]),
+        ("name: a\ndata: {url: x}", ["data: url goes with source: parquet, csv, arrow, numpy, jsonl or "]),
         ("name: a\ndata: {source: parquet, label: y}", ["data: source: parquet needs url, the file or folder of"]),
         ("name: a\ndata: {source: parquet, url: x}", ["data: source: parquet needs label, the column to predict"]),
         ("name: a\ndata: {source: parquet}", ["data: source: parquet needs url", "data: source: parquet needs label"]),

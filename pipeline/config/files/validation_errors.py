@@ -87,7 +87,9 @@ def _format_problems(path: tuple[Any, ...], problems: list[Mapping[str, Any]]) -
     key = ".".join(str(part) for part in path)
     for problem in problems:
         if others := _other_sources(problem):
-            return f"data: {path[-1]} goes with source: {' or '.join(others)}"
+            *first, last = others
+            names = f"{', '.join(first)} or {last}" if first else last
+            return f"data: {path[-1]} goes with source: {names}"
         if problem["type"] == "extra_forbidden":
             known = _known_keys(problem["loc"][:-1])
             hint = format_suggestion(str(path[-1]), known) or format_suggestion(

@@ -33,6 +33,9 @@ from pipeline.errors import DataError
 NUMERIC_PATTERN = re.compile(r"-?[0-9]+|true|false")
 """Categories that a column of numbers or booleans can have, see `dictionary_encode`."""
 
+CANONICAL_PATTERN = re.compile(r"0|-?[1-9][0-9]*|true|false")
+"""The same without those, such as 007, that are never written so."""
+
 
 class TableEncoder:
     """Writes batches of a table to the rows of a matrix."""
@@ -129,6 +132,16 @@ def encode_to_matrix(table: pa.Table | pa.RecordBatch, schema: Schema, *, dtype:
         findings.num_rows += len(batch)
     findings.raise_if_any()
     return out
+
+
+def list_text_columns(schema: Schema) -> list[str]:
+    """Return the categorical columns whose categories are not all whole numbers or all booleans. In a file without
+    types, such a column is text also if all of its values look like numbers."""
+    return [
+        column.name
+        for column in schema.columns
+        if column.kind == "category" and not all(map(CANONICAL_PATTERN.fullmatch, column.categories))
+    ]
 
 
 def to_arrow_table(data: Any) -> pa.Table:

@@ -10,7 +10,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import JobConfig, TableDataConfig, TimeSplitsConfig
+from pipeline.config import CsvDataConfig, JobConfig, TableDataConfig, TimeSplitsConfig
 from pipeline.data.sources.tables.files import TableFiles
 from pipeline.data.tabular.arrow_types import NUMERIC_KINDS, ArrowKind, common_kind, value_type
 from pipeline.data.tabular.encoder import suggest_columns
@@ -113,6 +113,8 @@ def select_columns(files: TableFiles, job: JobConfig) -> TableSelection:
         for name in _match_patterns([pattern], columns.names, "data.hashed"):
             hashed.setdefault(name, buckets)
     shape, raw = _sample_shape(data.shape, kinds)
+    for name in data.text_columns if isinstance(data, CsvDataConfig) else ():
+        columns.require(name, "data.text_columns")
     return TableSelection(
         features=tuple(
             _make_feature(name, kind, files, name in categorical, name in dates, hashed.get(name, 0))

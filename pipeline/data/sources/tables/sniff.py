@@ -43,16 +43,26 @@ def sniff_source(url: str) -> str:
     DataError: there are no files, or the first is of no known format.
     StorageError: a URL that cannot be used.
     """
-    reader, files = find_table_files(url)
-    file = next((file for file in files if file.size_bytes), files[0])
-    with as_data_errors(file.where):
-        head = reader.read_range(file.name, 0, min(file.size_bytes, HEAD_BYTES))
+    file, head = read_first_head(url)
     source = sniff_head(head, file.name)
     if source is None:
         known = "Parquet, CSV, Arrow (Feather), NumPy (.npy, .npz), JSON lines or images"
         what = "is empty" if not head else "is of no known format" + _describe_unknown(head)
         raise DataError(what, where=file.where or redact(url), fix=f"use {known}")
     return source
+
+
+def read_first_head(url: str) -> tuple[ListedFile, bytes]:
+    """Return the first file of a URL that is not empty, and its first bytes.
+
+    Raises
+    ------
+    DataError: there are no files, or it cannot be read.
+    """
+    reader, files = find_table_files(url)
+    file = next((file for file in files if file.size_bytes), files[0])
+    with as_data_errors(file.where):
+        return file, reader.read_range(file.name, 0, min(file.size_bytes, HEAD_BYTES))
 
 
 def sniff_head(head: bytes, name: str = "") -> str | None:

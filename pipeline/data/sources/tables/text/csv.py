@@ -6,7 +6,7 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.types as pt
 
-from pipeline.config import CacheConfig, CsvDataConfig
+from pipeline.config import CsvDataConfig
 from pipeline.data.sources.tables.sniff import check_head
 from pipeline.data.sources.tables.text.blocks import CsvSplitter, TextStream
 from pipeline.data.sources.tables.text.files import TextFiles
@@ -37,11 +37,11 @@ MAX_DICTIONARY_SIZE = 4096
 """Distinct texts in a block up to which a column is dictionary-encoded while it is parsed."""
 
 COMMA_NUMBER, POINT_NUMBER = re.compile(r"\s*[+-]?\d+,\d+\s*"), re.compile(r"\s*[+-]?\d*\.\d+\s*")
-PADDED, INEXACT = r"^\s*[+-]?0[0-9]", r"^\s*([+-]?0[xX]|[+-]?[0-9]{19,}\s*$)"
+PADDED, INEXACT = r"^\s*0[0-9]", r"^\s*(0[xX]|[+-]?[0-9]{19,}\s*$)"
 NUMBER = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)([eE][+-]?\d+)?")
 RAGGED = re.compile(r"Row #(\d+): Expected (\d+) columns, got (\d+)")
 
-ZERO, NINE = ord("0"), ord("9")
+HYPHEN, ZERO, NINE = ord("-"), ord("0"), ord("9")
 TRUE_VALUES, FALSE_VALUES = ["true", "True", "TRUE"], ["false", "False", "FALSE"]
 """Arrow's default also has 1 and 0, which would make the type of a column depend on the other values of its block."""
 
@@ -62,12 +62,6 @@ class CsvParser:
         text = head[:SAMPLE_BYTES].decode(errors="replace")
         self._delimiter = find_delimiter(text) if data.delimiter == "auto" else data.delimiter
         self._decimal = find_decimal(text, self._delimiter) if data.decimal == "auto" else data.decimal
-        if self._decimal == self._delimiter:
-            raise DataError(
-                f"the decimal separator {self._decimal!r} is also the delimiter",
-                where=where,
-                fix="set data.delimiter and data.decimal",
-            )
         self._null_values = data.null_values
         self._splitter = CsvSplitter(self._delimiter)
         blank = len(head) - len(head.lstrip(b"\r\n"))
@@ -160,18 +154,19 @@ class CsvParser:
         """Return whether a field begins with a zero and another digit, or x; false alarms are possible."""
         characters = np.frombuffer(data, np.uint8)
         for first in range(0, len(characters), SCAN_BYTES):
-            part = characters[first : first + SCAN_BYTES + 2]
-            is_code = part[:-1] == ZERO
-            following = part[1:]
-            is_code &= ((following >= ZERO) & (following <= NINE)) | (following == ord("x")) | (following == ord("X"))
-            positions = np.flatnonzero(is_code)
-            if len(positions):
-                positions += first
-                before = characters[positions - 1]
-                is_digit = ((before >= ZERO) & (before <= NINE)) | (before == ord(self._decimal))
-                if (~is_digit | (positions == 0)).any():
-                    return True
-        return False
+            part = characters[first : first + SCAN_BYTES + 1]
+            before, after = part[:-1], part[1:]
+            is_start = before < HYPHEN  # comma, tab, line break, quote, space
+            if ord(self._delimiter) >= HYPHEN:
+                is_start |= before == ord(self._delimiter)
+            is_start &= after == ZERO
+            positions = np.flatnonzero(is_start) + (first + 1)
+            following = characters[np.minimum(positions + 1, len(characters) - 1)]
+            is_code = ((following >= ZERO) & (following <= NINE)) | (following == ord("x")) | (following == ord("X"))
+            positions = positions[is_code]
+            if len(positions) and not _are_hours(characters, positions).all():
+                return True
+        return len(data) > 1 and data[:1] == b"0" and data[1:2] in b"0123456789xX"
 
     def _record_error(self, error: Exception | None, data: bytes) -> RecordError:
         """Return the error for a block that cannot be parsed."""
@@ -283,14 +278,24 @@ def _sample_records(text: str, delimiter: str) -> list[list[str]]:
     return records[:-1] if len(records) > 1 and not text.endswith("\n") and len(records) <= SAMPLE_RECORDS else records
 
 
+def _are_hours(characters: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Return which positions in a text are of an hour after a date: `2024-05-31 08:30`."""
+    last = characters[positions - 2]
+    is_hour: np.ndarray = (positions > 1) & (characters[positions - 1] == ord(" ")) & (last >= ZERO) & (last <= NINE)
+    return is_hour
+
+
 def _value_type(arrow_type: pa.DataType) -> pa.DataType:
     return arrow_type.value_type if pt.is_dictionary(arrow_type) else arrow_type
 
 
 def _has_large(array: pa.Array) -> bool:
-    """Return whether a column has numbers beyond int64."""
-    limits = pc.min_max(array).as_py()
-    return any(value is not None and 2.0**63 <= abs(value) < np.inf for value in limits.values())
+    """Return whether a column of float64 has numbers beyond int64; false alarms are possible."""
+    if not len(array):
+        return False
+    values = np.frombuffer(array.buffers()[1], np.float64)[array.offset :][: len(array)]  # any value where null
+    largest = max(values.max(), -values.min())
+    return bool(2.0**63 <= largest < np.inf or np.isnan(largest))
 
 
 def _any_match(array: pa.Array, pattern: str) -> bool:
@@ -300,16 +305,8 @@ def _any_match(array: pa.Array, pattern: str) -> bool:
 class CsvFiles(TextFiles):
     """The CSV files of a URL, see `TextFiles`."""
 
-    def __init__(
-        self,
-        url: str,
-        cache: CacheConfig,
-        *,
-        data: CsvDataConfig,
-        read_layouts: bool = True,
-        text_columns: Collection[str] = (),
-    ) -> None:
-        super().__init__(url, cache, read_layouts=read_layouts, text_columns=text_columns)
+    def __init__(self, data: CsvDataConfig, *, read_layouts: bool = True) -> None:
+        super().__init__(data.url, data.cache, read_layouts=read_layouts, text_columns=data.text_columns)
         self._data = data
 
     def _open_text(self, number: int) -> TextStream:

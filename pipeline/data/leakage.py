@@ -11,7 +11,6 @@ from pipeline.config import JobConfig
 from pipeline.data.dataset import Dataset, DatasetPart
 from pipeline.data.statistics import iter_blocks
 from pipeline.data.tabular.schema import Schema
-from pipeline.data.transforms.column_statistics import numeric_columns_of
 
 MAX_SCANNED_ROWS = 100_000
 MAX_SCANNED_VALUES = 1 << 20
@@ -70,9 +69,7 @@ def find_unhelpful_columns(job: JobConfig, dataset: Dataset, indices: np.ndarray
     inputs, targets = part.inputs[sampled_indices], part.targets[sampled_indices]
     find_leaks = _correlated_columns if job.task.kind == "regression" else _predictive_columns
     leaking_columns = (
-        find_leaks(inputs, targets, set(numeric_columns_of(dataset.schema).tolist()))
-        if len(sampled_indices) >= MIN_ROWS
-        else set()
+        find_leaks(inputs, targets, _numeric_columns(dataset.schema)) if len(sampled_indices) >= MIN_ROWS else set()
     )
     return UnhelpfulColumns(
         constant=dict(_constant_columns(part, dataset.schema, indices, inputs)),
@@ -102,6 +99,16 @@ def leakage_warnings(job: JobConfig, dataset: Dataset, indices: np.ndarray) -> l
             for name in found.leaks
         ),
     ]
+
+
+def _numeric_columns(schema: Schema) -> set[int]:
+    """Return the columns of the matrix that hold numbers."""
+    return {
+        offset + index
+        for column, offset in zip(schema.columns, schema.offsets, strict=True)
+        for index in range(column.width)
+        if column.kind == "number"
+    }
 
 
 def _sample_stretches(indices: np.ndarray, count: int) -> np.ndarray:
