@@ -97,7 +97,7 @@ class TaskConfig(ConfigNode):
             raise ValueError("threshold goes with kind: binary")
         if self.class_weights is not None and self.kind == "regression":
             raise ValueError("class_weights goes with multiclass and binary")
-        if self.label_smoothing and (self.kind == "regression" or self.loss is not None):
+        if self.label_smoothing and (self.kind not in ("multiclass", "binary") or self.loss is not None):
             raise ValueError("label_smoothing goes with multiclass and binary, and not with a loss of your own")
         if self.quantiles is not None:
             if self.kind != "regression":
