@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.config import JobConfig, ParquetDataConfig
+from pipeline.config import JobConfig, TableDataConfig
 from pipeline.config.files import resolve_job
 from pipeline.errors import InputError, TrainyardError
 from pipeline.events import EventHandler, Message, ignore_event
@@ -19,6 +19,8 @@ MAX_BATCH_ROWS = 1 << 16
 """Rows of a table that are looked at together."""
 
 VALIDATION_FRACTION = 0.2
+
+SOURCE = "parquet"
 
 JOB_NAME = "table"
 """Name of the job unless an override sets another one."""
@@ -87,7 +89,7 @@ def open_table_job(
         task, reasons = _choose_task(table)
         notes += reasons
     job = resolve_job(_to_job_tree(table, task, base), overrides)
-    if not isinstance(job.data, ParquetDataConfig):
+    if not isinstance(job.data, TableDataConfig) or job.data.source != SOURCE:
         raise InputError(
             f"is {job.data.source}, but the data is a table in memory", where="data.source", fix="do not set it"
         )
@@ -131,7 +133,7 @@ def _to_job_tree(
     if not isinstance(data, Mapping):
         raise InputError(f"must be a mapping, not {data!r}", where="data")
     label = labels if len(labels) > 1 else labels[0]
-    tree["data"] = {**data, "source": "parquet", "url": "table", "label": label}
+    tree["data"] = {**data, "source": SOURCE, "url": "table", "label": label}
     if table.categorical:
         tree["data"]["categorical"] = [*data.get("categorical", []), *table.categorical]
     if task is not None:
