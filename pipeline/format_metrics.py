@@ -87,7 +87,12 @@ def baseline_warning(metrics: Mapping[str, float], split: str) -> str:
     return ""
 
 
-def format_divergence_advice(run: str, best_step: int | None, last_step: int | None, no_gain: str = "") -> str:
+LOWER_LEARNING_RATE = "lower the learning rate (train.phases) or set train.clip_norm"
+
+
+def format_divergence_advice(
+    run: str, best_step: int | None, last_step: int | None, no_gain: str = "", change: str = LOWER_LEARNING_RATE
+) -> str:
     """Return what to do about a run whose loss or weights became NaN or infinite: the same command would fail again.
 
     Parameters
@@ -95,8 +100,9 @@ def format_divergence_advice(run: str, best_step: int | None, last_step: int | N
     best_step, last_step: of the best and the last checkpoint; None if there is none.
     no_gain: message that no evaluation is better than before training, so that no checkpoint is worth starting from;
         else empty.
+    change: what to change in the job.
     """
-    advice = "lower the learning rate (train.phases) or set train.clip_norm: the changed job is a new run"
+    advice = f"{change}: the changed job is a new run"
     if no_gain:
         return f"{advice}; {no_gain}, so no checkpoint is worth starting from"
     if best_step is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import JobConfig, MlpConfig, ParquetDataConfig
+from pipeline.config import JobConfig, MlpConfig, TableDataConfig
 from pipeline.data.auto_features import leave_out_columns
 from pipeline.data.dataset import Dataset
 from pipeline.data.leakage import leakage_warnings
@@ -117,8 +117,9 @@ def describe_columns(job: JobConfig, on_progress: ProgressFn = lambda text: None
     DataError: what training would raise.
     """
     data = job.data
-    assert isinstance(data, ParquetDataConfig), "a job on a table"
-    profiles = profile_table(resolve_env(data.url, "data.url"), on_progress=on_progress)
+    assert isinstance(data, TableDataConfig), "a job on a table"
+    resolved = data.model_copy(update={"url": resolve_env(data.url, "data.url")})
+    profiles = profile_table(resolved, on_progress=on_progress)
     dataset = open_dataset(job, on_progress)
     splits = make_splits(job, dataset)
     targets = fit_target_transform(job, dataset, splits)
@@ -153,7 +154,7 @@ def _describe_features(job: JobConfig, dataset: Dataset, indices: np.ndarray) ->
     """Yield the name of each column of the inputs, and what it becomes."""
     if dataset.schema is None:
         return
-    assert isinstance(job.data, ParquetDataConfig), "a job on a table"
+    assert isinstance(job.data, TableDataConfig), "a job on a table"
     num_codes = _count_codes(job, dataset, indices)
     for column in dataset.schema.columns:
         if column.kind == "category":
@@ -167,7 +168,7 @@ def _describe_features(job: JobConfig, dataset: Dataset, indices: np.ndarray) ->
 
 def _describe_number(job: JobConfig) -> str:
     data = job.data
-    assert isinstance(data, ParquetDataConfig), "a job on a table"
+    assert isinstance(data, TableDataConfig), "a job on a table"
     normalize = data.normalize if isinstance(data.normalize, str) else "fixed"
     scale = {"auto": "standard scale", "none": "unscaled"}.get(normalize, f"{normalize} scale")
     missing = data.missing.numeric
@@ -179,7 +180,7 @@ def _describe_number(job: JobConfig) -> str:
 
 
 def _describe_categories(job: JobConfig, num_codes: int) -> str:
-    assert isinstance(job.data, ParquetDataConfig), "a job on a table"
+    assert isinstance(job.data, TableDataConfig), "a job on a table"
     if num_codes <= job.data.one_hot_up_to:
         return f"one-hot: {num_codes:,}"
     if isinstance(job.model, MlpConfig):  # code 0 stands for categories that no training row has
@@ -190,7 +191,7 @@ def _describe_categories(job: JobConfig, num_codes: int) -> str:
 def _count_codes(job: JobConfig, dataset: Dataset, indices: np.ndarray) -> dict[str, int]:
     """Return the number of codes of each categorical column: the categories of the training rows, and one for missing
     values if they are a category."""
-    assert isinstance(job.data, ParquetDataConfig), "a job on a table"
+    assert isinstance(job.data, TableDataConfig), "a job on a table"
     assert dataset.schema is not None, "a table"
     pairs = zip(dataset.schema.columns, dataset.schema.offsets, strict=True)
     columns: list[tuple[Column, int]] = [(column, offset) for column, offset in pairs if column.kind == "category"]
@@ -217,7 +218,7 @@ def _describe_label(job: JobConfig, profile: ColumnProfile | None) -> str:
     return f"label: {', '.join(counts)}{f' and {left:,} more' if left > 0 else ''}"
 
 
-def _is_listed(data: ParquetDataConfig, name: str) -> bool:
+def _is_listed(data: TableDataConfig, name: str) -> bool:
     return data.features == "auto" or any(fnmatchcase(name, pattern) for pattern in data.features)
 
 
