@@ -45,6 +45,9 @@ __all__ = ["TrainyardClassifier", "TrainyardRegressor"]
 SPLIT_COLUMN = "split"
 """The column that says which rows are for validation, unless an input has this name."""
 
+ALL = ("*",)
+"""`data.features`: every column is used, as by other estimators."""
+
 _fit_lock = threading.Lock()
 """Training uses torch's random generator and settings, which all threads of a process share."""
 
@@ -147,7 +150,7 @@ class _TrainyardEstimator(BaseEstimator, metaclass=ABCMeta):  # type: ignore[mis
                 with (
                     _fit_lock,
                     open_table_job(
-                        table, labels, task=task, base=self.job, overrides=to_override_strings(overrides)
+                        table, labels, task=task, features=ALL, base=self.job, overrides=to_override_strings(overrides)
                     ) as job,
                 ):
                     self.run_: RunStatus = train(job, storage=storage)

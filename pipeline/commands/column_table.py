@@ -17,8 +17,10 @@ from pipeline.data.sources import open_dataset
 from pipeline.data.sources.tables.profile import profile_table
 from pipeline.data.splits import make_splits
 from pipeline.data.statistics import iter_blocks
+from pipeline.data.tabular.hashing import bucket_of
 from pipeline.data.tabular.profile import ColumnProfile
 from pipeline.data.tabular.schema import Column
+from pipeline.data.tabular.times import CLOCK_WIDTH, DATE_WIDTH, TIMESTAMP_WIDTH
 from pipeline.data.targets import fit_target_transform, label_warnings
 from pipeline.events import ProgressFn
 from pipeline.redaction import resolve_env
@@ -28,6 +30,12 @@ MAX_LISTED_VALUES = 5
 MAX_LISTED_CLASSES = 10
 MAX_CELL = 40
 """Characters of a column's name, and of its range."""
+
+TIME_PARTS = {
+    DATE_WIDTH: "days and positions in year and week",
+    TIMESTAMP_WIDTH: "days and positions in year, week and day",
+    CLOCK_WIDTH: "position in the day",
+}
 
 NOT_LISTED = "not in data.features"
 
@@ -149,8 +157,13 @@ def _describe_features(job: JobConfig, dataset: Dataset, indices: np.ndarray) ->
     assert isinstance(job.data, TableDataConfig), "a job on a table"
     num_codes = _count_codes(job, dataset, indices)
     for column in dataset.schema.columns:
-        use = _describe_categories(job, num_codes[column.name]) if column.kind == "category" else _describe_number(job)
-        yield column.name, f"{column.width:,} numbers, each {use}" if column.width > 1 else use
+        if column.kind == "category":
+            use = _describe_categories(job, num_codes[column.name])
+            yield column.name, f"hashed to {column.buckets:,} buckets, {use}" if column.buckets else use
+            continue
+        use = _describe_number(job)
+        parts = f", {TIME_PARTS[column.width]}" if column.kind == "time" else ""
+        yield column.name, f"{column.width:,} numbers{parts}, each {use}" if column.width > 1 else use
 
 
 def _describe_number(job: JobConfig) -> str:
@@ -161,6 +174,8 @@ def _describe_number(job: JobConfig) -> str:
     missing = data.missing.numeric
     fill = f"missing: {missing}" if isinstance(missing, str) else f"missing: {missing:g}"
     embedding = getattr(job.model, "numeric_embedding", "none")
+    if embedding == "piecewise":
+        return f"piecewise-linear bins, {fill}"
     return ", ".join([scale, fill, *([f"{embedding} embedding"] if embedding != "none" else [])])
 
 
@@ -189,7 +204,8 @@ def _count_codes(job: JobConfig, dataset: Dataset, indices: np.ndarray) -> dict[
     counts = {}
     for column, _ in columns:
         *known, has_missing = present[column.name].tolist()
-        is_known = replacement in column.categories and known[column.categories.index(replacement)]
+        category = str(bucket_of(replacement, column.buckets)) if column.buckets else replacement
+        is_known = category in column.categories and known[column.categories.index(category)]
         counts[column.name] = sum(known) + (has_missing and replacement != "fail" and not is_known)
     return counts
 

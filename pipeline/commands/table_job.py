@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline.config import JobConfig
+from pipeline.config import JobConfig, TableDataConfig
 from pipeline.config.files import resolve_job
+from pipeline.config.files.loading import merge_bases
 from pipeline.errors import InputError, TrainyardError
 from pipeline.events import EventHandler, Message, ignore_event
 
@@ -19,6 +20,8 @@ MAX_BATCH_ROWS = 1 << 16
 """Rows of a table that are looked at together."""
 
 VALIDATION_FRACTION = 0.2
+
+SOURCE = "parquet"
 
 JOB_NAME = "table"
 """Name of the job unless an override sets another one."""
@@ -60,6 +63,7 @@ def open_table_job(
     *,
     label: str | Sequence[str] | None = None,
     task: str | Mapping[str, Any] | None = None,
+    features: Literal["auto"] | Sequence[str] = "auto",
     base: Mapping[str, Any] | str | Path | None = None,
     overrides: Iterable[str] = (),
     on_event: EventHandler = ignore_event,
@@ -71,6 +75,7 @@ def open_table_job(
     ----------
     data, target, label: see `pipeline.data.tabular.in_memory.to_labeled_table`.
     task: as in a job file; by default that of `job_from_data.choose_task`, unless an override sets it.
+    features: `data.features`, unless `base` has it.
     base: a job file, or its content as a mapping, from which all is taken but the source, the label and the task.
     overrides: `KEY=VALUE`.
 
@@ -86,8 +91,8 @@ def open_table_job(
     if task is None and not any(override.partition("=")[0].strip() in ("task", "task.kind") for override in overrides):
         task, reasons = _choose_task(table)
         notes += reasons
-    job = resolve_job(_to_job_tree(table, task, base), overrides)
-    if job.data.source != "parquet":
+    job = resolve_job(_to_job_tree(table, task, features, base), overrides)
+    if not isinstance(job.data, TableDataConfig) or job.data.source != SOURCE:
         raise InputError(
             f"is {job.data.source}, but the data is a table in memory", where="data.source", fix="do not set it"
         )
@@ -120,18 +125,26 @@ def _choose_task(table: InMemoryTable) -> tuple[dict[str, Any], list[str]]:
 
 
 def _to_job_tree(
-    table: InMemoryTable, task: str | Mapping[str, Any] | None, base: Mapping[str, Any] | str | Path | None
+    table: InMemoryTable,
+    task: str | Mapping[str, Any] | None,
+    features: Literal["auto"] | Sequence[str],
+    base: Mapping[str, Any] | str | Path | None,
 ) -> dict[str, Any]:
     """Return the job as in a file, without what overrides set, and with a URL that `open_table_job` replaces."""
     labels = list(table.labels)
-    tree: dict[str, Any] = {"name": JOB_NAME, **base} if isinstance(base, Mapping) else {"name": JOB_NAME}
-    if isinstance(base, str | Path):
-        tree["base"] = str(base)
+    tree = {} if base is None else merge_bases(dict(base) if isinstance(base, Mapping) else {"base": str(base)}, Path())
+    tree = {"name": JOB_NAME, **tree}
     data = tree.get("data", {})
     if not isinstance(data, Mapping):
         raise InputError(f"must be a mapping, not {data!r}", where="data")
     label = labels if len(labels) > 1 else labels[0]
-    tree["data"] = {**data, "source": "parquet", "url": "table", "label": label}
+    tree["data"] = {
+        "features": features if features == "auto" else list(features),
+        **data,
+        "source": SOURCE,
+        "url": "table",
+        "label": label,
+    }
     if table.categorical:
         tree["data"]["categorical"] = [*data.get("categorical", []), *table.categorical]
     if task is not None:

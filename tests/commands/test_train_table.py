@@ -222,6 +222,6 @@ def test_options_of_data_do_not_go_with_a_job(frame: pd.DataFrame) -> None:
     with pytest.raises(JobError, match="data"):
         train(frame, label="churned", set={"data.source": "disc"})
     with pytest.raises(InputError, match="the data is a table in memory"):
-        train(frame, label="churned", set={"data.source": "image_folder"})
+        train(frame, label="churned", set={"data.source": "csv"})
     with pytest.raises(JobError):
         train(frame, label="churned", task="binry")
