@@ -21,7 +21,7 @@ from pipeline.data.tabular.arrow_types import arrow_kind
 from pipeline.data.tabular.profile import ColumnProfile, profile_columns
 from pipeline.errors import DataError, InputError
 
-NAMES = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=8) | st.sampled_from(
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8) | st.sampled_from(
     [
         "id",
         "user_id",
