@@ -263,7 +263,7 @@ def split_notes(columns: Sequence[ColumnProfile]) -> list[str]:
 def _is_group(column: ColumnProfile) -> bool:
     if column.kind.kind not in ("text", "whole") or column.is_time_text or column.num_distinct < MIN_GROUPS:
         return False
-    if column.num_values < MIN_GROUP_REPEATS * column.num_distinct:
+    if column.has_more_distinct or column.num_values < MIN_GROUP_REPEATS * column.num_distinct:
         return False
     is_dense_text = column.kind.kind == "text" and column.num_distinct >= 0.2 * column.num_values
     return is_dense_text or IDENTIFIER.search(column.name) is not None

@@ -132,6 +132,8 @@ def test_the_rule_for_classes_or_a_number(values: list[Any], kind: str, reason: 
         ("street", [f"s{i // 3}" for i in range(90)], True),
         ("age", [i // 3 for i in range(90)], False),
         ("user_id", list(range(90)), False),
+        ("user_id", list(range(20_000)), False),
+        ("user_id", [i // 3 for i in range(60_000)], True),
         ("city", [f"c{i % 10}" for i in range(90)], False),
         ("valid", [i // 3 for i in range(90)], False),
         ("paid", [i // 3 for i in range(90)], False),

@@ -61,10 +61,10 @@ def test_row_numbers_are_each_number_once(values: list[int], first: int, permute
 @given(st.integers(1, 60), st.integers(1, 40))
 def test_beyond_the_limit_only_that_there_are_more_is_known(distinct: int, batch_rows: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profile_module, "MAX_DISTINCT_TEXTS", 30)
+        patch.setattr(profile_module, "MAX_DISTINCT_KEYS", 30)
         patch.setattr(profile_module, "MAX_DISTINCT_NUMBERS", 20)
         patch.setattr(profile_module, "MAX_COUNTED_VALUES", 10)
-        for values, limit in (([f"t{i}" for i in range(distinct)], 30), (list(range(distinct)), 20)):
+        for values, limit in (([f"t{i}" for i in range(distinct)], 30), ([i + 0.5 for i in range(distinct)], 20)):
             profile = profile_array(pa.array(values), batch_rows)
             assert (profile.num_distinct, profile.has_more_distinct) == (min(distinct, limit), distinct > limit)
             assert len(profile.counts) == (distinct if distinct <= 10 else 0)

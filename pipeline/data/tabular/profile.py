@@ -21,10 +21,10 @@ from pipeline.data.tabular.arrow_types import (
     unwrap_storage,
 )
 
-MAX_DISTINCT_TEXTS = 1_000_000
+MAX_DISTINCT_KEYS = 1_000_000
 MAX_DISTINCT_NUMBERS = 10_000
-"""Distinct values are counted exactly up to here; beyond, only that there are more is known. (Text needs a larger
-limit: a column of text that is almost unique is told from one that repeats by the exact count.)"""
+"""Distinct values are counted exactly up to here; beyond, only that there are more is known. (Text and whole numbers
+have a larger limit: a column that is almost unique is told from one that repeats by the exact count.)"""
 
 MAX_COUNTED_VALUES = 1_000
 """The rows of each value are counted in columns with up to this many distinct values."""
@@ -103,7 +103,8 @@ class _ColumnCounter:
     def __init__(self, name: str, kind: ArrowKind) -> None:
         self._name, self._kind = name, kind
         self._num_rows = self._num_nulls = 0
-        self._distinct = _DistinctCounter(MAX_DISTINCT_TEXTS if kind.kind == "text" else MAX_DISTINCT_NUMBERS)
+        is_keylike = kind.kind in ("text", "whole")
+        self._distinct = _DistinctCounter(MAX_DISTINCT_KEYS if is_keylike else MAX_DISTINCT_NUMBERS)
         self._counts: dict[Value, int] | None = {}
         self._low: Any = None
         self._high: Any = None

@@ -18,7 +18,7 @@ from pipeline.data.sources.tables.columns import merge_column_kinds, select_feat
 from pipeline.data.sources.tables.files import TableFiles
 from pipeline.data.sources.tables.profile import profile_files
 from pipeline.data.tabular.arrow_types import ArrowKind
-from pipeline.data.tabular.profile import MAX_DISTINCT_TEXTS, ColumnProfile
+from pipeline.data.tabular.profile import MAX_DISTINCT_KEYS, ColumnProfile
 from pipeline.errors import DataError
 from pipeline.events import ProgressFn
 
@@ -126,7 +126,7 @@ def judge_values(profile: ColumnProfile) -> str:
     if profile.kind.kind != "text" or profile.is_time_text or profile.num_values < 2:
         return ""
     if profile.has_more_distinct:
-        return f"it is text with more than {MAX_DISTINCT_TEXTS:,} different values"
+        return f"it is text with more than {MAX_DISTINCT_KEYS:,} different values"
     if profile.num_distinct > UNIQUE_FRACTION * profile.num_values:
         return f"it is almost unique text ({profile.num_distinct:,} different values in {profile.num_values:,} rows)"
     return ""
