@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 NUMBER_WIDTH = 10
 
-HEADLINES = ("loss", "accuracy", "rmse", "r2")
+HEADLINES = ("loss", "accuracy", "coverage", "rmse", "r2")
 """The metrics of a short line."""
 
 BASELINES = {
@@ -38,9 +38,15 @@ def headline_fields(metrics: Mapping[str, float], best_metric: str = "") -> list
 
 
 def format_metric_table(metrics: Mapping[str, float], split: str) -> list[str]:
-    """Format one line for each metric of a split: `accuracy           0.8800 (majority class: 0.8800)`."""
+    """Format one line for each metric of a split: `accuracy           0.8800 (majority class: 0.8800)`; and one for
+    each class of a multiclass task, with its recall and precision, or each label of a multilabel task."""
     values = select_split(metrics, split)
-    shown = [name for name in values if name not in ("correct", "samples") and not name.startswith("baseline_")]
+    classes = [name.removeprefix("recall_") for name in values if name.startswith("recall_")]
+    classes = [name for name in classes if f"precision_{name}" in values]
+    part_metrics = ["recall", "precision", *(["auc"] if any(f"auc_{name}" in values for name in classes) else [])]
+    of_classes = {f"{metric}_{name}" for metric in part_metrics for name in classes}
+    hidden = {"correct", "samples", *of_classes}
+    shown = [name for name in values if name not in hidden and not name.startswith("baseline_")]
     width = max(map(len, shown), default=0)
     lines = []
     for name in shown:
@@ -50,6 +56,14 @@ def format_metric_table(metrics: Mapping[str, float], split: str) -> list[str]:
             notes.insert(0, "in standard deviations")
         beside = f" ({'; '.join(notes)})" if notes else ""
         lines.append(f"{name.ljust(width)}  {format_number(values[name])}{beside}")
+    if not classes:
+        return lines
+    kind = "class" if "auc" not in part_metrics else "label"
+    width = max(map(len, [kind, *classes]))
+    lines.append(kind.ljust(width) + "".join(f"  {metric.rjust(9)}" for metric in part_metrics))
+    for name in classes:
+        cells = [values.get(f"{metric}_{name}", math.nan) for metric in part_metrics]
+        lines.append(name.ljust(width) + "".join(f"  {format_number(cell).rjust(9)}" for cell in cells))
     return lines
 
 
@@ -65,14 +79,20 @@ def _baseline_column(name: str) -> tuple[str, str]:
 def baseline_warning(metrics: Mapping[str, float], split: str) -> str:
     """Return a warning if a model is no better than its baseline, else an empty string."""
     values = select_split(metrics, split)
-    if "baseline_accuracy" in values and values["accuracy"] <= values["baseline_accuracy"]:
+    has_threshold = "threshold" in values  # chosen for another aim than accuracy
+    if "baseline_accuracy" in values and values["accuracy"] <= values["baseline_accuracy"] and not has_threshold:
         return f"on {split} no better than always answering the majority class"
     if "baseline_rmse" in values and values.get("rmse", math.inf) >= values["baseline_rmse"]:
         return f"on {split} no better than always answering the mean of the training targets"
     return ""
 
 
-def format_divergence_advice(run: str, best_step: int | None, last_step: int | None, no_gain: str = "") -> str:
+LOWER_LEARNING_RATE = "lower the learning rate (train.phases) or set train.clip_norm"
+
+
+def format_divergence_advice(
+    run: str, best_step: int | None, last_step: int | None, no_gain: str = "", change: str = LOWER_LEARNING_RATE
+) -> str:
     """Return what to do about a run whose loss or weights became NaN or infinite: the same command would fail again.
 
     Parameters
@@ -80,8 +100,9 @@ def format_divergence_advice(run: str, best_step: int | None, last_step: int | N
     best_step, last_step: of the best and the last checkpoint; None if there is none.
     no_gain: message that no evaluation is better than before training, so that no checkpoint is worth starting from;
         else empty.
+    change: what to change in the job.
     """
-    advice = "lower the learning rate (train.phases) or set train.clip_norm: the changed job is a new run"
+    advice = f"{change}: the changed job is a new run"
     if no_gain:
         return f"{advice}; {no_gain}, so no checkpoint is worth starting from"
     if best_step is not None:

@@ -183,6 +183,14 @@ def print_warnings(progress: ProgressDisplay, texts: Iterable[str]) -> None:
         progress.show(WarningMessage(text))
 
 
+def show_lines(progress: ProgressDisplay, lines: Iterable[str]) -> None:
+    """Print lines on standard error."""
+    from pipeline.events import Message
+
+    for line in lines:
+        progress.show(Message(line))
+
+
 def add_workers_override(overrides: list[str] | None, workers: str | None) -> list[str]:
     """Return the overrides of --set, and --workers as one more.
 

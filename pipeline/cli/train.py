@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
@@ -24,12 +25,25 @@ from pipeline.cli.app import (
     print_result,
     print_warnings,
     progress_callback,
+    show_lines,
 )
+from pipeline.errors import InputError
+
+TABLE_NAME = re.compile(r"\.(parquet|pq|csv|tsv|arrow|feather|npy|npz|jsonl|ndjson)(\.gz)?/?$|[*?]", re.IGNORECASE)
+"""Arguments of `train` that are no job files."""
+
+Labels = Annotated[
+    list[str] | None,
+    typer.Option("--label", metavar="COLUMN", help="The column of a table to predict; several for several numbers."),
+]
 
 
-@app.command(epilog="Example: trainyard train jobs/mnist.yaml --set data.root=~/data --workers 2")
+@app.command(epilog="Example: trainyard train jobs/mnist.yaml --workers 2; trainyard train churn.csv --label churned")
 def train(
-    job: JobFile,
+    job: Annotated[
+        str, typer.Argument(metavar="JOB|DATA", help="A job file; or, with --label, a table: a file, glob or folder.")
+    ],
+    label: Labels = None,
     overrides: Overrides = None,
     workers: Annotated[
         str | None, typer.Option(metavar="N|MIN..MAX", help="Number of Ray Train workers; 0: this process.")
@@ -45,13 +59,24 @@ def train(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Run a job. The same command again resumes an interrupted run, and does nothing for a finished one."""
+    """Run a job. The same command again resumes an interrupted run, and does nothing for a finished one.
+
+    With a table and --label, first write a job file for them.
+    """
     output_mode.update(json=as_json, verbose=verbose, has_effects=True)
     from pipeline.cli.terminal import ProgressDisplay, format_run_status
     from pipeline.events import PhaseStarted
 
     with ProgressDisplay(quiet=quiet) as progress:
         progress.show(PhaseStarted("loading"))
+        if label:
+            from pipeline.commands.job_from_data import find_or_write_job
+
+            written = find_or_write_job(job, label, on_progress=progress_callback(progress))
+            show_lines(progress, written.lines)
+            job = written.path
+        elif TABLE_NAME.search(job):
+            raise InputError("is a table, not a job file", where=job, fix="--label COLUMN says what to predict")
         from pipeline.commands.train import train as run_command
 
         outcome = run_command(
@@ -83,24 +108,41 @@ def check(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Validate a job file. Also checks that its data exists, and prints the resolved job with every default."""
+    """Validate a job file. Prints it with every default, and how each column of a table is read."""
     output_mode.update(json=as_json, verbose=verbose)
+    from pipeline.cli.terminal import ProgressDisplay
     from pipeline.commands.check import check as run_command
 
-    result = run_command(job, overrides or [], storage=storage, batch=batch, overfit=overfit)
+    with ProgressDisplay(quiet=False) as progress:
+        result = run_command(
+            job,
+            overrides or [],
+            storage=storage,
+            batch=batch,
+            overfit=overfit,
+            on_progress=progress_callback(progress),
+        )
     print_result(result.to_json(), result.format_lines(), as_json)
 
 
-@app.command(epilog="Example: trainyard init churn && trainyard check churn.yaml")
+@app.command(epilog="Example: trainyard init churn --data churn.csv --label churned && trainyard check churn.yaml")
 def init(
     name: Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the job; writes NAME.yaml.")] = "job",
+    data: Annotated[
+        str | None, typer.Option(metavar="URL", help="A table, for which the job is written: a file, glob or folder.")
+    ] = None,
+    label: Labels = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a commented job file, ready to run and to edit."""
+    """Write a commented job file, ready to run and to edit. With --data and --label, one that fits the table."""
     output_mode.update(json=as_json, verbose=False, has_effects=True)
+    from pipeline.cli.terminal import ProgressDisplay
     from pipeline.commands.init import init as run_command
 
-    path = run_command(name)
+    with ProgressDisplay(quiet=False) as progress:
+        written = run_command(name, data=data, label=label or [], on_progress=progress_callback(progress))
+        show_lines(progress, written.lines)
+    path = written.path
     print_result({"path": path}, [f"wrote {path}", f"next: trainyard check {path} --batch"], as_json)
 
 

@@ -29,7 +29,7 @@ from pipeline.device import restore_torch_settings
 from pipeline.errors import InputError
 from pipeline.events import ProgressFn
 from pipeline.format_metrics import baseline_warning, format_metric_table
-from pipeline.inference.load import load_trusted_code
+from pipeline.inference.load import load_trusted_code, read_threshold
 from pipeline.redaction import redact
 from pipeline.runs.checkpoints.checkpoint import find_checkpoint
 from pipeline.runs.locate import absolute_url, find_run
@@ -92,7 +92,8 @@ def evaluate(
 ) -> EvaluateResult:
     """Evaluate a run's checkpoint on a whole split, or on other data with the same columns or kind of images.
 
-    Preprocessing and classes are those of the checkpoint. An evaluation on the test split is recorded in the run before
+    Preprocessing and classes are those of the checkpoint, and predictions are those at its threshold, which is a metric
+    too unless it is 0.5. An evaluation on the test split is recorded in the run before
     the data is used.
 
     Parameters
@@ -116,7 +117,9 @@ def evaluate(
     opened_run = find_run(run, storage)
     saved = find_checkpoint(opened_run, checkpoint)
     job, code = _load_stored_job(opened_run, list(set), trust)
-    job = job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"limit": None})})
+    threshold = read_threshold(job, saved)
+    task = job.task.model_copy(update={"threshold": 0.5})  # nothing is chosen here
+    job = job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"limit": None}), "task": task})
     fitted, state_dict = FittedTransforms.from_json(saved.load_preprocess()), saved.load_weights()
     check_state_dict(job, fitted, state_dict, saved.url)
     if data is not None:
@@ -140,7 +143,10 @@ def evaluate(
     if split == "test":
         metadata = {"checkpoint": saved.name, "step": saved.step, "host": socket.gethostname(), "pid": os.getpid()}
         log_test_access(opened_run, metadata)
-    result = loop.evaluate(built.engine, build_eval_loader(prepared, built, split), SingleProcessContext())
+    loader = build_eval_loader(prepared, built, split)
+    result = loop.evaluate(built.engine, loader, SingleProcessContext(), threshold=threshold)
+    if threshold != 0.5:
+        result["threshold"] = threshold
     metrics = {f"{split}/{name}": value for name, value in result.items()}
     report = DataReport(fitted.input_transform)
     split_indices = prepared.splits[split]
@@ -160,6 +166,9 @@ def _with_other_data(job: JobConfig, url: str, fitted: FittedTransforms) -> JobC
         names = [column.name for column in fitted.input_transform.schema.columns]
         update |= {"features": [glob.escape(name) for name in names], "keys": []}
         update |= {"categorical": [name for name in job.data.categorical if fnmatch.filter(names, name)]}
+        update |= {"hashed": {name: size for name, size in job.data.hashed.items() if fnmatch.filter(names, name)}}
+        dates = [column.name for column in fitted.input_transform.schema.columns if column.is_date]
+        update |= {"dates": [glob.escape(name) for name in dates]}
     elif isinstance(job.data, TableDataConfig) and job.data.splits_column is not None:
         update |= {"keys": [*job.data.keys, job.data.splits_column]}  # else it would count as a second feature
     data = job.data

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.commands.job_from_data import JobFromData, draft_job, write_job_file
 from pipeline.config import validate_name
 from pipeline.errors import InputError
+from pipeline.events import ProgressFn
 
 TEMPLATE = """\
 # A Trainyard job. `trainyard check {name}.yaml` prints it with every default.
@@ -60,23 +63,38 @@ storage: ./runs                # folder or any fsspec URL, such as s3://bucket/r
 """
 
 
-def init(name: str) -> str:
-    """Write `NAME.yaml` in the working directory and return its path.
+def init(
+    name: str,
+    *,
+    data: str | None = None,
+    label: Sequence[str] = (),
+    on_progress: ProgressFn = lambda text: None,
+) -> JobFromData:
+    """Write `NAME.yaml` in the working directory: a commented example, or with `data` a job for that table.
+
+    Parameters
+    ----------
+    data: URL of a table.
+    label: the columns to predict.
 
     Raises
     ------
-    InputError: `name` is not a valid name, or the file exists or cannot be written.
+    InputError: `name` is not a valid name, the file exists or cannot be written, or the table or the labels cannot be
+        used.
     """
     name = name.removesuffix(".yaml")
     try:
         path = Path(f"{validate_name(name)}.yaml")
     except ValueError as error:
         raise InputError(str(error), where="NAME") from None
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(TEMPLATE.format(name=name))
-    except FileExistsError:
-        raise InputError("already exists", where=str(path), fix="choose another name or remove it") from None
-    except OSError as error:
-        raise InputError(f"cannot be written: {error.strerror}", where=str(path)) from None
-    return str(path)
+    if (data is None) != (not label):
+        missing, given = ("--data", "--label") if data is None else ("--label", "--data")
+        raise InputError(f"{given} needs {missing} too", where=given, fix="such as --data churn.csv --label churned")
+    if data is None:
+        write_job_file(path, TEMPLATE.format(name=name))
+        return JobFromData(str(path), True, ())
+    if path.exists():  # before the table is read
+        raise InputError("already exists", where=str(path), fix="choose another name or remove it")
+    draft = draft_job(name, data, label, on_progress=on_progress)
+    write_job_file(path, draft.text)
+    return JobFromData(str(path), True, draft.lines)

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from pipeline.commands.prediction_files import ENDINGS, PredictionFile, find_ending
 from pipeline.config import CacheConfig, ImageFolderDataConfig, TableDataConfig
+from pipeline.config.quantiles import MEDIAN, quantile_name
 from pipeline.data.sources.file_digests import select_num_read_threads
 from pipeline.data.sources.images.decode import InvalidImageError, is_image_path, silence_pillow_warnings
 from pipeline.data.sources.tables.files import TableFiles
@@ -24,6 +25,7 @@ from pipeline.data.sources.tables.formats import config_of_url, open_table_files
 from pipeline.data.tabular.encoder import list_text_columns, suggest_columns
 from pipeline.data.transforms import DataReport
 from pipeline.errors import DataError, InputError, StorageError, TrainyardError
+from pipeline.format_metrics import format_number
 from pipeline.inference.inputs import decode_input_image, find_input_columns
 from pipeline.inference.load import load
 from pipeline.inference.predictor import Predictor
@@ -58,6 +60,8 @@ class PredictResult:
     step: int
     rows: int
     output: str
+    threshold: float
+    """Of a binary task, the probability above which the second class is predicted; else 0.5."""
     report: DataReport
     """How the input's columns differ from the training data."""
     skipped: tuple[str, ...] = ()
@@ -71,6 +75,8 @@ class PredictResult:
 
     def format_lines(self) -> list[str]:
         lines = [f"wrote {self.rows:,} rows predicted by {self.run} at step {self.step} to {self.output}"]
+        if self.threshold != 0.5:
+            lines.append(f"  threshold {format_number(self.threshold)} (task.threshold)")
         return lines + [f"  {line}" for line in self.report.format_lines()]
 
 
@@ -88,10 +94,13 @@ def predict(
     """Write one row for each row of a table, or for each image, in their order.
 
     The columns are the job's `keys` that the input has (for images: `path`); `prediction`, a class or a value (with
-    several labels, one `prediction_LABEL` for each); and `probability_CLASS` for each class. A key with the name of one
-    of these columns gets the prefix `key_`. A key has one type for all files: the wider one if theirs differ, text for
-    categories. The output is written completely or not at all. Memory holds one batch of the input, and the compressed
-    output.
+    several labels, one `prediction_LABEL` for each; with `task.quantiles`, `prediction_q10` for the quantile 0.1 and so
+    on, and `prediction`, the median, if it is one of them; for multilabel `prediction_LABEL` and
+    `probability_LABEL`, that of the label's positive value); `probability_CLASS` for each class; and for an ensemble
+    `uncertainty`, the members' disagreement (see `Predictor.predict_with_uncertainty`; with several labels or quantiles
+    `uncertainty_LABEL` or `uncertainty_q10`). A key with the name of one of these columns gets the prefix `key_`. A key
+    has one type for all files: the wider one if theirs differ, text for categories. The output is written completely or
+    not at all. Memory holds one batch of the input, and the compressed output.
 
     Files, their columns and types, and the output's location are checked before the first prediction.
 
@@ -128,11 +137,9 @@ def predict(
         path = Path(scratch) / "output"
         with PredictionFile(path, ending, f"--output {redact(output)}") as written:
             for key_columns, data in source.iter_batches():
-                table = pa.table(
-                    {**key_columns, **_prediction_columns(predictor, predictor.predict_scores(data, report))}
-                )
-                written.write(table)
-                count += table.num_rows
+                scores, uncertainty = predictor.predict_scores_and_uncertainty(data, report)
+                written.write(pa.table({**key_columns, **_prediction_columns(predictor, scores, uncertainty)}))
+                count += len(scores)
                 on_progress(f"{count:,} rows")
         if written.is_empty:
             raise InputError("has no rows", where=f"--input {input}", fix="check the URL")
@@ -144,7 +151,9 @@ def predict(
     for text in report.format_warnings():
         warn(text)
     skipped = tuple(source.skipped)
-    return PredictResult(predictor.run, predictor.step, count, output, report, skipped, tuple(warnings))
+    return PredictResult(
+        predictor.run, predictor.step, count, output, predictor.threshold, report, skipped, tuple(warnings)
+    )
 
 
 def _open_input(
@@ -183,9 +192,7 @@ class _TableInput:
         self._inputs = _select_input_columns(predictor, files)
         self._keys = _unify_key_types(data.keys, files, on_warning)
         _check_casts(files, self._keys)
-        reserved = set(
-            _prediction_columns(predictor, np.empty((0, len(predictor.classes) or predictor.fitted.num_outputs)))
-        )
+        reserved = set(_prediction_columns(predictor, *predictor.empty_scores()))
         self._names = [_unique_name(key, {*reserved, *self._keys} - {key}, reserved, on_warning) for key in self._keys]
 
     def iter_batches(self) -> Iterator[tuple[ArrowColumns, pa.RecordBatch]]:
@@ -368,16 +375,31 @@ def _find_images(url: str, where: str) -> tuple[FileReader, list[str]]:
     return files, image_names
 
 
-def _prediction_columns(predictor: Predictor, scores: np.ndarray) -> dict[str, np.ndarray]:
+def _prediction_columns(
+    predictor: Predictor, scores: np.ndarray, uncertainty: np.ndarray | None
+) -> dict[str, np.ndarray]:
     """Return the predictions by the names of their columns in the output."""
     predictions = predictor.decode_predictions(scores)
-    labels = predictor.job.data.labels
-    if predictions.ndim == 2:
-        columns = {f"prediction_{name}": predictions[:, index] for index, name in enumerate(labels)}
+    quantiles = predictor.fitted.target_transform.quantiles
+    is_multilabel = predictor.fitted.target_transform.kind == "multilabel"
+    labels = [quantile_name(quantile) for quantile in quantiles] or predictor.job.data.labels
+    columns = {}
+    if is_multilabel:
+        labels = list(predictor.classes)
+        values = predictor.fitted.target_transform.decode_label_columns((scores > 0.5).astype(np.int64))
+        columns = {f"prediction_{name}": column for name, column in zip(labels, values, strict=True)}
+    elif quantiles or predictions.ndim == 2:
+        columns |= {f"prediction_{name}": scores[:, index] for index, name in enumerate(labels)}
     else:
         columns = {"prediction": predictions}
+    if MEDIAN in quantiles:
+        columns = {"prediction": scores[:, quantiles.index(MEDIAN)], **columns}
     for index, name in enumerate(predictor.classes):
         columns[f"probability_{name}"] = scores[:, index]
+    if uncertainty is not None and uncertainty.shape[1] == 1:
+        columns["uncertainty"] = uncertainty[:, 0]
+    elif uncertainty is not None:
+        columns |= {f"uncertainty_{name}": uncertainty[:, index] for index, name in enumerate(labels)}
     return columns
 
 

@@ -134,7 +134,7 @@ class RunCreation:
             "steps_per_epoch": schedule.steps_per_epoch,
             "cell_steps": schedule.segment_steps,
             "first_cell_steps": FIRST_SEGMENT_STEPS,
-            "columns": MetricSchema.from_job(job, prepared.fitted.num_outputs).to_json(),
+            "columns": MetricSchema.from_job(job, prepared.metric_columns).to_json(),
             "splits": digest_splits(splits),
             **({"code": code.digests} if code.files else {}),
         }

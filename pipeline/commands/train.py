@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.run_creation import RunCreation
+from pipeline.commands.table_job import is_job, open_table_job
 from pipeline.config import IN_PLACE_WORKERS, JobConfig
 from pipeline.config.files import resolve_job
 from pipeline.context import SingleProcessContext, StopSignals
@@ -33,12 +34,18 @@ if TYPE_CHECKING:  # they import torch, which takes longer than finding that the
     from pipeline.trackers.sidecar import TrackerSidecar
     from pipeline.worker import WorkerSpec
 
+TABLE_BASE: dict[str, Any] = {"data": {"features": "auto"}}
+"""What the job of a table in memory has in any case."""
+
 NOTHING_TO_DO = "already finished: nothing to do"
 
 
 def train(
-    job: JobConfig | Mapping[str, Any] | str | Path,
+    job: JobConfig | Mapping[str, Any] | str | Path | Any,
+    target: Any = None,
     *,
+    label: str | Sequence[str] | None = None,
+    task: str | Mapping[str, Any] | None = None,
     set: Mapping[str, Any] | Iterable[str] = (),  # noqa: A002 - the public name of the option
     name: str | None = None,
     storage: str | None = None,
@@ -48,7 +55,10 @@ def train(
     on_event: EventHandler = ignore_event,
     verbose: bool = False,
 ) -> RunStatus:
-    """Run a job to its end, or resume its run if it exists.
+    """Run a job to its end, or resume its run if it exists; or train on a table or arrays in memory.
+
+    A table is written to the cache of the job (`data.cache`) once, named by its content, and trained on as a Parquet
+    file: the same table with the same options is the same run.
 
     It restores the state of the calling process: torch's threads, flags, default dtype and random generators, the
     import path, signal handlers and environment.
@@ -56,7 +66,15 @@ def train(
     Parameters
     ----------
     job: a job file, its content as a dict (`code` and other paths relative to the working directory), or a `JobConfig`.
-    set: overrides, as a mapping or as strings `KEY=VALUE`.
+        Or data: a data frame of pandas or polars, an Arrow table; a dict of columns or a list of dicts, with `label`;
+        an array (N, F) with `target`; or a pair `(data, target)`.
+    target: with data, its labels (N,), or (N, T) for a regression: an array, a list or a column of a data frame.
+    label: with data, the name of its label column, or for a regression a list of them; with `target`, the name that the
+        labels get.
+    task: with data, what to predict, as in a job file: "binary", "regression", ... By default it follows from the
+        labels, and an event says what was chosen and why.
+    set: overrides, as a mapping or as strings `KEY=VALUE`. With data, all that a job file could say is given so; the
+        default is the recipe for tables.
     name: name of the run; default: the job's name and the digest of its identity.
     storage: URL of the runs; default: TRAINYARD_STORAGE, else the job's.
     address: the Ray cluster to use instead of a local one; only with workers.
@@ -80,9 +98,15 @@ def train(
             where="--allow-code-change",
             fix="add --name RUN, or remove this option",
         )
-    job = resolve_job(job, _to_override_strings(set) if isinstance(set, Mapping) else set)
-    code = collect_user_code(job)
-    with code.activated(), _default_torch_settings():
+    overrides = to_override_strings(set) if isinstance(set, Mapping) else list(set)
+    opened = (
+        nullcontext(resolve_job(job, overrides))
+        if is_job(job, target, label=label, task=task)
+        else open_table_job(
+            job, target, label=label, task=task, base=TABLE_BASE, overrides=overrides, on_event=on_event
+        )
+    )
+    with opened as job, (code := collect_user_code(job)).activated(), _default_torch_settings():
         # The identity of job, code and data determines the run before any data is decoded or torch is imported:
         # the run may be finished, or another process may be writing it.
         root = resolve_storage_url(storage, job.storage)
@@ -249,7 +273,7 @@ def _find_initial_weights(job: JobConfig, storage_url: str) -> InitialWeights | 
     return find_initial_weights(job, storage_url)
 
 
-def _to_override_strings(overrides: Mapping[str, Any]) -> list[str]:
+def to_override_strings(overrides: Mapping[str, Any]) -> list[str]:
     """Convert overrides to `KEY=VALUE` strings, with values in JSON: it is YAML, and distinguishes text, numbers and
     null."""
     return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]

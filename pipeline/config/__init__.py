@@ -55,6 +55,8 @@ from pipeline.config.training import (
     ParamGroupConfig,
     PhaseConfig,
     TaskConfig,
+    ThresholdConfig,
+    ThresholdRule,
     TrainConfig,
 )
 
@@ -108,6 +110,8 @@ __all__ = [
     "SplitsConfig",
     "TARGET_METRICS",
     "TaskConfig",
+    "ThresholdConfig",
+    "ThresholdRule",
     "TimeSplitsConfig",
     "TorchvisionModelConfig",
     "TrainConfig",

@@ -119,10 +119,14 @@ class BaseDataConfig(ConfigNode):
     """The data to train on: the keys that every source has."""
 
     source: str | UserFunctionConfig
-    normalize: Literal["auto", "unit", "scalar", "standard", "imagenet", "none"] | NormalizeConfig = "auto"
+    normalize: (
+        Literal["auto", "unit", "scalar", "standard", "robust", "quantile", "imagenet", "none"] | NormalizeConfig
+    ) = "auto"
     """How inputs are scaled. unit: uint8 images to [0, 1]. scalar: one mean and one standard deviation of all training
-    values. standard: those of each channel or column. imagenet: those that torchvision's pretrained weights expect.
-    none: not at all. {mean: 0.5, std: 0.25}: these numbers. auto: unit for uint8 images, standard for columns."""
+    values. standard: those of each channel or column. robust: columns by their median and interquartile range, then
+    smoothly clipped to within 3 (arXiv 2407.04491). quantile: columns to a normal distribution, by up to 1,000
+    quantiles. imagenet: those that torchvision's pretrained weights expect. none: not at all. {mean: 0.5, std: 0.25}:
+    these numbers. auto: unit for uint8 images, standard for columns."""
     splits: SplitsConfig = RandomSplitsConfig()
     """Which rows are for training, validation and test; by: random, range, group, time or column."""
     shuffle: bool = True
@@ -214,14 +218,26 @@ class TableDataConfig(FileDataConfig):
     url: str
     """A file, a glob or a partitioned folder: any fsspec URL, or a path."""
     label: str | Annotated[list[str], Field(min_length=1)]
-    """The column to predict; for a regression with several targets, a list of columns of numbers."""
-    features: Annotated[list[str], Field(min_length=1)] = ["*"]
+    """The column to predict; a list of columns for a regression of several numbers, or for multilabel."""
+    features: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = ["*"]
     """Input columns: names, or patterns such as num_*. The default is all columns but label, keys and the splits'
-    column."""
+    column. auto: all of these but columns that would not help, each of which is named in a warning: text that is almost
+    unique (more than 90 % of the values differ), values that are not numbers, text or times, columns with one value in
+    all training rows, row numbers, and columns that alone predict the label (target leakage)."""
+    exclude: list[str] = []
+    """Names or patterns of columns that are not inputs; of a column that `features` names too, it is an error."""
     keys: list[str] = []
     """Columns that identify a row. They are not inputs of the model; predictions include them."""
     categorical: list[str] = []
     """Names or patterns of numeric columns that are categorical. Columns of text always are."""
+    dates: list[str] = []
+    """Names or patterns of columns of text that are dates or times in ISO 8601, such as 2024-05-31 or
+    2024-05-31T12:00:00Z. Columns of dates and times always are, and with features: auto all such text. A date becomes
+    numbers: the days since 1970, and sine and cosine of the day of the year, the day of the week and the time of day;
+    times with a time zone are those in UTC."""
+    hashed: dict[str, Annotated[int, Field(ge=2, le=1_000_000)]] = {}
+    """Categorical columns with very many values, by name or pattern, and a number of buckets: each value is put into
+    one of them by a hash, and the bucket is the category. So new values have one too."""
     missing: ImputationConfig = ImputationConfig()
     """Replacements for missing values."""
     one_hot_up_to: Annotated[int, Field(ge=0)] = 16

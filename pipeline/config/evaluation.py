@@ -38,10 +38,10 @@ class BestMetricConfig(ConfigNode):
     metric: str = "val/loss"
     """`split/column` of the evaluations, such as val/loss, val/accuracy or val/auc, or a metric of your own. With
     several targets, val/rmse and val/mae are means in standard deviations, and val/rmse_LABEL is for one target, in its
-    own unit."""
+    own unit; with several classes, val/recall_CLASS and val/precision_CLASS are for one class."""
     mode: Literal["min", "max"] = "min"
     """Whether the smallest or the largest value is the best. By default max for accuracy, auc and the like, min for
-    losses and errors. Required for a metric of your own and for that of a single target."""
+    losses and errors. Required for a metric of your own and for that of a single target or class."""
     patience: Positive | None = None
     """Stop early after this many consecutive evaluations without a better one; null: never."""
 

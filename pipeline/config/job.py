@@ -5,26 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import ConfigNode, format_suggestion, validate_import_path, validate_name
-from pipeline.config.data import DataConfig, NamedDataConfig
+from pipeline.config.data import DataConfig, FileDataConfig, NamedDataConfig
 from pipeline.config.evaluation import BestMetricConfig, CheckpointConfig, EvaluationConfig
 from pipeline.config.metrics import (
     HIGHER_IS_BETTER,
     LOWER_IS_BETTER,
     METRICS,
     RESERVED_COLUMNS,
-    TARGET_METRICS,
-    make_target_columns,
-    make_target_names,
+    is_part_column,
+    make_part_columns,
+    make_part_names,
     metric_column,
 )
 from pipeline.config.model import MlpConfig, ModelConfig
+from pipeline.config.quantiles import quantile_metrics
 from pipeline.config.scaling import ScalingConfig
 from pipeline.config.training import TaskConfig, TrainConfig
 
@@ -33,9 +33,6 @@ TrackerName = Literal["tensorboard", "mlflow"]
 
 SEED_STREAMS = ("split", "init", "shuffle", "augment", "dropout", "data")
 """Names of the independent random streams of a run; `seed: {all: 1, split: 7}` sets one of them."""
-
-TARGET_COLUMN_PATTERN = rf"({'|'.join(TARGET_METRICS)})_\d+"
-"""Metric columns of a single target without a label, which has a number instead."""
 
 
 class SeedConfig(ConfigNode):
@@ -127,15 +124,25 @@ class JobConfig(ConfigNode):
         return values
 
     @model_validator(mode="after")
+    def _check_number_of_labels(self) -> Self:
+        if self.task.kind == "multilabel" and isinstance(self.data, FileDataConfig) and len(self.data.labels) < 2:
+            raise ValueError("task: multilabel needs several columns in data.label, such as [a, b]")
+        if self.task.quantiles is not None and len(self.data.labels) > 1:
+            raise ValueError(f"task.quantiles: takes one label, not {len(self.data.labels)}")
+        return self
+
+    @model_validator(mode="after")
     def _check_best_metric(self) -> Self:
         split, _, column = self.best.metric.partition("/")
         known = self.metric_columns()
-        if clash := next((name for name in known if known.count(name) > 1), None):
+        parts = make_part_columns(self.task.kind, self.part_names())
+        if clash := next((name for name in map(metric_column, self.metrics) if name in parts), None):
             raise ValueError(
                 f"metrics: {clash} is also the column of a metric of one of the labels; rename the function"
             )
-        if self.task.kind == "regression" and not self.data.labels and re.fullmatch(TARGET_COLUMN_PATTERN, column):
-            return self  # the number of targets is known only from the data
+        is_known_from_data = self.task.kind == "multiclass" or not self.data.labels
+        if column not in known and is_known_from_data and is_part_column(self.task.kind, column):
+            return self  # the classes, or the number of targets, are known only from the data
         if column not in known:
             is_of_another_task = column in HIGHER_IS_BETTER + LOWER_IS_BETTER
             candidates = [] if is_of_another_task else [f"{split}/{name}" for name in known]
@@ -145,22 +152,34 @@ class JobConfig(ConfigNode):
             )
         return self
 
-    def target_names(self, num_targets: int | None = None) -> tuple[str, ...]:
-        """Return the suffixes of the metric columns of single targets, see `metrics.make_target_names`; only for a
-        regression.
+    @property
+    def members(self) -> int:
+        """Number of networks of the model's ensemble; 1 for a single network. Each takes batches of its own."""
+        return self.model.ensemble if isinstance(self.model, MlpConfig) else 1
+
+    def part_names(self, num_targets: int | None = None, class_names: Sequence[str] = ()) -> tuple[str, ...]:
+        """Return the suffixes of the metric columns of single targets or classes, see `metrics.make_part_names`.
 
         Parameters
         ----------
-        num_targets: by default the number of labels in `data.label`.
+        num_targets: of a regression or multilabel task; by default the number of labels in `data.label`.
+        class_names: of a multiclass task, once the data is known.
         """
-        if self.task.kind != "regression":
-            return ()
-        return make_target_names(self.data.labels, len(self.data.labels) if num_targets is None else num_targets)
+        if self.task.kind == "multiclass":
+            return make_part_names(class_names, len(class_names))
+        if self.task.kind == "multilabel" or (self.task.kind == "regression" and self.task.quantiles is None):
+            return make_part_names(self.data.labels, len(self.data.labels) if num_targets is None else num_targets)
+        return ()
 
-    def metric_columns(self, num_targets: int | None = None) -> list[str]:
-        """Return the columns of the metrics of every evaluation. num_targets: as for `target_names`."""
-        target_columns = make_target_columns(self.target_names(num_targets))
-        return [*METRICS[self.task.kind], *target_columns, *map(metric_column, self.metrics)]
+    def metric_columns(self, num_targets: int | None = None, class_names: Sequence[str] = ()) -> list[str]:
+        """Return the columns of the metrics of every evaluation. Parameters as for `part_names`."""
+        parts = make_part_columns(self.task.kind, self.part_names(num_targets, class_names))
+        columns, quantiles = [*METRICS[self.task.kind]], self.task.quantiles
+        if quantiles is not None:
+            columns = quantile_metrics(quantiles, [name for name in columns if name != "loss"])
+        if self.task.threshold_rule is not None:
+            columns.append("threshold")
+        return list(dict.fromkeys([*columns, *parts, *map(metric_column, self.metrics)]))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the whole tree as plain YAML types, defaults included."""
@@ -198,12 +217,12 @@ and a run is found again by the digest. Never change or extend this: keys of lat
 
 
 IDENTITY_OPTIONAL_KEYS: dict[str, dict[str, Any]] = {
-    "data": {},
+    "data": {"exclude": [], "dates": [], "hashed": {}},
     "data.splits": {},
-    "model": {},
-    "task": {},
+    "model": {"ensemble": 1, "numeric_embedding": "none"},
+    "task": {"label_smoothing": 0.0, "quantiles": None, "threshold": 0.5},
     "train": {},
-    "train.optimizer": {},
+    "train.optimizer": {"decay": "all"},
 }
 """Keys that later versions added, by the node that has them, with the value that means what earlier versions did. At
 that value a key is left out of the identity, so that runs of earlier versions are found again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
@@ -9,6 +10,9 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from pipeline.config.base import ConfigNode, Fraction, Positive, format_suggestion, validate_import_path
 
 Activation = Literal["relu", "tanh", "sigmoid", "gelu", "silu", "leaky_relu", "elu"]
+
+MAX_EMBEDDING_DIM = 50
+"""Maximum embedding dimension of `embedding_width: auto`."""
 
 
 class InitConfig(ConfigNode):
@@ -43,6 +47,21 @@ class MlpConfig(InitConfig):
     embedding_width: Positive | Literal["auto"] = "auto"
     """Width of the embedding of a categorical column that is not one-hot; auto: min(50, 1.6 x categories^0.56)
     (fastai's rule)."""
+    ensemble: Positive = 1
+    """Number of networks that are trained at once and whose predictions are averaged, as in TabM (arXiv 2410.24210):
+    they share weight matrices, and each has its own scales, biases, output layer and order of the rows. A step takes
+    batch_size rows for each of them. 1: a single network."""
+    numeric_embedding: Literal["none", "periodic", "piecewise"] = "none"
+    """What the network gets of each number of a table. none: the number. periodic: also 3 trained values computed from
+    16 cosines of it, as in RealMLP (arXiv 2407.04491). piecewise: its piecewise-linear encoding by up to 32
+    bins between quantiles of the training rows (arXiv 2203.05556), whatever `data.normalize` is."""
+
+    def embedding_dim(self, num_codes: int) -> int:
+        """Return the width of an embedding for a number of codes; `auto` is fastai's `emb_sz_rule`, at most 50, not
+        600."""
+        if self.embedding_width != "auto":
+            return self.embedding_width
+        return min(MAX_EMBEDDING_DIM, round(1.6 * math.pow(num_codes, 0.56)))
 
     @model_validator(mode="after")
     def _check_layers(self) -> Self:

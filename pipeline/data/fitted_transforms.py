@@ -10,9 +10,11 @@ import numpy as np
 
 from pipeline.config import JobConfig
 from pipeline.data.dataset import Dataset, SplitIndices
+from pipeline.data.multilabel import fit_multilabel_transform
 from pipeline.data.rounding import is_too_coarse
 from pipeline.data.serialization import VERSION, check_stored_values
 from pipeline.data.tabular.schema import Schema
+from pipeline.data.tabular.times import CLOCK_WIDTH, DATE_WIDTH, TIMESTAMP_WIDTH
 from pipeline.data.targets import TargetTransform, count_classes, fit_target_transform
 from pipeline.data.transforms import (
     ArrayTransform,
@@ -29,9 +31,10 @@ from pipeline.errors import DataError
 class FittedTransforms:
     """The transforms of inputs and targets, and statistics of the training targets.
 
-    class_counts: rows of each class in training; empty for a regression.
-    target_mean, target_std: of each column of transformed targets in training; empty unless a regression. An earlier
+    class_counts: rows of each class in training; empty for multilabel and regression.
+    target_mean, target_std: of each column of transformed targets in training; empty unless one of these. An earlier
         version stored no standard deviations.
+    left_out: names of the columns that `data.features: auto` left out, each with the reason.
     """
 
     input_transform: InputTransform
@@ -39,13 +42,15 @@ class FittedTransforms:
     class_counts: tuple[int, ...] = ()
     target_mean: tuple[float, ...] = ()
     target_std: tuple[float, ...] = ()
+    left_out: tuple[tuple[str, str], ...] = ()
 
     @property
     def num_outputs(self) -> int:
         """Number of the model's outputs per sample."""
-        return {"multiclass": len(self.target_transform.classes), "binary": 1}.get(
-            self.target_transform.kind, len(self.target_mean)
-        )
+        transform = self.target_transform
+        num_values = len(transform.quantiles) or len(self.target_mean)
+        num_classes = len(transform.classes)
+        return {"multiclass": num_classes, "multilabel": num_classes, "binary": 1}.get(transform.kind, num_values)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, the content of `preprocess.json`; `from_json` restores the same object from them."""
@@ -56,6 +61,7 @@ class FittedTransforms:
             "class_counts": list(self.class_counts),
             "means": list(self.target_mean),
             "spreads": list(self.target_std),
+            **({"left_out": dict(self.left_out)} if self.left_out else {}),
         }
 
     @classmethod
@@ -73,6 +79,7 @@ class FittedTransforms:
                 tuple(int(count) for count in values["class_counts"]),
                 tuple(float(mean) for mean in values["means"]),
                 tuple(float(spread) for spread in values.get("spreads", ())),
+                tuple((str(name), str(reason)) for name, reason in values.get("left_out", {}).items()),
             )
 
 
@@ -108,12 +115,17 @@ def check_layout(fitted: FittedTransforms, dataset: Dataset) -> None:
             )
 
 
+TIME_NAMES = {DATE_WIDTH: "dates", TIMESTAMP_WIDTH: "dates with times of day", CLOCK_WIDTH: "times of day"}
+
+
 def _describe_column(column: tuple[str, int] | None) -> str:
     if column is None:
         return "is missing"
     kind, width = column
     if kind == "category":
         return "holds text or categories"
+    if kind == "time":
+        return f"holds {TIME_NAMES[width]}"
     return f"holds {width} numbers" if width > 1 else "holds numbers"
 
 
@@ -123,13 +135,15 @@ def find_rounded_columns(job: JobConfig, dataset: Dataset, fitted: FittedTransfo
     Returns none if inputs are not normalized: float64 would be rounded to the type of the computation anyway.
     """
     transform, rounding = fitted.input_transform, dataset.rounding_errors
-    if rounding is None or job.data.normalize == "none":
+    if rounding is None or (job.data.normalize == "none" and transform.encoding is None):
         return []
+    std = np.array(transform.std)
+    std = np.where(std > 0, std, np.inf)  # a scale of 0 is that of a constant, which becomes 0
     if isinstance(transform, ArrayTransform):
-        coarse = is_too_coarse(rounding, np.array(transform.std)) if transform.kind == "scaled" else np.array([])
+        coarse = is_too_coarse(rounding, std) if len(std) else np.array([])
         return [f"number {index}" for index in np.flatnonzero(coarse)]
-    coarse = is_too_coarse(rounding[numeric_columns_of(transform.schema)], np.array(transform.std))
-    names = [column.name for column in transform.schema.columns if column.kind == "number" for _ in range(column.width)]
+    coarse = is_too_coarse(rounding[numeric_columns_of(transform.schema)], std)
+    names = [column.name for column in transform.schema.columns if column.is_numeric for _ in range(column.width)]
     return list(dict.fromkeys(name for name, is_coarse in zip(names, coarse, strict=True) if is_coarse))
 
 
@@ -140,13 +154,22 @@ def fit_transforms(job: JobConfig, dataset: Dataset, splits: Mapping[str, SplitI
     ------
     DataError: samples or targets that do not fit the job.
     """
-    indices = splits["train"].indices
-    target_transform = fit_target_transform(job, dataset, splits)
+    indices, left_out = splits["train"].indices, tuple(dataset.left_out.items())
+    fit_targets = fit_multilabel_transform if job.task.kind == "multilabel" else fit_target_transform
+    target_transform = fit_targets(job, dataset, splits)
     input_transform = fit_input_transform(job, dataset, indices)
-    all_targets = target_transform.transform(dataset.train.targets, dataset.label_names, np.float64, indices=indices)
+    all_targets = target_transform.transform(
+        dataset.train.targets,
+        dataset.label_names,
+        np.float64,
+        indices=indices,
+        column_label_names=dataset.column_label_names,
+    )
     targets = all_targets[indices]
-    if target_transform.kind == "regression":
+    if target_transform.kind in ("multilabel", "regression"):
         mean, std = targets.mean(0).tolist(), targets.std(0).tolist()
-        return FittedTransforms(input_transform, target_transform, target_mean=tuple(mean), target_std=tuple(std))
+        return FittedTransforms(
+            input_transform, target_transform, target_mean=tuple(mean), target_std=tuple(std), left_out=left_out
+        )
     class_counts = tuple(count_classes(targets, len(target_transform.classes)))
-    return FittedTransforms(input_transform, target_transform, class_counts=class_counts)
+    return FittedTransforms(input_transform, target_transform, class_counts=class_counts, left_out=left_out)

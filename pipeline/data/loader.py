@@ -42,7 +42,8 @@ class Batch:
     """One rank's share of a global batch, on the device.
 
     inputs: raw samples (b, ...), augmented if the job asks for it. targets: (b,) or (b, T); if labels are mixed,
-    probabilities of the classes (b, C). Both may be empty.
+    probabilities of the classes (b, C). Both may be empty. For an ensemble, b is the number of rows times that of
+    members, see `GlobalBatchSampler`.
     """
 
     step: int
@@ -219,14 +220,16 @@ class RankBatches:
         self._epoch_indices: tuple[int, Tensor] = (0, torch.empty(0, dtype=torch.int64))
 
     def bounds(self, step: int) -> tuple[int, int, slice]:
-        """Return the first position and the end of a step's global batch in its epoch's order, and this rank's slice of
-        the batch."""
+        """Return the first entry and the end of a step's global batch in its epoch's order, and this rank's slice of
+        the batch: whole rows, with the entries of all members."""
         first, end = self._sampler.bounds(self._sampler.epoch_and_position(step)[1])
-        return first, end, rank_slice(end - first, self._rank, self._world_size)
+        rows, members = rank_slice(end - first, self._rank, self._world_size), self._sampler.members
+        return first * members, end * members, slice(rows.start * members, rows.stop * members)
 
     def step_bytes(self) -> int:
         """Return the size of this rank's share of a full batch, in bytes."""
-        return self._tensors.sample_bytes * -(-self._sampler.batch_size // self._world_size)
+        rows = -(-self._sampler.batch_size // self._world_size)
+        return self._tensors.sample_bytes * rows * self._sampler.members
 
     def positions(self, step: int) -> np.ndarray:
         """Return which samples of the global batch this rank reads: int64 (b + e,), the b of its share, then e mixup

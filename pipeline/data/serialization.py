@@ -10,7 +10,11 @@ from pipeline.errors import DataError
 
 VERSION = 3
 
-READABLE = (2, 3)
+ENCODINGS_VERSION = 4
+"""Version of transforms that versions of this program before 4 would apply wrongly: those that encode numbers other
+than as (x - mean) / std, dates and times, or hashed text."""
+
+READABLE = (2, 3, 4)
 """Before 3, the values of numeric labels and the type of table rows were not stored."""
 
 WHERE = "preprocess.json"
@@ -27,7 +31,7 @@ def check_stored_values(values: Any) -> Iterator[None]:
     version = values.get("version") if isinstance(values, Mapping) else None
     if version not in READABLE:
         raise DataError(
-            f"version {version!r} of preprocessing; this program reads {' and '.join(map(str, READABLE))}",
+            f"version {version!r} of preprocessing; this program reads {', '.join(map(str, READABLE))}",
             where=WHERE,
             fix="use the version of Trainyard that wrote it",
         )

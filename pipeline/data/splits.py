@@ -83,7 +83,7 @@ def check_disjoint(indices_by_split: dict[str, np.ndarray], num_rows: int) -> No
 def split_warnings(job: JobConfig, splits: dict[str, SplitIndices]) -> list[str]:
     """Return warnings about splits that are allowed, but probably not intended."""
     rows, batch_size = len(splits["train"]), job.train.batch_size
-    if batch_size != "all" and rows < batch_size:
+    if isinstance(batch_size, int) and rows < batch_size:
         return [
             f"train.batch_size is {batch_size:,}, but the training split has only {rows:,} rows: every step takes all "
             "of them (batch_size: all has the same effect)"
@@ -125,8 +125,9 @@ def random_split(job: JobConfig, config: RandomSplitsConfig, dataset: Dataset) -
 
 def _group_by_class(order: np.ndarray, dataset: Dataset, job: JobConfig) -> list[np.ndarray]:
     """Return the permutation `order`, separated into one array per class."""
-    if job.task.kind == "regression":
-        raise DataError("needs classes, but regression has none", where="data.splits.stratify", fix="leave it out")
+    if job.task.kind in ("multilabel", "regression"):
+        what = f"needs a class per row, but {job.task.kind} has none"
+        raise DataError(what, where="data.splits.stratify", fix="leave it out")
     labels = stratification_labels(dataset, job.task)[order]
     return [order[labels == label] for label in np.unique(labels)]
 

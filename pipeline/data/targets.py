@@ -7,7 +7,8 @@ decide which classes there are.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,14 +33,18 @@ MERGED_CLASS_NAMES = ("negative", "positive")
 class TargetTransform:
     """How raw targets become training targets: plain values, the same for training, evaluation and prediction.
 
-    kind: multiclass, binary or regression.
-    classes: names of the classes, in the order of their indices; empty for regression.
+    kind: multiclass, binary, multilabel or regression.
+    classes: names of the classes, in the order of their indices; of a multilabel task, of the labels; empty for
+        regression.
     is_text: whether the labels are text.
     positive: binary: the labels that count as 1; None if they are 0 and 1 already.
     mean, std: regression: the training targets are (target - mean) / std, with one of each per column; empty if targets
         are not scaled.
     label_values: the label of each class, if labels are numbers; empty if they are text, or if a class stands for
         several labels.
+    is_boolean: whether these labels, 0 and 1, are booleans in the data.
+    quantiles: regression: what the outputs are; empty if they are means, one per column.
+    labels: multilabel: for each label, a transform of kind binary.
     """
 
     kind: str
@@ -49,6 +54,9 @@ class TargetTransform:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     label_values: tuple[int, ...] = ()
+    is_boolean: bool = False
+    quantiles: tuple[float, ...] = ()
+    labels: tuple[TargetTransform, ...] = ()
 
     def transform(
         self,
@@ -58,20 +66,22 @@ class TargetTransform:
         *,
         indices: np.ndarray | None = None,
         where: str = WHERE,
+        column_label_names: tuple[tuple[str, ...], ...] = (),
     ) -> np.ndarray:
         """Return the targets of a dataset part, or of new data, as the task needs them; all N rows, in order.
 
         multiclass: class indices, int64 (N,). binary: 1 if the label is in `positive`, else 0, in `dtype` (N,).
-        regression: scaled numbers in `dtype`, (N, T).
+        multilabel: 0 and 1 in `dtype`, (N, L). regression: scaled numbers in `dtype`, (N, T).
 
         Parameters
         ----------
-        raw: int64 (N,), or floating (N,) or (N, T), as in `DatasetPart`.
+        raw: int64 (N,) or (N, L), or floating (N,) or (N, T), as in `DatasetPart`.
         label_names: of this data, if its labels are text: `raw` holds positions in it.
         dtype: of binary and regression targets.
         indices: of the rows that will be used, int64 (n,); all by default. In other rows, a label that no training row
             has is not an error; its class index is -1.
         where: the location that an error reports.
+        column_label_names: `label_names` of each label of a multilabel task; empty if all are numbers.
 
         Raises
         ------
@@ -80,6 +90,8 @@ class TargetTransform:
         if self.kind == "regression":
             _raise_if_named(label_names, where)
             return self._scale(raw, dtype, where)
+        if self.kind == "multilabel":
+            return self._transform_labels(raw, column_label_names, dtype, indices, where)
         labels = to_integer_labels(raw, self.kind, where)
         if self.is_text and not label_names:
             raise DataError(
@@ -122,6 +134,28 @@ class TargetTransform:
             fix=f"did you mean {near[0]}?" if near else f"use {sample_repr(self.classes)}",
         )
 
+    def _transform_labels(
+        self,
+        raw: np.ndarray,
+        column_label_names: tuple[tuple[str, ...], ...],
+        dtype: type[np.float32] | type[np.float64],
+        indices: np.ndarray | None,
+        where: str,
+    ) -> np.ndarray:
+        if raw.ndim != 2 or raw.shape[1] != len(self.labels):
+            raise DataError(
+                f"targets have the shape {raw.shape}, but the task has {len(self.labels)} labels",
+                where=where,
+                fix=f"give a column for each: {', '.join(self.classes)}",
+            )
+        result = np.empty(raw.shape, dtype)
+        for column, (name, label) in enumerate(zip(self.classes, self.labels, strict=True)):
+            names = column_label_names[column] if column_label_names else ()
+            result[:, column] = label.transform(
+                raw[:, column], names, dtype, indices=indices, where=f"{where.rpartition(': ')[0] or where}: {name}"
+            )
+        return result
+
     def _indices_by_name(self, labels: np.ndarray, label_names: tuple[str, ...]) -> np.ndarray:
         index_of_name = {name: index for index, name in enumerate(self.classes)}
         index_of_label = np.array([index_of_name.get(name, -1) for name in label_names], dtype=np.int64)
@@ -157,15 +191,22 @@ class TargetTransform:
         return scaled
 
     def decode_labels(self, class_indices: np.ndarray) -> np.ndarray:
-        """Return the names of classes (N,), given their indices int64 (N,); int64 labels if the classes have no other
-        names."""
-        has_names = self.classes != tuple(map(str, self.label_values))
-        labels: np.ndarray = np.array(self.classes) if has_names else np.array(self.label_values, dtype=np.int64)
+        """Return the labels of classes (N,), given their indices int64 (N,): text, or int64 or bool where these are
+        the labels and the classes have no other names."""
+        labels = np.array(self.classes)
+        if self.classes == _label_names(self.label_values, self.is_boolean):
+            labels = np.array(self.label_values, dtype=np.bool_ if self.is_boolean else np.int64)
         decoded: np.ndarray = labels[class_indices]
         return decoded
 
+    def decode_label_columns(self, class_indices: np.ndarray) -> list[np.ndarray]:
+        """Return the values of each label of a multilabel task, (N,), given 0 and 1 as int64 (N, L)."""
+        return [label.decode_labels(column) for label, column in zip(self.labels, class_indices.T, strict=True)]
+
     def inverse_scale(self, scaled: np.ndarray) -> np.ndarray:
-        """Convert the model's outputs, float64 (N, T), to the unit of the targets."""
+        """Convert the model's outputs, float64 (N, T), to the unit of the targets. Quantiles, (N, Q), are sorted."""
+        if self.quantiles:
+            scaled = np.sort(scaled, 1)
         return scaled * np.array(self.std) + np.array(self.mean) if self.mean else scaled
 
     def to_json(self) -> dict[str, Any]:
@@ -176,6 +217,9 @@ class TargetTransform:
             "classes": list(self.classes),
             "text": self.is_text,
             "values": list(self.label_values),
+            "boolean": self.is_boolean,
+            "quantiles": list(self.quantiles),
+            **({"labels": [label.to_json() for label in self.labels]} if self.labels else {}),
             "positive": None if self.positive is None else list(self.positive),
             "mean": list(self.mean),
             "std": list(self.std),
@@ -191,7 +235,7 @@ class TargetTransform:
         """
         with check_stored_values(values):
             kind, positive = str(values["kind"]), values["positive"]
-            if kind not in ("multiclass", "binary", "regression"):
+            if kind not in ("multiclass", "binary", "multilabel", "regression"):
                 raise ValueError(f"kind {kind!r}")
             if positive is not None and not all(isinstance(label, int | str) for label in positive):
                 raise ValueError(f"positive {positive!r}")
@@ -203,11 +247,22 @@ class TargetTransform:
                 labels = () if text or positive is not None else tuple(range(len(classes)))
             if labels and (text or len(set(labels)) != len(classes)):
                 raise ValueError(f"{len(labels)} labels for {len(classes)} classes")
-            return cls(kind, classes, text, None if positive is None else tuple(positive), mean, std, labels)
+            boolean = bool(values.get("boolean", False))
+            quantiles = tuple(float(quantile) for quantile in values.get("quantiles", ()))
+            positive = None if positive is None else tuple(positive)
+            parts = tuple(map(cls.from_json, values.get("labels", ())))
+            if len(parts) != (len(classes) if kind == "multilabel" else 0):
+                raise ValueError(f"{len(parts)} labels for {len(classes)} names")
+            return cls(kind, classes, text, positive, mean, std, labels, boolean, quantiles, parts)
+
+
+def describe_label_location(job: JobConfig, labels: Sequence[str]) -> str:
+    """Return the location of labels that an error reports."""
+    return f"{job.data.url}: {', '.join(labels)}" if isinstance(job.data, FileDataConfig) and labels else WHERE
 
 
 def fit_target_transform(job: JobConfig, dataset: Dataset, splits: Mapping[str, SplitIndices]) -> TargetTransform:
-    """Fit the classes, or the scale of a regression's targets, on the training split.
+    """Fit the classes of a multiclass or binary task, or the scale of a regression's targets, on the training split.
 
     Classes of text labels: the names that occur in training, sorted. Classes of numeric labels: those that the source
     declares, else the numbers that occur in training, ascending.
@@ -217,19 +272,38 @@ def fit_target_transform(job: JobConfig, dataset: Dataset, splits: Mapping[str, 
     DataError: targets of any split do not fit the task; or training has only one class, or one value.
     """
     task, raw, train_indices = job.task, dataset.train.targets, splits["train"].indices
-    data = job.data
-    where = f"{data.url}: {', '.join(data.labels)}" if isinstance(data, FileDataConfig) and data.labels else WHERE
+    where = describe_label_location(job, job.data.labels)
     if task.kind == "regression":
         _raise_if_named(dataset.label_names, where)
         _raise_if_constant(job, raw.reshape(len(raw), -1), train_indices, where)
+        quantiles = tuple(task.quantiles or ())
+        if quantiles and raw.size > len(raw):
+            raise DataError(
+                f"quantiles takes one number per row, but targets have the shape {raw.shape}",
+                where=where,
+                fix="leave task.quantiles out, or predict one column",
+            )
         if not task.scale_targets:
-            return TargetTransform(task.kind)
+            return TargetTransform(task.kind, quantiles=quantiles)
         mean, std = compute_mean_and_std(raw.reshape(len(raw), -1), train_indices, per_channel=True)
-        return TargetTransform(task.kind, mean=tuple(mean.tolist()), std=tuple(np.where(std == 0, 1.0, std).tolist()))
+        std = np.where(std == 0, 1.0, std)
+        return TargetTransform(task.kind, mean=tuple(mean.tolist()), std=tuple(std.tolist()), quantiles=quantiles)
+    return fit_classes(task, dataset, splits, where)
+
+
+def fit_classes(task: TaskConfig, dataset: Dataset, splits: Mapping[str, SplitIndices], where: str) -> TargetTransform:
+    """Fit the classes of a multiclass or binary task.
+
+    Raises
+    ------
+    DataError: as `fit_target_transform`.
+    """
+    raw, train_indices = dataset.train.targets, splits["train"].indices
     positive = None if task.positive is None else tuple(task.positive)
     text = bool(dataset.label_names)
     classes, values = (classes_from_text if text else classes_from_numbers)(dataset, task, splits, where)
-    fitted = TargetTransform(task.kind, classes, text, positive, label_values=values)
+    is_boolean = dataset.has_boolean_labels and bool(values)
+    fitted = TargetTransform(task.kind, classes, text, positive, label_values=values, is_boolean=is_boolean)
     transformed = fitted.transform(raw, dataset.label_names, indices=train_indices, where=where)[train_indices]
     if (transformed == transformed[0]).all():
         raise DataError(
@@ -242,13 +316,29 @@ def fit_target_transform(job: JobConfig, dataset: Dataset, splits: Mapping[str, 
 
 def label_warnings(labels: TargetTransform) -> list[str]:
     """Return warnings about choices that were made because the job does not make them."""
-    if labels.kind != "binary" or labels.positive is not None or labels.label_values in ((), (0, 1)):
+    if labels.kind == "multilabel":
+        pairs = {
+            name: label.classes
+            for name, label in zip(labels.classes, labels.labels, strict=True)
+            if label.label_values != (0, 1)
+        }
+        return [
+            f"of the labels {negative} and {positive} of {name!r}, {positive} counts as positive"
+            for name, (negative, positive) in pairs.items()
+        ]
+    is_zero_and_one = labels.label_values == (0, 1) and not labels.is_boolean
+    if labels.kind != "binary" or labels.positive is not None or is_zero_and_one:
         return []
     negative, positive = labels.classes
     return [
-        f"of the labels {negative} and {positive}, {positive} counts as positive; "
-        f"for the opposite, use task: {{kind: binary, positive: [{negative}]}}"
+        f"of the labels {negative} and {positive}, {positive} counts as positive; for the opposite, use task: "
+        f"{{kind: binary, positive: [{json.dumps(negative, ensure_ascii=False) if labels.is_text else negative}]}}"
     ]
+
+
+def _label_names(values: Sequence[int], is_boolean: bool) -> tuple[str, ...]:
+    """Return the names of labels that are numbers or booleans."""
+    return tuple(str(bool(value)).lower() if is_boolean else str(value) for value in values)
 
 
 def count_classes(targets: np.ndarray, num_classes: int) -> list[int]:
@@ -294,20 +384,16 @@ class FittedClasses(NamedTuple):
 def classes_from_text(
     dataset: Dataset, task: TaskConfig, splits: Mapping[str, SplitIndices], where: str
 ) -> FittedClasses:
-    """Return the classes of text labels: those that occur in training, sorted.
+    """Return the classes of text labels: those that occur in training, sorted. Of two, the second is the positive
+    class, unless `task.positive` is given.
 
     Raises
     ------
-    DataError: another split has a label that no training row has; or a binary task does not declare which are positive.
+    DataError: another split has a label that no training row has; there are far too many labels, or more than two for a
+        binary task; no row is in `task.positive`.
     """
     names, labels = dataset.label_names, dataset.train.targets
-    if task.kind == "binary":
-        if task.positive is None:
-            raise DataError(
-                f"the labels are {sample_repr(names)}: which of them count as 1?",
-                where="task.positive",
-                fix=f"write task: {{kind: binary, positive: [{names[-1]}]}}",
-            )
+    if task.positive is not None:
         positive_names = {str(label) for label in task.positive}
         _raise_if_absent(positive_names.isdisjoint(names), task, names)
         is_occurring = np.bincount(labels[splits["train"].indices], minlength=len(names)) > 0
@@ -347,7 +433,7 @@ def classes_from_numbers(
             )
         return FittedClasses(dataset.classes, tuple(range(len(dataset.classes))))
     values = _training_labels(dataset, task, splits, where)
-    return FittedClasses(tuple(map(str, values)), tuple(values))
+    return FittedClasses(_label_names(values, dataset.has_boolean_labels), tuple(values))
 
 
 def _binary_classes(
@@ -362,8 +448,8 @@ def _binary_classes(
     if len(pair[0]) != 1 or len(pair[1]) != 1:
         return FittedClasses(MERGED_CLASS_NAMES)
     values = (pair[0][0], pair[1][0])
-    declared = dataset.classes
-    names = [declared[value] if 0 <= value < len(declared) else str(value) for value in values]
+    declared, plain = dataset.classes, _label_names(values, dataset.has_boolean_labels)
+    names = [declared[value] if 0 <= value < len(declared) else name for value, name in zip(values, plain, strict=True)]
     return FittedClasses((names[0], names[1]), values)
 
 
@@ -385,10 +471,12 @@ def _training_labels(dataset: Dataset, task: TaskConfig, splits: Mapping[str, Sp
         return repr(names[label]) if names else str(label)
 
     if task.kind == "binary" and len(training_labels) > 2:
+        shown = [names[label] for label in training_labels] if names else training_labels
+        example = json.dumps(shown[-1], ensure_ascii=False) if names else shown[-1]
         raise DataError(
-            f"{len(training_labels):,} different labels ({sample_repr(training_labels)}), but binary needs two",
+            f"{len(training_labels):,} different labels ({sample_repr(shown)}), but binary needs two",
             where=where,
-            fix=f"list which of them count as 1, for example task: {{kind: binary, positive: [{training_labels[-1]}]}};"
+            fix=f"list which of them count as 1, for example task: {{kind: binary, positive: [{example}]}};"
             " or use task: multiclass",
         )
     if len(training_labels) > max(FEW_CLASSES, num_rows // 2):

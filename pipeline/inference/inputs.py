@@ -131,8 +131,13 @@ def find_input_columns(
 def _find_sample_column(names: Iterable[str], preprocess: ArrayTransform, data: TableDataConfig, where: str) -> str:
     """Return the name of the column of bytes or lists that holds the samples, by the rule used in training."""
     reserved = {*data.labels, *data.keys, data.splits_column}
+    patterns = ["*"] if data.features == "auto" else data.features
     candidates = [
-        name for name in names if name not in reserved and any(fnmatchcase(name, pattern) for pattern in data.features)
+        name
+        for name in names
+        if name not in reserved
+        and any(fnmatchcase(name, pattern) for pattern in patterns)
+        and not any(fnmatchcase(name, pattern) for pattern in data.exclude)
     ]
     if len(candidates) != 1:
         width = math.prod(preprocess.sample_shape)
@@ -179,7 +184,7 @@ def _read_rows(
     data: Any, preprocess: TabularTransform, dtype: type[np.float32] | type[np.float64], report: DataReport
 ) -> np.ndarray:
     schema, table = preprocess.schema, None
-    if isinstance(data, np.ndarray | torch.Tensor) and not preprocess.categorical_columns:
+    if isinstance(data, np.ndarray | torch.Tensor) and all(column.kind == "number" for column in schema.columns):
         with np.errstate(over="ignore"):  # checked below
             rows = np.asarray(data, dtype)
         if rows.ndim != 2 or rows.shape[1] != schema.width:

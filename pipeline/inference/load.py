@@ -7,10 +7,10 @@ from pipeline.config import CustomModelConfig, JobConfig
 from pipeline.config.files import parse_job
 from pipeline.data.fitted_transforms import FittedTransforms
 from pipeline.device import Precision, default_settings, select_device
-from pipeline.errors import InputError
+from pipeline.errors import InputError, StorageError
 from pipeline.inference.predictor import Predictor
 from pipeline.models import build_model
-from pipeline.runs.checkpoints.checkpoint import find_checkpoint
+from pipeline.runs.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from pipeline.runs.locate import find_run
 from pipeline.runs.run import Run, parse_run_ref
 from pipeline.setup import check_state_dict
@@ -43,11 +43,33 @@ def load(model: str, *, storage: str | None = None, device: str = "cpu", trust: 
     weights = saved.load_weights()
     check_state_dict(job, fitted, weights, saved.url)
     with code.activated(), default_settings():
-        net = build_model(job, preprocess.output_shape, fitted.num_outputs, 0, preprocess.code_sizes)
+        net = build_model(
+            *(job, preprocess.output_shape, fitted.num_outputs, 0, preprocess.code_sizes, preprocess.num_numbers)
+        )
         # Before the weights are loaded: fp64 weights keep their precision.
         net.to(target_device, Precision.from_name(job.train.precision, target_device).dtype)
         load_state_dict_strict(net, weights, "".join(custom_modules))
-    return Predictor(net, fitted, job, run.name, saved.step, code)
+    return Predictor(net, fitted, job, run.name, saved.step, code, threshold=read_threshold(job, saved))
+
+
+def read_threshold(job: JobConfig, checkpoint: Checkpoint) -> float:
+    """Return the probability above which a binary task predicts the positive class: the job's, or the one that the
+    latest evaluation up to the checkpoint chose. 0.5 for other tasks.
+
+    Raises
+    ------
+    StorageError: the checkpoint has none.
+    """
+    if isinstance(job.task.threshold, float):
+        return job.task.threshold
+    threshold = checkpoint.metrics.get("val/threshold")
+    if threshold is None:
+        raise StorageError(
+            "no threshold was chosen for this checkpoint: the model's outputs were not finite",
+            where=checkpoint.url,
+            fix="use another checkpoint",
+        )
+    return threshold
 
 
 def load_trusted_code(run: Run, job: JobConfig, names: list[str], trust: bool) -> user_code.UserCode:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,16 +12,31 @@ from pipeline.config import CnnConfig, JobConfig, MlpConfig, TorchvisionModelCon
 from pipeline.errors import JobError
 from pipeline.models.cnn import CnnNet, build_cnn
 from pipeline.models.custom import build_custom_model
+from pipeline.models.ensemble import Averaging, EnsembleLinear, MemberBatchNorm, MemberLinear
 from pipeline.models.freezing import freeze
-from pipeline.models.mlp import ACTIVATIONS, EmbeddingMlpNet, MlpNet, build_mlp
+from pipeline.models.mlp import ACTIVATIONS, EmbeddingMlpNet, EnsembleMlpNet, MlpNet, build_mlp
+from pipeline.models.numeric_embedding import PeriodicEmbedding
 from pipeline.models.torchvision import build_torchvision_model
 from pipeline.user_code import wrap_user_error
 
 __all__ = ["build_model", "uses_rng"]
 
+AVERAGING_BY_TASK: dict[str, Averaging] = {
+    "multiclass": "softmax",
+    "binary": "sigmoid",
+    "multilabel": "sigmoid",
+    "regression": "mean",
+}
+"""How the outputs of an ensemble's members are averaged, by `TaskConfig.kind`."""
+
 
 def build_model(
-    job: JobConfig, input_shape: tuple[int, ...], outputs: int, seed: int, code_sizes: tuple[int, ...] = ()
+    job: JobConfig,
+    input_shape: tuple[int, ...],
+    outputs: int,
+    seed: int,
+    code_sizes: tuple[int, ...] = (),
+    num_numbers: int | None = None,
 ) -> nn.Module:
     """Build the untrained model, on the CPU in float32; its weights are a function of `seed` alone.
 
@@ -31,6 +47,8 @@ def build_model(
     input_shape: shape of one preprocessed sample, such as (1, 28, 28) or (2,).
     outputs: number of outputs per sample.
     code_sizes: the last len(code_sizes) values of a sample (F,) are category codes, integers from 0 to size - 1.
+    num_numbers: the first values of a sample (F,) that are numbers, not one-hot columns; by default all that are not
+        codes.
 
     Raises
     ------
@@ -47,7 +65,10 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if isinstance(config, MlpConfig):
-            model = build_mlp(config, input_shape, outputs, code_sizes)
+            if num_numbers is None:
+                num_numbers = math.prod(input_shape) - len(code_sizes)
+            averaging = AVERAGING_BY_TASK[job.task.kind]
+            model = build_mlp(config, input_shape, outputs, code_sizes, num_numbers, averaging)
         elif isinstance(config, CnnConfig):
             model = build_cnn(config, input_shape, outputs)
         else:
@@ -63,8 +84,9 @@ def build_model(
 def uses_rng(model: nn.Module) -> bool:
     """Return whether a forward pass in training may use random numbers. Unknown modules and subclasses may."""
     plain: tuple[Any, ...] = (MlpNet, CnnNet, nn.Sequential, nn.Linear, nn.Conv2d, nn.MaxPool2d, nn.Flatten)
-    embedding: tuple[Any, ...] = (EmbeddingMlpNet, nn.ModuleList, nn.Embedding)
-    known = {*plain, *embedding, nn.BatchNorm1d, nn.BatchNorm2d, *ACTIVATIONS.values()}
+    embedding: tuple[Any, ...] = (EmbeddingMlpNet, nn.ModuleList, nn.Embedding, PeriodicEmbedding)
+    ensemble: tuple[Any, ...] = (EnsembleMlpNet, EnsembleLinear, MemberLinear, MemberBatchNorm)
+    known = {*plain, *embedding, *ensemble, nn.BatchNorm1d, nn.BatchNorm2d, *ACTIVATIONS.values()}
     return any(type(module) not in known for module in model.modules())
 
 

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from pipeline.models.ensemble import EnsembleLinear, MemberLinear
+from pipeline.models.numeric_embedding import PeriodicEmbedding
+
 
 def count_multiply_adds(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     """Count the multiply-adds of a forward pass of one sample.
 
-    Linear layers and convolutions count for each application, other weight matrices once. Embeddings are lookups and do
-    not count.
+    Linear layers and convolutions count for each application, those of an ensemble for each member; other weight
+    matrices once. Embeddings of categories are lookups and do not count.
 
     Parameters
     ----------
@@ -24,16 +27,16 @@ def count_multiply_adds(model: nn.Module, input_shape: tuple[int, ...]) -> int:
 
     def add(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         nonlocal count
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | EnsembleLinear | MemberLinear):
             count += output.numel() * module.in_features
-        elif isinstance(module, _ConvTransposeNd):
+        elif isinstance(module, PeriodicEmbedding | _ConvTransposeNd):
             count += inputs[0].numel() * module.weight[0].numel()
         elif isinstance(module, _ConvNd):
             count += output.numel() * module.weight[0].numel()
 
     handles = []
     for module in model.modules():
-        if isinstance(module, nn.Linear | _ConvNd):
+        if isinstance(module, nn.Linear | EnsembleLinear | MemberLinear | PeriodicEmbedding | _ConvNd):
             handles.append(module.register_forward_hook(add))
         elif not isinstance(module, nn.Embedding | nn.EmbeddingBag):
             count += sum(weight.numel() for weight in _direct_weight_matrices(module))

@@ -9,18 +9,24 @@ import numpy as np
 from pipeline.config import JobConfig
 from pipeline.cpus import available_cpus
 from pipeline.data import augment
+from pipeline.data.auto_features import is_auto, leave_out_columns, left_out_warnings
 from pipeline.data.dataset import SplitIndices, indices_by_part
 from pipeline.data.fitted_transforms import FittedTransforms, check_layout, find_rounded_columns, fit_transforms
+from pipeline.data.leakage import leakage_warnings
 from pipeline.data.sources import Dataset, DatasetPart, open_dataset
 from pipeline.data.splits import make_splits, sample_stratified, split_warnings
 from pipeline.data.targets import label_warnings
-from pipeline.data.transforms import leakage_warnings
+from pipeline.data.transforms import TabularTransform
 from pipeline.errors import JobError, StorageError
 from pipeline.events import ProgressFn
 from pipeline.runs.checkpoints.checkpoint import find_checkpoint
 from pipeline.runs.run import Run
 from pipeline.setup.initial_weights import InitialWeights
-from pipeline.training.metric_accumulator import check_best_metric_gathered, describe_oversized_splits
+from pipeline.training.metric_accumulator import (
+    check_best_metric_gathered,
+    check_threshold_gathered,
+    describe_oversized_splits,
+)
 from pipeline.training.schedule import TrainingSchedule
 from pipeline.user_code import UserCode, collect_user_code
 
@@ -58,6 +64,11 @@ class PreparedData:
             for split in self.evaluation_splits
         }
 
+    @property
+    def metric_columns(self) -> list[str]:
+        """The columns of the metrics of every evaluation."""
+        return self.job.metric_columns(len(self.fitted.target_mean), self.fitted.target_transform.classes)
+
     def evaluation_indices(self, split: str) -> np.ndarray:
         """Return the rows of a split that an evaluation uses: all, or a sample of `evaluate.limit`.
 
@@ -81,6 +92,7 @@ class PreparedData:
         """Warnings about settings that are valid but probably not intended."""
         messages = [*self.dataset.warnings, *split_warnings(self.job, self.splits)]
         if not self.is_fitted_earlier:
+            messages += left_out_warnings(self.dataset)
             messages += leakage_warnings(self.job, self.dataset, self.splits["train"].indices)
             messages += label_warnings(self.fitted.target_transform)
         best, processes, cores = self.job.best, self.job.data.loader.processes, available_cpus()
@@ -136,7 +148,7 @@ def prepare_data(
     code = code if code is not None else collect_user_code(job)
     with code.activated():
         if dataset is None or (fitted is not None and dataset.reopen_in_float64 is not None and _needs_float64(fitted)):
-            dataset = open_dataset(job, on_progress, float64=_needs_float64(fitted))
+            dataset = open_dataset(_with_fitted_features(job, fitted), on_progress, float64=_needs_float64(fitted))
     if fingerprint is not None and dataset.fingerprint != fingerprint:
         raise JobError(
             "the data is not the data of this run",
@@ -164,7 +176,7 @@ def prepare_data(
     for split in prepared.evaluation_splits:
         if split not in splits:
             raise JobError(f"there is no {split} split to evaluate", where="evaluate.splits", fix="see data.splits")
-    if job.best.metric.partition("/")[2] not in (available_metrics := job.metric_columns(fitted.num_outputs)):
+    if job.best.metric.partition("/")[2] not in (available_metrics := prepared.metric_columns):
         raise JobError(
             f"{job.best.metric} is not measured",
             where="best.metric",
@@ -176,16 +188,44 @@ def prepare_data(
         raise JobError(
             f"{job.best.metric} is not evaluated", where="best.metric", fix=f"add {best_split} to evaluate.splits"
         )
+    _check_threshold(prepared)
     return prepared
+
+
+def _check_threshold(prepared: PreparedData) -> None:
+    """Check that there is a validation split on which the rule of `task.threshold` can choose.
+
+    Raises
+    ------
+    JobError: it is missing, not evaluated, too large, or of one class.
+    """
+    job = prepared.job
+    if job.task.threshold_rule is None:
+        return
+    where, fix = "task.threshold", "or give the threshold as a number, such as 0.3"
+    what = "the threshold is chosen on the validation split"
+    if "val" not in prepared.splits:
+        raise JobError(f"{what}, and there is none", where=where, fix=f"set data.splits.val, {fix}")
+    if "val" not in prepared.evaluation_splits:
+        raise JobError(f"{what}, which is not evaluated", where=where, fix=f"add val to evaluate.splits, {fix}")
+    check_threshold_gathered(job, prepared.fitted.num_outputs, prepared.num_evaluation_rows)
+    targets = prepared.targets[prepared.splits["val"].part][prepared.evaluation_indices("val")]
+    if len(targets) == 0 or (targets == targets[0]).all():
+        raise JobError(
+            f"{what}, and its {len(targets):,} rows are of one class",
+            where=where,
+            fix=f"draw with data.splits.stratify: true, {fix}",
+        )
 
 
 def _split_and_fit(job: JobConfig, dataset: Dataset) -> tuple[Dataset, dict[str, SplitIndices], FittedTransforms]:
     """Split the dataset and fit on its training rows: in float32 if that is precise enough, else in float64."""
     splits = make_splits(job, dataset)
+    dataset = leave_out_columns(job, dataset, splits["train"].indices)
     fitted = fit_transforms(job, dataset, splits)
     rounded_columns = find_rounded_columns(job, dataset, fitted)
     if rounded_columns and dataset.reopen_in_float64 is not None:
-        dataset = dataset.reopen_in_float64()
+        dataset = replace(dataset.reopen_in_float64(), left_out=dataset.left_out)
         splits = make_splits(job, dataset)
         fitted = fit_transforms(job, dataset, splits)
         rounded_columns = find_rounded_columns(job, dataset, fitted)
@@ -218,7 +258,7 @@ def prepare_all_rows(
     """
     code = code if code is not None else collect_user_code(job)
     with code.activated():
-        dataset = open_dataset(job, on_progress, float64=_needs_float64(fitted))
+        dataset = open_dataset(_with_fitted_features(job, fitted), on_progress, float64=_needs_float64(fitted))
     check_layout(fitted, dataset)
     fitted.input_transform.check_missing_values(dataset.train.inputs, dataset.schema)
     splits = {split: SplitIndices("train", np.arange(len(dataset.train), dtype=np.int64))}
@@ -233,6 +273,16 @@ def prepare_all_rows(
     )
 
 
+def _with_fitted_features(job: JobConfig, fitted: FittedTransforms | None) -> JobConfig:
+    """Return the job with the features by name that were fitted, if it leaves their choice to `features: auto`."""
+    if fitted is None or not is_auto(job) or not isinstance(fitted.input_transform, TabularTransform):
+        return job
+    names = [column.name for column in fitted.input_transform.schema.columns]
+    dates = [column.name for column in fitted.input_transform.schema.columns if column.is_date]
+    update = {"features": names, "exclude": [], "dates": dates}
+    return job.model_copy(update={"data": job.data.model_copy(update=update)})
+
+
 def _needs_float64(fitted: FittedTransforms | None) -> bool | None:
     """Return True if the transforms were fitted in float64, so that rows must be too; None leaves it to the job."""
     return True if fitted is not None and fitted.input_transform.dtype == "float64" else None
@@ -245,7 +295,11 @@ def _transform_targets(
     dtype = np.float64 if job.train.precision == "fp64" else np.float32
     return {
         part: fitted.target_transform.transform(
-            dataset.part(part).targets, dataset.label_names, dtype, indices=np.concatenate(ids)
+            dataset.part(part).targets,
+            dataset.label_names,
+            dtype,
+            indices=np.concatenate(ids),
+            column_label_names=dataset.column_label_names,
         )
         for part, ids in indices_by_part(splits).items()
     }

@@ -103,9 +103,12 @@ def _build_training(
         target_std=fitted.target_std,
         target_scale=TargetScale(labels.mean, labels.std) if labels.mean else None,
         label_index=labels.label_index,
+        class_names=labels.classes,
     )
     init_seed = derive_torch_seed(job.seed.for_stream("init"), "init")
-    model = build_model(job, preprocess.output_shape, task.num_outputs, init_seed, preprocess.code_sizes)
+    model = build_model(
+        *(job, preprocess.output_shape, task.num_outputs, init_seed, preprocess.code_sizes, preprocess.num_numbers)
+    )
     if device.type == "cpu" and job.scale.threads == "auto" and job.scale.workers == IN_PLACE_WORKERS:
         rows = min(prepared.schedule.batch_size, job.train.micro_batch or prepared.schedule.batch_size)
         work = rows * count_multiply_adds(model, preprocess.output_shape)
@@ -206,7 +209,11 @@ def build_train_loader(
         prepared.dataset_part("train"),
         prepared.splits["train"].indices,
         GlobalBatchSampler(
-            schedule.num_rows, schedule.batch_size, shuffle=job.data.shuffle, seed=job.seed.for_stream("shuffle")
+            schedule.num_rows,
+            schedule.batch_size,
+            shuffle=job.data.shuffle,
+            seed=job.seed.for_stream("shuffle"),
+            members=job.members,
         ),
         first_step=first_step,
         last_step=last_step,
@@ -251,7 +258,9 @@ def check_state_dict(job: JobConfig, fitted: FittedTransforms, state_dict: Mappi
     preprocess = fitted.input_transform
     try:
         with torch.device("meta"):  # shapes without memory
-            meta_model = build_model(job, preprocess.output_shape, fitted.num_outputs, 0, preprocess.code_sizes)
+            meta_model = build_model(
+                *(job, preprocess.output_shape, fitted.num_outputs, 0, preprocess.code_sizes, preprocess.num_numbers)
+            )
     except (RuntimeError, OverflowError, ValueError, ZeroDivisionError) as error:
         if isinstance(job.model, TorchvisionModelConfig):  # some compute with tensor values when they are built
             return

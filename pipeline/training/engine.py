@@ -11,6 +11,7 @@ from pipeline.config import CustomModelConfig, JobConfig
 from pipeline.device import Precision
 from pipeline.errors import JobError
 from pipeline.models import uses_rng
+from pipeline.models.weight_matrices import find_weight_matrices
 from pipeline.training.flat_parameters import FlatParameters
 from pipeline.training.gradient_fns import build_gradient_fn
 from pipeline.training.optimizers import GradScaler, Optimizer
@@ -47,6 +48,7 @@ class TrainEngine:
         rng_seed_fn: Callable[[int], int],
     ) -> None:
         self._job = job
+        self.members = job.members
         self.device = device
         self._precision = Precision.from_name(job.train.precision, device)
         self._transform_fn = transform_fn
@@ -54,7 +56,9 @@ class TrainEngine:
         code = job.model.kind if isinstance(job.model, CustomModelConfig) else ""
         self.flat = FlatParameters(model, device, self._precision.dtype, world_size, code)
         self.task = task.to(device, self._precision.dtype)
-        self.optimizer = Optimizer(job.train.optimizer, self.flat.params, self.flat.param_sizes)
+        self.optimizer = Optimizer(
+            job.train.optimizer, self.flat.params, self.flat.param_sizes, find_weight_matrices(self.flat.model)
+        )
         self._grad_scaler = GradScaler(device) if self._precision.scales_loss else None
         self._gradient_fn = build_gradient_fn(gradient_backend, self.flat, self.task, self._precision, device)
 
@@ -63,7 +67,8 @@ class TrainEngine:
 
         Parameters
         ----------
-        inputs: (b, ...) this rank's slice of the global batch, before preprocessing, on the device.
+        inputs: (b, ...) this rank's slice of the global batch, before preprocessing, on the device. For an ensemble, b
+            is the number of rows times that of members, see `GlobalBatchSampler`; all of them are weighted equally.
         targets: (b,) or (b, T), on the device.
         """
         if not self.flat.model.training:
@@ -97,6 +102,7 @@ class TrainEngine:
         size = self._job.train.micro_batch
         if size is None:
             return ((inputs, targets),)
+        size *= self.members
         return zip(inputs.split(size), targets.split(size), strict=True)
 
     def optimizer_step(self, lr: float) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from pipeline.config import JobConfig, MlpConfig
 from pipeline.device import Precision
+from pipeline.models.mlp import EnsembleMlpNet
+from pipeline.training.ensemble_backward import EnsembleBackward
 from pipeline.training.flat_parameters import FlatParameters
 from pipeline.training.manual_backward import ManualMlpBackward
 from pipeline.training.task import LossSums, Task
@@ -23,7 +25,8 @@ GradientFn = Callable[[Tensor, Tensor, Tensor | float], LossSums]
 
 
 def select_gradient_backend(job: JobConfig, device: torch.device, code_sizes: tuple[int, ...] = ()) -> str:
-    """Return `written` for plain MLPs in fp32 and fp64, `compiled` if the job asks for it, else `eager`.
+    """Return `written` for plain MLPs and, on the CPU, ensembles in fp32 and fp64; `compiled` if the job asks for it;
+    else `eager`.
 
     Parameters
     ----------
@@ -31,8 +34,11 @@ def select_gradient_backend(job: JobConfig, device: torch.device, code_sizes: tu
     """
     if job.train.compile == "on":
         return "compiled"
-    plain = isinstance(job.model, MlpConfig) and not job.model.dropout and not job.model.batch_norm
-    plain = plain and not code_sizes and not job.model.freeze
+    model = job.model
+    plain = isinstance(model, MlpConfig) and not model.dropout and not model.batch_norm and not model.freeze
+    plain = plain and not code_sizes and job.members == 1 and getattr(model, "numeric_embedding", "") != "periodic"
+    if EnsembleBackward.supports(job) and device.type == "cpu":
+        return "written"
     if plain and ManualMlpBackward.supports(job) and device.type in ("cpu", "cuda"):
         return "written"
     return "eager"
@@ -43,7 +49,7 @@ def build_gradient_fn(
 ) -> GradientFn:
     """Return the gradient function of a backend, bound to a model and its task."""
     if gradient_backend == "written":
-        return ManualMlpBackward(flat, task)
+        return (EnsembleBackward if isinstance(flat.model, EnsembleMlpNet) else ManualMlpBackward)(flat, task)
     return _autograd_gradient_fn(flat, task, precision, device, compiled=gradient_backend == "compiled")
 
 

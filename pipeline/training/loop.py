@@ -132,7 +132,7 @@ def fit(
     ------
     NotFiniteError: the loss is NaN or infinite, or gradients are so repeatedly in fp16.
     """
-    step_metrics = StepMetricsBuffer(engine.flat.loss_sums, recorder.log_steps, engine.scaler_state)
+    step_metrics = StepMetricsBuffer(engine.flat.loss_sums, recorder.log_steps, engine.scaler_state, engine.members)
     gradient_sync = _GradientSync(engine, context)
     evaluate_splits = partial(_evaluate_splits, engine, schedule, splits, recorder, context)
 
@@ -165,13 +165,19 @@ def fit(
 
 
 def evaluate(
-    engine: TrainEngine, eval_batches: Iterable[tuple[Tensor, Tensor]], context: WorkerContext
+    engine: TrainEngine,
+    eval_batches: Iterable[tuple[Tensor, Tensor]],
+    context: WorkerContext,
+    *,
+    threshold: float | None = None,
 ) -> dict[str, float]:
     """Compute the exact metrics of a split, each sample counted once. All ranks take part.
 
     Parameters
     ----------
     eval_batches: this rank's slice of the split as batches (inputs, targets).
+    threshold: of a binary task, at which predictions are measured, see `Task.threshold`; by default 0.5, and the
+        task's rule chooses one on this split.
 
     Returns
     -------
@@ -181,7 +187,8 @@ def evaluate(
     ------
     WorkError: a custom loss or metric failed.
     """
-    accumulator = MetricAccumulator(engine.task, engine.device)
+    task = engine.task if threshold is None else replace(engine.task, threshold=threshold, threshold_rule=None)
+    accumulator = MetricAccumulator(task, engine.device)
     for inputs, targets in eval_batches:
         with torch.inference_mode():
             accumulator.update(engine.predict_logits(inputs), targets)
@@ -202,7 +209,8 @@ def _evaluate_splits(
     for split, eval_batches in splits.items():
         start = time.perf_counter()
         try:
-            result = evaluate(engine, eval_batches, context)
+            # The threshold is chosen on the validation split alone.
+            result = evaluate(engine, eval_batches, context, threshold=None if split == "val" else 0.5)
         except WorkError as error:
             if step > 0 or type(error) is not WorkError:
                 raise

@@ -37,6 +37,10 @@ def build_loss(task: TaskConfig) -> LossFn:
         return cross_entropy
     if task.kind == "binary":
         return binary_cross_entropy
+    if task.quantiles is not None:
+        return partial(pinball, quantiles=tuple(task.quantiles))
+    if task.kind == "multilabel":
+        return partial(_mean_over_columns, F.binary_cross_entropy_with_logits)
     if task.loss == "mae":
         return partial(_mean_over_columns, F.l1_loss)
     if task.loss == "huber":
@@ -44,16 +48,34 @@ def build_loss(task: TaskConfig) -> LossFn:
     return partial(_mean_over_columns, F.mse_loss)
 
 
-def cross_entropy(outputs: Tensor, targets: Tensor, reduction: Reduction = "none") -> Tensor:
+def build_smoothed_loss(kind: str, label_smoothing: float) -> LossFn:
+    """Return the loss function of multiclass or binary with `task.label_smoothing`."""
+    return partial(binary_cross_entropy if kind == "binary" else cross_entropy, label_smoothing=label_smoothing)
+
+
+def cross_entropy(
+    outputs: Tensor, targets: Tensor, reduction: Reduction = "none", label_smoothing: float = 0.0
+) -> Tensor:
     """Softmax cross-entropy; targets: classes (B,) int64, or probabilities (B, K) with mixup."""
     if targets.ndim > 1:
         targets = targets.to(outputs.dtype)
-    return F.cross_entropy(outputs, targets, reduction=reduction)
+    return F.cross_entropy(outputs, targets, reduction=reduction, label_smoothing=label_smoothing)
 
 
-def binary_cross_entropy(outputs: Tensor, targets: Tensor, reduction: Reduction = "none") -> Tensor:
+def binary_cross_entropy(
+    outputs: Tensor, targets: Tensor, reduction: Reduction = "none", label_smoothing: float = 0.0
+) -> Tensor:
     """Cross-entropy of one logit; targets: (B,) from 0 to 1."""
-    return F.binary_cross_entropy_with_logits(outputs.squeeze(1), targets.to(outputs.dtype), reduction=reduction)
+    targets = targets.to(outputs.dtype)
+    if label_smoothing:
+        targets = smooth_binary_targets(targets, label_smoothing)
+    return F.binary_cross_entropy_with_logits(outputs.squeeze(1), targets, reduction=reduction)
+
+
+def smooth_binary_targets(targets: Tensor, label_smoothing: float) -> Tensor:
+    """Return targets from 0 to 1 of which a share is spread evenly over both classes: the loss is then that of
+    `F.cross_entropy` with the two logits 0 and z, and this `label_smoothing`."""
+    return targets * (1 - label_smoothing) + label_smoothing / 2
 
 
 def _mean_over_columns(loss: Any, outputs: Tensor, targets: Tensor, reduction: Reduction = "none") -> Tensor:
@@ -62,11 +84,23 @@ def _mean_over_columns(loss: Any, outputs: Tensor, targets: Tensor, reduction: R
     return losses.sum() if reduction == "sum" else losses
 
 
+def pinball(outputs: Tensor, targets: Tensor, reduction: Reduction = "none", *, quantiles: tuple[float, ...]) -> Tensor:
+    """Pinball loss (Koenker and Bassett 1978), averaged over the quantiles; outputs (B, quantiles), targets (B, 1).
+
+    For the quantile q it is q times the error where the target is above the output, and 1 - q times where below.
+    """
+    errors = targets.to(outputs.dtype).view(-1, 1) - outputs
+    levels = errors.new_tensor(quantiles)
+    losses = torch.maximum(levels * errors, (levels - 1) * errors).mean(1)
+    return losses.sum() if reduction == "sum" else losses
+
+
 class CustomLoss:
     """A user function `module:function`: (outputs (B, K), transformed targets) -> losses (B,).
 
     Targets are int64 classes (B,), or probabilities (B, K) with mixup (multiclass); floating 0 or 1 (B,), with mixup in
-    between (binary); or floating values (B, K), scaled if the task scales them (regression).
+    between (binary); floating 0 or 1 (B, L) (multilabel); or floating values (B, K), scaled if the task scales them
+    (regression).
 
     Raises
     ------

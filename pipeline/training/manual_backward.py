@@ -5,11 +5,15 @@ Faster than eager torch on small layers, where dispatch takes longer than the ma
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from pipeline.config import JobConfig
 from pipeline.training.flat_parameters import FlatParameters
+from pipeline.training.losses import smooth_binary_targets
 from pipeline.training.task import LossSums, Task
 
 MAX_CACHED_BATCH_SIZES = 4
@@ -28,7 +32,11 @@ class ManualMlpBackward:
         self._biases = [layer.bias.detach() for layer in layers]
         self._weight_grads = [gradient[id(layer.weight)] for layer in layers]
         self._bias_grads = [gradient[id(layer.bias)] for layer in layers]
-        self._loss_grad = _bce_grad if task.kind == "binary" else _SoftmaxCrossEntropyGrad(flat.params)
+        self._loss_grad: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] = (
+            partial(_bce_grad, label_smoothing=task.label_smoothing)
+            if task.kind == "binary"
+            else _SoftmaxCrossEntropyGrad(flat.params, task.label_smoothing)
+        )
         self._activations: dict[int, list[Tensor]] = {}
 
     @staticmethod
@@ -68,22 +76,27 @@ class ManualMlpBackward:
 
 
 class _SoftmaxCrossEntropyGrad:
-    def __init__(self, like: Tensor) -> None:
-        self._minus_one = like.new_full((1, 1), -1.0)
+    def __init__(self, like: Tensor, label_smoothing: float) -> None:
+        self._label_share = like.new_full((1, 1), label_smoothing - 1.0)
+        self._label_smoothing = label_smoothing
 
     def __call__(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the summed cross-entropy, the number correct, and the gradient by the logits (B, classes)."""
         log_probabilities = torch.log_softmax(logits, 1)
-        columns = targets.unsqueeze(1)
+        columns, smoothing = targets.unsqueeze(1), self._label_smoothing
         loss = nn.functional.nll_loss(log_probabilities, targets, reduction="sum")
         correct = (logits.argmax(1) == targets).sum()
-        error = log_probabilities.exp_().scatter_add_(1, columns, self._minus_one.expand(len(targets), 1))
-        return loss, correct, error
+        if smoothing:
+            loss = (1 - smoothing) * loss - smoothing / logits.shape[1] * log_probabilities.sum()
+        error = log_probabilities.exp_().scatter_add_(1, columns, self._label_share.expand(len(targets), 1))
+        return loss, correct, error.sub_(smoothing / logits.shape[1]) if smoothing else error
 
 
-def _bce_grad(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _bce_grad(logits: Tensor, targets: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the summed BCE with logits, the number correct, and the gradient by the logits (B, 1)."""
     column = targets.unsqueeze(1).to(logits.dtype)
-    loss = nn.functional.binary_cross_entropy_with_logits(logits, column, reduction="sum")
     correct = ((logits > 0) == (column > 0.5)).sum()
+    if label_smoothing:
+        column = smooth_binary_targets(column, label_smoothing)
+    loss = nn.functional.binary_cross_entropy_with_logits(logits, column, reduction="sum")
     return loss, correct, logits.sigmoid().sub_(column)

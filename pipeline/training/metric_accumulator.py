@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import JobConfig, metric_column
+from pipeline.config import JobConfig, TaskConfig, metric_column
 from pipeline.context import WorkerContext
 from pipeline.errors import JobError
 from pipeline.training.losses import binary_cross_entropy, cross_entropy
-from pipeline.training.metrics import make_task_metrics
+from pipeline.training.metrics import ClassificationMetrics, RegressionMetrics, TaskMetrics
+from pipeline.training.multilabel_metrics import MultilabelMetrics
+from pipeline.training.quantile_metrics import QuantileMetrics
 from pipeline.training.task import Task, upcast_to_fp32
 
 MAX_GATHERED_VALUES = 2**24
@@ -25,6 +27,15 @@ MAX_GATHERED_VALUES = 2**24
 
 FLUSH_OUTPUTS = 2**20
 """Number of outputs that are collected on the device before they are summed."""
+
+
+def make_task_metrics(task: Task) -> TaskMetrics:
+    """Return the metrics of a task."""
+    if task.kind == "multilabel":
+        return MultilabelMetrics(task)
+    if task.kind == "regression":
+        return QuantileMetrics(task) if task.quantiles else RegressionMetrics(task)
+    return ClassificationMetrics(task)
 
 
 class MetricAccumulator:
@@ -35,7 +46,8 @@ class MetricAccumulator:
         self._task_metrics = make_task_metrics(task)
         # MPS has no float64.
         self._sum_device = torch.device("cpu") if device.type == "mps" else device
-        self._keeps_samples = bool(task.num_classes or task.custom_metrics)
+        self._needs_samples = task.kind != "regression" or bool(task.custom_metrics)
+        self._keeps_samples = self._needs_samples
         self._pending: list[tuple[Tensor, ...]] = []
         self._num_pending_outputs = 0
         self._num_samples = 0
@@ -104,7 +116,7 @@ class MetricAccumulator:
         self._sums.append(self._task_metrics.compute_sums(outputs, targets, losses, log_losses))
         if self._keeps_samples:
             self._sample_blocks.append(np.concatenate([outputs, targets.reshape(len(targets), -1)], 1))
-            if self._num_samples * values_per_sample(self._task.kind, self._task.num_outputs) > MAX_GATHERED_VALUES:
+            if self._num_samples * values_per_sample(self._task, self._task.num_outputs) > MAX_GATHERED_VALUES:
                 self._keeps_samples, self._sample_blocks = False, []
         self._pending, self._num_pending_outputs = [], 0
 
@@ -123,8 +135,8 @@ class MetricAccumulator:
         counts[context.rank] = self._num_samples
         context.all_reduce(counts)
         ends = [int(end) for end in counts.cumsum(0).tolist()]
-        width = values_per_sample(self._task.kind, self._task.num_outputs)
-        gathers = bool(self._task.num_classes or self._task.custom_metrics) and ends[-1] * width <= MAX_GATHERED_VALUES
+        width = values_per_sample(self._task, self._task.num_outputs)
+        gathers = self._needs_samples and ends[-1] * width <= MAX_GATHERED_VALUES
         vector = np.zeros(len(sums) + (ends[-1] * width if gathers else 0))
         vector[: len(sums)] = sums
         samples = vector[len(sums) :].reshape(-1, width)
@@ -160,9 +172,10 @@ def _empty_samples(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     return np.empty((0, task.num_outputs)), empty, empty, empty
 
 
-def values_per_sample(kind: str, outputs: int) -> int:
+def values_per_sample(task: Task | TaskConfig, outputs: int) -> int:
     """Return the number of values of a sample: its outputs and targets."""
-    return outputs + (outputs if kind == "regression" else 1)
+    has_target_per_output = task.kind == "multilabel" or (task.kind == "regression" and not task.quantiles)
+    return outputs + (outputs if has_target_per_output else 1)
 
 
 def describe_oversized_splits(job: JobConfig, num_outputs: int, num_rows: Mapping[str, int]) -> dict[str, str]:
@@ -175,9 +188,10 @@ def describe_oversized_splits(job: JobConfig, num_outputs: int, num_rows: Mappin
     """
     if not (names := _gathered_metrics(job)):
         return {}
-    limit = MAX_GATHERED_VALUES // values_per_sample(job.task.kind, num_outputs)
+    listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    limit = MAX_GATHERED_VALUES // values_per_sample(job.task, num_outputs)
     return {
-        split: f"{split} has {count:,} samples, too many for {' and '.join(names)}, which need all samples at once and "
+        split: f"{split} has {count:,} samples, too many for {listed}, which need all samples at once and "
         f"take at most {limit:,}: null in the log; evaluate.limit limits the samples"
         for split, count in num_rows.items()
         if count > limit
@@ -193,7 +207,7 @@ def check_best_metric_gathered(job: JobConfig, num_outputs: int, num_rows: Mappi
     """
     split, _, column = job.best.metric.partition("/")
     if column in _gathered_metrics(job) and split in describe_oversized_splits(job, num_outputs, num_rows):
-        limit = MAX_GATHERED_VALUES // values_per_sample(job.task.kind, num_outputs)
+        limit = MAX_GATHERED_VALUES // values_per_sample(job.task, num_outputs)
         raise JobError(
             f"{column} needs all samples at once, and {split} has {num_rows[split]:,}, which is too many",
             where=f"best.metric: {job.best.metric}",
@@ -201,6 +215,24 @@ def check_best_metric_gathered(job: JobConfig, num_outputs: int, num_rows: Mappi
         )
 
 
+def check_threshold_gathered(job: JobConfig, num_outputs: int, num_rows: Mapping[str, int]) -> None:
+    """Check that the validation split is not too large to choose a threshold; parameters as for
+    `describe_oversized_splits`.
+
+    Raises
+    ------
+    JobError: it is.
+    """
+    if job.task.threshold_rule is not None and "val" in describe_oversized_splits(job, num_outputs, num_rows):
+        limit = MAX_GATHERED_VALUES // values_per_sample(job.task, num_outputs)
+        raise JobError(
+            f"a rule chooses the threshold from all rows of val at once, and {num_rows['val']:,} are too many",
+            where="task.threshold",
+            fix=f"set evaluate.limit to {limit} or less, or give the threshold as a number",
+        )
+
+
 def _gathered_metrics(job: JobConfig) -> list[str]:
     """Return the metrics of a job that cannot be summed."""
-    return [*(["auc"] if job.task.kind != "regression" else []), *map(metric_column, job.metrics)]
+    ranked = ["auc", "average_precision"] if job.task.kind != "regression" else []
+    return list(dict.fromkeys([*ranked, *map(metric_column, job.metrics)]))

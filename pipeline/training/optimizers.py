@@ -7,7 +7,7 @@ overhead per call exceeds the update of a small model. To add an optimizer, writ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -27,7 +27,9 @@ class Optimizer:
     Parameters
     ----------
     params: (P,) the parameters, updated in place.
-    param_sizes: number of elements of each parameter, by name and in order; only needed for `config.groups`.
+    param_sizes: number of elements of each parameter, by name and in order; only needed for `config.groups` and
+        `config.decay`.
+    weight_matrices: names of the parameters that decay with `decay: weights`.
 
     Attributes
     ----------
@@ -38,14 +40,26 @@ class Optimizer:
     JobError: a group matches no parameter.
     """
 
-    def __init__(self, config: OptimizerConfig, params: Tensor, param_sizes: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        params: Tensor,
+        param_sizes: Mapping[str, int] | None = None,
+        weight_matrices: Collection[str] = (),
+    ) -> None:
         self._config = config
         self._params = params
-        self._groups = _make_param_groups(config, param_sizes or {})
+        self._groups = _make_param_groups(config, param_sizes or {}, weight_matrices)
         self._rule = UPDATE_RULES[config.kind]
         self.state = {name: torch.zeros_like(params) for name in self._rule.moment_names(config)}
         if self._rule.counts_steps:
             self.state["step"] = torch.zeros((), dtype=torch.float32, device=params.device)
+        moments = {name: tensor for name, tensor in self.state.items() if name != "step"}
+        self._views = [
+            (group.views_into(params), {name: group.views_into(tensor) for name, tensor in moments.items()})
+            for group in self._groups
+        ]
+        self._grad_views: tuple[Tensor | None, list[list[Tensor]]] = (None, [])
 
     def step(self, grad: Tensor, lr: float, found_inf: Tensor | None = None) -> None:
         """Update the parameters in place.
@@ -57,13 +71,15 @@ class Optimizer:
         """
         if self._rule.counts_steps:
             self.state["step"].add_(1)
-        for group in self._groups:
+        if self._grad_views[0] is not grad:  # the same vector in every step of a run
+            self._grad_views = (grad, [group.views_into(grad) for group in self._groups])
+        for group, (params, moments), grads in zip(self._groups, self._views, self._grad_views[1], strict=True):
             self._rule.update(
                 _GroupUpdate(
                     self._config,
-                    group.views_into(self._params),
-                    group.views_into(grad),
-                    {name: group.views_into(tensor) for name, tensor in self.state.items() if name != "step"},
+                    params,
+                    grads,
+                    moments,
                     self.state.get("step"),
                     lr * group.lr_factor,
                     group.weight_decay,
@@ -174,26 +190,34 @@ class _ParamGroup:
         return [vector] if self.slices is None else [vector[positions] for positions in self.slices]
 
 
-def _make_param_groups(config: OptimizerConfig, param_sizes: Mapping[str, int]) -> list[_ParamGroup]:
-    """Return the job's groups and, last, the parameters in none of them; without groups, one group of all."""
-    if not config.groups:
+def _make_param_groups(
+    config: OptimizerConfig, param_sizes: Mapping[str, int], weight_matrices: Collection[str]
+) -> list[_ParamGroup]:
+    """Return the job's groups and, last, the parameters in none of them, each divided into parameters that decay and
+    parameters that do not; without groups and with `decay: all`, one group of all parameters."""
+    decays_all = config.decay == "all"
+    if not config.groups and decays_all:
         return [_ParamGroup(1.0, config.weight_decay)]
     for number, group in enumerate(config.groups):
         match_names(group.match, param_sizes, f"train.optimizer.groups.{number}.match")
-    rest = len(config.groups)
-    slices: list[list[slice]] = [[] for _ in range(rest + 1)]
-    begin = 0
-    for number, names in groupby(param_sizes, lambda name: _first_matching_group(name, config.groups)):
-        end = begin + sum(param_sizes[name] for name in names)
-        slices[number].append(slice(begin, end))
-        begin = end
     settings = [
         (group.lr_factor, config.weight_decay if group.weight_decay is None else group.weight_decay)
         for group in config.groups
     ]
+    settings.append((1.0, config.weight_decay))
+    slices: dict[tuple[int, bool], list[slice]] = {
+        (number, decays): [] for number in range(len(settings)) for decays in (True, False)
+    }
+    begin = 0
+    for key, names in groupby(
+        param_sizes, lambda name: (_first_matching_group(name, config.groups), decays_all or name in weight_matrices)
+    ):
+        end = begin + sum(param_sizes[name] for name in names)
+        slices[key].append(slice(begin, end))
+        begin = end
     return [
-        _ParamGroup(lr_factor, weight_decay, tuple(group_slices))
-        for (lr_factor, weight_decay), group_slices in zip([*settings, (1.0, config.weight_decay)], slices, strict=True)
+        _ParamGroup(settings[number][0], settings[number][1] if decays else 0.0, tuple(group_slices))
+        for (number, decays), group_slices in slices.items()
         if group_slices
     ]
 

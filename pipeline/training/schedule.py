@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pipeline.config import JobConfig, PhaseConfig
+from pipeline.config.recipes import auto_batch_size
 
 FIRST_SEGMENT_STEPS = 10
 MIN_SEGMENT_STEPS = 100
@@ -29,6 +30,8 @@ class TrainingSchedule:
     def batch_size(self) -> int:
         """Samples of a full global batch."""
         batch_size_setting = self.job.train.batch_size
+        if batch_size_setting == "auto":
+            return auto_batch_size(self.num_rows)
         return self.num_rows if batch_size_setting == "all" else batch_size_setting
 
     @cached_property

@@ -45,6 +45,8 @@ class StepMetricsBuffer:
     loss_sums: (NUM_SUMS,) see `FlatParameters.loss_sums`; read by every `append`.
     on_block: receives each block.
     scaler_state: see `TrainEngine.scaler_state`.
+    members: networks of the ensemble. `samples` is the number of rows that each takes, and `correct` is the mean over
+        the members, rounded.
     """
 
     def __init__(
@@ -52,8 +54,10 @@ class StepMetricsBuffer:
         loss_sums: Tensor,
         on_block: Callable[[StepColumns], None],
         scaler_state: Mapping[str, Tensor] | None = None,
+        members: int = 1,
     ) -> None:
         self._sums = loss_sums
+        self._members = members
         self._scaler_state = dict(scaler_state or {})
         self._on_block = on_block
         self._on_cuda = loss_sums.device.type == "cuda"
@@ -131,9 +135,9 @@ class StepMetricsBuffer:
             "epoch": epochs,
             "step": steps,
             "loss": loss,
-            "correct": sums[:, 2],
+            "correct": np.rint(sums[:, 2] / self._members),
             "lr": lrs,
-            "samples": sums[:, 3].astype(np.int64),
+            "samples": sums[:, 3].astype(np.int64) // self._members,
             "seconds": seconds,
             "time": times + self._utc_offset_s,
             **{name: sums[:, index] for index, name in enumerate(self._scaler_state, start=NUM_SUMS)},

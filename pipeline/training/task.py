@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import JobConfig, metric_column
+from pipeline.config import JobConfig, ThresholdRule, metric_column
 from pipeline.errors import JobError, WorkError
-from pipeline.training.losses import CustomLoss, LossFn, build_loss
+from pipeline.training.losses import CustomLoss, LossFn, build_loss, build_smoothed_loss
 from pipeline.user_code import import_user_function, wrap_user_error
 
 
@@ -23,9 +23,10 @@ from pipeline.user_code import import_user_function, wrap_user_error
 class CustomMetric:
     """A user function `module:function` (outputs, targets) -> number. Its arrays are a whole split in order, read-only.
 
-    outputs: float64. multiclass: probabilities (N, classes). binary: probabilities of class 1 (N,). regression: values
-        in the unit of the targets, (N,), or (N, T) if a target has several columns.
-    targets: classes int64 (N,), or float64 values in their unit, (N,) or (N, T).
+    outputs: float64. multiclass: probabilities (N, classes). binary: probabilities of class 1 (N,). multilabel:
+        probabilities (N, L). regression: values in the unit of the targets, (N,), or (N, T) if a target has several
+        columns; with quantiles (N, Q) or, of a single one, (N,).
+    targets: classes int64 (N,), labels int64 (N, L), or float64 values in their unit, (N,) or (N, T).
     """
 
     name: str
@@ -66,7 +67,7 @@ class LossSums(NamedTuple):
     weight_sum: Tensor | float
     """Sum of the sample weights, by which the loss is divided."""
     num_correct: Tensor | float
-    """Number of samples predicted correctly; NaN for regression."""
+    """Number of samples predicted correctly; NaN for multilabel and regression."""
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,20 @@ class TargetScale:
 class Task:
     """What the model is trained to predict, and how its error is measured.
 
-    kind: multiclass, binary or regression.
+    kind: multiclass, binary, multilabel or regression.
     num_outputs: number of outputs of the model per sample.
-    loss_fn: the per-sample loss.
+    loss_fn: the per-sample loss; training adds `label_smoothing`.
     class_weights: (classes,), or None.
     majority_class: the most frequent class of the training split, the lowest of equals; None if unknown.
     target_mean: mean of the training split's transformed targets, column by column; empty if unknown.
     target_scale: regression with scaled targets: maps them back to the user's unit.
     custom_metrics: the user's metrics.
     target_std: standard deviation of the training split's transformed targets, like `target_mean`.
-    target_names: suffixes of the metrics of single targets; empty if there are none.
+    part_names: suffixes of the metrics of single targets or classes; empty if there are none.
+    threshold: binary: the probability above which a sample is predicted positive, in metrics.
+    threshold_rule: binary: chooses a threshold on a split; None if there is nothing to choose.
+    label_smoothing: see `task.label_smoothing`.
+    quantiles: that a regression predicts, one per output; empty if it predicts the mean.
     """
 
     kind: str
@@ -102,11 +107,20 @@ class Task:
     target_scale: TargetScale | None = None
     custom_metrics: tuple[CustomMetric, ...] = ()
     target_std: tuple[float, ...] = ()
-    target_names: tuple[str, ...] = ()
+    part_names: tuple[str, ...] = ()
+    threshold: float = 0.5
+    threshold_rule: ThresholdRule | None = None
+    label_smoothing: float = 0.0
+    quantiles: tuple[float, ...] = ()
+
+    @property
+    def train_loss_fn(self) -> LossFn:
+        """The per-sample loss of training."""
+        return build_smoothed_loss(self.kind, self.label_smoothing) if self.label_smoothing else self.loss_fn
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; 0 for regression."""
+        """Number of classes; 0 for multilabel and regression."""
         return {"multiclass": self.num_outputs, "binary": 2}.get(self.kind, 0)
 
     @property
@@ -147,11 +161,11 @@ class Task:
         targets: (B,) int64 classes or (B, classes) probabilities, (B,) floating from 0 to 1, or (B, T) floating values.
         """
         outputs = upcast_to_fp32(outputs)
-        weights = self.sample_weights(targets)
+        weights, loss_fn = self.sample_weights(targets), self.train_loss_fn
         correct = self.count_correct(outputs.detach(), targets)
         if weights is not None:
-            return LossSums((self.loss_fn(outputs, targets) * weights).sum(), weights.sum(), correct)
-        return LossSums(self.loss_fn(outputs, targets, "sum"), float(len(targets)), correct)
+            return LossSums((loss_fn(outputs, targets) * weights).sum(), weights.sum(), correct)
+        return LossSums(loss_fn(outputs, targets, "sum"), float(len(targets)), correct)
 
 
 def upcast_to_fp32(outputs: Tensor) -> Tensor:
@@ -169,18 +183,20 @@ def build_task(
     target_std: Sequence[float] = (),
     target_scale: TargetScale | None = None,
     label_index: Callable[[int | str], int] | None = None,
+    class_names: Sequence[str] = (),
 ) -> Task:
     """Build the task of a job.
 
     Parameters
     ----------
     num_classes: number of classes (multiclass).
-    num_targets: number of columns of a target (regression).
+    num_targets: number of columns of a target (multilabel, regression).
     class_counts: samples of each class in the training split, if known. For `class_weights: balanced` the weights are
         n / (classes x samples of the class), as scikit-learn defines it.
     target_mean, target_std: of the training split's transformed targets, column by column, if known.
     target_scale: of scaled targets.
     label_index: maps a label in `class_weights` to the index of its class; without it only indices are accepted.
+    class_names: of the classes, if single ones have metrics.
 
     Raises
     ------
@@ -189,14 +205,17 @@ def build_task(
     config = job.task
     task = Task(
         config.kind,
-        {"multiclass": num_classes, "binary": 1, "regression": num_targets}[config.kind],
+        {"multiclass": num_classes, "binary": 1}.get(config.kind, len(config.quantiles or ()) or num_targets),
         build_loss(config),
         majority_class=max(range(len(class_counts)), key=lambda label: class_counts[label]) if class_counts else None,
         target_mean=tuple(target_mean),
         target_scale=target_scale,
         custom_metrics=tuple(map(CustomMetric.from_name, job.metrics)),
         target_std=tuple(target_std),
-        target_names=job.target_names(num_targets),
+        part_names=job.part_names(num_targets, class_names),
+        threshold_rule=config.threshold_rule,
+        label_smoothing=config.label_smoothing,
+        quantiles=tuple(config.quantiles or ()),
     )
     if config.class_weights is None:
         return task

@@ -23,10 +23,14 @@ from pipeline.runs.async_writer import AsyncRunWriter, Snapshot
 from pipeline.runs.journal.entries import BestCheckpoint
 from pipeline.runs.lease.attempt import Attempt
 from pipeline.runs.metric_log.segments import MetricSchema
+from pipeline.training.divergence import suggest_stable_settings
 from pipeline.training.engine import TrainEngine
 from pipeline.training.loop import FP16_ADVICE, TrainProgress, check_finite
 from pipeline.training.schedule import TrainingSchedule
 from pipeline.training.step_metrics import StepColumns
+
+MAX_LISTED = 5
+"""Metrics that a message names."""
 
 EVALUATIONS_BEFORE_WARNING = 3
 """Evaluations without one better than that of the untrained model, before a warning."""
@@ -74,9 +78,12 @@ class Rank0Reporter(RankReporter):
         self._writer = writer
         self._attempt = attempt
         self._preprocess = preprocess
-        logged = MetricSchema.from_metadata(attempt.run.read_metadata()).steps
-        self._unlogged_columns = {name for name in engine.scaler_state if name not in logged}
-        """Columns that a run begun by an earlier version lacks."""
+        logged = MetricSchema.from_metadata(attempt.run.read_metadata())
+        self._unlogged_columns = {name for name in engine.scaler_state if name not in logged.steps}
+        """Columns of steps that a run begun by an earlier version lacks."""
+        self._evaluation_columns = set(logged.evaluation_schema().names)
+        """Columns of evaluations: a run begun by an earlier version lacks metrics that were added later."""
+        self._has_warned_of_columns = False
         self._best_weights: dict[str, Tensor] | None = None
         self._due = False
         self._saved_at = time.monotonic()
@@ -109,7 +116,13 @@ class Rank0Reporter(RankReporter):
         )
 
     def log_evaluation(self, row: Mapping[str, Any]) -> None:
-        self._writer.log_evaluation(dict(row))
+        self._writer.log_evaluation({name: value for name, value in row.items() if name in self._evaluation_columns})
+        unlogged = [name for name in row if name not in self._evaluation_columns]
+        if unlogged and not self._has_warned_of_columns:
+            self._has_warned_of_columns = True
+            listed = ", ".join(unlogged[:MAX_LISTED]) + (", ..." if len(unlogged) > MAX_LISTED else "")
+            text = f"this run was begun by a version that did not measure {listed}: they are not in its metric log"
+            self._context.emit(WarningMessage(text))
 
     def on_evaluation_end(self, progress: TrainProgress) -> None:
         is_best = progress.step > 0 and progress.best_step == progress.step
@@ -202,4 +215,5 @@ class Rank0Reporter(RankReporter):
             self._saved_best.step if self._saved_best is not None else None,
             self._saved_step,
             self._best.no_improvement_message if self._best is not None else "",
+            suggest_stable_settings(self._schedule.job, self._schedule.phase_of(max(self.step, 1))),
         )

@@ -22,7 +22,6 @@ from pipeline.runs.async_writer import AsyncRunWriter, finish_ended_run
 from pipeline.runs.checkpoints.checkpoint import ResumeCheckpoint
 from pipeline.runs.journal.entries import validate_as
 from pipeline.runs.lease.attempt import Attempt, acquire_lease
-from pipeline.runs.metric_log.schema import MetricSchema
 from pipeline.runs.run import Run
 from pipeline.setup import (
     PreparedData,
@@ -151,7 +150,7 @@ def _prepare_data(spec: WorkerSpec, context: WorkerContext, run: Run, code: User
 
 
 def _check_belongs_to_run(prepared: PreparedData, run: Run) -> None:
-    """Raise JobError if the data, the initial weights or the metrics differ from those of the run."""
+    """Raise JobError if the data or the initial weights differ from those of the run."""
     metadata = run.read_metadata()
     if metadata["fingerprint"] != prepared.dataset.fingerprint:
         raise JobError(
@@ -159,14 +158,6 @@ def _check_belongs_to_run(prepared: PreparedData, run: Run) -> None:
         )
     if metadata.get("start") != (prepared.initial_weights.digest if prepared.initial_weights is not None else None):
         raise JobError("the initial weights are not those of this run", where=run.url, fix="see model.init_from")
-    if unlogged := MetricSchema.from_job(prepared.job, prepared.fitted.num_outputs).columns_missing_from(
-        MetricSchema.from_metadata(metadata)
-    ):
-        raise JobError(
-            f"this run was begun by a version that did not measure {', '.join(unlogged)}",
-            where=run.url,
-            fix="use another --name, or finish it with the version that began it",
-        )
 
 
 def _build_training(
@@ -348,7 +339,8 @@ def _annotate_errors(batches: _BatchTracker, job: JobConfig, context: WorkerCont
         if not devices.is_out_of_memory(error):
             raise
         of_rank = f" of rank {context.rank}" if context.world_size > 1 else ""
-        micro_batch = min(batches.num_samples, job.train.micro_batch or batches.num_samples)
+        num_rows = batches.num_samples // job.members
+        micro_batch = min(num_rows, job.train.micro_batch or num_rows)
         raise OutOfMemoryError(
             f"out of memory on {device}{of_rank}, with micro-batches of {micro_batch} samples"
             f" ({str(error).strip().partition(chr(10))[0][:200] or type(error).__name__})",

@@ -1,4 +1,4 @@
-"""`check` without --batch: the data exists and is of a kind that the source reads. The data is not loaded."""
+"""`check` without --batch: the data exists and is of a kind that the source reads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def data_folder(tmp_path: Path) -> Path:
     for path in ("csv", "table", "classes/a/deep", "classes/b", "none/a", "loose", "empty"):
         (tmp_path / path).mkdir(parents=True)
     (tmp_path / "csv" / "t.csv").write_text("x,y\n1,2\n")
-    pq.write_table(pa.table({"x": [1.0], "y": [0]}), tmp_path / "table" / "t.parquet")
+    pq.write_table(pa.table({"x": range(10), "y": [0, 1] * 5}), tmp_path / "table" / "t.parquet")
     whole = (tmp_path / "table" / "t.parquet").read_bytes()
     (tmp_path / "cut.parquet").write_bytes(whole[:-9])
     (tmp_path / "none" / "a" / "notes.txt").write_text("no image")

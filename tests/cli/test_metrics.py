@@ -70,6 +70,39 @@ def test_custom_loss_and_metric_with_another_selection_metric(
     assert "of 200 samples correct" in text
 
 
+def test_custom_metric_with_the_name_of_a_later_metric_takes_its_place(
+    trainyard: RunCommand, tmp_path: Path, user_module: str
+) -> None:
+    module = tmp_path / f"{user_module}.py"
+    module.write_text(module.read_text() + "\ndef recall(probabilities, labels):\n    return 7.0\n")
+    job = write_job(
+        tmp_path, task="binary", metrics=[f"{user_module}:recall"], best={"metric": "val/recall", "mode": "max"}
+    )
+    ended = trainyard("train", job, "--json")
+    assert ended.exit_code == 0, ended.stderr
+    assert ended.json["metrics"]["val/recall"] == 7.0
+    assert (pd.read_parquet(Path(ended.json["url"]) / "metrics/evals")["recall"] == 7.0).all()
+
+
+def test_best_checkpoint_by_the_recall_of_one_class(trainyard: RunCommand, tmp_path: Path) -> None:
+    job = write_job(tmp_path, best={"metric": "val/recall_inside", "mode": "max"})
+    ended = trainyard("train", job, "--json")
+    assert ended.exit_code == 0, ended.stderr
+    rows = pd.read_parquet(Path(ended.json["url"]) / "metrics/evals")
+    assert ended.json["best"]["value"] == rows[rows["step"] > 0]["recall_inside"].max()
+    lines = [line.split() for line in trainyard("evaluate", ended.json["run"]).stdout.splitlines()]
+    best = rows[rows["step"] == ended.json["best"]["step"]].iloc[0]
+    table = [
+        [name, f"{best[f'recall_{name}']:.4f}", f"{best[f'precision_{name}']:.4f}"] for name in ("outside", "inside")
+    ]
+    header = lines.index(["class", "recall", "precision"])
+    assert lines[header + 1 : header + 3] == table
+    unknown = trainyard("train", write_job(tmp_path, best={"metric": "val/recall_upside", "mode": "max"}))
+    assert unknown.exit_code == 2
+    assert "val/recall_upside is not measured" in unknown.stderr
+    assert "recall_inside" in unknown.stderr
+
+
 def test_regression_reports_errors_and_no_accuracy(trainyard: RunCommand, tmp_path: Path) -> None:
     job = write_job(tmp_path, task={"kind": "regression", "loss": "huber"}, best={"metric": "val/r2"})
     result = trainyard("train", job, "--json").json

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from pipeline import train
 from pipeline.config import METRICS
+from pipeline.errors import Interrupted
+from pipeline.events import EvaluationLogged, Event
 from pipeline.runs.metric_log.schema import MetricSchema
 from tests.cli.command_line import SMALL_JOB, RunCommand, write_job
 
@@ -28,7 +33,8 @@ def test_a_run_leaves_the_documented_files(trainyard: RunCommand, tmp_path: Path
     assert result["status"] == "finished"
     assert (result["step"], result["epoch"], result["attempts"]) == (24, 3, 1)
     assert result["best"]["metric"] == "val/loss"
-    assert set(result["metrics"]) == {f"val/{name}" for name in METRICS["multiclass"]}
+    parts = [f"{metric}_{name}" for metric in ("recall", "precision") for name in ("outside", "inside")]
+    assert set(result["metrics"]) == {f"val/{name}" for name in (*METRICS["multiclass"], *parts)}
     assert result["error"] is None
     run = Path(result["url"])
     assert run == tmp_path / "runs" / result["run"]
@@ -239,6 +245,37 @@ def test_fp16_run_of_an_earlier_version_is_resumed(
     result = trainyard("train", write_job(tmp_path, train={**SMALL_JOB["train"], "precision": "fp16"}), "--json").json
     assert (result["status"], result["skipped_updates"]) == ("finished", 0)
     assert "loss_scale" not in pd.read_parquet(Path(result["url"]) / "metrics/steps")
+
+
+def test_interrupted_run_of_a_version_with_fewer_metrics_is_resumed(
+    trainyard: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its log keeps its columns; weights and the other metrics are those of a run of this version."""
+    job = write_job(tmp_path, checkpoint={"every_epochs": 1})
+    whole = Path(trainyard("train", job, "--name", "whole", "--json").json["url"])
+    columns = MetricSchema(evaluations=dict.fromkeys(["f1", "auc"], "float64"))
+
+    def stop(event: Event) -> None:
+        if isinstance(event, EvaluationLogged) and event.step >= 16:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricSchema, "from_job", lambda *args: columns)
+        with pytest.raises(Interrupted):
+            train(job, name="older", storage=str(tmp_path / "runs"), on_event=stop)
+    for workers in (0, 2):
+        resumed = trainyard("train", job, "--name", "older", "--set", f"scale.workers={workers}", "--json")
+        assert (resumed.exit_code, resumed.json["status"]) == (0, "finished"), resumed.stderr
+        message = "this run was begun by a version that did not measure balanced_accuracy, average_precision"
+        assert resumed.stderr.count(message) == (1 if workers == 0 else 0), "nothing to do the second time"
+    rows, expected = (
+        pd.read_parquet(run / "metrics/evals").sort_values("step", ignore_index=True)
+        for run in (tmp_path / "runs/older", whole)
+    )
+    assert "auc" in rows
+    assert "average_precision" not in rows
+    names = ["step", "loss", "accuracy", "f1", "auc"]
+    pd.testing.assert_frame_equal(rows[names], expected[names])
 
 
 GRADIENTLESS_MODULE = """

@@ -18,7 +18,7 @@ from pipeline.config import (
 )
 from pipeline.config.data import COMMON_KEYS
 from pipeline.config.files import build_job, dump_job, load_job, override_job, parse_job
-from pipeline.config.job import IDENTITY_OF_OTHER_SOURCES
+from pipeline.config.job import IDENTITY_OF_OTHER_SOURCES, IDENTITY_OPTIONAL_KEYS
 from pipeline.errors import JobError
 
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -193,7 +193,7 @@ def test_the_frozen_defaults_are_those_of_the_fields() -> None:
             value
         ] * len(defaults)
     keys = {key for source in SOURCES_OF_ALL_KEYS for key in SOURCE_CONFIGS[source].model_fields}
-    assert set(ALL_KEYS) == keys - COMMON_KEYS - {"source"}
+    assert set(ALL_KEYS) == keys - COMMON_KEYS - {"source"} - set(IDENTITY_OPTIONAL_KEYS["data"])
 
 
 def test_the_source_comes_first_and_its_keys_next() -> None:

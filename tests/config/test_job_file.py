@@ -227,7 +227,7 @@ def test_absolute_paths_and_other_strings_are_unchanged(tmp_path: Path, url: str
         ("train.batch_size=all", "train.batch_size", "all"),
         ("train.clip_norm=1e-3", "train.clip_norm", 0.001),
         ("train.phases.0.lr=0.25", "train.phases.0.lr", 0.25),
-        ("train.phases.1.epochs=9", "train.phases.1.epochs", 9),
+        ("train.phases.0.epochs=9", "train.phases.0.epochs", 9),
         ("model.hidden=[8, 4]", "model.hidden", [8, 4]),
         ("model.hidden.0=64", "model.hidden.0", 64),
         ("model={kind: cnn}", "model.conv.0.channels", 6),
@@ -278,7 +278,7 @@ def test_overrides_apply_in_order_and_keep_siblings(tmp_path: Path) -> None:
     ],
 )
 def test_invalid_override_is_an_error(tmp_path: Path, override: str, part: str) -> None:
-    assert part in " ".join(messages_of("name: a", tmp_path, override))
+    assert part in " ".join(messages_of("name: a\ndata: {source: disc}", tmp_path, override))
 
 
 # --------------------------------------------------------------------------------------------- messages
@@ -300,8 +300,11 @@ def test_invalid_override_is_an_error(tmp_path: Path, override: str, part: str) 
         ("name: a\nscale: {workers: -1}", ["scale.workers: must be greater than or equal to 0, not -1"]),
         ("name: a\nscale: {workers: {min: 2, max: 1}}", ["scale.workers: min (2) must not exceed max (1)"]),
         ("name: a\nscale: {workers: two}", ["scale.workers: must be a whole number, not 'two'"]),
-        ("name: a\ntrain: {batch_size: 0}", ["train.batch_size: must be greater than 0 or 'all', not 0"]),
-        ("name: a\ntrain: {batch_size: '100'}", ["train.batch_size: must be a whole number or 'all', not '100'"]),
+        ("name: a\ntrain: {batch_size: 0}", ["train.batch_size: must be greater than 0 or 'all' or 'auto', not 0"]),
+        (
+            "name: a\ntrain: {batch_size: '100'}",
+            ["train.batch_size: must be a whole number or 'all' or 'auto', not '100'"],
+        ),
         ("name: a\ntrain: {phases: []}", ["train.phases: must not be empty"]),
         ("name: a\ntrain: {phases: [{lr: 1}]}", ["train.phases.0: a phase has either epochs or steps"]),
         ("name: a\ntrain: {phases: [{epochs: true, lr: .inf}]}", ["train.phases.0.epochs: must be a whole number",
@@ -312,8 +315,8 @@ def test_invalid_override_is_an_error(tmp_path: Path, override: str, part: str) 
         ("name: a\nmodel: {kind: [x]}", ["model.kind: must be text"]),
         ("name: a\nmodel: 3", ["model: must be a mapping of keys to values, not 3"]),
         ("name: a\nmodel: {hiden: [3]}", ["model.hiden: unknown key (did you mean 'hidden'?); known here: activation, "
-                                          "batch_norm, dropout, embedding_width, freeze, hidden, init_from, "
-                                          "kind, layers, strict"]),
+                                          "batch_norm, dropout, embedding_width, ensemble, freeze, hidden, "
+                                          "init_from, kind, layers, numeric_embedding, strict"]),
         ("name: a\nmodel: {hidden: [0]}", ["model.hidden.0: must be greater than 0, not 0"]),
         ("name: a\nmodel: {kind: cnn, conv: [{chanels: 3}]}", ["model.conv.0.chanels: unknown key (did you mean"]),
         ("name: a\nmodel: {hidden: doubling}", ["model: layers goes with hidden: doubling"]),

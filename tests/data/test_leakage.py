@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.files import build_job
-from pipeline.data import statistics
+from pipeline.data import leakage, statistics
+from pipeline.data.leakage import leakage_warnings
 from pipeline.data.sources import Dataset, DatasetPart
 from pipeline.data.tabular.schema import Column, Schema
-from pipeline.data.transforms import leakage, leakage_warnings
 
 NUM_ROWS = 3_000
 

@@ -36,6 +36,29 @@ def test_steps_can_be_accessed_in_any_order(rows: int, batch_size: int, seed: in
         assert np.array_equal(sampler.batch_indices(step), new_sampler.batch_indices(step))
 
 
+@given(**SAMPLER_SIZES, members=st.integers(1, 5), shuffle=st.booleans(), epoch=st.integers(1, 3))
+@settings(deadline=None)
+def test_each_member_takes_each_row_once_in_its_own_order(
+    rows: int, batch_size: int, seed: int, members: int, shuffle: bool, epoch: int
+) -> None:
+    sampler = GlobalBatchSampler(rows, batch_size, shuffle=shuffle, seed=seed, members=members)
+    single = GlobalBatchSampler(rows, batch_size, shuffle=shuffle, seed=seed)
+    assert sampler.steps_per_epoch == single.steps_per_epoch
+    first = (epoch - 1) * sampler.steps_per_epoch + 1
+    steps = range(first, first + sampler.steps_per_epoch)
+    batches = [sampler.batch_indices(step).reshape(-1, members) for step in steps]
+    for step, batch in zip(steps, batches, strict=True):
+        assert np.array_equal(batch[:, 0], single.batch_indices(step)), "the first member has a single model's batches"
+    orders = np.concatenate(batches)
+    assert (np.sort(orders, 0) == np.arange(rows)[:, None]).all()
+    if rows > 30:
+        assert len({tuple(order) for order in orders.T}) == (members if shuffle else 1)
+    fewer = GlobalBatchSampler(rows, batch_size, shuffle=shuffle, seed=seed, members=members + 1)
+    assert np.array_equal(fewer.epoch_permutation(epoch).reshape(rows, -1)[:, :members], orders), (
+        "the order of a member does not depend on their number"
+    )
+
+
 def test_epochs_and_seeds_differ() -> None:
     sampler, other_sampler = (GlobalBatchSampler(1000, 1000, shuffle=True, seed=seed) for seed in (1, 2))
     assert not np.array_equal(sampler.batch_indices(1), sampler.batch_indices(2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.files import build_job
+from pipeline.config.files.yaml_io import parse_yaml
 from pipeline.data.dataset import SplitIndices
 from pipeline.data.sources import Dataset, DatasetPart
 from pipeline.data.splits import make_splits
@@ -150,6 +152,45 @@ def test_later_of_two_numbers_is_positive(labels: list[int]) -> None:
     assert label_warnings(other) == []
 
 
+@pytest.mark.parametrize("names", [("no", "yes"), ("1", "2"), ("false", "true"), ("a b", "\u00e4")])
+def test_later_of_two_texts_is_positive(names: tuple[str, str]) -> None:
+    data = make_dataset([1, 0, 1], names=names)
+    fitted = fit_dataset_targets(data, "binary")
+    assert fitted.classes == names
+    assert fitted.transform(data.train.targets, names).tolist() == [1, 0, 1]
+    assert fitted.transform(np.array([0, 1]), names[::-1]).tolist() == [1, 0]
+    assert fitted.decode_labels(np.array([1, 0])).tolist() == [names[1], names[0]]
+    (message,) = label_warnings(fitted)
+    assert f"of the labels {names[0]} and {names[1]}, {names[1]} counts as positive" in message
+    advice = parse_yaml(message.partition("use task: ")[2], "message")
+    opposite = fit_dataset_targets(data, advice)
+    assert opposite.classes == names[::-1]
+    assert opposite.transform(data.train.targets, names).tolist() == [0, 1, 0]
+    assert label_warnings(opposite) == []
+    with pytest.raises(DataError, match="'maybe' at row 1 is not a class of the training data"):
+        fitted.transform(np.array([0, 1]), (names[0], "maybe"))
+    assert TargetTransform.from_json(json.loads(json.dumps(fitted.to_json()))) == fitted
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass", {"kind": "binary", "positive": [False]}])
+def test_booleans_stay_booleans(task: Any) -> None:
+    labels = [True, False, True]
+    data = replace(make_dataset(np.array(labels, np.int64)), has_boolean_labels=True)
+    fitted = fit_dataset_targets(data, task)
+    is_reversed = isinstance(task, dict)
+    assert fitted.classes == (("true", "false") if is_reversed else ("false", "true"))
+    class_indices = fitted.transform(data.train.targets)
+    assert class_indices.tolist() == [label != is_reversed for label in labels]
+    decoded = fitted.decode_labels(class_indices.astype(np.int64))
+    assert (decoded.dtype.kind, decoded.tolist()) == ("b", labels)
+    assert len(label_warnings(fitted)) == (task == "binary")
+    assert [fitted.label_index(label) for label in ("true", 1, "false")] == ([0, 0, 1] if is_reversed else [1, 1, 0])
+    restored = TargetTransform.from_json(json.loads(json.dumps(fitted.to_json())))
+    assert restored == fitted
+    stored = {name: value for name, value in fitted.to_json().items() if name != "boolean"}
+    assert TargetTransform.from_json(stored).is_boolean is False, "a checkpoint of an earlier version"
+
+
 def test_numeric_label_without_training_rows_is_rejected() -> None:
     for task in ("multiclass", "binary"):
         error = expect_data_error(make_dataset([1, 3, 2, 3, 2]), task, train=2)
@@ -213,8 +254,9 @@ def test_positive_text_labels_become_one() -> None:
         make_dataset([2, 0, 1], names=CLASS_NAMES), {"kind": "binary", "positive": ["red", "blue"]}
     )
     assert three.classes == ("negative", "positive")
-    assert "binary, positive: [yes]" in expect_data_error(data, "binary").fix
-    assert "blue, green, red" in expect_data_error(make_dataset([0, 2], names=CLASS_NAMES), "binary").what
+    error = expect_data_error(make_dataset([0, 2, 1], names=CLASS_NAMES), "binary")
+    assert "3 different labels (blue, green, red)" in error.what
+    assert 'positive: ["red"]' in error.fix
     assert "no, yes" in expect_data_error(data, {"kind": "binary", "positive": ["Yes"]}).fix
     numbers = make_dataset([0, 1], names=("3", "8"))
     assert fit_dataset_targets(numbers, {"kind": "binary", "positive": [8]}).transform(

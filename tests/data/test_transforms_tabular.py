@@ -95,14 +95,14 @@ def test_medians_and_moments_match_numpy(columns: list[list[float]], rows: set[i
     schema = Schema(tuple(Column(str(column), "number") for column in range(len(columns))))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "BLOCK_VALUES", block)
-        computed = compute_statistics(inputs, indices, schema, with_medians=True)
+        computed = compute_statistics(inputs, indices, schema, probabilities=(0.5,))
     selected = inputs[indices].astype(np.float64)
-    assert computed.median is not None
+    assert set(computed.quantiles) == {0.5}
     for column, values in enumerate(selected.T):
         values = values[~np.isnan(values)]
         assert computed.num_present[column] == len(values)
         if len(values):
-            assert computed.median[column] == np.median(values)
+            assert computed.quantiles[0.5][column] == np.median(values)
             scale = np.abs(values).max()
             assert abs(computed.mean[column] - values.mean()) <= 1e-12 * scale
             assert abs(np.sqrt(computed.variance[column]) - values.std()) <= 1e-7 * scale
@@ -116,9 +116,9 @@ def test_medians_of_many_rows_match_numpy() -> None:
     schema = Schema((Column("x", "number", 3),))
     for dtype in ("float32", "float64"):
         inputs = values.astype(dtype)
-        computed = compute_statistics(inputs, np.arange(100_000), schema, with_medians=True)
-        assert computed.median is not None
-        assert computed.median.tolist() == np.nanmedian(inputs[:100_000].astype(np.float64), axis=0).tolist()
+        computed = compute_statistics(inputs, np.arange(100_000), schema, probabilities=(0.5,))
+        assert set(computed.quantiles) == {0.5}
+        assert computed.quantiles[0.5].tolist() == np.nanmedian(inputs[:100_000].astype(np.float64), axis=0).tolist()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -39,31 +39,57 @@ def train_frame(folder: Path, frame: pd.DataFrame, task: Any, on_event: EventHan
         ([3.0, 7.0], "multiclass", ("3", "7")),
         ([-1, 1], "binary", ("-1", "1")),
         ([0, 1], "binary", ("0", "1")),
-        ([False, True], "binary", ("0", "1")),
+        ([False, True], "binary", ("false", "true")),
+        ([False, True], "multiclass", ("false", "true")),
+        ([False, True], {"kind": "binary", "positive": [False]}, ("true", "false")),
+        ([1, 2], "binary", ("1", "2")),
+        ([1.0, 2.0], "binary", ("1", "2")),
+        ([1, 2], {"kind": "binary", "positive": [2]}, ("1", "2")),
         ([1, 5], {"kind": "binary", "positive": [1]}, ("5", "1")),
+        (["no", "yes"], "binary", ("no", "yes")),
+        (["1", "2"], "binary", ("1", "2")),
+        (["no", "yes"], {"kind": "binary", "positive": ["no"]}, ("yes", "no")),
     ],
     ids=str,
 )
-def test_predictions_of_numeric_classes_are_the_labels(
-    tmp_path: Path, labels: list[Any], task: Any, names: tuple[str, ...]
-) -> None:
+def test_predictions_are_the_labels(tmp_path: Path, labels: list[Any], task: Any, names: tuple[str, ...]) -> None:
     x = np.random.default_rng(0).uniform(0, len(labels), 200)
     frame = pd.DataFrame({"x": x, "y": np.array(labels)[x.astype(int)]})
     run = train_frame(tmp_path, frame, task)
     model = load(run.url)
     assert model.classes == names
     predictions = model.predict(frame)
-    assert predictions.dtype == np.int64
+    assert predictions.dtype.kind == {bool: "b", str: "U"}.get(type(labels[0]), "i")
     assert (predictions == frame.y).mean() > 0.9
     assert model.predict_proba(frame).shape == (200, len(names))
     chosen = np.array(names)[model.predict_proba(frame).argmax(1)]
-    assert (chosen == predictions.astype(str)).all()
+    assert (chosen == np.char.lower(predictions.astype(str))).all()
     predict(run.url, input=str(tmp_path / "t.parquet"), output=str(tmp_path / "out.parquet"))
     written = pq.read_table(tmp_path / "out.parquet")
     assert written.schema.names == ["prediction", *(f"probability_{name}" for name in names)]
     assert written.column("prediction").to_pylist() == predictions.tolist()
     others = evaluate(run.url, data=str(tmp_path / "t.parquet")).metrics
     assert others["data/accuracy"] == (predictions == frame.y).mean()
+
+
+def test_class_that_merges_labels_is_named_negative_or_positive(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"x": np.arange(90.0), "y": np.arange(90) // 30})
+    run = train_frame(tmp_path, frame, {"kind": "binary", "positive": [2]})
+    assert load(run.url).classes == ("negative", "positive")
+
+
+@pytest.mark.parametrize("task", ["binary", {"kind": "binary", "class_weights": {True: 5.0, "false": 1.0}}])
+def test_booleans_that_a_function_returns_are_predicted_as_booleans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: Any
+) -> None:
+    source = "import numpy as np\ndef data():\n    x = np.arange(60.0)[:, None]\n    return x, x[:, 0] > 30\n"
+    (tmp_path / "boolean_labels.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    tree = {"name": "t", "data": {"source": {"call": "boolean_labels:data"}}, "task": task}
+    run = train(build_job(tree, "test"), storage=str(tmp_path / "runs"))
+    model = load(run.url)
+    assert model.classes == ("false", "true")
+    assert model.predict(np.array([[1.0], [59.0]])).tolist() == [False, True]
 
 
 def test_unseen_label_is_rejected(tmp_path: Path) -> None:

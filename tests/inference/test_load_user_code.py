@@ -148,4 +148,4 @@ def test_job_as_a_dict(job: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(JobError, match="modle: unknown key"):
         train({**job, "modle": {}})
     with pytest.raises(JobError, match="not a job, but a value of type int"):
-        train(3)  # type: ignore[arg-type]
+        train(3)

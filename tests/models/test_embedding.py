@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from pipeline.config import MlpConfig
 from pipeline.models import build_model, uses_rng
-from pipeline.models.mlp import compute_embedding_dim
 from pipeline.training.gradient_fns import select_gradient_backend
 from tests.training.factories import CPU, NUM_CLASSES, make_engine, make_job
 
@@ -62,8 +61,8 @@ def test_weights_depend_only_on_the_seed() -> None:
 
 @pytest.mark.parametrize(("num_codes", "width"), [(2, 2), (7, 5), (100, 21), (400, 46), (3000, 50)])
 def test_embedding_width_follows_the_documented_rule(num_codes: int, width: int) -> None:
-    assert compute_embedding_dim(MlpConfig(), num_codes) == width
-    assert compute_embedding_dim(MlpConfig(embedding_width=9), num_codes) == 9
+    assert MlpConfig().embedding_dim(num_codes) == width
+    assert MlpConfig(embedding_width=9).embedding_dim(num_codes) == 9
 
 
 @pytest.mark.parametrize("precision", ["fp64", "fp32", "bf16", "fp16"])

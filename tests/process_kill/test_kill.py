@@ -139,10 +139,27 @@ data:
   splits: {by: group, column: town, val: 0.2}
   cache: {folder: cache, in_memory_mb: 0}
 model: {kind: mlp, hidden: [8, 4], dropout: 0.1, freeze: [3.bias]}
-task: {kind: binary, positive: [dead], class_weights: balanced}
+task: {kind: binary, positive: [dead], class_weights: balanced, threshold: f1}
 train:
   batch_size: 32
   optimizer: {kind: adamw, groups: [{match: "embeddings.*", lr_factor: 2, weight_decay: 0}]}
+  phases: [{epochs: 24, lr: 0.02, schedule: cosine}]
+evaluate: {every_steps: 9}
+best: {metric: val/auc}
+checkpoint: {every_steps: 7, keep: 2}
+""",
+        [],
+    ),
+    "ensemble": (
+        """
+schema: 1
+name: victim
+data: {source: parquet, url: victims.parquet, label: fate, one_hot_up_to: 2, splits: {by: random, val: 0.2}}
+model: {kind: mlp, hidden: [8, 4], dropout: 0.1, ensemble: 3, numeric_embedding: periodic}
+task: {kind: binary, positive: [dead]}
+train:
+  batch_size: 32
+  optimizer: {kind: adamw, weight_decay: 0.01, decay: weights}
   phases: [{epochs: 24, lr: 0.02, schedule: cosine}]
 evaluate: {every_steps: 9}
 best: {metric: val/auc}

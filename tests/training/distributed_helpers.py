@@ -57,10 +57,13 @@ def make_data(job: JobConfig, device: torch.device = CPU) -> tuple[Tensor, Tenso
 
 
 def global_indices(schedule: TrainingSchedule, step: int) -> Tensor:
-    """Return the indices of a global batch; every epoch has another order."""
+    """Return the indices of a global batch, (rows, members); every epoch and member has another order."""
     epoch, index = schedule.epoch_of(step), (step - 1) % schedule.steps_per_epoch
-    order = torch.randperm(schedule.num_rows, generator=torch.Generator().manual_seed(epoch))
-    return order[index * schedule.batch_size : (index + 1) * schedule.batch_size]
+    orders = [
+        torch.randperm(schedule.num_rows, generator=torch.Generator().manual_seed(epoch + 1000 * member))
+        for member in range(schedule.job.members)
+    ]
+    return torch.stack(orders, 1)[index * schedule.batch_size : (index + 1) * schedule.batch_size]
 
 
 def rank_slice(count: int, rank: int, world_size: int) -> slice:
@@ -72,7 +75,7 @@ def rank_batches(
 ) -> Iterator[Batch]:
     for step in range(first_step, schedule.last_step + 1):
         indices = global_indices(schedule, step)
-        local = indices[rank_slice(len(indices), rank, world_size)]
+        local = indices[rank_slice(len(indices), rank, world_size)].flatten()
         yield Batch(step, data[0][local], data[1][local])
 
 
@@ -257,6 +260,16 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     },
     "adam": {"train": {"optimizer": {"kind": "adam"}, "phases": [{"epochs": 3, "lr": 0.01}]}},
     "deep": {"model": {"hidden": [9, 8, 7], "activation": "tanh"}},
+    "ensemble": {
+        "model": {"hidden": [9, 8], "ensemble": 3, "numeric_embedding": "periodic"},
+        "task": {"class_weights": "balanced"},
+        "train": {"clip_norm": 0.5},
+    },
+    "ensemble in micro-batches": {
+        "model": {"hidden": [8], "ensemble": 2},
+        "task": "binary",
+        "train": {"micro_batch": 1, "optimizer": {"kind": "adam"}, "phases": [{"epochs": 3, "lr": 0.01}]},
+    },
 }
 FLOAT32 = {"train": {"precision": "fp32", "batch_size": 7}}
 BATCH_NORM = {"model": {"hidden": [8], "batch_norm": True}, "train": {"batch_size": 12}}

@@ -31,6 +31,7 @@ TASKS: dict[str, Any] = {
     "multiclass": {},
     "weighted": {"kind": "multiclass", "class_weights": "balanced"},
     "binary": {"kind": "binary"},
+    "threshold": {"kind": "binary", "threshold": "f1"},
     "regression": {"kind": "regression", "loss": "mae"},
 }
 

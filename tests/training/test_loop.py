@@ -105,8 +105,12 @@ def test_too_few_batches_are_an_error() -> None:
         {"train": {"optimizer": {"kind": "adam"}}, "best": {"metric": "val/accuracy", "mode": "max"}},
         {"train": {"precision": "fp16", "optimizer": {"momentum": 0.9}}, "task": {"loss": f"{CUSTOM_METRICS}:steep"}},
         {"model": {"hidden": [8], "dropout": 0.5, "batch_norm": True}},
+        {
+            "model": {"hidden": [8], "dropout": 0.5, "ensemble": 3, "numeric_embedding": "periodic"},
+            "train": {"optimizer": {"kind": "adamw", "weight_decay": 0.1, "decay": "weights"}},
+        },
     ],
-    ids=["adam", "fp16", "dropout"],
+    ids=["adam", "fp16", "dropout", "ensemble"],
 )
 @given(at=st.integers(1, NUM_STEPS))
 @settings(deadline=None, max_examples=8)
@@ -319,6 +323,19 @@ def test_flushed_rows_are_gapless(
         if not waits:
             assert sum(rows["seconds"][1:]) == pytest.approx(rows["time"][-1] - rows["time"][0], abs=1e-5)
     assert all(len(block["step"]) for block in flushed)
+
+
+def test_counts_of_an_ensemble_are_those_of_rows() -> None:
+    """`samples` are rows, not rows times members; `correct` is the mean over the members, rounded."""
+    flushed: list[StepColumns] = []
+    buffer = StepMetricsBuffer(torch.tensor([6.0, 12.0, 8.0, 12.0]), flushed.append, members=3)
+    buffer.append(1, 1, 0.1)
+    buffer.flush()
+    (row,) = flushed
+    assert [row[name].tolist() for name in ("loss", "correct", "samples")] == [[0.5], [3.0], [4]]
+    rows = run(make_job(model={"hidden": [8], "ensemble": 3})).recorder.rows
+    assert [row["samples"] for row in rows[:5]] == [5, 5, 5, 5, 3]
+    assert all(0 <= row["correct"] <= row["samples"] for row in rows)
 
 
 def test_evaluation_time_is_not_in_the_next_step() -> None:

@@ -16,7 +16,7 @@ from sklearn import metrics as sk
 
 from pipeline.config import METRICS
 from pipeline.config.files import build_job
-from pipeline.config.metrics import make_target_names
+from pipeline.config.metrics import make_part_columns, make_part_names
 from pipeline.context import SingleProcessContext
 from pipeline.errors import JobError, WorkError
 from pipeline.training import metric_accumulator
@@ -75,8 +75,11 @@ def outputs_and_labels(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, int]:
 def test_multiclass_metrics_match_scikit_learn(case: tuple[np.ndarray, np.ndarray, int]) -> None:
     outputs, labels, classes = case
     counts = list(range(classes))
-    metrics = evaluate_outputs(make_task("multiclass", classes, class_counts=counts), outputs, labels)
-    assert list(metrics) == [*METRICS["multiclass"], "samples"]
+    names = [f"class {label}" for label in range(classes)]
+    task = make_task("multiclass", classes, class_counts=counts, class_names=names)
+    metrics = evaluate_outputs(task, outputs, labels)
+    parts = [f"{metric}_class_{label}" for metric in ("recall", "precision") for label in range(classes)]
+    assert list(metrics) == [*METRICS["multiclass"], *parts, "samples"]
     exponentials = np.exp(outputs.astype(np.float64) - outputs.max(1, keepdims=True))
     probabilities, predictions = exponentials / exponentials.sum(1, keepdims=True), outputs.argmax(1)
     with warnings.catch_warnings():
@@ -91,6 +94,18 @@ def test_multiclass_metrics_match_scikit_learn(case: tuple[np.ndarray, np.ndarra
         occurring = np.unique(labels)
         aucs = [sk.roc_auc_score(labels == k, probabilities[:, k]) for k in occurring] if len(occurring) > 1 else []
         assert metrics["auc"] == approximately(float(np.mean(aucs)) if aucs else math.nan)
+        average_precisions = [sk.average_precision_score(labels == k, probabilities[:, k]) for k in occurring]
+        assert metrics["average_precision"] == approximately(float(np.mean(average_precisions)))
+        options: Any = {"average": None, "labels": range(classes)}
+        assert [metrics[f"recall_class_{k}"] for k in range(classes)] == approximately(
+            sk.recall_score(labels, predictions, **options, zero_division=np.nan).tolist()
+        )
+        assert [metrics[f"precision_class_{k}"] for k in range(classes)] == approximately(
+            sk.precision_score(labels, predictions, **options).tolist()
+        )
+        if len(occurring) == classes:
+            one_hot = np.eye(classes)[labels]
+            assert metrics["average_precision"] == approximately(sk.average_precision_score(one_hot, probabilities))
         if classes > 2 and len(occurring) == classes:
             assert metrics["auc"] == approximately(sk.roc_auc_score(labels, probabilities, multi_class="ovr"))
     assert metrics["loss"] == metrics["log_loss"]
@@ -115,6 +130,12 @@ def test_binary_metrics_match_scikit_learn(case: tuple[np.ndarray, np.ndarray, i
         )
         one_class = len(np.unique(labels)) == 1
         assert metrics["auc"] == approximately(math.nan if one_class else sk.roc_auc_score(labels, probabilities))
+        average_precision = sk.average_precision_score(labels, outputs[:, 0]) if labels.any() else math.nan
+        assert metrics["average_precision"] == approximately(average_precision)
+        assert metrics["precision"] == approximately(sk.precision_score(labels, predictions))
+        for name, label in (("recall", 1), ("specificity", 0)):
+            expected = sk.recall_score(labels, predictions, pos_label=label, zero_division=np.nan)
+            assert metrics[name] == approximately(expected)
     assert metrics["baseline_accuracy"] == approximately(float((labels == 0).mean())), (
         "the lower of equally frequent classes"
     )
@@ -191,10 +212,12 @@ def test_targets_are_weighted_equally_whatever_their_units() -> None:
     assert evaluate_outputs(huge, np.array([[0.5, 0.0]]), np.zeros((1, 2)))["rmse"] == 0.25
 
 
-def test_target_names_are_metric_columns() -> None:
-    assert make_target_names(["a b", "a-b", "°", "x"], 4) == ("a_b", "a_b_1", "2", "x")
-    assert make_target_names([], 3) == ("0", "1", "2")
-    assert make_target_names(["x"], 1) == make_target_names([], 65) == ()
+def test_names_of_targets_and_classes_are_metric_columns() -> None:
+    assert make_part_names(["a b", "a-b", "°", "x"], 4) == ("a_b", "a_b_1", "2", "x")
+    assert make_part_names([], 3) == ("0", "1", "2")
+    assert make_part_names(["x"], 1) == make_part_names([], 65) == ()
+    assert make_part_columns("multiclass", ("a", "b")) == ["recall_a", "recall_b", "precision_a", "precision_b"]
+    assert make_part_columns("binary", ("a", "b")) == []
 
 
 def test_undefined_metrics_are_nan() -> None:
@@ -212,7 +235,7 @@ def test_undefined_metrics_are_nan() -> None:
 
 @pytest.mark.parametrize("kind", METRICS)
 def test_empty_data_has_no_metrics(kind: str) -> None:
-    task = make_task(kind, 1 if kind == "regression" else 3, class_counts=[1, 1, 1], target_mean=[0.0])
+    task = make_task(kind, 3 if kind == "multiclass" else 1, class_counts=[1, 1, 1], target_mean=[0.0])
     metrics = MetricAccumulator(task, CPU).compute(FakeContext())
     assert list(metrics) == [*METRICS[kind], "samples"]
     counted = {"samples": 0, "correct": 0}
@@ -225,7 +248,9 @@ def test_nonfinite_outputs_have_no_auc(kind: str, bad: float) -> None:
     outputs = np.zeros((4, 3 if kind == "multiclass" else 1))
     outputs[1, 0] = bad
     targets = np.array([0, 1, 0, 1]) if kind == "multiclass" else np.array([0.0, 1.0, 0.0, 1.0])
-    assert math.isnan(evaluate_outputs(make_task(kind), outputs, targets)["auc"])
+    metrics = evaluate_outputs(make_task(kind), outputs, targets)
+    assert math.isnan(metrics["auc"])
+    assert math.isnan(metrics["average_precision"])
 
 
 def test_collapsed_model_is_visible_next_to_its_baseline() -> None:
@@ -323,7 +348,7 @@ def test_too_large_split_is_reported_before_training() -> None:
     check_best_metric_gathered(job, 10, {"val": limit, "train": limit + 1})
     ((split, text),) = describe_oversized_splits(job, 10, {"val": 9, "train": limit + 1}).items()
     assert split == "train"
-    assert f"train has {limit + 1:,} samples, too many for auc and remembers" in text
+    assert f"train has {limit + 1:,} samples, too many for auc, average_precision and remembers" in text
     with pytest.raises(JobError, match="auc needs all samples at once") as caught:
         check_best_metric_gathered(job, 10, {"val": limit + 1})
     assert caught.value.where == "best.metric: val/auc"

@@ -150,6 +150,41 @@ def test_groups_match_torch_param_groups(config: dict[str, Any], dtype: torch.dt
     }, "state vectors cover all groups"
 
 
+@pytest.mark.parametrize("groups", [[], GROUPS], ids=["no groups", "groups"])
+@pytest.mark.parametrize("config", OPTIMIZER_CONFIGS, ids=str)
+def test_only_weight_matrices_decay(config: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    config = {**config, "weight_decay": 0.1}
+    weight_matrices = {"body.0.weight", "head.weight"}
+    values = initial_parameters(torch.float64)
+    ours = Optimizer(
+        OptimizerConfig.model_validate({**config, "groups": groups, "decay": "weights"}),
+        *(values, PARAMETER_SIZES, weight_matrices),
+    )
+    parts = {
+        name: tensor.clone().requires_grad_()
+        for name, tensor in split_parameters(initial_parameters(torch.float64)).items()
+    }
+    theirs = make_torch_optimizer({**config, "weight_decay": 0.0}, parts["body.2.weight"])
+    for name, factor, decay in (
+        ("body.0.weight", 0.1, 0.1),
+        ("body.0.bias", 1.0, 0.0),
+        ("body.2.bias", 1.0, 0.0),
+        ("head.weight", 10.0, 0.3),
+    ):
+        if not groups:
+            factor, decay = 1.0, 0.1 if name in weight_matrices else 0.0
+        theirs.add_param_group({"params": [parts[name]], "weight_decay": decay, "factor": factor})
+    for lr, gradient in zip(learning_rates(), make_gradients(torch.float64), strict=True):
+        ours.step(gradient.clone(), lr)
+        for name, grad in split_parameters(gradient).items():
+            parts[name].grad = grad.clone()
+        for group in theirs.param_groups:
+            group["lr"] = lr * group.get("factor", 1.0)
+        theirs.step()
+    expected = torch.cat([part.detach() for part in parts.values()])
+    torch.testing.assert_close(values, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_unmatched_group_is_a_job_error() -> None:
     config = OptimizerConfig.model_validate({"groups": [*GROUPS, {"match": "tail.*"}]})
     with pytest.raises(JobError, match=r"'tail\.\*' matches no parameter") as caught:

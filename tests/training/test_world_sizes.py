@@ -83,7 +83,7 @@ def train_with_torch(job: JobConfig) -> tuple[list[float], dict[str, Tensor]]:
     for step in range(1, schedule.last_step + 1):
         if schedule.should_reset_optimizer(step):
             optimizer = make_optimizer()
-        indices = distributed_helpers.global_indices(schedule, step)
+        indices = distributed_helpers.global_indices(schedule, step).flatten()
         outputs, batch_targets = model(inputs[indices].double()), targets[indices]
         if kind == "multiclass":
             loss = nn.functional.cross_entropy(outputs, batch_targets, weight)
@@ -115,7 +115,7 @@ def test_fp64_curves_match_plain_torch_for_any_world_size(name: str, outcomes: O
     for rank_outcome in results:
         assert rank_outcome["loss"] == pytest.approx(losses, rel=1e-9)
         assert rank_outcome["samples"] == [
-            len(distributed_helpers.global_indices(TrainingSchedule(job, 23), step))
+            len(distributed_helpers.global_indices(TrainingSchedule(job, 23), step))  # rows, not times members
             for step in range(1, len(losses) + 1)
         ]
         assert rank_outcome["correct"] == pytest.approx(results[0]["correct"], nan_ok=True)

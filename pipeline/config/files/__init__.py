@@ -14,10 +14,20 @@ from pipeline.config import STORED, JobConfig
 from pipeline.config.files.loading import apply_overrides, merge_bases, read_tree, require_mapping, with_absolute_paths
 from pipeline.config.files.validation_errors import explain_validation_error
 from pipeline.config.files.yaml_io import YamlDumper, parse_yaml
+from pipeline.config.recipes import fill_in_recipe, leave_out_replaced
 from pipeline.errors import JobError
 from pipeline.redaction import find_secrets
 
-__all__ = ["build_job", "dump_job", "load_job", "override_job", "parse_job", "parse_yaml", "resolve_job"]
+__all__ = [
+    "build_job",
+    "dump_job",
+    "list_recipe_sections",
+    "load_job",
+    "override_job",
+    "parse_job",
+    "parse_yaml",
+    "resolve_job",
+]
 
 IN_MEMORY = Path("job")
 """Used as the file of a job that is given as a mapping: for its folder, the working directory, and in messages."""
@@ -36,12 +46,33 @@ def load_job(path: str | Path, overrides: Iterable[str] = ()) -> JobConfig:
 
 
 def _build_with_overrides(tree: dict[str, Any], overrides: Iterable[str], path: Path) -> JobConfig:
-    job = build_job(apply_overrides(tree, overrides), where=str(path))
+    job = build_job(_fill_and_override(tree, list(overrides))[0], where=str(path))
     raise_if_secret(job, str(path))
     if job.code is not None and not Path(job.code).is_dir():
         fix = "give the folder of your modules, in a job file relative to the file's folder"
         raise JobError("no such folder", where=f"code: {job.code}", fix=fix)
     return job
+
+
+def list_recipe_sections(job: JobConfig | Mapping[str, Any] | str | Path, overrides: Iterable[str] = ()) -> list[str]:
+    """Return the names of the sections that the file or mapping of a valid job leaves out, so that they are those of
+    the recipe for its data."""
+    if isinstance(job, JobConfig):
+        return []
+    tree = merge_bases(deepcopy(dict(job)), IN_MEMORY) if isinstance(job, Mapping) else read_tree(Path(job))
+    return _fill_and_override(tree, list(overrides))[1]
+
+
+def _fill_and_override(tree: dict[str, Any], overrides: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return a job's tree with the recipe for its data and with overrides, and the sections that are the recipe's.
+
+    Overrides of the data come first, since the recipe depends on it."""
+    is_of_data = [override.strip().partition("=")[0].partition(".")[0] == "data" for override in overrides]
+    data_overrides = [override for override, is_data in zip(overrides, is_of_data, strict=True) if is_data]
+    others = [override for override, is_data in zip(overrides, is_of_data, strict=True) if not is_data]
+    apply_overrides(tree, data_overrides)
+    sections = leave_out_replaced(tree, fill_in_recipe(tree), others)
+    return apply_overrides(tree, others), sections
 
 
 def resolve_job(job: JobConfig | Mapping[str, Any] | str | Path, overrides: Iterable[str] = ()) -> JobConfig:

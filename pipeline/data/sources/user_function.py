@@ -78,7 +78,10 @@ def _to_dataset(returned: Any, where: str, float64: bool) -> Dataset:
     }
     if len(parts) == 2:
         _check_same_layout(parts["train"], parts["test"], where)
-    dataset = make_dataset(parts["train"], parts.get("test"), classes, names)
+    dataset = replace(
+        make_dataset(parts["train"], parts.get("test"), classes, names),
+        has_boolean_labels=pairs["train"][1].dtype == np.bool_,
+    )
     errors = [_max_rounding_errors(pairs[name][0], part.inputs) for name, part in parts.items()]
     if not np.any(errors):
         return dataset

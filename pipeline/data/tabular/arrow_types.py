@@ -12,7 +12,7 @@ from pipeline.errors import DataError
 
 FloatType = type[np.float32] | type[np.float64]
 
-ValueKind = Literal["whole", "real", "truth", "text", "vector", "bytes", "time", "null", "other"]
+ValueKind = Literal["whole", "real", "truth", "text", "vector", "bytes", "time", "clock", "duration", "null", "other"]
 
 KIND_NAMES: dict[ValueKind, str] = {
     "whole": "whole numbers",
@@ -22,6 +22,8 @@ KIND_NAMES: dict[ValueKind, str] = {
     "vector": "lists of numbers",
     "bytes": "bytes",
     "time": "times",
+    "clock": "times of day",
+    "duration": "durations",
     "null": "only nulls",
     "other": "neither numbers nor text",
 }
@@ -66,6 +68,10 @@ def arrow_kind(arrow_type: pa.DataType) -> ArrowKind:
         return ArrowKind("vector", 0, name)
     if types.is_timestamp(arrow_type) or types.is_date(arrow_type):
         return ArrowKind("time", type=name)
+    if types.is_time(arrow_type):
+        return ArrowKind("clock", type=name)
+    if types.is_duration(arrow_type):
+        return ArrowKind("duration", type=name)
     return ArrowKind("null" if types.is_null(arrow_type) else "other", type=name)
 
 

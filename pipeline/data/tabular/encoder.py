@@ -25,7 +25,9 @@ from pipeline.data.tabular.arrow_types import (
     unwrap_storage,
     value_type,
 )
+from pipeline.data.tabular.hashing import to_bucket_names
 from pipeline.data.tabular.schema import Column, Schema
+from pipeline.data.tabular.times import CLOCK_WIDTH, durations_to_seconds, times_to_numbers
 from pipeline.errors import DataError
 
 NUMERIC_PATTERN = re.compile(r"-?[0-9]+|true|false")
@@ -68,7 +70,11 @@ class TableEncoder:
             end = offset + column.width
             is_measured = rounding is not None and not is_exact(array.type, out.dtype)
             dtype = np.dtype(np.float64) if is_measured else out.dtype
-            if column.width == 1 and arrow_kind(array.type).kind in (*NUMERIC_KINDS, "null"):
+            if column.kind == "time":
+                values, is_measured = _times_to_array(array, column, findings), rounding is not None
+            elif arrow_kind(array.type).kind == "duration":
+                values, is_measured = durations_to_seconds(unwrap_storage(array))[:, None], rounding is not None
+            elif column.width == 1 and arrow_kind(array.type).kind in (*NUMERIC_KINDS, "null"):
                 values = to_float_array(array, dtype)[:, None]
             else:
                 values = _lists_to_array(array, column, dtype, findings)
@@ -76,6 +82,8 @@ class TableEncoder:
                 out[:, offset:end] = values
             if rounding is not None and is_measured:
                 errors = max_rounding_error(values, out[:, offset:end], kind=_number_kind(array.type))
+                if column.kind == "time":
+                    errors[1:] = 0.0  # positions in cycles need no more digits than float32 has
                 np.maximum(rounding[offset:end], errors, out=rounding[offset:end])
             findings.add(
                 column.name,
@@ -95,6 +103,8 @@ class TableEncoder:
                 where=findings.where,
                 fix="use the texts that these numbers stand for",
             )
+        if column.buckets:
+            texts = to_bucket_names(texts, text_codes, column.buckets)
         known = pc.index_in(texts, value_set=self._categories[column.name]).fill_null(len(column.categories))
         codes: np.ndarray = np.append(known.to_numpy(zero_copy_only=False).astype(np.float64), np.nan)[text_codes]
         return codes
@@ -211,15 +221,36 @@ def _missing_column_error(name: str, num_rows: int, names: Iterable[str], where:
 def _check_kind(column: Column, arrow_kind: ArrowKind, where: str) -> None:
     if column.kind == "category":
         is_valid = arrow_kind.kind in ("text", "null", *NUMERIC_KINDS)
+    elif column.kind == "time":
+        is_valid = arrow_kind.kind in (("clock", "null") if column.width == CLOCK_WIDTH else ("time", "text", "null"))
     elif arrow_kind.kind in ("vector", "bytes"):
         is_valid = arrow_kind.width in (0, column.width)
     else:
-        is_valid = arrow_kind.kind == "null" or (arrow_kind.kind in NUMERIC_KINDS and column.width == 1)
+        is_valid = arrow_kind.kind == "null" or (arrow_kind.kind in (*NUMERIC_KINDS, "duration") and column.width == 1)
     if not is_valid:
-        expected = "text" if column.kind == "category" else f"{column.width} numbers" if column.width > 1 else "numbers"
+        expected = f"{column.width} numbers" if column.width > 1 else "numbers"
+        if column.kind == "time":
+            expected = "times of day" if column.width == CLOCK_WIDTH else "dates or times"
+        elif column.kind == "category":
+            expected = "text"
         raise DataError(
             f"the column {column.name!r} holds {arrow_kind}; expected: {expected}", where=where, fix="cast it"
         )
+
+
+def _times_to_array(array: pa.Array, column: Column, findings: InvalidValues) -> np.ndarray:
+    """Return the numbers of dates and times, float64 (n, width), NaN where null."""
+    array = unwrap_storage(array)
+    if pa.types.is_null(array.type):
+        return np.full((len(array), column.width), np.nan)
+    try:
+        return times_to_numbers(array, column.width)
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"the column {column.name!r} has text that is not a date or time ({str(error).splitlines()[0]})",
+            where=findings.where,
+            fix="write all of them as 2024-05-31 or 2024-05-31T12:00:00, or all with a zone: 2024-05-31T12:00:00Z",
+        ) from error
 
 
 def _number_kind(arrow_type: pa.DataType) -> NumberKind:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-ColumnKind = Literal["number", "category"]
+from pipeline.data.tabular.times import CLOCK_WIDTH
+
+ColumnKind = Literal["number", "category", "time"]
 
 
 @dataclass(frozen=True)
@@ -14,13 +16,26 @@ class Column:
     """One feature.
 
     kind: number: `width` numbers (1, or the length of a fixed-size list), NaN if missing; booleans are 0 and 1.
-        category: one integer, the position of the text in `categories`, NaN if missing.
+        category: one integer, the position of the text in `categories`, NaN if missing. time: `width` numbers of a date
+        or time, see `times`.
+    buckets: of a category whose texts are hashed: their number. `categories` are then bucket numbers, see `hashing`.
     """
 
     name: str
     kind: ColumnKind
     width: int = 1
     categories: tuple[str, ...] = ()
+    buckets: int = 0
+
+    @property
+    def is_date(self) -> bool:
+        """Whether the column is dates, with or without a time of day."""
+        return self.kind == "time" and self.width != CLOCK_WIDTH
+
+    @property
+    def is_numeric(self) -> bool:
+        """Whether the column is one or more numbers, not a category."""
+        return self.kind != "category"
 
 
 @dataclass(frozen=True)

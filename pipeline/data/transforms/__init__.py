@@ -1,8 +1,7 @@
 """Transforms of raw samples to model inputs: fitted on the training rows only, stored with every checkpoint.
 
 `arrays` transforms arrays and images, `tabular` rows of tables; both have the same methods. `column_statistics`
-computes what `tabular` is fitted to; `leakage` warns about columns that are probably not intended; `column_report`
-counts values in new data that the training rows did not have.
+computes what `tabular` is fitted to; `column_report` counts values in new data that the training rows did not have.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from pipeline.data.dataset import Dataset
 from pipeline.data.transforms.arrays import ArrayTransform, TransformFn, fit_array_transform
 from pipeline.data.transforms.column_report import DataReport
 from pipeline.data.transforms.column_statistics import numeric_columns_of
-from pipeline.data.transforms.leakage import leakage_warnings
 from pipeline.data.transforms.tabular import TabularTransform, fit_tabular_transform
 
 __all__ = [
@@ -27,7 +25,6 @@ __all__ = [
     "ArrayTransform",
     "TabularTransform",
     "fit_input_transform",
-    "leakage_warnings",
     "numeric_columns_of",
     "input_transform_from_json",
 ]

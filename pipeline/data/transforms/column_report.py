@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline.data.statistics import iter_blocks
 from pipeline.data.tabular.schema import Column, Schema
+from pipeline.data.tabular.times import format_number
 from pipeline.data.transforms.arrays import ArrayTransform
 from pipeline.data.transforms.column_statistics import numeric_columns_of
 from pipeline.data.transforms.tabular import TabularTransform
@@ -57,6 +58,9 @@ class DataReport:
         low, high = (np.array(ends, np.float64) for ends in (input_transform.low, input_transform.high))
         self._has_ranges = len(low) == len(numeric_columns_of(self._schema))
         self._low, self._high = low - (high - low), high + (high - low)
+        if self._has_ranges:
+            is_position = _positions_in_cycles(self._schema)
+            self._low[is_position], self._high[is_position] = -np.inf, np.inf
 
     def add(
         self,
@@ -127,9 +131,9 @@ class DataReport:
         return {
             column.name: {
                 "rows": self._counts[column.name].num_rows,
-                "unseen": self._unseen_fraction(column, "category"),
+                "unseen": self._unseen_fraction(column),
                 "filled": self._filled_fraction(column),
-                "outside": self._unseen_fraction(column, "number") if self._has_ranges else None,
+                "outside": self._outside_fraction(column) if self._has_ranges else None,
             }
             for column in self._schema.columns
         }
@@ -138,9 +142,9 @@ class DataReport:
         """Return warnings about large fractions, the largest first."""
         warnings_by_fraction: list[tuple[float, str]] = []
         for number, column in enumerate(self._schema.columns):
-            if (fraction := self._unseen_fraction(column, "category")) > WARNING_FRACTION:
+            if (fraction := self._unseen_fraction(column)) > WARNING_FRACTION:
                 warnings_by_fraction.append((fraction, self._describe_unseen(column, fraction)))
-            if (fraction := self._unseen_fraction(column, "number")) > WARNING_FRACTION:
+            if (fraction := self._outside_fraction(column)) > WARNING_FRACTION:
                 warnings_by_fraction.append((fraction, self._describe_outside(number, column, fraction)))
             training_fraction = self._transform.null_fractions[number] if self._transform.null_fractions else 0.0
             if (fraction := self._filled_fraction(column)) > training_fraction + WARNING_FRACTION:
@@ -159,8 +163,8 @@ class DataReport:
         lines_by_fraction = []
         for column in self._schema.columns:
             kinds = {
-                "never seen in training": self._unseen_fraction(column, "category"),
-                "far outside the training range": self._unseen_fraction(column, "number"),
+                "never seen in training": self._unseen_fraction(column),
+                "far outside the training range": self._outside_fraction(column),
                 "without a value": self._filled_fraction(column),
             }
             parts = [f"{_format_percent(fraction)} {kind}" for kind, fraction in kinds.items() if fraction]
@@ -170,9 +174,13 @@ class DataReport:
         more = [f"and {len(messages) - MAX_LISTED:,} more columns: see --json"] if len(messages) > MAX_LISTED else []
         return messages[:MAX_LISTED] + more
 
-    def _unseen_fraction(self, column: Column, kind: str) -> float:
+    def _unseen_fraction(self, column: Column) -> float:
         counts = self._counts[column.name]
-        return counts.num_unseen / max(counts.num_rows, 1) if column.kind == kind else 0.0
+        return 0.0 if column.is_numeric else counts.num_unseen / max(counts.num_rows, 1)
+
+    def _outside_fraction(self, column: Column) -> float:
+        counts = self._counts[column.name]
+        return counts.num_unseen / max(counts.num_rows, 1) if column.is_numeric else 0.0
 
     def _filled_fraction(self, column: Column) -> float:
         counts = self._counts[column.name]
@@ -180,6 +188,12 @@ class DataReport:
 
     def _describe_unseen(self, column: Column, fraction: float) -> str:
         counts = self._counts[column.name]
+        if column.buckets:
+            return (
+                f"column {column.name!r}: {_format_percent(fraction)} of {counts.num_rows:,} values are in a bucket "
+                f"that no training row was in, such as {counts.example!r}; each is encoded as none of the "
+                f"{len(column.categories):,} buckets of training"
+            )
         near = difflib.get_close_matches(counts.example, column.categories[:1000], n=1) or column.categories[:1]
         training_example = f" (training had {near[0]!r})" if near else ""
         return (
@@ -191,10 +205,13 @@ class DataReport:
     def _describe_outside(self, number: int, column: Column, fraction: float) -> str:
         counts, offset = self._counts[column.name], self._numeric_offset(number)
         ends = slice(offset, offset + column.width)
+        if column.kind == "time":
+            ends = slice(offset, offset + 1)  # the others are positions in cycles
         low, high = min(self._transform.low[ends]), max(self._transform.high[ends])
         return (
             f"column {column.name!r}: {_format_percent(fraction)} of {counts.num_rows:,} values are far outside the "
-            f"training range, {low:g} to {high:g}, such as {counts.example}; they are used unchanged"
+            f"training range, {_format_number(column, low)} to {_format_number(column, high)}, such as "
+            f"{counts.example}; they are used unchanged"
         )
 
     def _describe_filled(self, number: int, column: Column, fraction: float) -> str:
@@ -203,7 +220,7 @@ class DataReport:
             f", in training {_format_percent(transform.null_fractions[number])}" if transform.null_fractions else ""
         )
         assert isinstance(transform, TabularTransform), "arrays have no missing values"
-        if column.kind == "number":
+        if column.is_numeric:
             fill = transform.fill[self._numeric_offset(number)]
             treatment = f"filled with {fill:g}" if column.width == 1 else "filled element by element"
         else:
@@ -219,17 +236,27 @@ class DataReport:
 
     def _numeric_offset(self, number: int) -> int:
         """Return the index of a column's first number among all numbers."""
-        return sum(column.width for column in self._schema.columns[:number] if column.kind == "number")
+        return sum(column.width for column in self._schema.columns[:number] if column.is_numeric)
 
 
 def _format_example(
     column: Column, categories: tuple[str, ...], value: float, row: int, original_value: OriginalValueFn | None
 ) -> str:
-    if column.kind == "number":
-        return f"{value:g}"
+    if column.is_numeric:
+        return _format_number(column, value)
     if value < len(categories):
         return categories[int(value)]
     return str(original_value(column.name, row)) if original_value is not None else "another"
+
+
+def _format_number(column: Column, value: float) -> str:
+    return format_number(value, column.width) if column.kind == "time" else f"{value:g}"
+
+
+def _positions_in_cycles(schema: Schema) -> np.ndarray:
+    """Return which numbers of a row are positions in cycles: all of a date or time but the first, bool (n,)."""
+    numbers = [column for column in schema.columns if column.is_numeric]
+    return np.array([column.kind == "time" and index > 0 for column in numbers for index in range(column.width)], bool)
 
 
 def _unknown_categories(categories: tuple[str, ...], training_categories: tuple[str, ...]) -> list[bool]:

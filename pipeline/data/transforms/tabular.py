@@ -13,15 +13,29 @@ from torch import Tensor
 
 from pipeline.config import ImputationConfig, JobConfig, NormalizeConfig, TableDataConfig
 from pipeline.data.dataset import DatasetPart
-from pipeline.data.serialization import VERSION, check_stored_values, parse_float_name
+from pipeline.data.serialization import ENCODINGS_VERSION, VERSION, check_stored_values, parse_float_name
 from pipeline.data.statistics import iter_blocks
+from pipeline.data.tabular.hashing import bucket_of
 from pipeline.data.tabular.schema import Column, ColumnKind, Schema
+from pipeline.data.tabular.times import TIME_WIDTHS
 from pipeline.data.transforms.arrays import WHERE, TransformFn, fixed_mean_and_std
 from pipeline.data.transforms.column_statistics import (
     ColumnStatistics,
     categorical_columns_of,
     compute_statistics,
     numeric_columns_of,
+)
+from pipeline.data.transforms.number_encodings import (
+    ENCODING_KINDS,
+    QUARTILES,
+    EncodingKind,
+    Knots,
+    check_knots,
+    compute_knots,
+    compute_robust_scale,
+    count_outputs,
+    make_encoding_fn,
+    select_encoding,
 )
 from pipeline.errors import DataError
 
@@ -41,8 +55,9 @@ STORED_STATISTICS = (*REQUIRED_STATISTICS, "low", "high")
 class TabularTransform:
     """How rows of a table are transformed: plain values, the same for training, evaluation and prediction.
 
-    A transformed row contains first its numbers, filled and scaled; then each categorical column of at most
-    `one_hot_up_to` codes, one-hot encoded; then each categorical column with more codes as its code, an integer.
+    A transformed row contains first its numbers, filled and scaled, or encoded otherwise; then each categorical column
+    of at most `one_hot_up_to` codes, one-hot encoded; then each categorical column with more codes as its code, an
+    integer.
 
     The codes of a categorical column are 1 for its first category, 2 for the next, and so on: the categories of the
     training rows, and after them one for missing values, if a training row has one and `data.missing` makes them a
@@ -51,6 +66,8 @@ class TabularTransform:
 
     schema: the columns of a raw row, with the categories of the training rows only.
     fill, mean, std: for each number, in the order of the schema: the replacement for a missing value; (x - mean) / std.
+        With an encoding they are numbers near its values and the scale of their differences; for robust, the median and
+        the scale.
     missing_codes: for each categorical column, the code of a missing value.
     one_hot_up_to: the largest number of codes that is one-hot encoded.
     kinds_without_missing: kinds of columns in which missing values are an error.
@@ -61,6 +78,8 @@ class TabularTransform:
     null_fractions: for each column, the fraction of training rows without a value.
         These three are not used by the transform: new data is compared with them. They are empty in checkpoints of
         earlier versions.
+    encoding: of the numbers, see `number_encodings`; None for (x - mean) / std.
+    knots: for each number, what its encoding was fitted to; empty for None and robust.
     """
 
     schema: Schema
@@ -74,6 +93,13 @@ class TabularTransform:
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
     null_fractions: tuple[float, ...] = ()
+    encoding: EncodingKind | None = None
+    knots: Knots = ()
+
+    @property
+    def num_numbers(self) -> int:
+        """How many of the first elements of a transformed row are numbers; one-hot columns follow, then codes."""
+        return count_outputs(self.encoding, len(self.fill), self.knots)
 
     @property
     def named_columns(self) -> Schema:
@@ -94,7 +120,7 @@ class TabularTransform:
     def output_shape(self) -> tuple[int, ...]:
         """Shape of a transformed row."""
         one_hot = sum(codes for codes in self._max_codes() if codes <= self.one_hot_up_to)
-        return (len(self.fill) + one_hot + len(self.code_sizes),)
+        return (self.num_numbers + one_hot + len(self.code_sizes),)
 
     def check_missing_values(self, raw: np.ndarray, schema: Schema | None = None) -> None:
         """Check that columns have no missing values where `data.missing` is fail.
@@ -120,13 +146,14 @@ class TabularTransform:
         schema = schema or self.schema
         for column, offset in zip(schema.columns, schema.offsets, strict=True):
             column_counts = counts[offset : offset + column.width]
-            if column.kind in self.kinds_without_missing and column_counts.any():
+            kind: ColumnKind = "number" if column.is_numeric else "category"
+            if kind in self.kinds_without_missing and column_counts.any():
                 column_first_rows = first_rows[offset : offset + column.width]
                 raise DataError(
                     f"{column_counts.max():,} of {len(raw):,} rows have no value in column {column.name!r}, the first "
                     f"is row {column_first_rows[column_first_rows >= 0].min()}",
-                    where=f"data.missing.{'numeric' if column.kind == 'number' else 'categorical'}",
-                    fix=f"fill them, leave the column out of data.features, or set {MISSING_VALUE_HINTS[column.kind]}",
+                    where=f"data.missing.{'numeric' if column.is_numeric else 'categorical'}",
+                    fix=f"fill them, leave the column out of data.features, or set {MISSING_VALUE_HINTS[kind]}",
                 )
 
     def make_transform_fn(
@@ -153,7 +180,7 @@ class TabularTransform:
         offsets = torch.from_numpy(categorical_columns_of(self.schema)).to(device)
         starts, targets, values = (part.to(device) for part in self._build_lookup(input_schema or self.schema))
         values = values.to(dtype)
-        count, width = len(self.fill), self.output_shape[0]
+        count, width = self.num_numbers, self.output_shape[0]
 
         def transform(rows: Tensor) -> Tensor:
             codes = rows.index_select(1, offsets)
@@ -190,15 +217,18 @@ class TabularTransform:
         ]
 
     def _make_numeric_fn(self, device: torch.device, dtype: torch.dtype) -> TransformFn:
-        fill, mean, std = (torch.tensor(values, dtype=torch.float64) for values in (self.fill, self.mean, self.std))
         work = torch.float64 if self.dtype == "float64" else dtype
+        numeric_columns = torch.from_numpy(numeric_columns_of(self.schema)).to(device)
+        has_numbers_only = len(numeric_columns) == self.schema.width
+        if self.encoding is not None:
+            encode = make_encoding_fn(self.encoding, self.fill, self.mean, self.std, self.knots, device, work)
+            return lambda rows: encode(rows.index_select(1, numeric_columns).to(work)).to(dtype)
+        fill, mean, std = (torch.tensor(values, dtype=torch.float64) for values in (self.fill, self.mean, self.std))
         # Columns far from zero keep their digits only if the mean is subtracted first. `offset` corrects the rounding
         # of the mean to `work`.
         shift = mean.to(work)
         offset, factor, filled = ((shift.double() - mean) / std, 1 / std, (fill - mean) / std)
         shift, offset, factor, filled = (values.to(device, work) for values in (shift, offset, factor, filled))
-        numeric_columns = torch.from_numpy(numeric_columns_of(self.schema)).to(device)
-        has_numbers_only = len(numeric_columns) == self.schema.width
 
         def transform(rows: Tensor) -> Tensor:
             values = (rows if has_numbers_only else rows.index_select(1, numeric_columns)).to(work)
@@ -216,7 +246,7 @@ class TabularTransform:
         widths = np.where(is_one_hot, codes, 1)
         begins = np.empty(len(codes), np.int64)
         order = np.argsort(~is_one_hot, kind="stable")  # one-hot columns first
-        begins[order] = len(self.fill) + np.concatenate([[0], widths[order].cumsum()[:-1]])
+        begins[order] = self.num_numbers + np.concatenate([[0], widths[order].cumsum()[:-1]])
         input_columns = [column for column in input_schema.columns if column.kind == "category"]
         targets: list[np.ndarray] = []
         values: list[np.ndarray] = []
@@ -236,20 +266,28 @@ class TabularTransform:
     def to_json(self) -> dict[str, Any]:
         """Return plain values; `input_transform_from_json` restores the same object from them."""
         parts = {name: iter(getattr(self, name)) for name in (STORED_STATISTICS if self.low else REQUIRED_STATISTICS)}
-        missing, nulls = iter(self.missing_codes), iter(self.null_fractions)
+        missing, nulls, knots = iter(self.missing_codes), iter(self.null_fractions), iter(self.knots)
         columns: list[dict[str, Any]] = []
         for column in self.schema.columns:
             stored: dict[str, Any]
             if column.kind == "category":
                 stored = {"levels": list(column.categories), "missing": next(missing)}
+                if column.buckets:
+                    stored["hashed"] = column.buckets
             else:
                 stored = {name: list(islice(part, column.width)) for name, part in parts.items()}
+                if self.knots:
+                    stored["knots"] = [list(values) for values in islice(knots, column.width)]
             if self.null_fractions:
                 stored["nulls"] = next(nulls)
             columns.append({"name": column.name, "kind": column.kind, **stored})
+        is_new = self.encoding is not None or any(
+            column.buckets or column.kind == "time" for column in self.schema.columns
+        )
         return {
-            "version": VERSION,
+            "version": ENCODINGS_VERSION if is_new else VERSION,
             "kind": "table",
+            **({} if self.encoding is None else {"encoding": self.encoding}),
             "one_hot_up_to": self.one_hot_up_to,
             "refused": list(self.kinds_without_missing),
             "dtype": self.dtype,
@@ -272,22 +310,31 @@ class TabularTransform:
             }
             missing: list[int] = []
             nulls: list[float] = []
+            knots: list[tuple[float, ...]] = []
+            encoding = values.get("encoding")
+            if encoding not in (None, *ENCODING_KINDS):
+                raise ValueError(f"encoding {encoding!r}")
             for stored in values["columns"]:
                 name = str(stored["name"])
                 if "nulls" in stored_parts:
                     nulls.append(float(stored["nulls"]))
                 if stored["kind"] == "category":
-                    columns.append(Column(name, "category", categories=tuple(map(str, stored["levels"]))))
+                    levels = tuple(map(str, stored["levels"]))
+                    columns.append(Column(name, "category", categories=levels, buckets=int(stored.get("hashed", 0))))
                     missing.append(int(stored["missing"]))
-                elif stored["kind"] == "number":
+                elif stored["kind"] in ("number", "time"):
                     widths = {len(stored[part]) for part in numbers}
                     if len(widths) != 1:
                         raise ValueError(f"column {name!r} has parts of different lengths")
-                    columns.append(Column(name, "number", widths.pop()))
+                    columns.append(Column(name, stored["kind"], widths.pop()))
+                    if stored["kind"] == "time" and columns[-1].width not in TIME_WIDTHS:
+                        raise ValueError(f"column {name!r} has {columns[-1].width} numbers of a time")
                     for part, values_of_part in numbers.items():
                         values_of_part += map(float, stored[part])
+                    knots += (tuple(map(float, positions)) for positions in stored.get("knots", ()))
                 else:
                     raise ValueError(f"kind {stored['kind']!r}")
+            check_knots(encoding, len(numbers["fill"]), tuple(knots))
             return cls(
                 Schema(tuple(columns)),
                 tuple(numbers["fill"]),
@@ -300,16 +347,18 @@ class TabularTransform:
                 low=tuple(numbers.get("low", ())),
                 high=tuple(numbers.get("high", ())),
                 null_fractions=tuple(nulls),
+                encoding=encoding,
+                knots=tuple(knots),
             )
 
 
 def fit_tabular_transform(
     job: JobConfig, dataset_part: DatasetPart, schema: Schema, indices: np.ndarray
 ) -> TabularTransform:
-    """Fit what `data.missing` and `data.normalize` ask for; auto is standard.
+    """Fit what `data.missing`, `data.normalize` and `model.numeric_embedding` ask for; auto is standard.
 
-    Standard deviations are those of the filled columns, and 1 for constant ones. A column without any value is filled
-    with 0.
+    Standard deviations are those of the filled columns, and 1 for constant ones. Quantiles are those of the values that
+    are present. A column without any value is filled with 0.
 
     Parameters
     ----------
@@ -321,19 +370,25 @@ def fit_tabular_transform(
     DataError: the normalization does not fit a table; with `missing: fail`, any row has a missing value.
     """
     assert isinstance(job.data, TableDataConfig), "only tables have a schema"
-    missing = job.data.missing
-    statistics = compute_statistics(dataset_part.inputs, indices, schema, with_medians=missing.numeric == "median")
+    missing, encoding = job.data.missing, select_encoding(job)
+    probabilities = QUARTILES if encoding == "robust" else (0.5,) if missing.numeric == "median" else ()
+    statistics = compute_statistics(dataset_part.inputs, indices, schema, probabilities=probabilities)
     fill = _fill_values(missing, statistics)
-    mean, std = _compute_mean_and_std(job.data.normalize, statistics, fill, len(indices))
+    normalize = job.data.normalize if encoding is None else "standard"
+    mean, std = _compute_mean_and_std(normalize, statistics, fill, len(indices))
+    if encoding == "robust":
+        first, median, third = (statistics.quantiles[quartile] for quartile in QUARTILES)
+        mean = np.where(statistics.num_present > 0, median, fill)
+        std = compute_robust_scale(first, third, statistics.low, statistics.high)
     columns: list[Column] = []
     codes: list[int] = []
     for column in schema.columns:
-        if column.kind == "number":
+        if column.is_numeric:
             columns.append(column)
             continue
         is_present, has_missing = statistics.present_categories[len(codes)], bool(statistics.num_missing[len(codes)])
         categories, code = _fit_categories(column, is_present, has_missing, missing.categorical)
-        columns.append(Column(column.name, "category", categories=categories))
+        columns.append(replace(column, categories=categories))
         codes.append(code)
     imputation: dict[ColumnKind, object] = {"number": missing.numeric, "category": missing.categorical}
     fitted = TabularTransform(
@@ -348,6 +403,12 @@ def fit_tabular_transform(
         low=tuple(np.where(statistics.num_present > 0, statistics.low, fill).tolist()),
         high=tuple(np.where(statistics.num_present > 0, statistics.high, fill).tolist()),
         null_fractions=_compute_null_fractions(schema, statistics, len(indices)),
+        encoding=encoding,
+        knots=(
+            compute_knots(encoding, dataset_part.inputs, indices, numeric_columns_of(schema), fill)
+            if encoding is not None
+            else ()
+        ),
     )
     fitted.check_missing_values(dataset_part.inputs)
     return fitted
@@ -356,7 +417,7 @@ def fit_tabular_transform(
 def _fill_values(config: ImputationConfig, statistics: ColumnStatistics) -> np.ndarray:
     if isinstance(config.numeric, float):
         return np.full(len(statistics.num_present), config.numeric)
-    fill = statistics.mean if statistics.median is None else statistics.median
+    fill = statistics.quantiles[0.5] if config.numeric == "median" else statistics.mean
     return np.where(statistics.num_present > 0, fill, 0.0)
 
 
@@ -408,6 +469,8 @@ def _fit_categories(
     categories = [category for category, present in zip(column.categories, is_present, strict=True) if present]
     if strategy in ("own_level", "fail"):
         return tuple(categories), len(categories) + 1 if has_missing and strategy == "own_level" else 0
+    if column.buckets:
+        strategy = str(bucket_of(strategy, column.buckets))
     if has_missing and strategy not in categories:
         categories.append(strategy)
     return tuple(categories), categories.index(strategy) + 1 if strategy in categories else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -55,15 +55,16 @@ class MetricSchema:
                 raise ValueError(f"the column {name!r} must have one type in both tables")
 
     @classmethod
-    def from_job(cls, job: JobConfig, num_targets: int | None = None) -> MetricSchema:
+    def from_job(cls, job: JobConfig, metric_columns: Sequence[str] | None = None) -> MetricSchema:
         """Return the columns for the metrics of the job's task and of its user, and for fp16 those of the loss scale.
 
         Parameters
         ----------
-        num_targets: number of targets of a regression; default: those of `data.label`.
+        metric_columns: see `JobConfig.metric_columns`; by default those that the job alone determines.
         """
         standard_names = {name for name, _ in _EVALUATION_COLUMNS}
-        names = [name for name in job.metric_columns(num_targets) if name not in standard_names]
+        columns = job.metric_columns() if metric_columns is None else metric_columns
+        names = [name for name in columns if name not in standard_names]
         steps = ("loss_scale", "skipped") if job.train.precision == "fp16" else ()
         return cls(steps=dict.fromkeys(steps, "float64"), evaluations=dict.fromkeys(names, "float64"))
 
@@ -83,10 +84,6 @@ class MetricSchema:
         ):
             raise StorageError("it contains columns of an unknown type", where="job.yaml", fix="restore it")
         return cls(steps, evaluations)
-
-    def columns_missing_from(self, other: MetricSchema) -> list[str]:
-        """Return the evaluation columns that a run with another schema lacks."""
-        return [name for name in self.evaluations if name not in other.evaluations]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for the `columns` record of a run."""

@@ -48,6 +48,7 @@ def open_image_folder(job: JobConfig, on_progress: ProgressFn, *, float64: bool)
         classes=(),
         fingerprint=digest,
         label_names=listing.label_names,
+        has_boolean_labels=listing.has_boolean_labels,
         split_columns={
             name: SplitColumn(column.values[rows], column.value_names, column.is_time)
             for name, column in listing.split_columns.items()

@@ -38,6 +38,7 @@ class ImageListing:
     checksums: checksum of each file's content by its store, see `storage.read_files.store_checksum`.
     targets: int64 (N,), or float64 (N,) for numbers.
     label_names: sorted label texts, which the targets index; empty for numbers.
+    has_boolean_labels: whether the targets 0 and 1 are booleans in the table.
     split_columns: the column that the job's splits use, by name.
     is_folder: whether the files come from listing a folder, rather than from a table.
     """
@@ -48,6 +49,7 @@ class ImageListing:
     checksums: tuple[str, ...]
     targets: np.ndarray
     label_names: tuple[str, ...] = ()
+    has_boolean_labels: bool = False
     split_columns: dict[str, SplitColumn] = field(default_factory=dict)
     is_folder: bool = True
 
@@ -259,7 +261,14 @@ def _list_table(job: JobConfig, data: ImageFolderDataConfig) -> ImageListing:
         map_in_threads(reader.stat, paths, select_num_read_threads(reader.is_remote))
     )
     return ImageListing(
-        reader, paths, *sizes_and_checksums, targets, label_names=names, split_columns=columns, is_folder=False
+        reader,
+        paths,
+        *sizes_and_checksums,
+        targets,
+        label_names=names,
+        has_boolean_labels=arrow_kind(table.schema.field(data.label).type).kind == "truth",
+        split_columns=columns,
+        is_folder=False,
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.config import JobConfig, TableDataConfig
 from pipeline.data.cache import get_or_build
 from pipeline.data.dataset import Dataset, DatasetPart
+from pipeline.data.sources.tables.auto_features import select_auto_features, with_features
 from pipeline.data.sources.tables.columns import TableSelection, select_columns
 from pipeline.data.sources.tables.decode import (
     DecodedTable,
@@ -67,6 +68,7 @@ def open_table(job: JobConfig, on_progress: Callable[[str], None], *, float64: b
                 fix="check data.url, and the program that wrote the files",
             )
         fingerprint = files.compute_fingerprint(on_progress)
+        job, left_out = select_auto_features(files, job, fingerprint, on_progress)
         selection = select_columns(files, job)
         shape, kind = input_array_layout(selection, files.num_rows, dtype)
         _check_shape(selection)
@@ -85,7 +87,11 @@ def open_table(job: JobConfig, on_progress: Callable[[str], None], *, float64: b
                 data.cache, _cache_key(fingerprint, selection, dtype), build, size_bytes=size + other_bytes
             )
             decoded = DecodedTable.load(entry)
-        dataset = _to_dataset(selection, decoded, fingerprint, files)
+        dataset = replace(
+            _to_dataset(selection, decoded, fingerprint, files),
+            left_out=left_out,
+            reopen_with_features=lambda names: open_table(with_features(job, names), on_progress, float64=float64),
+        )
     if float64 or dataset.rounding_errors is None:
         return dataset
     return replace(dataset, reopen_in_float64=lambda: open_table(job, on_progress, float64=True))
@@ -104,14 +110,19 @@ def fingerprint_table(job: JobConfig, on_progress: Callable[[str], None]) -> str
 
 
 def _to_dataset(selection: TableSelection, decoded: DecodedTable, fingerprint: str, files: TableFiles) -> Dataset:
-    label_names = [decoded.categories[name] for name, kind in selection.labels if kind.kind == "text"]
+    label_names = [decoded.categories[name] if kind.kind == "text" else () for name, kind in selection.labels]
+    booleans = tuple(index for index, (_, kind) in enumerate(selection.labels) if kind.kind == "truth")
+    has_columns = selection.label_as == "classes" and len(selection.labels) > 1
     return Dataset(
         train=DatasetPart(decoded.inputs, decoded.targets),
         test=None,
         classes=(),
         fingerprint=fingerprint,
         schema=build_schema(selection, decoded.categories),
-        label_names=label_names[0] if label_names else (),
+        label_names=label_names[0] if label_names and not has_columns else (),
+        has_boolean_labels=bool(booleans) and not has_columns,
+        column_label_names=tuple(label_names) if has_columns else (),
+        boolean_label_columns=booleans if has_columns else (),
         split_columns=build_split_column(selection, decoded, files.url),
         warnings=files.warnings,
         rounding_errors=_rounding_by_channel(selection, decoded.rounding),

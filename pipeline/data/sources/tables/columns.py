@@ -7,32 +7,36 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import CsvDataConfig, JobConfig, TableDataConfig, TimeSplitsConfig
 from pipeline.data.sources.tables.files import TableFiles
-from pipeline.data.tabular.arrow_types import NUMERIC_KINDS, ArrowKind, common_kind
+from pipeline.data.tabular.arrow_types import NUMERIC_KINDS, ArrowKind, common_kind, value_type
 from pipeline.data.tabular.encoder import suggest_columns
 from pipeline.data.tabular.schema import ColumnKind
+from pipeline.data.tabular.times import feature_width
 from pipeline.errors import DataError
 
 PANDAS_INDEX = "__index_level_*__"
 """Columns in which pandas stores the index of a filtered frame. No pattern matches them."""
 
-CAST = "cast it to numbers or text, or exclude it by listing the other columns under data.features"
+CAST = "cast it to numbers or text, or list it under data.exclude"
 
 
 @dataclass(frozen=True)
 class FeatureColumn:
-    """One feature. width: as in `Schema`."""
+    """One feature. width, buckets: as in `Schema`."""
 
     name: str
     kind: ColumnKind
     width: int
+    buckets: int = 0
 
     @property
     def cache_key(self) -> str:
-        return f"Feature(name={self.name!r}, kind={self.kind!r}, width={self.width!r})"
+        buckets = f", buckets={self.buckets!r}" if self.buckets else ""
+        return f"Feature(name={self.name!r}, kind={self.kind!r}, width={self.width!r}{buckets})"
 
 
 @dataclass(frozen=True)
@@ -100,14 +104,22 @@ def select_columns(files: TableFiles, job: JobConfig) -> TableSelection:
         *([(split, "data.splits.column")] if split is not None else []),
     ]:
         columns.require(name, where)
-    names = _select_feature_names(data, columns.names, split)
+    names = select_feature_names(data, columns.names)
     kinds = {name: columns.merged_kind(name) for name in names}
     categorical = _match_patterns(data.categorical, columns.names, "data.categorical")
+    dates = _match_patterns(data.dates, columns.names, "data.dates")
+    hashed: dict[str, int] = {}
+    for pattern, buckets in data.hashed.items():
+        for name in _match_patterns([pattern], columns.names, "data.hashed"):
+            hashed.setdefault(name, buckets)
     shape, raw = _sample_shape(data.shape, kinds)
     for name in data.text_columns if isinstance(data, CsvDataConfig) else ():
         columns.require(name, "data.text_columns")
     return TableSelection(
-        features=tuple(_make_feature(name, kind, name in categorical, files) for name, kind in kinds.items()),
+        features=tuple(
+            _make_feature(name, kind, files, name in categorical, name in dates, hashed.get(name, 0))
+            for name, kind in kinds.items()
+        ),
         labels=tuple((name, _check_label(name, columns.merged_kind(name), job, files.url)) for name in data.labels),
         label_as="numbers" if job.task.kind == "regression" else "classes",
         split=None if split is None else (split, columns.merged_kind(split)),
@@ -156,6 +168,18 @@ class _FileColumns:
         return merged
 
 
+def merge_column_kinds(files: TableFiles) -> tuple[dict[str, ArrowKind], dict[str, DataError]]:
+    """Return the kinds of the columns over all files, in order; and of each column that has none, because it is not in
+    every file or has different types, the error that says so."""
+    columns, kinds, errors = _FileColumns(files), {}, {}
+    for name in columns.names:
+        try:
+            kinds[name] = columns.merged_kind(name)
+        except DataError as error:
+            errors[name] = error
+    return kinds, errors
+
+
 def _match_patterns(patterns: Iterable[str], names: list[str], where: str) -> set[str]:
     """Return the names that patterns match. A pattern that equals a name matches only that name."""
     matched: set[str] = set()
@@ -169,36 +193,56 @@ def _match_patterns(patterns: Iterable[str], names: list[str], where: str) -> se
     return matched
 
 
-def _select_feature_names(data: TableDataConfig, names: list[str], split: str | None) -> list[str]:
-    """Return the feature columns, in the order of the files."""
-    for name in data.features:
+def select_feature_names(data: TableDataConfig, names: list[str]) -> list[str]:
+    """Return the feature columns, in the order of the files. `features: auto` counts as all."""
+    is_auto = data.features == "auto"
+    patterns = [] if data.features == "auto" else data.features
+    for name in patterns:
         if name in data.labels:
             raise DataError(
                 f"the label {name!r} is among the features",
                 where="data.features",
                 fix="remove it: the model would predict the label from itself",
             )
-        if name in data.keys or name == split:
+        if name in data.keys or name == data.splits_column:
             role, key = ("a key", "data.keys") if name in data.keys else ("the column of the splits", "data.splits")
             raise DataError(
                 f"{name!r} is {role}, and a feature", where="data.features", fix=f"remove it here, or from {key}"
             )
-    reserved = {*data.labels, *data.keys, split}
-    chosen: set[str] = set()
-    for pattern in data.features:
-        free = [name for name in names if name not in reserved]
-        chosen |= _match_patterns([pattern], free, "data.features")
+    reserved = {*data.labels, *data.keys, data.splits_column}
+    free = [name for name in names if name not in reserved]
+    excluded = _match_patterns(data.exclude, free, "data.exclude")
+    if named_twice := next((name for name in patterns if name in excluded), None):
+        raise DataError(
+            f"{named_twice!r} is excluded, and a feature",
+            where="data.features",
+            fix="remove it here, or from data.exclude",
+        )
+    all_names = {name for name in free if not fnmatchcase(name, PANDAS_INDEX)}
+    chosen = (all_names if is_auto else _match_patterns(patterns, free, "data.features")) - excluded
+    if not chosen:
+        where, fix = ("data.exclude", "exclude fewer columns") if excluded else ("data", "add columns to predict from")
+        raise DataError("no column is left to be a feature", where=where, fix=fix)
     return [name for name in names if name in chosen]
 
 
-def _make_feature(name: str, arrow_kind: ArrowKind, is_categorical: bool, files: TableFiles) -> FeatureColumn:
+def _make_feature(
+    name: str, arrow_kind: ArrowKind, files: TableFiles, is_categorical: bool, is_date: bool, buckets: int
+) -> FeatureColumn:
     where = f"{files.files[0].where} ({files.row_counts[0]:,} rows)"
     if arrow_kind.kind == "null":  # a category without values, so that any new data fits; there is a warning of it
         return FeatureColumn(name, "category", 1)
-    if arrow_kind.kind in ("time", "other"):
+    if arrow_kind.kind == "other":
         raise DataError(f"the column {name!r} has {arrow_kind}", where=where, fix=CAST)
+    if is_date and arrow_kind.kind not in ("time", "text"):
+        raise DataError(f"{name!r} has {arrow_kind}, not dates", where="data.dates", fix="remove it there")
+    if arrow_kind.kind in ("time", "clock") or is_date:
+        types = [value_type(files.column_types(number)[name]) for number in range(len(files.files))]
+        return FeatureColumn(name, "time", max(feature_width(kind) for kind in types if not pa.types.is_null(kind)))
     if arrow_kind.kind == "text" or (is_categorical and arrow_kind.kind in NUMERIC_KINDS):
-        return FeatureColumn(name, "category", 1)
+        return FeatureColumn(name, "category", 1, buckets)
+    if buckets:
+        raise DataError(f"{name!r} has {arrow_kind}, not text", where="data.hashed", fix="remove it there")
     if is_categorical:
         raise DataError(f"{name!r} has {arrow_kind}, not categories", where="data.categorical", fix="remove it there")
     return FeatureColumn(name, "number", arrow_kind.width or _find_list_length(name, files))
@@ -239,10 +283,10 @@ def _check_label(name: str, arrow_kind: ArrowKind, job: JobConfig, url: str) -> 
             where=url,
             fix="use task: multiclass or binary" if arrow_kind.kind == "text" else "use a column of numbers or text",
         )
-    if not is_regression and len(job.data.labels) > 1:
+    if job.task.kind not in ("multilabel", "regression") and len(job.data.labels) > 1:
         raise DataError(
             f"{job.task.kind} takes one label, not {len(job.data.labels)}",
             where="data.label",
-            fix="set one column, or use task: regression",
+            fix="set one column, or use task: regression, or task: multilabel for columns of two values",
         )
     return arrow_kind

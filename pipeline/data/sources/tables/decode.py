@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from pipeline.data.cache import CacheEntry
 from pipeline.data.dataset import SplitColumn
-from pipeline.data.sources.tables.columns import TableSelection
+from pipeline.data.sources.tables.columns import FeatureColumn, TableSelection
 from pipeline.data.sources.tables.files import TableFiles
 from pipeline.data.tabular.arrow_types import (
     FloatType,
@@ -28,6 +28,7 @@ from pipeline.data.tabular.arrow_types import (
     unwrap_storage,
 )
 from pipeline.data.tabular.encoder import TableEncoder
+from pipeline.data.tabular.hashing import bucket_names
 from pipeline.data.tabular.schema import Column, Schema
 from pipeline.errors import DataError
 from pipeline.events import ProgressFn
@@ -136,11 +137,18 @@ def build_schema(selection: TableSelection, categories: Categories) -> Schema | 
                 feature.name,
                 feature.kind,
                 feature.width,
-                categories[feature.name] if feature.kind == "category" else (),
+                _feature_categories(feature, categories),
+                feature.buckets,
             )
             for feature in selection.features
         )
     )
+
+
+def _feature_categories(feature: FeatureColumn, categories: Categories) -> tuple[str, ...]:
+    if feature.buckets:
+        return bucket_names(feature.buckets)
+    return categories[feature.name] if feature.kind == "category" else ()
 
 
 def build_split_column(selection: TableSelection, decoded: DecodedTable, url: str) -> dict[str, SplitColumn]:
@@ -159,7 +167,7 @@ def build_split_column(selection: TableSelection, decoded: DecodedTable, url: st
 
 def _collect_categories(files: TableFiles, selection: TableSelection) -> Categories:
     """Return the texts of categorical features, labels and the split column, in a pass over these columns alone."""
-    categorical = {feature.name for feature in selection.features if feature.kind == "category"}
+    categorical = {feature.name for feature in selection.features if feature.kind == "category" and not feature.buckets}
     others = [*selection.labels, *([selection.split] if selection.split else [])]
     names = sorted(categorical | {name for name, kind in others if kind.kind == "text"})
     texts: dict[str, set[str]] = {name: set() for name in names}
@@ -175,7 +183,7 @@ def _collect_categories(files: TableFiles, selection: TableSelection) -> Categor
                         f"the column {name!r} has more than {MAX_CATEGORIES:,} categories in {files.num_rows:,} rows: "
                         "it looks like a key",
                         where=file.where,
-                        fix="list it under data.keys",
+                        fix="list it under data.keys, or give it buckets in data.hashed",
                     )
             invalid.num_rows += batch.num_rows
         invalid.raise_if_any()

@@ -19,6 +19,7 @@ from pipeline.data.cache import scratch_folder, track_folder_growth
 from pipeline.data.sources import file_digests
 from pipeline.data.sources.file_digests import DataFile, FileDigests, FileStamp, evenly_spaced_ranges
 from pipeline.data.sources.tables.partitions import ListedFile, find_table_files
+from pipeline.data.stored_tables import find_stored_digest
 from pipeline.data.tabular.arrow_types import ArrowKind, arrow_kind
 from pipeline.errors import DataError
 from pipeline.events import ProgressFn
@@ -110,16 +111,24 @@ class TableFiles(ABC):
     def num_rows(self) -> int:
         return sum(self.row_counts)
 
+    @property
+    def num_bytes(self) -> int:
+        """The size of all files."""
+        return self._total_bytes
+
     def compute_fingerprint(self, on_progress: ProgressFn = lambda text: None) -> str:
         """Return the SHA-256 in hex over name, size and content of every file, sorted by name.
 
-        Modification times and locations are not included. For the tokens of the content see
+        Modification times and locations are not included. A table that `stored_tables` wrote has the digest in its
+        name. For the tokens of the content see
         `pipeline.data.sources.file_digests`.
 
         Parameters
         ----------
         on_progress: called with a progress message, at most once a second.
         """
+        if (stored_digest := find_stored_digest(self._data_url)) is not None:
+            return stored_digest
         self._digests = FileDigests(
             self._data_files,
             self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from urllib.parse import unquote
 
+from pipeline.data.stored_tables import explaining_missing_table
 from pipeline.errors import DataError
 from pipeline.redaction import redact
 from pipeline.storage.read_files import FileReader, as_data_errors, find_files
@@ -37,7 +38,7 @@ def find_table_files(url: str) -> tuple[FileReader, list[ListedFile]]:
     ------
     DataError: an unusable URL, no permission, a broken link, or no files.
     """
-    with as_data_errors(redact(url)):
+    with explaining_missing_table(url), as_data_errors(redact(url)):
         reader, infos = find_files(url)
     files = [
         ListedFile(name, reader.location(name), info.size, _parse_partitions(name), info.checksum)

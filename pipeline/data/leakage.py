@@ -1,6 +1,9 @@
-"""Warnings about columns of a table: constant ones, and ones that leak the target."""
+"""Columns of a table that are probably not intended: constant ones, and ones that leak the target."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -8,7 +11,6 @@ from pipeline.config import JobConfig
 from pipeline.data.dataset import Dataset, DatasetPart
 from pipeline.data.statistics import iter_blocks
 from pipeline.data.tabular.schema import Schema
-from pipeline.data.transforms.column_statistics import numeric_columns_of
 
 MAX_SCANNED_ROWS = 100_000
 MAX_SCANNED_VALUES = 1 << 20
@@ -34,41 +36,80 @@ LEAKAGE_CORRELATION = 0.9999
 """Correlation of a column with a numeric target from which on it counts as a leak."""
 
 
-def leakage_warnings(job: JobConfig, dataset: Dataset, indices: np.ndarray) -> list[str]:
-    """Return warnings about columns of a table that are constant or empty in training, or that leak the target.
+@dataclass(frozen=True)
+class UnhelpfulColumns:
+    """Columns of a table that are probably not intended, by name.
+
+    constant: what each has in all training rows: "no value" or "the same value".
+    leaks: columns that alone predict the label.
+    num_rows: the training rows that were checked for leaks.
+    """
+
+    constant: Mapping[str, str]
+    leaks: tuple[str, ...]
+    num_rows: int
+
+
+def find_unhelpful_columns(job: JobConfig, dataset: Dataset, indices: np.ndarray) -> UnhelpfulColumns:
+    """Return the columns of a table that are constant or empty in training, or that leak the target.
 
     A column leaks a label if one of two rules predicts 99.9 % of the labels, and the most frequent label is below 99 %:
     each category (or value) predicts its most frequent label, where categories of a single row count as wrong; or, for
-    numbers, each class is a range of values. A column leaks a numeric target if their correlation is above 0.9999.
+    numbers, each class is a range of values. A column leaks a numeric target, or a label of a multilabel task, if their
+    correlation is above 0.9999.
 
     Parameters
     ----------
     indices: the training split in `dataset.train`, int64 (n,): no other row is read.
     """
-    if dataset.schema is None:
-        return []
+    assert dataset.schema is not None, "a table"
     part = dataset.train
     sampled_indices = _sample_stretches(
         indices, max(min(MAX_SCANNED_ROWS, MAX_SCANNED_VALUES // max(dataset.schema.width, 1)), NUM_SCREENING_ROWS)
     )
     inputs, targets = part.inputs[sampled_indices], part.targets[sampled_indices]
-    messages = [
-        f"column {name!r} has {what} in all training rows: it carries no information"
-        for name, what in _constant_columns(part, dataset.schema, indices, inputs)
-    ]
-    find_leaks = _correlated_columns if job.task.kind == "regression" else _predictive_columns
+    find_leaks = _correlated_columns if job.task.kind in ("multilabel", "regression") else _predictive_columns
     leaking_columns = (
-        find_leaks(inputs, targets, set(numeric_columns_of(dataset.schema).tolist()))
-        if len(sampled_indices) >= MIN_ROWS
-        else set()
+        find_leaks(inputs, targets, _numeric_columns(dataset.schema)) if len(sampled_indices) >= MIN_ROWS else set()
     )
-    for column, first in zip(dataset.schema.columns, dataset.schema.offsets, strict=True):
-        if not leaking_columns.isdisjoint(range(first, first + column.width)):
-            messages.append(
-                f"column {column.name!r} alone predicts the label (target leakage): leave it out of data.features "
-                "unless it is known before the label is"
-            )
-    return messages
+    return UnhelpfulColumns(
+        constant=dict(_constant_columns(part, dataset.schema, indices, inputs)),
+        leaks=tuple(
+            column.name
+            for column, first in zip(dataset.schema.columns, dataset.schema.offsets, strict=True)
+            if not leaking_columns.isdisjoint(range(first, first + column.width))
+        ),
+        num_rows=len(sampled_indices),
+    )
+
+
+def leakage_warnings(job: JobConfig, dataset: Dataset, indices: np.ndarray) -> list[str]:
+    """Return warnings about columns of a table that are constant or empty in training, or that leak the target, see
+    `find_unhelpful_columns`."""
+    if dataset.schema is None:
+        return []
+    found = find_unhelpful_columns(job, dataset, indices)
+    return [
+        *(
+            f"column {name!r} has {what} in all training rows: it carries no information"
+            for name, what in found.constant.items()
+        ),
+        *(
+            f"column {name!r} alone predicts the label (target leakage): leave it out with data.exclude unless it is "
+            "known before the label is"
+            for name in found.leaks
+        ),
+    ]
+
+
+def _numeric_columns(schema: Schema) -> set[int]:
+    """Return the columns of the matrix that hold numbers."""
+    return {
+        offset + index
+        for column, offset in zip(schema.columns, schema.offsets, strict=True)
+        for index in range(column.width)
+        if column.kind == "number"
+    }
 
 
 def _sample_stretches(indices: np.ndarray, count: int) -> np.ndarray:
