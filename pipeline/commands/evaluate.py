@@ -171,7 +171,7 @@ def _with_other_data(job: JobConfig, url: str, fitted: FittedTransforms) -> JobC
         update |= {"dates": [glob.escape(name) for name in dates]}
     elif isinstance(job.data, TableDataConfig) and job.data.splits_column is not None:
         update |= {"keys": [*job.data.keys, job.data.splits_column]}  # else it would count as a second feature
-    data = job.data
+    data: FileDataConfig = job.data
     if isinstance(data, TableDataConfig):
         schema = fitted.input_transform.schema
         texts = [

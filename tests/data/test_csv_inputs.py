@@ -114,7 +114,6 @@ REJECTED = {
     "truncated gzip": (gzip.compress(b"a,y\n1,p\n" * 9)[:-6], "is corrupt or truncated"),
     "Parquet": (b"PAR1" + b"\0" * 20, "is not CSV but Parquet\n.*source: parquet"),
     "JSON lines": (b'{"a": 1}\n', "is not CSV but JSON lines.*\n.*source: jsonl"),
-    "times": (b"a,y\n2024-01-01,p\n", "the column 'a' has times"),
 }
 
 
