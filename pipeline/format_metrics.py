@@ -39,11 +39,12 @@ def headline_fields(metrics: Mapping[str, float], best_metric: str = "") -> list
 
 def format_metric_table(metrics: Mapping[str, float], split: str) -> list[str]:
     """Format one line for each metric of a split: `accuracy           0.8800 (majority class: 0.8800)`; and one for
-    each class of a multiclass task, with its recall and precision."""
+    each class of a multiclass task, with its recall and precision, or each label of a multilabel task."""
     values = select_split(metrics, split)
     classes = [name.removeprefix("recall_") for name in values if name.startswith("recall_")]
     classes = [name for name in classes if f"precision_{name}" in values]
-    of_classes = {f"{metric}_{name}" for metric in ("recall", "precision") for name in classes}
+    part_metrics = ["recall", "precision", *(["auc"] if any(f"auc_{name}" in values for name in classes) else [])]
+    of_classes = {f"{metric}_{name}" for metric in part_metrics for name in classes}
     hidden = {"correct", "samples", *of_classes}
     shown = [name for name in values if name not in hidden and not name.startswith("baseline_")]
     width = max(map(len, shown), default=0)
@@ -55,12 +56,15 @@ def format_metric_table(metrics: Mapping[str, float], split: str) -> list[str]:
             notes.insert(0, "in standard deviations")
         beside = f" ({'; '.join(notes)})" if notes else ""
         lines.append(f"{name.ljust(width)}  {format_number(values[name])}{beside}")
-    width = max(map(len, ["class", *classes]))
-    rows = [("class", "recall", "precision")] if classes else []
-    rows += [
-        (name, format_number(values[f"recall_{name}"]), format_number(values[f"precision_{name}"])) for name in classes
-    ]
-    return lines + [f"{name.ljust(width)}  {recall:>6}  {precision:>9}" for name, recall, precision in rows]
+    if not classes:
+        return lines
+    kind = "class" if "auc" not in part_metrics else "label"
+    width = max(map(len, [kind, *classes]))
+    lines.append(kind.ljust(width) + "".join(f"  {metric.rjust(9)}" for metric in part_metrics))
+    for name in classes:
+        cells = [values.get(f"{metric}_{name}", math.nan) for metric in part_metrics]
+        lines.append(name.ljust(width) + "".join(f"  {format_number(cell).rjust(9)}" for cell in cells))
+    return lines
 
 
 def _baseline_column(name: str) -> tuple[str, str]:
@@ -83,7 +87,12 @@ def baseline_warning(metrics: Mapping[str, float], split: str) -> str:
     return ""
 
 
-def format_divergence_advice(run: str, best_step: int | None, last_step: int | None, no_gain: str = "") -> str:
+LOWER_LEARNING_RATE = "lower the learning rate (train.phases) or set train.clip_norm"
+
+
+def format_divergence_advice(
+    run: str, best_step: int | None, last_step: int | None, no_gain: str = "", change: str = LOWER_LEARNING_RATE
+) -> str:
     """Return what to do about a run whose loss or weights became NaN or infinite: the same command would fail again.
 
     Parameters
@@ -91,8 +100,9 @@ def format_divergence_advice(run: str, best_step: int | None, last_step: int | N
     best_step, last_step: of the best and the last checkpoint; None if there is none.
     no_gain: message that no evaluation is better than before training, so that no checkpoint is worth starting from;
         else empty.
+    change: what to change in the job.
     """
-    advice = "lower the learning rate (train.phases) or set train.clip_norm: the changed job is a new run"
+    advice = f"{change}: the changed job is a new run"
     if no_gain:
         return f"{advice}; {no_gain}, so no checkpoint is worth starting from"
     if best_step is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.column_table import ColumnUse, describe_columns, format_column_table
-from pipeline.config import FileDataConfig, JobConfig, ParquetDataConfig
+from pipeline.config import FileDataConfig, JobConfig, TableDataConfig
 from pipeline.config.files import dump_job, list_recipe_sections, resolve_job
 from pipeline.errors import WorkError
 from pipeline.events import ProgressFn
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 OVERFIT_STEPS = 2000
 OVERFIT_LOSS = 0.01
 """`--overfit` succeeds below this loss: a probability of 0.99 for the right class on average."""
+
+LOSS_TOLERANCE = 1e-3
+"""`--batch` warns if an update raises the loss by more than this fraction: less may be rounding."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ def check(
             from pipeline.data.sources import check_data_exists
 
             check_data_exists(job)
-        columns, warnings = describe_columns(job, on_progress) if isinstance(job.data, ParquetDataConfig) else ([], [])
+        columns, warnings = describe_columns(job, on_progress) if isinstance(job.data, TableDataConfig) else ([], [])
         return CheckResult(job, sections, tuple(columns), warnings=tuple(warnings))
     from pipeline.device import restore_torch_settings
     from pipeline.setup import build_training, prepare_data
@@ -130,13 +134,14 @@ def check(
     code = collect_user_code(job)
     with code.activated(), restore_torch_settings():
         prepared = prepare_data(job, initial_weights=find_initial_weights(job, job.storage), code=code)
+        inspected = _inspect_batch(prepared, build_training(prepared)) if batch else None
         return CheckResult(
             job,
             sections,
             (),
-            _inspect_batch(prepared, build_training(prepared)) if batch else None,
+            inspected,
             _overfit_batch(prepared, build_training(prepared), where) if overfit else None,
-            tuple(prepared.warnings),
+            (*prepared.warnings, *(_divergence_warnings(job, inspected) if inspected is not None else ())),
         )
 
 
@@ -175,6 +180,19 @@ def _inspect_batch(prepared: PreparedData, built: TrainingSetup) -> dict[str, An
         "loss_after": after,
         "lr": schedule.lr_at(1),
     }
+
+
+def _divergence_warnings(job: JobConfig, batch: Mapping[str, Any]) -> list[str]:
+    """Return a warning if one update raises the loss of the batch that it was computed on."""
+    from pipeline.training.divergence import suggest_stable_settings
+
+    before, after = batch["loss_before"], batch["loss_after"]
+    if math.isfinite(after) and after <= before * (1 + LOSS_TOLERANCE):
+        return []
+    return [
+        f"one update raises the loss of its own batch from {before:.4g} to {after:.4g}, so that training may diverge: "
+        f"{suggest_stable_settings(job, 1)}"
+    ]
 
 
 def _overfit_batch(prepared: PreparedData, built: TrainingSetup, where: str) -> dict[str, Any]:

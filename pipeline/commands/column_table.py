@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import JobConfig, MlpConfig, ParquetDataConfig
+from pipeline.config import JobConfig, MlpConfig, TableDataConfig
 from pipeline.data.auto_features import leave_out_columns
 from pipeline.data.dataset import Dataset
 from pipeline.data.leakage import leakage_warnings
@@ -17,8 +17,10 @@ from pipeline.data.sources import open_dataset
 from pipeline.data.sources.tables.profile import profile_table
 from pipeline.data.splits import make_splits
 from pipeline.data.statistics import iter_blocks
+from pipeline.data.tabular.hashing import bucket_of
 from pipeline.data.tabular.profile import ColumnProfile
 from pipeline.data.tabular.schema import Column
+from pipeline.data.tabular.times import CLOCK_WIDTH, DATE_WIDTH, TIMESTAMP_WIDTH
 from pipeline.data.targets import fit_target_transform, label_warnings
 from pipeline.events import ProgressFn
 from pipeline.redaction import resolve_env
@@ -28,6 +30,12 @@ MAX_LISTED_VALUES = 5
 MAX_LISTED_CLASSES = 10
 MAX_CELL = 40
 """Characters of a column's name, and of its range."""
+
+TIME_PARTS = {
+    DATE_WIDTH: "days and positions in year and week",
+    TIMESTAMP_WIDTH: "days and positions in year, week and day",
+    CLOCK_WIDTH: "position in the day",
+}
 
 NOT_LISTED = "not in data.features"
 
@@ -109,8 +117,9 @@ def describe_columns(job: JobConfig, on_progress: ProgressFn = lambda text: None
     DataError: what training would raise.
     """
     data = job.data
-    assert isinstance(data, ParquetDataConfig), "a job on a table"
-    profiles = profile_table(resolve_env(data.url, "data.url"), on_progress=on_progress)
+    assert isinstance(data, TableDataConfig), "a job on a table"
+    resolved = data.model_copy(update={"url": resolve_env(data.url, "data.url")})
+    profiles = profile_table(resolved, on_progress=on_progress)
     dataset = open_dataset(job, on_progress)
     splits = make_splits(job, dataset)
     targets = fit_target_transform(job, dataset, splits)
@@ -145,26 +154,33 @@ def _describe_features(job: JobConfig, dataset: Dataset, indices: np.ndarray) ->
     """Yield the name of each column of the inputs, and what it becomes."""
     if dataset.schema is None:
         return
-    assert isinstance(job.data, ParquetDataConfig), "a job on a table"
+    assert isinstance(job.data, TableDataConfig), "a job on a table"
     num_codes = _count_codes(job, dataset, indices)
     for column in dataset.schema.columns:
-        use = _describe_categories(job, num_codes[column.name]) if column.kind == "category" else _describe_number(job)
-        yield column.name, f"{column.width:,} numbers, each {use}" if column.width > 1 else use
+        if column.kind == "category":
+            use = _describe_categories(job, num_codes[column.name])
+            yield column.name, f"hashed to {column.buckets:,} buckets, {use}" if column.buckets else use
+            continue
+        use = _describe_number(job)
+        parts = f", {TIME_PARTS[column.width]}" if column.kind == "time" else ""
+        yield column.name, f"{column.width:,} numbers{parts}, each {use}" if column.width > 1 else use
 
 
 def _describe_number(job: JobConfig) -> str:
     data = job.data
-    assert isinstance(data, ParquetDataConfig), "a job on a table"
+    assert isinstance(data, TableDataConfig), "a job on a table"
     normalize = data.normalize if isinstance(data.normalize, str) else "fixed"
     scale = {"auto": "standard scale", "none": "unscaled"}.get(normalize, f"{normalize} scale")
     missing = data.missing.numeric
     fill = f"missing: {missing}" if isinstance(missing, str) else f"missing: {missing:g}"
     embedding = getattr(job.model, "numeric_embedding", "none")
+    if embedding == "piecewise":
+        return f"piecewise-linear bins, {fill}"
     return ", ".join([scale, fill, *([f"{embedding} embedding"] if embedding != "none" else [])])
 
 
 def _describe_categories(job: JobConfig, num_codes: int) -> str:
-    assert isinstance(job.data, ParquetDataConfig), "a job on a table"
+    assert isinstance(job.data, TableDataConfig), "a job on a table"
     if num_codes <= job.data.one_hot_up_to:
         return f"one-hot: {num_codes:,}"
     if isinstance(job.model, MlpConfig):  # code 0 stands for categories that no training row has
@@ -175,7 +191,7 @@ def _describe_categories(job: JobConfig, num_codes: int) -> str:
 def _count_codes(job: JobConfig, dataset: Dataset, indices: np.ndarray) -> dict[str, int]:
     """Return the number of codes of each categorical column: the categories of the training rows, and one for missing
     values if they are a category."""
-    assert isinstance(job.data, ParquetDataConfig), "a job on a table"
+    assert isinstance(job.data, TableDataConfig), "a job on a table"
     assert dataset.schema is not None, "a table"
     pairs = zip(dataset.schema.columns, dataset.schema.offsets, strict=True)
     columns: list[tuple[Column, int]] = [(column, offset) for column, offset in pairs if column.kind == "category"]
@@ -188,7 +204,8 @@ def _count_codes(job: JobConfig, dataset: Dataset, indices: np.ndarray) -> dict[
     counts = {}
     for column, _ in columns:
         *known, has_missing = present[column.name].tolist()
-        is_known = replacement in column.categories and known[column.categories.index(replacement)]
+        category = str(bucket_of(replacement, column.buckets)) if column.buckets else replacement
+        is_known = category in column.categories and known[column.categories.index(category)]
         counts[column.name] = sum(known) + (has_missing and replacement != "fail" and not is_known)
     return counts
 
@@ -201,7 +218,7 @@ def _describe_label(job: JobConfig, profile: ColumnProfile | None) -> str:
     return f"label: {', '.join(counts)}{f' and {left:,} more' if left > 0 else ''}"
 
 
-def _is_listed(data: ParquetDataConfig, name: str) -> bool:
+def _is_listed(data: TableDataConfig, name: str) -> bool:
     return data.features == "auto" or any(fnmatchcase(name, pattern) for pattern in data.features)
 
 

@@ -136,7 +136,9 @@ def draft_job(name: str, url: str, labels: Sequence[str], *, on_progress: Progre
         raise InputError(
             f"is {NAMES[source]}, not a table", where=redact(url), fix="write a job file: `trainyard init NAME`"
         )
-    profile = profile_table(url, source, labels, on_progress)
+    data = SOURCE_CONFIGS[source].model_validate({"source": source, "url": url, "label": list(labels)})
+    assert isinstance(data, TableDataConfig), "a source of tables"
+    profile = profile_table(data, labels, on_progress)
     task, reason = choose_task([profile[label] for label in labels], url)
     notes = split_notes([column for name, column in profile.items() if name not in labels])
     num_rows, num_columns = next(iter(profile.values())).num_rows, len(profile) - len(set(labels))
@@ -185,9 +187,7 @@ def choose_task(labels: Sequence[ColumnProfile], url: str) -> tuple[dict[str, An
         reason = f"{label.name!r} has {label.num_distinct} different {what} ({listed})"
         if label.num_distinct > 2:
             return {"kind": "multiclass"}, reason
-        last = max(values, key=_order)
-        task = {"kind": "binary"} if kind == "truth" else {"kind": "binary", "positive": [_plain_label(last)]}
-        return task, f"{reason}; {_format_value(last)} counts as positive"
+        return {"kind": "binary"}, f"{reason}; {_format_value(max(values, key=_order))} counts as positive"
     more = " or more" if label.has_more_distinct else ""
     what = "whole numbers" if label.is_whole else "numbers"
     return {"kind": "regression"}, f"{label.name!r} has {label.num_distinct:,}{more} different {what}"
@@ -303,10 +303,6 @@ def _order(value: Any) -> Any:
 
 def _format_value(value: Any) -> str:
     return repr(value) if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else f"{value:g}"
-
-
-def _plain_label(value: Any) -> Any:
-    return int(value) if isinstance(value, float) else value
 
 
 def _table_name(url: str) -> str:

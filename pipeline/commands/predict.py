@@ -95,11 +95,12 @@ def predict(
 
     The columns are the job's `keys` that the input has (for images: `path`); `prediction`, a class or a value (with
     several labels, one `prediction_LABEL` for each; with `task.quantiles`, `prediction_q10` for the quantile 0.1 and so
-    on, and `prediction`, the median, if it is one of them); `probability_CLASS` for each class; and for an ensemble
-    `uncertainty`, the members' disagreement (see `Predictor.predict_with_uncertainty`; with several labels
-    `uncertainty_LABEL`). A key with the name of one of these columns gets the prefix `key_`. A key has one type for all
-    files: the wider one if theirs differ, text for categories. The output is written completely or not at all. Memory
-    holds one batch of the input, and the compressed output.
+    on, and `prediction`, the median, if it is one of them; for multilabel `prediction_LABEL` and
+    `probability_LABEL`, that of the label's positive value); `probability_CLASS` for each class; and for an ensemble
+    `uncertainty`, the members' disagreement (see `Predictor.predict_with_uncertainty`; with several labels or quantiles
+    `uncertainty_LABEL` or `uncertainty_q10`). A key with the name of one of these columns gets the prefix `key_`. A key
+    has one type for all files: the wider one if theirs differ, text for categories. The output is written completely or
+    not at all. Memory holds one batch of the input, and the compressed output.
 
     Files, their columns and types, and the output's location are checked before the first prediction.
 
@@ -380,14 +381,19 @@ def _prediction_columns(
     """Return the predictions by the names of their columns in the output."""
     predictions = predictor.decode_predictions(scores)
     quantiles = predictor.fitted.target_transform.quantiles
+    is_multilabel = predictor.fitted.target_transform.kind == "multilabel"
     labels = [quantile_name(quantile) for quantile in quantiles] or predictor.job.data.labels
     columns = {}
-    if MEDIAN in quantiles:
-        columns["prediction"] = scores[:, quantiles.index(MEDIAN)]
-    if quantiles or predictions.ndim == 2:
+    if is_multilabel:
+        labels = list(predictor.classes)
+        values = predictor.fitted.target_transform.decode_label_columns((scores > 0.5).astype(np.int64))
+        columns = {f"prediction_{name}": column for name, column in zip(labels, values, strict=True)}
+    elif quantiles or predictions.ndim == 2:
         columns |= {f"prediction_{name}": scores[:, index] for index, name in enumerate(labels)}
     else:
-        columns["prediction"] = predictions
+        columns = {"prediction": predictions}
+    if MEDIAN in quantiles:
+        columns = {"prediction": scores[:, quantiles.index(MEDIAN)], **columns}
     for index, name in enumerate(predictor.classes):
         columns[f"probability_{name}"] = scores[:, index]
     if uncertainty is not None and uncertainty.shape[1] == 1:

@@ -34,6 +34,9 @@ if TYPE_CHECKING:  # they import torch, which takes longer than finding that the
     from pipeline.trackers.sidecar import TrackerSidecar
     from pipeline.worker import WorkerSpec
 
+TABLE_BASE: dict[str, Any] = {"data": {"features": "auto"}}
+"""What the job of a table in memory has in any case."""
+
 NOTHING_TO_DO = "already finished: nothing to do"
 
 
@@ -99,7 +102,9 @@ def train(
     opened = (
         nullcontext(resolve_job(job, overrides))
         if is_job(job, target, label=label, task=task)
-        else open_table_job(job, target, label=label, task=task, overrides=overrides, on_event=on_event)
+        else open_table_job(
+            job, target, label=label, task=task, base=TABLE_BASE, overrides=overrides, on_event=on_event
+        )
     )
     with opened as job, (code := collect_user_code(job)).activated(), _default_torch_settings():
         # The identity of job, code and data determines the run before any data is decoded or torch is imported:

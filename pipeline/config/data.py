@@ -216,7 +216,7 @@ class TableColumnsConfig(BaseDataConfig):
     """Tables of any source: which columns are used, and how."""
 
     label: str | Annotated[list[str], Field(min_length=1)]
-    """The column to predict; for a regression with several targets, a list of columns of numbers."""
+    """The column to predict; a list of columns for a regression of several numbers, or for multilabel."""
     features: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = ["*"]
     """Input columns: names, or patterns such as num_*. The default is all columns but label, keys and the splits'
     column. auto: all of these but columns that would not help, each of which is named in a warning: text that is almost

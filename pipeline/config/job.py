@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config.base import ConfigNode, format_suggestion, validate_import_path, validate_name
-from pipeline.config.data import DataConfig, NamedDataConfig
+from pipeline.config.data import DataConfig, FileDataConfig, NamedDataConfig
 from pipeline.config.evaluation import BestMetricConfig, CheckpointConfig, EvaluationConfig
 from pipeline.config.metrics import (
     HIGHER_IS_BETTER,
@@ -124,7 +124,9 @@ class JobConfig(ConfigNode):
         return values
 
     @model_validator(mode="after")
-    def _check_quantile_label(self) -> Self:
+    def _check_number_of_labels(self) -> Self:
+        if self.task.kind == "multilabel" and isinstance(self.data, FileDataConfig) and len(self.data.labels) < 2:
+            raise ValueError("task: multilabel needs several columns in data.label, such as [a, b]")
         if self.task.quantiles is not None and len(self.data.labels) > 1:
             raise ValueError(f"task.quantiles: takes one label, not {len(self.data.labels)}")
         return self
@@ -160,12 +162,12 @@ class JobConfig(ConfigNode):
 
         Parameters
         ----------
-        num_targets: of a regression; by default the number of labels in `data.label`.
+        num_targets: of a regression or multilabel task; by default the number of labels in `data.label`.
         class_names: of a multiclass task, once the data is known.
         """
         if self.task.kind == "multiclass":
             return make_part_names(class_names, len(class_names))
-        if self.task.kind == "regression" and self.task.quantiles is None:
+        if self.task.kind == "multilabel" or (self.task.kind == "regression" and self.task.quantiles is None):
             return make_part_names(self.data.labels, len(self.data.labels) if num_targets is None else num_targets)
         return ()
 

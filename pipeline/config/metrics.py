@@ -10,6 +10,10 @@ _CLASSIFICATION = ("loss", "accuracy", "correct", "balanced_accuracy", "f1", "au
 METRICS: dict[str, tuple[str, ...]] = {
     "multiclass": (*_CLASSIFICATION, "baseline_accuracy"),
     "binary": (*_CLASSIFICATION, "baseline_accuracy", "recall", "precision", "specificity"),
+    "multilabel": (
+        *("loss", "accuracy", "exact_match", "f1", "f1_micro", "auc", "average_precision"),
+        "baseline_accuracy",
+    ),
     "regression": ("loss", "rmse", "mae", "r2", "baseline_rmse", "baseline_mae"),
 }
 """Columns of an evaluation by the kind of the task. Definitions: `pipeline.training.metrics`."""
@@ -20,15 +24,19 @@ TARGET_METRICS = ("rmse", "mae", "r2", "baseline_rmse", "baseline_mae")
 CLASS_METRICS = ("recall", "precision")
 """Of a multiclass task, each of these exists per class: `recall_cat`."""
 
-PART_METRICS: dict[str, tuple[str, ...]] = {"multiclass": CLASS_METRICS, "regression": TARGET_METRICS}
-"""By the kind of the task, the metrics that exist of each of its parts: its targets or its classes."""
+PART_METRICS: dict[str, tuple[str, ...]] = {
+    "multiclass": CLASS_METRICS,
+    "multilabel": (*CLASS_METRICS, "auc"),
+    "regression": TARGET_METRICS,
+}
+"""By the kind of the task, the metrics that exist of each of its parts: its targets, classes or labels."""
 
 MAX_NAMED_PARTS = 64
 """With more targets or classes than this, single ones have no columns."""
 
 HIGHER_IS_BETTER = (
     *("accuracy", "correct", "balanced_accuracy", "f1", "auc", "average_precision"),
-    *("recall", "precision", "specificity", "r2"),
+    *("recall", "precision", "specificity", "r2", "exact_match", "f1_micro"),
 )
 LOWER_IS_BETTER = ("loss", "log_loss", "rmse", "mae", "pinball")
 

@@ -13,7 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.config.data import SOURCE_CONFIGS, FileDataConfig, ImageFolderDataConfig
+from pipeline.config.data import SOURCE_CONFIGS, ImageFolderDataConfig, NamedDataConfig, TableDataConfig
 
 AUTO_BATCH_SIZES = ((2_800, 32), (4_500, 64), (6_400, 128))
 """`train.batch_size: auto`: with fewer training rows than the first number, the second; `LARGEST_AUTO_BATCH` from the
@@ -33,6 +33,7 @@ class Recipe:
     optimizer, phases: `train.optimizer` and `train.phases`.
     batch_size: `train.batch_size`.
     patience: `best.patience`, which counts evaluations: only if there is one of a validation split after each epoch.
+        None: `best` has the defaults of its class.
     """
 
     kind: str
@@ -60,18 +61,37 @@ TABLE_RECIPE = Recipe(
 )
 
 
+IMAGE_RECIPE = Recipe(
+    kind="images",
+    model={
+        "kind": "cnn",
+        "conv": [
+            {"channels": 16, "kernel": 3, "padding": 1, "pool": 2},
+            {"channels": 32, "kernel": 3, "padding": 1, "pool": 2},
+        ],
+        "hidden": [128],
+        "batch_norm": True,
+        "dropout": 0.1,
+    },
+    optimizer={"kind": "adamw", "weight_decay": 0.01, "decay": "weights"},
+    phases=({"epochs": 10, "lr": 0.003, "schedule": "one_cycle"},),
+    batch_size="auto",
+)
+
+
 def find_recipe(data: Any) -> Recipe | None:
-    """Return the recipe for the `data` of a job file; None if the defaults of the classes apply: for sources without a
-    recipe, and for samples that are one column with a `shape`."""
+    """Return the recipe for the `data` of a job file; None if the defaults of the classes apply: for data that is
+    generated or returned by a function, and for tables whose samples are one column with a `shape`."""
     if not isinstance(data, Mapping):
         return None
     source = data.get("source", "mnist")
     if isinstance(source, Mapping) and data.get("label") is not None:
         return TABLE_RECIPE if data.get("shape") is None else None
     config = SOURCE_CONFIGS.get(source) if isinstance(source, str) else None
-    if config is None or not issubclass(config, FileDataConfig) or issubclass(config, ImageFolderDataConfig):
-        return None
-    return TABLE_RECIPE if data.get("shape") is None else None
+    if config is not None and issubclass(config, TableDataConfig):
+        return TABLE_RECIPE if data.get("shape") is None else None
+    is_images = config is not None and issubclass(config, NamedDataConfig | ImageFolderDataConfig)
+    return IMAGE_RECIPE if is_images else None
 
 
 def fill_in_recipe(tree: dict[str, Any]) -> list[str]:
@@ -79,7 +99,7 @@ def fill_in_recipe(tree: dict[str, Any]) -> list[str]:
 
     A tree that is not one of a job is left to the validation.
     """
-    recipe, train = find_recipe(tree.get("data")), tree.get("train", {})
+    recipe, train = find_recipe(tree.get("data", {})), tree.get("train", {})
     if recipe is None or not isinstance(train, dict):
         return []
     sections: dict[str, Any] = {}
@@ -92,26 +112,25 @@ def fill_in_recipe(tree: dict[str, Any]) -> list[str]:
     if "batch_size" not in train:
         sections["train.batch_size"] = recipe.batch_size
         tree["train"] = {**train, "batch_size": recipe.batch_size}
-    if "best" not in tree:
+    if "best" not in tree and recipe.patience is not None:
         patience = recipe.patience if _is_validated_each_epoch(tree) else None
         sections["best"] = tree["best"] = {"metric": "val/loss", "patience": patience}
     return list(sections)
 
 
-def leave_out_other_variants(tree: dict[str, Any], filled: list[str], overrides: Iterable[str]) -> list[str]:
-    """Empty the filled sections, in place, of which an override chooses another `kind`: the other keys of the recipe do
-    not fit it. Returns the names of the sections that remain."""
+def leave_out_replaced(tree: dict[str, Any], filled: list[str], overrides: Iterable[str]) -> list[str]:
+    """Empty the filled sections, in place, that an override gives as a whole or of which it chooses another `kind`: the
+    other keys of the recipe are not wanted or do not fit. Returns the names of the sections that remain."""
     emptied = []
     for override in overrides:
-        path, _, value = override.partition("=")
-        section, _, key = path.strip().rpartition(".")
-        if key != "kind" or section not in filled:
-            continue
-        holder = tree
+        path, _, value = (part.strip() for part in override.partition("="))
+        section = path.removesuffix(".kind")
         *parents, name = section.split(".")
-        for parent in parents:
+        holder = tree
+        for parent in parents if section in filled else ():
             holder = holder[parent]
-        if holder[name].get("kind") != value.strip():
+        below = holder.get(name)
+        if section in filled and isinstance(below, dict) and (section == path or below.get("kind") != value):
             holder[name] = {}
             emptied.append(section)
     return [section for section in filled if section not in emptied]
@@ -124,7 +143,7 @@ def auto_batch_size(num_rows: int) -> int:
 
 def _is_validated_each_epoch(tree: Mapping[str, Any]) -> bool:
     """Return whether the validation split, if the job's file asks for one, is evaluated after each epoch."""
-    evaluate, splits = tree.get("evaluate", {}), tree["data"].get("splits", {})
+    evaluate, splits = tree.get("evaluate", {}), tree.get("data", {}).get("splits", {})
     if not isinstance(evaluate, Mapping) or not isinstance(splits, Mapping):
         return False
     is_each_epoch = evaluate.get("every_steps") is None and evaluate.get("every_epochs") in (None, 1)

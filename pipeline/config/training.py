@@ -51,8 +51,10 @@ ThresholdRule = Literal["f1"] | ThresholdConfig
 class TaskConfig(ConfigNode):
     """The task: its targets, its loss and its metrics. `task: binary` is short for `task: {kind: binary}`."""
 
-    kind: Literal["multiclass", "binary", "regression"] = "multiclass"
-    """multiclass: softmax cross-entropy. binary: one logit and binary cross-entropy. regression: mean squared error."""
+    kind: Literal["multiclass", "binary", "multilabel", "regression"] = "multiclass"
+    """multiclass: softmax cross-entropy. binary: one logit and binary cross-entropy. multilabel: several label columns
+    of two values each, for example 0 and 1, one logit and binary cross-entropy for each; of text, the later value in
+    sorted order is positive. regression: mean squared error."""
     positive: list[int | bool | str] | None = None
     """binary: the labels of the positive class, such as [0, 1, 2] or [yes]. By default, of two labels the later one in
     sorted order: 1 of 0 and 1, 2 of 1 and 2, true of false and true, yes of no and yes."""
@@ -95,9 +97,9 @@ class TaskConfig(ConfigNode):
             raise ValueError("positive goes with kind: binary")
         if self.threshold != 0.5 and self.kind != "binary":
             raise ValueError("threshold goes with kind: binary")
-        if self.class_weights is not None and self.kind == "regression":
+        if self.class_weights is not None and self.kind in ("multilabel", "regression"):
             raise ValueError("class_weights goes with multiclass and binary")
-        if self.label_smoothing and (self.kind == "regression" or self.loss is not None):
+        if self.label_smoothing and (self.kind not in ("multiclass", "binary") or self.loss is not None):
             raise ValueError("label_smoothing goes with multiclass and binary, and not with a loss of your own")
         if self.quantiles is not None:
             if self.kind != "regression":

@@ -25,7 +25,7 @@ class DatasetPart:
     inputs: images as uint8 (N, H, W) or (N, C, H, W), or numbers as float32 or float64 (N, F) or of any further shape.
         May be memory-mapped (`np.memmap`) or computed on demand (`device_transfer.LazyArray`): read a block of rows
         at a time.
-    targets: labels as int64 (N,), or numbers as float32 or float64 (N,) or (N, T).
+    targets: labels as int64 (N,), for several label columns (N, L); or numbers as float32 or float64 (N,) or (N, T).
     """
 
     inputs: np.ndarray
@@ -61,6 +61,8 @@ class Dataset:
     label_names: the distinct labels, sorted, if labels are text: targets are positions in it. Which of them are classes
         is fitted on the training split, see `targets`.
     has_boolean_labels: whether the targets 0 and 1 are booleans in the source.
+    column_label_names: of a table with several label columns of classes, `label_names` of each.
+    boolean_label_columns: the indices of those that are booleans.
     split_columns: by name, the columns that the job splits by.
     warnings: messages about data that was skipped, such as invalid images.
     column_names: of the columns of inputs (N, F), if they came from a data frame.
@@ -79,6 +81,8 @@ class Dataset:
     schema: Schema | None = None
     label_names: tuple[str, ...] = ()
     has_boolean_labels: bool = False
+    column_label_names: tuple[tuple[str, ...], ...] = ()
+    boolean_label_columns: tuple[int, ...] = ()
     split_columns: Mapping[str, SplitColumn] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     column_names: tuple[str, ...] = ()

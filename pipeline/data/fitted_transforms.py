@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.config import JobConfig
 from pipeline.data.dataset import Dataset, SplitIndices
+from pipeline.data.multilabel import fit_multilabel_transform
 from pipeline.data.rounding import is_too_coarse
 from pipeline.data.serialization import VERSION, check_stored_values
 from pipeline.data.tabular.schema import Schema
@@ -30,8 +31,8 @@ from pipeline.errors import DataError
 class FittedTransforms:
     """The transforms of inputs and targets, and statistics of the training targets.
 
-    class_counts: rows of each class in training; empty for a regression.
-    target_mean, target_std: of each column of transformed targets in training; empty unless a regression. An earlier
+    class_counts: rows of each class in training; empty for multilabel and regression.
+    target_mean, target_std: of each column of transformed targets in training; empty unless one of these. An earlier
         version stored no standard deviations.
     left_out: names of the columns that `data.features: auto` left out, each with the reason.
     """
@@ -48,7 +49,8 @@ class FittedTransforms:
         """Number of the model's outputs per sample."""
         transform = self.target_transform
         num_values = len(transform.quantiles) or len(self.target_mean)
-        return {"multiclass": len(transform.classes), "binary": 1}.get(transform.kind, num_values)
+        num_classes = len(transform.classes)
+        return {"multiclass": num_classes, "multilabel": num_classes, "binary": 1}.get(transform.kind, num_values)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, the content of `preprocess.json`; `from_json` restores the same object from them."""
@@ -153,11 +155,18 @@ def fit_transforms(job: JobConfig, dataset: Dataset, splits: Mapping[str, SplitI
     DataError: samples or targets that do not fit the job.
     """
     indices, left_out = splits["train"].indices, tuple(dataset.left_out.items())
-    target_transform = fit_target_transform(job, dataset, splits)
+    fit_targets = fit_multilabel_transform if job.task.kind == "multilabel" else fit_target_transform
+    target_transform = fit_targets(job, dataset, splits)
     input_transform = fit_input_transform(job, dataset, indices)
-    all_targets = target_transform.transform(dataset.train.targets, dataset.label_names, np.float64, indices=indices)
+    all_targets = target_transform.transform(
+        dataset.train.targets,
+        dataset.label_names,
+        np.float64,
+        indices=indices,
+        column_label_names=dataset.column_label_names,
+    )
     targets = all_targets[indices]
-    if target_transform.kind == "regression":
+    if target_transform.kind in ("multilabel", "regression"):
         mean, std = targets.mean(0).tolist(), targets.std(0).tolist()
         return FittedTransforms(
             input_transform, target_transform, target_mean=tuple(mean), target_std=tuple(std), left_out=left_out

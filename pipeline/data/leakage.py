@@ -55,7 +55,8 @@ def find_unhelpful_columns(job: JobConfig, dataset: Dataset, indices: np.ndarray
 
     A column leaks a label if one of two rules predicts 99.9 % of the labels, and the most frequent label is below 99 %:
     each category (or value) predicts its most frequent label, where categories of a single row count as wrong; or, for
-    numbers, each class is a range of values. A column leaks a numeric target if their correlation is above 0.9999.
+    numbers, each class is a range of values. A column leaks a numeric target, or a label of a multilabel task, if their
+    correlation is above 0.9999.
 
     Parameters
     ----------
@@ -67,7 +68,7 @@ def find_unhelpful_columns(job: JobConfig, dataset: Dataset, indices: np.ndarray
         indices, max(min(MAX_SCANNED_ROWS, MAX_SCANNED_VALUES // max(dataset.schema.width, 1)), NUM_SCREENING_ROWS)
     )
     inputs, targets = part.inputs[sampled_indices], part.targets[sampled_indices]
-    find_leaks = _correlated_columns if job.task.kind == "regression" else _predictive_columns
+    find_leaks = _correlated_columns if job.task.kind in ("multilabel", "regression") else _predictive_columns
     leaking_columns = (
         find_leaks(inputs, targets, _numeric_columns(dataset.schema)) if len(sampled_indices) >= MIN_ROWS else set()
     )

@@ -125,8 +125,9 @@ def random_split(job: JobConfig, config: RandomSplitsConfig, dataset: Dataset) -
 
 def _group_by_class(order: np.ndarray, dataset: Dataset, job: JobConfig) -> list[np.ndarray]:
     """Return the permutation `order`, separated into one array per class."""
-    if job.task.kind == "regression":
-        raise DataError("needs classes, but regression has none", where="data.splits.stratify", fix="leave it out")
+    if job.task.kind in ("multilabel", "regression"):
+        what = f"needs a class per row, but {job.task.kind} has none"
+        raise DataError(what, where="data.splits.stratify", fix="leave it out")
     labels = stratification_labels(dataset, job.task)[order]
     return [order[labels == label] for label in np.unique(labels)]
 

@@ -33,8 +33,9 @@ MERGED_CLASS_NAMES = ("negative", "positive")
 class TargetTransform:
     """How raw targets become training targets: plain values, the same for training, evaluation and prediction.
 
-    kind: multiclass, binary or regression.
-    classes: names of the classes, in the order of their indices; empty for regression.
+    kind: multiclass, binary, multilabel or regression.
+    classes: names of the classes, in the order of their indices; of a multilabel task, of the labels; empty for
+        regression.
     is_text: whether the labels are text.
     positive: binary: the labels that count as 1; None if they are 0 and 1 already.
     mean, std: regression: the training targets are (target - mean) / std, with one of each per column; empty if targets
@@ -43,6 +44,7 @@ class TargetTransform:
         several labels.
     is_boolean: whether these labels, 0 and 1, are booleans in the data.
     quantiles: regression: what the outputs are; empty if they are means, one per column.
+    labels: multilabel: for each label, a transform of kind binary.
     """
 
     kind: str
@@ -54,6 +56,7 @@ class TargetTransform:
     label_values: tuple[int, ...] = ()
     is_boolean: bool = False
     quantiles: tuple[float, ...] = ()
+    labels: tuple[TargetTransform, ...] = ()
 
     def transform(
         self,
@@ -63,20 +66,22 @@ class TargetTransform:
         *,
         indices: np.ndarray | None = None,
         where: str = WHERE,
+        column_label_names: tuple[tuple[str, ...], ...] = (),
     ) -> np.ndarray:
         """Return the targets of a dataset part, or of new data, as the task needs them; all N rows, in order.
 
         multiclass: class indices, int64 (N,). binary: 1 if the label is in `positive`, else 0, in `dtype` (N,).
-        regression: scaled numbers in `dtype`, (N, T).
+        multilabel: 0 and 1 in `dtype`, (N, L). regression: scaled numbers in `dtype`, (N, T).
 
         Parameters
         ----------
-        raw: int64 (N,), or floating (N,) or (N, T), as in `DatasetPart`.
+        raw: int64 (N,) or (N, L), or floating (N,) or (N, T), as in `DatasetPart`.
         label_names: of this data, if its labels are text: `raw` holds positions in it.
         dtype: of binary and regression targets.
         indices: of the rows that will be used, int64 (n,); all by default. In other rows, a label that no training row
             has is not an error; its class index is -1.
         where: the location that an error reports.
+        column_label_names: `label_names` of each label of a multilabel task; empty if all are numbers.
 
         Raises
         ------
@@ -85,6 +90,8 @@ class TargetTransform:
         if self.kind == "regression":
             _raise_if_named(label_names, where)
             return self._scale(raw, dtype, where)
+        if self.kind == "multilabel":
+            return self._transform_labels(raw, column_label_names, dtype, indices, where)
         labels = to_integer_labels(raw, self.kind, where)
         if self.is_text and not label_names:
             raise DataError(
@@ -126,6 +133,28 @@ class TargetTransform:
             where=f"task.class_weights.{label}",
             fix=f"did you mean {near[0]}?" if near else f"use {sample_repr(self.classes)}",
         )
+
+    def _transform_labels(
+        self,
+        raw: np.ndarray,
+        column_label_names: tuple[tuple[str, ...], ...],
+        dtype: type[np.float32] | type[np.float64],
+        indices: np.ndarray | None,
+        where: str,
+    ) -> np.ndarray:
+        if raw.ndim != 2 or raw.shape[1] != len(self.labels):
+            raise DataError(
+                f"targets have the shape {raw.shape}, but the task has {len(self.labels)} labels",
+                where=where,
+                fix=f"give a column for each: {', '.join(self.classes)}",
+            )
+        result = np.empty(raw.shape, dtype)
+        for column, (name, label) in enumerate(zip(self.classes, self.labels, strict=True)):
+            names = column_label_names[column] if column_label_names else ()
+            result[:, column] = label.transform(
+                raw[:, column], names, dtype, indices=indices, where=f"{where.rpartition(': ')[0] or where}: {name}"
+            )
+        return result
 
     def _indices_by_name(self, labels: np.ndarray, label_names: tuple[str, ...]) -> np.ndarray:
         index_of_name = {name: index for index, name in enumerate(self.classes)}
@@ -170,6 +199,10 @@ class TargetTransform:
         decoded: np.ndarray = labels[class_indices]
         return decoded
 
+    def decode_label_columns(self, class_indices: np.ndarray) -> list[np.ndarray]:
+        """Return the values of each label of a multilabel task, (N,), given 0 and 1 as int64 (N, L)."""
+        return [label.decode_labels(column) for label, column in zip(self.labels, class_indices.T, strict=True)]
+
     def inverse_scale(self, scaled: np.ndarray) -> np.ndarray:
         """Convert the model's outputs, float64 (N, T), to the unit of the targets. Quantiles, (N, Q), are sorted."""
         if self.quantiles:
@@ -186,6 +219,7 @@ class TargetTransform:
             "values": list(self.label_values),
             "boolean": self.is_boolean,
             "quantiles": list(self.quantiles),
+            **({"labels": [label.to_json() for label in self.labels]} if self.labels else {}),
             "positive": None if self.positive is None else list(self.positive),
             "mean": list(self.mean),
             "std": list(self.std),
@@ -201,7 +235,7 @@ class TargetTransform:
         """
         with check_stored_values(values):
             kind, positive = str(values["kind"]), values["positive"]
-            if kind not in ("multiclass", "binary", "regression"):
+            if kind not in ("multiclass", "binary", "multilabel", "regression"):
                 raise ValueError(f"kind {kind!r}")
             if positive is not None and not all(isinstance(label, int | str) for label in positive):
                 raise ValueError(f"positive {positive!r}")
@@ -216,11 +250,19 @@ class TargetTransform:
             boolean = bool(values.get("boolean", False))
             quantiles = tuple(float(quantile) for quantile in values.get("quantiles", ()))
             positive = None if positive is None else tuple(positive)
-            return cls(kind, classes, text, positive, mean, std, labels, boolean, quantiles)
+            parts = tuple(map(cls.from_json, values.get("labels", ())))
+            if len(parts) != (len(classes) if kind == "multilabel" else 0):
+                raise ValueError(f"{len(parts)} labels for {len(classes)} names")
+            return cls(kind, classes, text, positive, mean, std, labels, boolean, quantiles, parts)
+
+
+def describe_label_location(job: JobConfig, labels: Sequence[str]) -> str:
+    """Return the location of labels that an error reports."""
+    return f"{job.data.url}: {', '.join(labels)}" if isinstance(job.data, FileDataConfig) and labels else WHERE
 
 
 def fit_target_transform(job: JobConfig, dataset: Dataset, splits: Mapping[str, SplitIndices]) -> TargetTransform:
-    """Fit the classes, or the scale of a regression's targets, on the training split.
+    """Fit the classes of a multiclass or binary task, or the scale of a regression's targets, on the training split.
 
     Classes of text labels: the names that occur in training, sorted. Classes of numeric labels: those that the source
     declares, else the numbers that occur in training, ascending.
@@ -230,8 +272,7 @@ def fit_target_transform(job: JobConfig, dataset: Dataset, splits: Mapping[str, 
     DataError: targets of any split do not fit the task; or training has only one class, or one value.
     """
     task, raw, train_indices = job.task, dataset.train.targets, splits["train"].indices
-    data = job.data
-    where = f"{data.url}: {', '.join(data.labels)}" if isinstance(data, FileDataConfig) and data.labels else WHERE
+    where = describe_label_location(job, job.data.labels)
     if task.kind == "regression":
         _raise_if_named(dataset.label_names, where)
         _raise_if_constant(job, raw.reshape(len(raw), -1), train_indices, where)
@@ -247,6 +288,17 @@ def fit_target_transform(job: JobConfig, dataset: Dataset, splits: Mapping[str, 
         mean, std = compute_mean_and_std(raw.reshape(len(raw), -1), train_indices, per_channel=True)
         std = np.where(std == 0, 1.0, std)
         return TargetTransform(task.kind, mean=tuple(mean.tolist()), std=tuple(std.tolist()), quantiles=quantiles)
+    return fit_classes(task, dataset, splits, where)
+
+
+def fit_classes(task: TaskConfig, dataset: Dataset, splits: Mapping[str, SplitIndices], where: str) -> TargetTransform:
+    """Fit the classes of a multiclass or binary task.
+
+    Raises
+    ------
+    DataError: as `fit_target_transform`.
+    """
+    raw, train_indices = dataset.train.targets, splits["train"].indices
     positive = None if task.positive is None else tuple(task.positive)
     text = bool(dataset.label_names)
     classes, values = (classes_from_text if text else classes_from_numbers)(dataset, task, splits, where)
@@ -264,6 +316,16 @@ def fit_target_transform(job: JobConfig, dataset: Dataset, splits: Mapping[str, 
 
 def label_warnings(labels: TargetTransform) -> list[str]:
     """Return warnings about choices that were made because the job does not make them."""
+    if labels.kind == "multilabel":
+        pairs = {
+            name: label.classes
+            for name, label in zip(labels.classes, labels.labels, strict=True)
+            if label.label_values != (0, 1)
+        }
+        return [
+            f"of the labels {negative} and {positive} of {name!r}, {positive} counts as positive"
+            for name, (negative, positive) in pairs.items()
+        ]
     is_zero_and_one = labels.label_values == (0, 1) and not labels.is_boolean
     if labels.kind != "binary" or labels.positive is not None or is_zero_and_one:
         return []

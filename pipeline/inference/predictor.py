@@ -30,7 +30,8 @@ class Predictor(nn.Module):
     """The result of `load`: an `nn.Module` (`to`, `eval`, `state_dict`) whose `predict` takes user data.
 
     model: the network alone: preprocessed inputs (B, ...) to outputs (B, K).
-    classes: names of the classes in the order of the outputs; empty for regression.
+    classes: names of the classes in the order of the outputs, of a multilabel task those of the labels; empty for
+        regression.
     fitted: its input and target transforms.
     job: the job that trained it.
     run, step: name of the run, and step of the checkpoint.
@@ -95,9 +96,9 @@ class Predictor(nn.Module):
 
         Returns
         -------
-        (N,) names of classes, or the labels themselves if they were integers, int64; or values in the unit of the
-        label, float64 (N,) or (N, T); with `task.quantiles`, one column per quantile, ascending. N is 1 for a single
-        image.
+        (N,) names of classes, or the labels themselves if they were integers or booleans; of a multilabel task, the
+        value of each label, (N, L); or values in the unit of the label, float64 (N,) or (N, T); with `task.quantiles`,
+        one column per quantile, ascending. N is 1 for a single image.
 
         Raises
         ------
@@ -132,7 +133,8 @@ class Predictor(nn.Module):
         return self.decode_predictions(scores), uncertainty[:, 0] if uncertainty.shape[1] == 1 else uncertainty
 
     def predict_proba(self, data: Any) -> np.ndarray:
-        """Return the probability of each class: float64 (N, C), in the order of `classes`. Data as for `predict`."""
+        """Return the probability of each class: float64 (N, C), in the order of `classes`; of a multilabel task, the
+        probability that each label has its positive value, the later of the two. Data as for `predict`."""
         if not self.classes:
             raise DataError("a regression has no classes", where="predict_proba", fix="use predict")
         return self._warn_about(data, self.predict_scores)
@@ -157,7 +159,7 @@ class Predictor(nn.Module):
         return result
 
     def predict_scores(self, data: Any, report: DataReport | None = None) -> np.ndarray:
-        """Return probabilities (N, C), or values in the unit of the label (N, T); float64.
+        """Return probabilities (N, C) or (N, L), or values in the unit of the label (N, T); float64.
 
         Parameters
         ----------
@@ -194,7 +196,8 @@ class Predictor(nn.Module):
     def empty_scores(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Return the scores and the uncertainty of no rows."""
         scores = np.empty((0, len(self.classes) or self.fitted.num_outputs))
-        uncertainty = np.empty((0, 1 if self.classes else self.fitted.num_outputs))
+        is_single = self.classes and self.fitted.target_transform.kind != "multilabel"
+        uncertainty = np.empty((0, 1 if is_single else self.fitted.num_outputs))
         return scores, uncertainty if self.job.members > 1 else None
 
     def decode_predictions(self, scores: np.ndarray) -> np.ndarray:
@@ -202,6 +205,11 @@ class Predictor(nn.Module):
         if not self.classes:
             return scores[:, 0] if scores.shape[1] == 1 else scores
         is_default = self.threshold == 0.5 or self.fitted.target_transform.kind != "binary"
+        if self.fitted.target_transform.kind == "multilabel":
+            columns = self.fitted.target_transform.decode_label_columns((scores > 0.5).astype(np.int64))
+            if len({column.dtype.kind for column in columns}) > 1:
+                columns = [column.astype(object) for column in columns]
+            return np.column_stack(columns)
         classes = scores.argmax(1) if is_default else (scores[:, 1] > self.threshold).astype(np.int64)
         return self.fitted.target_transform.decode_labels(classes)
 
@@ -226,6 +234,9 @@ class Predictor(nn.Module):
         target_transform = self.fitted.target_transform
         if target_transform.kind == "regression":
             return target_transform.inverse_scale(outputs.numpy())
+        if target_transform.kind == "multilabel":
+            of_labels: np.ndarray = outputs.sigmoid().numpy()
+            return of_labels
         is_binary = target_transform.kind == "binary"
         probabilities = torch.cat([(-outputs).sigmoid(), outputs.sigmoid()], 1) if is_binary else outputs.softmax(1)
         result: np.ndarray = probabilities.numpy()

@@ -21,7 +21,12 @@ from pipeline.user_code import wrap_user_error
 
 __all__ = ["build_model", "uses_rng"]
 
-AVERAGING_BY_TASK: dict[str, Averaging] = {"multiclass": "softmax", "binary": "sigmoid", "regression": "mean"}
+AVERAGING_BY_TASK: dict[str, Averaging] = {
+    "multiclass": "softmax",
+    "binary": "sigmoid",
+    "multilabel": "sigmoid",
+    "regression": "mean",
+}
 """How the outputs of an ensemble's members are averaged, by `TaskConfig.kind`."""
 
 

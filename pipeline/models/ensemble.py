@@ -103,7 +103,7 @@ class MemberDropout(nn.Module):
     def draw_mask(self, like: Tensor) -> Tensor:
         """Draw the next mask from torch's generator: int16 of the shape of a tensor, 1 for what is kept, else 0."""
         count = like.numel()
-        bits = torch.empty(-(-count // 4), dtype=torch.int64, device=like.device).random_(-(2**63), None)
+        bits = torch.randint(-(2**63), 2**63 - 1, (-(-count // 4),), dtype=torch.int64, device=like.device)
         return bits.view(torch.int16)[:count].view(like.shape).ge_(self._threshold - DROPOUT_LEVELS // 2)
 
 

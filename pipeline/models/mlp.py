@@ -107,7 +107,7 @@ class EmbeddingMlpNet(nn.Module):
     def apply_layers(self, values: Tensor) -> Tensor:
         """Pass the inputs of the first layer through all layers."""
         for name in self._names:
-            values = self.get_submodule(name)(values)
+            values = getattr(self, name)(values)
         return values
 
 

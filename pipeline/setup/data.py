@@ -295,7 +295,11 @@ def _transform_targets(
     dtype = np.float64 if job.train.precision == "fp64" else np.float32
     return {
         part: fitted.target_transform.transform(
-            dataset.part(part).targets, dataset.label_names, dtype, indices=np.concatenate(ids)
+            dataset.part(part).targets,
+            dataset.label_names,
+            dtype,
+            indices=np.concatenate(ids),
+            column_label_names=dataset.column_label_names,
         )
         for part, ids in indices_by_part(splits).items()
     }

@@ -39,6 +39,8 @@ def build_loss(task: TaskConfig) -> LossFn:
         return binary_cross_entropy
     if task.quantiles is not None:
         return partial(pinball, quantiles=tuple(task.quantiles))
+    if task.kind == "multilabel":
+        return partial(_mean_over_columns, F.binary_cross_entropy_with_logits)
     if task.loss == "mae":
         return partial(_mean_over_columns, F.l1_loss)
     if task.loss == "huber":
@@ -97,7 +99,8 @@ class CustomLoss:
     """A user function `module:function`: (outputs (B, K), transformed targets) -> losses (B,).
 
     Targets are int64 classes (B,), or probabilities (B, K) with mixup (multiclass); floating 0 or 1 (B,), with mixup in
-    between (binary); or floating values (B, K), scaled if the task scales them (regression).
+    between (binary); floating 0 or 1 (B, L) (multilabel); or floating values (B, K), scaled if the task scales them
+    (regression).
 
     Raises
     ------

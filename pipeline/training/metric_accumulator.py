@@ -17,7 +17,9 @@ from pipeline.config import JobConfig, TaskConfig, metric_column
 from pipeline.context import WorkerContext
 from pipeline.errors import JobError
 from pipeline.training.losses import binary_cross_entropy, cross_entropy
-from pipeline.training.metrics import make_task_metrics
+from pipeline.training.metrics import ClassificationMetrics, RegressionMetrics, TaskMetrics
+from pipeline.training.multilabel_metrics import MultilabelMetrics
+from pipeline.training.quantile_metrics import QuantileMetrics
 from pipeline.training.task import Task, upcast_to_fp32
 
 MAX_GATHERED_VALUES = 2**24
@@ -25,6 +27,15 @@ MAX_GATHERED_VALUES = 2**24
 
 FLUSH_OUTPUTS = 2**20
 """Number of outputs that are collected on the device before they are summed."""
+
+
+def make_task_metrics(task: Task) -> TaskMetrics:
+    """Return the metrics of a task."""
+    if task.kind == "multilabel":
+        return MultilabelMetrics(task)
+    if task.kind == "regression":
+        return QuantileMetrics(task) if task.quantiles else RegressionMetrics(task)
+    return ClassificationMetrics(task)
 
 
 class MetricAccumulator:
@@ -35,7 +46,8 @@ class MetricAccumulator:
         self._task_metrics = make_task_metrics(task)
         # MPS has no float64.
         self._sum_device = torch.device("cpu") if device.type == "mps" else device
-        self._keeps_samples = bool(task.num_classes or task.custom_metrics)
+        self._needs_samples = task.kind != "regression" or bool(task.custom_metrics)
+        self._keeps_samples = self._needs_samples
         self._pending: list[tuple[Tensor, ...]] = []
         self._num_pending_outputs = 0
         self._num_samples = 0
@@ -124,7 +136,7 @@ class MetricAccumulator:
         context.all_reduce(counts)
         ends = [int(end) for end in counts.cumsum(0).tolist()]
         width = values_per_sample(self._task, self._task.num_outputs)
-        gathers = bool(self._task.num_classes or self._task.custom_metrics) and ends[-1] * width <= MAX_GATHERED_VALUES
+        gathers = self._needs_samples and ends[-1] * width <= MAX_GATHERED_VALUES
         vector = np.zeros(len(sums) + (ends[-1] * width if gathers else 0))
         vector[: len(sums)] = sums
         samples = vector[len(sums) :].reshape(-1, width)
@@ -162,7 +174,8 @@ def _empty_samples(task: Task) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
 
 def values_per_sample(task: Task | TaskConfig, outputs: int) -> int:
     """Return the number of values of a sample: its outputs and targets."""
-    return outputs + (outputs if task.kind == "regression" and not task.quantiles else 1)
+    has_target_per_output = task.kind == "multilabel" or (task.kind == "regression" and not task.quantiles)
+    return outputs + (outputs if has_target_per_output else 1)
 
 
 def describe_oversized_splits(job: JobConfig, num_outputs: int, num_rows: Mapping[str, int]) -> dict[str, str]:

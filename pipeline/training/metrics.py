@@ -38,15 +38,6 @@ class TaskMetrics(Protocol):
         """Return a whole split's outputs and targets in the form that custom metrics take, see `CustomMetric`."""
 
 
-def make_task_metrics(task: Task) -> TaskMetrics:
-    """Return the metrics of a task."""
-    if task.quantiles:
-        from pipeline.training.quantile_metrics import QuantileMetrics
-
-        return QuantileMetrics(task)
-    return ClassificationMetrics(task) if task.num_classes else RegressionMetrics(task)
-
-
 class ClassificationMetrics:
     """Metrics of multiclass and binary tasks, as scikit-learn defines them.
 
@@ -94,7 +85,7 @@ class ClassificationMetrics:
         if not self._binary:
             classes: np.ndarray = outputs.argmax(1)
             return classes
-        is_positive = outputs[:, 0] > 0 if self._threshold == 0.5 else _sigmoid(outputs[:, 0]) > self._threshold
+        is_positive = outputs[:, 0] > 0 if self._threshold == 0.5 else sigmoid(outputs[:, 0]) > self._threshold
         return is_positive.astype(np.intp)
 
     def from_sums(self, sums: Array) -> dict[str, float]:
@@ -139,13 +130,13 @@ class ClassificationMetrics:
             else [(column, labels == label) for label, column in enumerate(_softmax(outputs).T)]
         )
         aucs, average_precisions = np.array([compute_ranking_metrics(*pair) for pair in ranked]).T
-        metrics = {"auc": _mean_of_defined(aucs), "average_precision": _mean_of_defined(average_precisions)}
+        metrics = {"auc": mean_of_defined(aucs), "average_precision": mean_of_defined(average_precisions)}
         if self._threshold_rule is not None:
-            metrics["threshold"] = choose_threshold(_sigmoid(outputs[:, 0]), labels == 1, self._threshold_rule)
+            metrics["threshold"] = choose_threshold(sigmoid(outputs[:, 0]), labels == 1, self._threshold_rule)
         return metrics
 
     def to_user_units(self, outputs: Array, targets: Array) -> tuple[np.ndarray, np.ndarray]:
-        return _sigmoid(outputs[:, 0]) if self._binary else _softmax(outputs), targets[:, 0].astype(np.int64)
+        return sigmoid(outputs[:, 0]) if self._binary else _softmax(outputs), targets[:, 0].astype(np.int64)
 
 
 class RegressionMetrics:
@@ -264,7 +255,8 @@ def compute_ranking_metrics(scores: np.ndarray, positive: np.ndarray) -> Ranking
     return RankingMetrics(auc, float((num_equal * precision).sum() / len(positives)))
 
 
-def _mean_of_defined(values: np.ndarray) -> float:
+def mean_of_defined(values: np.ndarray) -> float:
+    """Return the mean without NaN; NaN if there is nothing else."""
     return _mean(values[~np.isnan(values)])
 
 
@@ -275,8 +267,8 @@ def _softmax(outputs: np.ndarray) -> np.ndarray:
     return exponentials
 
 
-def _sigmoid(logits: np.ndarray) -> np.ndarray:
-    """Return probabilities (N,) float64."""
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Return probabilities float64, of the same shape."""
     with np.errstate(over="ignore"):  # 1 / inf is 0, as it should be
         return 1 / (1 + np.exp(-logits.astype(np.float64)))
 

@@ -23,9 +23,10 @@ from pipeline.user_code import import_user_function, wrap_user_error
 class CustomMetric:
     """A user function `module:function` (outputs, targets) -> number. Its arrays are a whole split in order, read-only.
 
-    outputs: float64. multiclass: probabilities (N, classes). binary: probabilities of class 1 (N,). regression: values
-        in the unit of the targets, (N,), or (N, T) if a target has several columns.
-    targets: classes int64 (N,), or float64 values in their unit, (N,) or (N, T).
+    outputs: float64. multiclass: probabilities (N, classes). binary: probabilities of class 1 (N,). multilabel:
+        probabilities (N, L). regression: values in the unit of the targets, (N,), or (N, T) if a target has several
+        columns; with quantiles (N, Q) or, of a single one, (N,).
+    targets: classes int64 (N,), labels int64 (N, L), or float64 values in their unit, (N,) or (N, T).
     """
 
     name: str
@@ -66,7 +67,7 @@ class LossSums(NamedTuple):
     weight_sum: Tensor | float
     """Sum of the sample weights, by which the loss is divided."""
     num_correct: Tensor | float
-    """Number of samples predicted correctly; NaN for regression."""
+    """Number of samples predicted correctly; NaN for multilabel and regression."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class TargetScale:
 class Task:
     """What the model is trained to predict, and how its error is measured.
 
-    kind: multiclass, binary or regression.
+    kind: multiclass, binary, multilabel or regression.
     num_outputs: number of outputs of the model per sample.
     loss_fn: the per-sample loss; training adds `label_smoothing`.
     class_weights: (classes,), or None.
@@ -119,7 +120,7 @@ class Task:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; 0 for regression."""
+        """Number of classes; 0 for multilabel and regression."""
         return {"multiclass": self.num_outputs, "binary": 2}.get(self.kind, 0)
 
     @property
@@ -189,7 +190,7 @@ def build_task(
     Parameters
     ----------
     num_classes: number of classes (multiclass).
-    num_targets: number of columns of a target (regression).
+    num_targets: number of columns of a target (multilabel, regression).
     class_counts: samples of each class in the training split, if known. For `class_weights: balanced` the weights are
         n / (classes x samples of the class), as scikit-learn defines it.
     target_mean, target_std: of the training split's transformed targets, column by column, if known.
@@ -204,7 +205,7 @@ def build_task(
     config = job.task
     task = Task(
         config.kind,
-        {"multiclass": num_classes, "binary": 1, "regression": len(config.quantiles or ()) or num_targets}[config.kind],
+        {"multiclass": num_classes, "binary": 1}.get(config.kind, len(config.quantiles or ()) or num_targets),
         build_loss(config),
         majority_class=max(range(len(class_counts)), key=lambda label: class_counts[label]) if class_counts else None,
         target_mean=tuple(target_mean),

@@ -23,6 +23,7 @@ from pipeline.runs.async_writer import AsyncRunWriter, Snapshot
 from pipeline.runs.journal.entries import BestCheckpoint
 from pipeline.runs.lease.attempt import Attempt
 from pipeline.runs.metric_log.segments import MetricSchema
+from pipeline.training.divergence import suggest_stable_settings
 from pipeline.training.engine import TrainEngine
 from pipeline.training.loop import FP16_ADVICE, TrainProgress, check_finite
 from pipeline.training.schedule import TrainingSchedule
@@ -214,4 +215,5 @@ class Rank0Reporter(RankReporter):
             self._saved_best.step if self._saved_best is not None else None,
             self._saved_step,
             self._best.no_improvement_message if self._best is not None else "",
+            suggest_stable_settings(self._schedule.job, self._schedule.phase_of(max(self.step, 1))),
         )

@@ -158,3 +158,24 @@ def test_hostile_names_and_texts_stay_on_their_line(trainyard: RunCommand, tmp_p
     assert yaml.safe_load(ended.stdout)["name"] == "t"
     assert "\x1b" not in ended.stdout
     assert len(next(line for line in ended.stdout.splitlines() if line.startswith("# nnn"))) < 200
+
+
+def test_dates_and_hashed_columns(trainyard: RunCommand, tmp_path: Path) -> None:
+    days = np.datetime64("2024-01-01") + np.arange(ROWS) % 365
+    columns = {
+        **customers(ROWS),
+        "day": days,
+        "at": days.astype("datetime64[s]"),
+        "text": [str(day) for day in days],
+        "took": pa.array(np.arange(ROWS), pa.duration("s")),
+        "user": [f"user {i % 300}" for i in range(ROWS)],
+    }
+    data = {"dates": ["text"], "hashed": {"user": 8}}
+    ended = trainyard("check", write_table_job(tmp_path, columns, data=data, model={"numeric_embedding": "piecewise"}))
+    assert ended.exit_code == 0, ended.stderr
+    use = {name: cells[-1] for name, cells in read_table(ended).items()}
+    bins = "piecewise-linear bins, missing: median"
+    assert use["day"] == f"5 numbers, days and positions in year and week, each {bins}"
+    assert use["at"] == use["text"] == f"7 numbers, days and positions in year, week and day, each {bins}"
+    assert use["took"] == bins
+    assert use["user"] == "hashed to 8 buckets, one-hot: 8"

@@ -87,12 +87,12 @@ def test_a_table_without_a_label_asks_for_it(trainyard: RunCommand, tmp_path: Pa
 
 ROWS = 60
 LABELS: list[tuple[Any, dict[str, Any]]] = [
-    (np.arange(ROWS) % 2 == 0, {"kind": "binary", "positive": None}),
-    (np.arange(ROWS) % 2 + 1, {"kind": "binary", "positive": [2]}),
-    ((np.arange(ROWS) % 2).astype(float), {"kind": "binary", "positive": [1]}),
+    (np.arange(ROWS) % 2 == 0, {"kind": "binary"}),
+    (np.arange(ROWS) % 2 + 1, {"kind": "binary"}),
+    ((np.arange(ROWS) % 2).astype(float), {"kind": "binary"}),
     (np.arange(ROWS) % 3, {"kind": "multiclass"}),
     ([f"c{i % 4}" for i in range(ROWS)], {"kind": "multiclass"}),
-    (pa.array(["no", "yes"] * (ROWS // 2)).dictionary_encode(), {"kind": "binary", "positive": ["yes"]}),
+    (pa.array(["no", "yes"] * (ROWS // 2)).dictionary_encode(), {"kind": "binary"}),
     (np.arange(ROWS) % 15, {"kind": "regression"}),
     (np.arange(ROWS), {"kind": "regression"}),
     (np.linspace(0, 1, ROWS), {"kind": "regression"}),

@@ -104,11 +104,27 @@ scale: {workers: 2, device: cpu}
 """
 
 
+ENSEMBLE_JOB = """
+schema: 1
+name: ensemble
+data: {source: disc, normalize: scalar, splits: {by: random, val: 0.2}}
+model: {kind: mlp, hidden: [256, 128], dropout: 0.1, ensemble: 8, numeric_embedding: periodic}
+train:
+  batch_size: 64
+  optimizer: {kind: adamw, weight_decay: 0.01, decay: weights}
+  phases: [{epochs: 90, lr: 0.002, schedule: cosine}]
+evaluate: {every_steps: 25}
+checkpoint: {every_steps: 10, keep: 2}
+scale: {workers: 2, device: cpu}
+"""
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cluster")
     (folder / "cluster_code.py").write_text(USER_MODEL)
     (folder / "job.yaml").write_text(JOB)
+    (folder / "ensemble.yaml").write_text(ENSEMBLE_JOB)
     return folder
 
 
@@ -131,8 +147,8 @@ def reference_run(cluster: Any, folder: Path) -> Callable[[int], Path]:
     return get_run
 
 
-def train_job(storage: Path, workers: int, on_event: EventHandler = ignore_event) -> RunStatus:
-    return train("job.yaml", set={"scale.workers": workers}, storage=str(storage), on_event=on_event)
+def train_job(storage: Path, workers: int, on_event: EventHandler = ignore_event, job: str = "job.yaml") -> RunStatus:
+    return train(job, set={"scale.workers": workers}, storage=str(storage), on_event=on_event)
 
 
 def read_losses(run: Path) -> list[float]:
@@ -231,7 +247,22 @@ def test_killed_worker_is_recovered_bit_identically(
     cluster: Any, folder: Path, reference_run: Callable[[int], Path], workers: int, victim: str
 ) -> None:
     """Starts of workers: 2, and 1 for the reference run on three workers."""
-    storage = folder / f"killed-{workers}"
+    kill_a_worker_and_compare(cluster, folder / f"killed-{workers}", reference_run(workers), workers, victim)
+
+
+def test_killed_worker_of_an_ensemble_is_recovered_bit_identically(cluster: Any, folder: Path) -> None:
+    """Starts of workers: 3."""
+    reference = Path(train_job(folder / "reference-ensemble", 2, job="ensemble.yaml").url)
+    kill_a_worker_and_compare(cluster, folder / "killed-ensemble", reference, 2, "another", job="ensemble.yaml")
+    single_process = Path(train_job(folder / "single_process-ensemble", 0, job="ensemble.yaml").url)
+    for column in ("samples", "lr", "epoch"):
+        assert read_log(reference, "steps")[column].to_pylist() == read_log(single_process, "steps")[column].to_pylist()
+
+
+def kill_a_worker_and_compare(
+    cluster: Any, storage: Path, reference: Path, workers: int, victim: str, job: str = "job.yaml"
+) -> None:
+    """Kill rank 0 or another worker during training; the final state is that of the reference run."""
     times: dict[str, float] = {}
     events: EVENTS = []
 
@@ -252,14 +283,14 @@ def test_killed_worker_is_recovered_bit_identically(
 
     killer = threading.Thread(target=kill)
     killer.start()
-    outcome = train_job(storage, workers, on_event)
+    outcome = train_job(storage, workers, on_event, job)
     killer.join()
     run = Path(outcome.url)
     assert outcome.status == "finished"
     assert [claim["attempt"] for claim in read_claims(run)] == [1, 2]
     assert [event.step for event in events if isinstance(event, TrainingStarted)][1] > 0
     assert set(read_log(run, "steps")["attempt"].to_pylist()) == {1, 2}
-    assert final_state(run) == final_state(reference_run(workers))
+    assert final_state(run) == final_state(reference)
     delays = {name: round(times[name] - times["kill"], 1) for name in ("warning", "start")}
     print(
         f"\n{workers} workers, {victim} killed: noticed after {delays['warning']} s, training after {delays['start']} s"

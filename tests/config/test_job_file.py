@@ -227,7 +227,7 @@ def test_absolute_paths_and_other_strings_are_unchanged(tmp_path: Path, url: str
         ("train.batch_size=all", "train.batch_size", "all"),
         ("train.clip_norm=1e-3", "train.clip_norm", 0.001),
         ("train.phases.0.lr=0.25", "train.phases.0.lr", 0.25),
-        ("train.phases.1.epochs=9", "train.phases.1.epochs", 9),
+        ("train.phases.0.epochs=9", "train.phases.0.epochs", 9),
         ("model.hidden=[8, 4]", "model.hidden", [8, 4]),
         ("model.hidden.0=64", "model.hidden.0", 64),
         ("model={kind: cnn}", "model.conv.0.channels", 6),
@@ -278,7 +278,7 @@ def test_overrides_apply_in_order_and_keep_siblings(tmp_path: Path) -> None:
     ],
 )
 def test_invalid_override_is_an_error(tmp_path: Path, override: str, part: str) -> None:
-    assert part in " ".join(messages_of("name: a", tmp_path, override))
+    assert part in " ".join(messages_of("name: a\ndata: {source: disc}", tmp_path, override))
 
 
 # --------------------------------------------------------------------------------------------- messages

@@ -50,7 +50,8 @@ def make_part(rows: int = 60, shape: tuple[int, ...] = (4, 4)) -> DatasetPart:
 
 def make_train_loader(data: DatasetPart, indices: np.ndarray, **changes: Any) -> TrainLoader:
     batch_size, shuffle = changes.pop("batch_size", 7), changes.pop("shuffle", True)
-    sampler = GlobalBatchSampler(len(indices), batch_size, shuffle=shuffle, seed=3)
+    members = changes.pop("members", 1)
+    sampler = GlobalBatchSampler(len(indices), batch_size, shuffle=shuffle, seed=3, members=members)
     settings: dict[str, Any] = {
         "first_step": 1,
         "last_step": 3 * sampler.steps_per_epoch,
@@ -108,6 +109,7 @@ def test_loader_workers_do_not_change_batches(
 ) -> None:
     monkeypatch.setattr("pipeline.data.loader.FETCH_BYTES", fetch_bytes)
     changes: dict[str, Any] = {"augment_config": ALL_AUGMENTATIONS, "device": device, "world_size": 4, "rank": 1}
+    changes["members"] = 2
     expected = collect_batches(make_train_loader(make_part(), INDICES, **changes))
     assert_same_batches(
         collect_batches(make_train_loader(make_part(), INDICES, processes=processes, **changes)), expected
@@ -121,12 +123,13 @@ def test_loader_workers_do_not_change_batches(
     world_size=st.integers(1, 4),
     first=st.integers(1, 20),
     augment=st.sampled_from([AugmentConfig(), AugmentConfig(crop=2, flip=True), ALL_AUGMENTATIONS]),
+    members=st.integers(1, 3),
 )
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=40)
 def test_shares_of_all_ranks_form_the_global_batch(
-    count: int, batch_size: int, world_size: int, first: int, augment: AugmentConfig
+    count: int, batch_size: int, world_size: int, first: int, augment: AugmentConfig, members: int
 ) -> None:
-    changes: dict[str, Any] = {"batch_size": batch_size, "augment_config": augment}
+    changes: dict[str, Any] = {"batch_size": batch_size, "augment_config": augment, "members": members}
     whole = collect_batches(make_train_loader(make_part(), np.arange(count), last_step=25, **changes))[first - 1 :]
     ranks = [
         collect_batches(
@@ -146,6 +149,7 @@ def test_shares_of_all_ranks_form_the_global_batch(
         for position, step in enumerate(range(first, 26))
     ]
     assert_same_batches(together, whole)
+    assert all(len(inputs) % members == 0 for rank in ranks for _, inputs, _ in rank), "whole rows of all members"
 
 
 def test_augmentation_is_sampled_for_the_global_batch(device: torch.device) -> None:

@@ -174,7 +174,7 @@ def test_initial_weights_are_those_of_tabm() -> None:
 
 def test_first_scales_are_shared_by_the_width_of_an_input() -> None:
     for kind in ("signs", "normal"):
-        scales = draw_first_scales(kind, [2, 1, 3], 4)  # type: ignore[arg-type]
+        scales = draw_first_scales(kind, [2, 1, 3], 4)
         assert scales.shape == (4, 6)
         for part in scales.split([2, 1, 3], 1):
             assert (part == part[:, :1]).all()

@@ -235,7 +235,7 @@ def test_undefined_metrics_are_nan() -> None:
 
 @pytest.mark.parametrize("kind", METRICS)
 def test_empty_data_has_no_metrics(kind: str) -> None:
-    task = make_task(kind, 1 if kind == "regression" else 3, class_counts=[1, 1, 1], target_mean=[0.0])
+    task = make_task(kind, 3 if kind == "multiclass" else 1, class_counts=[1, 1, 1], target_mean=[0.0])
     metrics = MetricAccumulator(task, CPU).compute(FakeContext())
     assert list(metrics) == [*METRICS[kind], "samples"]
     counted = {"samples": 0, "correct": 0}

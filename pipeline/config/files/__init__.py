@@ -14,7 +14,7 @@ from pipeline.config import STORED, JobConfig
 from pipeline.config.files.loading import apply_overrides, merge_bases, read_tree, require_mapping, with_absolute_paths
 from pipeline.config.files.validation_errors import explain_validation_error
 from pipeline.config.files.yaml_io import YamlDumper, parse_yaml
-from pipeline.config.recipes import fill_in_recipe, leave_out_other_variants
+from pipeline.config.recipes import fill_in_recipe, leave_out_replaced
 from pipeline.errors import JobError
 from pipeline.redaction import find_secrets
 
@@ -71,7 +71,7 @@ def _fill_and_override(tree: dict[str, Any], overrides: list[str]) -> tuple[dict
     data_overrides = [override for override, is_data in zip(overrides, is_of_data, strict=True) if is_data]
     others = [override for override, is_data in zip(overrides, is_of_data, strict=True) if not is_data]
     apply_overrides(tree, data_overrides)
-    sections = leave_out_other_variants(tree, fill_in_recipe(tree), others)
+    sections = leave_out_replaced(tree, fill_in_recipe(tree), others)
     return apply_overrides(tree, others), sections
 
 

@@ -161,14 +161,16 @@ def _make_quantile_fn(
     ones, and at the limits from the outermost on."""
     count = max((len(values) for values in knots), default=1)
     table = torch.from_numpy(np.stack([np.resize(values, count) for values in knots])).to(device, work)
-    is_constant = (table[:, :1] == table[:, -1:]).to(device)
+    is_constant = table[:, :1] == table[:, -1:]
     last = max(count - 1, 1)
+    first_equal = torch.searchsorted(table, table)  # for each quantile, the index of the first that equals it
 
     def encode(shifted: Tensor) -> Tensor:
         values = shifted.t().contiguous()
-        below, up_to = torch.searchsorted(table, values), torch.searchsorted(table, values, right=True)
-        index = below.clamp(1, last)
-        lower, upper = table.gather(1, index - 1), table.gather(1, index.clamp(max=count - 1))
+        up_to = torch.searchsorted(table, values, right=True)
+        index = (up_to - 1).clamp_(min=0)
+        lower, upper = table.gather(1, index), table.gather(1, up_to.clamp(max=count - 1))
+        below = torch.where(lower == values, first_equal.gather(1, index), up_to)
         width = upper - lower
         # Distances from both ends: near the upper end, 1 - position would lose the digits that matter.
         is_between = below == up_to

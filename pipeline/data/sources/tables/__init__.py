@@ -138,15 +138,19 @@ def fingerprint_table(job: JobConfig, on_progress: Callable[[str], None]) -> str
 
 
 def _to_dataset(selection: TableSelection, decoded: DecodedTable, fingerprint: str, files: TableFiles) -> Dataset:
-    label_names = [decoded.categories[name] for name, kind in selection.labels if kind.kind == "text"]
+    label_names = [decoded.categories[name] if kind.kind == "text" else () for name, kind in selection.labels]
+    booleans = tuple(index for index, (_, kind) in enumerate(selection.labels) if kind.kind == "truth")
+    has_columns = selection.label_as == "classes" and len(selection.labels) > 1
     return Dataset(
         train=DatasetPart(decoded.inputs, decoded.targets),
         test=None,
         classes=(),
         fingerprint=fingerprint,
         schema=build_schema(selection, decoded.categories),
-        label_names=label_names[0] if label_names else (),
-        has_boolean_labels=any(kind.kind == "truth" for _, kind in selection.labels),
+        label_names=label_names[0] if label_names and not has_columns else (),
+        has_boolean_labels=bool(booleans) and not has_columns,
+        column_label_names=tuple(label_names) if has_columns else (),
+        boolean_label_columns=booleans if has_columns else (),
         split_columns=build_split_column(selection, decoded, files.url),
         warnings=files.warnings,
         rounding_errors=_rounding_by_channel(selection, decoded.rounding),

@@ -283,10 +283,10 @@ def _check_label(name: str, arrow_kind: ArrowKind, job: JobConfig, url: str) -> 
             where=url,
             fix="use task: multiclass or binary" if arrow_kind.kind == "text" else "use a column of numbers or text",
         )
-    if not is_regression and len(job.data.labels) > 1:
+    if job.task.kind not in ("multilabel", "regression") and len(job.data.labels) > 1:
         raise DataError(
             f"{job.task.kind} takes one label, not {len(job.data.labels)}",
             where="data.label",
-            fix="set one column, or use task: regression",
+            fix="set one column, or use task: regression, or task: multilabel for columns of two values",
         )
     return arrow_kind

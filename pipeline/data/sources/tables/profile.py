@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import pyarrow as pa
 
-from pipeline.config import SOURCE_CONFIGS, TableDataConfig
+from pipeline.config import TableDataConfig
 from pipeline.data.sources.tables.columns import merge_column_kinds
 from pipeline.data.sources.tables.decode import BATCH_BYTES, MAX_BATCH_ROWS, MAX_COLUMNS_PER_PASS
 from pipeline.data.sources.tables.files import TableFiles
@@ -16,11 +16,10 @@ from pipeline.data.tabular.encoder import suggest_columns
 from pipeline.data.tabular.profile import ColumnProfile, profile_columns
 from pipeline.errors import DataError
 from pipeline.events import ProgressFn
-from pipeline.redaction import redact
 
 
 def profile_table(
-    url: str, source: str, required: Sequence[str] = (), on_progress: ProgressFn = lambda text: None
+    data: TableDataConfig, required: Sequence[str] = (), on_progress: ProgressFn = lambda text: None
 ) -> dict[str, ColumnProfile]:
     """Read all rows of a table once, and return the profile of each column; by name, in order.
 
@@ -28,24 +27,21 @@ def profile_table(
 
     Parameters
     ----------
-    source: the source that reads the files, see `sniff_source`.
     required: columns that must be there.
 
     Raises
     ------
     DataError: files that cannot be read, a required column that is absent or not the same in all files, or no rows.
     """
-    data = SOURCE_CONFIGS[source].model_validate({"source": source, "url": url, "label": "unused"})
-    assert isinstance(data, TableDataConfig), "a source of tables"
     with open_table_files(data) as files:
         if not files.num_rows:
-            raise DataError("has no rows", where=redact(url), fix="check the program that wrote it")
+            raise DataError("has no rows", where=files.url, fix="check the program that wrote it")
         kinds, errors = merge_column_kinds(files)
         for name in required:
             if name in errors:
                 raise errors[name]
             if name not in kinds:
-                raise DataError(f"there is no column {name!r}", where=redact(url), fix=suggest_columns(name, kinds))
+                raise DataError(f"there is no column {name!r}", where=files.url, fix=suggest_columns(name, kinds))
         return profile_files(files, kinds, on_progress)
 
 
