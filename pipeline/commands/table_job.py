@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.config import JobConfig, TableDataConfig
 from pipeline.config.files import resolve_job
 from pipeline.config.files.loading import merge_bases
-from pipeline.errors import InputError, TrainyardError
+from pipeline.errors import InputError, JobError, TrainyardError
 from pipeline.events import EventHandler, Message, ignore_event
 
 if TYPE_CHECKING:  # it imports Arrow, which a job that is finished may not need
@@ -38,8 +38,15 @@ def is_job(
 
     Raises
     ------
+    JobError: neither a job nor data.
     InputError: a job together with options of data.
     """
+    if (value is None or isinstance(value, int | float)) and target is None and label is None:
+        raise JobError(
+            f"not a job or a table, but a value of type {type(value).__name__}",
+            where="train",
+            fix="give the path of a job file, its content as a dict, a JobConfig, a table or arrays",
+        )
     is_file = isinstance(value, JobConfig | str | Path)
     if not is_file and not isinstance(value, Mapping):
         return False
