@@ -129,6 +129,25 @@ def test_unusable_files_are_one_message(
     assert caught.value.fix
 
 
+@pytest.mark.parametrize("block_bytes", [50, 4 << 20])
+def test_a_column_of_numbers_with_a_stray_text_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    monkeypatch.setattr("pipeline.data.sources.tables.text.blocks.BLOCK_BYTES", block_bytes)
+    values = [*map(str, range(30)), "unknown"]
+    (tmp_path / "t.csv").write_text(
+        ",a,b,code,y\n" + "".join(f"{row},{value},x{row},0{row},p\n" for row, value in enumerate(values))
+    )
+    assert open_table(tmp_path / "t.csv").warnings == (
+        "the first column has no name: it is left out, like the index that pandas and R write",
+        "the column 'a' is text because of values such as 'unknown'; most others are numbers. If they stand for "
+        "missing values, add them to data.null_values",
+    )
+    dataset = open_table(tmp_path / "t.csv", null_values=["unknown"])
+    assert dataset.schema is not None
+    assert dataset.schema.columns[0].kind == "number"
+
+
 @pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "utf-16"])
 def test_other_encodings(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "t.csv").write_bytes("é,y\n1,ü\n2,ß\n".encode(encoding))
