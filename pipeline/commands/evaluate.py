@@ -12,6 +12,7 @@ from typing import Any
 
 from pipeline.config import (
     SPLIT_NAMES,
+    BaseDataConfig,
     FileDataConfig,
     JobConfig,
     RandomSplitsConfig,
@@ -175,7 +176,7 @@ def _with_other_data(job: JobConfig, url: str, fitted: FittedTransforms) -> JobC
         update |= {"dates": [glob.escape(name) for name in dates]}
     elif isinstance(job.data, TableColumnsConfig) and job.data.splits_column is not None:
         update |= {"keys": [*job.data.keys, job.data.splits_column]}  # else it would count as a second feature
-    data = job.data
+    data: BaseDataConfig = job.data
     if isinstance(data, TableColumnsConfig):
         schema = fitted.input_transform.schema
         texts = [

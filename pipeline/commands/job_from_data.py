@@ -21,6 +21,9 @@ from pipeline.errors import DataError, InputError, JobError
 from pipeline.events import ProgressFn
 from pipeline.redaction import has_secret, redact
 
+MIN_ROWS = 10
+"""Rows of a table for which a job is drafted."""
+
 MAX_CLASS_NUMBERS = 20
 """A label of whole numbers is one of classes if it has at most this many different ones ..."""
 
@@ -139,9 +142,15 @@ def draft_job(name: str, url: str, labels: Sequence[str], *, on_progress: Progre
     data = SOURCE_CONFIGS[source].model_validate({"source": source, "url": url, "label": list(labels)})
     assert isinstance(data, TableDataConfig), "a source of tables"
     profile = profile_table(data, labels, on_progress)
+    num_rows, num_columns = next(iter(profile.values())).num_rows, len(profile) - len(set(labels))
+    if num_rows < MIN_ROWS:
+        raise DataError(
+            f"has {num_rows:,} row{'s' if num_rows > 1 else ''}, too few to train and to validate on",
+            where=redact(url),
+            fix=f"use a table of at least {MIN_ROWS} rows",
+        )
     task, reason = choose_task([profile[label] for label in labels], url)
     notes = split_notes([column for name, column in profile.items() if name not in labels])
-    num_rows, num_columns = next(iter(profile.values())).num_rows, len(profile) - len(set(labels))
     splits = {"by": "random", "val": 0.2}
     if task["kind"] != "regression":
         splits["stratify"] = True

@@ -116,7 +116,10 @@ def random_split(job: JobConfig, config: RandomSplitsConfig, dataset: Dataset) -
     for name, count in counts.items():
         if name != "train" and not sizes[name]:
             continue
-        takes = allocate_proportionally([len(group) for group in groups], count)
+        group_sizes = [len(group) for group in groups]
+        takes = allocate_proportionally(group_sizes, count)
+        if name != "train" and config.stratify and not dataset.classes:
+            takes = leave_one_each(takes, group_sizes)
         taken = [group[:take] for group, take in zip(groups, takes, strict=True)]
         indices_by_split[name] = np.sort(np.concatenate(taken))
         groups = [group[take:] for group, take in zip(groups, takes, strict=True)]
@@ -144,6 +147,24 @@ def allocate_proportionally(sizes: list[int], count: int) -> list[int]:
     for index in by_remainder[: count - sum(takes)]:
         takes[index] += 1
     return takes
+
+
+def leave_one_each(takes: list[int], sizes: list[int]) -> list[int]:
+    """Return the same total, taken so that one of each group is left: what is too much of a group is taken of those
+    that have most left, one by one. If there are too few for that, return `takes`.
+
+    A class that only occurs outside the training rows could not be evaluated. (Classes that a source declares are
+    known without a row.)
+    """
+    left = [size - take for take, size in zip(takes, sizes, strict=True)]
+    missing = [index for index, count in enumerate(left) if count == 0 and sizes[index] > 0]
+    if not missing or sum(count - 1 for count in left if count > 1) < len(missing):
+        return takes
+    for index in missing:
+        giver = max(range(len(left)), key=lambda other: left[other])
+        left[index] += 1
+        left[giver] -= 1
+    return [size - count for count, size in zip(left, sizes, strict=True)]
 
 
 def split_by_range(config: RangeSplitsConfig, num_rows: int) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from pipeline.config import JobConfig
 from pipeline.config.files import build_job
 from pipeline.data.dataset import splits_to_table
 from pipeline.data.sources import Dataset, DatasetPart, make_dataset
-from pipeline.data.splits import allocate_proportionally, make_splits, sample_stratified, split_warnings
+from pipeline.data.splits import allocate_proportionally, leave_one_each, make_splits, sample_stratified, split_warnings
 from pipeline.errors import DataError
 
 
@@ -100,6 +100,19 @@ def test_stratified_splits_are_proportional(counts: list[int], val: float) -> No
     indices = make_splits(make_job({"val": val, "stratify": True}), data)["val"].indices
     taken = np.bincount(labels[indices], minlength=len(counts))
     assert (np.abs(taken - round(val * num_rows) * np.array(counts) / num_rows) < 1).all()
+
+
+@given(st.lists(st.integers(1, 6), min_size=2, max_size=12), st.integers(0, 30), st.integers(0, 20))
+def test_one_row_of_each_class_is_left_for_training(sizes: list[int], count: int, large: int) -> None:
+    sizes = [*sizes, large + 1]
+    takes = allocate_proportionally(sizes, min(count, sum(sizes)))
+    left = leave_one_each(takes, sizes)
+    assert sum(left) == sum(takes)
+    assert all(0 <= take <= size for take, size in zip(left, sizes, strict=True))
+    if sum(takes) <= sum(sizes) - len(sizes):
+        assert all(take < size for take, size in zip(left, sizes, strict=True))
+    if all(take < size for take, size in zip(takes, sizes, strict=True)):
+        assert left == takes, "otherwise splits are what they were"
 
 
 def test_stratify_needs_classes() -> None:

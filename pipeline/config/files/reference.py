@@ -18,6 +18,7 @@ from pipeline.config import (
     UserTableDataConfig,
 )
 from pipeline.config.files.loading import SHORT_FORMS
+from pipeline.config.recipes import IMAGE_RECIPE, TABLE_RECIPE
 
 COMMAND = "python -m pipeline.config.files.reference > docs/job-file.md"
 
@@ -34,6 +35,32 @@ TITLES: dict[str, str] = {
     CustomModelConfig.__name__: "kind: module:Class",
 }
 """Titles of the classes that are not selected by a fixed value of a key in `TAGS`."""
+
+
+def _yaml(value: Any) -> str:
+    """Return a plain value as YAML on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_yaml(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_yaml, value)) + "]"
+    if isinstance(value, str):
+        return value if re.fullmatch(r"[\w~./:-]+", value) else json.dumps(value)
+    return f"{value:g}" if isinstance(value, float) else json.dumps(value)
+
+
+def _recipe_table() -> str:
+    """Return the recipes as a table of Markdown."""
+    recipes = (TABLE_RECIPE, IMAGE_RECIPE)
+    rows = [
+        ("model", [_yaml(dict(recipe.model)) for recipe in recipes]),
+        ("train.optimizer", [_yaml(dict(recipe.optimizer)) for recipe in recipes]),
+        ("train.phases", [_yaml([dict(phase) for phase in recipe.phases]) for recipe in recipes]),
+        ("train.batch_size", [str(recipe.batch_size) for recipe in recipes]),
+        ("best", [_yaml({"metric": "val/loss", "patience": recipe.patience}) for recipe in recipes]),
+    ]
+    lines = [f"| section | {' | '.join(recipe.kind for recipe in recipes)} |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| `{name}` | {' | '.join(f'`{cell}`' for cell in cells)} |" for name, cells in rows)])
+
 
 INTRODUCTION = f"""\
 <!-- Generated from the fields of `pipeline/config/` by `{COMMAND}`. Edit the fields, not this page. -->
@@ -72,6 +99,17 @@ before anything is written.
 **`--set KEY=VALUE`** on the command line overrides one key: `--set train.batch_size=256`,
 `--set train.phases.0.lr=0.1`, `--set model.hidden=[64,32]`. KEY is a path of keys, and of positions in lists from 0;
 VALUE is YAML. A mapping is merged as for `base`.
+
+**Recipes.** What a job file leaves out of four sections depends on its data: `model`; `train.optimizer` together with
+`train.phases`; `train.batch_size`; `best`. A section that is left out is that of the recipe for the data, below. One
+that is given has the defaults of the tables on this page for the rest. `--set` changes keys of a recipe; if it gives a
+whole section (`--set model={{kind: mlp}}`) or another `kind`, the recipe's section does not count. Stored jobs have
+every section. `trainyard check FILE` names the sections that are the recipe's. Other data (`disc`, functions, tables
+with a `shape`) has no recipe.
+
+{_recipe_table()}
+
+`patience` needs a validation split that is evaluated after each epoch, else there is none.
 
 **Relative paths** in a job file (`base`, `code`, `data.url`, `data.root`, `data.cache.folder`, `model.weights`, and
 `model.init_from` with a slash in it) are relative to the folder of the file that holds them, also in a base. Those in
@@ -248,17 +286,6 @@ def _plural(words: str) -> str:
 def _text(node: Schema) -> str:
     """Return the documentation of a field or class on one line."""
     return " ".join(str(node.get("description", "")).split())
-
-
-def _yaml(value: Any) -> str:
-    """Return a plain value as YAML on one line."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_yaml(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_yaml, value)) + "]"
-    if isinstance(value, str):
-        return value if re.fullmatch(r"[\w~./:-]+", value) else json.dumps(value)
-    return f"{value:g}" if isinstance(value, float) else json.dumps(value)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,9 @@ SCAN_BYTES = 1 << 18
 
 ENCODING_FIX = "set data.encoding to its encoding, such as latin-1 or cp1252"
 
+NUL_BYTE = "has a NUL byte, so it is not UTF-8 text"
+NUL_FIX = "set data.encoding: utf-16 if it is that; else exclude it with a glob"
+
 UNNAMED = "\0"
 """Prefix of the names of unnamed columns; no other name has such a character."""
 
@@ -39,6 +42,9 @@ MAX_DICTIONARY_SIZE = 4096
 COMMA_NUMBER, POINT_NUMBER = re.compile(r"\s*[+-]?\d+,\d+\s*"), re.compile(r"\s*[+-]?\d*\.\d+\s*")
 PADDED, INEXACT = r"^\s*0[0-9]", r"^\s*(0[xX]|[+-]?[0-9]{19,}\s*$)"
 NUMBER = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)([eE][+-]?\d+)?")
+EXCEL_LINE = re.compile(r"sep=([^\w\s\"]|\t)\r?\n")
+"""A first line that Excel writes to tell the delimiter."""
+
 RAGGED = re.compile(r"Row #(\d+): Expected (\d+) columns, got (\d+)")
 
 HYPHEN, ZERO, NINE = ord("-"), ord("0"), ord("9")
@@ -60,11 +66,15 @@ class CsvParser:
     def __init__(self, data: CsvDataConfig, head: bytes, where: str) -> None:
         self._where = where
         text = head[:SAMPLE_BYTES].decode(errors="replace")
-        self._delimiter = find_delimiter(text) if data.delimiter == "auto" else data.delimiter
+        excel = EXCEL_LINE.match(text)
+        found = excel.group(1) if excel is not None else find_delimiter(text)
+        self._delimiter = found if data.delimiter == "auto" else data.delimiter
         self._decimal = find_decimal(text, self._delimiter) if data.decimal == "auto" else data.decimal
-        self._null_values = data.null_values
+        self._skips_spaces = has_spaces_after(text, self._delimiter)
+        self._null_values = [*data.null_values, *(f" {value}" for value in data.null_values if self._skips_spaces)]
         self._splitter = CsvSplitter(self._delimiter)
-        blank = len(head) - len(head.lstrip(b"\r\n"))
+        skipped = len(excel.group(0)) if excel is not None else 0
+        blank = len(head) - len(head[skipped:].lstrip(b"\r\n"))
         end = self._splitter.find_first_end(head[blank:])
         self.header_bytes = blank + end if end else len(head)
         self._names = self._read_names(head[blank : self.header_bytes])
@@ -87,7 +97,7 @@ class CsvParser:
         DataError: it is not UTF-8, or not text.
         """
         if b"\0" in data:
-            raise RecordError("has a NUL byte: it is not text, or UTF-16", data.index(b"\0"), ENCODING_FIX)
+            raise RecordError(NUL_BYTE, data.index(b"\0"), NUL_FIX)
         try:
             batch = self._read(data, known, self.stored_names)
         except pa.ArrowInvalid as error:
@@ -129,7 +139,10 @@ class CsvParser:
             ),
         )
         batches = table.combine_chunks().to_batches()
-        return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
+        batch = batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
+        if not self._skips_spaces:
+            return batch
+        return pa.RecordBatch.from_arrays([_trim(column) for column in batch.columns], names=batch.schema.names)
 
     def _find_codes(
         self, data: bytes, batch: pa.RecordBatch, known: Mapping[str, pa.DataType]
@@ -207,7 +220,7 @@ class CsvParser:
         try:
             text = header.decode()
             if "\0" in text:
-                raise DataError("the header has a NUL byte", where=where, fix=ENCODING_FIX)
+                raise DataError(NUL_BYTE, where=where, fix=NUL_FIX)
             rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter) if row]
         except UnicodeDecodeError as error:
             raise DataError(f"the header is not UTF-8: {error.reason}", where=where, fix=ENCODING_FIX) from None
@@ -255,6 +268,12 @@ def find_delimiter(text: str) -> str:
     return max(DELIMITERS, key=header.count) if any(map(header.count, DELIMITERS)) else ","
 
 
+def has_spaces_after(text: str, delimiter: str) -> bool:
+    """Return whether a space follows every delimiter in the first lines of a file; it is then part of the delimiter."""
+    records = [field for record in _sample_records(text, delimiter) for field in record[1:]]
+    return bool(records) and all(field.startswith(" ") for field in records)
+
+
 def find_decimal(text: str, delimiter: str) -> str:
     """Return the decimal separator of the numbers in the first lines of a file."""
     if delimiter == ",":
@@ -283,6 +302,13 @@ def _are_hours(characters: np.ndarray, positions: np.ndarray) -> np.ndarray:
     last = characters[positions - 2]
     is_hour: np.ndarray = (positions > 1) & (characters[positions - 1] == ord(" ")) & (last >= ZERO) & (last <= NINE)
     return is_hour
+
+
+def _trim(column: pa.Array) -> pa.Array:
+    """Return a column of text without spaces at the begin; other columns unchanged."""
+    if pt.is_dictionary(column.type):
+        return pa.DictionaryArray.from_arrays(column.indices, pc.utf8_ltrim(column.dictionary, " "))
+    return pc.utf8_ltrim(column, " ") if pt.is_string(column.type) else column
 
 
 def _value_type(arrow_type: pa.DataType) -> pa.DataType:
