@@ -13,6 +13,7 @@ from pipeline.config import JobConfig, MlpConfig, TableDataConfig
 from pipeline.data.auto_features import leave_out_columns
 from pipeline.data.dataset import Dataset
 from pipeline.data.leakage import leakage_warnings
+from pipeline.data.multilabel import fit_multilabel_transform
 from pipeline.data.sources import open_dataset
 from pipeline.data.sources.tables.profile import profile_table
 from pipeline.data.splits import make_splits
@@ -122,7 +123,8 @@ def describe_columns(job: JobConfig, on_progress: ProgressFn = lambda text: None
     profiles = profile_table(resolved, on_progress=on_progress)
     dataset = open_dataset(job, on_progress)
     splits = make_splits(job, dataset)
-    targets = fit_target_transform(job, dataset, splits)
+    fit_targets = fit_multilabel_transform if job.task.kind == "multilabel" else fit_target_transform
+    targets = fit_targets(job, dataset, splits)
     train_indices = splits["train"].indices
     dataset = leave_out_columns(job, dataset, train_indices)
     warnings = [*dataset.warnings, *leakage_warnings(job, dataset, train_indices), *label_warnings(targets)]

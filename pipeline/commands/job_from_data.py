@@ -152,7 +152,7 @@ def draft_job(name: str, url: str, labels: Sequence[str], *, on_progress: Progre
     task, reason = choose_task([profile[label] for label in labels], url)
     notes = split_notes([column for name, column in profile.items() if name not in labels])
     splits = {"by": "random", "val": 0.2}
-    if task["kind"] != "regression":
+    if task["kind"] in ("binary", "multiclass"):
         splits["stratify"] = True
     lines = [
         f"{redact(url)}: {num_rows:,} rows, {num_columns:,} columns beside the label",
@@ -170,7 +170,7 @@ def choose_task(labels: Sequence[ColumnProfile], url: str) -> tuple[dict[str, An
 
     Text and booleans are classes. Whole numbers are classes if there are two different ones, or at most
     `MAX_CLASS_NUMBERS` with at least `MIN_ROWS_PER_CLASS_NUMBER` rows each on average. All other numbers are a
-    regression.
+    regression. Several labels are a multilabel task if each has two different values, else a regression.
 
     Raises
     ------
@@ -179,12 +179,14 @@ def choose_task(labels: Sequence[ColumnProfile], url: str) -> tuple[dict[str, An
     """
     for label in labels:
         _check_label(label, url)
+    if len(labels) > 1 and all(_has_two_values(label) for label in labels):
+        return {"kind": "multilabel"}, f"{len(labels)} labels, each of two values"
     if len(labels) > 1:
         if other := next((label for label in labels if label.kind.kind not in ("whole", "real", "truth")), None):
             raise DataError(
                 f"of several labels, {other.name!r} has {other.kind}, not numbers",
                 where=redact(url),
-                fix="predict one label of classes at a time",
+                fix="predict one label of classes at a time, or labels that all have two values",
             )
         return {"kind": "regression"}, f"{len(labels)} labels of numbers"
     (label,) = labels
@@ -227,6 +229,10 @@ def _check_label(label: ColumnProfile, url: str) -> None:
             where=where,
             fix="use a column of classes or numbers; if these are classes, write the job file: `trainyard init NAME`",
         )
+
+
+def _has_two_values(label: ColumnProfile) -> bool:
+    return label.num_distinct == 2 and (label.kind.kind in ("text", "truth") or label.is_whole)
 
 
 def _is_class_number(label: ColumnProfile) -> bool:

@@ -131,6 +131,16 @@ def test_a_label_that_cannot_be_predicted_is_refused(
     assert not list(tmp_path.glob("*.yaml"))
 
 
+def test_several_labels_of_two_values_are_a_multilabel_task(trainyard: RunCommand, tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    columns = {"x": draw.normal(size=ROWS), "y": np.arange(ROWS) % 2, "z": ["a", "b", "b"] * (ROWS // 3)}
+    url = write_table(tmp_path / "t.parquet", columns)
+    ended = trainyard("train", url, "--label", "y", "--label", "z", "--max-steps", "3", "--json")
+    assert ended.exit_code == 0, ended.stderr
+    assert read_job("y.yaml").task.kind == "multilabel"
+    assert trainyard("check", "y.yaml").exit_code == 0
+
+
 def test_several_labels_of_numbers_are_one_regression(trainyard: RunCommand, tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     columns = {"x": draw.normal(size=ROWS), "y": draw.normal(size=ROWS), "z": draw.normal(size=ROWS)}
