@@ -12,10 +12,12 @@ from typing import Any
 
 from pipeline.config import (
     SPLIT_NAMES,
+    BaseDataConfig,
     FileDataConfig,
     JobConfig,
     RandomSplitsConfig,
-    TableDataConfig,
+    TableColumnsConfig,
+    UserTableDataConfig,
     compute_identity,
     digest_tree,
 )
@@ -157,22 +159,25 @@ def evaluate(
 def _with_other_data(job: JobConfig, url: str, fitted: FittedTransforms) -> JobConfig:
     """Return the job with all rows of a URL as its data. Its features are those of the training; the new data needs
     neither keys nor a column for splits."""
-    if not isinstance(job.data, FileDataConfig):
+    if not isinstance(job.data, FileDataConfig | TableColumnsConfig):
         raise InputError(
             f"this run was trained on {job.data.source}, which has no URL", where=f"--data {url}", fix="use --split"
         )
     update: dict[str, Any] = {"url": absolute_url(url), "splits": RandomSplitsConfig()}
-    if isinstance(job.data, TableDataConfig) and fitted.input_transform.schema is not None:
+    if isinstance(job.data, TableColumnsConfig) and fitted.input_transform.schema is not None:
         names = [column.name for column in fitted.input_transform.schema.columns]
         update |= {"features": [glob.escape(name) for name in names], "keys": []}
         update |= {"categorical": [name for name in job.data.categorical if fnmatch.filter(names, name)]}
         update |= {"hashed": {name: size for name, size in job.data.hashed.items() if fnmatch.filter(names, name)}}
+        if isinstance(job.data, UserTableDataConfig):  # whose library marks categories, which no file does
+            categories = [column.name for column in fitted.input_transform.schema.columns if column.kind == "category"]
+            update["categorical"] = [glob.escape(name) for name in categories]
         dates = [column.name for column in fitted.input_transform.schema.columns if column.is_date]
         update |= {"dates": [glob.escape(name) for name in dates]}
-    elif isinstance(job.data, TableDataConfig) and job.data.splits_column is not None:
+    elif isinstance(job.data, TableColumnsConfig) and job.data.splits_column is not None:
         update |= {"keys": [*job.data.keys, job.data.splits_column]}  # else it would count as a second feature
-    data = job.data
-    if isinstance(data, TableDataConfig):
+    data: BaseDataConfig = job.data
+    if isinstance(data, TableColumnsConfig):
         schema = fitted.input_transform.schema
         texts = [
             *(list_text_columns(schema) if schema is not None else ()),

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.commands.prediction_files import ENDINGS, PredictionFile, find_ending
-from pipeline.config import CacheConfig, ImageFolderDataConfig, TableDataConfig
+from pipeline.config import CacheConfig, ImageFolderDataConfig, TableColumnsConfig
 from pipeline.config.quantiles import MEDIAN, quantile_name
 from pipeline.data.sources.file_digests import select_num_read_threads
 from pipeline.data.sources.images.decode import InvalidImageError, is_image_path, silence_pillow_warnings
@@ -161,7 +161,7 @@ def _open_input(
 ) -> _TableInput | _ImageInput:
     """Open and check the input. stack: closes it."""
     data = predictor.job.data
-    if isinstance(data, TableDataConfig):
+    if isinstance(data, TableColumnsConfig):
         files = _open_tables(predictor, data, url)
         _check_output_outside_input(url, files.paths, output)
         return _TableInput(predictor, data, stack.enter_context(files), on_warning)
@@ -174,7 +174,7 @@ def _open_input(
     )
 
 
-def _open_tables(predictor: Predictor, data: TableDataConfig, url: str) -> TableFiles:
+def _open_tables(predictor: Predictor, data: TableColumnsConfig, url: str) -> TableFiles:
     """Return the files of the input, which may have another format than the training data."""
     schema = predictor.fitted.input_transform.schema
     other = config_of_url(data, url, list_text_columns(schema) if schema is not None else [])
@@ -185,7 +185,7 @@ class _TableInput:
     """Rows of table files, with their keys. The constructor checks the columns of all files."""
 
     def __init__(
-        self, predictor: Predictor, data: TableDataConfig, files: TableFiles, on_warning: Callable[[str], None]
+        self, predictor: Predictor, data: TableColumnsConfig, files: TableFiles, on_warning: Callable[[str], None]
     ) -> None:
         self.skipped: list[str] = []
         self._files = files

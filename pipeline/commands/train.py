@@ -67,7 +67,7 @@ def train(
     ----------
     job: a job file, its content as a dict (`code` and other paths relative to the working directory), or a `JobConfig`.
         Or data: a data frame of pandas or polars, an Arrow table; a dict of columns or a list of dicts, with `label`;
-        an array (N, F) with `target`; or a pair `(data, target)`.
+        an array (N, F) with `target`; or a pair `(data, target)`. Or, with `label`, the URL of a table.
     target: with data, its labels (N,), or (N, T) for a regression: an array, a list or a column of a data frame.
     label: with data, the name of its label column, or for a regression a list of them; with `target`, the name that the
         labels get.

@@ -20,10 +20,12 @@ from pipeline.config.data import (
     ImputationConfig,
     NamedDataConfig,
     NormalizeConfig,
+    TableColumnsConfig,
     TableDataConfig,
     TypedTableDataConfig,
     UserFunctionConfig,
     UserFunctionDataConfig,
+    UserTableDataConfig,
     sources_with,
 )
 from pipeline.config.evaluation import BestMetricConfig, CheckpointConfig, EvaluationConfig
@@ -96,6 +98,7 @@ __all__ = [
     "CustomModelConfig",
     "TypedTableDataConfig",
     "CsvDataConfig",
+    "TableColumnsConfig",
     "TableDataConfig",
     "PhaseConfig",
     "REGRESSION_LOSSES",
@@ -116,6 +119,7 @@ __all__ = [
     "TorchvisionModelConfig",
     "TrainConfig",
     "UserFunctionDataConfig",
+    "UserTableDataConfig",
     "WorkerRange",
     "digest_tree",
     "compute_identity",

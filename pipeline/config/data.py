@@ -28,7 +28,7 @@ class UserFunctionConfig(ConfigNode):
     call: str
     """`module:function`. It returns NumPy arrays or tensors: `(inputs, targets)`; two such pairs, for training and
     test; or `{"train": pair, "test": pair, "classes": names}`, of which the last two are optional. Inputs may be a data
-    frame of numbers."""
+    frame of numbers. With `data.label`, it returns a table, or `{"train": table, "test": table}`."""
     args: dict[str, Any] = {}
     """Keyword arguments of the function. A text `env:NAME` becomes the value of that environment variable."""
 
@@ -212,11 +212,9 @@ class FileDataConfig(BaseDataConfig):
         return [] if self.label is None else [self.label] if isinstance(self.label, str) else self.label
 
 
-class TableDataConfig(FileDataConfig):
-    """Tables in files: the keys of every file format."""
+class TableColumnsConfig(BaseDataConfig):
+    """Tables of any source: which columns are used, and how."""
 
-    url: str
-    """A file, a glob or a partitioned folder: any fsspec URL, or a path."""
     label: str | Annotated[list[str], Field(min_length=1)]
     """The column to predict; a list of columns for a regression of several numbers, or for multilabel."""
     features: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = ["*"]
@@ -245,6 +243,26 @@ class TableDataConfig(FileDataConfig):
     integer code after the other inputs, which `kind: mlp` embeds."""
     shape: Annotated[list[Positive], Field(min_length=1)] | None = None
     """Shape of a sample if the only feature is a column of bytes or lists of fixed size, such as [1, 28, 28]."""
+
+    @property
+    def labels(self) -> list[str]:
+        return [self.label] if isinstance(self.label, str) else self.label
+
+
+class TableDataConfig(TableColumnsConfig, FileDataConfig):
+    """Tables in files: the keys of every file format."""
+
+    url: str
+    """A file, a glob or a partitioned folder: any fsspec URL, or a path."""
+
+
+class UserTableDataConfig(TableColumnsConfig, UserFunctionDataConfig):
+    """A table that a function of your own returns, with a `label`: a data frame of pandas or polars, an Arrow table, a
+    dict of columns, or `{"train": table, "test": table}`. Its columns are what those of Parquet files are: text,
+    missing values and text labels included."""
+
+    source: UserFunctionConfig
+    """The function, as `{call: module:function, args: {}}`."""
 
 
 class TypedTableDataConfig(TableDataConfig):
@@ -374,7 +392,8 @@ def _data_tag(value: Any) -> str:
     """Return the class that a mapping describes; errors are then those of that class alone."""
     source = value.get("source", "mnist") if isinstance(value, dict) else getattr(value, "source", "mnist")
     if isinstance(source, dict | UserFunctionConfig):
-        return "UserFunctionDataConfig"
+        label = value.get("label") if isinstance(value, dict) else getattr(value, "label", None)
+        return "UserFunctionDataConfig" if label is None else "UserTableDataConfig"
     return SOURCE_CONFIGS.get(source, NamedDataConfig).__name__ if isinstance(source, str) else "NamedDataConfig"
 
 
@@ -384,6 +403,7 @@ DataConfig = Annotated[
     | Annotated[TypedTableDataConfig, Tag("TypedTableDataConfig")]
     | Annotated[CsvDataConfig, Tag("CsvDataConfig")]
     | Annotated[ImageFolderDataConfig, Tag("ImageFolderDataConfig")]
-    | Annotated[UserFunctionDataConfig, Tag("UserFunctionDataConfig")],
+    | Annotated[UserFunctionDataConfig, Tag("UserFunctionDataConfig")]
+    | Annotated[UserTableDataConfig, Tag("UserTableDataConfig")],
     Discriminator(_data_tag),
 ]

@@ -85,6 +85,8 @@ def find_recipe(data: Any) -> Recipe | None:
     if not isinstance(data, Mapping):
         return None
     source = data.get("source", "mnist")
+    if isinstance(source, Mapping) and data.get("label") is not None:
+        return TABLE_RECIPE if data.get("shape") is None else None
     config = SOURCE_CONFIGS.get(source) if isinstance(source, str) else None
     if config is not None and issubclass(config, TableDataConfig):
         return TABLE_RECIPE if data.get("shape") is None else None

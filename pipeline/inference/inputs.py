@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from pipeline.config import ImageFolderDataConfig, JobConfig, TableDataConfig
+from pipeline.config import ImageFolderDataConfig, JobConfig, TableColumnsConfig
 from pipeline.data.sources.images.decode import (
     ImageFormat,
     ImageTooSmallError,
@@ -63,7 +63,7 @@ def to_raw_inputs(data: Any, input_transform: InputTransform, job: JobConfig, re
             if images
             else np.empty((0, *shape), np.uint8)
         )
-    if isinstance(job.data, TableDataConfig) and not isinstance(data, np.ndarray | torch.Tensor):
+    if isinstance(job.data, TableColumnsConfig) and not isinstance(data, np.ndarray | torch.Tensor):
         return _read_sample_column(to_arrow_table(data), input_transform, job.data)
     if input_transform.names and _has_named_columns(data):
         data = _read_named_columns(to_arrow_table(data), input_transform.names)
@@ -124,11 +124,11 @@ def find_input_columns(
     if isinstance(preprocess, TabularTransform):
         check_columns(preprocess.schema, contents, num_rows, where)
         return [column.name for column in preprocess.schema.columns]
-    assert isinstance(job.data, TableDataConfig), "a job of tables"
+    assert isinstance(job.data, TableColumnsConfig), "a job of tables"
     return [_find_sample_column(contents, preprocess, job.data, where)]
 
 
-def _find_sample_column(names: Iterable[str], preprocess: ArrayTransform, data: TableDataConfig, where: str) -> str:
+def _find_sample_column(names: Iterable[str], preprocess: ArrayTransform, data: TableColumnsConfig, where: str) -> str:
     """Return the name of the column of bytes or lists that holds the samples, by the rule used in training."""
     reserved = {*data.labels, *data.keys, data.splits_column}
     patterns = ["*"] if data.features == "auto" else data.features
@@ -153,7 +153,7 @@ def _uses_float64(preprocess: TabularTransform, job: JobConfig) -> bool:
     return preprocess.dtype == "float64" if preprocess.dtype else job.train.precision == "fp64"
 
 
-def _read_sample_column(table: pa.Table, preprocess: ArrayTransform, data: TableDataConfig) -> np.ndarray:
+def _read_sample_column(table: pa.Table, preprocess: ArrayTransform, data: TableColumnsConfig) -> np.ndarray:
     """Return samples that are stored as one column of bytes or lists."""
     shape, width = preprocess.sample_shape, math.prod(preprocess.sample_shape)
     name = _find_sample_column(table.schema.names, preprocess, data, WHERE)

@@ -115,8 +115,9 @@ class Predictor(nn.Module):
 
         Data and predictions as for `predict`. The uncertainty is at least 0, and 0 where all members agree: for classes
         the mutual information of class and member, (N,) in nats: the entropy of the mean probabilities minus the mean
-        entropy of the members'; for values the standard deviation over the members, in the unit of the label, (N,) or
-        (N, T). See `pipeline.models.ensemble.compute_disagreement`.
+        entropy of the members', of a multilabel task for each label, (N, L); for values the standard deviation over the
+        members, in the unit of the label, (N,) or (N, T), or for each quantile, (N, Q). See
+        `pipeline.models.ensemble.compute_disagreement`.
 
         Raises
         ------

@@ -138,7 +138,7 @@ def test_check_names_the_sections_of_the_recipe(trainyard: RunCommand, tmp_path:
         ({"churned": ["yes"] * ROWS}, "all 320 training rows are of one class"),
         ({"churned": pa.array([None, "yes"] * (ROWS // 2))}, "nulls (or NaN) in 200 of 400 rows"),
         ({"months": [np.inf, 1.0] * (ROWS // 2)}, "infinite values"),
-        ({"when": [{"a": 1}] * ROWS}, "'when' has neither numbers nor text"),
+        ({"nested": [{"a": 1}] * ROWS}, "'nested' has neither numbers nor text"),
     ],
 )
 def test_check_finds_what_training_would(

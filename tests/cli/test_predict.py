@@ -45,7 +45,7 @@ def test_predictions_are_written_with_their_keys_in_order(trainyard: RunCommand,
     assert ended.exit_code == 0, ended.stderr
     assert ended.json["rows"] == 100
     out = pq.read_table("out.parquet")
-    assert out.schema.names == ["id", "prediction", "probability_blue", "probability_red"]
+    assert out.schema.names == ["id", "prediction", "probability_blue", "probability_red", "uncertainty"]
     assert out["id"].to_pylist() == list(range(100))
     predictions = np.array(out["prediction"].to_pylist())
     assert np.mean(predictions == np.where(new["x"].to_numpy() > 0.3, "red", "blue")) > 0.8
@@ -85,7 +85,8 @@ def test_evaluation_needs_only_features_and_label_in_any_order(trainyard: RunCom
     assert ended.json["metrics"]["data/samples"] == metrics["val/samples"] == 60
     assert ended.json["metrics"]["data/loss"] == pytest.approx(metrics["val/loss"], abs=1e-9)
     assert trainyard("predict", run, "--input", "held.parquet", "--output", "out.parquet").exit_code == 0
-    assert pq.read_table("out.parquet").schema.names == ["prediction", "probability_blue", "probability_red"]
+    names = ["prediction", "probability_blue", "probability_red", "uncertainty"]
+    assert pq.read_table("out.parquet").schema.names == names
 
 
 @pytest.mark.parametrize("kind", ["bytes", "numbers"])
@@ -284,7 +285,7 @@ def test_keys_named_like_prediction_columns_are_kept(trainyard: RunCommand, tmp_
     out = pq.read_table("out.parquet")
     assert out.schema.names == [
         *("key_key_prediction", "key_probability_red", "key_prediction"),
-        *("prediction", "probability_blue", "probability_red"),
+        *("prediction", "probability_blue", "probability_red", "uncertainty"),
     ]
     assert out["key_key_prediction"].to_pylist() == list(range(200))
     assert set(out["prediction"].to_pylist()) == {"red", "blue"}

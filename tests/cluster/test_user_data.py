@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from pipeline import load, train
@@ -37,6 +39,25 @@ def test_tabular_job_on_two_workers(
     cluster: Any, train_example: Callable[[str], RunStatus], example_data: Path, tmp_path: Path
 ) -> None:
     check_same_results("table", 2, train_example, example_data, tmp_path)
+
+
+def test_a_table_in_memory_on_two_workers(cluster: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame({"age": rng.normal(size=200), "plan": rng.choice(["basic", "pro"], 200)})
+    settings = {
+        "data.cache.folder": str(tmp_path / "cache"),
+        "model": {"kind": "mlp", "hidden": [8]},
+        "train.phases.0.epochs": 2,
+        "scale.device": "cpu",
+    }
+    here, on_workers = (
+        train(
+            frame, (frame["age"] > 0).tolist(), set=settings | {"scale.workers": workers}, storage=str(tmp_path / name)
+        )
+        for workers, name in ((0, "here"), (2, "workers"))
+    )
+    assert (on_workers.run, on_workers.step) == (here.run, here.step)
+    assert on_workers.metrics["val/loss"] == pytest.approx(here.metrics["val/loss"], rel=0.05)
 
 
 @pytest.mark.slow

@@ -202,6 +202,20 @@ def test_what_is_not_given_is_the_recipe_for_tables(frame: pd.DataFrame, setting
     assert job.data.splits.stratify  # type: ignore[union-attr]
 
 
+def test_the_url_of_a_table(frame: pd.DataFrame, settings: dict[str, Any], tmp_path: Path) -> None:
+    frame.to_csv(tmp_path / "customers.csv", index=False)
+    events: list[Any] = []
+    run = train(tmp_path / "customers.csv", label="churned", on_event=events.append, **settings)
+    assert "task: {kind: binary" in messages(events)
+    assert len(load(run.url).predict(frame)) == ROWS
+    assert train(str(tmp_path / "customers.csv"), label=["churned"], **settings).attempts == 1
+    assert not list(Path.cwd().glob("churned*.yaml"))
+    other = train(str(tmp_path / "customers.csv"), label="churned", task="multiclass", **settings)
+    assert load(other.url).job.task.kind == "multiclass"
+    with pytest.raises(InputError, match="labels cannot be given apart"):
+        train(str(tmp_path / "customers.csv"), [0, 1], label="churned")
+
+
 def test_the_index_is_said_to_be_left_out(frame: pd.DataFrame, settings: dict[str, Any]) -> None:
     events: list[Any] = []
     frame.index = pd.RangeIndex(ROWS, name="customer")
@@ -211,7 +225,7 @@ def test_the_index_is_said_to_be_left_out(frame: pd.DataFrame, settings: dict[st
 
 def test_options_of_data_do_not_go_with_a_job(frame: pd.DataFrame) -> None:
     job = {"name": "disc", "data": {"source": "disc"}}
-    for value in (job, "jobs/disc.yaml", Path("jobs/disc.yaml")):
+    for value in (job, "jobs/disc.yaml", Path("jobs/disc.yml")):
         with pytest.raises(InputError, match="label=") as caught:
             train(value, label="churned")
         assert caught.value.exit_code == 2

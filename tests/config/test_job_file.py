@@ -321,7 +321,8 @@ def test_invalid_override_is_an_error(tmp_path: Path, override: str, part: str) 
         ("name: a\nmodel: {kind: cnn, conv: [{chanels: 3}]}", ["model.conv.0.chanels: unknown key (did you mean"]),
         ("name: a\nmodel: {hidden: doubling}", ["model: layers goes with hidden: doubling"]),
         ("name: a\nseed: -1", ["seed: must be greater than or equal to 0, not -1"]),
-        ("name: a\ntask: multiclas", ["task: must be 'multiclass', 'binary' or 'regression' (did you mean 'mult"]),
+        ("name: a\ntask: multiclas", [
+            "task: must be 'multiclass', 'binary', 'multilabel' or 'regression' (did you mean 'multiclass'?)"]),
         ("name: a\ntask: {class_weights: {a: 0}}", ["task.class_weights.a: must be greater than 0"]),
         ("name: a\ntask: {class_weights: {0: 0}}", ["task.class_weights.0: must be greater than 0"]),
         ("name: a\ntask: regression\nbest: {metric: val/accuracy}", [

@@ -64,7 +64,8 @@ def write_table(path: Path, table: pa.Table, source: str) -> Path:
         path.write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
     elif source == "numpy":
         with path.open("wb") as file:
-            np.savez(file, **{name: _to_numpy(table.column(name)) for name in table.schema.names})
+            arrays: dict[str, Any] = {name: _to_numpy(table.column(name)) for name in table.schema.names}
+            np.savez(file, **arrays)
     elif source == "parquet":
         pq.write_table(table, path)
     else:

@@ -165,6 +165,32 @@ def test_uncertainty_is_a_column_of_predict(train_on: TrainOn, tmp_path: Path) -
         np.testing.assert_allclose(written, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("task", "label", "names"),
+    [
+        ({"kind": "multilabel"}, ["late", "heavy"], ["late", "heavy"]),
+        ({"kind": "regression", "quantiles": [0.1, 0.5, 0.9]}, "price", ["q10", "q50", "q90"]),
+    ],
+    ids=["multilabel", "quantiles"],
+)
+def test_several_outputs_have_an_uncertainty_each(
+    tmp_path: Path, task: dict[str, Any], label: Any, names: list[str]
+) -> None:
+    frame = make_frame()
+    frame["heavy"] = (frame.weight > 0).astype(int)
+    frame.to_parquet(tmp_path / "frame.parquet")
+    job = {**make_job(tmp_path, "regression", label), "task": task}
+    run = train(job, storage=str(tmp_path / "runs"), max_steps=20)
+    predict(run.url, input=str(tmp_path / "frame.parquet"), output=str(tmp_path / "out.parquet"))
+    out = pq.read_table(tmp_path / "out.parquet")
+    assert out.schema.names[-len(names) :] == [f"uncertainty_{name}" for name in names]
+    uncertainty = load(run.url).predict_with_uncertainty(frame)[1]
+    assert uncertainty.shape == (400, len(names))
+    assert (uncertainty > 0).all()
+    for index, name in enumerate(names):
+        np.testing.assert_allclose(out[f"uncertainty_{name}"].to_numpy(), uncertainty[:, index], rtol=1e-6)
+
+
 def test_single_networks_have_no_uncertainty(train_on: TrainOn) -> None:
     model = load(train_on("binary", ensemble=1).url)
     with pytest.raises(DataError, match="a single network has no uncertainty"):

@@ -147,5 +147,5 @@ def test_job_as_a_dict(job: dict[str, Any], tmp_path: Path) -> None:
     assert train(check(job).job, set={"train.batch_size": 50}, storage="elsewhere").run == run.run
     with pytest.raises(JobError, match="modle: unknown key"):
         train({**job, "modle": {}})
-    with pytest.raises(JobError, match="not a job, but a value of type int"):
+    with pytest.raises(JobError, match="not a job or a table, but a value of type int"):
         train(3)

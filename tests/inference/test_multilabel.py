@@ -107,7 +107,8 @@ def test_stored_transform_is_restored(tmp_path: Path) -> None:
     assert fitted.target_mean == pytest.approx([0.31, 0.5, 0.5, 0.5], abs=0.1)
     stored = json.loads(json.dumps(fitted.to_json()))
     assert FittedTransforms.from_json(stored) == fitted
-    for damaged in ([], stored["targets"]["labels"][:2], [{}] * 4):
+    damages: list[list[Any]] = [[], stored["targets"]["labels"][:2], [{}] * 4]
+    for damaged in damages:
         with pytest.raises(DataError):
             FittedTransforms.from_json({**stored, "targets": {**stored["targets"], "labels": damaged}})
 

@@ -10,7 +10,13 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pipeline.config import CustomModelConfig, JobConfig, TorchvisionModelConfig, UserFunctionDataConfig
+from pipeline.config import (
+    CustomModelConfig,
+    JobConfig,
+    TorchvisionModelConfig,
+    UserFunctionDataConfig,
+    UserTableDataConfig,
+)
 from pipeline.config.files.loading import SHORT_FORMS
 from pipeline.config.recipes import IMAGE_RECIPE, TABLE_RECIPE
 
@@ -24,6 +30,7 @@ TAGS = ("source", "kind", "by")
 
 TITLES: dict[str, str] = {
     UserFunctionDataConfig.__name__: "source: {call: module:function}",
+    UserTableDataConfig.__name__: "source: {call: module:function}, with a label",
     TorchvisionModelConfig.__name__: "kind: torchvision:NAME",
     CustomModelConfig.__name__: "kind: module:Class",
 }

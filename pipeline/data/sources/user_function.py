@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.config import JobConfig, UserFunctionDataConfig
+from pipeline.config import JobConfig, UserFunctionDataConfig, UserTableDataConfig
 from pipeline.data.dataset import Dataset, DatasetPart, make_dataset
 from pipeline.data.rounding import NumberKind, is_too_coarse, max_rounding_error
 from pipeline.data.statistics import BLOCK_VALUES
@@ -40,6 +40,8 @@ def open_user_function(job: JobConfig, on_progress: Callable[[str], None], *, fl
     Inputs may be a data frame of numbers (pandas, polars, Arrow). The names of its columns become
     `Dataset.column_names`, and the columns of a test frame are put in the order of the training frame.
 
+    With `data.label`, it returns a table, see `user_table.open_returned_tables`.
+
     The function may take any time: `scale.hang_s` does not apply, because its progress cannot be observed.
 
     Raises
@@ -52,6 +54,10 @@ def open_user_function(job: JobConfig, on_progress: Callable[[str], None], *, fl
     on_progress(f"calling {config.call}")
     with watchdog_suspended():
         returned = call_user_function(config.call, config.args, where=where, error=DataError)
+    if isinstance(job.data, UserTableDataConfig):
+        from pipeline.data.sources.user_table import open_returned_tables  # it imports Arrow
+
+        return open_returned_tables(returned, job, where, on_progress, float64=float64)
     return _to_dataset(returned, where, float64)
 
 

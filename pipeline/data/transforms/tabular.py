@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import ImputationConfig, JobConfig, NormalizeConfig, TableDataConfig
+from pipeline.config import ImputationConfig, JobConfig, NormalizeConfig, TableColumnsConfig
 from pipeline.data.dataset import DatasetPart
 from pipeline.data.serialization import ENCODINGS_VERSION, VERSION, check_stored_values, parse_float_name
 from pipeline.data.statistics import iter_blocks
@@ -369,7 +369,7 @@ def fit_tabular_transform(
     ------
     DataError: the normalization does not fit a table; with `missing: fail`, any row has a missing value.
     """
-    assert isinstance(job.data, TableDataConfig), "only tables have a schema"
+    assert isinstance(job.data, TableColumnsConfig), "only tables have a schema"
     missing, encoding = job.data.missing, select_encoding(job)
     probabilities = QUARTILES if encoding == "robust" else (0.5,) if missing.numeric == "median" else ()
     statistics = compute_statistics(dataset_part.inputs, indices, schema, probabilities=probabilities)

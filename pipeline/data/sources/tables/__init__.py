@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.config import JobConfig, TableDataConfig
+from pipeline.config import JobConfig, TableColumnsConfig, TableDataConfig
 from pipeline.data.cache import get_or_build
 from pipeline.data.dataset import Dataset, DatasetPart
 from pipeline.data.sources.tables.auto_features import select_auto_features, with_features
@@ -58,8 +58,7 @@ def open_table(job: JobConfig, on_progress: Callable[[str], None], *, float64: b
     DataError: unusable files, columns or values, with file, column, row and count.
     """
     data = job.data
-    assert isinstance(data, TableDataConfig), "a job of tables"
-    dtype = np.float64 if float64 else np.float32
+    assert isinstance(data, TableDataConfig), "a job of table files"
     with open_table_files(data) as files:
         if not files.num_rows:
             raise DataError(
@@ -67,34 +66,63 @@ def open_table(job: JobConfig, on_progress: Callable[[str], None], *, float64: b
                 where=files.url,
                 fix="check data.url, and the program that wrote the files",
             )
-        fingerprint = files.compute_fingerprint(on_progress)
-        job, left_out = select_auto_features(files, job, fingerprint, on_progress)
-        selection = select_columns(files, job)
-        shape, kind = input_array_layout(selection, files.num_rows, dtype)
-        _check_shape(selection)
-        size = math.prod(shape) * np.dtype(kind).itemsize
-        if size <= data.cache.in_memory_mb * 10**6:
-            decoded = decode_files(files, selection, np.empty(shape, kind), lambda _: None)
-            files.verify()
-        else:
-            other_bytes = files.num_rows * 8 * (len(selection.labels) + 1) + HEADER_BYTES
-
-            def build(folder: Path) -> None:
-                decode_to_cache(folder, files, selection, dtype, on_progress)
-                files.verify()
-
-            entry = get_or_build(
-                data.cache, _cache_key(fingerprint, selection, dtype), build, size_bytes=size + other_bytes
-            )
-            decoded = DecodedTable.load(entry)
-        dataset = replace(
-            _to_dataset(selection, decoded, fingerprint, files),
-            left_out=left_out,
-            reopen_with_features=lambda names: open_table(with_features(job, names), on_progress, float64=float64),
+        return read_dataset(
+            files,
+            job,
+            on_progress,
+            float64=float64,
+            reopen=lambda job, float64: open_table(job, on_progress, float64=float64),
         )
+
+
+def read_dataset(
+    files: TableFiles,
+    job: JobConfig,
+    on_progress: Callable[[str], None],
+    *,
+    float64: bool,
+    reopen: Callable[[JobConfig, bool], Dataset],
+) -> Dataset:
+    """Return the job's columns of all rows as one training part, see `open_table`.
+
+    Parameters
+    ----------
+    reopen: opens the same data again for a job with other features, in float64 or not.
+
+    Raises
+    ------
+    DataError: unusable columns or values.
+    """
+    data, dtype = job.data, np.float64 if float64 else np.float32
+    assert isinstance(data, TableColumnsConfig), "a job of tables"
+    fingerprint = files.compute_fingerprint(on_progress)
+    job, left_out = select_auto_features(files, job, fingerprint, on_progress)
+    selection = select_columns(files, job)
+    shape, kind = input_array_layout(selection, files.num_rows, dtype)
+    _check_shape(selection)
+    size = math.prod(shape) * np.dtype(kind).itemsize
+    if size <= data.cache.in_memory_mb * 10**6:
+        decoded = decode_files(files, selection, np.empty(shape, kind), lambda _: None)
+        files.verify()
+    else:
+        other_bytes = files.num_rows * 8 * (len(selection.labels) + 1) + HEADER_BYTES
+
+        def build(folder: Path) -> None:
+            decode_to_cache(folder, files, selection, dtype, on_progress)
+            files.verify()
+
+        entry = get_or_build(
+            data.cache, _cache_key(fingerprint, selection, dtype), build, size_bytes=size + other_bytes
+        )
+        decoded = DecodedTable.load(entry)
+    dataset = replace(
+        _to_dataset(selection, decoded, fingerprint, files),
+        left_out=left_out,
+        reopen_with_features=lambda names: reopen(with_features(job, names), float64),
+    )
     if float64 or dataset.rounding_errors is None:
         return dataset
-    return replace(dataset, reopen_in_float64=lambda: open_table(job, on_progress, float64=True))
+    return replace(dataset, reopen_in_float64=lambda: reopen(job, True))
 
 
 def fingerprint_table(job: JobConfig, on_progress: Callable[[str], None]) -> str:

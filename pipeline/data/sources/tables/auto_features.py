@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import JobConfig, TableDataConfig
+from pipeline.config import JobConfig, TableColumnsConfig
 from pipeline.data.cache import get_or_build
 from pipeline.data.sources.tables.columns import merge_column_kinds, select_feature_names
 from pipeline.data.sources.tables.files import TableFiles
@@ -47,7 +47,7 @@ def select_auto_features(
     DataError: no column is left, or the columns of the files differ.
     """
     data = job.data
-    assert isinstance(data, TableDataConfig), "a job of tables"
+    assert isinstance(data, TableColumnsConfig), "a job of tables"
     if data.features != "auto":
         return job, {}
     kinds, errors = merge_column_kinds(files)

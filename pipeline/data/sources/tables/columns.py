@@ -10,7 +10,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import CsvDataConfig, JobConfig, TableDataConfig, TimeSplitsConfig
+from pipeline.config import CsvDataConfig, JobConfig, TableColumnsConfig, TimeSplitsConfig
 from pipeline.data.sources.tables.files import TableFiles
 from pipeline.data.tabular.arrow_types import NUMERIC_KINDS, ArrowKind, common_kind, value_type
 from pipeline.data.tabular.encoder import suggest_columns
@@ -96,7 +96,7 @@ def select_columns(files: TableFiles, job: JobConfig) -> TableSelection:
         features; a pattern without a match.
     """
     data, columns = job.data, _FileColumns(files)
-    assert isinstance(data, TableDataConfig), "a job of tables"
+    assert isinstance(data, TableColumnsConfig), "a job of tables"
     split = data.splits_column
     for name, where in [
         *((label, "data.label") for label in data.labels),
@@ -193,7 +193,7 @@ def _match_patterns(patterns: Iterable[str], names: list[str], where: str) -> se
     return matched
 
 
-def select_feature_names(data: TableDataConfig, names: list[str]) -> list[str]:
+def select_feature_names(data: TableColumnsConfig, names: list[str]) -> list[str]:
     """Return the feature columns, in the order of the files. `features: auto` counts as all."""
     is_auto = data.features == "auto"
     patterns = [] if data.features == "auto" else data.features

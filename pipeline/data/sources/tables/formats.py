@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-from pipeline.config import SOURCE_CONFIGS, CsvDataConfig, TableDataConfig
+from pipeline.config import SOURCE_CONFIGS, CsvDataConfig, TableColumnsConfig, TableDataConfig, UserFunctionConfig
 from pipeline.data.sources.tables.files import HEAD_BYTES, TableFiles, file_errors
 from pipeline.data.sources.tables.parquet import MAX_CHECKED_FILES, ParquetFiles
 from pipeline.data.sources.tables.partitions import find_table_files
@@ -14,7 +14,7 @@ from pipeline.errors import DataError
 from pipeline.redaction import resolve_env
 
 
-def config_of_url(data: TableDataConfig, url: str, text_columns: Sequence[str] = ()) -> TableDataConfig:
+def config_of_url(data: TableColumnsConfig, url: str, text_columns: Sequence[str] = ()) -> TableDataConfig:
     """Return the configuration for other files, which may have another format.
 
     Parameters
@@ -28,13 +28,15 @@ def config_of_url(data: TableDataConfig, url: str, text_columns: Sequence[str] =
     """
     file, head = read_first_head(resolve_env(url, "data.url"))
     source = sniff_head(head, file.name) or data.source  # its reader says what is wrong
+    if isinstance(source, UserFunctionConfig):
+        source = "parquet"
     if source == "image_folder":
         raise DataError("is an image, not a table", where=file.where, fix="name the files of tables")
     config_class = SOURCE_CONFIGS[str(source)]
     if isinstance(data, config_class):
-        other = data.model_copy(update={"url": url, "source": source})
+        other = cast(TableDataConfig, data.model_copy(update={"url": url, "source": source}))
     else:
-        common = {name: getattr(data, name) for name in TableDataConfig.model_fields}
+        common = {name: getattr(data, name) for name in TableColumnsConfig.model_fields}
         other = cast(TableDataConfig, config_class(**{**common, "source": source, "url": url}))
     return other.model_copy(update={"text_columns": list(text_columns)}) if source == "csv" else other
 

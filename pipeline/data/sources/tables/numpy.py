@@ -132,7 +132,7 @@ class NumpyFiles(TableFiles):
 
 def _column_types(arrays: dict[str, StoredArray], file: ListedFile) -> dict[str, pa.DataType]:
     """Return the Arrow type of each column, from an array without rows."""
-    types = {}
+    types: dict[str, pa.DataType] = {}
     for name, array in arrays.items():
         empty = np.empty((0, *array.shape[1:]), array.dtype)
         try:

@@ -81,7 +81,7 @@ def sniff_head(head: bytes, name: str = "") -> str | None:
     if head.startswith(IMAGE_MAGIC):
         return "image_folder"
     text = decompress_head(head)
-    if not text or (b"\0" in text and not text.startswith(UTF16_BOMS)):
+    if not text or _describe_unknown(head) or (b"\0" in text and not text.startswith(UTF16_BOMS)):
         return None
     return "jsonl" if text.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"[") else "csv"
 
@@ -116,8 +116,8 @@ def check_head(file: ListedFile, head: bytes, source: str) -> None:
     if not head:
         raise DataError("is empty", where=file.where, fix="write it again, or exclude it with a glob")
     found = sniff_head(head, file.name)
-    if found == source or (found is None and source == "csv" and find_compression(head) is None):
-        return  # text with a NUL byte: the reader names its line
+    if found == source or (found is None and source == "csv" and not _describe_unknown(head)):
+        return  # in another encoding, or damaged: the reader says more
     name, fix = describe_format(head, source)
     raise DataError(f"is not {NAMES[source]}" + (f" but {name}" if name else ""), where=file.where, fix=fix)
 

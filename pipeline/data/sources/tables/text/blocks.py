@@ -49,25 +49,14 @@ class TextStream:
     def __init__(self, raw: IO[bytes], encoding: str, where: str) -> None:
         self._raw, self._where, self._encoding = raw, where, encoding
         self._stack = ExitStack()
-        self._stack.enter_context(raw)
-        head = raw.read(4)
-        raw.seek(0)
         self._source: Any = raw
-        self.is_compressed = (codec := find_compression(head)) is not None
-        if codec is not None:
-            compressed = self._stack.enter_context(pa.PythonFile(raw, mode="r"))
-            self._source = self._stack.enter_context(pa.CompressedInputStream(compressed, codec))
-        self._pending = self._source.read(HEAD_BYTES)
-        is_utf8 = codecs.lookup(encoding).name in ("utf-8", "ascii", "utf-8-sig")
-        if is_utf8 and self._pending.startswith(UTF16_BOMS):
-            raise DataError("is UTF-16, not UTF-8", where=where, fix="set data.encoding: utf-16")
-        self._decoder = None if is_utf8 else codecs.getincrementaldecoder(encoding)("strict")
-        if is_utf8:
-            self._pending = self._pending.removeprefix(codecs.BOM_UTF8)
+        self._decoder: codecs.IncrementalDecoder | None = None
         self._translates = False
-        first = self._pending = self._decode(self._pending)
-        self._translates = b"\r" in first[:-1] and b"\n" not in first
-        self._pending = first.replace(b"\r", b"\n") if self._translates else first
+        self._pending = b""
+        with ExitStack() as stack:
+            stack.enter_context(raw)
+            self._open(stack)
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -94,6 +83,24 @@ class TextStream:
     def peek(self) -> bytes:
         """Return the begin of the text: up to `HEAD_BYTES` before the first `read`."""
         return self._pending
+
+    def _open(self, stack: ExitStack) -> None:
+        """Read the begin of the text. stack: closes what is opened."""
+        head = self._raw.read(4)
+        self._raw.seek(0)
+        if (codec := find_compression(head)) is not None:
+            compressed = stack.enter_context(pa.PythonFile(self._raw, mode="r"))
+            self._source = stack.enter_context(pa.CompressedInputStream(compressed, codec))
+        head = self._source.read(HEAD_BYTES)
+        if codecs.lookup(self._encoding).name in ("utf-8", "ascii", "utf-8-sig"):
+            if head.startswith(UTF16_BOMS):
+                raise DataError("is UTF-16, not UTF-8", where=self._where, fix="set data.encoding: utf-16")
+            head = head.removeprefix(codecs.BOM_UTF8)
+        else:
+            self._decoder = codecs.getincrementaldecoder(self._encoding)("strict")
+        head = self._decode(head)
+        self._translates = b"\r" in head[:-1] and b"\n" not in head
+        self._pending = head.replace(b"\r", b"\n") if self._translates else head
 
     def _decode(self, block: bytes, final: bool = False) -> bytes:
         if self._decoder is not None:

@@ -1,4 +1,4 @@
-"""CSV, TSV and the like: what the first lines say about a file, and the parsing of its blocks."""
+"""CSV, TSV and the like: the header, and the parsing of blocks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import io
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import islice
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -18,17 +19,27 @@ import pyarrow.types as pt
 from pipeline.config import CsvDataConfig
 from pipeline.data.sources.tables.sniff import check_head
 from pipeline.data.sources.tables.text.blocks import CsvSplitter, TextStream
+from pipeline.data.sources.tables.text.dialect import (
+    EXCEL_LINE,
+    NUMBER,
+    SAMPLE_BYTES,
+    find_decimal,
+    find_delimiter,
+    has_spaces_after,
+    looks_like_values,
+)
 from pipeline.data.sources.tables.text.files import TextFiles
 from pipeline.data.sources.tables.text.parser import ParsedBlock, RecordError
+from pipeline.data.sources.tables.text.types import ColumnEvidence
 from pipeline.errors import DataError
 
-DELIMITERS = ",\t;|"
-SAMPLE_RECORDS = 200
-SAMPLE_BYTES = 1 << 18
 SCAN_BYTES = 1 << 18
 """Bytes that are searched at once: they fit into the processor's cache."""
 
 ENCODING_FIX = "set data.encoding to its encoding, such as latin-1 or cp1252"
+
+NUL_BYTE = "has a NUL byte, so it is not UTF-8 text"
+NUL_FIX = "set data.encoding: utf-16 if it is that; else exclude it with a glob"
 
 UNNAMED = "\0"
 """Prefix of the names of unnamed columns; no other name has such a character."""
@@ -36,9 +47,13 @@ UNNAMED = "\0"
 MAX_DICTIONARY_SIZE = 4096
 """Distinct texts in a block up to which a column is dictionary-encoded while it is parsed."""
 
-COMMA_NUMBER, POINT_NUMBER = re.compile(r"\s*[+-]?\d+,\d+\s*"), re.compile(r"\s*[+-]?\d*\.\d+\s*")
+SAMPLED_TEXT_BLOCKS, SAMPLED_ROWS = 4, 1 << 16
+"""Blocks, and rows of each, in which a column of text is searched for numbers."""
+
+MIN_NUMBERS = 5
+"""Distinct numbers from which a column of text looks like one of numbers."""
+
 PADDED, INEXACT = r"^\s*0[0-9]", r"^\s*(0[xX]|[+-]?[0-9]{19,}\s*$)"
-NUMBER = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)([eE][+-]?\d+)?")
 RAGGED = re.compile(r"Row #(\d+): Expected (\d+) columns, got (\d+)")
 
 HYPHEN, ZERO, NINE = ord("-"), ord("0"), ord("9")
@@ -60,15 +75,20 @@ class CsvParser:
     def __init__(self, data: CsvDataConfig, head: bytes, where: str) -> None:
         self._where = where
         text = head[:SAMPLE_BYTES].decode(errors="replace")
-        self._delimiter = find_delimiter(text) if data.delimiter == "auto" else data.delimiter
+        excel = EXCEL_LINE.match(text)
+        found = excel.group(1) if excel is not None else find_delimiter(text)
+        self._delimiter = found if data.delimiter == "auto" else data.delimiter
         self._decimal = find_decimal(text, self._delimiter) if data.decimal == "auto" else data.decimal
-        self._null_values = data.null_values
+        self._skips_spaces = has_spaces_after(text, self._delimiter)
+        self._null_values = [*data.null_values, *(f" {value}" for value in data.null_values if self._skips_spaces)]
         self._splitter = CsvSplitter(self._delimiter)
-        blank = len(head) - len(head.lstrip(b"\r\n"))
+        skipped = len(excel.group(0)) if excel is not None else 0
+        blank = len(head) - len(head[skipped:].lstrip(b"\r\n"))
         end = self._splitter.find_first_end(head[blank:])
         self.header_bytes = blank + end if end else len(head)
         self._names = self._read_names(head[blank : self.header_bytes])
-        self.stored_names = self._names[1:] if self._names[:1] == [""] else self._names
+        self.has_index = self._names[:1] == [""]
+        self.stored_names = self._names[1:] if self.has_index else self._names
 
     def find_last_end(self, data: bytes) -> int:
         """Return the end of the last complete record, 0 if there is none."""
@@ -87,7 +107,7 @@ class CsvParser:
         DataError: it is not UTF-8, or not text.
         """
         if b"\0" in data:
-            raise RecordError("has a NUL byte: it is not text, or UTF-16", data.index(b"\0"), ENCODING_FIX)
+            raise RecordError(NUL_BYTE, data.index(b"\0"), NUL_FIX)
         try:
             batch = self._read(data, known, self.stored_names)
         except pa.ArrowInvalid as error:
@@ -129,7 +149,10 @@ class CsvParser:
             ),
         )
         batches = table.combine_chunks().to_batches()
-        return batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
+        batch = batches[0] if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
+        if not self._skips_spaces:
+            return batch
+        return pa.RecordBatch.from_arrays([_trim(column) for column in batch.columns], names=batch.schema.names)
 
     def _find_codes(
         self, data: bytes, batch: pa.RecordBatch, known: Mapping[str, pa.DataType]
@@ -207,7 +230,7 @@ class CsvParser:
         try:
             text = header.decode()
             if "\0" in text:
-                raise DataError("the header has a NUL byte", where=where, fix=ENCODING_FIX)
+                raise DataError(NUL_BYTE, where=where, fix=NUL_FIX)
             rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter) if row]
         except UnicodeDecodeError as error:
             raise DataError(f"the header is not UTF-8: {error.reason}", where=where, fix=ENCODING_FIX) from None
@@ -217,7 +240,7 @@ class CsvParser:
             raise DataError("has only empty lines", where=self._where, fix="write the names of the columns first")
         names = [name.strip() for name in rows[0]]
         given = [name for name in names if name]
-        if _looks_like_values(given):
+        if looks_like_values(given):
             shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             raise DataError(
                 f"the first line has values instead of the names of the columns: {shown}",
@@ -229,60 +252,24 @@ class CsvParser:
         return [name if name or not index else f"{UNNAMED}{index + 1}" for index, name in enumerate(names)]
 
 
-def _looks_like_values(names: Sequence[str]) -> bool:
-    """Return whether names are rather the first row of a file without a header. Whole numbers that count up, such as
-    the years 2019 to 2021, are names."""
-    numbers = [name for name in names if NUMBER.fullmatch(name)]
-    if not numbers:
-        return False
-    if not all(name.isdigit() for name in numbers):
-        return True
-    values = [int(name) for name in numbers]
-    return any(second - first != 1 for first, second in pairwise(values))
-
-
-def find_delimiter(text: str) -> str:
-    """Return the delimiter of the first lines of a file: the one that divides them into the same number of columns."""
-    best, most = ",", 1
-    for delimiter in DELIMITERS:
-        records = _sample_records(text, delimiter)
-        counts = {len(record) for record in records}
-        if len(counts) == 1 and next(iter(counts)) > most:
-            best, most = delimiter, next(iter(counts))
-    if most > 1:
-        return best
-    header = text.lstrip("\r\n").partition("\n")[0]  # the lines differ: there will be an error, or the sample misleads
-    return max(DELIMITERS, key=header.count) if any(map(header.count, DELIMITERS)) else ","
-
-
-def find_decimal(text: str, delimiter: str) -> str:
-    """Return the decimal separator of the numbers in the first lines of a file."""
-    if delimiter == ",":
-        return "."
-    fields = [field for record in _sample_records(text, delimiter)[1:] for field in record]
-    has_comma, has_point = (any(map(pattern.fullmatch, fields)) for pattern in (COMMA_NUMBER, POINT_NUMBER))
-    return "," if has_comma and not has_point else "."
-
-
-def _sample_records(text: str, delimiter: str) -> list[list[str]]:
-    """Return the first complete records of a text that are not empty."""
-    records: list[list[str]] = []
-    try:
-        for record in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter):
-            if record:
-                records.append(record)
-            if len(records) > SAMPLE_RECORDS:
-                break
-    except csv.Error:
-        pass
-    return records[:-1] if len(records) > 1 and not text.endswith("\n") and len(records) <= SAMPLE_RECORDS else records
-
-
 def _are_hours(characters: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Return which positions in a text are of an hour after a date: `2024-05-31 08:30`."""
     last = characters[positions - 2]
     is_hour: np.ndarray = (positions > 1) & (characters[positions - 1] == ord(" ")) & (last >= ZERO) & (last <= NINE)
     return is_hour
+
+
+def _distinct(array: pa.Array) -> list[str | None]:
+    """Return the distinct texts of the first rows of a column."""
+    rows = array.slice(0, SAMPLED_ROWS)
+    return list((rows.dictionary_decode() if pt.is_dictionary(rows.type) else rows).unique().to_pylist())
+
+
+def _trim(column: pa.Array) -> pa.Array:
+    """Return a column of text without spaces at the begin; other columns unchanged."""
+    if pt.is_dictionary(column.type):
+        return pa.DictionaryArray.from_arrays(column.indices, pc.utf8_ltrim(column.dictionary, " "))
+    return pc.utf8_ltrim(column, " ") if pt.is_string(column.type) else column
 
 
 def _value_type(arrow_type: pa.DataType) -> pa.DataType:
@@ -308,6 +295,34 @@ class CsvFiles(TextFiles):
     def __init__(self, data: CsvDataConfig, *, read_layouts: bool = True) -> None:
         super().__init__(data.url, data.cache, read_layouts=read_layouts, text_columns=data.text_columns)
         self._data = data
+        self._notes: tuple[str, ...] = ()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Also what is probably a mistake in the files."""
+        return (*super().warnings, *self._notes)
+
+    def _unify_types(self) -> None:
+        super()._unify_types()
+        parsers = [cast(CsvParser, parser) for parser in self._parsers]
+        if any(parser.has_index for parser in parsers):
+            self._notes += ("the first column has no name: it is left out, like the index that pandas and R write",)
+        given = {UNNAMED, *self._data.text_columns}
+        for name, evidence in self._evidence.items():
+            if pt.is_string(evidence.type) and name not in given and not (evidence.has_padded or evidence.has_inexact):
+                self._note_mixed(name, evidence)
+
+    def _note_mixed(self, name: str, evidence: ColumnEvidence) -> None:
+        """Warn of a column that is text because of a few values, while the others are numbers."""
+        batches = islice(self._iter_text_blocks(name), SAMPLED_TEXT_BLOCKS)
+        values = {value for batch in batches for value in _distinct(batch) if value is not None}
+        others = sorted(value for value in values if not NUMBER.fullmatch(value.strip()))
+        count = len(values) - len(others)
+        if others and (evidence.types & {pa.int64(), pa.float64()} or count >= max(MIN_NUMBERS, 4 * len(others))):
+            self._notes += (
+                f"the column {name!r} is text because of values such as {others[0][:40]!r}; most others are numbers. "
+                "If they stand for missing values, add them to data.null_values",
+            )
 
     def _open_text(self, number: int) -> TextStream:
         check_head(self.files[number], self._read_head(self.files[number]), "csv")

@@ -223,6 +223,12 @@ class TextFiles(TableFiles):
             arrays |= zip(again, self._store.read(block.text_key, again).columns, strict=True)
         return [arrays[name] if name in arrays else pa.nulls(block.num_rows) for name in columns]
 
+    def _iter_text_blocks(self, name: str) -> Iterator[pa.Array]:
+        """Yield a column in those blocks in which it was found to be text."""
+        for block in (block for stored in self._blocks for block in stored):
+            if name in block.types and block.types[name] in (pa.string(), DICTIONARY):
+                yield self._store.read(block.key, [name]).column(0)
+
     def _estimate_stored_bytes(self, stored_bytes: int) -> int:
         fraction = (self._finished_bytes + self._current_bytes) / max(self._total_bytes, 1)
         return int(SPARE_SPACE * stored_bytes / max(min(fraction, 1.0), 1e-3))

@@ -108,9 +108,9 @@ def _encoding_error(data: bytes) -> RecordError:
 
 def _record_error(error: Exception, data: bytes) -> RecordError:
     message = str(error).removeprefix("JSON parse error: ")
-    row, position = ROW.search(message), 0
-    for _ in range(int(row.group(1)) if row else 0):  # rows are lines that are not empty
-        while data[position : position + 1] in (b"\n", b"\r", b" "):
-            position += 1
-        position = data.find(b"\n", position) + 1
+    row = ROW.search(message)
+    lines = [
+        line for line in re.finditer(rb"[^\n]+", data) if line.group().strip()
+    ]  # rows are lines that are not empty
+    position = lines[int(row.group(1))].start() if row and int(row.group(1)) < len(lines) else 0
     return RecordError(f"is not valid: {ROW.sub('', message).strip()}", position, REWRITE_HINT)
