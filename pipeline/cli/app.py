@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from pipeline.context import command_line_process
+from pipeline.cpus import let_waiting_threads_sleep
 from pipeline.errors import InputError, TrainyardError
 from pipeline.redaction import redact_tree, sanitize_for_terminal
 from pipeline.streams import guarded_standard_streams
@@ -78,6 +79,7 @@ def options(
 
 def main() -> NoReturn:
     """Run the command line. An error becomes one message and an exit code."""
+    let_waiting_threads_sleep()
     arguments = sys.argv[1:]
     output_mode.update(json="--json" in arguments, verbose=False, has_effects=False)  # until the command sets them
     with guarded_standard_streams() as (output, _):
