@@ -191,14 +191,14 @@ def test_a_measurement_that_somebody_stops_is_no_result(tmp_path: Path) -> None:
 
 
 def test_methods_of_trainyard_become_arguments(tmp_path: Path) -> None:
-    arguments = train_arguments("trainyard", "binary", "target", 0, Path("t.parquet"), 500, tmp_path)
+    arguments = train_arguments("trainyard", "binary", "target", 0, Path("t.parquet"), tmp_path)
     assert arguments[:4] == ["train", "t.parquet", "--label", "target"]
     assert "--set" not in arguments
-    assert parse_method("trainyard-hand+batch_rule+model.dropout=0.2", "binary", 3600) == (
+    assert parse_method("trainyard-hand+batch_rule+model.dropout=0.2", "binary") == (
         "trainyard-hand",
-        ["train.batch_size=64", "model.dropout=0.2"],
+        ["train.batch_size=auto", "model.dropout=0.2"],
     )
-    assert parse_method("trainyard-hand+label_smoothing", "regression", 500)[1] == []
+    assert parse_method("trainyard-hand+label_smoothing", "regression")[1] == []
     for unknown in ("trainyard-hand+nothing", "other"):
         with pytest.raises(ValueError, match=r"^no "):
-            parse_method(unknown, "binary", 500)
+            parse_method(unknown, "binary")

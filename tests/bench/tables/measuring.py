@@ -134,9 +134,7 @@ def _fit_trainyard(
 ) -> Scores:
     """`cpu_s` is the time of `trainyard train`; `predict_cpu_s` that of `trainyard predict`."""
     label, out = table.clean_label, scratch / "out.parquet"
-    arguments = trainyard_entries.train_arguments(
-        row["method"], table.task, label, split, files.train, row["train_rows"], scratch
-    )
+    arguments = trainyard_entries.train_arguments(row["method"], table.task, label, split, files.train, scratch)
     done = _run([trainyard, *arguments], in_folder=scratch)
     result = json.loads(done.output.splitlines()[-1])
     row |= {"cpu_s": done.cpu_s, "wall_s": done.wall_s, "versions": {"trainyard": _trainyard_version(trainyard)}}
