@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -165,30 +166,39 @@ def test_levels_are_those_of_the_training_rows() -> None:
 
 def test_a_measurement_is_kept_and_not_repeated(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
-    request: dict[str, Any] = {"folder": tmp_path, "results": results, "trainyard": "false"}
+    request: dict[str, Any] = {"folder": tmp_path, "results": [results], "trainyard": "false"}
     (row,) = measure_all([TABLES["breast_cancer"]], [0], ["linear"], **request)
     assert row["error"] is None
     assert row["auc"] > 0.98
     assert 0 < row["fit_cpu_s"] < row["cpu_s"]
     assert read_results([results]) == {("breast_cancer", 0, "linear"): row}
+    request["results"] = [tmp_path / "more.jsonl", results]
     assert list(measure_all([TABLES["breast_cancer"]], [0], ["linear"], **request)) == []
 
 
 def test_a_method_that_fails_has_a_result_with_its_error(tmp_path: Path) -> None:
     row = measure(TABLES["breast_cancer"], 0, "trainyard", folder=tmp_path, trainyard="false")
-    assert row["error"].startswith("CalledProcessError")
+    assert row["error"].startswith("exit code 1")
     assert "auc" not in row
 
 
+def test_a_measurement_that_somebody_stops_is_no_result(tmp_path: Path) -> None:
+    program = tmp_path / "stopped"
+    program.write_text("#!/bin/sh\nkill -TERM $$\n")
+    program.chmod(0o755)
+    with pytest.raises(subprocess.CalledProcessError):
+        measure(TABLES["breast_cancer"], 0, "trainyard", folder=tmp_path, trainyard=str(program))
+
+
 def test_methods_of_trainyard_become_arguments(tmp_path: Path) -> None:
-    arguments = train_arguments("trainyard", "binary", "target", 0, Path("t.parquet"), 500, tmp_path)
+    arguments = train_arguments("trainyard", "binary", "target", 0, Path("t.parquet"), tmp_path)
     assert arguments[:4] == ["train", "t.parquet", "--label", "target"]
     assert "--set" not in arguments
-    assert parse_method("trainyard-hand+batch_rule+model.dropout=0.2", "binary", 3600) == (
+    assert parse_method("trainyard-hand+batch_rule+model.dropout=0.2", "binary") == (
         "trainyard-hand",
-        ["train.batch_size=64", "model.dropout=0.2"],
+        ["train.batch_size=auto", "model.dropout=0.2"],
     )
-    assert parse_method("trainyard-hand+label_smoothing", "regression", 500)[1] == []
+    assert parse_method("trainyard-hand+label_smoothing", "regression")[1] == []
     for unknown in ("trainyard-hand+nothing", "other"):
         with pytest.raises(ValueError, match=r"^no "):
-            parse_method(unknown, "binary", 500)
+            parse_method(unknown, "binary")

@@ -62,7 +62,12 @@ def parse_arguments() -> argparse.Namespace:
     common.add_argument("--tables", nargs="+", default=[], help="names, development or final; default: all")
     common.add_argument("--folder", type=Path, default=Path("~/.cache/trainyard/bench-tables").expanduser())
     results = argparse.ArgumentParser(add_help=False)
-    results.add_argument("--results", type=Path, nargs="+", help="JSON lines; default: results.jsonl in --folder")
+    results.add_argument(
+        "--results",
+        type=Path,
+        nargs="+",
+        help="JSON lines, run appends to the first file; default: results.jsonl in --folder",
+    )
     every = [*baselines.METHODS, "trainyard"]
     commands.add_parser("tables", parents=[common], help="build the tables and describe them")
     command = commands.add_parser("run", parents=[common, results], help="measure what the results file lacks")
@@ -104,7 +109,7 @@ def print_tables(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     tables = select_tables(args.tables)
     measured = measure_all(
-        tables, args.splits, args.methods, folder=args.folder, results=args.results[0], trainyard=args.trainyard
+        tables, args.splits, args.methods, folder=args.folder, results=args.results, trainyard=args.trainyard
     )
     for row in measured:
         score = row.get("r2", row.get("auc"))

@@ -9,11 +9,12 @@ import importlib.metadata
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -32,6 +33,8 @@ from tests.bench.tables.splits import SplitFiles, write_split
 REPOSITORY = Path(__file__).parents[3]
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LOKY_MAX_CPU_COUNT"), "1")
 TIME_LIMIT_S = 3600.0
+STOPPED_BY_USER = (-signal.SIGINT, -signal.SIGTERM)
+"""Exit codes that say nothing about a method, so that they are no result."""
 
 Row = dict[str, Any]
 Key = tuple[str, int, str]
@@ -62,20 +65,20 @@ def measure_all(
     methods: Iterable[str],
     *,
     folder: Path,
-    results: Path,
+    results: Sequence[Path],
     trainyard: str,
 ) -> Iterator[Row]:
-    """Measure what `results` does not hold yet, method by method, and append it."""
+    """Measure what none of the files `results` holds yet, method by method, and append it to the first."""
     tables, splits = list(tables), list(splits)
-    known = set(read_results([results]))
-    results.parent.mkdir(parents=True, exist_ok=True)
+    known, written = set(read_results(results)), results[0]
+    written.parent.mkdir(parents=True, exist_ok=True)
     for method in methods:
         for table in tables:
             for split in splits:
                 if (table.name, split, method) in known:
                     continue
                 row = measure(table, split, method, folder=folder, trainyard=trainyard)
-                with results.open("a") as file:
+                with written.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 yield row
 
@@ -102,8 +105,12 @@ def measure(table: PublicTable, split: int, method: str, *, folder: Path, trainy
             else:
                 scores = _fit_trainyard(row, table, split, files, Path(scratch), trainyard)
             row |= {name: round(value, 6) for name, value in scores.items()}
-        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-            row["error"] = f"{type(error).__name__}: {_last_lines(error.stderr)}"
+        except subprocess.CalledProcessError as error:
+            if error.returncode in STOPPED_BY_USER:
+                raise
+            row["error"] = f"exit code {error.returncode}: {error.stderr.strip()[-600:]}"
+        except subprocess.TimeoutExpired:
+            row["error"] = f"more than {TIME_LIMIT_S:.0f} s"
         except (ValueError, KeyError) as error:
             row["error"] = f"{type(error).__name__}: {error}"
     return row
@@ -127,9 +134,7 @@ def _fit_trainyard(
 ) -> Scores:
     """`cpu_s` is the time of `trainyard train`; `predict_cpu_s` that of `trainyard predict`."""
     label, out = table.clean_label, scratch / "out.parquet"
-    arguments = trainyard_entries.train_arguments(
-        row["method"], table.task, label, split, files.train, row["train_rows"], scratch
-    )
+    arguments = trainyard_entries.train_arguments(row["method"], table.task, label, split, files.train, scratch)
     done = _run([trainyard, *arguments], in_folder=scratch)
     result = json.loads(done.output.splitlines()[-1])
     row |= {"cpu_s": done.cpu_s, "wall_s": done.wall_s, "versions": {"trainyard": _trainyard_version(trainyard)}}
@@ -171,11 +176,6 @@ def _run(command: list[str], in_folder: Path = REPOSITORY) -> Completed:
     wall_s, after = time.perf_counter() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_s = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
     return Completed(done.stdout, round(cpu_s, 3), round(wall_s, 3))
-
-
-def _last_lines(output: str | bytes | None) -> str:
-    text = output.decode(errors="replace") if isinstance(output, bytes) else output or ""
-    return text.strip()[-600:]
 
 
 @cache

@@ -12,9 +12,6 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-VAL_SHARE = 0.2
-"""What the job written by hand takes for validation."""
-
 BASES = ("trainyard", "trainyard-hand")
 
 VARIANTS: dict[str, list[str]] = {
@@ -29,22 +26,13 @@ VARIANTS: dict[str, list[str]] = {
     "label_smoothing": ["task.label_smoothing=0.1"],
     "no_label_smoothing": ["task.label_smoothing=0"],
     "silu": ["model.activation=silu"],
-    "batch_rule": [],
+    "batch_rule": ["train.batch_size=auto"],
 }
-"""Overrides by name. `batch_rule` depends on the number of rows, see `batch_size_for`; label smoothing is left out for
-regressions."""
+"""Overrides by name. Label smoothing is left out for regressions."""
 
 
-def batch_size_for(train_rows: int) -> int:
-    """Return the batch size of the rule that pytabkit has for TabM (arXiv 2410.24210), at most 256."""
-    for below, size in ((2_800, 32), (4_500, 64), (6_400, 128)):
-        if train_rows < below:
-            return size
-    return 256
-
-
-def parse_method(method: str, task: str, given_rows: int) -> tuple[str, list[str]]:
-    """Return the base of a method and its overrides. `given_rows`: for training and validation.
+def parse_method(method: str, task: str) -> tuple[str, list[str]]:
+    """Return the base of a method and its overrides.
 
     Raises
     ------
@@ -57,9 +45,7 @@ def parse_method(method: str, task: str, given_rows: int) -> tuple[str, list[str
     for part in parts:
         if "=" not in part and part not in VARIANTS:
             raise ValueError(f"no variant {part} in {method}: choose of {', '.join(VARIANTS)}, or KEY=VALUE")
-        if part == "batch_rule":
-            overrides.append(f"train.batch_size={batch_size_for(round(given_rows * (1 - VAL_SHARE)))}")
-        elif "=" in part:
+        if "=" in part:
             overrides.append(part)
         elif "label_smoothing" not in part or task != "regression":
             overrides += VARIANTS[part]
@@ -69,7 +55,7 @@ def parse_method(method: str, task: str, given_rows: int) -> tuple[str, list[str
 def make_job(table: Path, label: str, task: str, seed: int) -> dict[str, Any]:
     """Return the job written by hand, as its tree: two layers of 256 and 128, AdamW, cosine, patience. It names every
     value that matters, so that it stays what it is when a default changes."""
-    splits: dict[str, Any] = {"by": "random", "val": VAL_SHARE, "test": 0}
+    splits: dict[str, Any] = {"by": "random", "val": 0.2, "test": 0}
     task_tree: dict[str, Any] = {"kind": task}
     if task == "binary":
         task_tree["positive"] = [max(pq.read_table(table, columns=[label])[label].unique().to_pylist())]
@@ -95,11 +81,9 @@ def make_job(table: Path, label: str, task: str, seed: int) -> dict[str, Any]:
     }
 
 
-def train_arguments(
-    method: str, task: str, label: str, seed: int, train: Path, given_rows: int, folder: Path
-) -> list[str]:
+def train_arguments(method: str, task: str, label: str, seed: int, train: Path, folder: Path) -> list[str]:
     """Return the arguments of `trainyard` that train this method; the job file, if it needs one, goes to `folder`."""
-    base, overrides = parse_method(method, task, given_rows)
+    base, overrides = parse_method(method, task)
     settings = [argument for override in overrides for argument in ("--set", override)]
     if base == "trainyard":
         source = [str(train), "--label", label]
