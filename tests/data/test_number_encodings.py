@@ -165,7 +165,7 @@ def test_encodings_are_monotone_finite_and_stored(
     for work in (torch.float32, torch.float64):
         out = apply_transform(fitted, raw, work)
         assert np.isfinite(out).all()
-        tolerance = 1e-5 if encoding == "quantile" else 0
+        tolerance = 1e-5 if encoding == "quantile" else 1e-6  # rounding, where the encoding is almost flat
         assert (np.diff(out, axis=0) >= -tolerance).all()
         if len(set(train)) == 1:
             assert not out.any(), "a constant stays 0, also for other values"
