@@ -1,9 +1,10 @@
 """What a job file leaves out depends on its data: the recipe of each kind of data, and the rule that fills it in.
 
 The rule goes by section. A section that the job file leaves out is that of the recipe for its data; one that it gives,
-however short, has the defaults of its class for the rest. The sections are `model`, `best`, `train.batch_size`, and
-`train.optimizer` together with `train.phases`, because a learning rate belongs to its optimizer. Overrides (`--set`)
-change the result. The rule is applied where a job file or mapping is read; stored jobs have every section.
+however short, has the defaults of its class for the rest. The sections are `data.normalize`, `model`, `best`,
+`train.batch_size`, and `train.optimizer` together with `train.phases`, because a learning rate belongs to its
+optimizer. Overrides (`--set`) change the result. The rule is applied where a job file or mapping is read; stored jobs
+have every section.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class Recipe:
     """The sections that a job on one kind of data gets if its file leaves them out.
 
     kind: the kind of data, for messages.
+    normalize: `data.normalize`; None: its default.
     model: `model`.
     optimizer, phases: `train.optimizer` and `train.phases`.
     batch_size: `train.batch_size`.
@@ -42,6 +44,7 @@ class Recipe:
     phases: tuple[Mapping[str, Any], ...]
     batch_size: int | str
     patience: int | None = None
+    normalize: str | None = None
 
 
 TABLE_RECIPE = Recipe(
@@ -58,6 +61,7 @@ TABLE_RECIPE = Recipe(
     phases=({"epochs": 80, "lr": 0.002, "schedule": "cosine"},),
     batch_size="auto",
     patience=PATIENCE_EPOCHS,
+    normalize="robust",
 )
 
 
@@ -106,6 +110,9 @@ def fill_in_recipe(tree: dict[str, Any]) -> list[str]:
     if recipe is None or not isinstance(train, dict):
         return []
     sections: dict[str, Any] = {}
+    if recipe.normalize is not None and "normalize" not in tree["data"]:
+        sections["data.normalize"] = recipe.normalize
+        tree["data"] = {**tree["data"], "normalize": recipe.normalize}
     if "model" not in tree:
         sections["model"] = tree["model"] = deepcopy(dict(recipe.model))
     if not {"optimizer", "phases"} & set(train):

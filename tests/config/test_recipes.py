@@ -15,7 +15,7 @@ from pipeline.config.recipes import TABLE_RECIPE, auto_batch_size
 from pipeline.errors import JobError
 
 TABLE: dict[str, Any] = {"source": "parquet", "url": "/x", "label": "y"}
-ALL_SECTIONS = ["model", "train.optimizer", "train.phases", "train.batch_size", "best"]
+ALL_SECTIONS = ["data.normalize", "model", "train.optimizer", "train.phases", "train.batch_size", "best"]
 
 
 def make_tree(**sections: Any) -> dict[str, Any]:
@@ -39,10 +39,10 @@ def test_a_table_gets_all_sections_of_the_recipe() -> None:
 @pytest.mark.parametrize(
     ("given_sections", "filled"),
     [
-        ({"model": {"hidden": [8]}}, ALL_SECTIONS[1:]),
-        ({"train": {"batch_size": 7}}, ["model", "train.optimizer", "train.phases", "best"]),
-        ({"train": {"optimizer": {"kind": "adam"}}}, ["model", "train.batch_size", "best"]),
-        ({"train": {"phases": [{"epochs": 1, "lr": 0.1}]}}, ["model", "train.batch_size", "best"]),
+        ({"model": {"hidden": [8]}}, ["data.normalize", *ALL_SECTIONS[2:]]),
+        ({"train": {"batch_size": 7}}, ["data.normalize", "model", "train.optimizer", "train.phases", "best"]),
+        ({"train": {"optimizer": {"kind": "adam"}}}, ["data.normalize", "model", "train.batch_size", "best"]),
+        ({"train": {"phases": [{"epochs": 1, "lr": 0.1}]}}, ["data.normalize", "model", "train.batch_size", "best"]),
         ({"train": {"clip_norm": 1.0}}, ALL_SECTIONS),
         ({"best": {"patience": 3}}, ALL_SECTIONS[:-1]),
         ({"task": "regression", "seed": 3}, ALL_SECTIONS),
@@ -62,7 +62,7 @@ def test_a_section_that_is_given_keeps_the_defaults_of_its_class(
 @pytest.mark.parametrize("data", [{}, {"source": "cifar10"}, {"source": "image_folder", "url": "/x"}])
 def test_images_get_a_convolutional_network(data: dict[str, Any]) -> None:
     tree = {"name": "a", **({"data": data} if data else {})}
-    assert list_recipe_sections(tree) == ALL_SECTIONS[:-1]
+    assert list_recipe_sections(tree) == ALL_SECTIONS[1:-1]
     job = resolve_job(tree).to_dict()
     assert (job["model"]["kind"], job["model"]["batch_norm"], job["train"]["batch_size"]) == ("cnn", True, "auto")
     assert [phase["schedule"] for phase in job["train"]["phases"]] == ["one_cycle"]
@@ -137,7 +137,7 @@ def test_a_base_may_give_sections(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("base: base.yaml\ndata: {source: parquet, url: x, label: y}\n")
     job = resolve_job(tmp_path / "job.yaml")
     assert (job.to_dict()["model"]["hidden"], job.train.batch_size) == ([8], 5)
-    assert list_recipe_sections(tmp_path / "job.yaml") == ["train.optimizer", "train.phases", "best"]
+    assert list_recipe_sections(tmp_path / "job.yaml") == ["data.normalize", "train.optimizer", "train.phases", "best"]
 
 
 def test_a_stored_job_is_never_filled_in() -> None:

@@ -52,6 +52,7 @@ def _recipe_table() -> str:
     """Return the recipes as a table of Markdown."""
     recipes = (TABLE_RECIPE, IMAGE_RECIPE)
     rows = [
+        ("data.normalize", [str(recipe.normalize or "auto") for recipe in recipes]),
         ("model", [_yaml(dict(recipe.model)) for recipe in recipes]),
         ("train.optimizer", [_yaml(dict(recipe.optimizer)) for recipe in recipes]),
         ("train.phases", [_yaml([dict(phase) for phase in recipe.phases]) for recipe in recipes]),
@@ -100,9 +101,9 @@ before anything is written.
 `--set train.phases.0.lr=0.1`, `--set model.hidden=[64,32]`. KEY is a path of keys, and of positions in lists from 0;
 VALUE is YAML. A mapping is merged as for `base`.
 
-**Recipes.** What a job file leaves out of four sections depends on its data: `model`; `train.optimizer` together with
-`train.phases`; `train.batch_size`; `best`. A section that is left out is that of the recipe for the data, below. One
-that is given has the defaults of the tables on this page for the rest. `--set` changes keys of a recipe; if it gives a
+**Recipes.** What a job file leaves out of five sections depends on its data: `data.normalize`; `model`;
+`train.optimizer` together with `train.phases`; `train.batch_size`; `best`. A section that is left out is that of the
+recipe for the data, below. One that is given has the defaults of the tables on this page for the rest. `--set` changes keys of a recipe; if it gives a
 whole section (`--set model={{kind: mlp}}`) or another `kind`, the recipe's section does not count. Stored jobs have
 every section. `trainyard check FILE` names the sections that are the recipe's. Other data (`disc`, functions, tables
 with a `shape`) has no recipe.
