@@ -103,10 +103,10 @@ VALUE is YAML. A mapping is merged as for `base`.
 
 **Recipes.** What a job file leaves out of five sections depends on its data: `data.normalize`; `model`;
 `train.optimizer` together with `train.phases`; `train.batch_size`; `best`. A section that is left out is that of the
-recipe for the data, below. One that is given has the defaults of the tables on this page for the rest. `--set` changes keys of a recipe; if it gives a
-whole section (`--set model={{kind: mlp}}`) or another `kind`, the recipe's section does not count. Stored jobs have
-every section. `trainyard check FILE` names the sections that are the recipe's. Other data (`disc`, functions, tables
-with a `shape`) has no recipe.
+recipe for the data, below. One that is given has the defaults of the tables on this page for the rest. `--set` changes
+keys of a recipe; if it gives a whole section (`--set model={{kind: mlp}}`) or another `kind`, the recipe's section does
+not count. Stored jobs have every section. `trainyard check FILE` names the sections that are the recipe's. Other data
+(`disc`, functions that return arrays, tables with a `shape`) has no recipe.
 
 {_recipe_table()}
 
