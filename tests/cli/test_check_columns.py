@@ -60,7 +60,7 @@ def test_each_column_is_shown_with_its_use(trainyard: RunCommand, tmp_path: Path
     assert ended.exit_code == 0, ended.stderr
     table = read_table(ended)
     assert list(table) == list(columns)
-    scale = "standard scale, missing: median, periodic embedding"
+    scale = "robust scale, missing: median, periodic embedding"
     assert {name: cells[-1] for name, cells in table.items() if name != "churned"} == {
         "id": "key: copied to predictions",
         "months": scale,
@@ -127,7 +127,7 @@ def test_a_wide_table_shows_its_first_columns(trainyard: RunCommand, tmp_path: P
 
 def test_check_names_the_sections_of_the_recipe(trainyard: RunCommand, tmp_path: Path) -> None:
     job = write_table_job(tmp_path, customers(), model={"kind": "mlp", "hidden": [8]}, train={"batch_size": 32})
-    sections = ["train.optimizer", "train.phases", "best"]
+    sections = ["data.normalize", "train.optimizer", "train.phases", "best"]
     assert trainyard("check", job, "--json").json["recipe"] == sections
     assert f"# the recipe for this kind of data: {', '.join(sections)}" in trainyard("check", job).stdout
 
