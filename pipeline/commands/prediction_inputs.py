@@ -27,7 +27,10 @@ ArrowColumns = dict[str, pa.Array]
 
 
 class TableInput:
-    """Rows of table files, with their keys. The constructor checks the columns of all files."""
+    """Rows of table files, with their keys. The constructor checks the columns of all files.
+
+    reserved: names of the columns of the predictions, which no key keeps.
+    """
 
     def __init__(
         self,
